@@ -1,0 +1,91 @@
+"""pared: the smallest, fastest PyTorch model that keeps the accuracy you asked for.
+
+Importing this package imports no torch; its names are fetched when they are first used, so that
+`pared inspect` on a file stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pared.api import Estimate, estimate, fit, load
+    from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
+    from pared.errors import (
+        CalibrationError,
+        ConfigError,
+        CorruptError,
+        EvaluationError,
+        FileError,
+        MismatchError,
+        ModelError,
+        ParedError,
+        UnsafeError,
+        VersionError,
+    )
+    from pared.ledger import Ledger, Row, inspect
+    from pared.model import save
+    from pared.model import text_report as report
+
+_HOMES = {
+    "pared.api": ("Estimate", "estimate", "fit", "load"),
+    "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
+    "pared.errors": (
+        "CalibrationError",
+        "ConfigError",
+        "CorruptError",
+        "EvaluationError",
+        "FileError",
+        "MismatchError",
+        "ModelError",
+        "ParedError",
+        "UnsafeError",
+        "VersionError",
+    ),
+    "pared.ledger": ("Ledger", "Row", "inspect"),
+    "pared.model": ("save", "text_report"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AccuracyCriterion",
+    "CalibrationError",
+    "ConfigError",
+    "CorruptError",
+    "Estimate",
+    "EvaluationError",
+    "FileError",
+    "Ledger",
+    "MismatchError",
+    "ModelError",
+    "ParedError",
+    "PostTrainingQuantConfig",
+    "Row",
+    "Rule",
+    "UnsafeError",
+    "VersionError",
+    "__version__",
+    "estimate",
+    "fit",
+    "inspect",
+    "load",
+    "report",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module, at its first use."""
+    source = {"report": "text_report"}.get(name, name)
+    if source not in _HOME_OF:
+        raise AttributeError(f"module 'pared' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[source]), source)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

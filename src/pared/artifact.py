@@ -1,0 +1,201 @@
+"""The artifact: `Contents` to bytes and back. `docs/format.md` is the specification; `container` reads the envelope."""
+
+from __future__ import annotations
+
+import io
+import logging
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pared import container, formats
+from pared.container import Entry, Index
+from pared.contents import Contents, Stored
+from pared.errors import ConfigError, CorruptError, FileError
+from pared.formats import RAW_TYPES, Coded, dtype_name
+from pared.layers import Activation
+from pared.plan import Decision
+from pared.views import View
+
+log = logging.getLogger(__name__)
+
+NAMES: Final[Mapping[str, str]] = {"pt": "best_model.pt", "safetensors": "best_model.safetensors"}
+_DAMAGED: Final = "Fetch the file again; it is damaged."
+
+
+def to_bytes(contents: Contents, container_name: str = "pt") -> bytes:
+    """The artifact's bytes: the same contents give the same bytes.
+
+    Args:
+        contents: every tensor.
+        container_name: "pt" or "safetensors".
+    """
+    buffer = io.BytesIO()
+    _write(contents, container_name, buffer)
+    return buffer.getvalue()
+
+
+def _write(contents: Contents, container_name: str, file: BinaryIO) -> None:
+    data = bytearray()
+    entries = tuple(_entry(stored, data) for stored in contents.tensors)
+    modules = {name: activation.to_json() for name, activation in contents.activations.items()}
+    index = Index(entries, modules, dict(contents.provenance)).to_bytes()
+    if container_name == "safetensors":
+        container.write_safetensors(file, index, bytes(data))
+    else:
+        # Through a file object: torch names the archive's folder after a path, which would get into the bytes.
+        torch.save({"index": _record(index), "data": _record(bytes(data))}, file)
+
+
+def _record(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _entry(stored: Stored, data: bytearray) -> Entry:
+    """Append a tensor's streams to the data, each on a 64-byte boundary, and describe them."""
+    coded = stored.coded
+    parts = {}
+    for name, part in coded.format.streams(coded).items():
+        data.extend(bytes(-len(data) % container.ALIGNMENT))
+        parts[name] = container.Part(len(data), len(part.payload), zlib.crc32(part.payload), part.coding)
+        data.extend(part.payload)
+    return Entry(
+        names=stored.names,
+        kind=stored.kind,
+        dtype=dtype_name(coded.dtype),
+        shape=coded.shape,
+        format=coded.format.to_json(),
+        view=(coded.view.split, coded.view.rows) if coded.view is not None else None,
+        bits=stored.decision.bits,
+        because=stored.decision.because,
+        parts=parts,
+    )
+
+
+def from_bytes(data: bytes) -> Contents:
+    """The inverse of `to_bytes`.
+
+    Raises:
+        CorruptError, UnsafeError, VersionError: see `read`.
+    """
+    with container.open_records(data) as records:
+        return _contents(records)
+
+
+def read(path: Path) -> Contents:
+    """Read an artifact.
+
+    Raises:
+        FileError: there is no such file, or it is no artifact.
+        CorruptError: its bytes contradict themselves.
+        UnsafeError: it would inflate without bound.
+        VersionError: a newer version wrote it.
+    """
+    with container.open_records(path) as records:
+        return _contents(records)
+
+
+def _contents(records: container.Records) -> Contents:
+    index = container.parse_index(records)
+    with ThreadPoolExecutor() as pool:
+        tensors = tuple(pool.map(lambda entry: _stored(entry, records.data), index.entries))
+    activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
+    return Contents(tensors, activations, dict(index.provenance))
+
+
+def _stored(entry: Entry, data: memoryview) -> Stored:
+    streams = {name: _part(entry.name, name, part, data) for name, part in entry.parts.items()}
+    format = formats.from_json(entry.format, entry.dtype)
+    view = View(*entry.view) if entry.view is not None else None
+    try:
+        parts = format.parts(streams, entry.shape, view.row_sizes if view is not None else ())
+    except CorruptError as error:
+        raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
+    coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
+    treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
+    return Stored(entry.names, entry.kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
+
+
+def _part(tensor: str, name: str, part: container.Part, data: memoryview) -> formats.Part:
+    payload = data[part.offset : part.offset + part.length]
+    if zlib.crc32(payload) != part.crc32:
+        raise CorruptError(f"the checksum of its {name} does not match", where=tensor, remedy=_DAMAGED)
+    return formats.Part(payload, part.coding)
+
+
+def write(contents: Contents, directory: str | Path, *, container: str = "pt", verify: bool = True) -> Path:
+    """Write an artifact to a directory, atomically: either the whole file stands there, or what stood there before.
+
+    Args:
+        contents: every tensor.
+        directory: made if it is missing.
+        container: "pt" or "safetensors".
+        verify: read it back before it takes its name, and compare every number.
+
+    Returns:
+        the file's path.
+
+    Raises:
+        ConfigError: an unknown container.
+        FileError: the directory cannot be written.
+    """
+    if container not in NAMES:
+        raise ConfigError(
+            f"container={container!r} is not one of {', '.join(map(repr, NAMES))}",
+            where="save",
+            remedy="Choose one of them.",
+        )
+    path = Path(directory) / NAMES[container]
+    data = to_bytes(contents, container)
+    if verify:
+        _verify(contents, data)
+    write_beside(path, path.name, data)
+    return path
+
+
+def _verify(contents: Contents, data: bytes) -> None:
+    for ours, theirs in zip(contents.tensors, from_bytes(data).tensors, strict=True):
+        same = all(torch.equal(_bits(ours.coded.parts[k]), _bits(theirs.coded.parts[k])) for k in ours.coded.parts)
+        if ours.names != theirs.names or not same:
+            raise CorruptError(
+                "what was written does not read back as it was",
+                where=ours.name,
+                remedy="This is a defect of pared: please report it with the model's architecture.",
+            )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN equals itself."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+def write_beside(path: Path, name: str, content: bytes | str) -> None:
+    """Write a file next to an artifact, atomically."""
+    data = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    container.write_atomic(path.with_name(name), lambda file: file.write(data))
+
+
+def find(path: str | Path) -> Path:
+    """The artifact in a directory, or the file itself.
+
+    Raises:
+        FileError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in NAMES.values():
+        if (path / name).is_file():
+            return path / name
+    raise FileError(
+        "there is no artifact here",
+        where=str(path),
+        remedy=f"Pass the directory that save wrote, or the file ({' or '.join(NAMES.values())}).",
+    )

@@ -1,0 +1,151 @@
+"""Calibration data as calls of the model: what a batch means is decided here, once, and never guessed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pared.errors import CalibrationError, ParedError
+
+Calibration = Iterable[Any] | Callable[[nn.Module], object]
+
+
+def run(model: nn.Module, calibration: Calibration, limit: int) -> int:
+    """Call the model on the calibration data, once, without gradients.
+
+    Args:
+        model: called as it is; hooks on it see the calls.
+        calibration: an iterable of batches, each a tensor, a tuple or list of arguments, or a dict of keyword
+            arguments; or a callable that is given the model and calls it.
+        limit: stop reading batches when this many samples were seen.
+
+    Returns:
+        the number of samples seen: first dimensions of the first tensors, added up.
+
+    Raises:
+        CalibrationError: there are no data, or a batch does not fit the model's `forward`, or fits it in two ways.
+    """
+    counter = _SampleCounter()
+    handle = model.register_forward_pre_hook(counter, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            if callable(calibration) and not isinstance(calibration, nn.Module):
+                _guarded(lambda: calibration(model), "calib_dataloader(model)")
+            else:
+                _read(model, calibration, limit, counter)
+    finally:
+        handle.remove()
+    if counter.calls == 0:
+        raise CalibrationError(
+            "the calibration data are empty: the model was never called",
+            where="calib_dataloader",
+            remedy="Pass an iterable with at least one batch (an exhausted generator gives none), or a callable that "
+            "calls the model.",
+        )
+    return counter.samples
+
+
+def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCounter) -> None:
+    if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping, str, bytes)):
+        raise CalibrationError(
+            f"expected an iterable of batches or a callable, got {type(calibration).__name__}",
+            where="calib_dataloader",
+            remedy="Put a single batch into a list: [batch].",
+        )
+    for index, batch in enumerate(calibration):
+        where = f"calibration batch {index}"
+        args, kwargs = bind(model, batch, where)
+        _guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
+        if counter.samples >= limit:
+            return
+
+
+def _guarded(call: Callable[[], object], where: str) -> None:
+    """Name the batch in whatever error the model raises; its traceback is kept as the cause."""
+    try:
+        call()
+    except ParedError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"the model raised {type(error).__name__}: {error}",
+            where=where,
+            remedy="Check that the model runs on this batch by itself; the traceback above shows where it stopped.",
+        ) from error
+
+
+class _SampleCounter:
+    """A forward pre-hook that counts calls and samples."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.samples = 0
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        self.calls += 1
+        self.samples += first.shape[0] if first is not None and first.dim() > 0 else 1
+
+
+def bind(model: nn.Module, batch: object, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that a batch stands for.
+
+    A tuple or list of k items is passed whole where `forward` requires at least k. Where `forward` can take fewer
+    than k, the items beyond are labels and are left out.
+
+    Raises:
+        CalibrationError: `forward` requires fewer than k but could take more than that, so that there are two
+            readings; or the batch does not fit at all.
+
+    >>> bind(nn.Linear(2, 2), (torch.zeros(1, 2), "label"), "batch 0")
+    ((tensor([[0., 0.]]),), {})
+    """
+    signature = inspect.signature(model.forward)
+    if isinstance(batch, Mapping):
+        return (), _check_fit(signature, (), dict(batch), where)[1]
+    if isinstance(batch, Tensor) or not isinstance(batch, (tuple, list)):
+        return _check_fit(signature, (batch,), {}, where)
+    positional = [
+        p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    required = sum(p.default is p.empty for p in positional)
+    most = len(positional)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        most = max(most, len(batch))
+    items = tuple(batch)
+    if len(items) > 1 and required < len(items) and most > max(required, 1):
+        raise _two_readings(items, [p.name for p in positional], required, where)
+    return _check_fit(signature, items[: max(most, 1)], {}, where)
+
+
+def _two_readings(items: tuple[Any, ...], names: list[str], required: int, where: str) -> CalibrationError:
+    names = names + [f"argument {i}" for i in range(len(names), len(items))]
+    taken = max(required, 1)
+    whole = ", ".join(f"{name}=item {i}" for i, name in enumerate(names[: len(items)]))
+    part = ", ".join(f"{name}=item {i}" for i, name in enumerate(names[:taken]))
+    rest = " and ".join(f"item {i}" for i in range(taken, len(items)))
+    return CalibrationError(
+        f"a {type(items).__name__} of {len(items)} items can be read in two ways: forward({whole}), or forward({part}) "
+        f"with {rest} as labels",
+        where=where,
+        remedy="Say which: yield dicts of keyword arguments, or pass a callable that calls the model itself.",
+    )
+
+
+def _check_fit(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], where: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CalibrationError(
+            f"the batch does not fit forward{signature}: {error}",
+            where=where,
+            remedy="Yield what forward takes: a tensor, a tuple of its arguments, or a dict of keyword arguments.",
+        ) from error
+    return args, kwargs

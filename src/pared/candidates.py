@@ -1,0 +1,142 @@
+"""Which layers could run in int8, how their input is best treated, and whether it pays on this machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from pared.config import Approach
+from pared.contents import Stored
+from pared.formats import Coded, Grid
+from pared.layers import LAYERS, Activation, is_candidate, stand_in
+from pared.profile import Profile, Timing, measure, this_machine
+from pared.stats import InputStats
+from pared.tensors import clone_structure
+
+# "auto" quantizes a layer's input only where its output keeps this signal-to-noise ratio, in decibels.
+LEAST_SQNR: Final = 25.0
+# A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
+_LEAST_TABLE: Final = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A layer that could run in int8.
+
+    Args:
+        name: of the module.
+        module: the float module, of which a copy is tried.
+        coded: its weight, on an int8 grid.
+        inputs: what calibration saw; None without calibration.
+    """
+
+    name: str
+    module: nn.Module
+    coded: Coded
+    inputs: InputStats | None
+
+    def counterpart(self, activation: Activation) -> nn.Module:
+        """The layer by itself, in int8."""
+        alone = self.decoded()
+        stand_in(alone, self.coded, activation)
+        return alone
+
+    def decoded(self) -> nn.Module:
+        """The layer by itself, in float, with the weight that the codes stand for."""
+        weight = self.module._parameters["weight"]
+
+        def content(tensor: Tensor) -> Tensor:
+            return self.coded.decode() if tensor is weight else tensor.detach()
+
+        alone = clone_structure(self.module, content).eval()
+        alone._forward_hooks.clear()
+        alone._forward_pre_hooks.clear()
+        return alone
+
+    def activation(self, mode: str) -> Activation:
+        """How the input is treated in a mode; "static" takes the range that calibration saw."""
+        if mode == "static":
+            assert self.inputs is not None
+            return Activation("static", self.inputs.low, self.inputs.high)
+        return Activation(mode)  # type: ignore[arg-type]  # the modes come from LAYERS
+
+    def sqnr(self, activation: Activation) -> float:
+        """Signal-to-noise ratio of the output on the sampled inputs, in decibels: what quantizing the input costs."""
+        assert self.inputs is not None
+        reference, quantized = self.decoded(), self.counterpart(activation)
+        signal = noise = 0.0
+        with torch.no_grad():
+            for x in self.inputs.samples:
+                exact = reference(x).double()
+                signal += float(exact.square().sum())
+                noise += float((quantized(x).double() - exact).square().sum())
+        return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
+
+
+def find_candidates(
+    model: nn.Module, stored: Sequence[Stored], inputs: Mapping[str, InputStats] | None
+) -> list[Candidate]:
+    """The layers whose weight is on an int8 grid, and that calibration called (all, without calibration).
+
+    A tied weight counts only if every module that owns it is a candidate too.
+    """
+    found = []
+    for one in stored:
+        owners = [name.rpartition(".") for name in one.names]
+        modules = {owner: model.get_submodule(owner) for owner, _, _ in owners}
+        fits = isinstance(one.coded.format, Grid) and one.coded.format.codes == "int8"
+        if not fits or not all(a == "weight" for _, _, a in owners) or not all(map(is_candidate, modules.values())):
+            continue
+        if inputs is not None and not all(owner in inputs for owner in modules):
+            continue
+        found += [Candidate(n, m, one.coded, inputs[n] if inputs is not None else None) for n, m in modules.items()]
+    return found
+
+
+def modes_of(module: nn.Module) -> tuple[str, ...]:
+    """The modes that a counterpart of the module has."""
+    return next(modes for cls, modes in LAYERS.items() if isinstance(module, cls))
+
+
+def choose_activations(candidates: Sequence[Candidate], approach: Approach) -> dict[str, Activation]:
+    """How each layer's input is treated.
+
+    "static" and "dynamic" are obeyed for every candidate that has the mode. "auto" takes for each layer the first of
+    static and dynamic whose output keeps `LEAST_SQNR`, and leaves the others in float.
+    """
+    chosen: dict[str, Activation] = {}
+    if approach == "weight_only":
+        return chosen
+    for candidate in candidates:
+        modes = modes_of(candidate.module)
+        if modes == ("gather",):
+            if candidate.coded.parts["codes"].numel() >= _LEAST_TABLE:
+                chosen[candidate.name] = candidate.activation("gather")
+        elif approach != "auto":
+            chosen[candidate.name] = candidate.activation(approach)
+        else:
+            accurate = (a for a in map(candidate.activation, modes) if candidate.sqnr(a) >= LEAST_SQNR)
+            activation = next(accurate, None)
+            if activation is not None:
+                chosen[candidate.name] = activation
+    return chosen
+
+
+def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
+    """Measure each layer in float and in int8 on the shape that calibration saw; equal layers are measured once."""
+    timings: dict[str, Timing] = {}
+    known: dict[object, Timing] = {}
+    for candidate in candidates:
+        activation = activations.get(candidate.name)
+        if activation is None or activation.mode == "gather" or candidate.inputs is None:
+            continue
+        key = (repr(candidate.module), candidate.inputs.shape, activation.mode)
+        if key not in known:
+            known[key] = measure(candidate.decoded(), candidate.counterpart(activation), candidate.inputs.shape)
+        timings[candidate.name] = known[key]
+    return Profile(this_machine(), timings)

@@ -1,0 +1,195 @@
+"""The command line: parse, one call, print."""
+
+from __future__ import annotations
+
+import importlib
+import inspect as signatures
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+import pared
+from pared.errors import ConfigError, ParedError
+
+app = typer.Typer(
+    help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"pared {pared.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="PKG.MOD:FACTORY", help="A function that returns the float model.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
+    calib: Annotated[
+        str | None, typer.Option(metavar="PKG.MOD:OBJ", help="Calibration batches, or a function that calls the model.")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option("--eval", metavar="PKG.MOD:FUNC", help="A function that scores a model.")
+    ] = None,
+    confirm: Annotated[
+        str | None, typer.Option(metavar="PKG.MOD:FUNC", help="The same on other data, to confirm the result.")
+    ] = None,
+    tolerable_loss: Annotated[float | None, typer.Option(help="How much of the score may be lost.")] = None,
+    absolute: Annotated[bool, typer.Option("--absolute", help="The loss is in the score's own unit.")] = False,
+    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The score is a loss.")] = False,
+    approach: Annotated[str | None, typer.Option(help="auto, static, dynamic or weight_only.")] = None,
+    max_size: Annotated[str | None, typer.Option(help='The most bytes the file may take, "12MB" for instance.')] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=BITS|keep", help="Decide for the tensors that match; may be repeated."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="How many calibration samples are read.")] = None,
+    max_trials: Annotated[int | None, typer.Option(help="How many evaluations may be made.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which no new trial begins.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For everything that is drawn by chance.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse to leave a weight in float without a rule.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict bytes and seconds, and do nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress and no report.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
+) -> None:
+    """Compress a model and write it to a directory."""
+    _show_log(verbose)
+    if output is None and not dry_run:
+        raise ConfigError("no place to write to", where="pared fit", remedy="Pass -o DIRECTORY, or --dry-run.")
+    criterion = _given(
+        tolerable_loss=tolerable_loss,
+        criterion="absolute" if absolute else None,
+        higher_is_better=False if lower_is_better else None,
+    )
+    conf = pared.PostTrainingQuantConfig(
+        accuracy_criterion=pared.AccuracyCriterion(**criterion),
+        **_given(
+            approach=approach,
+            max_size=_size(max_size),
+            rules=[_rule(text) for text in rule or ()] or None,
+            calibration_sampling_size=samples,
+            max_trials=max_trials,
+            timeout=timeout,
+            seed=seed,
+            strict=strict or None,
+        ),
+    )
+    source = _made(model)
+    calibration = _batches(calib)
+    if dry_run:
+        guess = pared.estimate(source, conf, calibration)
+        typer.echo(
+            f"about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of {guess.original_nbytes:,}), "
+            f"about {guess.seconds:.1f} s without evaluations; nothing was written"
+        )
+        return
+    assert output is not None
+    small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), quiet=quiet)
+    path = pared.save(small, output)
+    if not quiet:
+        typer.echo(pared.report(small))
+        typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
+
+
+@app.command("inspect")
+def inspect_file(
+    path: Annotated[Path, typer.Argument(help="An artifact, a .safetensors file or a .pt state dict.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what takes the bytes of a file; nothing in it is executed."""
+    ledger = pared.inspect(path)
+    typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that the user gave: the others keep the defaults of the configuration."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _size(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _rule(text: str) -> pared.Rule:
+    pattern, _, value = text.rpartition("=")
+    if pattern and value == "keep":
+        return pared.Rule(pattern, keep=True)
+    try:
+        return pared.Rule(pattern, bits=float(value))
+    except ValueError as error:
+        if isinstance(error, ParedError):
+            raise
+        raise ConfigError(
+            f"{text!r} is no rule", where="--rule", remedy="Write PATTERN=BITS or PATTERN=keep, 'encoder.*=4' for instance."
+        ) from error
+
+
+def _named(place: str | None) -> Any:
+    """The object that PKG.MOD:NAME names."""
+    if place is None:
+        return None
+    module_name, _, attribute = place.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"cannot be imported ({error})",
+            where=place,
+            remedy="Write PKG.MOD:NAME; the current directory is on the import path.",
+        ) from error
+    return found
+
+
+def _made(place: str) -> Any:
+    """The model: the named object, called if it is a factory."""
+    found = _named(place)
+    return found() if callable(found) and not hasattr(found, "state_dict") else found
+
+
+def _batches(place: str | None) -> Any:
+    """Calibration data: batches, a function that makes them, or a function that calls the model."""
+    found = _named(place)
+    return found() if _takes_nothing(found) else found
+
+
+def _takes_nothing(found: object) -> bool:
+    if not callable(found):
+        return False
+    call: Callable[..., object] = found
+    try:
+        signatures.signature(call).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def _show_log(verbose: bool) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+
+
+def main() -> None:
+    """Run the command line; errors of ours are shown without a traceback, on standard error, with exit status 2."""
+    try:
+        app()
+    except ParedError as error:
+        typer.echo(f"error: {error}", err=True)
+        if error.__cause__ is not None:
+            logging.getLogger("pared").info("caused by", exc_info=error.__cause__)
+        raise SystemExit(2) from None

@@ -1,0 +1,267 @@
+"""What the user asks for: the configuration, the accuracy criterion and the rules."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal, TypeVar, get_args
+
+from torch import nn
+
+from pared.errors import ConfigError
+
+T = TypeVar("T")
+
+# Options of Intel Neural Compressor 2.x that have another name or form here.
+INC_EQUIVALENTS: Final[Mapping[str, str]] = {
+    "op_type_dict": "Use rules=[Rule(torch.nn.Conv2d, keep=True)]: a rule per module type.",
+    "op_name_dict": 'Use rules=[Rule("encoder.*.query", bits=8)]: a rule per name pattern.',
+    "tuning_criterion": "Use max_trials=... and timeout=... directly.",
+    "recipes": "Leave it out: pared chooses by measurement; use rules=[...] to decide by hand.",
+    "backend": "Leave it out: models run in plain PyTorch.",
+    "domain": "Leave it out: nothing depends on it.",
+    "quant_format": "Leave it out: an artifact has one format.",
+    "inputs": "Leave it out: modules are found by themselves.",
+    "outputs": "Leave it out: modules are found by themselves.",
+    "example_inputs": "Pass calib_dataloader to pared.fit instead.",
+    "excluded_precisions": "Use rules=[Rule(..., keep=True)] to keep a part exactly as it is.",
+    "reduce_range": "Leave it out: the range is reduced at load time, on machines that need it.",
+    "diagnosis": "Use q_model.report().",
+    "ni_workload_name": "Leave it out: nothing depends on it.",
+    "objective": "Leave it out: the smallest file that meets the criterion is the objective.",
+    "strategy": "Leave it out: there is one search.",
+}
+
+
+def _strict_options(cls: type[T]) -> type[T]:
+    """Turn an unknown keyword into an error of ours that names the nearest option, or INC's equivalent."""
+    plain: Callable[..., None] = cls.__init__  # type: ignore[misc]  # a dataclass's own, replaced on the class itself
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # applied to dataclasses only
+
+    @functools.wraps(plain)
+    def __init__(self: object, *args: Any, **options: Any) -> None:
+        for option in options:
+            if option not in known:
+                raise ConfigError(
+                    f"unknown option {option!r}", where=cls.__name__, remedy=_remedy_for_option(option, known)
+                )
+        plain(self, *args, **options)
+
+    cls.__init__ = __init__  # type: ignore[misc]  # as above
+    return cls
+
+
+def _remedy_for_option(option: str, known: list[str]) -> str:
+    if option in INC_EQUIVALENTS:
+        return INC_EQUIVALENTS[option]
+    near = difflib.get_close_matches(option, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"The options are: {', '.join(known)}."
+
+
+def _check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
+            where=where,
+            remedy=f"Choose one of them for {option}.",
+        )
+
+
+def _check_number(where: str, option: str, value: object, *, least: float, whole: bool = False) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
+        raise ConfigError(
+            f"{option}={value!r} is not a {'whole ' if whole else ''}number of at least {least:g}",
+            where=where,
+            remedy=f"Pass one number for {option}.",
+        )
+
+
+@_strict_options
+@dataclass(frozen=True)
+class AccuracyCriterion:
+    """How much of the baseline's score may be lost.
+
+    Args:
+        higher_is_better: False for losses, error rates and perplexities.
+        criterion: "relative" to the magnitude of the baseline, or "absolute" in the score's own unit.
+        tolerable_loss: the loss allowed; with "relative", 0.01 is one percent of |baseline|.
+
+    >>> AccuracyCriterion(tolerable_loss=0.02).met(score=0.79, baseline=0.80)
+    True
+    """
+
+    higher_is_better: bool = True
+    criterion: Literal["relative", "absolute"] = "relative"
+    tolerable_loss: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_choice("AccuracyCriterion", "criterion", self.criterion, ("relative", "absolute"))
+        _check_choice("AccuracyCriterion", "higher_is_better", self.higher_is_better, (True, False))
+        _check_number("AccuracyCriterion", "tolerable_loss", self.tolerable_loss, least=0)
+
+    def loss(self, score: float, baseline: float) -> float:
+        """What was lost, in the unit of `tolerable_loss`; negative for a gain.
+
+        Raises:
+            ConfigError: the criterion is relative and the baseline is zero.
+        """
+        lost = baseline - score if self.higher_is_better else score - baseline
+        if self.criterion == "absolute":
+            return lost
+        if baseline == 0:
+            raise ConfigError(
+                "the baseline scores 0, so a relative loss has no meaning",
+                where="AccuracyCriterion",
+                remedy='Use AccuracyCriterion(criterion="absolute", ...).',
+            )
+        return lost / abs(baseline)
+
+    def met(self, score: float, baseline: float) -> bool:
+        """Whether no more was lost than is tolerable (exactly the tolerable loss is met, up to rounding)."""
+        return self.loss(score, baseline) <= self.tolerable_loss + 1e-12
+
+
+@_strict_options
+@dataclass(frozen=True)
+class Rule:
+    """What becomes of the tensors it matches; the first rule that matches a tensor decides.
+
+    Args:
+        target: a glob on tensor names ("encoder.*.query.weight") or on the names of the modules that own them
+            ("encoder.*.query", which covers everything below), or a module type.
+        bits: the rate, in bits per weight: above 0 and below 16 on a grid, 16 for float16, 32 for float32.
+        keep: leave exactly as it is.
+        because: the reason, shown in reports.
+
+    >>> Rule("encoder.*", bits=4)
+    Rule(target='encoder.*', bits=4, keep=False, because='')
+    """
+
+    target: str | type[nn.Module]
+    bits: float | None = None
+    keep: bool = False
+    because: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"Rule({self.label})"
+        if not isinstance(self.target, str) and not (
+            isinstance(self.target, type) and issubclass(self.target, nn.Module)
+        ):
+            raise ConfigError(
+                "the target is neither a name pattern nor a module type",
+                where=where,
+                remedy='Pass a string such as "encoder.*" or a class such as torch.nn.Linear.',
+            )
+        if (self.bits is None) == (not self.keep):
+            raise ConfigError(
+                "needs either bits=... or keep=True", where=where, remedy="Give exactly one of them."
+            )
+        if self.bits is not None and not (0 < self.bits < 16 or self.bits in (16, 32)):
+            raise ConfigError(
+                f"bits={self.bits!r} is no rate",
+                where=where,
+                remedy="Use a number above 0 and below 16, or 16 (float16), or 32 (float32).",
+            )
+
+    @property
+    def label(self) -> str:
+        """The target as it is shown to people."""
+        return (
+            repr(self.target)
+            if isinstance(self.target, str)
+            else getattr(self.target, "__name__", repr(self.target))
+        )
+
+
+Approach = Literal["auto", "static", "dynamic", "weight_only"]
+
+
+@_strict_options
+@dataclass(frozen=True)
+class PostTrainingQuantConfig:
+    """How `fit` works. The names are those of Intel Neural Compressor 2.x where the meaning is the same.
+
+    Args:
+        approach: how activations are quantized: "static" (ranges from calibration), "dynamic" (from each call),
+            "weight_only" (not at all), or "auto": for each layer the first of these that is accurate enough there.
+        accuracy_criterion: what `eval_func` may lose.
+        device: only "cpu".
+        quant_level: 0 cautious, 1 full search, or "auto".
+        max_size: the most bytes that `best_model.pt` may take: a number, "12MB" (12 * 10^6) or "12MiB" (12 * 2^20).
+        rules: decisions of the user; the first that matches a tensor wins.
+        calibration_sampling_size: how many calibration samples are read (whole batches).
+        max_trials: how many evaluations may be made, without the baseline's.
+        timeout: seconds after which no new trial begins; 0: no limit.
+        seed: for everything that is drawn by chance.
+        strict: refuse to leave a floating tensor of two or more dimensions in float unless a rule says so.
+    """
+
+    approach: Approach = "auto"
+    accuracy_criterion: AccuracyCriterion = AccuracyCriterion()
+    device: str = "cpu"
+    quant_level: Literal["auto", 0, 1] = "auto"
+    max_size: int | str | None = None
+    rules: tuple[Rule, ...] | list[Rule] = ()
+    calibration_sampling_size: int = 100
+    max_trials: int = 20
+    timeout: float = 0
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        where = "PostTrainingQuantConfig"
+        _check_choice(where, "approach", self.approach, get_args(Approach))
+        _check_choice(where, "device", self.device, ("cpu",))
+        _check_choice(where, "quant_level", self.quant_level, ("auto", 0, 1))
+        _check_number(where, "calibration_sampling_size", self.calibration_sampling_size, least=1, whole=True)
+        _check_number(where, "max_trials", self.max_trials, least=1, whole=True)
+        _check_number(where, "timeout", self.timeout, least=0)
+        _check_number(where, "seed", self.seed, least=0, whole=True)
+        _check_choice(where, "strict", self.strict, (True, False))
+        if not isinstance(self.accuracy_criterion, AccuracyCriterion):
+            raise ConfigError(
+                f"accuracy_criterion is a {type(self.accuracy_criterion).__name__}",
+                where=where,
+                remedy="Pass an AccuracyCriterion(...).",
+            )
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ConfigError(
+                    f"{rule!r} is no Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...)."
+                )
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if self.max_size is not None:
+            object.__setattr__(self, "max_size", parse_size(self.max_size))
+
+
+_UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes from a number or from a number with a unit.
+
+    Raises:
+        ConfigError: anything else.
+
+    >>> parse_size("12MB"), parse_size("12 MiB"), parse_size(1000)
+    (12000000, 12582912, 1000)
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE)
+        if isinstance(size, str)
+        else None
+    )
+    if match is None or float(match[1]) == 0:
+        raise ConfigError(
+            f"{size!r} is no size",
+            where="max_size",
+            remedy='Use bytes (12000000), "12MB" (10^6) or "12MiB" (2^20).',
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,109 @@
+"""What an artifact holds, as values in memory: the hand-over between fit, files and live models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from pared.errors import MismatchError
+from pared.formats import Coded
+from pared.layers import Activation
+from pared.plan import Decision
+from pared.tensors import find_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One tensor of a model, in its format.
+
+    Args:
+        names: every dotted name it goes by; the first is its name in tables.
+        kind: whether it is a parameter or a buffer.
+        coded: its numbers.
+        decision: what was decided about it, and why.
+    """
+
+    names: tuple[str, ...]
+    kind: Literal["parameter", "buffer"]
+    coded: Coded
+    decision: Decision
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """Everything that an artifact holds.
+
+    Args:
+        tensors: every parameter and buffer of the model, once.
+        activations: how each int8 counterpart treats its input, by module name; modules that are not named run in
+            float.
+        provenance: versions, configuration, scores: plain data, for people.
+    """
+
+    tensors: tuple[Stored, ...]
+    activations: Mapping[str, Activation] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def match(model: nn.Module, contents: Contents) -> list[tuple[Stored, list[Tensor]]]:
+    """Pair what is stored with the model's own tensors, strictly.
+
+    Returns:
+        (stored, the model's tensors of its names) for everything stored; several objects where the source tied them
+        and this model does not.
+
+    Raises:
+        MismatchError: a tensor is missing on either side, has another shape, or is tied in the model but not in the
+            contents.
+    """
+    slots = find_tensors(model)
+    by_name = {name: stored for stored in contents.tensors for name in stored.names}
+    wanted = {name for slot in slots for name in slot.names}
+    _refuse_difference(wanted, set(by_name))
+    found: dict[int, tuple[Stored, list[Tensor]]] = {}
+    for slot in slots:
+        stored = by_name[slot.name]
+        if any(by_name[name] is not stored for name in slot.names):
+            raise MismatchError(
+                f"the model ties {' and '.join(slot.names)}, the artifact holds them apart",
+                where=slot.name,
+                remedy="Build the model with the configuration that the artifact was made from.",
+            )
+        if tuple(slot.tensor.shape) != stored.coded.shape:
+            raise MismatchError(
+                f"the model has shape {list(slot.tensor.shape)}, the artifact {list(stored.coded.shape)}",
+                where=slot.name,
+                remedy="Build the model with the configuration that the artifact was made from.",
+            )
+        objects = found.setdefault(id(stored), (stored, []))[1]
+        objects.extend(slot.objects)
+    return list(found.values())
+
+
+def _refuse_difference(wanted: set[str], held: set[str]) -> None:
+    if wanted == held:
+        return
+    missing, extra = sorted(wanted - held), sorted(held - wanted)
+    parts = []
+    if missing:
+        parts.append(f"the artifact lacks {_some(missing)}")
+    if extra:
+        parts.append(f"the model has no {_some(extra)}")
+    raise MismatchError(
+        "; ".join(parts),
+        where="wrong architecture",
+        remedy="Build the model with the configuration that the artifact was made from.",
+    )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,68 @@
+"""The error family: every error says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class ParedError(ValueError):
+    """Base of all errors that `pared` raises on purpose.
+
+    Args:
+        what: what is wrong, in one sentence without a full stop.
+        where: the tensor, module, option or file concerned; printed first.
+        remedy: what the reader can do; printed on a line of its own.
+
+    >>> print(ParedError("holds NaN at row 3", where="encoder.weight", remedy="Repair the checkpoint."))
+    encoder.weight: holds NaN at row 3
+      Repair the checkpoint.
+    """
+
+    def __init__(self, what: str, *, where: str = "", remedy: str) -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        head = f"{where}: {what}" if where else what
+        super().__init__(f"{head}\n  {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle through the keyword arguments (the default would pass the finished text)."""
+        return _rebuild, (type(self), self.what, self.where, self.remedy)
+
+
+def _rebuild(cls: type[ParedError], what: str, where: str, remedy: str) -> ParedError:
+    return cls(what, where=where, remedy=remedy)
+
+
+class ConfigError(ParedError):
+    """An option, a rule or a plan does not make sense."""
+
+
+class ModelError(ParedError):
+    """The model cannot be compressed as it is."""
+
+
+class CalibrationError(ParedError):
+    """The calibration data are missing, empty, ambiguous or do not fit the model."""
+
+
+class EvaluationError(ParedError):
+    """`eval_func` or `confirm_func` raised or returned something that is no score."""
+
+
+class FileError(ParedError):
+    """A file cannot be read or written."""
+
+
+class CorruptError(FileError):
+    """The bytes of a file contradict themselves: truncated, flipped, missing or extra."""
+
+
+class VersionError(FileError):
+    """The file was written by a newer version."""
+
+
+class UnsafeError(FileError):
+    """Reading the file would execute code or inflate without bound; it was refused."""
+
+
+class MismatchError(FileError):
+    """The file is sound but does not belong to this model."""

@@ -1,0 +1,342 @@
+"""What one stored number may be: on a grid, a float, or exactly as it came.
+
+A `Format` is data. `encode` turns a tensor into a `Coded`: the numbers that are kept in memory and on disk, by part
+("codes" and "step", or "values"). The laws that every format keeps, and that the tests check for each:
+
+* `decode(encode(w))` has the dtype and the shape of `w`, and is as near to it as the format promises;
+* `nbytes(coded)` is exactly the number of bytes that `streams(coded)` holds, before the container's alignment.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pared import entropy
+from pared.errors import CorruptError
+from pared.views import View, first_dimension
+
+# float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
+FLOAT16_ERROR: Final = 2.0**-11
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A tensor in a format.
+
+    Args:
+        format: what its numbers are.
+        shape: of the source tensor.
+        dtype: of the source tensor; `decode` gives it back.
+        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, one per row of the view), or "values".
+        view: which dimensions have a step of their own; only for grids.
+    """
+
+    format: Grid | Float | Raw
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Mapping[str, Tensor]
+    view: View | None = None
+
+    def decode(self) -> Tensor:
+        """The tensor that the numbers stand for, in the source's dtype and shape."""
+        return self.format.decode(self)
+
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of the streams that hold it."""
+        return self.format.nbytes(self)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The bytes of one part of a tensor, and how they are coded (None: plain little-endian values)."""
+
+    payload: bytes | memoryview
+    coding: entropy.Coding | None = None
+
+
+class Format(ABC):
+    """What one stored number may be."""
+
+    tag: ClassVar[str]
+
+    @abstractmethod
+    def decode(self, coded: Coded) -> Tensor:
+        """The tensor that the parts stand for."""
+
+    @abstractmethod
+    def streams(self, coded: Coded) -> dict[str, Part]:
+        """The bytes to store, by part."""
+
+    @abstractmethod
+    def parts(
+        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
+
+    @abstractmethod
+    def nbytes(self, coded: Coded) -> int:
+        """How many bytes `streams` takes."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for tables."""
+
+
+CODE_LIMITS: Final = {"int8": 127, "int16": 32767}
+
+
+@final
+@dataclass(frozen=True)
+class Grid(Format):
+    """Integer codes on a uniform grid with one step per row: `value = step[row] * code`.
+
+    Args:
+        codes: the integer type of the codes; magnitudes stay within 127 or 32767, so that the grid is symmetric.
+
+    >>> w = torch.tensor([[0.5, -1.0], [0.0, 0.0]])
+    >>> coded = Grid("int8").encode(w, torch.tensor([0.5, 0.0]))
+    >>> coded.parts["codes"].tolist(), coded.decode().tolist()
+    ([[1, -2], [0, 0]], [[0.5, -1.0], [0.0, 0.0]])
+    """
+
+    tag: ClassVar[str] = "grid"
+    codes: Literal["int8", "int16"] = "int8"
+
+    @property
+    def limit(self) -> int:
+        """The largest magnitude of a code."""
+        return CODE_LIMITS[self.codes]
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return f"grid {self.codes}"
+
+    def encode(self, tensor: Tensor, step: Tensor, view: View | None = None) -> Coded:
+        """Round every value to the nearest multiple of its row's step; codes beyond the limit are clamped.
+
+        Args:
+            tensor: any floating shape.
+            step: float32, one per row of `view` (its `row_sizes`); a step of zero is legal and gives zeros.
+            view: default: rows are dimension 0.
+        """
+        shape = tuple(tensor.shape)
+        view = view or first_dimension(shape)
+        spread = view.spread(step)
+        inverse = torch.where(spread > 0, spread.reciprocal(), torch.zeros_like(spread))
+        scaled = torch.mul(tensor.detach().reshape(view.split).float(), inverse)
+        codes = scaled.round_().clamp_(-self.limit, self.limit).to(_CODE_TYPES[self.codes])
+        return Coded(self, shape, tensor.dtype, {"codes": codes.reshape(shape), "step": step}, view)
+
+    def decode(self, coded: Coded) -> Tensor:
+        """`step[row] * code`, in float32, then in the source's dtype."""
+        view = coded.view or first_dimension(coded.shape)
+        codes, step = coded.parts["codes"], coded.parts["step"]
+        values = torch.mul(codes.reshape(view.split), view.spread(step))
+        return values.to(coded.dtype).reshape(coded.shape)
+
+    def streams(self, coded: Coded) -> dict[str, Part]:
+        """The codes through the entropy coder, the steps as float32."""
+        stream = entropy.encode(_plain(coded.parts["codes"]))
+        step = memoryview(_plain(coded.parts["step"]).tobytes())
+        return {"codes": Part(stream.payload, stream.coding), "step": Part(step)}
+
+    def parts(
+        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """Codes and steps from their bytes."""
+        codes = streams["codes"]
+        if codes.coding is None:
+            plain = _from_bytes(codes.payload, _CODE_TYPES[self.codes], shape)
+        else:
+            decoded = entropy.decode(codes.payload, codes.coding, math.prod(shape), np.dtype(self.codes))
+            plain = torch.from_numpy(decoded).reshape(shape)
+        step = _from_bytes(streams["step"].payload, torch.float32, rows)
+        if not bool((torch.isfinite(step) & (step >= 0)).all()):
+            raise CorruptError(
+                "a step is negative or not finite", remedy="Fetch the file again; it is damaged."
+            )
+        return {"codes": plain, "step": step}
+
+    def nbytes(self, coded: Coded) -> int:
+        """Codes as the coder would write them, and four bytes a step."""
+        return entropy.cost(_plain(coded.parts["codes"])) + 4 * coded.parts["step"].numel()
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+        return {"tag": self.tag, "codes": self.codes}
+
+
+_CODE_TYPES: Final = {"int8": torch.int8, "int16": torch.int16}
+_FLOAT_TYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Plain(Format):
+    """A format with one part, "values", stored as plain little-endian numbers."""
+
+    def streams(self, coded: Coded) -> dict[str, Part]:
+        """The values' bytes."""
+        return {"values": Part(_to_bytes(coded.parts["values"]))}
+
+    def nbytes(self, coded: Coded) -> int:
+        """Elements times the size of one."""
+        return coded.parts["values"].numel() * coded.parts["values"].element_size()
+
+    def decode(self, coded: Coded) -> Tensor:
+        """The values in the source's dtype."""
+        return coded.parts["values"].to(coded.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Float(_Plain):
+    """Floating-point numbers, possibly narrower than the source's.
+
+    >>> Float("bfloat16").encode(torch.ones(3)).nbytes
+    6
+    """
+
+    tag: ClassVar[str] = "float"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return self.dtype
+
+    def encode(self, tensor: Tensor) -> Coded:
+        """Round every value to the nearest one that the type holds."""
+        values = tensor.detach().to(_FLOAT_TYPES[self.dtype])
+        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
+
+    def parts(
+        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """The values from their bytes."""
+        return {"values": _from_bytes(streams["values"].payload, _FLOAT_TYPES[self.dtype], shape)}
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+        return {"tag": self.tag, "dtype": self.dtype}
+
+
+@final
+@dataclass(frozen=True)
+class Raw(_Plain):
+    """Exactly the source's numbers, whatever their type.
+
+    Args:
+        dtype: the name of the source's type, "int64" for instance.
+
+    >>> Raw("int64").encode(torch.arange(3)).decode().tolist()
+    [0, 1, 2]
+    """
+
+    tag: ClassVar[str] = "raw"
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return self.dtype
+
+    def encode(self, tensor: Tensor) -> Coded:
+        """Keep every value."""
+        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": tensor.detach()})
+
+    def parts(
+        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        """The values from their bytes."""
+        return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index; the entry's dtype says the rest."""
+        return {"tag": self.tag}
+
+
+# The element types that an artifact may hold.
+RAW_TYPES: Final[dict[str, torch.dtype]] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.bool,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    )  # fmt: skip
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that an artifact uses for a type: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def from_json(data: Mapping[str, str], dtype: str) -> Grid | Float | Raw:
+    """The format that an index entry names; the index has been validated before.
+
+    >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
+    Grid(codes='int8')
+    """
+    fields = {key: value for key, value in data.items() if key != "tag"}
+    if data["tag"] == Raw.tag:
+        fields["dtype"] = dtype
+    return FORMATS[data["tag"]](**fields)
+
+
+def survives_float16(tensor: Tensor) -> bool:
+    """Whether every value, put into float16, comes back with a relative error of at most 2^-11.
+
+    >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
+    (True, False)
+    """
+    wide = tensor.detach().double()
+    error = (wide.to(torch.float16).double() - wide).abs()
+    return bool((error <= FLOAT16_ERROR * wide.abs()).all())
+
+
+FORMATS: Final[dict[str, type[Grid] | type[Float] | type[Raw]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
+
+
+def _plain(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    expected = math.prod(shape) * dtype.itemsize
+    if len(payload) != expected:
+        raise CorruptError(
+            f"a part holds {len(payload)} bytes where its shape {list(shape)} needs {expected}",
+            remedy="Fetch the file again; it is damaged.",
+        )
+    if expected == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(payload), dtype=dtype).reshape(shape)

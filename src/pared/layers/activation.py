@@ -1,0 +1,34 @@
+"""How a counterpart treats its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How a counterpart treats its input; it is stored in the artifact, so results do not depend on a measurement.
+
+    Args:
+        mode: "static": u8 over the range `low` to `high`; "dynamic": u8 over the range of each call; "gather": the
+            input is indices into a table of codes.
+        low: the least input seen in calibration, 0 at most; only for "static".
+        high: the greatest, 0 at least; only for "static".
+
+    >>> Activation.from_json(Activation("static", -1.0, 2.0).to_json())
+    Activation(mode='static', low=-1.0, high=2.0)
+    """
+
+    mode: Literal["static", "dynamic", "gather"]
+    low: float = 0.0
+    high: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in an artifact's index."""
+        return {"mode": self.mode, "low": self.low, "high": self.high} if self.mode == "static" else {"mode": self.mode}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Activation:
+        """The inverse of `to_json`."""
+        return cls(**data)

@@ -1,0 +1,265 @@
+"""A module that holds its weight as int8 codes and runs on them.
+
+A counterpart is the float module itself with another class: a dynamic subclass of its own class, so `isinstance`,
+attributes, hooks and the module's own `forward` stay. While that `forward` runs, `self.weight` is a `WeightHandle`;
+when the handle reaches `F.linear`, `F.conv*` or `F.embedding`, the int8 kernel runs instead. So subclasses that pad or
+scale their input are served by the code that they already have, and whatever else is done with the weight sees floats.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from pared.errors import ModelError
+from pared.formats import Coded, Grid
+from pared.kernels import conv, linear
+from pared.kernels.activation import Range
+from pared.layers.activation import Activation
+from pared.views import View
+
+# Module types whose weight, used in their own forward, can stay in codes. Subclasses count: their forward is run.
+LAYERS: Final[dict[type[nn.Module], tuple[str, ...]]] = {
+    nn.Linear: ("static", "dynamic"),
+    nn.Conv1d: ("static", "dynamic"),
+    nn.Conv2d: ("static", "dynamic"),
+    nn.Conv3d: ("static", "dynamic"),
+    nn.Embedding: ("gather",),
+}
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a counterpart exists for the module."""
+    if not isinstance(module, tuple(LAYERS)) or "weight" not in module._parameters:
+        return False
+    if isinstance(module, nn.Embedding):
+        return module.max_norm is None  # max_norm edits the table while it is read
+    return hasattr(type(module), "forward") and not hasattr(module, "parametrizations")
+
+
+class _Running(threading.local):
+    """The counterpart whose forward this thread is in."""
+
+    module: Counterpart | None = None
+
+
+_running = _Running()
+
+
+class WeightHandle(torch.Tensor):
+    """Stands for a counterpart's weight inside its own forward: kernels take the codes, all else the floats."""
+
+    owner: Counterpart
+
+    @staticmethod
+    def of(owner: Counterpart) -> WeightHandle:
+        """A handle of the owner's weight: its shape and type, without storage."""
+        handle = torch.Tensor._make_wrapper_subclass(WeightHandle, owner.codes.shape, dtype=owner.weight_dtype)
+        handle.owner = owner
+        return cast(WeightHandle, handle)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Send products to the owner's kernel."""
+        run = KERNELS.get(func)
+        if run is not None and len(args) > 1 and isinstance(args[1], WeightHandle) and type(args[0]) is Tensor:
+            return run(args[1].owner, args[0], *args[2:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():  # else the result would be a handle too
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Everything else sees the floats."""
+
+        def plain(value: object) -> object:
+            return value.owner.decode() if isinstance(value, WeightHandle) else value
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+class Counterpart(nn.Module):
+    """Mixed in before a module's own class: the weight is codes and steps; the kernel's packed form is made at first use.
+
+    Attributes:
+        codes: int8, of the weight's shape; a buffer outside the state dict.
+        step: float32, one per row; never cast by `.half()` or `.to(dtype)`.
+        view: which dimensions of the weight are rows.
+        activation: how the input is treated.
+        weight_dtype: the type that `weight` reads as.
+    """
+
+    codes: Tensor
+    step: Tensor
+    view: View
+    activation: Activation
+    weight_dtype: torch.dtype
+    _packed: dict[object, object]
+    _lock: threading.Lock
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, decoded at each reading; inside the module's own forward, a handle of it."""
+        if _running.module is self:
+            return WeightHandle.of(self)
+        return self.decode()
+
+    def decode(self) -> Tensor:
+        """The weight as floats: `step[row] * code`."""
+        return self.coded().decode()
+
+    def coded(self) -> Coded:
+        """The weight's codes and steps as a value."""
+        parts = {"codes": self.codes, "step": self.step.detach()}
+        return Coded(Grid("int8"), tuple(self.codes.shape), self.weight_dtype, parts, self.view)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward; its weight goes to the int8 kernel where that gives all that is asked for."""
+        if not self._int8_serves(args, kwargs):
+            return super().forward(*args, **kwargs)
+        outer, _running.module = _running.module, self
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _running.module = outer
+
+    def _int8_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.codes.device.type != "cpu":
+            return False
+        return not (
+            torch.is_grad_enabled()
+            and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
+        )
+
+    def packed(self, key: object, pack: Callable[[], Any]) -> Any:
+        """The kernel's own form of the weight, made once per way of calling, under a lock."""
+        found = self._packed.get(key)
+        if found is None:
+            with self._lock:
+                found = self._packed.get(key)
+                if found is None:
+                    found = self._packed[key] = pack()
+        return found
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.codes
+        destination[f"{prefix}weight_step"] = self.step if keep_vars else self.step.detach()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}step"]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        error_messages: list[str] = rest[-1]
+        codes = state_dict.pop(f"{prefix}weight", None)
+        state_dict[f"{prefix}step"] = state_dict.pop(f"{prefix}weight_step", None)
+        if state_dict[f"{prefix}step"] is None:
+            del state_dict[f"{prefix}step"]
+        if codes is None or codes.dtype != self.codes.dtype or codes.shape != self.codes.shape:
+            found = "nothing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+            error_messages.append(f"{prefix}weight: expected int8 codes {list(self.codes.shape)}, found {found}")
+        else:
+            with torch.no_grad():
+                self.codes.copy_(codes)
+            self._packed = {}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move to a device, or change the type that the weight reads as; codes and steps keep theirs."""
+        step = self._parameters.pop("step")
+        assert step is not None
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        super()._apply(fn, recurse)
+        self._parameters["step"] = nn.Parameter(step.detach().to(self.codes.device), requires_grad=False)
+        self._packed = {}
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the packed weights, which can be neither copied nor pickled, and the lock."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_packed", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Start again without packed weights."""
+        super().__setstate__(state)
+        self._packed, self._lock = {}, threading.Lock()
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        """Name the module's own class: the dynamic one cannot be imported."""
+        return _new, (float_class(type(self)),), self.__getstate__()
+
+
+@functools.cache
+def _counterpart_class(base: type[nn.Module]) -> type[Counterpart]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return cast(type[Counterpart], type(base.__name__, (Counterpart, base), names))
+
+
+def float_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before a counterpart stood in for it."""
+    return next(base for base in cls.__mro__ if Counterpart not in base.__mro__)
+
+
+def _new(base: type[nn.Module]) -> Counterpart:
+    cls = _counterpart_class(base)
+    return cls.__new__(cls)
+
+
+def stand_in(module: nn.Module, coded: Coded, activation: Activation) -> None:
+    """Turn a float module into its counterpart, in place; its float weight is dropped.
+
+    Args:
+        module: a candidate (`is_candidate`).
+        coded: the weight on an int8 grid.
+        activation: how the input is treated; a mode that the module's type has (`LAYERS`).
+    """
+    assert isinstance(coded.format, Grid)
+    assert coded.format.codes == "int8"
+    assert coded.view is not None
+    del module._parameters["weight"]
+    module.__class__ = _counterpart_class(type(module))
+    counterpart = cast(Counterpart, module)
+    counterpart._packed, counterpart._lock = {}, threading.Lock()
+    counterpart.register_buffer("codes", coded.parts["codes"], persistent=False)
+    counterpart.step = nn.Parameter(coded.parts["step"], requires_grad=False)
+    counterpart.view = coded.view
+    counterpart.activation = activation
+    counterpart.weight_dtype = coded.dtype
+
+
+def _linear(owner: Counterpart, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    packed = owner.packed("linear", lambda: linear.pack(owner.codes, owner.step.detach()))
+    if owner.activation.mode == "dynamic":
+        return linear.dynamic(x, packed, bias)
+    return linear.static(x, packed, bias, Range(owner.activation.low, owner.activation.high))
+
+
+def _embedding(
+    owner: Counterpart,
+    indices: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Gather rows of codes and scale them; the other options concern training or have been ruled out."""
+    del padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+    rows = F.embedding(indices, owner.codes).to(owner.weight_dtype)
+    step = owner.step.detach()
+    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if owner.view.rows else step)
+
+
+KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
+    F.linear: _linear,
+    F.embedding: _embedding,
+}
+_ = (conv, ModelError)

@@ -1,0 +1,407 @@
+"""The quantized model: a copy of the user's model, of a subclass of its own class, whose state is codes.
+
+Weights that run in int8 live in counterparts (`pared.layers`). All others stay ordinary float parameters, on which the
+original modules run unchanged; hooks let `state_dict` give their codes, recovered exactly as `round(weight / step)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pared import artifact, ledger, reporting
+from pared.contents import Contents, Stored, match
+from pared.errors import MismatchError, ModelError
+from pared.formats import CODE_LIMITS, Coded, Float, Grid, Raw, dtype_name, survives_float16
+from pared.layers import Counterpart, float_class, stand_in
+from pared.plan import Decision
+from pared.profile import Profile, this_machine
+from pared.reporting import Outcome
+from pared.tensors import clone_structure, find_tensors, loose_tensors, refresh_recurrent, registered
+from pared.views import View
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+log = logging.getLogger(__name__)
+
+DEPLOY: Final = "deploy.yaml"
+ENGINE: Final = "engine.json"
+_RECORD: Final = "_pared"
+
+
+class Keeper:
+    """Gives a float tensor of a live model its stored form again: in its state dict and in files.
+
+    Args:
+        format: of the tensor.
+        view: of the tensor, for grids.
+        step: float32, one per row, for grids.
+    """
+
+    def __init__(self, format: Grid | Float | Raw, view: View | None, step: Tensor | None) -> None:
+        self.format = format
+        self.view = view
+        self.step = step
+        self._codes: weakref.ref[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory of the last codes: weak references can be neither copied nor pickled."""
+        return {**self.__dict__, "_codes": None}
+
+    def coded(self, name: str, tensor: Tensor) -> Coded:
+        """The tensor in its format; tied names get the same codes, so that files hold them once.
+
+        Raises:
+            ModelError: the tensor is not what the format decodes to: it was changed after compression.
+        """
+        tensor = tensor.detach().cpu()
+        known = self._codes() if self._codes is not None else None
+        if known is not None and self.step is not None:
+            coded = Coded(self.format, tuple(tensor.shape), tensor.dtype, {"codes": known, "step": self.step}, self.view)
+            if torch.equal(coded.decode(), tensor):
+                return coded
+        if isinstance(self.format, Grid):
+            assert self.step is not None
+            coded = self.format.encode(tensor, self.step, self.view)
+        else:
+            coded = self.format.encode(tensor)
+        if not torch.equal(coded.decode().nan_to_num(), tensor.nan_to_num()):
+            raise ModelError(
+                "was changed after it was compressed, so its codes can no longer hold it",
+                where=name,
+                remedy="Compress the changed model again with pared.fit, or load the artifact afresh.",
+            )
+        if "codes" in coded.parts:
+            self._codes = weakref.ref(coded.parts["codes"])
+        return coded
+
+
+def _narrow(
+    keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+) -> None:
+    """State dict hook: codes and steps, or narrow floats, in the place of floats."""
+    name = f"{prefix}{attribute}"
+    if name not in state:
+        return
+    coded = keeper.coded(name, state[name])
+    state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
+    if isinstance(coded.format, Grid):
+        state[f"{name}_step"] = coded.parts["step"]
+
+
+def _widen(
+    keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """The inverse, before a module reads a state dict. What is stored may have another type than it had here."""
+    name = f"{prefix}{attribute}"
+    step, value = state.pop(f"{name}_step", None), state.get(name)
+    own = dict(registered(module))[attribute]
+    if value is None or value.shape != own.shape:
+        return  # the module reports what is missing or misshapen
+    if not isinstance(keeper.format, Grid):
+        narrow = keeper.format if isinstance(keeper.format, Float) and survives_float16(value) else None
+        keeper.format = narrow or Raw(dtype_name(own.dtype))
+    elif step is None or dtype_name(value.dtype) not in CODE_LIMITS or keeper.step is None:
+        error_messages: list[str] = rest[-1]
+        error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")
+    else:
+        keeper.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
+        keeper.step = step.detach().float().reshape(keeper.step.shape).clone()
+        parts = {"codes": value, "step": keeper.step}
+        state[name] = Coded(keeper.format, tuple(value.shape), own.dtype, parts, keeper.view).decode()
+
+
+@dataclass(eq=False)
+class Record:
+    """What a quantized model knows about itself.
+
+    Args:
+        tensors: of each tensor its names, kind and decision; its numbers are in the modules.
+        keepers: for each tensor that is held as floats, by first name.
+        activations, provenance: as they stand in the artifact.
+        profile: which kernels run here.
+        outcome: how the search went.
+    """
+
+    tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
+    keepers: Mapping[str, Keeper]
+    activations: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    profile: Profile
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of a quantized model.
+
+    Raises:
+        ModelError: the model was not made by `fit` or `load`.
+    """
+    record = model.__dict__.get(_RECORD)
+    if not isinstance(record, Record):
+        raise ModelError(
+            f"{type(model).__name__} is not a quantized model", remedy="Pass what pared.fit or pared.load returned."
+        )
+    return record
+
+
+def set_outcome(model: nn.Module, outcome: Outcome) -> None:
+    """Say how the search went."""
+    record_of(model).outcome = outcome
+
+
+class Quantized(nn.Module):
+    """Mixed in before the model's own class: how a quantized model is copied and pickled."""
+
+    def __deepcopy__(self: ModuleT, memo: dict[int, Any]) -> ModuleT:
+        """An independent quantized model; packed weights are made anew at first use."""
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(_state(self), memo))
+        refresh_recurrent(clone)
+        return clone
+
+    def __copy__(self: ModuleT) -> ModuleT:
+        """A shallow copy that shares every tensor."""
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+        """Pickle as an empty model of the original class, and the bytes of the artifact."""
+        record = record_of(self)
+        return _revive, (skeleton_of(self), artifact.to_bytes(contents_of(self)), record.profile, record.outcome)
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    if hasattr(module, "__getstate__"):  # every object has it from Python 3.11 on
+        return dict(module.__getstate__())
+    return dict(module.__dict__)
+
+
+def _revive(skeleton: nn.Module, data: bytes, profile: Profile, outcome: Outcome) -> nn.Module:
+    model = assemble(skeleton, artifact.from_bytes(data), profile)
+    set_outcome(model, outcome)
+    return model
+
+
+def save(model: nn.Module, directory: str | Path, *, container: str = "pt", verify: bool = True) -> Path:
+    """Write a quantized model to a directory: the artifact, `deploy.yaml` for people, `engine.json` for this machine.
+
+    Args:
+        model: made by `fit` or `load`.
+        directory: made if it is missing; files of an earlier save are replaced, each atomically.
+        container: "pt" (`best_model.pt`) or "safetensors" (`best_model.safetensors`).
+        verify: read the artifact back and compare every number.
+
+    Returns:
+        the artifact's path.
+
+    Raises:
+        FileError: the directory cannot be written.
+        ModelError: the model's weights were changed after compression, or it is no quantized model.
+    """
+    record = record_of(model)
+    contents = contents_of(model)
+    path = artifact.write(contents, directory, container=container, verify=verify)
+    text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.profile)
+    artifact.write_beside(path, DEPLOY, text)
+    artifact.write_beside(path, ENGINE, record.profile.to_json())
+    return path
+
+
+def profile_beside(path: Path) -> Profile:
+    """The measured choices of kernels in `engine.json`, if they hold for this machine; else none."""
+    file = path.with_name(ENGINE)
+    machine = this_machine()
+    if not file.is_file():
+        return Profile(machine)
+    try:
+        profile = Profile.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read (%s): every layer that may run in int8 does", file, error)
+        return Profile(machine)
+    if profile.machine != machine:
+        log.info("%s was measured on another machine: every layer that may run in int8 does", file)
+        return Profile(machine)
+    return profile
+
+
+def nbytes(model: nn.Module) -> int:
+    """The size in bytes of the `best_model.pt` that `save` writes."""
+    return len(artifact.to_bytes(contents_of(model)))
+
+
+def text_report(model: nn.Module) -> str:
+    """What each tensor became, its bytes and why, as text of 100 columns."""
+    return reporting.text(ledger_of(model), contents_of(model), record_of(model).outcome, record_of(model).profile)
+
+
+def ledger_of(model: nn.Module) -> ledger.Ledger:
+    """The ledger of the artifact that `save` would write."""
+    return ledger.of_artifact_bytes(artifact.to_bytes(contents_of(model)), where=type(model).__name__)
+
+
+# What a quantized model offers beside what its own class has. A model that has one of these names keeps its own;
+# the functions of `pared` with the same names work for every model.
+_FACE: Final[Mapping[str, Any]] = {
+    "save": save,
+    "report": text_report,
+    "nbytes": property(nbytes),
+    "met": property(lambda self: record_of(self).outcome.met),
+    "score": property(lambda self: record_of(self).outcome.score),
+    "baseline": property(lambda self: record_of(self).outcome.baseline),
+    "trials": property(lambda self: record_of(self).outcome.trials),
+    "plan": property(lambda self: plan_of(self)),
+}
+
+
+def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
+    """What each tensor became: one line per tensor, in the model's order."""
+    return reporting.lines(contents_of(model), record_of(model).profile)
+
+
+@functools.cache
+def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    offered = {name: _FACE[name] for name in sorted(face)}
+    return cast(type[nn.Module], type(base.__name__, (Quantized, base), {**names, **offered}))
+
+
+def _original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return float_class(next(base for base in cls.__mro__ if Quantized not in base.__mro__))
+
+
+def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
+    """Make the quantized model from a float model or an empty skeleton, and contents that fit it.
+
+    Args:
+        model: gives structure and class; it is left as it is, and its numbers are not used.
+        contents: every tensor.
+        profile: which layers run in int8 here.
+
+    Raises:
+        MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
+    """
+    int8 = {name for name in contents.activations if profile.runs_int8(name)}
+    in_codes = {stored.name for stored in contents.tensors if _all_in(stored, int8)}
+    replacement: dict[int, Tensor] = {}
+    for stored, tensors in match(model, contents):
+        if stored.name in in_codes:
+            new = torch.empty(stored.coded.shape, dtype=stored.coded.dtype, device="meta")
+        else:
+            new = stored.coded.decode()
+        for tensor in tensors:
+            replacement[id(tensor)] = _like(new, tensor)
+    clone = clone_structure(model, replacement).eval()
+    keepers = _install(clone, contents, in_codes)
+    _refuse_meta(clone)
+    tensors = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
+    provenance = dict(contents.provenance)
+    outcome = Outcome.from_json(provenance.pop("outcome", {}))
+    record = Record(tensors, keepers, dict(contents.activations), provenance, profile, outcome)
+    face = frozenset(name for name in _FACE if not hasattr(clone, name))
+    clone.__class__ = _quantized_class(type(clone), face)
+    clone.__dict__[_RECORD] = record
+    return clone
+
+
+def _all_in(stored: Stored, modules: set[str]) -> bool:
+    """Whether every name of the tensor is the weight of one of these modules."""
+    return all(name.rpartition(".")[0] in modules and name.rpartition(".")[2] == "weight" for name in stored.names)
+
+
+def _like(new: Tensor, tensor: Tensor) -> Tensor:
+    """A parameter where the skeleton has one; parameters are frozen, since codes cannot follow training."""
+    return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+
+
+def _install(clone: nn.Module, contents: Contents, in_codes: set[str]) -> dict[str, Keeper]:
+    """Counterparts and hooks for every tensor; the keepers of those that are held as floats."""
+    keepers = {}
+    hooked: set[tuple[int, str]] = set()
+    for stored in contents.tensors:
+        coded = stored.coded
+        keeper = Keeper(coded.format, coded.view, coded.parts.get("step"))
+        for module_name, _, attribute in (name.rpartition(".") for name in stored.names):
+            module = clone.get_submodule(module_name)
+            if stored.name in in_codes:
+                if not isinstance(module, Counterpart):  # a shared module is met under each of its names
+                    stand_in(module, coded, contents.activations[module_name])
+            elif (id(module), attribute) not in hooked:
+                hooked.add((id(module), attribute))
+                module.register_state_dict_post_hook(functools.partial(_narrow, keeper, attribute))
+                module.register_load_state_dict_pre_hook(functools.partial(_widen, keeper, attribute))
+        if stored.name not in in_codes:
+            keepers[stored.name] = keeper
+    return keepers
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    left = [slot.name for slot in find_tensors(model) if slot.tensor.is_meta]
+    left += [attribute for _, attribute, tensor in loose_tensors(model) if tensor.is_meta]
+    if left:
+        raise MismatchError(
+            "is on the meta device and in no state dict, so the artifact does not hold it",
+            where=left[0],
+            remedy="Register it as a buffer, or build the skeleton on the CPU.",
+        )
+
+
+def contents_of(model: nn.Module) -> Contents:
+    """Everything that the artifact of a quantized model holds.
+
+    Raises:
+        ModelError: a weight was changed after compression.
+    """
+    record = record_of(model)
+    tensors = []
+    for names, kind, decision in record.tensors:
+        module_name, _, attribute = names[0].rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(module, Counterpart) and attribute == "weight":
+            coded = module.coded()
+        else:
+            coded = record.keepers[names[0]].coded(names[0], dict(registered(module))[attribute])
+        tensors.append(Stored(names, kind, coded, decision))
+    provenance = {**record.provenance, "outcome": record.outcome.to_json()}
+    return Contents(tuple(tensors), record.activations, provenance)
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """An empty float model of the original class, on the meta device."""
+    empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    for module in empty.modules():
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+        if isinstance(module, Counterpart):
+            _empty_float(module)
+    del empty.__dict__[_RECORD]
+    empty.__class__ = _original_class(type(empty))
+    return empty
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    inner = getattr(hook, "hook", hook)  # torch wraps pre-hooks
+    return isinstance(inner, functools.partial) and inner.func in (_narrow, _widen)
+
+
+def _empty_float(module: Counterpart) -> None:
+    weight = nn.Parameter(torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False)
+    del module._buffers["codes"], module._parameters["step"]
+    for name in ("view", "activation", "weight_dtype", "_packed", "_lock"):
+        del module.__dict__[name]
+    module._non_persistent_buffers_set.discard("codes")
+    module.__class__ = float_class(type(module))
+    # `weight` came first in the float module, and optimizers and state dicts go by that order.
+    module._parameters = {"weight": weight, **module._parameters}

@@ -1,0 +1,185 @@
+"""What becomes of each tensor, decided before anything is rounded; and the decisions carried out."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pared.config import Rule
+from pared.errors import ConfigError
+from pared.formats import Coded, Float, Raw, dtype_name, survives_float16
+from pared.solvers import nearest
+from pared.tensors import Slot
+from pared.views import View, view_of
+
+DEFAULT_BITS = 8.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor.
+
+    Args:
+        name: the tensor's first name.
+        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
+        bits: the rate asked for; only for grids.
+        because: the reason, for people.
+    """
+
+    name: str
+    treatment: Literal["grid", "float16", "float32", "exact"]
+    bits: float | None
+    because: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as plain data."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+Plan = tuple[Decision, ...]
+
+
+def make_plan(
+    model: nn.Module, slots: Sequence[Slot], rules: Sequence[Rule], *, bits: float = DEFAULT_BITS, strict: bool = False
+) -> Plan:
+    """One decision per tensor: the first rule that matches, else a grid at `bits` for whatever can be on one.
+
+    Raises:
+        ConfigError: a rule matches nothing, or `strict` and a tensor would be left in float without a rule.
+    """
+    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    used: set[int] = set()
+    plan = []
+    for slot in slots:
+        index = next((i for i, rule in enumerate(rules) if _matches(rule, slot, types)), None)
+        # A rule whose every tensor was claimed by an earlier one still matches something.
+        used.update(i for i, rule in enumerate(rules) if i not in used and _matches(rule, slot, types))
+        plan.append(_default(slot, bits) if index is None else _by_rule(slot, rules[index]))
+    for i, rule in enumerate(rules):
+        if i not in used:
+            raise _unmatched(rule, slots, types)
+    if strict:
+        _refuse_left_in_float(plan, slots, rules, types)
+    return tuple(plan)
+
+
+def _matches(rule: Rule, slot: Slot, types: Mapping[str, type[nn.Module]]) -> bool:
+    return any(
+        fnmatch.fnmatchcase(place, rule.target)
+        if isinstance(rule.target, str)
+        else place in types and issubclass(types[place], rule.target)
+        for name in slot.names
+        for place in _places(name)
+    )
+
+
+def _places(name: str) -> Iterable[str]:
+    """The tensor's own name and the name of every module around it, the root's empty name last."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _by_rule(slot: Slot, rule: Rule) -> Decision:
+    reason = rule.because or f"rule {rule.label}"
+    if rule.keep or not slot.tensor.is_floating_point():
+        return Decision(slot.name, "exact", None, reason)
+    if rule.bits == 32:
+        return Decision(slot.name, "float32", None, reason)
+    if rule.bits == 16:
+        if survives_float16(slot.tensor):
+            return Decision(slot.name, "float16", None, reason)
+        return Decision(slot.name, "exact", None, f"{reason}; its values do not survive float16")
+    if not slot.weight_like or slot.tensor.numel() == 0:
+        return _default(slot, DEFAULT_BITS)
+    return Decision(slot.name, "grid", rule.bits, reason)
+
+
+def _default(slot: Slot, bits: float) -> Decision:
+    tensor = slot.tensor
+    if slot.weight_like and tensor.numel() > 0:
+        if slot.kind == "parameter" or bool(torch.isfinite(tensor).all()):
+            return Decision(slot.name, "grid", bits, "")
+        return Decision(slot.name, "exact", None, "a buffer that holds infinities")
+    if tensor.dtype == torch.float32 and slot.persistent and tensor.dim() <= 1:
+        if survives_float16(tensor):
+            return Decision(slot.name, "float16", None, "one-dimensional, every value survives float16")
+        return Decision(slot.name, "exact", None, "one-dimensional, its values do not survive float16")
+    if not slot.persistent:
+        return Decision(slot.name, "exact", None, "a buffer that the state dict leaves out")
+    return Decision(slot.name, "exact", None, f"{dtype_name(tensor.dtype)} is kept exactly")
+
+
+def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Module]]) -> ConfigError:
+    if isinstance(rule.target, str):
+        names = [name for slot in slots for name in slot.names] + [name for name in types if name]
+        near = difflib.get_close_matches(rule.target, names, n=3, cutoff=0.4)
+    else:
+        near = sorted({cls.__name__ for name, cls in types.items() if name})
+    hint = f"The nearest names are: {', '.join(near)}." if near else "The model has no named tensors."
+    return ConfigError("matches no tensor of the model", where=f"Rule({rule.label})", remedy=hint)
+
+
+def _refuse_left_in_float(
+    plan: Iterable[Decision], slots: Iterable[Slot], rules: Iterable[Rule], types: Mapping[str, type[nn.Module]]
+) -> None:
+    left = [
+        f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"
+        for slot, decision in zip(slots, plan, strict=True)
+        if decision.treatment != "grid"
+        and slot.tensor.is_floating_point()
+        and slot.tensor.dim() >= 2
+        and not any(_matches(rule, slot, types) for rule in rules)
+    ]
+    if left:
+        raise ConfigError(
+            f"strict=True, but these would stay in float: {'; '.join(left)}",
+            where="PostTrainingQuantConfig",
+            remedy="Give each a Rule(..., keep=True, because=...), or leave strict out.",
+        )
+
+
+def encode(slot: Slot, decision: Decision) -> Coded:
+    """Carry out one decision."""
+    tensor = slot.tensor.detach()
+    if decision.treatment == "grid":
+        assert decision.bits is not None
+        return nearest(tensor, decision.bits, view_of(slot.module, slot.attribute, tuple(tensor.shape)))
+    if decision.treatment == "exact":
+        return Raw(dtype_name(tensor.dtype)).encode(tensor)
+    return Float(decision.treatment).encode(tensor)
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a tensor would take, judged by a few of its rows.
+
+    Args:
+        nbytes: about.
+        sampled: how many of its numbers were looked at.
+    """
+
+    nbytes: float
+    sampled: int
+
+
+def sample_cost(slot: Slot, decision: Decision, rows: int) -> Guess:
+    """Judge what a tensor would take by rounding at most `rows` evenly spaced rows of it."""
+    tensor = slot.tensor.detach()
+    if decision.treatment != "grid" or tensor.numel() == 0:
+        width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
+        return Guess(tensor.numel() * width, 0)
+    assert decision.bits is not None
+    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
+    matrix = view.matrix(tensor)
+    chosen = torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()
+    part = matrix[chosen]
+    sampled = nearest(part, decision.bits, View(tuple(part.shape), (0,) if view.rows else ()))
+    return Guess(sampled.nbytes * tensor.numel() / part.numel(), part.numel())

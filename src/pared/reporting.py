@@ -1,0 +1,192 @@
+"""What came of a search, for people: text of 100 columns and `deploy.yaml`. Formatting only."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import yaml
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pared.contents import Contents, Stored
+from pared.layers import Activation
+from pared.ledger import Ledger
+from pared.profile import Profile
+
+WIDTH: Final = 100
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate that was evaluated.
+
+    Args:
+        name: how its activations are treated: "auto", "static", "dynamic" or "weight_only".
+        nbytes: of its `best_model.pt`.
+        score: what `eval_func` gave.
+        loss: in the unit of the criterion's tolerable loss; negative for a gain.
+        met: whether the criterion was met.
+        seconds: of the evaluation.
+    """
+
+    name: str
+    nbytes: int
+    score: float
+    loss: float
+    met: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The result on data that the search has not seen.
+
+    Args:
+        score: of the quantized model.
+        baseline: of the float model.
+        loss: in the unit of the criterion's tolerable loss.
+        standard_error: of the loss, paired over samples; None where the score was a single number.
+    """
+
+    score: float
+    baseline: float
+    loss: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the search went.
+
+    Args:
+        met: whether the criterion was met; None if nothing was evaluated.
+        score: of the returned model.
+        baseline: of the float model.
+        gap: by how much the tolerable loss was exceeded; 0 if it was met.
+        confirmation: on unseen data, where there were any.
+        trials: every candidate, in order.
+    """
+
+    met: bool | None = None
+    score: float | None = None
+    baseline: float | None = None
+    gap: float | None = None
+    confirmation: Confirmation | None = None
+    trials: tuple[Trial, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What an artifact keeps: no trials, since their seconds depend on a clock."""
+        return {key: value for key, value in asdict(self).items() if key != "trials" and value is not None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """The inverse of `to_json`."""
+        confirmation = data.get("confirmation")
+        return cls(**{**data, "confirmation": Confirmation(**confirmation) if confirmation else None})
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one tensor became.
+
+    Args:
+        name: its first name.
+        shape: of the tensor.
+        treatment: "grid", "float16", "float32" or "exact".
+        bits: the rate asked for, on a grid.
+        format: its label, "grid int8" for instance.
+        kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", or "float".
+        because: the reason.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    treatment: str
+    bits: float | None
+    format: str
+    kernel: str
+    because: str
+
+
+def lines(contents: Contents, profile: Profile) -> tuple[Line, ...]:
+    """One line per tensor, in the model's order."""
+    return tuple(_line(stored, contents.activations, profile) for stored in contents.tensors)
+
+
+def _line(stored: Stored, activations: Mapping[str, Activation], profile: Profile) -> Line:
+    module, _, attribute = stored.name.rpartition(".")
+    kernel, because = "float", stored.decision.because
+    if attribute == "weight" and module in activations:
+        if profile.runs_int8(module):
+            kernel = f"int8 {activations[module].mode}"
+        else:
+            because = f"{because}; int8 was not faster here".removeprefix("; ")
+    decision, coded = stored.decision, stored.coded
+    return Line(stored.name, coded.shape, decision.treatment, decision.bits, coded.format.label, kernel, because)
+
+
+def text(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
+    """The report of a quantized model: totals, scores, and a row per tensor."""
+    rows = {row.name: row for row in ledger.rows}
+    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
+    table.add_column("tensor", overflow="fold", ratio=3)
+    table.add_column("shape", overflow="fold", ratio=1)
+    table.add_column("format")
+    table.add_column("bits", justify="right")
+    table.add_column("bytes", justify="right")
+    table.add_column("kernel")
+    table.add_column("because", overflow="fold", ratio=2)
+    for line in lines(contents, profile):
+        row = rows[line.name]
+        shape = "x".join(map(str, line.shape)) or "scalar"
+        table.add_row(
+            line.name, shape, line.format, f"{row.bits:.2f}", f"{row.nbytes:,}", line.kernel, line.because
+        )
+    return "\n".join((*_summary(ledger, outcome), _render(table)))
+
+
+def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
+    ratio = f", {ledger.nbytes / ledger.original_nbytes:.3f} of the source" if ledger.original_nbytes else ""
+    found = [f"{ledger.file}: {ledger.nbytes:,} bytes{ratio}, {ledger.bits_per_weight:.2f} bits per weight"]
+    if outcome.met is not None:
+        verdict = "met" if outcome.met else f"NOT met, {outcome.gap:.4g} too much was lost"
+        found.append(f"criterion {verdict}: score {outcome.score:.6g}, baseline {outcome.baseline:.6g}")
+    if outcome.confirmation is not None:
+        seen = outcome.confirmation
+        error = "" if seen.standard_error is None else f" +- {seen.standard_error:.2g}"
+        found.append(f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline:.6g}, loss {seen.loss:.4g}{error}")
+    found += [
+        f"trial {i}: {trial.name}, {trial.nbytes:,} bytes, score {trial.score:.6g}, "
+        f"{'met' if trial.met else 'not met'}, {trial.seconds:.1f} s"
+        for i, trial in enumerate(outcome.trials, 1)
+    ]
+    return found
+
+
+def _render(table: Table) -> str:
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
+    """`deploy.yaml`: the plan with bytes, rates and reasons, the scores, and where it all came from."""
+    rows = {row.name: row for row in ledger.rows}
+    data = {
+        "note": "For people, and for pared.fit(model, plan=...); pared.load does not read it.",
+        "bytes": ledger.nbytes,
+        "ratio": round(ledger.nbytes / ledger.original_nbytes, 5) if ledger.original_nbytes else None,
+        "outcome": asdict(outcome) | {"trials": [asdict(trial) for trial in outcome.trials]},
+        "provenance": dict(contents.provenance),
+        "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
+        "plan": [
+            asdict(line) | {"shape": list(line.shape), "bytes": rows[line.name].nbytes, "rate": rows[line.name].bits}
+            for line in lines(contents, profile)
+        ],
+    }
+    return yaml.safe_dump(data, sort_keys=False, width=WIDTH, allow_unicode=True)
