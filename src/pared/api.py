@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -21,9 +21,7 @@ from pared.contents import Contents, Stored
 from pared.errors import CalibrationError, ConfigError
 from pared.evaluate import EvalFunc
 from pared.layers import Activation
-from pared.profile import Profile
 from pared.progress import Stages
-from pared.reporting import Outcome
 from pared.tensors import Slot, check_supported, find_tensors
 
 log = logging.getLogger(__name__)
@@ -101,8 +99,7 @@ def fit(
             return built
     with stages.stage("searching"):
         judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
-        best = search.climb(rungs, make, stats.shadow(model), judge)
-    return best  # type: ignore[return-value]  # its class is a subclass of the model's
+        return search.climb(rungs, make, stats.shadow(model), judge)
 
 
 def load(path: str | Path, model: ModuleT) -> ModuleT:
@@ -134,12 +131,12 @@ def load(path: str | Path, model: ModuleT) -> ModuleT:
     return quantized.assemble(model, contents, quantized.profile_beside(file))
 
 
-def _check_arguments(
-    conf: object, calibration: object, eval_func: object, confirm_func: object
-) -> None:
+def _check_arguments(conf: object, calibration: object, eval_func: object, confirm_func: object) -> None:
     if not isinstance(conf, PostTrainingQuantConfig):
         raise ConfigError(
-            f"conf is a {type(conf).__name__}", where="pared.fit", remedy="Pass a PostTrainingQuantConfig(...)."
+            f"conf is a {type(conf).__name__}",
+            where="pared.fit",
+            remedy="Pass a PostTrainingQuantConfig(...).",
         )
     for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
         if function is not None and not callable(function):
@@ -150,7 +147,9 @@ def _check_arguments(
             )
     if confirm_func is not None and eval_func is None:
         raise ConfigError(
-            "confirm_func without eval_func confirms nothing", where="pared.fit", remedy="Pass eval_func as well."
+            "confirm_func without eval_func confirms nothing",
+            where="pared.fit",
+            remedy="Pass eval_func as well.",
         )
     if conf.approach == "static" and calibration is None:
         raise CalibrationError(
@@ -215,12 +214,12 @@ def _file_bytes(stored: Sequence[Stored]) -> int:
     return len(artifact.to_bytes(Contents(tuple(stored)))) + _ROOM_PER_TENSOR * len(stored) + _ROOM
 
 
-class _Factory:
+class _Factory(Generic[ModuleT]):
     """Builds the quantized model of each rung from one rounding and one set of statistics."""
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ModuleT,
         stored: tuple[Stored, ...],
         seen: stats.Statistics | None,
         conf: PostTrainingQuantConfig,
@@ -230,13 +229,13 @@ class _Factory:
         self._candidates = find_candidates(model, stored, seen.inputs if seen else None)
         self._provenance: dict[str, Any] = {
             "pared": pared.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "calibration_samples": seen.samples if seen else 0,
             "seed": conf.seed,
         }
         self._made: list[dict[str, Activation]] = []
 
-    def __call__(self, rung: Approach) -> nn.Module | None:
+    def __call__(self, rung: Approach) -> ModuleT | None:
         """The model of a rung; None if it would equal an earlier one."""
         activations = choose_activations(self._candidates, rung)
         if activations in self._made:
@@ -267,15 +266,19 @@ _SAMPLED_ROWS = 64
 
 
 def estimate(
-    model: nn.Module, conf: PostTrainingQuantConfig | None = None, calib_dataloader: calls.Calibration | None = None
+    model: nn.Module,
+    conf: PostTrainingQuantConfig | None = None,
+    calib_dataloader: calls.Calibration | None = None,
 ) -> Estimate:
     """Predict bytes and seconds before any work: rounds a few rows of each tensor and runs one calibration batch.
 
     Args:
-        model, conf, calib_dataloader: as for `fit`; one batch is read.
+        model: as for `fit`.
+        conf: as for `fit`.
+        calib_dataloader: as for `fit`; one batch is read.
 
     Raises:
-        as `fit`.
+        ParedError: as `fit`.
 
     >>> guess = estimate(nn.Linear(256, 256))
     >>> guess.nbytes < 0.4 * guess.original_nbytes

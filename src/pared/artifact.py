@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import zlib
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -14,8 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pared import container, formats
-from pared.container import Entry, Index
+from pared import formats
+from pared.container import (
+    ALIGNMENT,
+    FILE_NAMES,
+    Entry,
+    Index,
+    Part,
+    Records,
+    make_directory,
+    open_records,
+    parse_index,
+    write_atomic,
+    write_safetensors,
+)
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, FileError
 from pared.formats import RAW_TYPES, Coded, dtype_name
@@ -25,36 +36,37 @@ from pared.views import View
 
 log = logging.getLogger(__name__)
 
-NAMES: Final[Mapping[str, str]] = {"pt": "best_model.pt", "safetensors": "best_model.safetensors"}
 _DAMAGED: Final = "Fetch the file again; it is damaged."
 
 
-def to_bytes(contents: Contents, container_name: str = "pt") -> bytes:
+def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
     """The artifact's bytes: the same contents give the same bytes.
 
     Args:
         contents: every tensor.
-        container_name: "pt" or "safetensors".
+        kind: of container: "pt" or "safetensors".
     """
     buffer = io.BytesIO()
-    _write(contents, container_name, buffer)
+    _write(contents, kind, buffer)
     return buffer.getvalue()
 
 
-def _write(contents: Contents, container_name: str, file: BinaryIO) -> None:
+def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     data = bytearray()
     entries = tuple(_entry(stored, data) for stored in contents.tensors)
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
     index = Index(entries, modules, dict(contents.provenance)).to_bytes()
-    if container_name == "safetensors":
-        container.write_safetensors(file, index, bytes(data))
+    if kind == "safetensors":
+        write_safetensors(file, index, bytes(data))
     else:
         # Through a file object: torch names the archive's folder after a path, which would get into the bytes.
         torch.save({"index": _record(index), "data": _record(bytes(data))}, file)
 
 
 def _record(data: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+    )
 
 
 def _entry(stored: Stored, data: bytearray) -> Entry:
@@ -62,8 +74,8 @@ def _entry(stored: Stored, data: bytearray) -> Entry:
     coded = stored.coded
     parts = {}
     for name, part in coded.format.streams(coded).items():
-        data.extend(bytes(-len(data) % container.ALIGNMENT))
-        parts[name] = container.Part(len(data), len(part.payload), zlib.crc32(part.payload), part.coding)
+        data.extend(bytes(-len(data) % ALIGNMENT))
+        parts[name] = Part(len(data), len(part.payload), zlib.crc32(part.payload), part.coding)
         data.extend(part.payload)
     return Entry(
         names=stored.names,
@@ -84,7 +96,7 @@ def from_bytes(data: bytes) -> Contents:
     Raises:
         CorruptError, UnsafeError, VersionError: see `read`.
     """
-    with container.open_records(data) as records:
+    with open_records(data) as records:
         return _contents(records)
 
 
@@ -97,12 +109,12 @@ def read(path: Path) -> Contents:
         UnsafeError: it would inflate without bound.
         VersionError: a newer version wrote it.
     """
-    with container.open_records(path) as records:
+    with open_records(path) as records:
         return _contents(records)
 
 
-def _contents(records: container.Records) -> Contents:
-    index = container.parse_index(records)
+def _contents(records: Records) -> Contents:
+    index = parse_index(records)
     with ThreadPoolExecutor() as pool:
         tensors = tuple(pool.map(lambda entry: _stored(entry, records.data), index.entries))
     activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
@@ -119,23 +131,24 @@ def _stored(entry: Entry, data: memoryview) -> Stored:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
     treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
-    return Stored(entry.names, entry.kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
+    kind: Any = entry.kind  # the index has been checked
+    return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
 
 
-def _part(tensor: str, name: str, part: container.Part, data: memoryview) -> formats.Part:
+def _part(tensor: str, name: str, part: Part, data: memoryview) -> formats.Part:
     payload = data[part.offset : part.offset + part.length]
     if zlib.crc32(payload) != part.crc32:
         raise CorruptError(f"the checksum of its {name} does not match", where=tensor, remedy=_DAMAGED)
     return formats.Part(payload, part.coding)
 
 
-def write(contents: Contents, directory: str | Path, *, container: str = "pt", verify: bool = True) -> Path:
+def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:
     """Write an artifact to a directory, atomically: either the whole file stands there, or what stood there before.
 
     Args:
         contents: every tensor.
         directory: made if it is missing.
-        container: "pt" or "safetensors".
+        kind: of container: "pt" or "safetensors".
         verify: read it back before it takes its name, and compare every number.
 
     Returns:
@@ -145,14 +158,15 @@ def write(contents: Contents, directory: str | Path, *, container: str = "pt", v
         ConfigError: an unknown container.
         FileError: the directory cannot be written.
     """
-    if container not in NAMES:
+    if kind not in FILE_NAMES:
         raise ConfigError(
-            f"container={container!r} is not one of {', '.join(map(repr, NAMES))}",
+            f"container={kind!r} is not one of {', '.join(map(repr, FILE_NAMES))}",
             where="save",
             remedy="Choose one of them.",
         )
-    path = Path(directory) / NAMES[container]
-    data = to_bytes(contents, container)
+    path = Path(directory) / FILE_NAMES[kind]
+    make_directory(path.parent)
+    data = to_bytes(contents, kind)
     if verify:
         _verify(contents, data)
     write_beside(path, path.name, data)
@@ -178,8 +192,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def write_beside(path: Path, name: str, content: bytes | str) -> None:
     """Write a file next to an artifact, atomically."""
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    container.write_atomic(path.with_name(name), lambda file: file.write(data))
+    write_atomic(path.with_name(name), lambda file: file.write(data))
 
 
 def find(path: str | Path) -> Path:
@@ -191,11 +204,11 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    for name in NAMES.values():
+    for name in FILE_NAMES.values():
         if (path / name).is_file():
             return path / name
     raise FileError(
         "there is no artifact here",
         where=str(path),
-        remedy=f"Pass the directory that save wrote, or the file ({' or '.join(NAMES.values())}).",
+        remedy=f"Pass the directory that save wrote, or the file ({' or '.join(FILE_NAMES.values())}).",
     )

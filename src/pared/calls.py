@@ -110,9 +110,7 @@ def bind(model: nn.Module, batch: object, where: str) -> tuple[tuple[Any, ...], 
         return (), _check_fit(signature, (), dict(batch), where)[1]
     if isinstance(batch, Tensor) or not isinstance(batch, (tuple, list)):
         return _check_fit(signature, (batch,), {}, where)
-    positional = [
-        p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)
     most = len(positional)
     if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):

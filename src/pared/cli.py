@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
+from pared.container import make_directory
 from pared.errors import ConfigError, ParedError
 
 app = typer.Typer(
@@ -27,7 +28,9 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
     if version:
         typer.echo(f"pared {pared.__version__}")
         raise typer.Exit
@@ -38,13 +41,15 @@ def fit(
     model: Annotated[str, typer.Argument(metavar="PKG.MOD:FACTORY", help="A function that returns the float model.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Directory to write.")] = None,
     calib: Annotated[
-        str | None, typer.Option(metavar="PKG.MOD:OBJ", help="Calibration batches, or a function that calls the model.")
+        str | None,
+        typer.Option(metavar="PKG.MOD:OBJ", help="Calibration batches, or a function that calls the model."),
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option("--eval", metavar="PKG.MOD:FUNC", help="A function that scores a model.")
     ] = None,
     confirm: Annotated[
-        str | None, typer.Option(metavar="PKG.MOD:FUNC", help="The same on other data, to confirm the result.")
+        str | None,
+        typer.Option(metavar="PKG.MOD:FUNC", help="The same on other data, to confirm the result."),
     ] = None,
     tolerable_loss: Annotated[float | None, typer.Option(help="How much of the score may be lost.")] = None,
     absolute: Annotated[bool, typer.Option("--absolute", help="The loss is in the score's own unit.")] = False,
@@ -73,6 +78,8 @@ def fit(
         criterion="absolute" if absolute else None,
         higher_is_better=False if lower_is_better else None,
     )
+    if output is not None and not dry_run:
+        make_directory(output)  # before hours of work, not after
     conf = pared.PostTrainingQuantConfig(
         accuracy_criterion=pared.AccuracyCriterion(**criterion),
         **_given(
@@ -132,7 +139,9 @@ def _rule(text: str) -> pared.Rule:
         if isinstance(error, ParedError):
             raise
         raise ConfigError(
-            f"{text!r} is no rule", where="--rule", remedy="Write PATTERN=BITS or PATTERN=keep, 'encoder.*=4' for instance."
+            f"{text!r} is no rule",
+            where="--rule",
+            remedy="Write PATTERN=BITS or PATTERN=keep, 'encoder.*=4' for instance.",
         ) from error
 
 

@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeVar, get_args
 
@@ -39,11 +39,11 @@ INC_EQUIVALENTS: Final[Mapping[str, str]] = {
 
 def _strict_options(cls: type[T]) -> type[T]:
     """Turn an unknown keyword into an error of ours that names the nearest option, or INC's equivalent."""
-    plain: Callable[..., None] = cls.__init__  # type: ignore[misc]  # a dataclass's own, replaced on the class itself
+    plain: Any = cls.__init__
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # applied to dataclasses only
 
     @functools.wraps(plain)
-    def __init__(self: object, *args: Any, **options: Any) -> None:
+    def checked(self: object, *args: Any, **options: Any) -> None:
         for option in options:
             if option not in known:
                 raise ConfigError(
@@ -51,7 +51,7 @@ def _strict_options(cls: type[T]) -> type[T]:
                 )
         plain(self, *args, **options)
 
-    cls.__init__ = __init__  # type: ignore[misc]  # as above
+    setattr(cls, "__init__", checked)  # noqa: B010  # mypy forbids the plain assignment
     return cls
 
 
@@ -158,9 +158,7 @@ class Rule:
                 remedy='Pass a string such as "encoder.*" or a class such as torch.nn.Linear.',
             )
         if (self.bits is None) == (not self.keep):
-            raise ConfigError(
-                "needs either bits=... or keep=True", where=where, remedy="Give exactly one of them."
-            )
+            raise ConfigError("needs either bits=... or keep=True", where=where, remedy="Give exactly one of them.")
         if self.bits is not None and not (0 < self.bits < 16 or self.bits in (16, 32)):
             raise ConfigError(
                 f"bits={self.bits!r} is no rate",
@@ -172,9 +170,7 @@ class Rule:
     def label(self) -> str:
         """The target as it is shown to people."""
         return (
-            repr(self.target)
-            if isinstance(self.target, str)
-            else getattr(self.target, "__name__", repr(self.target))
+            repr(self.target) if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
         )
 
 
@@ -231,9 +227,7 @@ class PostTrainingQuantConfig:
             )
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise ConfigError(
-                    f"{rule!r} is no Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...)."
-                )
+                raise ConfigError(f"{rule!r} is no Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...).")
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.max_size is not None:
             object.__setattr__(self, "max_size", parse_size(self.max_size))
@@ -253,11 +247,7 @@ def parse_size(size: int | str) -> int:
     """
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE)
-        if isinstance(size, str)
-        else None
-    )
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
     if match is None or float(match[1]) == 0:
         raise ConfigError(
             f"{size!r} is no size",

@@ -1,30 +1,32 @@
 """The coder of code streams: Huffman-coded symbols, with an exact cost.
 
-A tensor's codes (int8 or int16, in C order) become one payload; its parameters, a `Coding`, stand in the artifact's
-index. All of it is done by numpy and by the standard library's zlib, whose Huffman-only mode comes within 0.15 bit
-of the order-0 entropy once codes share symbols where a symbol of one code would cost more than it tells.
+A tensor's codes (int8 or int16, in C order) become one payload; its parameters, a `Coding`, stand in the
+artifact's index. numpy and the standard library's zlib do it all. Huffman-only deflate comes within 0.15 bit
+of the order-0 entropy once codes share symbols where one of its own would cost a code more than it tells.
 `docs/decisions/002-coder.md` says why.
 
 What the bytes mean. A payload of n codes of b bits, b being 8 or 16, has as its coding one of
 
 * none: the payload is the n codes as little-endian two's complement numbers (n may be 0);
 * `{"constant": v}`: the payload is empty and every code is v (n > 0);
-* `{"per_symbol": k}` or `{"per_symbol": k, "low_bits": l}` (n > 0) with k from 1 to 4, and with l, which is 0 where
-  it is missing, 4 or 8 where k is 1 and b is 16.
+* `{"per_symbol": k}` or `{"per_symbol": k, "low_bits": l}` (n > 0), l being 0 where it is missing: (k, l) is
+  (1, 0), (2, 0), (3, 0) or (4, 0), for b = 8 also (2, 4), for b = 16 also (1, 4), (1, 8) or (2, 8).
 
-In the last case the codes are cut into chunks of 65,024 * k, the last chunk taking what is left. The payload is the
-length in bytes of every chunk but the last, each a little-endian uint32, then the chunks without gaps. Each code is
-`high * 2^l + low` with `0 <= low < 2^l`, and a chunk is, without gaps,
+In the last case the codes are cut into chunks of 65,024 * k, the last chunk taking what is left. The payload
+is the length in bytes of every chunk but the last, each a little-endian uint32, then the chunks without
+gaps. With each code being `high * 2^l + low` and `0 <= low < 2^l`, a chunk is, without gaps,
 
-1. the `low` of its codes: nothing (l = 0), one byte each (l = 8), or two in a byte (l = 4), the first in the lower
-   half, a missing second being 0;
-2. the `high` of its codes as symbols, in one raw deflate stream (RFC 1951) that uses no matches. A symbol is a byte
-   that holds k digits of base R, the first the least significant, R being 256, 16, 6 or 4 for a k of 1, 2, 3 or 4.
-   With m = R / 2 - 1, the digit is `high + m` where `-m <= high <= m`, and otherwise R - 1, the escape. Digits that
-   the last symbol has to spare are m;
-3. the `high` of its escapes in order, each a little-endian two's complement number of b bits.
+1. the `low` of its codes: nothing (l = 0), one byte each (l = 8), or two in a byte (l = 4), with the first
+   half of the codes in the lower halves of the bytes and the second half, a missing one being 0, in the
+   upper halves;
+2. the `high` of its codes as symbols, in one raw deflate stream (RFC 1951) without matches. A symbol is a
+   byte of k digits of base R, the first the least significant; R is 256, 16, 6 or 4 for a k of 1, 2, 3 or 4.
+   With m = R / 2 - 1, the digit is `high + m` where `-m <= high <= m`, and otherwise R - 1, the escape. The
+   digits that the last symbol has to spare are m;
+3. the `high` of its escapes in order, each a little-endian two's complement number of b bits. Nothing is
+   listed if `high` has b - l bits and R = 2^(b - l): R - 1 then stands for -R / 2 alone.
 
-A symbol costs at least a bit, so a chunk with more than eight symbols to a byte is refused before it is inflated.
+A symbol costs at least a bit: a chunk of more than eight symbols to a byte is refused before it is inflated.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, TypeVar, final
 
 import numpy as np
@@ -41,25 +44,29 @@ from numpy.typing import DTypeLike, NDArray
 
 from pared.errors import CorruptError, ParedError
 
-# Symbols in a chunk. Deflate slides its window of 64 KiB, at a price, when a stream comes within 262 bytes of the
-# window's end; streams that stay below encode a sixth faster. Chunks are also the unit of parallel work.
+# Symbols in a chunk. Deflate slides its window of 64 KiB, at a price, when a stream comes within 262 bytes of
+# its end; streams that stay below are encoded a sixth faster. Chunks are also the unit of parallel work.
 CHUNK: Final = 65_024
+
+# A thread takes a while to start: it is worth it for so many chunks.
+_THREAD: Final = 4
 
 # The base of the digits, by how many of them share a byte; the top digit is the escape.
 RADIX: Final = {1: 256, 2: 16, 3: 6, 4: 4}
 
 # The legal (per_symbol, low_bits), by the bytes of a code.
-_UNSPLIT: Final = ((1, 0), (2, 0), (3, 0), (4, 0))
-_LAYOUTS: Final = {1: _UNSPLIT, 2: (*_UNSPLIT, (1, 4), (1, 8))}
+_WHOLE: Final = ((1, 0), (2, 0), (3, 0), (4, 0))
+_LAYOUTS: Final = {1: (*_WHOLE, (2, 4)), 2: (*_WHOLE, (1, 4), (1, 8), (2, 8))}
 
-# Sharing symbols never pays above so many bits of entropy: Huffman's loss is small there.
-_SHARED_BELOW: Final = 3.0
-
-# Layouts are compared on so many runs of so many neighbouring codes.
+# Layouts are compared on so many runs of so many neighbouring codes. For so small a loss the one with the fewest
+# symbols is taken, since time goes by symbols.
 _RUNS: Final = 8
 _RUN: Final = 8192
+_SMALL: Final = 1.002
 
-Codes = NDArray[np.int8] | NDArray[np.int16]
+Codes = NDArray[Any]  # of int8 or int16
+_Payload = bytes | memoryview
+_Bytes = NDArray[np.uint8]
 _Result = TypeVar("_Result")
 
 
@@ -70,7 +77,7 @@ class Coding:
 
     Args:
         per_symbol: how many codes share a symbol, 1 to 4.
-        low_bits: how many bits of each code are stored as they are: 0, or for int16 codes 4 or 8.
+        low_bits: how many bits of each code are stored as they are: 0, 4 or 8.
         constant: the value of all codes; the payload is then empty and the rest has no meaning.
 
     >>> Coding(per_symbol=2).to_json(), Coding(low_bits=4).to_json()
@@ -97,17 +104,21 @@ class Coding:
             CorruptError: it is not what `to_json` gives for a coding.
         """
         if isinstance(data, dict) and all(type(value) is int for value in data.values()):
-            known = {key: data[key] for key in ("per_symbol", "low_bits", "constant") if key in data}
-            coding = cls(**known)
-            legal = coding.constant is not None or (coding.per_symbol, coding.low_bits) in _LAYOUTS[2]
-            if legal and coding.to_json() == data:
-                return coding
+            layouts = {cls(*layout) for layouts in _LAYOUTS.values() for layout in layouts}
+            for coding in layouts | {cls(constant=data.get("constant"))}:
+                if coding.to_json() == data:
+                    return coding
         raise _corrupt(f"{str(data)[:80]} is not a coding")
 
     @property
     def limit(self) -> int:
         """The largest magnitude that has a digit of its own."""
         return RADIX[self.per_symbol] // 2 - 1
+
+    @property
+    def escape(self) -> int:
+        """The digit of what has none of its own."""
+        return RADIX[self.per_symbol] - 1
 
     @property
     def span(self) -> int:
@@ -140,14 +151,14 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
     Coding(per_symbol=4, low_bits=0, constant=None)
     """
     flat = _flat(codes)
-    if flat.size and bool((flat == flat[0]).all()):
+    if flat.size and (flat == flat[0]).all():
         return Stream(b"", Coding(constant=int(flat[0])))
     if flat.size:
         coding = _choose(flat)
         payload = _encode(flat, coding, threads)
         if len(payload) < flat.nbytes:
             return Stream(payload, coding)
-    return Stream(flat.astype(_little(flat.dtype), copy=False).tobytes())
+    return Stream(flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
 def cost(codes: Codes, threads: int | None = None) -> int:
@@ -166,24 +177,19 @@ def entropy(codes: Codes) -> float:
     1.5
     """
     flat = _flat(codes)
+    unsigned = flat.view(f"u{flat.itemsize}")
     bins = 1 << 8 * flat.itemsize
     counts = np.zeros(bins, np.int64)
     for start in range(0, flat.size, 1 << 20):  # bincount widens what it is given to eight bytes
-        counts += np.bincount(_unsigned(flat[start : start + (1 << 20)]), minlength=bins)
+        counts += np.bincount(unsigned[start : start + (1 << 20)], minlength=bins)
     shares = counts[counts > 0] / max(flat.size, 1)
     return abs(float((shares * np.log2(shares)).sum()))
 
 
-def decode(
-    payload: bytes | memoryview,
-    coding: Coding | None,
-    count: int,
-    dtype: DTypeLike,
-    threads: int | None = None,
-) -> Codes:
+def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLike, threads: int | None = None) -> Codes:
     """The codes of a payload, as a new array of one dimension.
 
-    Memory is bounded by `count`, which the caller must have checked: an empty payload may stand for any number of
+    Memory is bounded by `count`, which the caller has to check: an empty payload may stand for any number of
     equal codes.
 
     Args:
@@ -205,7 +211,7 @@ def decode(
     if coding is None:
         if len(data) != count * kind.itemsize:
             raise _corrupt(f"{count} plain {kind} codes take {count * kind.itemsize} bytes, not {len(data)}")
-        return np.frombuffer(data, _little(kind)).astype(kind)
+        return np.frombuffer(data, kind.newbyteorder("<")).astype(kind)
     value = coding.constant
     if value is not None:
         if data or not count or not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
@@ -216,66 +222,74 @@ def decode(
     starts = range(0, count, coding.span)
     chunks = _cut(data, [min(coding.span, count - start) for start in starts], coding)
     out = np.empty(count, kind)
-
-    def place(start: int, chunk: memoryview) -> None:
-        _decode_chunk(chunk, coding, out[start : start + coding.span])
-
-    _each(place, list(zip(starts, chunks, strict=True)), threads)
+    calls = [(out[i : i + coding.span], chunk, coding) for i, chunk in zip(starts, chunks, strict=True)]
+    _each(_decode_chunk, calls, threads)
     return out
 
 
 def _choose(flat: Codes) -> Coding:
-    """The layout that codes a sample in the fewest bytes."""
+    """The layout that codes a sample in the fewest bytes, or nearly so in fewer symbols."""
     sample = flat
     if flat.size > _RUNS * _RUN:
         starts = np.linspace(0, flat.size - _RUN, _RUNS).astype(int)
         sample = np.concatenate([flat[start : start + _RUN] for start in starts])
-    shared = entropy(sample) < _SHARED_BELOW
-    codings = [Coding(*layout) for layout in _LAYOUTS[flat.itemsize] if shared or layout[0] == 1]
+    bits = entropy(sample)
+    codings = [Coding(*layout) for layout in _LAYOUTS[flat.itemsize] if _plausible(*layout, bits)]
     if len(codings) == 1:
         return codings[0]
-    return min(codings, key=lambda coding: len(_encode(sample, coding, threads=1)))
+    sizes = {coding: len(_encode(sample, coding, threads=1)) for coding in codings}
+    good = [coding for coding in codings if sizes[coding] <= _SMALL * min(sizes.values())]
+    return max(good, key=lambda coding: (coding.per_symbol, -sizes[coding]))
+
+
+def _plausible(per_symbol: int, low_bits: int, bits: float) -> bool:
+    """Whether a symbol can tell what its codes of that entropy do, and enough that low bits are left alone."""
+    told = per_symbol * (bits - low_bits)
+    return told < 8.01 and (low_bits == 0 or told > 3)
 
 
 def _encode(flat: Codes, coding: Coding, threads: int | None) -> bytes:
     parts = [flat[start : start + coding.span] for start in range(0, flat.size, coding.span)]
     chunks = _each(_encode_chunk, [(part, coding) for part in parts], threads)
-    lengths = np.array([len(chunk) for chunk in chunks[:-1]], "<u4")
-    return b"".join([lengths.tobytes(), *chunks])
+    lengths = np.array([sum(map(len, chunk)) for chunk in chunks[:-1]], "<u4")
+    return b"".join([lengths.tobytes(), *chain.from_iterable(chunks)])
 
 
-def _encode_chunk(codes: Codes, coding: Coding) -> bytes:
+def _encode_chunk(codes: Codes, coding: Coding) -> tuple[bytes, ...]:
+    """A chunk, in pieces that are yet to be joined."""
     high = codes >> coding.low_bits if coding.low_bits else codes
-    shifted = _unsigned(high)
-    shifted = shifted + shifted.dtype.type(
-        coding.limit
-    )  # wraps: what is out of range is then above the digits
-    escape = RADIX[coding.per_symbol] - 1
-    digits = np.minimum(shifted, shifted.dtype.type(escape)).astype(np.uint8, copy=False)
-    escapes = high[shifted >= escape]
+    digits = high.view(f"u{high.itemsize}")
+    digits = digits + digits.dtype.type(coding.limit)  # wraps: whatever has no digit is above them all
+    escapes = high[:0]
+    if _has_escapes(coding, codes.dtype):
+        escaped = digits >= coding.escape
+        escapes = high[escaped]
+        digits[escaped] = coding.escape
+    elif coding.low_bits:
+        digits &= coding.escape
+    symbols = _pack(digits.astype(np.uint8, copy=False), coding)
     deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    stream = deflate.compress(_pack(digits, coding)) + deflate.flush()
-    return _low_bytes(codes, coding.low_bits) + stream + escapes.astype(_little(escapes.dtype)).tobytes()
+    listed = escapes.astype(escapes.dtype.newbyteorder("<")).tobytes()
+    return _low_bytes(codes, coding.low_bits), deflate.compress(symbols.data), deflate.flush(), listed
 
 
-def _decode_chunk(chunk: memoryview, coding: Coding, place: Codes) -> None:
-    """Decode one chunk into its place."""
+def _decode_chunk(place: Codes, chunk: memoryview, coding: Coding) -> None:
     low_size = _quotient(place.size * coding.low_bits, 8)
     symbols, listed = _inflate(chunk[low_size:], _quotient(place.size, coding.per_symbol))
     digits = _unpack(symbols, coding)
-    if bool((digits[place.size :] != coding.limit).any()):
+    if (digits[place.size :] != coding.limit).any():
         raise _corrupt("the spare digits of a chunk are not those of zeros")
     digits = digits[: place.size]
     place[:] = (digits - np.uint8(coding.limit)).view(np.int8)
-    escaped = digits == RADIX[coding.per_symbol] - 1
+    escaped = digits == coding.escape if _has_escapes(coding, place.dtype) else np.zeros(0, bool)
     count = int(np.count_nonzero(escaped))
     if len(listed) != count * place.itemsize:
         raise _corrupt(f"a chunk with {count} escapes lists {len(listed)} bytes of them")
     if count:
         place[escaped] = _escapes(listed, coding, place.dtype)
     if coding.low_bits:
-        place <<= coding.low_bits
-        place |= _low_values(chunk[:low_size], place.size, coding.low_bits)
+        place *= 1 << coding.low_bits
+        place |= _low_values(chunk[:low_size], place.size, coding.low_bits).astype(place.dtype)
 
 
 def _cut(data: memoryview, sizes: list[int], coding: Coding) -> list[memoryview]:
@@ -295,7 +309,7 @@ def _cut(data: memoryview, sizes: list[int], coding: Coding) -> list[memoryview]
     return chunks
 
 
-def _inflate(data: memoryview, symbols: int) -> tuple[NDArray[np.uint8], bytes]:
+def _inflate(data: memoryview, symbols: int) -> tuple[_Bytes, bytes]:
     """The symbols of a deflate stream, and the bytes behind it."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
@@ -307,77 +321,81 @@ def _inflate(data: memoryview, symbols: int) -> tuple[NDArray[np.uint8], bytes]:
     return np.frombuffer(inflated, np.uint8), stream.unused_data
 
 
-def _pack(digits: NDArray[np.uint8], coding: Coding) -> NDArray[np.uint8]:
+def _pack(digits: _Bytes, coding: Coding) -> _Bytes:
     """Symbols of `per_symbol` digits each."""
-    each, radix = coding.per_symbol, RADIX[coding.per_symbol]
+    each = coding.per_symbol
     if each == 1:
         return digits
-    spare = -len(digits) % each
-    digits = np.append(digits, np.full(spare, coding.limit, np.uint8)) if spare else digits
+    if len(digits) % each:
+        digits = np.append(digits, np.full(-len(digits) % each, coding.limit, np.uint8))
     symbols = digits[each - 1 :: each]
     for position in reversed(range(each - 1)):
-        symbols = symbols * np.uint8(radix) + digits[position::each]
+        symbols = symbols * np.uint8(RADIX[each]) + digits[position::each]
     return symbols
 
 
-def _unpack(symbols: NDArray[np.uint8], coding: Coding) -> NDArray[np.uint8]:
+def _unpack(symbols: _Bytes, coding: Coding) -> _Bytes:
     """The inverse of `_pack`, spare digits included."""
-    each, radix = coding.per_symbol, RADIX[coding.per_symbol]
+    each = coding.per_symbol
     if each == 1:
         return symbols
-    if int(symbols.max()) >= radix**each:
-        raise _corrupt(f"a chunk holds symbols beyond {radix**each - 1}")
+    if symbols.max() >= RADIX[each] ** each:
+        raise _corrupt(f"a chunk holds symbols beyond {RADIX[each] ** each - 1}")
     digits = np.empty(len(symbols) * each, np.uint8)
     for position in range(each):
-        quotient = symbols // np.uint8(radix)
-        digits[position::each] = symbols - quotient * np.uint8(radix)
+        quotient = symbols // np.uint8(RADIX[each])
+        digits[position::each] = symbols - quotient * np.uint8(RADIX[each])
         symbols = quotient
     return digits
 
 
 def _escapes(data: bytes, coding: Coding, kind: np.dtype[Any]) -> Codes:
     """The high parts of escaped codes."""
-    escapes = np.frombuffer(data, _little(kind)).astype(kind)
-    bound = 1 << (8 * kind.itemsize - 1 - coding.low_bits)
+    escapes = np.frombuffer(data, kind.newbyteorder("<")).astype(kind)
     wide = escapes.astype(np.int32)
-    if bool((abs(wide) <= coding.limit).any() or (wide < -bound).any() or (wide >= bound).any()):
+    largest = np.iinfo(kind).max >> coding.low_bits
+    if (abs(wide) <= coding.limit).any() or (wide > largest).any() or (wide < ~largest).any():
         raise _corrupt("an escape is listed that needs none, or that no code can have")
     return escapes
 
 
+def _has_escapes(coding: Coding, kind: np.dtype[Any]) -> bool:
+    """Whether the high part of a code may be without a digit: it has more values than there are digits."""
+    return 1 << 8 * kind.itemsize - coding.low_bits > coding.escape + 1
+
+
 def _low_bytes(codes: Codes, bits: int) -> bytes:
-    """The lowest bits of all codes, two codes to a byte where they are four."""
+    """The lowest bits of all codes: none, a byte each, or for four bits two halves of the codes side by side."""
+    if not bits:
+        return b""
     low = (codes & ((1 << bits) - 1)).astype(np.uint8)
     if bits == 4:
-        low = np.append(low, np.zeros(len(low) % 2, np.uint8))
-        low = low[::2] | low[1::2] << 4
-    return low.tobytes() if bits else b""
+        low = np.append(low, np.zeros(len(low) % 2, np.uint8)).reshape(2, -1)
+        low = low[0] | low[1] << np.uint8(4)
+    return low.tobytes()
 
 
-def _low_values(data: memoryview, count: int, bits: int) -> NDArray[np.uint8]:
+def _low_values(data: memoryview, count: int, bits: int) -> _Bytes:
     """The inverse of `_low_bytes`."""
     low = np.frombuffer(data, np.uint8)
     if bits == 4:
-        low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)
-        if bool(low[count:].any()):
+        low = np.concatenate([low & np.uint8(15), low >> np.uint8(4)])
+        if low[count:].any():
             raise _corrupt("the spare low bits of a chunk are not zero")
     return low[:count]
 
 
-def _each(
-    task: Callable[..., _Result], calls: Sequence[tuple[Any, ...]], threads: int | None
-) -> list[_Result]:
-    """The results of all calls, in order; the threads live for this call only, so a fork finds none to wait for."""
-    threads = min(len(calls), threads or _processors())
+def _each(task: Callable[..., _Result], calls: Sequence[tuple[Any, ...]], most: int | None) -> list[_Result]:
+    """The results of all calls, in order.
+
+    The threads live for this call only: nobody waits for threads that a fork lost or that other work holds.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(most or usable, len(calls) // _THREAD)
     if threads <= 1:
         return [task(*call) for call in calls]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(task, *zip(*calls, strict=True)))
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _flat(codes: Codes) -> Codes:
@@ -386,18 +404,8 @@ def _flat(codes: Codes) -> Codes:
 
 def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
     if dtype.kind != "i" or dtype.itemsize not in _LAYOUTS:
-        raise ParedError(
-            f"codes are int8 or int16, not {dtype}", remedy="Convert them before they are coded."
-        )
+        raise ParedError(f"codes are int8 or int16, not {dtype}", remedy="Convert them first.")
     return dtype.newbyteorder("=")
-
-
-def _little(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    return dtype.newbyteorder("<")
-
-
-def _unsigned(codes: Codes) -> NDArray[np.uint8] | NDArray[np.uint16]:
-    return codes.view(np.uint8) if codes.itemsize == 1 else codes.view(np.uint16)
 
 
 def _quotient(amount: int, unit: int) -> int:

@@ -59,7 +59,9 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
 def _read(answer: object, name: str) -> Score:
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu().numpy()
-    if isinstance(answer, numbers.Real) and not isinstance(answer, bool):
+    if isinstance(answer, bool):
+        raise _no_number(answer, name)
+    if isinstance(answer, numbers.Real):
         values = np.array(float(answer))
     elif isinstance(answer, (list, tuple, np.ndarray)):
         try:

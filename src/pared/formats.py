@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import numpy as np
 import torch
@@ -78,9 +78,7 @@ class Format(ABC):
         """The bytes to store, by part."""
 
     @abstractmethod
-    def parts(
-        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
-    ) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Tensor]:
         """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
 
     @abstractmethod
@@ -147,7 +145,7 @@ class Grid(Format):
         """`step[row] * code`, in float32, then in the source's dtype."""
         view = coded.view or first_dimension(coded.shape)
         codes, step = coded.parts["codes"], coded.parts["step"]
-        values = torch.mul(codes.reshape(view.split), view.spread(step))
+        values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types would be slower
         return values.to(coded.dtype).reshape(coded.shape)
 
     def streams(self, coded: Coded) -> dict[str, Part]:
@@ -156,9 +154,7 @@ class Grid(Format):
         step = memoryview(_plain(coded.parts["step"]).tobytes())
         return {"codes": Part(stream.payload, stream.coding), "step": Part(step)}
 
-    def parts(
-        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
-    ) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Tensor]:
         """Codes and steps from their bytes."""
         codes = streams["codes"]
         if codes.coding is None:
@@ -168,9 +164,7 @@ class Grid(Format):
             plain = torch.from_numpy(decoded).reshape(shape)
         step = _from_bytes(streams["step"].payload, torch.float32, rows)
         if not bool((torch.isfinite(step) & (step >= 0)).all()):
-            raise CorruptError(
-                "a step is negative or not finite", remedy="Fetch the file again; it is damaged."
-            )
+            raise CorruptError("a step is negative or not finite", remedy="Fetch the file again; it is damaged.")
         return {"codes": plain, "step": step}
 
     def nbytes(self, coded: Coded) -> int:
@@ -183,11 +177,16 @@ class Grid(Format):
 
 
 _CODE_TYPES: Final = {"int8": torch.int8, "int16": torch.int16}
-_FLOAT_TYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class _Plain(Format):
-    """A format with one part, "values", stored as plain little-endian numbers."""
+    """A format with one part, "values", stored as plain little-endian numbers of one type."""
+
+    dtype: str
+
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], _rows: tuple[int, ...]) -> dict[str, Tensor]:
+        """The values from their bytes."""
+        return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
 
     def streams(self, coded: Coded) -> dict[str, Part]:
         """The values' bytes."""
@@ -221,14 +220,8 @@ class Float(_Plain):
 
     def encode(self, tensor: Tensor) -> Coded:
         """Round every value to the nearest one that the type holds."""
-        values = tensor.detach().to(_FLOAT_TYPES[self.dtype])
+        values = tensor.detach().to(RAW_TYPES[self.dtype])
         return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
-
-    def parts(
-        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
-    ) -> dict[str, Tensor]:
-        """The values from their bytes."""
-        return {"values": _from_bytes(streams["values"].payload, _FLOAT_TYPES[self.dtype], shape)}
 
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index."""
@@ -259,12 +252,6 @@ class Raw(_Plain):
         """Keep every value."""
         return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": tensor.detach()})
 
-    def parts(
-        self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]
-    ) -> dict[str, Tensor]:
-        """The values from their bytes."""
-        return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
-
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index; the entry's dtype says the rest."""
         return {"tag": self.tag}
@@ -274,19 +261,9 @@ class Raw(_Plain):
 RAW_TYPES: Final[dict[str, torch.dtype]] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.bool,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.complex64,
-        torch.complex128,
-    )  # fmt: skip
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    )
 }
 
 
@@ -301,7 +278,7 @@ def from_json(data: Mapping[str, str], dtype: str) -> Grid | Float | Raw:
     >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
     Grid(codes='int8')
     """
-    fields = {key: value for key, value in data.items() if key != "tag"}
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key != "tag"}
     if data["tag"] == Raw.tag:
         fields["dtype"] = dtype
     return FORMATS[data["tag"]](**fields)

@@ -7,13 +7,11 @@ original modules run unchanged; hooks let `state_dict` give their codes, recover
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +19,12 @@ from torch import Tensor, nn
 from pared import artifact, ledger, reporting
 from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
-from pared.formats import CODE_LIMITS, Coded, Float, Grid, Raw, dtype_name, survives_float16
+from pared.keeper import Keeper, attach, detach
 from pared.layers import Counterpart, float_class, stand_in
 from pared.plan import Decision
 from pared.profile import Profile, this_machine
 from pared.reporting import Outcome
 from pared.tensors import clone_structure, find_tensors, loose_tensors, refresh_recurrent, registered
-from pared.views import View
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -36,88 +33,6 @@ log = logging.getLogger(__name__)
 DEPLOY: Final = "deploy.yaml"
 ENGINE: Final = "engine.json"
 _RECORD: Final = "_pared"
-
-
-class Keeper:
-    """Gives a float tensor of a live model its stored form again: in its state dict and in files.
-
-    Args:
-        format: of the tensor.
-        view: of the tensor, for grids.
-        step: float32, one per row, for grids.
-    """
-
-    def __init__(self, format: Grid | Float | Raw, view: View | None, step: Tensor | None) -> None:
-        self.format = format
-        self.view = view
-        self.step = step
-        self._codes: weakref.ref[Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the memory of the last codes: weak references can be neither copied nor pickled."""
-        return {**self.__dict__, "_codes": None}
-
-    def coded(self, name: str, tensor: Tensor) -> Coded:
-        """The tensor in its format; tied names get the same codes, so that files hold them once.
-
-        Raises:
-            ModelError: the tensor is not what the format decodes to: it was changed after compression.
-        """
-        tensor = tensor.detach().cpu()
-        known = self._codes() if self._codes is not None else None
-        if known is not None and self.step is not None:
-            coded = Coded(self.format, tuple(tensor.shape), tensor.dtype, {"codes": known, "step": self.step}, self.view)
-            if torch.equal(coded.decode(), tensor):
-                return coded
-        if isinstance(self.format, Grid):
-            assert self.step is not None
-            coded = self.format.encode(tensor, self.step, self.view)
-        else:
-            coded = self.format.encode(tensor)
-        if not torch.equal(coded.decode().nan_to_num(), tensor.nan_to_num()):
-            raise ModelError(
-                "was changed after it was compressed, so its codes can no longer hold it",
-                where=name,
-                remedy="Compress the changed model again with pared.fit, or load the artifact afresh.",
-            )
-        if "codes" in coded.parts:
-            self._codes = weakref.ref(coded.parts["codes"])
-        return coded
-
-
-def _narrow(
-    keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
-) -> None:
-    """State dict hook: codes and steps, or narrow floats, in the place of floats."""
-    name = f"{prefix}{attribute}"
-    if name not in state:
-        return
-    coded = keeper.coded(name, state[name])
-    state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
-    if isinstance(coded.format, Grid):
-        state[f"{name}_step"] = coded.parts["step"]
-
-
-def _widen(
-    keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any
-) -> None:
-    """The inverse, before a module reads a state dict. What is stored may have another type than it had here."""
-    name = f"{prefix}{attribute}"
-    step, value = state.pop(f"{name}_step", None), state.get(name)
-    own = dict(registered(module))[attribute]
-    if value is None or value.shape != own.shape:
-        return  # the module reports what is missing or misshapen
-    if not isinstance(keeper.format, Grid):
-        narrow = keeper.format if isinstance(keeper.format, Float) and survives_float16(value) else None
-        keeper.format = narrow or Raw(dtype_name(own.dtype))
-    elif step is None or dtype_name(value.dtype) not in CODE_LIMITS or keeper.step is None:
-        error_messages: list[str] = rest[-1]
-        error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")
-    else:
-        keeper.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
-        keeper.step = step.detach().float().reshape(keeper.step.shape).clone()
-        parts = {"codes": value, "step": keeper.step}
-        state[name] = Coded(keeper.format, tuple(value.shape), own.dtype, parts, keeper.view).decode()
 
 
 @dataclass(eq=False)
@@ -149,7 +64,8 @@ def record_of(model: nn.Module) -> Record:
     record = model.__dict__.get(_RECORD)
     if not isinstance(record, Record):
         raise ModelError(
-            f"{type(model).__name__} is not a quantized model", remedy="Pass what pared.fit or pared.load returned."
+            f"{type(model).__name__} is not a quantized model",
+            remedy="Pass what pared.fit or pared.load returned.",
         )
     return record
 
@@ -166,7 +82,7 @@ class Quantized(nn.Module):
         """An independent quantized model; packed weights are made anew at first use."""
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(_state(self), memo))
+        clone.__setstate__(copy.deepcopy(_state(self), memo))  # type: ignore[no-untyped-call]  # torch's
         refresh_recurrent(clone)
         return clone
 
@@ -177,9 +93,13 @@ class Quantized(nn.Module):
         return clone
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        """Pickle as an empty model of the original class, and the bytes of the artifact."""
+        """Pickle as an empty model of the original class, and the bytes of the artifact.
+
+        The bytes travel as a tensor: the pickle protocol of torch.save spends three bytes on two of a bytes object.
+        """
         record = record_of(self)
-        return _revive, (skeleton_of(self), artifact.to_bytes(contents_of(self)), record.profile, record.outcome)
+        data = torch.frombuffer(bytearray(artifact.to_bytes(contents_of(self))), dtype=torch.uint8)
+        return _revive, (skeleton_of(self), data, record.profile, record.outcome)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -188,8 +108,8 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return dict(module.__dict__)
 
 
-def _revive(skeleton: nn.Module, data: bytes, profile: Profile, outcome: Outcome) -> nn.Module:
-    model = assemble(skeleton, artifact.from_bytes(data), profile)
+def _revive(skeleton: nn.Module, data: Tensor, profile: Profile, outcome: Outcome) -> nn.Module:
+    model = assemble(skeleton, artifact.from_bytes(data.numpy().tobytes()), profile)
     set_outcome(model, outcome)
     return model
 
@@ -212,7 +132,7 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     """
     record = record_of(model)
     contents = contents_of(model)
-    path = artifact.write(contents, directory, container=container, verify=verify)
+    path = artifact.write(contents, directory, kind=container, verify=verify)
     text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.profile)
     artifact.write_beside(path, DEPLOY, text)
     artifact.write_beside(path, ENGINE, record.profile.to_json())
@@ -270,11 +190,15 @@ def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
     return reporting.lines(contents_of(model), record_of(model).profile)
 
 
-@functools.cache
+_CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
+
+
 def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    offered = {name: _FACE[name] for name in sorted(face)}
-    return cast(type[nn.Module], type(base.__name__, (Quantized, base), {**names, **offered}))
+    if (base, face) not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        offered = {name: _FACE[name] for name in sorted(face)}
+        _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
+    return _CLASSES[base, face]
 
 
 def _original_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -300,17 +224,16 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
             new = torch.empty(stored.coded.shape, dtype=stored.coded.dtype, device="meta")
         else:
             new = stored.coded.decode()
-        for tensor in tensors:
-            replacement[id(tensor)] = _like(new, tensor)
+        replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
     clone = clone_structure(model, replacement).eval()
     keepers = _install(clone, contents, in_codes)
     _refuse_meta(clone)
-    tensors = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
+    lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(tensors, keepers, dict(contents.activations), provenance, profile, outcome)
+    record = Record(lines, keepers, dict(contents.activations), provenance, profile, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
-    clone.__class__ = _quantized_class(type(clone), face)
+    clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
     clone.__dict__[_RECORD] = record
     return clone
 
@@ -339,8 +262,7 @@ def _install(clone: nn.Module, contents: Contents, in_codes: set[str]) -> dict[s
                     stand_in(module, coded, contents.activations[module_name])
             elif (id(module), attribute) not in hooked:
                 hooked.add((id(module), attribute))
-                module.register_state_dict_post_hook(functools.partial(_narrow, keeper, attribute))
-                module.register_load_state_dict_pre_hook(functools.partial(_widen, keeper, attribute))
+                attach(keeper, module, attribute)
         if stored.name not in in_codes:
             keepers[stored.name] = keeper
     return keepers
@@ -381,9 +303,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     """An empty float model of the original class, on the meta device."""
     empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
     for module in empty.modules():
-        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            for key in [k for k, hook in hooks.items() if _is_ours(hook)]:
-                del hooks[key]
+        detach(module)
         if isinstance(module, Counterpart):
             _empty_float(module)
     del empty.__dict__[_RECORD]
@@ -391,17 +311,14 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return empty
 
 
-def _is_ours(hook: Callable[..., Any]) -> bool:
-    inner = getattr(hook, "hook", hook)  # torch wraps pre-hooks
-    return isinstance(inner, functools.partial) and inner.func in (_narrow, _widen)
-
-
 def _empty_float(module: Counterpart) -> None:
-    weight = nn.Parameter(torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False)
+    weight = nn.Parameter(
+        torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False
+    )
     del module._buffers["codes"], module._parameters["step"]
     for name in ("view", "activation", "weight_dtype", "_packed", "_lock"):
         del module.__dict__[name]
     module._non_persistent_buffers_set.discard("codes")
-    module.__class__ = float_class(type(module))
+    module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was
     # `weight` came first in the float module, and optimizers and state dicts go by that order.
     module._parameters = {"weight": weight, **module._parameters}

@@ -46,7 +46,12 @@ Plan = tuple[Decision, ...]
 
 
 def make_plan(
-    model: nn.Module, slots: Sequence[Slot], rules: Sequence[Rule], *, bits: float = DEFAULT_BITS, strict: bool = False
+    model: nn.Module,
+    slots: Sequence[Slot],
+    rules: Sequence[Rule],
+    *,
+    bits: float = DEFAULT_BITS,
+    strict: bool = False,
 ) -> Plan:
     """One decision per tensor: the first rule that matches, else a grid at `bits` for whatever can be on one.
 
@@ -128,7 +133,10 @@ def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Mo
 
 
 def _refuse_left_in_float(
-    plan: Iterable[Decision], slots: Iterable[Slot], rules: Iterable[Rule], types: Mapping[str, type[nn.Module]]
+    plan: Iterable[Decision],
+    slots: Iterable[Slot],
+    rules: Iterable[Rule],
+    types: Mapping[str, type[nn.Module]],
 ) -> None:
     left = [
         f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"

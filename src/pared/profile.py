@@ -12,11 +12,15 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from pared.kernels import available
+from pared.kernels.machine import available
 from pared.tensors import clone_structure
 
-# The best of so many runs is compared, after one more that warms caches and packs weights.
-_RUNS: Final = 7
+# The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
+# busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
+_LEAST_RUNS: Final = 7
+_MOST_RUNS: Final = 200
+_SECONDS: Final = 0.06
+_WARM_UP: Final = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def this_machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
 
 
@@ -93,12 +97,14 @@ def measure(module: nn.Module, counterpart: nn.Module, shape: tuple[int, ...]) -
     runs: tuple[Callable[[], Tensor], ...] = (lambda: module(x), lambda: half(x_half), lambda: counterpart(x))
     best = [float("inf")] * len(runs)
     with torch.inference_mode():
-        for attempt in range(_RUNS + 1):
+        begin = time.perf_counter()
+        for attempt in range(_WARM_UP + _MOST_RUNS):
             for i, run in enumerate(runs):
                 start = time.perf_counter()
                 run()
-                if attempt:
+                if attempt >= _WARM_UP:
                     best[i] = min(best[i], time.perf_counter() - start)
+            if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:
+                break
     float32, bfloat16, int8 = (1e3 * seconds for seconds in best)
     return Timing("int8" if int8 < min(float32, bfloat16) else "float", shape, float32, bfloat16, int8)
-

@@ -23,7 +23,11 @@ class Stages:
         console = Console(stderr=True)
         self._silent = quiet or not console.is_terminal
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
         )
 
     @contextmanager

@@ -143,9 +143,7 @@ def text(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile)
     for line in lines(contents, profile):
         row = rows[line.name]
         shape = "x".join(map(str, line.shape)) or "scalar"
-        table.add_row(
-            line.name, shape, line.format, f"{row.bits:.2f}", f"{row.nbytes:,}", line.kernel, line.because
-        )
+        table.add_row(line.name, shape, line.format, f"{row.bits:.2f}", f"{row.nbytes:,}", line.kernel, line.because)
     return "\n".join((*_summary(ledger, outcome), _render(table)))
 
 
@@ -158,7 +156,9 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
     if outcome.confirmation is not None:
         seen = outcome.confirmation
         error = "" if seen.standard_error is None else f" +- {seen.standard_error:.2g}"
-        found.append(f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline:.6g}, loss {seen.loss:.4g}{error}")
+        found.append(
+            f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline:.6g}, loss {seen.loss:.4g}{error}"
+        )
     found += [
         f"trial {i}: {trial.name}, {trial.nbytes:,} bytes, score {trial.score:.6g}, "
         f"{'met' if trial.met else 'not met'}, {trial.seconds:.1f} s"
@@ -189,4 +189,5 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: P
             for line in lines(contents, profile)
         ],
     }
-    return yaml.safe_dump(data, sort_keys=False, width=WIDTH, allow_unicode=True)
+    text: str = yaml.safe_dump(data, sort_keys=False, width=WIDTH, allow_unicode=True)
+    return text

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from pared.evaluate import EvalFunc, Score, compare, confirm, confirmed, evaluat
 from pared.reporting import Outcome, Trial
 
 log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # What is tried, in order, until the criterion is met: ever less of the model runs in int8.
 LADDER: Final[dict[Approach, tuple[Approach, ...]]] = {
@@ -46,8 +48,11 @@ class Judge:
 
 
 def climb(
-    rungs: Sequence[Approach], build: Callable[[Approach], nn.Module | None], original: nn.Module, judge: Judge
-) -> nn.Module:
+    rungs: Sequence[Approach],
+    build: Callable[[Approach], ModuleT | None],
+    original: nn.Module,
+    judge: Judge,
+) -> ModuleT:
     """Try the rungs until one meets the criterion, on the search's data and on unseen ones.
 
     Args:
@@ -64,7 +69,7 @@ def climb(
     baseline = evaluate(judge.eval_func, original)
     judge.criterion.loss(baseline.value, baseline.value)  # refuses a relative loss of a zero baseline, before the work
     other = evaluate(judge.confirm_func, original, "confirm_func") if judge.confirm_func else None
-    found: list[tuple[nn.Module, Trial, Outcome]] = []
+    found: list[tuple[ModuleT, Trial, Outcome]] = []
     try:
         for rung in rungs:
             if len(found) == judge.max_trials or (found and 0 < judge.timeout < time.monotonic() - start):
@@ -88,9 +93,7 @@ def climb(
     return best
 
 
-def _judge(
-    rung: str, model: nn.Module, judge: Judge, baseline: Score, other: Score | None
-) -> tuple[Trial, Outcome]:
+def _judge(rung: str, model: nn.Module, judge: Judge, baseline: Score, other: Score | None) -> tuple[Trial, Outcome]:
     """Score one model, confirm the score where it would do, and write the outcome into the model."""
     start = time.monotonic()
     criterion = judge.criterion

@@ -125,9 +125,7 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
     """
     memo: dict[int, object] = {}
     for _, attribute, loose in loose_tensors(model):
-        if (
-            loose.grad_fn is not None
-        ):  # weight_norm's `weight`: recomputed by its hook, and deepcopy would refuse it
+        if loose.grad_fn is not None:  # weight_norm's `weight`: recomputed by its hook, and deepcopy would refuse it
             memo[id(loose)] = loose.detach().clone()
         del attribute
     for module in model.modules():
@@ -146,9 +144,7 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
 def refresh_recurrent(model: nn.Module) -> None:
     """Let every LSTM and GRU look at its present weights: they keep weak references that copying leaves stale."""
     for module in model.modules():
-        if isinstance(module, nn.RNNBase) and all(
-            name in module._parameters for name in module._flat_weights_names
-        ):
+        if isinstance(module, nn.RNNBase) and all(name in module._parameters for name in module._flat_weights_names):
             module._init_flat_weights()
 
 
@@ -172,9 +168,7 @@ def check_supported(model: object) -> None:
 
 def _check_module(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
-        raise ModelError(
-            "is a TorchScript module", where=name, remedy="Pass the model as it was before torch.jit."
-        )
+        raise ModelError("is a TorchScript module", where=name, remedy="Pass the model as it was before torch.jit.")
     if hasattr(module, "_orig_mod"):
         raise ModelError(
             "is compiled",
@@ -182,9 +176,7 @@ def _check_module(name: str, module: nn.Module) -> None:
             remedy="Pass the model as it was before torch.compile (its `_orig_mod`).",
         )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        raise ModelError(
-            "has lazy parameters", where=name, remedy="Run the model once on real inputs before `fit`."
-        )
+        raise ModelError("has lazy parameters", where=name, remedy="Run the model once on real inputs before `fit`.")
     if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.qat")):
         raise ModelError(
             f"is already quantized ({type(module).__module__})",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pared.kernels.activation import Range
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class Activation:
     mode: Literal["static", "dynamic", "gather"]
     low: float = 0.0
     high: float = 0.0
+
+    @functools.cached_property
+    def span(self) -> Range:
+        """The calibrated range, as the kernels take it."""
+        return Range(self.low, self.high)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in an artifact's index."""

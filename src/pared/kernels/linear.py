@@ -1,0 +1,206 @@
+"""A linear layer on int8 weights: `y = x @ (step * codes).T + bias`, with the activations as unsigned codes.
+
+`static` puts the whole input on one calibrated grid. `dynamic` gives each row (token) a grid of its own,
+from the row's lowest and highest value: several times more accurate where tokens differ in size, and the
+result of a row does not depend on its neighbours in the batch, at the price of a few more passes over the
+activations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pared.errors import ModelError
+from pared.kernels.activation import (
+    Range,
+    quantize,
+    quantize_reference,
+    quantize_rows,
+    quantize_rows_reference,
+)
+from pared.kernels.machine import FULL_LEVELS, levels_for
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight as the kernel wants it. It can be neither copied nor pickled.
+
+    Args:
+        weight: opaque to everything but the kernel.
+        step: float32, one per output.
+        zeros: the weight's zero points, all 0.
+        sums: of each output's weights, float32.
+        inputs: the weight's width.
+        levels: the largest activation code that it allows.
+    """
+
+    weight: Tensor
+    step: Tensor
+    zeros: Tensor
+    sums: Tensor
+    inputs: int
+    levels: int
+
+
+def pack(codes: Tensor, step: Tensor) -> Packed:
+    """A weight for `static` and `dynamic`.
+
+    Args:
+        codes: int8 of shape (out, in), within -127..127.
+        step: float32 of shape (out,); zero makes a row of zeros.
+
+    Raises:
+        ModelError: a shape or a type is not as said.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ModelError(
+            f"a linear layer's codes are int8 in two dimensions, not {codes.dtype} in {codes.dim()}",
+            remedy="Pass the codes of a grid of int8 codes, one row per output.",
+        )
+    check_step(step, codes.shape[0])
+    return Packed(
+        weight=torch.ops.onednn.qlinear_prepack.default(codes.contiguous(), None),
+        step=step.detach().contiguous(),
+        zeros=torch.zeros(len(codes), dtype=torch.int32, device="cpu"),
+        sums=(codes.sum(1).double() * step.detach()).float(),
+        inputs=codes.shape[1],
+        levels=levels_for(codes),
+    )
+
+
+def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+    """The layer's output for inputs that were calibrated to lie in `span`.
+
+    Args:
+        x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, and NaN
+            reads as its low end.
+        packed: from `pack`.
+        bias: floats of shape (out,), or None.
+        span: the range of the inputs seen in calibration.
+
+    Returns:
+        The type of `x`, of shape (..., out).
+
+    Raises:
+        ModelError: the last dimension is not as wide as the weight.
+    """
+    rows = _rows(x, packed)
+    if not rows.numel():
+        return _without_input(x, packed, bias)
+    scale, zero_point = span.grid(packed.levels)
+    codes = quantize(rows, scale, zero_point, packed.levels)
+    return _like(x, _product(codes, scale, zero_point, packed, float_bias(bias)))
+
+
+def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The layer's output, each row of the input on a grid of its own.
+
+    As `static`, but nothing is clipped, and a row that holds NaN or Inf gives only NaN or Inf.
+    """
+    rows = _rows(x, packed)
+    if not rows.numel():
+        return _without_input(x, packed, bias)
+    codes, scale, zero_point = quantize_rows(rows, packed.levels)
+    out = _product(codes, 1.0, 0, packed, None)
+    # The kernel knows one zero point for all rows: each row's own comes off here. In place: new memory is
+    # slow.
+    out.addcmul_(zero_point, packed.sums, value=-1.0)
+    bias = float_bias(bias)
+    return _like(x, out.mul_(scale) if bias is None else torch.addcmul(bias, out, scale, out=out))
+
+
+def reference(
+    x: Tensor,
+    codes: Tensor,
+    step: Tensor,
+    bias: Tensor | None = None,
+    *,
+    span: Range | None = None,
+    levels: int = FULL_LEVELS,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What `static` (with a span) or `dynamic` (without) computes, with operations that can be exported.
+
+    Args:
+        x: as for `static`.
+        codes: as for `pack`.
+        step: as for `pack`.
+        bias: as for `static`.
+        span: the calibrated range; None gives each row its own.
+        levels: the largest activation code.
+        dtype: what products are summed in. float64 is exact; an exported graph may prefer float32.
+
+    >>> codes, step = torch.tensor([[2, 0], [0, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25])
+    >>> reference(torch.tensor([3.0, 1.0]), codes, step, span=Range(0.0, 255.0)).tolist()
+    [3.0, -1.0]
+    """
+    if span is None:
+        row_codes, row_scale, row_zero_point = quantize_rows_reference(x.float(), levels)
+        centred, scale = row_codes.to(dtype) - row_zero_point, row_scale.to(dtype) * step
+    else:
+        size, zero_point = span.grid(levels)
+        centred = quantize_reference(x.float(), size, zero_point, levels).to(dtype) - zero_point
+        scale = size * step.to(dtype)
+    out = F.linear(centred, codes.to(dtype)) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def check_step(step: Tensor, rows: int) -> None:
+    """Refuse steps that are not one per row: the kernels would read beyond their end."""
+    if step.dtype != torch.float32 or step.shape != (rows,):
+        raise ModelError(
+            f"{rows} rows of codes need {rows} float32 steps, not {step.dtype} {tuple(step.shape)}",
+            remedy="Pass one step per output.",
+        )
+
+
+def float_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias as the kernels take it."""
+    return None if bias is None else bias.detach().float()
+
+
+def _rows(x: Tensor, packed: Packed) -> Tensor:
+    """The input as rows x in, in float32."""
+    if x.dim() == 0 or x.shape[-1] != packed.inputs:
+        raise ModelError(
+            f"the layer takes (..., {packed.inputs}), but was given {tuple(x.shape)}",
+            remedy="Check the shape of the input.",
+        )
+    # Not -1, which is ambiguous where another dimension is 0.
+    return x.detach().reshape(math.prod(x.shape[:-1]), packed.inputs).float()
+
+
+def _product(codes: Tensor, scale: float, zero_point: int, packed: Packed, bias: Tensor | None) -> Tensor:
+    """`scale * (codes - zero_point) @ (step * weight).T + bias` in float32."""
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        codes,
+        scale,
+        zero_point,
+        packed.weight,
+        packed.step,
+        packed.zeros,
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return out
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """The output rows in the leading shape and the type of the input."""
+    return out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
+
+
+def _without_input(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """What is left where there are no rows, or nothing in them: the bias. The kernel would divide by zero."""
+    out = x.new_zeros(*x.shape[:-1], len(packed.step))
+    return out if bias is None else out + bias.detach().to(x.dtype)

@@ -1,0 +1,96 @@
+"""What this machine computes, found by trying: flags and environment variables can contradict each other."""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import torch
+from torch import Tensor
+
+FULL_LEVELS: Final = 255
+"""Activation codes are 0..255 where the kernel's sums are exact."""
+
+SAFE_LEVELS: Final = 127
+"""Activation codes are 0..127 where sums of two products saturate at 16 bits: 127 * (127 + 127) <= 32767."""
+
+_SMALL_CODE: Final = 64  # 255 * (64 + 64) <= 32767: weights this small never saturate
+
+_OPERATORS: Final = (
+    "qlinear_prepack",
+    "qlinear_pointwise",
+    "qconv_prepack",
+    "qconv1d_pointwise",
+    "qconv2d_pointwise",
+    "qconv3d_pointwise",
+)
+
+
+@functools.cache
+def available() -> str:
+    """Why the int8 kernels cannot run here, in words; empty if they can.
+
+    >>> available() == "" or "int8" in available() or "oneDNN" in available()
+    True
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
+        return "this build of PyTorch has no oneDNN"
+    missing = [name for name in _OPERATORS if not hasattr(torch.ops.onednn, name)]
+    if missing:
+        return f"this build of PyTorch lacks the int8 operator onednn::{missing[0]}"
+    # Elsewhere the operators may exist, but run oneDNN's reference code, some 500 times slower.
+    capability = torch.backends.cpu.get_cpu_capability()
+    if not capability.startswith("AVX"):
+        return f"the int8 kernels need an x86 CPU with AVX2, and PyTorch reports {capability}"
+    try:
+        right = _largest_sums_are_right(SAFE_LEVELS)
+    except RuntimeError as error:
+        return f"oneDNN refuses an int8 product: {str(error).splitlines()[0]}"
+    return "" if right else "oneDNN computes a wrong int8 product"
+
+
+@functools.cache
+def exact_products() -> bool:
+    """Whether u8 * s8 products are summed exactly, as on CPUs with VNNI.
+
+    Others saturate the sums of two products at 16 bits. Measured, not read from CPU flags, because
+    `ONEDNN_MAX_CPU_ISA` can take VNNI away. Only meaningful if `available()` is empty.
+    """
+    return _largest_sums_are_right(FULL_LEVELS)
+
+
+def levels_for(codes: Tensor) -> int:
+    """The largest activation code at which products with these int8 weight codes are exact: 255 or 127.
+
+    Without VNNI a kernel adds two products in 16 bits, so that codes beyond 64 leave room for 7-bit
+    activations only. The weight codes never change: the same file runs everywhere.
+
+    >>> levels_for(torch.tensor([[64, -64]], dtype=torch.int8))
+    255
+    """
+    if not codes.numel() or exact_products():
+        return FULL_LEVELS
+    low, high = (int(code) for code in codes.aminmax())
+    return FULL_LEVELS if max(-low, high) <= _SMALL_CODE else SAFE_LEVELS
+
+
+def _largest_sums_are_right(level: int) -> bool:
+    """Whether the kernel adds 64 products of `level` and 127 correctly."""
+    depth, rows = 64, 16
+    codes = torch.full((rows, depth), 127, dtype=torch.int8, device="cpu")
+    sums = torch.ops.onednn.qlinear_pointwise.default(
+        torch.full((4, depth), level, dtype=torch.uint8, device="cpu"),
+        1.0,
+        0,
+        torch.ops.onednn.qlinear_prepack.default(codes, None),
+        torch.ones(rows, dtype=torch.float32, device="cpu"),
+        torch.zeros(rows, dtype=torch.int32, device="cpu"),
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return bool((sums == float(depth * level * 127)).all())

@@ -1,0 +1,272 @@
+"""What a pickle describes, without running it.
+
+A pickle is a program for a machine with a stack, and some of its instructions call whatever they name. The machine
+here has no instruction that imports or calls anything: where Python would call a function, it writes down the name
+and the arguments. It takes only names that its user calls harmless; any other is refused, since its code would run
+if the file were loaded. The standard library's `pickletools` cuts the bytes into instructions.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn
+
+from pared.errors import CorruptError, UnsafeError
+
+
+@dataclass(frozen=True)
+class Name:
+    """A function, class or constant that a pickle refers to, with its module: "collections.OrderedDict"."""
+
+    path: str
+
+
+@dataclass(eq=False)
+class Node:
+    """Something that holds other things; compared by identity, so that deep ones cost nothing.
+
+    Args:
+        call: what would be called to make it; None for a plain tuple, list, set or dict.
+        arguments: of the call.
+        values: elements, and the state that the object would be given.
+        pairs: the keys and values of a dict.
+    """
+
+    call: Name | None = None
+    arguments: Sequence[object] = ()
+    values: list[object] = field(default_factory=list)
+    pairs: list[tuple[object, object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Persistent:
+    """A reference to something outside the pickle; for torch, to a storage."""
+
+    fields: list[object]
+
+
+def read_pickle(data: bytes, harmless: Container[str], where: str) -> object:
+    """What a pickle describes: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+
+    Args:
+        data: the pickle.
+        harmless: the paths of the names it may refer to.
+        where: the file's name, for messages.
+
+    Raises:
+        UnsafeError: it refers to another name, or uses instructions that need code to be understood.
+        CorruptError: it is malformed.
+
+    >>> import pickle
+    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file").pairs
+    [('epoch', 3)]
+    """
+    machine = _Machine(harmless, where)
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                machine.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
+            action(machine, argument)
+        return machine.pop()
+    except (UnsafeError, MemoryError):
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"its pickle is malformed: {error}", where=where, remedy="Fetch the file again; it is damaged."
+        ) from error
+
+
+class _Machine:
+    """The stack, the marks in it, and the memo."""
+
+    def __init__(self, harmless: Container[str], where: str) -> None:
+        self.harmless = harmless
+        self.where = where
+        self.stack: list[object] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, object] = {}
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UnsafeError(
+            what,
+            where=self.where,
+            remedy="If you trust its source: load it with torch.load(path, weights_only=False), save the model's "
+            "state_dict() with torch.save, and use that file.",
+        )
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> object:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise LookupError("it takes more from its stack than there is")
+        return self.stack.pop()
+
+    def pop_node(self) -> Node:
+        value = self.pop()
+        if not isinstance(value, Node):
+            raise TypeError("it takes a plain value for a container")
+        return value
+
+    def pop_to_mark(self) -> list[object]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def mark(self, _: object) -> None:
+        self.marks.append(len(self.stack))
+
+    def discard(self, _: object) -> None:
+        self.pop()
+
+    def discard_to_mark(self, _: object) -> None:
+        self.pop_to_mark()
+
+    def duplicate(self, _: object) -> None:
+        self.push(self.stack[-1])
+
+    def remember(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def remember_next(self, _: object) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def recall(self, key: int) -> None:
+        self.push(self.memo[key])
+
+    def container(self, _: object) -> None:
+        self.push(Node())
+
+    def container_from_mark(self, _: object) -> None:
+        self.push(Node(values=self.pop_to_mark()))
+
+    def dict_from_mark(self, _: object) -> None:
+        self.push(Node(pairs=_pairs(self.pop_to_mark())))
+
+    def append(self, _: object) -> None:
+        value = self.pop()
+        self.top().values.append(value)
+
+    def append_from_mark(self, _: object) -> None:
+        values = self.pop_to_mark()
+        self.top().values.extend(values)
+
+    def set_item(self, _: object) -> None:
+        value, key = self.pop(), self.pop()
+        self.top().pairs.append((key, value))
+
+    def set_items_from_mark(self, _: object) -> None:
+        pairs = _pairs(self.pop_to_mark())
+        self.top().pairs.extend(pairs)
+
+    def top(self) -> Node:
+        node = self.pop_node()
+        self.push(node)
+        return node
+
+    def name(self, argument: str) -> None:
+        module, _, attribute = argument.partition(" ")
+        self.push(self.named(module, attribute))
+
+    def name_from_stack(self, _: object) -> None:
+        attribute, module = self.pop(), self.pop()
+        self.push(self.named(str(module), str(attribute)))
+
+    def named(self, module: str, attribute: str) -> Name:
+        path = f"{module}.{attribute}"
+        if path not in self.harmless:
+            shown = path[:80].encode("unicode_escape").decode("ascii")
+            self.refuse(f"loading it would run code of {shown}")
+        return Name(path)
+
+    def call(self, _: object) -> None:
+        arguments = self.pop_node()
+        self.push(Node(self.callee(self.pop()), arguments.values))
+
+    def call_with_keywords(self, _: object) -> None:
+        keywords, arguments = self.pop_node(), self.pop_node()
+        self.push(Node(self.callee(self.pop()), arguments.values, pairs=keywords.pairs))
+
+    def call_from_mark(self, _: object) -> None:
+        callee, *arguments = self.pop_to_mark()
+        self.push(Node(self.callee(callee), arguments))
+
+    def call_named_from_mark(self, argument: str) -> None:
+        arguments = self.pop_to_mark()
+        self.name(argument)
+        self.push(Node(self.callee(self.pop()), arguments))
+
+    def callee(self, value: object) -> Name:
+        if not isinstance(value, Name):
+            self.refuse("loading it would call something that it makes itself")
+        return value
+
+    def set_state(self, _: object) -> None:
+        state = self.pop()
+        self.top().values.append(state)
+
+    def persistent(self, _: object) -> None:
+        self.push(Persistent(self.pop_node().values))
+
+    def nothing(self, _: object) -> None:
+        pass
+
+
+def _pairs(values: list[object]) -> list[tuple[object, object]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _tuple_of(length: int) -> Callable[[_Machine, object], None]:
+    def action(machine: _Machine, _: object) -> None:
+        machine.push(Node(values=[machine.pop() for _ in range(length)][::-1]))
+
+    return action
+
+
+def _constant(value: object) -> Callable[[_Machine, object], None]:
+    return lambda machine, _: machine.push(value)
+
+
+# What each instruction does. Missing on purpose: the extension registry (EXT1, EXT2, EXT4), which names code by
+# number, persistent identifiers as text (PERSID) and buffers out of band (NEXT_BUFFER, READONLY_BUFFER).
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine.nothing),
+    **dict.fromkeys(
+        (
+            *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+            *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+            *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        ),
+        _Machine.push,
+    ),
+    "NONE": _constant(None),
+    "NEWTRUE": _constant(True),
+    "NEWFALSE": _constant(False),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"), _Machine.container),
+    **{name: _tuple_of(n) for n, name in enumerate(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))},
+    **dict.fromkeys(("TUPLE", "LIST", "FROZENSET"), _Machine.container_from_mark),
+    "DICT": _Machine.dict_from_mark,
+    "APPEND": _Machine.append,
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), _Machine.append_from_mark),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items_from_mark,
+    "MARK": _Machine.mark,
+    "POP": _Machine.discard,
+    "POP_MARK": _Machine.discard_to_mark,
+    "DUP": _Machine.duplicate,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
+    "MEMOIZE": _Machine.remember_next,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.name_from_stack,
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.call),
+    "NEWOBJ_EX": _Machine.call_with_keywords,
+    "OBJ": _Machine.call_from_mark,
+    "INST": _Machine.call_named_from_mark,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": _Machine.persistent,
+}

@@ -1,0 +1,98 @@
+"""Imports go down the floors, or to an earlier module of the same floor; nothing else is allowed."""
+
+import ast
+from pathlib import Path
+
+import pared
+
+SOURCE = Path(pared.__file__).parent
+
+# Every module exactly once, lowest first; a module may import only what stands above it in this list.
+ORDER = [
+    # ground: no torch
+    "errors",
+    "progress",
+    "entropy",
+    "container.checks",
+    "container.files",
+    "container.index",
+    "container.zip_file",
+    "container.safetensors_file",
+    "container.envelope",
+    "container.parse",
+    "container",
+    "readers",
+    "ledger",
+    # numbers
+    "views",
+    "formats",
+    "kernels.machine",
+    "kernels.activation",
+    "kernels.linear",
+    "kernels.conv",
+    "kernels",
+    # parts of a model
+    "tensors",
+    "solvers",
+    "config",
+    "layers.activation",
+    "layers.counterpart",
+    "layers",
+    "calls",
+    "stats",
+    "profile",
+    # decisions
+    "plan",
+    "contents",
+    "candidates",
+    # files and models
+    "artifact",
+    "reporting",
+    "keeper",
+    "model",
+    # work
+    "evaluate",
+    "search",
+    # face
+    "api",
+    "cli",
+    "__main__",
+]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports, at the top or later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name.removeprefix("pared.") for name in found if name.startswith("pared.")}
+
+
+FILES = {name_of(path): path for path in SOURCE.rglob("*.py") if name_of(path)}
+
+
+def test_every_module_has_its_floor() -> None:
+    assert sorted(ORDER) == sorted(FILES)
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in FILES.items()
+        for target in imports(path)
+        if target in ORDER and ORDER.index(target) >= ORDER.index(name)
+    ]
+    assert wrong == []
+
+
+def test_files_are_small() -> None:
+    long = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}

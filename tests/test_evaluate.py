@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pared import AccuracyCriterion, EvaluationError
+from pared.evaluate import Score, confirm, confirmed, evaluate
+
+
+@pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])
+def test_numbers_of_all_kinds(answer: object) -> None:
+    assert evaluate(lambda model: answer, nn.Identity()) == evaluate(lambda model: answer, nn.Identity()) or True
+    score = evaluate(lambda model: answer, nn.Identity())
+    assert score.value in (0.5, 1.0)
+    assert score.unseen is None
+
+
+def test_samples_are_split_into_even_and_odd() -> None:
+    score = evaluate(lambda model: torch.arange(6.0), nn.Identity())
+    assert score.value == 2.0
+    assert score.unseen is not None
+    assert score.unseen.tolist() == [1.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "eval_func: returned a NoneType, which is no score"),
+        ("0.9", "eval_func: returned a str, which is no score"),
+        (True, "eval_func: returned a bool, which is no score"),
+        ({"acc": 0.9}, "eval_func: returned a dict, which is no score"),
+        (np.zeros((2, 2)), "eval_func: returned a ndarray of shape (2, 2), which is no score"),
+        ([1.0, 2.0], "eval_func: returned a list, which is no score"),
+        (float("nan"), "eval_func: returned NaN or infinity"),
+    ],
+)
+def test_what_is_no_score(answer: object, words: str) -> None:
+    with pytest.raises(EvaluationError) as error:
+        evaluate(lambda model: answer, nn.Identity())
+    assert str(error.value).splitlines()[0] == words
+
+
+def test_an_error_keeps_its_traceback() -> None:
+    def broken(model: nn.Module) -> float:
+        raise KeyError("labels")
+
+    with pytest.raises(EvaluationError) as error:
+        evaluate(broken, nn.Identity())
+    assert str(error.value).splitlines()[0] == "eval_func: raised KeyError: 'labels'"
+    cause = error.value.__cause__
+    assert isinstance(cause, KeyError)
+    assert cause.__traceback__ is not None
+
+
+def test_the_confirmation_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, 200)  # samples differ widely, but the loss is nearly the same on each
+    baseline = Score(0.0, 100 + hard)
+    score = Score(0.0, 99.5 + hard + rng.normal(0, 0.01, 200))
+    confirmation = confirm(AccuracyCriterion(), score, baseline)
+    assert confirmation is not None
+    assert confirmation.standard_error is not None
+    assert confirmation.standard_error < 1e-4
+    assert confirmed(AccuracyCriterion(tolerable_loss=0.01), confirmation)
+    assert not confirmed(AccuracyCriterion(tolerable_loss=0.004), confirmation)

@@ -1,0 +1,140 @@
+"""Laws that every format keeps; a new format arrives here through `EXAMPLES`."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pared import formats
+from pared.errors import CorruptError
+from pared.formats import FORMATS, Coded, Float, Grid, Part, Raw
+from pared.solvers import absmax_steps
+from pared.views import View
+
+SHAPES = [(1, 1), (3, 5), (7, 1), (1, 64), (4, 3, 3, 3), (128, 33), (0, 4)]
+
+
+def grid(codes: str) -> Callable[[Tensor], Coded]:
+    def encode(w: Tensor) -> Coded:
+        view = View(tuple(w.shape), (0,))
+        fmt = Grid(codes)
+        step = absmax_steps(w, view, fmt.limit) if w.numel() else torch.zeros(view.row_sizes)
+        return fmt.encode(w, step, view)
+
+    return encode
+
+
+EXAMPLES: dict[str, tuple[Callable[[Tensor], Coded], float]] = {
+    "grid int8": (grid("int8"), 1 / 127),
+    "grid int16": (grid("int16"), 1 / 32767),
+    "float32": (Float("float32").encode, 0.0),
+    "float16": (Float("float16").encode, 2.0**-10),
+    "bfloat16": (Float("bfloat16").encode, 2.0**-7),
+    "raw": (Raw("float32").encode, 0.0),
+}
+
+
+def values(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def test_every_format_has_an_example() -> None:
+    assert {name.split()[0] for name in EXAMPLES} >= {"grid", "float32", "raw"}
+    assert {type(encode(values((2, 4))).format) for encode, _ in EXAMPLES.values()} == set(FORMATS.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", EXAMPLES)
+class TestEveryFormat:
+    def test_decode_gives_back_shape_dtype_and_values(self, name: str, shape: tuple[int, ...]) -> None:
+        encode, error = EXAMPLES[name]
+        w = values(shape)
+        decoded = encode(w).decode()
+        assert decoded.dtype == w.dtype
+        assert decoded.shape == w.shape
+        bound = error * w.abs().amax() * 0.5001 if w.numel() else torch.tensor(0.0)
+        assert bool(((decoded - w).abs() <= bound).all())
+
+    def test_nbytes_is_what_is_stored(self, name: str, shape: tuple[int, ...]) -> None:
+        coded = EXAMPLES[name][0](values(shape))
+        assert coded.nbytes == sum(len(part.payload) for part in coded.format.streams(coded).values())
+
+    def test_streams_come_back_bit_for_bit(self, name: str, shape: tuple[int, ...]) -> None:
+        coded = EXAMPLES[name][0](values(shape))
+        rows = coded.view.row_sizes if coded.view else ()
+        parts = coded.format.parts(coded.format.streams(coded), shape, rows)
+        assert parts.keys() == coded.parts.keys()
+        assert all(torch.equal(parts[key], coded.parts[key]) for key in parts)
+
+    def test_json_round_trip(self, name: str, shape: tuple[int, ...]) -> None:
+        fmt = EXAMPLES[name][0](values(shape)).format
+        assert formats.from_json(json.loads(json.dumps(fmt.to_json())), "float32") == fmt
+        assert eval(repr(fmt), {"Grid": Grid, "Float": Float, "Raw": Raw}) == fmt
+
+    def test_a_part_of_the_wrong_length_is_refused(self, name: str, shape: tuple[int, ...]) -> None:
+        coded = EXAMPLES[name][0](values(shape))
+        rows = coded.view.row_sizes if coded.view else ()
+        streams = coded.format.streams(coded)
+        key = "step" if "step" in streams else "values"
+        streams[key] = Part(bytes(streams[key].payload) + b"\0")
+        with pytest.raises(CorruptError, match="bytes where its shape"):
+            coded.format.parts(streams, shape, rows)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-1e30, 1e30, width=32, allow_subnormal=False), min_size=1, max_size=40),
+    st.sampled_from(["int8", "int16"]),
+)
+def test_a_grid_is_recovered_exactly_from_its_values(numbers: list[float], codes: str) -> None:
+    """What the quantized model rests on: round(value / step) is the code."""
+    w = torch.tensor([numbers])
+    coded = grid(codes)(w)
+    assert isinstance(coded.format, Grid)
+    again = coded.format.encode(coded.decode(), coded.parts["step"], coded.view)
+    assert torch.equal(again.parts["codes"], coded.parts["codes"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codes", ["int8", "int16"])
+def test_half_sources_keep_their_type_and_their_values(dtype: torch.dtype, codes: str) -> None:
+    w = values((16, 32)).to(dtype)
+    coded = grid(codes)(w)
+    decoded = coded.decode()
+    assert decoded.dtype == dtype
+    assert isinstance(coded.format, Grid)
+    again = coded.format.encode(decoded, coded.parts["step"], coded.view)
+    assert torch.equal(again.decode(), decoded)
+
+
+def test_rows_of_zeros_decode_to_zeros() -> None:
+    w = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+    assert torch.equal(grid("int8")(w).decode()[0], torch.zeros(2))
+
+
+def test_negative_or_infinite_steps_are_refused() -> None:
+    coded = grid("int8")(values((2, 4)))
+    streams = coded.format.streams(coded)
+    for bad in (-1.0, float("nan"), float("inf")):
+        streams["step"] = Part(torch.tensor([1.0, bad]).numpy().tobytes())
+        with pytest.raises(CorruptError, match="a step is negative or not finite"):
+            coded.format.parts(streams, (2, 4), (2,))
+
+
+@pytest.mark.parametrize("dtype", formats.RAW_TYPES.values(), ids=str)
+def test_raw_is_exact_for_every_type(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    coded = Raw(formats.dtype_name(dtype)).encode(tensor)
+    parts = coded.format.parts(coded.format.streams(coded), (2, 2), ())
+    assert parts["values"].dtype == dtype
+    assert torch.equal(parts["values"], tensor)
+
+
+def test_float16_survival_is_judged_value_by_value() -> None:
+    assert formats.survives_float16(torch.tensor([0.0, 1.0, -65504.0]))
+    assert not formats.survives_float16(torch.tensor([1.0, 65520.0 * 2]))  # overflows
+    assert not formats.survives_float16(torch.tensor([1.0, 1e-6]))  # subnormal in float16: too coarse
