@@ -21,6 +21,7 @@ ORDER = [
     "container.envelope",
     "container.parse",
     "container",
+    "pickles",
     "readers",
     "ledger",
     # numbers

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,12 +35,12 @@ def draw_at(bits: float, distribution: str, size: int, dtype: str) -> Codes:
     return draw(distribution, step, size, dtype)
 
 
-def with_escapes(codes: Codes, share: float = 0.001) -> Codes:
+def wild(codes: Codes, share: float = 0.001) -> Codes:
     """The same codes, a few of them replaced by any value of their type."""
     rng = np.random.default_rng(1)
     limits = np.iinfo(codes.dtype)
-    wild = rng.integers(limits.min, limits.max + 1, codes.size).astype(codes.dtype)
-    mixed: Codes = np.where(rng.random(codes.size) < share, wild, codes)
+    anything = rng.integers(limits.min, limits.max + 1, codes.size).astype(codes.dtype)
+    mixed: Codes = np.where(rng.random(codes.size) < share, anything, codes)
     return mixed
 
 
@@ -53,31 +52,33 @@ def reference(stream: Stream, count: int, dtype: str) -> list[int]:
     if coding.constant is not None:
         return [coding.constant] * count
     span = CHUNK * coding.per_symbol
-    table = 4 * ((count - 1) // span)
-    lengths = [int.from_bytes(data[i : i + 4], "little") for i in range(0, table, 4)]
-    lengths.append(len(data) - table - sum(lengths))
+    start = 4 * ((count - 1) // span)
+    lengths = [int.from_bytes(data[i : i + 4], "little") for i in range(0, start, 4)]
+    lengths.append(len(data) - start - sum(lengths))
     codes: list[int] = []
     for length in lengths:
-        chunk = data[table : table + length]
-        codes += reference_chunk(chunk, min(span, count - len(codes)), coding.per_symbol, coding.low_bits, size)
-        table += length
+        codes += reference_chunk(data[start : start + length], min(span, count - len(codes)), coding, size)
+        start += length
     return codes
 
 
-def reference_chunk(chunk: bytes, count: int, per_symbol: int, low_bits: int, size: int) -> list[int]:
-    low_size = (count * low_bits + 7) // 8
-    low = [0] * count
-    if low_bits == 8:
-        low = list(chunk[:low_size])
-    elif low_bits == 4:
-        low = [half for byte in chunk[:low_size] for half in (byte & 15, byte >> 4)]
+def reference_chunk(chunk: bytes, count: int, coding: Coding, size: int) -> list[int]:
+    k, bits, radix = coding.per_symbol, coding.low_bits, RADIX[coding.per_symbol]
+    most = radix // 2 - 1
+    low = chunk[: (count * bits + 7) // 8]
     inflater = zlib.decompressobj(-15)
-    symbols = inflater.decompress(chunk[low_size:])
+    symbols = inflater.decompress(chunk[len(low) :])
     escapes = iter(numbers(inflater.unused_data, size))
-    radix = RADIX[per_symbol]
-    digits = [symbol // radix**place % radix for symbol in symbols for place in range(per_symbol)]
-    high = [next(escapes) if digit == radix - 1 else digit - (radix // 2 - 1) for digit in digits[:count]]
-    return [h * 2**low_bits + rest for h, rest in zip(high, low, strict=False)]
+    lows = {0: [0] * count, 8: list(low), 4: [byte & 15 for byte in low] + [byte >> 4 for byte in low]}[bits]
+    codes = []
+    for index in range(count):
+        digit = symbols[index // k] // radix ** (index % k) % radix
+        high = digit - most
+        if digit == radix - 1:
+            high = -radix // 2 if radix == 2 ** (8 * size - bits) else next(escapes)
+        codes.append(high * 2**bits + lows[index])
+    assert next(escapes, None) is None
+    return codes
 
 
 def numbers(data: bytes, size: int) -> list[int]:
@@ -99,22 +100,24 @@ def any_codes(draw_from: st.DrawFn) -> Codes:
     return codes[::2] if draw_from(st.booleans()) else codes
 
 
-# One tensor for each way of coding, of several chunks, the last one odd; with escapes where there can be any.
+# One tensor for each way of coding, of several chunks, the last one odd; with any value of the type here and there.
 LAYOUTS = {
-    "int8, one a symbol": (Coding(1), with_escapes(draw("gauss", 0.05, CHUNK + 1, "int8"), 0.01)),
-    "int8, two": (Coding(2), with_escapes(draw("gauss", 0.7, 4 * CHUNK + 1, "int8"))),
-    "int8, three": (Coding(3), with_escapes(draw("gauss", 1.8, 3 * CHUNK + 2, "int8"))),
-    "int8, four": (Coding(4), with_escapes(draw("gauss", 2.9, 5 * CHUNK + 3, "int8"), 1e-4)),
-    "int16, one": (Coding(1), with_escapes(draw("gauss", 0.1, 2 * CHUNK + 5, "int16"))),
-    "int16, two": (Coding(2), with_escapes(draw("gauss", 0.7, 4 * CHUNK + 1, "int16"))),
-    "int16, three": (Coding(3), with_escapes(draw("gauss", 1.8, 3 * CHUNK + 2, "int16"))),
-    "int16, four": (Coding(4), with_escapes(draw("gauss", 2.9, 5 * CHUNK + 3, "int16"), 1e-4)),
-    "int16, four low bits": (Coding(1, 4), with_escapes(draw("gauss", 0.003, 2 * CHUNK + 7, "int16"))),
-    "int16, eight low bits": (Coding(1, 8), with_escapes(draw("gauss", 0.0003, 2 * CHUNK + 7, "int16"))),
+    "int8, one": (Coding(1), wild(draw("gauss", 0.1, 2 * CHUNK + 1, "int8"))),
+    "int8, two": (Coding(2), wild(draw("gauss", 0.7, 4 * CHUNK + 1, "int8"))),
+    "int8, three": (Coding(3), wild(draw("gauss", 1.8, 3 * CHUNK + 2, "int8"))),
+    "int8, four": (Coding(4), wild(draw("gauss", 2.9, 5 * CHUNK + 3, "int8"), 1e-4)),
+    "int8, two and four bits": (Coding(2, 4), wild(draw("gauss", 0.03, 3 * CHUNK, "int8")[:-1])),
+    "int16, one": (Coding(1), wild(draw("gauss", 0.1, 2 * CHUNK + 5, "int16"))),
+    "int16, two": (Coding(2), wild(draw("gauss", 0.7, 4 * CHUNK + 1, "int16"))),
+    "int16, three": (Coding(3), wild(draw("gauss", 1.8, 3 * CHUNK + 2, "int16"))),
+    "int16, four": (Coding(4), wild(draw("gauss", 2.9, 5 * CHUNK + 3, "int16"), 1e-4)),
+    "int16, one and four bits": (Coding(1, 4), wild(draw("gauss", 0.003, 2 * CHUNK + 7, "int16"))),
+    "int16, one and eight bits": (Coding(1, 8), wild(draw("gauss", 0.0003, 2 * CHUNK + 7, "int16"), 0.01)),
+    "int16, two and eight bits": (Coding(2, 8), wild(draw("gauss", 0.002, 3 * CHUNK + 1, "int16"))),
     "int8, constant": (Coding(constant=-128), np.full(CHUNK + 1, -128, "int8")),
     "int16, constant": (Coding(constant=32767), np.full(7, 32767, "int16")),
-    "int8, plain": (None, np.arange(-128, 128).astype("int8")),
-    "int16, plain": (None, np.arange(-32768, 32768).astype("int16")),
+    "int8, plain": (None, np.random.default_rng(0).integers(-128, 128, 5000).astype("int8")),
+    "int16, plain": (None, np.random.default_rng(0).integers(-32768, 32768, 5000).astype("int16")),
     "int8, empty": (None, np.empty(0, "int8")),
 }
 
@@ -146,9 +149,10 @@ class TestEveryLayout:
     def test_truncation_is_an_error(self, name: str) -> None:
         _, codes = LAYOUTS[name]
         stream = encode(codes)
-        for length in {0, 1, len(stream.payload) // 2, len(stream.payload) - 1} - {len(stream.payload)}:
+        size = len(stream.payload)
+        for length in sorted({0, 1, size // 2, size - 1} if size else ()):
             with pytest.raises(CorruptError):
-                decode(stream.payload[: max(length, 0)], stream.coding, codes.size + (not codes.size), "int8")
+                decode(stream.payload[:length], stream.coding, codes.size, codes.dtype)
 
     def test_bytes_behind_it_are_an_error(self, name: str) -> None:
         _, codes = LAYOUTS[name]
@@ -159,10 +163,8 @@ class TestEveryLayout:
     def test_another_count_is_an_error(self, name: str) -> None:
         coding, codes = LAYOUTS[name]
         stream = encode(codes)
-        wrong = {codes.size + 5, 100 * codes.size + 1, max(codes.size - 5, 0)}
-        if coding and coding.constant is not None:
-            wrong = {0}
-        for count in wrong - {codes.size}:
+        constant = coding is not None and coding.constant is not None  # which is right for any count but none
+        for count in {0} if constant else {codes.size + 5, 100 * codes.size + 1, max(codes.size - 5, 1)}:
             with pytest.raises(CorruptError):
                 decode(stream.payload, coding, count, codes.dtype)
 
@@ -178,13 +180,17 @@ def test_any_codes_come_back_and_never_take_more_than_raw(codes: Codes) -> None:
     assert stream.coding is None or Coding.from_json(stream.coding.to_json()) == stream.coding
 
 
+RATES = [("int16", bits) for bits in (12, 11, 10, 9, 8, 7, 5, 3, 2, 1.5, 1)] + [
+    ("int8", bits) for bits in (7, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1)
+]
+
+
 @pytest.mark.parametrize("distribution", ["gauss", "laplace"])
-@pytest.mark.parametrize("dtype", ["int8", "int16"])
-@pytest.mark.parametrize("bits", [12, 11, 10, 9, 8, 7, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1])
+@pytest.mark.parametrize(("dtype", "bits"), RATES)
 def test_the_rate_is_within_0_15_bit_of_entropy(bits: float, dtype: str, distribution: str) -> None:
-    codes = draw_at(min(bits, 7) if dtype == "int8" else bits, distribution, 300_000, dtype)
-    gap = 8 * cost(codes) / codes.size - entropy.entropy(codes)
-    assert 0 <= gap < 0.1 or (bits > 7 and -0.05 < gap < 0.1)
+    codes = draw_at(bits, distribution, 300_000, dtype)
+    assert entropy.entropy(codes) == pytest.approx(bits, abs=0.2)
+    assert 0 < 8 * cost(codes) / codes.size - entropy.entropy(codes) < 0.15
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
@@ -198,7 +204,7 @@ def test_entropy_is_that_of_the_histogram(dtype: str) -> None:
 
 @pytest.mark.parametrize("step", [0.05, 1.5])
 def test_threads_do_not_change_the_bytes(step: float) -> None:
-    codes = with_escapes(draw("gauss", step, 30 * CHUNK + 3, "int8"))
+    codes = wild(draw("gauss", step, 40 * CHUNK + 3, "int8"))
     streams = [encode(codes, threads) for threads in (1, 2, 5, None)]
     assert streams.count(streams[0]) == 4
     for threads in (1, 3, None):
@@ -206,10 +212,19 @@ def test_threads_do_not_change_the_bytes(step: float) -> None:
         assert np.array_equal(decoded, codes)
 
 
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    codes = draw("gauss", 0.1, 20 * CHUNK, "int8")
+    stream = encode(codes)
+    broken = bytearray(stream.payload)
+    broken[len(broken) // 2 :] = bytes(len(broken) - len(broken) // 2)
+    with pytest.raises(CorruptError, match="a chunk"):
+        decode(bytes(broken), stream.coding, codes.size, "int8", 2)
+
+
 def test_a_callers_own_threads_do_not_wait_for_each_other() -> None:
-    codes = draw("gauss", 0.05, 10 * CHUNK, "int8")
+    codes = draw("gauss", 0.1, 10 * CHUNK, "int8")
     with ThreadPoolExecutor(4) as pool:
-        streams = list(pool.map(encode, [codes] * 8))
+        streams = list(pool.map(encode, [codes] * 8, [2] * 8))
     assert streams.count(streams[0]) == 8
 
 
@@ -228,14 +243,14 @@ def child():
 process = multiprocessing.get_context("fork").Process(target=child)
 process.start()
 process.join(60)
-raise SystemExit(process.exitcode if process.exitcode is not None else 2)
+raise SystemExit(2 if process.exitcode is None else process.exitcode)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_can_code() -> None:
-    source = os.path.dirname(os.path.dirname(entropy.__file__))  # noqa: PTH120 - joined into a search path
-    done = subprocess.run([sys.executable, "-c", FORK], env={**os.environ, "PYTHONPATH": source}, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, check=False)
     assert done.returncode == 0
 
 
@@ -252,15 +267,16 @@ def test_other_types_are_refused(dtype: str) -> None:
         with pytest.raises(ParedError) as caught:
             attempt()
         assert caught.value.what == f"codes are int8 or int16, not {dtype}"
+        assert caught.value.remedy == "Convert them first."
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        None, 5, [], "per_symbol", {}, {"constant": None}, {"constant": 1.0}, {"constant": True}, {"per_symbol": 0},
-        {"per_symbol": 5}, {"per_symbol": "1"}, {"per_symbol": 1, "low_bits": 0}, {"per_symbol": 1, "low_bits": 3},
-        {"per_symbol": 2, "low_bits": 4}, {"low_bits": 4}, {"per_symbol": 1, "constant": 0},
-        {"per_symbol": 1, "other": 0}, {1: 1},
+        None, 5, [], "per_symbol", {}, {1: 1}, {"constant": None}, {"constant": 1.0}, {"constant": True},
+        {"per_symbol": 0}, {"per_symbol": 5}, {"per_symbol": "1"}, {"per_symbol": 1, "other": 0},
+        {"per_symbol": 1, "low_bits": 0}, {"per_symbol": 1, "low_bits": 3}, {"per_symbol": 3, "low_bits": 4},
+        {"low_bits": 4}, {"per_symbol": 1, "constant": 0},
     ],
     ids=str,
 )  # fmt: skip
@@ -276,9 +292,10 @@ def deflated(symbols: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
     return deflate.compress(symbols) + deflate.flush()
 
 
-# Zeros of 100 codes, one, two, three and four to a symbol; the last symbol of two has nothing to spare.
-ZEROS = {each: bytes([(RADIX[each] ** each - 1) // (RADIX[each] - 1) * (RADIX[each] // 2 - 1)]) for each in RADIX}
-ONE, TWO, THREE = Coding(1), Coding(2), Coding(3)
+# The symbol of codes that are all zero, by how many share it.
+ZERO = {k: bytes([sum((radix // 2 - 1) * radix**i for i in range(k))]) for k, radix in RADIX.items()}
+ONE, TWO, THREE, FOUR = Coding(1), Coding(2), Coding(3), Coding(4)
+SQUEEZED = deflated(ZERO[1] * 4000, zlib.Z_DEFAULT_STRATEGY)
 
 HOSTILE: dict[str, tuple[bytes, Coding | None, int, str, str]] = {
     "plain, short": (b"\0" * 5, None, 3, "int16", "3 plain int16 codes take 6 bytes, not 5"),
@@ -289,40 +306,46 @@ HOSTILE: dict[str, tuple[bytes, Coding | None, int, str, str]] = {
     "constant out of range": (
         b"", Coding(constant=128), 2, "int8", "0 bytes cannot stand for 2 int8 codes that are all 128"),
     "coding of nothing": (b"", ONE, 0, "int8", "0 int8 codes cannot have the coding {'per_symbol': 1}"),
-    "int8 with low bits": (
+    "coding of the other type": (
         b"", Coding(1, 4), 9, "int8", "9 int8 codes cannot have the coding {'per_symbol': 1, 'low_bits': 4}"),
     "no room for the table": (b"\0" * 7, ONE, 2 * CHUNK + 1, "int8", "7 bytes cannot hold 3 chunks"),
-    "expansion": (
-        deflated(b"\x7f" * 4000, zlib.Z_DEFAULT_STRATEGY), ONE, 4000, "int8",
-        f"{len(deflated(bytes(4000), zlib.Z_DEFAULT_STRATEGY))} bytes cannot hold a chunk of 4000 symbols"),
     "chunks beyond the end": (
-        b"\xff\xff\0\0" + b"\0" * 9000, ONE, CHUNK + 9, "int8", "-56535 bytes cannot hold a chunk of 9 symbols"),
+        b"\xff\xff\0\0" + bytes(9000), ONE, CHUNK + 9, "int8",
+        "-56535 bytes cannot hold a chunk of 9 symbols"),
+    "expansion": (
+        SQUEEZED, ONE, 4000, "int8", f"{len(SQUEEZED)} bytes cannot hold a chunk of 4000 symbols"),
     "no deflate": (
         b"\xff" * 20, ONE, 20, "int8",
         "a chunk does not inflate: Error -3 while decompressing data: invalid block type"),
     "too many symbols": (
-        deflated(ZEROS[1] * 101), ONE, 100, "int8", "a chunk does not inflate to exactly 100 symbols"),
+        deflated(ZERO[1] * 101), ONE, 100, "int8", "a chunk does not inflate to exactly 100 symbols"),
     "too few symbols": (
-        deflated(ZEROS[1] * 99), ONE, 100, "int8", "a chunk does not inflate to exactly 100 symbols"),
+        deflated(ZERO[1] * 99), ONE, 100, "int8", "a chunk does not inflate to exactly 100 symbols"),
     "bomb": (
-        deflated(ZEROS[1] * 10**6, zlib.Z_DEFAULT_STRATEGY), ONE, 100, "int8",
+        deflated(ZERO[1] * 10**6, zlib.Z_DEFAULT_STRATEGY), ONE, 100, "int8",
         "a chunk does not inflate to exactly 100 symbols"),
-    "cut": (deflated(bytes(range(100)))[:-1], ONE, 100, "int8", "a chunk does not inflate to exactly 100 symbols"),
+    "cut": (
+        deflated(bytes(range(100)))[:-1], ONE, 100, "int8",
+        "a chunk does not inflate to exactly 100 symbols"),
     "impossible symbol": (deflated(b"\xd8" * 33), THREE, 99, "int8", "a chunk holds symbols beyond 215"),
     "spare digits": (
-        deflated(ZEROS[2] * 49 + b"\x87"), TWO, 99, "int8", "the spare digits of a chunk are not those of zeros"),
+        deflated(ZERO[2] * 49 + b"\x87"), TWO, 99, "int8",
+        "the spare digits of a chunk are not those of zeros"),
     "bytes behind": (
-        deflated(ZEROS[1] * 100) + b"ab", ONE, 100, "int8", "a chunk with 0 escapes lists 2 bytes of them"),
+        deflated(ZERO[1] * 100) + b"ab", ONE, 100, "int8", "a chunk with 0 escapes lists 2 bytes of them"),
     "escape not listed": (
-        deflated(ZEROS[2] * 49 + b"\xf7"), TWO, 100, "int8", "a chunk with 1 escapes lists 0 bytes of them"),
+        deflated(ZERO[2] * 49 + b"\xf7"), TWO, 100, "int8", "a chunk with 1 escapes lists 0 bytes of them"),
     "needless escape": (
-        deflated(ZEROS[2] * 49 + b"\xf7") + b"\x07", TWO, 100, "int8",
+        deflated(ZERO[2] * 49 + b"\xf7") + b"\x07", TWO, 100, "int8",
         "an escape is listed that needs none, or that no code can have"),
-    "escape out of range": (
-        bytes(50) + deflated(ZEROS[1] * 99 + b"\xff") + b"\x00\x08", Coding(1, 4), 100, "int16",
+    "escape too large": (
+        bytes(50) + deflated(ZERO[1] * 99 + b"\xff") + b"\x00\x08", Coding(1, 4), 100, "int16",
+        "an escape is listed that needs none, or that no code can have"),
+    "escape too small": (
+        bytes(50) + deflated(ZERO[1] * 99 + b"\xff") + b"\xff\xf7", Coding(1, 4), 100, "int16",
         "an escape is listed that needs none, or that no code can have"),
     "spare low bits": (
-        bytes(49) + b"\x10" + deflated(ZEROS[1] * 99), Coding(1, 4), 99, "int16",
+        bytes(49) + b"\x10" + deflated(ZERO[1] * 99), Coding(1, 4), 99, "int16",
         "the spare low bits of a chunk are not zero"),
 }  # fmt: skip
 
@@ -336,36 +359,35 @@ def test_hostile_payloads_have_each_their_error(name: str) -> None:
     assert caught.value.remedy == "Fetch the file again; it is damaged."
 
 
-def test_the_hostile_examples_are_near_misses() -> None:
-    """Each building block that they use is legal when it is put together rightly."""
-    assert not decode(deflated(ZEROS[1] * 100), ONE, 100, "int8").any()
-    assert not decode(deflated(ZEROS[2] * 50), TWO, 99, "int8").any()
-    assert not decode(deflated(ZEROS[3] * 33), THREE, 99, "int8").any()
-    assert not decode(deflated(ZEROS[4] * 25), replace(TWO, per_symbol=4), 97, "int16").any()
-    assert decode(deflated(ZEROS[2] * 49 + b"\xf7") + b"\x08", TWO, 100, "int8")[-1] == 8
-    escaped = bytes(50) + deflated(ZEROS[1] * 99 + b"\xff") + b"\x00\xf8"
+def test_the_hostile_payloads_are_near_misses() -> None:
+    for k, coding in enumerate([ONE, TWO, THREE, FOUR], start=1):
+        assert not decode(deflated(ZERO[k] * 30), coding, 30 * k - k // 2, "int8").any()
+    assert decode(deflated(ZERO[2] * 49 + b"\xf7") + b"\x08", TWO, 100, "int8")[-1] == 8
+    escaped = bytes(50) + deflated(ZERO[1] * 99 + b"\xff") + b"\x00\xf8"
     assert decode(escaped, Coding(1, 4), 100, "int16")[-1] == -32768
+    assert decode(bytes(50) + deflated(ZERO[2] * 49 + b"\xf7"), Coding(2, 4), 100, "int8")[-1] == -128
+    assert not decode(bytes(50) + deflated(ZERO[1] * 99), Coding(1, 4), 99, "int16").any()
 
 
 def test_an_impossible_expansion_is_refused_before_it_is_inflated(monkeypatch: pytest.MonkeyPatch) -> None:
-    payload = deflated(ZEROS[1] * 4000, zlib.Z_DEFAULT_STRATEGY)
-
     def inflate(*_: Any) -> None:
         raise AssertionError("inflated")
 
     monkeypatch.setattr(zlib, "decompressobj", inflate)
     with pytest.raises(CorruptError, match="cannot hold a chunk of 4000 symbols"):
-        decode(payload, ONE, 4000, "int8")
+        decode(SQUEEZED, ONE, 4000, "int8")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(LAYOUTS)), st.data())
 def test_mutations_give_an_error_or_as_many_codes(name: str, data: st.DataObject) -> None:
-    codes = LAYOUTS[name][1][:2000]
+    _, codes = LAYOUTS[name]
     stream = encode(codes)
     payload = bytearray(stream.payload)
+    last = len(payload) - 1
     for _ in range(data.draw(st.integers(1, 3)) if payload else 0):
-        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+        place = data.draw(st.integers(0, last) | st.integers(0, min(last, 12)))
+        payload[place] = data.draw(st.integers(0, 255))
     try:
         decoded = decode(bytes(payload), stream.coding, codes.size, codes.dtype)
     except CorruptError:

@@ -1,9 +1,7 @@
 """The coder of code streams: Huffman-coded symbols, with an exact cost.
 
 A tensor's codes (int8 or int16, in C order) become one payload; its parameters, a `Coding`, stand in the
-artifact's index. numpy and the standard library's zlib do it all. Huffman-only deflate comes within 0.15 bit
-of the order-0 entropy once codes share symbols where one of its own would cost a code more than it tells.
-`docs/decisions/002-coder.md` says why.
+artifact's index. Why it is the standard library's zlib that codes: `docs/decisions/002-coder.md`.
 
 What the bytes mean. A payload of n codes of b bits, b being 8 or 16, has as its coding one of
 
@@ -48,8 +46,7 @@ from pared.errors import CorruptError, ParedError
 # its end; streams that stay below are encoded a sixth faster. Chunks are also the unit of parallel work.
 CHUNK: Final = 65_024
 
-# A thread takes a while to start: it is worth it for so many chunks.
-_THREAD: Final = 4
+_THREAD: Final = 4  # so many chunks are worth the start of a thread
 
 # The base of the digits, by how many of them share a byte; the top digit is the escape.
 RADIX: Final = {1: 256, 2: 16, 3: 6, 4: 4}
@@ -58,8 +55,8 @@ RADIX: Final = {1: 256, 2: 16, 3: 6, 4: 4}
 _WHOLE: Final = ((1, 0), (2, 0), (3, 0), (4, 0))
 _LAYOUTS: Final = {1: (*_WHOLE, (2, 4)), 2: (*_WHOLE, (1, 4), (1, 8), (2, 8))}
 
-# Layouts are compared on so many runs of so many neighbouring codes. For so small a loss the one with the fewest
-# symbols is taken, since time goes by symbols.
+# Layouts are compared on so many runs of so many neighbouring codes; for so small a loss in bytes the one with
+# the fewest symbols wins, because time goes by symbols.
 _RUNS: Final = 8
 _RUN: Final = 8192
 _SMALL: Final = 1.002
@@ -104,10 +101,10 @@ class Coding:
             CorruptError: it is not what `to_json` gives for a coding.
         """
         if isinstance(data, dict) and all(type(value) is int for value in data.values()):
-            layouts = {cls(*layout) for layouts in _LAYOUTS.values() for layout in layouts}
-            for coding in layouts | {cls(constant=data.get("constant"))}:
-                if coding.to_json() == data:
-                    return coding
+            coding = cls(data.get("per_symbol", 1), data.get("low_bits", 0), data.get("constant"))
+            layout = coding.per_symbol, coding.low_bits
+            if layout in _LAYOUTS[1] + _LAYOUTS[2] and coding.to_json() == data:
+                return coding
         raise _corrupt(f"{str(data)[:80]} is not a coding")
 
     @property
@@ -145,8 +142,6 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
     Returns:
         A stream whose payload is never longer than `codes.nbytes`.
 
-    >>> encode(np.array([7, 7, 7], np.int8)).coding
-    Coding(per_symbol=1, low_bits=0, constant=7)
     >>> encode(np.array([0, 1, 0, -1] * 50, np.int8)).coding
     Coding(per_symbol=4, low_bits=0, constant=None)
     """
@@ -164,8 +159,8 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
 def cost(codes: Codes, threads: int | None = None) -> int:
     """Exactly how many bytes the payload of `encode(codes)` has.
 
-    >>> cost(np.zeros((64, 64), np.int8)), cost(np.arange(-127, 128, dtype=np.int8))
-    (0, 255)
+    >>> cost(np.zeros((64, 64), np.int8)), cost(np.array([1, -2], np.int8))
+    (0, 2)
     """
     return len(encode(codes, threads).payload)
 
@@ -178,10 +173,9 @@ def entropy(codes: Codes) -> float:
     """
     flat = _flat(codes)
     unsigned = flat.view(f"u{flat.itemsize}")
-    bins = 1 << 8 * flat.itemsize
-    counts = np.zeros(bins, np.int64)
+    counts = np.zeros(1 << 8 * flat.itemsize, np.int64)
     for start in range(0, flat.size, 1 << 20):  # bincount widens what it is given to eight bytes
-        counts += np.bincount(unsigned[start : start + (1 << 20)], minlength=bins)
+        counts += np.bincount(unsigned[start : start + (1 << 20)], minlength=len(counts))
     shares = counts[counts > 0] / max(flat.size, 1)
     return abs(float((shares * np.log2(shares)).sum()))
 
@@ -233,19 +227,14 @@ def _choose(flat: Codes) -> Coding:
     if flat.size > _RUNS * _RUN:
         starts = np.linspace(0, flat.size - _RUN, _RUNS).astype(int)
         sample = np.concatenate([flat[start : start + _RUN] for start in starts])
-    bits = entropy(sample)
-    codings = [Coding(*layout) for layout in _LAYOUTS[flat.itemsize] if _plausible(*layout, bits)]
+    bits, layouts = entropy(sample), _LAYOUTS[flat.itemsize]
+    # A symbol can tell eight bits, and where it would tell less than three, the low bits have not earned a split.
+    codings = [Coding(k, low) for k, low in layouts if (3 if low else 0) <= k * (bits - low) < 8.01]
     if len(codings) == 1:
         return codings[0]
     sizes = {coding: len(_encode(sample, coding, threads=1)) for coding in codings}
     good = [coding for coding in codings if sizes[coding] <= _SMALL * min(sizes.values())]
     return max(good, key=lambda coding: (coding.per_symbol, -sizes[coding]))
-
-
-def _plausible(per_symbol: int, low_bits: int, bits: float) -> bool:
-    """Whether a symbol can tell what its codes of that entropy do, and enough that low bits are left alone."""
-    told = per_symbol * (bits - low_bits)
-    return told < 8.01 and (low_bits == 0 or told > 3)
 
 
 def _encode(flat: Codes, coding: Coding, threads: int | None) -> bytes:
@@ -258,14 +247,13 @@ def _encode(flat: Codes, coding: Coding, threads: int | None) -> bytes:
 def _encode_chunk(codes: Codes, coding: Coding) -> tuple[bytes, ...]:
     """A chunk, in pieces that are yet to be joined."""
     high = codes >> coding.low_bits if coding.low_bits else codes
-    digits = high.view(f"u{high.itemsize}")
-    digits = digits + digits.dtype.type(coding.limit)  # wraps: whatever has no digit is above them all
+    digits = high.view(f"u{high.itemsize}") + np.uint8(coding.limit)  # wraps: what has no digit is above them all
     escapes = high[:0]
     if _has_escapes(coding, codes.dtype):
         escaped = digits >= coding.escape
         escapes = high[escaped]
         digits[escaped] = coding.escape
-    elif coding.low_bits:
+    else:
         digits &= coding.escape
     symbols = _pack(digits.astype(np.uint8, copy=False), coding)
     deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
@@ -285,7 +273,7 @@ def _decode_chunk(place: Codes, chunk: memoryview, coding: Coding) -> None:
     count = int(np.count_nonzero(escaped))
     if len(listed) != count * place.itemsize:
         raise _corrupt(f"a chunk with {count} escapes lists {len(listed)} bytes of them")
-    if count:
+    if listed:
         place[escaped] = _escapes(listed, coding, place.dtype)
     if coding.low_bits:
         place *= 1 << coding.low_bits
@@ -324,8 +312,6 @@ def _inflate(data: memoryview, symbols: int) -> tuple[_Bytes, bytes]:
 def _pack(digits: _Bytes, coding: Coding) -> _Bytes:
     """Symbols of `per_symbol` digits each."""
     each = coding.per_symbol
-    if each == 1:
-        return digits
     if len(digits) % each:
         digits = np.append(digits, np.full(-len(digits) % each, coding.limit, np.uint8))
     symbols = digits[each - 1 :: each]
@@ -386,15 +372,12 @@ def _low_values(data: memoryview, count: int, bits: int) -> _Bytes:
 
 
 def _each(task: Callable[..., _Result], calls: Sequence[tuple[Any, ...]], most: int | None) -> list[_Result]:
-    """The results of all calls, in order.
-
-    The threads live for this call only: nobody waits for threads that a fork lost or that other work holds.
-    """
+    """The results of all calls, in order."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = min(most or usable, len(calls) // _THREAD)
     if threads <= 1:
         return [task(*call) for call in calls]
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:  # of this call: no wait for threads that a fork lost or others hold
         return list(pool.map(task, *zip(*calls, strict=True)))
 
 

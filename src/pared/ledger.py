@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pared import container, readers
+from pared.container import Entry, Records
+from pared.errors import ConfigError, FileError
+from pared.readers import Held, Listing
 
 WIDTH: Final = 100  # of the text, in columns
 
@@ -50,19 +66,20 @@ class Ledger:
         file: its name.
         nbytes: exactly the sum of the rows.
         rows: tensors first, in the file's order, then what is no tensor.
-        original_nbytes: the bytes of the same tensors in their source's types; None where no source is known.
+        elements: how many numbers the tensors have; what several names share counts once.
+        original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
     """
 
     file: str
     nbytes: int
     rows: tuple[Row, ...]
+    elements: int
     original_nbytes: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
-        """All bytes, the container's included, over all numbers; each number counts once, however often it is named."""
-        elements = sum(row.elements for row in self.rows if row.nbytes or not row.because)
-        return 8 * self.nbytes / elements if elements else 0.0
+        """All bits of the file, container included, for each number."""
+        return 8 * self.nbytes / self.elements if self.elements else 0.0
 
     def by_format(self) -> dict[str, int]:
         """The bytes of each format, the largest first."""
@@ -70,3 +87,208 @@ class Ledger:
         for row in self.rows:
             totals[row.format] = totals.get(row.format, 0) + row.nbytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The ledger as plain data."""
+        rows = [
+            {
+                "name": row.name,
+                "shape": None if row.shape is None else list(row.shape),
+                "format": row.format,
+                "bytes": row.nbytes,
+                "bits": row.bits,
+            }
+            for row in self.rows
+        ]
+        return {"file": self.file, "bytes": self.nbytes, "rows": rows, "findings": []}
+
+    def render(self) -> str:
+        """The ledger as text of 100 columns: the totals, then a line for each row."""
+        return "\n".join((*self._totals(), *_drawn(self.rows)))
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def _totals(self) -> Iterator[str]:
+        yield from textwrap.wrap(_printable(self.file), WIDTH)
+        ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
+        yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
+        for format, nbytes in self.by_format().items():
+            yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+
+
+def inspect(target: object) -> Ledger:
+    """Account for every byte of a file, or of a model in memory.
+
+    Nothing in a file is executed, no tensor is read, and torch is not imported.
+
+    Args:
+        target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
+            dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+
+    Raises:
+        FileError: the file cannot be read, or is of another kind.
+        CorruptError: its bytes contradict themselves.
+        UnsafeError: loading it would run code, or inflate without bound.
+        VersionError: a newer version wrote the artifact.
+        ConfigError: the target is neither a path nor a module.
+    """
+    if isinstance(target, str | os.PathLike):
+        return _of_path(Path(target))
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(target, torch.nn.Module):
+        return _of_model(target)
+    raise ConfigError(
+        f"expected a path or a torch.nn.Module, got {type(target).__name__}",
+        where="inspect",
+        remedy="Save a state dict with torch.save and pass its path, or pass the model.",
+    )
+
+
+def of_artifact_bytes(data: bytes, where: str) -> Ledger:
+    """The ledger of an artifact that is in memory.
+
+    Args:
+        data: the file's bytes.
+        where: its name.
+    """
+    with container.open_records(data, where) as records:
+        return _of_records(records)
+
+
+def _of_path(path: Path) -> Ledger:
+    if path.is_dir():
+        path = _artifact_in(path)
+    with container.open_file(path) as file:
+        records = container.records_of(file)
+        if records is not None:
+            return _of_records(records)
+        return _of_listing(readers.list_tensors(file), file.where, len(file.data))
+
+
+def _artifact_in(directory: Path) -> Path:
+    for name in container.FILE_NAMES.values():
+        if (directory / name).is_file():
+            return directory / name
+    raise FileError(
+        f"holds neither {' nor '.join(container.FILE_NAMES.values())}",
+        where=str(directory),
+        remedy="Pass the directory that save wrote, or the path of a file.",
+    )
+
+
+def _of_records(records: Records) -> Ledger:
+    entries = container.parse_index(records).entries
+    rows = [Row(entry.name, entry.shape, entry.label, entry.nbytes, _reason(entry)) for entry in entries]
+    pieces = {
+        "(padding)": len(records.data) - sum(row.nbytes for row in rows),
+        "(index)": len(records.index),
+        "(container)": records.nbytes - len(records.index) - len(records.data),
+    }
+    return Ledger(
+        file=records.where,
+        nbytes=records.nbytes,
+        rows=(*rows, *_others(pieces)),
+        elements=sum(entry.elements for entry in entries),
+        original_nbytes=sum(entry.source_nbytes for entry in entries),
+    )
+
+
+def _reason(entry: Entry) -> str:
+    tied = f"also {', '.join(entry.names[1:])}" if len(entry.names) > 1 else ""
+    return "; ".join(filter(None, (entry.because, tied)))
+
+
+def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
+    """Rows for what is no tensor; the name says what it is."""
+    return (Row(name, None, name.strip("()"), nbytes) for name, nbytes in pieces.items() if nbytes)
+
+
+def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
+    """The bytes of each storage are counted with the first tensor that is kept in it."""
+    tenants: dict[str, list[Held]] = {}
+    for held in listing.tensors:
+        if held.storage is not None:
+            tenants.setdefault(held.storage, []).append(held)
+    rows = [_row(held, tenants, listing.storages) for held in listing.tensors]
+    unused = {key: size for key, size in listing.storages.items() if key not in tenants and size}
+    rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
+    rest = nbytes - sum(row.nbytes for row in rows) - sum(listing.notes.values())
+    elements = sum(_distinct(group, listing.storages[key]) for key, group in tenants.items())
+    return Ledger(file, nbytes, (*rows, *_others({**listing.notes, "(container)": rest})), elements)
+
+
+def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, int]) -> Row:
+    if held.storage is None:
+        return Row(held.name, held.shape, held.dtype, 0, "on the meta device: it holds no numbers")
+    first, *others = tenants[held.storage]
+    if held is not first:
+        return Row(held.name, held.shape, held.dtype, 0, f"kept in the storage of {first.name}")
+    nbytes = storages[held.storage]
+    because = ""
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        because = f"its storage is also that of {others[0].name}{more}"
+    elif nbytes > held.nbytes:
+        because = f"a view of {held.nbytes:,} bytes that keeps a storage of {nbytes:,}"
+    return Row(held.name, held.shape, held.dtype, nbytes, because)
+
+
+def _distinct(group: Sequence[Held], nbytes: int) -> int:
+    """How many numbers the tensors of one storage have between them: no more than it has room for."""
+    total = sum(math.prod(held.shape) for held in group)
+    needed = sum(held.nbytes for held in group)
+    return total if needed <= nbytes else total * nbytes // needed
+
+
+def _of_model(model: Any) -> Ledger:
+    """The ledger of a live module; a class that knows better, as those of quantized models do, says it itself."""
+    own = getattr(type(model), "_pared_ledger", None)
+    if own is not None:
+        found: Ledger = own(model)
+        return found
+    tensors, storages = [], {}
+    parameters, buffers = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
+    for name, tensor in (*parameters, *buffers):
+        nbytes = tensor.numel() * tensor.element_size()
+        key = None
+        if not tensor.is_meta:
+            key, storages_nbytes = _storage_of(tensor, nbytes)
+            storages[key] = storages_nbytes
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors.append(Held(name, dtype, tuple(tensor.shape), nbytes, key))
+    return _of_listing(Listing(tuple(tensors), storages, {}), type(model).__name__, sum(storages.values()))
+
+
+def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
+    """What tells a tensor's storage from others, and its bytes; sparse and opaque tensors hide theirs."""
+    try:
+        storage = tensor.untyped_storage()
+        return f"at {storage.data_ptr() or id(tensor)}", storage.nbytes()
+    except (NotImplementedError, RuntimeError):
+        return f"of {id(tensor)}", nbytes
+
+
+def _drawn(rows: Sequence[Row]) -> list[str]:
+    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
+    table.add_column("tensor", overflow="fold", ratio=3)
+    table.add_column("shape", overflow="fold", ratio=1)
+    table.add_column("format", overflow="fold")
+    table.add_column("bits", justify="right")
+    table.add_column("bytes", justify="right")
+    if any(row.because for row in rows):
+        table.add_column("because", overflow="fold", ratio=2)
+    for row in rows:
+        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
+        bits = f"{row.bits:.2f}" if row.elements else ""
+        cells = (row.name, shape, row.format, bits, f"{row.nbytes:,}", row.because)
+        table.add_row(*(Text(_printable(cell)) for cell in cells[: len(table.columns)]))
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def _printable(text: str) -> str:
+    """Text from a file, without what would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

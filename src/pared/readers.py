@@ -167,7 +167,7 @@ def _tensors(root: object, storages: Mapping[str, Member], where: str, allowance
         path, arguments = _call_of(node)
         if path in _REBUILD or path == _REBUILD_META:
             yield _held(name, path, arguments, storages, Place(f"{where}: {name}"))
-        elif id(node) not in entered:
+        if id(node) not in entered:
             entered.add(id(node))
             inside = []
             for inner, child in _inside(name, node, arguments):
@@ -183,7 +183,10 @@ def _tensors(root: object, storages: Mapping[str, Member], where: str, allowance
 
 
 def _inside(name: str, node: Node, arguments: Sequence[object]) -> Iterator[tuple[str, Node]]:
-    """What a node holds, with names; a parameter is a call around its tensor, which has the same name."""
+    """What a node holds, with names; a parameter is a call around its tensor, which has the same name.
+
+    A tensor may hold others in its turn: the scales of one that is quantized by channels.
+    """
     yield from ((name, value) for value in arguments if isinstance(value, Node))
     yield from ((_join(name, i), value) for i, value in enumerate(node.values) if isinstance(value, Node))
     yield from ((_join(name, key), value) for key, value in node.pairs if isinstance(value, Node))

@@ -33,7 +33,7 @@ def available() -> str:
     >>> available() == "" or "int8" in available() or "oneDNN" in available()
     True
     """
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # untyped in torch
+    if not torch.backends.mkldnn.is_available():
         return "this build of PyTorch has no oneDNN"
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.onednn, name)]
     if missing:

@@ -1,0 +1,147 @@
+"""The command line: the same words, errors without tracebacks, nothing half done."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import pared
+from pared import cli
+
+
+def factory() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+
+
+def calibration() -> list[torch.Tensor]:
+    return [torch.randn(16, 64)]
+
+
+def score(model: nn.Module) -> float:
+    return 1.0 + float(model(torch.ones(1, 64)).detach().abs().mean())
+
+
+HERE = "tests.test_cli"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `pared ARGUMENTS`."""
+    monkeypatch.setattr(sys, "argv", ["pared", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_fit_writes_a_model_that_loads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calib", f"{HERE}:calibration", "--eval", f"{HERE}:score", "--tolerable-loss", "0.05"]
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *options, "-o", str(tmp_path / "out")) == 0
+    shown = capsys.readouterr().out
+    assert "criterion met" in shown
+    assert "0.weight" in shown
+    assert f"written: {tmp_path / 'out' / 'best_model.pt'}" in shown
+    loaded = pared.load(tmp_path / "out", model=factory())
+    assert loaded.met
+
+
+def test_quiet_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "-q", "-o", str(tmp_path)) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_dry_run_predicts_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--calib", f"{HERE}:calibration", "-o", str(tmp_path / "out")]
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *where, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    guessed = int(shown.split(" bytes")[0].removeprefix("about ").replace(",", ""))
+    assert not (tmp_path / "out").exists()
+    assert guessed == pytest.approx(pared.fit(factory()).nbytes, rel=0.15)
+    assert "nothing was written" in shown
+
+
+@pytest.mark.parametrize(
+    ("rule", "bits", "treatment"), [("0.weight=4", 4.0, "grid"), ("0=keep", None, "exact"), ("*.weight=2.5", 2.5, "grid")]
+)
+def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits: float | None, treatment: str) -> None:
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "-q", "--rule", rule, "-o", str(tmp_path)) == 0
+    line = pared.load(tmp_path, model=factory()).plan[0]
+    assert (line.bits, line.treatment) == (bits, treatment)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit", "nowhere:factory", "-o", "x"], "error: nowhere:factory: cannot be imported (No module named 'nowhere')"),
+        (["fit", f"{HERE}:nothing", "-o", "x"], "cannot be imported (module 'tests.test_cli' has no attribute 'nothing')"),
+        (["fit", f"{HERE}:factory"], "error: pared fit: no place to write to\n  Pass -o DIRECTORY, or --dry-run."),
+        (["fit", f"{HERE}:factory", "-o", "x", "--approach", "statc"], "approach='statc' is not one of"),
+        (["fit", f"{HERE}:factory", "-o", "x", "--rule", "a=b=c"], "error: --rule: 'a=b=c' is no rule"),
+        (["fit", f"{HERE}:factory", "-o", "x", "--rule", "zzz=4"], "error: Rule('zzz'): matches no tensor of the model"),
+        (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is no size"),
+        (["inspect", "missing.pt"], "missing.pt"),
+    ],
+)
+def test_errors_are_shown_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "x" / "best_model.pt").exists()
+
+
+def test_an_unwritable_target_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(pared, "fit", lambda *_: pytest.fail("work was begun"))
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "-o", str(tmp_path / "file" / "out")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_inspect_shows_a_table_or_json(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = pared.save(pared.fit(factory()), tmp_path)
+    assert run(monkeypatch, "inspect", str(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "grid int8" in shown
+    assert max(len(line) for line in shown.splitlines()) <= 100
+    assert run(monkeypatch, "inspect", str(path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(row["bytes"] for row in found["rows"]) == found["bytes"] == path.stat().st_size
+
+
+def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
+    pared.save(pared.fit(factory()), tmp_path)
+    save_file(factory().state_dict(), tmp_path / "plain.safetensors")
+    torch.save(factory().state_dict(), tmp_path / "plain.pt")
+    code = (
+        "import sys\nfrom pared import cli\nsys.argv = ['pared', 'inspect', sys.argv[1]]\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    for name in ("best_model.pt", "plain.safetensors", "plain.pt"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, capture_output=True)
+
+
+def test_the_module_is_the_command() -> None:
+    shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
+    assert shown.stdout == f"pared {pared.__version__}\n"
