@@ -1,4 +1,4 @@
-"""`make bench`: the figures of the main job, measured in one run; Markdown and JSON go to `docs/results.md` and `out/`.
+"""`make bench`: the figures of the main job, measured in one run, as JSON in `out/bench`; `make docs` shows them.
 
 Ratios compare medians of interleaved runs in one process: absolute milliseconds on shared machines mean little.
 """
@@ -27,6 +27,7 @@ from pared import PostTrainingQuantConfig
 
 THREADS = 2
 OUT = Path("out/bench")
+RESULTS = OUT / "results.json"
 
 
 def medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
@@ -113,7 +114,7 @@ def bench_minilm() -> dict[str, Any]:
     pared.save(weight_only, directory / "weight_only")
     half = minilm.load().bfloat16()
     models = {"float32": model, "bfloat16": half, "pared": quick}
-    plain = memory_of("float")
+    plain = in_child("memory_float")
     return {
         "bytes": (directory / "int8" / "best_model.pt").stat().st_size,
         "weight_only_bytes": (directory / "weight_only" / "best_model.pt").stat().st_size,
@@ -134,10 +135,6 @@ def bench_minilm() -> dict[str, Any]:
         "import_seconds": statistics.median(in_child("import_seconds") for _ in range(5)),
         "kernels": _count(line.kernel for line in quick.plan),  # type: ignore[union-attr]  # ours
     }
-
-
-def memory_of(kind: str) -> int:
-    return int(in_child(f"memory_{kind}"))
 
 
 def _count(values: Any) -> dict[str, int]:
@@ -161,50 +158,6 @@ def bench_dual_path() -> dict[str, Any]:
         "state_bytes": (directory / "state.pt").stat().st_size,
         "snr": dual_path.snr(quick, model),
     }
-
-
-def table(found: Mapping[str, Any]) -> str:
-    m, d = found["minilm"], found["dual_path"]
-    fast, small = m["speed_8x128"], m["speed_1x32"]
-    size = d["float_bytes"]
-
-    def ratio(a: Mapping[str, float], b: Mapping[str, float]) -> str:
-        return f"{a['median'] / b['median']:.2f} ({a['median']:.1f} ms / {b['median']:.1f} ms)"
-
-    rows = [
-        ("MiniLM at 8 bits, `best_model.pt`", f"{m['weight_only_bytes'] / 1e6:.2f} MB of {m['float_bytes'] / 1e6:.1f}", "<= 21.2 MB"),
-        ("mean 1 - cosine on the Lee documents, weight-only", f"{m['distance_weight_only']:.5f}", "<= 0.0009"),
-        ("the same with int8 kernels", f"{m['distance_int8']:.5f}", "<= 0.006"),
-        ("8 x 128 tokens, int8 / float32", ratio(fast["pared"], fast["float32"]), "<= 0.25"),
-        ("8 x 128 tokens, bfloat16 / float32", ratio(fast["bfloat16"], fast["float32"]), "(beside it)"),
-        ("1 x 32 tokens, int8 / float32", ratio(small["pared"], small["float32"]), "<= 1"),
-        ("1 x 32 tokens, int8 / bfloat16", ratio(small["pared"], small["bfloat16"]), "<= 1"),
-        ("load: ours / torch.load + load_state_dict", ratio(m["loading"]["pared"], m["loading"]["torch"]), "<= 1.5"),
-        ("resident memory, weight-only / float32", f"{m['memory']['weight_only'] / m['memory']['float']:.2f}", "<= 1.05"),
-        ("resident memory, int8 / float32", f"{m['memory']['int8'] / m['memory']['float']:.2f}", "<= 0.6"),
-        ("`import pared`, all names, beyond torch", f"{m['import_seconds']:.2f} s", "<= 0.3 s"),
-        ("`fit` at 8 bits on MiniLM, 100 documents", f"{m['fit_seconds']:.1f} s", "<= 5 s"),
-        ("dual-path RNN, `best_model.pt`", f"{d['artifact_bytes'] / size:.3f} of {size / 1e6:.1f} MB", "<= 0.256"),
-        ("dual-path RNN, `torch.save(model)`", f"{d['object_bytes'] / size:.3f}", "<= 0.256"),
-        ("dual-path RNN, `torch.save(model.state_dict())`", f"{d['state_bytes'] / size:.3f}", "<= 0.256"),
-        ("dual-path RNN, output SNR", f"{d['snr']:.1f} dB", ">= 33 dB"),
-    ]  # fmt: skip
-    lines = [
-        "| what | measured | asked for |",
-        "|---|---|---|",
-        *(f"| {a} | {b} | {c} |" for a, b, c in rows),
-    ]
-    return "\n".join(lines)
-
-
-def report(found: Mapping[str, Any]) -> str:
-    machine = found["machine"]
-    return (
-        "# Results\n\nWritten by `make bench`; do not edit. Medians of interleaved runs in one process, "
-        f"{THREADS} threads.\n\n{table(found)}\n\nMachine: {machine['processor']}, {machine['capability']}, "
-        f"torch {machine['torch']}, Python {machine['python']}. Kernels of MiniLM's tensors: "
-        f"{', '.join(f'{v} {k}' for k, v in found['minilm']['kernels'].items())}.\n"
-    )
 
 
 def processor() -> str:
@@ -241,9 +194,8 @@ def main() -> None:
         "minilm": bench_minilm(),
         "dual_path": bench_dual_path(),
     }
-    (OUT / "results.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    Path("docs/results.md").write_text(report(found), encoding="utf-8")
-    print(report(found))
+    RESULTS.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
 
 
 if __name__ == "__main__":

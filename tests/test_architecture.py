@@ -12,6 +12,7 @@ ORDER = [
     # ground: no torch
     "errors",
     "progress",
+    "parallel",
     "entropy",
     "container.checks",
     "container.files",

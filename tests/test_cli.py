@@ -71,7 +71,8 @@ def test_a_dry_run_predicts_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("rule", "bits", "treatment"), [("0.weight=4", 4.0, "grid"), ("0=keep", None, "exact"), ("*.weight=2.5", 2.5, "grid")]
+    ("rule", "bits", "treatment"),
+    [("0.weight=4", 4.0, "grid"), ("0=keep", None, "exact"), ("*.weight=2.5", 2.5, "grid")],
 )
 def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits: float | None, treatment: str) -> None:
     assert run(monkeypatch, "fit", f"{HERE}:factory", "-q", "--rule", rule, "-o", str(tmp_path)) == 0
@@ -82,12 +83,21 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "nowhere:factory", "-o", "x"], "error: nowhere:factory: cannot be imported (No module named 'nowhere')"),
-        (["fit", f"{HERE}:nothing", "-o", "x"], "cannot be imported (module 'tests.test_cli' has no attribute 'nothing')"),
+        (
+            ["fit", "nowhere:factory", "-o", "x"],
+            "error: nowhere:factory: cannot be imported (No module named 'nowhere')",
+        ),
+        (
+            ["fit", f"{HERE}:nothing", "-o", "x"],
+            "cannot be imported (module 'tests.test_cli' has no attribute 'nothing')",
+        ),
         (["fit", f"{HERE}:factory"], "error: pared fit: no place to write to\n  Pass -o DIRECTORY, or --dry-run."),
         (["fit", f"{HERE}:factory", "-o", "x", "--approach", "statc"], "approach='statc' is not one of"),
         (["fit", f"{HERE}:factory", "-o", "x", "--rule", "a=b=c"], "error: --rule: 'a=b=c' is no rule"),
-        (["fit", f"{HERE}:factory", "-o", "x", "--rule", "zzz=4"], "error: Rule('zzz'): matches no tensor of the model"),
+        (
+            ["fit", f"{HERE}:factory", "-o", "x", "--rule", "zzz=4"],
+            "error: Rule('zzz'): matches no tensor of the model",
+        ),
         (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is no size"),
         (["inspect", "missing.pt"], "missing.pt"),
     ],

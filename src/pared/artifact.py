@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import math
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -31,6 +33,7 @@ from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, FileError
 from pared.formats import RAW_TYPES, Coded, dtype_name
 from pared.layers import Activation
+from pared.parallel import each
 from pared.plan import Decision
 from pared.views import View
 
@@ -53,7 +56,8 @@ def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
 
 def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     data = bytearray()
-    entries = tuple(_entry(stored, data) for stored in contents.tensors)
+    streams = each(_streams, contents.tensors, [math.prod(stored.coded.shape) for stored in contents.tensors])
+    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, streams, strict=True))
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
     index = Index(entries, modules, dict(contents.provenance)).to_bytes()
     if kind == "safetensors":
@@ -69,11 +73,11 @@ def _record(data: bytes) -> Tensor:
     )
 
 
-def _entry(stored: Stored, data: bytearray) -> Entry:
+def _entry(stored: Stored, streams: Mapping[str, formats.Part], data: bytearray) -> Entry:
     """Append a tensor's streams to the data, each on a 64-byte boundary, and describe them."""
     coded = stored.coded
     parts = {}
-    for name, part in coded.format.streams(coded).items():
+    for name, part in streams.items():
         data.extend(bytes(-len(data) % ALIGNMENT))
         parts[name] = Part(len(data), len(part.payload), zlib.crc32(part.payload), part.coding)
         data.extend(part.payload)
@@ -115,13 +119,17 @@ def read(path: Path) -> Contents:
 
 def _contents(records: Records) -> Contents:
     index = parse_index(records)
-    with ThreadPoolExecutor() as pool:
-        tensors = tuple(pool.map(lambda entry: _stored(entry, records.data), index.entries))
+    read_one = functools.partial(_stored, records.data)
+    tensors = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
     activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
     return Contents(tensors, activations, dict(index.provenance))
 
 
-def _stored(entry: Entry, data: memoryview) -> Stored:
+def _streams(stored: Stored) -> dict[str, formats.Part]:
+    return stored.coded.format.streams(stored.coded)
+
+
+def _stored(data: memoryview, entry: Entry) -> Stored:
     streams = {name: _part(entry.name, name, part, data) for name, part in entry.parts.items()}
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None

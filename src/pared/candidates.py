@@ -22,6 +22,8 @@ from pared.tensors import clone_structure
 LEAST_SQNR: Final = 25.0
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
+# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
+_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +91,20 @@ def find_candidates(
     for one in stored:
         owners = [name.rpartition(".") for name in one.names]
         modules = {owner: model.get_submodule(owner) for owner, _, _ in owners}
-        fits = isinstance(one.coded.format, Grid) and one.coded.format.codes == "int8"
-        if not fits or not all(a == "weight" for _, _, a in owners) or not all(map(is_candidate, modules.values())):
+        fits = _fits(one.coded) and all(attribute == "weight" for _, _, attribute in owners)
+        if not fits or not all(map(is_candidate, modules.values())):
             continue
         if inputs is not None and not all(owner in inputs for owner in modules):
             continue
         found += [Candidate(n, m, one.coded, inputs[n] if inputs is not None else None) for n, m in modules.items()]
     return found
+
+
+def _fits(coded: Coded) -> bool:
+    """Whether the kernels take the weight: int8 codes, and so few columns that no sum leaves 32 bits."""
+    if not isinstance(coded.format, Grid) or coded.format.codes != "int8":
+        return False
+    return math.prod(coded.shape[1:]) <= _MOST_COLUMNS
 
 
 def modes_of(module: nn.Module) -> tuple[str, ...]:

@@ -29,10 +29,7 @@ A symbol costs at least a bit: a chunk of more than eight symbols to a byte is r
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final, TypeVar, final
@@ -41,6 +38,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pared.errors import CorruptError, ParedError
+from pared.parallel import each, usable_cores
 
 # Symbols in a chunk. Deflate slides its window of 64 KiB, at a price, when a stream comes within 262 bytes of
 # its end; streams that stay below are encoded a sixth faster. Chunks are also the unit of parallel work.
@@ -217,7 +215,7 @@ def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLik
     chunks = _cut(data, [min(coding.span, count - start) for start in starts], coding)
     out = np.empty(count, kind)
     calls = [(out[i : i + coding.span], chunk, coding) for i, chunk in zip(starts, chunks, strict=True)]
-    _each(_decode_chunk, calls, threads)
+    each(lambda call: _decode_chunk(*call), calls, most=_threads(len(calls), threads))
     return out
 
 
@@ -239,7 +237,7 @@ def _choose(flat: Codes) -> Coding:
 
 def _encode(flat: Codes, coding: Coding, threads: int | None) -> bytes:
     parts = [flat[start : start + coding.span] for start in range(0, flat.size, coding.span)]
-    chunks = _each(_encode_chunk, [(part, coding) for part in parts], threads)
+    chunks = each(lambda part: _encode_chunk(part, coding), parts, most=_threads(len(parts), threads))
     lengths = np.array([sum(map(len, chunk)) for chunk in chunks[:-1]], "<u4")
     return b"".join([lengths.tobytes(), *chain.from_iterable(chunks)])
 
@@ -371,14 +369,8 @@ def _low_values(data: memoryview, count: int, bits: int) -> _Bytes:
     return low[:count]
 
 
-def _each(task: Callable[..., _Result], calls: Sequence[tuple[Any, ...]], most: int | None) -> list[_Result]:
-    """The results of all calls, in order."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(most or usable, len(calls) // _THREAD)
-    if threads <= 1:
-        return [task(*call) for call in calls]
-    with ThreadPoolExecutor(threads) as pool:  # of this call: no wait for threads that a fork lost or others hold
-        return list(pool.map(task, *zip(*calls, strict=True)))
+def _threads(chunks: int, most: int | None) -> int:
+    return max(1, min(most or usable_cores(), chunks // _THREAD))
 
 
 def _flat(codes: Codes) -> Codes:

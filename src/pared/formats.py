@@ -150,7 +150,7 @@ class Grid(Format):
 
     def streams(self, coded: Coded) -> dict[str, Part]:
         """The codes through the entropy coder, the steps as float32."""
-        stream = entropy.encode(_plain(coded.parts["codes"]))
+        stream = entropy.encode(_plain(coded.parts["codes"]), threads=1)  # tensors, not chunks, are shared out
         step = memoryview(_plain(coded.parts["step"]).tobytes())
         return {"codes": Part(stream.payload, stream.coding), "step": Part(step)}
 
@@ -160,7 +160,7 @@ class Grid(Format):
         if codes.coding is None:
             plain = _from_bytes(codes.payload, _CODE_TYPES[self.codes], shape)
         else:
-            decoded = entropy.decode(codes.payload, codes.coding, math.prod(shape), np.dtype(self.codes))
+            decoded = entropy.decode(codes.payload, codes.coding, math.prod(shape), np.dtype(self.codes), threads=1)
             plain = torch.from_numpy(decoded).reshape(shape)
         step = _from_bytes(streams["step"].payload, torch.float32, rows)
         if not bool((torch.isfinite(step) & (step >= 0)).all()):

@@ -92,6 +92,10 @@ class Quantized(nn.Module):
         clone.__dict__.update(self.__dict__)
         return clone
 
+    def _pared_ledger(self) -> ledger.Ledger:
+        """What `pared.inspect` shows of a quantized model: the artifact that `save` would write."""
+        return ledger_of(self)
+
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         """Pickle as an empty model of the original class, and the bytes of the artifact.
 
@@ -316,7 +320,7 @@ def _empty_float(module: Counterpart) -> None:
         torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False
     )
     del module._buffers["codes"], module._parameters["step"]
-    for name in ("view", "activation", "weight_dtype", "_packed", "_lock"):
+    for name in ("view", "activation", "weight_dtype", "_plain", "_packed", "_lock"):
         del module.__dict__[name]
     module._non_persistent_buffers_set.discard("codes")
     module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was

@@ -9,6 +9,7 @@ if the file were loaded. The standard library's `pickletools` cuts the bytes int
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
@@ -65,11 +66,10 @@ def read_pickle(data: bytes, harmless: Container[str], where: str) -> object:
     """
     machine = _Machine(harmless, where)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            action = _ACTIONS.get(opcode.name)
-            if action is None:
-                machine.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
-            action(machine, argument)
+        # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            machine.run(data)
         return machine.pop()
     except (UnsafeError, MemoryError):
         raise
@@ -88,6 +88,13 @@ class _Machine:
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
+
+    def run(self, data: bytes) -> None:
+        for opcode, argument, _ in pickletools.genops(data):
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
+            action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
         raise UnsafeError(

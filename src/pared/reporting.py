@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pared.contents import Contents, Stored
+from pared.errors import CorruptError
 from pared.layers import Activation
 from pared.ledger import Ledger
 from pared.profile import Profile
@@ -84,9 +85,18 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
-        """The inverse of `to_json`."""
-        confirmation = data.get("confirmation")
-        return cls(**{**data, "confirmation": Confirmation(**confirmation) if confirmation else None})
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptError: the data are not what `to_json` gives.
+        """
+        try:
+            confirmation = data.get("confirmation")
+            return cls(**{**data, "confirmation": Confirmation(**confirmation) if confirmation else None})
+        except (TypeError, AttributeError) as error:
+            raise CorruptError(
+                f"the recorded outcome makes no sense ({error})", remedy="Fetch the file again; it is damaged."
+            ) from error
 
 
 @dataclass(frozen=True)

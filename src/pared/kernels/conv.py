@@ -82,12 +82,6 @@ class Geometry:
             padding = 0
         return cls(_each(stride, dimensions), _each(padding, dimensions), spread, groups, trailing)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """The input with the trailing zeros."""
-        if not any(self.trailing):
-            return x
-        return F.pad(x, [zeros for after in reversed(self.trailing) for zeros in (0, after)])
-
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -97,6 +91,7 @@ class Packed:
         weight: opaque to everything but the kernel.
         step: float32, one per output channel.
         zeros: the weight's zero points, all 0.
+        sums: of each output channel's weights, float32.
         geometry: how the filter moves.
         channels: of the input.
         channels_last: whether the plain codes were in channels-last memory.
@@ -106,6 +101,7 @@ class Packed:
     weight: Tensor
     step: Tensor
     zeros: Tensor
+    sums: Tensor
     geometry: Geometry
     channels: int
     channels_last: bool
@@ -137,7 +133,7 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
     return Packed(
-        # The kernel's form depends on the scale and the zero point of the input in name only.
+        # As for inputs with the zero point 0, which all are made to have.
         weight=torch.ops.onednn.qconv_prepack.default(
             codes.contiguous(),
             step,
@@ -151,6 +147,7 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
         ),
         step=step,
         zeros=torch.zeros(len(step), dtype=torch.int32, device="cpu"),
+        sums=(codes.flatten(1).sum(1).double() * step).float(),
         geometry=geometry,
         channels=codes.shape[1] * geometry.groups,
         channels_last=_is_channels_last(codes),
@@ -184,7 +181,8 @@ def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     As `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
     """
     batch = _batch(x, packed)
-    span = tensor_range(batch)
+    # In the order of memory: PyTorch would copy a channels-last tensor to find its ends.
+    span = tensor_range(batch.movedim(1, -1) if _is_channels_last(batch) else batch)
     if span is None:
         return _convolve(x, batch, packed, bias, Range(0.0, 0.0)).fill_(math.nan)
     return _convolve(x, batch, packed, bias, span)
@@ -223,10 +221,11 @@ def reference(
     if span is None:
         span, bias = Range(0.0, 0.0), torch.full_like(step, math.nan)
     scale, zero_point = span.grid(levels)
-    centred = quantize_reference(geometry.widen(x).float(), scale, zero_point, levels).to(dtype) - zero_point
+    centred = quantize_reference(x.float(), scale, zero_point, levels).to(dtype) - zero_point
+    trailing = [zeros for more in reversed(geometry.trailing) for zeros in (0, more)]
     convolve = _FLOAT_CONVOLUTIONS[codes.dim() - 2]
     out = convolve(
-        centred,
+        F.pad(centred, trailing),
         codes.to(dtype),
         None,
         geometry.stride,
@@ -240,7 +239,7 @@ def reference(
 
 
 def _batch(x: Tensor, packed: Packed) -> Tensor:
-    """The input with a batch dimension and the trailing zeros, in float32."""
+    """The input with a batch dimension, in float32."""
     dimensions = len(packed.geometry.stride)
     missing = dimensions + 2 - x.dim()
     if missing not in (0, 1) or x.shape[1 - missing] != packed.channels:
@@ -249,23 +248,30 @@ def _batch(x: Tensor, packed: Packed) -> Tensor:
             f"but was given {tuple(x.shape)}",
             remedy="Check the shape of the input.",
         )
-    return packed.geometry.widen(x.unsqueeze(0) if missing else x).detach().float()
+    return (x.unsqueeze(0) if missing else x).detach().float()
 
 
 def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
     """The convolution of `batch`, in the layout, the type and the dimensions that `x` asks for."""
     scale, zero_point = span.grid(packed.levels)
-    moves = packed.geometry
-    out: Tensor = _kernel(len(moves.stride))(
-        quantize(batch, scale, zero_point, packed.levels),
+    codes = quantize(batch, scale, zero_point, packed.levels)
+    moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
+    if zero_point or any(moves.trailing):
+        codes, padding = _pad(codes, moves, zero_point), (0,) * len(padding)
+    if zero_point:
+        # The kernel is not told of the zero point: it would arrange the whole weight anew at every call.
+        shift = packed.sums * (-scale * zero_point)
+        bias = shift if bias is None else shift.add_(bias)
+    out: Tensor = _kernel(len(padding))(
+        codes,
         scale,
-        zero_point,
+        0,
         packed.weight,
         packed.step,
         packed.zeros,
-        float_bias(bias),
+        bias,
         moves.stride,
-        moves.padding,
+        padding,
         moves.dilation,
         moves.groups,
         1.0,
@@ -280,6 +286,15 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
     if not (packed.channels_last or _is_channels_last(batch)):
         out = out.contiguous()
     return (out.squeeze(0) if x.dim() < batch.dim() else out).to(x.dtype)
+
+
+def _pad(codes: Tensor, geometry: Geometry, zero_point: int) -> Tensor:
+    """The codes with the code of zero around them, in the kernel's own layout."""
+    if layout := _CHANNELS_LAST.get(codes.dim() - 2):
+        codes = codes.contiguous(memory_format=layout)
+    ends = zip(reversed(geometry.padding), reversed(geometry.trailing), strict=True)
+    sides = [zeros for before, more in ends for zeros in (before, before + more)]
+    return F.pad(codes, sides, value=zero_point) if any(sides) else codes
 
 
 def _kernel(dimensions: int) -> Callable[..., Tensor]:

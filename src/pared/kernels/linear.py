@@ -8,7 +8,6 @@ activations.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -89,12 +88,14 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tenso
     Raises:
         ModelError: the last dimension is not as wide as the weight.
     """
-    rows = _rows(x, packed)
-    if not rows.numel():
+    # The operator takes any leading shape: at a few rows each reshape would cost as much as a tenth of the product.
+    floats = _floats(x, packed)
+    if not floats.numel():
         return _without_input(x, packed, bias)
     scale, zero_point = span.grid(packed.levels)
-    codes = quantize(rows, scale, zero_point, packed.levels)
-    return _like(x, _product(codes, scale, zero_point, packed, float_bias(bias)))
+    codes = quantize(floats, scale, zero_point, packed.levels)
+    out = _product(codes, scale, zero_point, packed, float_bias(bias))
+    return out if x.dtype is torch.float32 and x.dim() > 1 else _like(x, out)
 
 
 def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -102,10 +103,10 @@ def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
     As `static`, but nothing is clipped, and a row that holds NaN or Inf gives only NaN or Inf.
     """
-    rows = _rows(x, packed)
-    if not rows.numel():
+    floats = _floats(x, packed)
+    if not floats.numel():
         return _without_input(x, packed, bias)
-    codes, scale, zero_point = quantize_rows(rows, packed.levels)
+    codes, scale, zero_point = quantize_rows(floats.reshape(-1, packed.inputs), packed.levels)
     out = _product(codes, 1.0, 0, packed, None)
     # The kernel knows one zero point for all rows: each row's own comes off here. In place: new memory is
     # slow.
@@ -161,18 +162,21 @@ def check_step(step: Tensor, rows: int) -> None:
 
 def float_bias(bias: Tensor | None) -> Tensor | None:
     """The bias as the kernels take it."""
-    return None if bias is None else bias.detach().float()
+    if bias is None or (bias.dtype is torch.float32 and not bias.requires_grad):
+        return bias
+    return bias.detach().float()
 
 
-def _rows(x: Tensor, packed: Packed) -> Tensor:
-    """The input as rows x in, in float32."""
+def _floats(x: Tensor, packed: Packed) -> Tensor:
+    """The input in contiguous float32, at least one row."""
     if x.dim() == 0 or x.shape[-1] != packed.inputs:
         raise ModelError(
             f"the layer takes (..., {packed.inputs}), but was given {tuple(x.shape)}",
             remedy="Check the shape of the input.",
         )
-    # Not -1, which is ambiguous where another dimension is 0.
-    return x.detach().reshape(math.prod(x.shape[:-1]), packed.inputs).float()
+    floats = x.detach() if x.requires_grad else x
+    floats = floats if x.dtype is torch.float32 else floats.float()
+    return floats.contiguous() if x.dim() > 1 else floats.reshape(1, -1)
 
 
 def _product(codes: Tensor, scale: float, zero_point: int, packed: Packed, bias: Tensor | None) -> Tensor:

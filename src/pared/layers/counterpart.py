@@ -115,6 +115,7 @@ class Counterpart(nn.Module):
     view: View
     activation: Activation
     weight_dtype: torch.dtype
+    _plain: bool  # exactly nn.Linear: its forward is known, and the handle can be saved
     _packed: dict[object, object]
     _lock: threading.Lock
 
@@ -142,6 +143,8 @@ class Counterpart(nn.Module):
         """Run the module's own forward; its weight goes to the int8 kernel where that gives all that is asked for."""
         if not self._int8_serves(args, kwargs):
             return super().forward(*args, **kwargs)
+        if self._plain and len(args) == 1 and type(args[0]) is Tensor:
+            return _linear(self, args[0], self._parameters["bias"])
         outer, _running.module = _running.module, self
         try:
             return super().forward(*args, **kwargs)
@@ -150,11 +153,10 @@ class Counterpart(nn.Module):
 
     def _int8_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
-        if torch.compiler.is_compiling() or _is_traced() or self.codes.device.type != "cpu":
+        if torch.compiler.is_compiling() or _is_traced() or not self.codes.is_cpu:
             return False
-        return not (
-            torch.is_grad_enabled()
-            and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values()))
+        return not torch.is_grad_enabled() or not any(
+            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
         )
 
     def packed(self, key: object, pack: Callable[[], Any]) -> Any:
@@ -255,6 +257,7 @@ def stand_in(module: nn.Module, coded: Coded, activation: Activation) -> None:
     counterpart.view = coded.view
     counterpart.activation = activation
     counterpart.weight_dtype = coded.dtype
+    counterpart._plain = float_class(type(module)) is nn.Linear
 
 
 def _linear(owner: Counterpart, x: Tensor, bias: Tensor | None = None) -> Tensor:
