@@ -6,6 +6,7 @@ Ratios compare medians of interleaved runs in one process: absolute milliseconds
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -49,27 +50,33 @@ def in_child(task: str, *arguments: str) -> Any:
 
 
 def resident() -> int:
+    """Bytes of this process in memory; what the C library keeps of freed memory is given back first."""
     gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
 
 
+def memory(make: Callable[[], nn.Module]) -> int:
+    """Bytes that a model takes once it has been called, so that packed weights count."""
+    batch = minilm.calibration(8)[0]
+    skeleton, load = minilm.skeleton(), pared.load  # both import what they need
+    with torch.inference_mode():
+        nn.Linear(64, 64)(torch.zeros(64, 64))  # threads and kernels' own tables
+        before = resident()
+        model = make()
+        model(**batch)
+        taken = resident() - before
+    del model, skeleton, load
+    return taken
+
+
 def memory_float() -> int:
-    """Bytes that the float model takes."""
-    before = resident()
-    model = minilm.load()
-    kept = resident() - before
-    del model
-    return kept
+    return memory(minilm.load)
 
 
 def memory_pared(directory: str) -> int:
-    """Bytes that the loaded model takes, after a call, so that packed weights are counted."""
-    skeleton = minilm.skeleton()
-    before = resident()
-    model = pared.load(directory, model=skeleton)
-    with torch.inference_mode():
-        model(**minilm.calibration(8)[0])
-    return resident() - before
+    return memory(lambda: pared.load(directory, model=minilm.skeleton()))
 
 
 def import_seconds() -> float:

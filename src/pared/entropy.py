@@ -32,7 +32,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, final
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -62,7 +62,6 @@ _SMALL: Final = 1.002
 Codes = NDArray[Any]  # of int8 or int16
 _Payload = bytes | memoryview
 _Bytes = NDArray[np.uint8]
-_Result = TypeVar("_Result")
 
 
 @final

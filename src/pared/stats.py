@@ -18,7 +18,7 @@ from pared.tensors import ModuleT, clone_structure
 
 # Bounds of what is remembered of a layer's inputs: at most this many calls, and this many numbers of each.
 _SAMPLED_CALLS: Final = 4
-_SAMPLED_NUMBERS: Final = 1 << 18
+_SAMPLED_NUMBERS: Final = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class InputStats:
     Args:
         low: the least value, or 0 if that is less.
         high: the greatest value, or 0 if that is greater.
-        samples: parts of a few inputs (at most 4 of about 2^18 numbers), for comparing outputs.
+        samples: parts of a few inputs (at most 4 of about 2^16 numbers), for comparing outputs.
         shape: the shape of the call with the median number of elements: the one that timing uses.
     """
 
