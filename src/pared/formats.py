@@ -163,7 +163,8 @@ class Grid(Format):
             decoded = entropy.decode(codes.payload, codes.coding, math.prod(shape), np.dtype(self.codes), threads=1)
             plain = torch.from_numpy(decoded).reshape(shape)
         step = _from_bytes(streams["step"].payload, torch.float32, rows)
-        if not bool((torch.isfinite(step) & (step >= 0)).all()):
+        steps = step.numpy()  # numpy: torch would start threads of its own in each thread that reads
+        if not (np.isfinite(steps) & (steps >= 0)).all():
             raise CorruptError("a step is negative or not finite", remedy="Fetch the file again; it is damaged.")
         return {"codes": plain, "step": step}
 
