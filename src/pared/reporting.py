@@ -188,7 +188,7 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: P
     """`deploy.yaml`: the plan with bytes, rates and reasons, the scores, and where it all came from."""
     rows = {row.name: row for row in ledger.rows}
     data = {
-        "note": "For people, and for pared.fit(model, plan=...); pared.load does not read it.",
+        "note": "For people; pared.load does not read it.",
         "bytes": ledger.nbytes,
         "ratio": round(ledger.nbytes / ledger.original_nbytes, 5) if ledger.original_nbytes else None,
         "outcome": asdict(outcome) | {"trials": [asdict(trial) for trial in outcome.trials]},

@@ -1,0 +1,127 @@
+"""Which layers run in int8: where it is accurate enough, and only where it was measured to be faster."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import CalibrationError, PostTrainingQuantConfig, candidates
+from pared.profile import Profile, Timing, measure, this_machine
+from pared.stats import collect
+
+
+class Blocks(nn.Module):
+    """Layers whose inputs are tame, wild in one row, and wild in every row; the wild numbers meet weights of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tame = nn.Linear(64, 64)
+        self.rows = nn.Linear(64, 64)
+        self.wild = nn.Linear(64, 64)
+        self.unused = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.rows.weight[:, 0] = 0
+            self.wild.weight[:, 0] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, every = x.clone(), x.clone()
+        one[0, 0] = 1e5
+        every[:, 0] = 1e5
+        out: Tensor = self.tame(x) + self.rows(one) + self.wild(every)
+        return out
+
+
+X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
+
+
+def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Let every measurement come out the same way."""
+    best = {"int8": (2.0, 2.0, 1.0), "float": (2.0, 1.0, 2.0)}[kernel]
+    monkeypatch.setattr(candidates, "measure", lambda m, c, shape: Timing(kernel, shape, *best))
+
+
+def kernels(model: nn.Module) -> dict[str, str]:
+    return {line.name: line.kernel for line in model.plan}
+
+
+def test_static_then_dynamic_then_float_by_signal_to_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "int8")
+    torch.manual_seed(0)
+    found = kernels(pared.fit(Blocks(), None, [X]))
+    assert found["tame.weight"] == "int8 static"
+    assert found["rows.weight"] == "int8 dynamic"  # one row's grid is coarse, not that of all
+    assert found["wild.weight"] == "float"  # every row's grid is too coarse for what counts
+    assert found["unused.weight"] == "float"
+
+
+def test_a_layer_that_is_not_faster_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, "float")
+    q = pared.fit(Blocks(), PostTrainingQuantConfig(approach="static"), [X])
+    assert set(kernels(q).values()) == {"float"}
+    line = next(line for line in q.plan if line.name == "tame.weight")
+    assert line.because == "int8 was not faster here"
+    assert q.state_dict()["tame.weight"].dtype == torch.int8
+
+
+def test_the_choice_is_kept_beside_the_artifact_not_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pytest.TempPathFactory
+) -> None:
+    conf = PostTrainingQuantConfig(approach="static")
+    force(monkeypatch, "int8")
+    fast = pared.fit(Blocks(), conf, [X])
+    path = pared.save(fast, str(tmp_path))
+    assert kernels(pared.load(path, model=Blocks())) == kernels(fast)
+    force(monkeypatch, "float")
+    slow = pared.load(path, model=Blocks())
+    assert kernels(slow)["tame.weight"] == "int8 static", "engine.json says so, whatever a new measurement would"
+    (path.parent / "engine.json").unlink()
+    assert kernels(pared.load(path, model=Blocks()))["tame.weight"] == "int8 static"
+
+
+def test_a_profile_survives_json() -> None:
+    profile = Profile(this_machine(), {"a": Timing("float", (1, 2), 1.0, 2.0, 3.0)})
+    again = Profile.from_json(profile.to_json())
+    assert again == profile
+    assert not again.runs_int8("a")
+
+
+def test_a_real_measurement_reports_three_times() -> None:
+    timing = measure(nn.Linear(8, 8), nn.Linear(8, 8), (4, 8))
+    assert min(timing.float32_ms, timing.bfloat16_ms, timing.int8_ms) > 0
+    assert timing.shape == (4, 8)
+
+
+def test_without_calibration_nothing_is_quantized_but_the_weights() -> None:
+    assert set(kernels(pared.fit(Blocks())).values()) == {"float"}
+    dynamic = pared.fit(Blocks(), PostTrainingQuantConfig(approach="dynamic"))
+    assert kernels(dynamic)["tame.weight"] == "int8 dynamic"  # asked for by name
+
+
+def test_static_without_calibration_is_refused() -> None:
+    with pytest.raises(CalibrationError) as error:
+        pared.fit(Blocks(), PostTrainingQuantConfig(approach="static"))
+    assert str(error.value) == (
+        'pared.fit: approach="static" needs calibration data, and there are none\n'
+        '  Pass calib_dataloader, or choose approach="dynamic" or "weight_only".'
+    )
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "Inf")])
+def test_bad_activations_name_the_layer(value: float, word: str) -> None:
+    x = X.clone()
+    x[3, 4] = value
+    with pytest.raises(CalibrationError) as error:
+        pared.fit(Blocks(), None, [x])
+    assert str(error.value).splitlines()[0] == f"tame: its input holds {word} during calibration"
+
+
+def test_statistics_are_bounded_and_right() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    batches = [torch.randn(4096, 64) for _ in range(6)]
+    seen = collect(model, batches, 10**9)
+    assert seen.samples == 6 * 4096
+    inputs = seen.inputs["0"]
+    assert (inputs.low, inputs.high) == (min(float(b.min()) for b in batches), max(float(b.max()) for b in batches))
+    assert len(inputs.samples) <= 4
+    assert all(sample.numel() <= 1 << 16 for sample in inputs.samples)
+    assert not model[0]._forward_pre_hooks
