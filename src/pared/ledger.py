@@ -104,7 +104,7 @@ class Ledger:
 
     def render(self) -> str:
         """The ledger as text of 100 columns: the totals, then a line for each row."""
-        return "\n".join((*self._totals(), *_drawn(self.rows)))
+        return "\n".join((*self._totals(), *draw(self.rows)))
 
     def __str__(self) -> str:
         return self.render()
@@ -269,24 +269,42 @@ def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
         return f"of {id(tensor)}", nbytes
 
 
-def _drawn(rows: Sequence[Row]) -> list[str]:
+def draw(rows: Sequence[Row], kernels: Mapping[str, str] | None = None) -> list[str]:
+    """A table of rows in 100 columns; reasons, which many rows share, are numbered and stand below.
+
+    Args:
+        rows: in the order in which they are shown.
+        kernels: what runs with each tensor, by name; None: no such column.
+    """
+    notes: dict[str, int] = {}
+    for row in rows:
+        if row.because:
+            notes.setdefault(row.because, len(notes) + 1)
     table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
-    table.add_column("tensor", overflow="fold", ratio=3)
-    table.add_column("shape", overflow="fold", ratio=1)
+    table.add_column("tensor", overflow="fold", ratio=1)
+    table.add_column("shape", overflow="fold", max_width=14)
     table.add_column("format", overflow="fold")
     table.add_column("bits", justify="right")
     table.add_column("bytes", justify="right")
-    if any(row.because for row in rows):
-        table.add_column("because", overflow="fold", ratio=2)
+    for name in (*(["runs"] if kernels is not None else []), *(["why"] if notes else [])):
+        table.add_column(name, justify="right" if name == "why" else "left")
     for row in rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
         bits = f"{row.bits:.2f}" if row.elements else ""
-        cells = (row.name, shape, row.format, bits, f"{row.nbytes:,}", row.because)
-        table.add_row(*(Text(_printable(cell)) for cell in cells[: len(table.columns)]))
+        cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
+        cells += [kernels.get(row.name, "")] if kernels is not None else []
+        cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
+        table.add_row(*(Text(_printable(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
-    return [line.rstrip() for line in capture.get().splitlines()]
+    return [*(line.rstrip() for line in capture.get().splitlines()), *_footnotes(notes)]
+
+
+def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
+    for because, number in notes.items():
+        mark = f" [{number}] "
+        yield from textwrap.wrap(_printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
 
 
 def _printable(text: str) -> str:

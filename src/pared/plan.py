@@ -115,8 +115,10 @@ def _default(slot: Slot, bits: float) -> Decision:
         return Decision(slot.name, "exact", None, "a buffer that holds infinities")
     if tensor.dtype == torch.float32 and slot.persistent and tensor.dim() <= 1:
         if survives_float16(tensor):
-            return Decision(slot.name, "float16", None, "one-dimensional, every value survives float16")
-        return Decision(slot.name, "exact", None, "one-dimensional, its values do not survive float16")
+            return Decision(slot.name, "float16", None, "one dimension: every value survives float16")
+        return Decision(
+            slot.name, "exact", None, "one dimension: its values do not survive float16, so they are kept exactly"
+        )
     if not slot.persistent:
         return Decision(slot.name, "exact", None, "a buffer that the state dict leaves out")
     return Decision(slot.name, "exact", None, f"{dtype_name(tensor.dtype)} is kept exactly")

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from pared.contents import Contents, Stored
 from pared.errors import CorruptError
 from pared.layers import Activation
-from pared.ledger import Ledger
+from pared.ledger import WIDTH, Ledger, draw
 from pared.profile import Profile
-
-WIDTH: Final = 100
 
 
 @dataclass(frozen=True)
@@ -141,20 +135,10 @@ def _line(stored: Stored, activations: Mapping[str, Activation], profile: Profil
 
 def text(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
     """The report of a quantized model: totals, scores, and a row per tensor."""
-    rows = {row.name: row for row in ledger.rows}
-    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
-    table.add_column("tensor", overflow="fold", ratio=3)
-    table.add_column("shape", overflow="fold", ratio=1)
-    table.add_column("format")
-    table.add_column("bits", justify="right")
-    table.add_column("bytes", justify="right")
-    table.add_column("kernel")
-    table.add_column("because", overflow="fold", ratio=2)
-    for line in lines(contents, profile):
-        row = rows[line.name]
-        shape = "x".join(map(str, line.shape)) or "scalar"
-        table.add_row(line.name, shape, line.format, f"{row.bits:.2f}", f"{row.nbytes:,}", line.kernel, line.because)
-    return "\n".join((*_summary(ledger, outcome), _render(table)))
+    found = {line.name: line for line in lines(contents, profile)}
+    rows = [replace(row, because=found[row.name].because) if row.name in found else row for row in ledger.rows]
+    kernels = {line.name: line.kernel for line in found.values() if line.kernel != "float"}
+    return "\n".join((*_summary(ledger, outcome), *draw(rows, kernels)))
 
 
 def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
@@ -175,13 +159,6 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
         for i, trial in enumerate(outcome.trials, 1)
     ]
     return found
-
-
-def _render(table: Table) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
