@@ -10,6 +10,7 @@ SOURCE = Path(pared.__file__).parent
 # Every module exactly once, lowest first; a module may import only what stands above it in this list.
 ORDER = [
     # ground: no torch
+    "version",
     "errors",
     "progress",
     "parallel",

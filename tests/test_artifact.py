@@ -28,6 +28,7 @@ from pared import (
 )
 from pared.contents import Contents
 from pared.model import contents_of
+from tests.mutations import mutations
 
 
 class Net(nn.Module):
@@ -207,18 +208,9 @@ def test_a_flipped_bit_names_the_tensor(data: bytes, tmp_path: Path) -> None:
 @given(st.data())
 def test_mutated_bytes_are_refused_or_read_right(data: bytes, draw: st.DataObject) -> None:
     """Whatever is flipped, cut or inserted: an error of ours, or the very same numbers."""
-    mutated = bytearray(data)
-    for _ in range(draw.draw(st.integers(1, 3))):
-        position = draw.draw(st.integers(0, len(mutated) - 1))
-        match draw.draw(st.sampled_from(["flip", "cut", "insert"])):
-            case "flip":
-                mutated[position] ^= 1 << draw.draw(st.integers(0, 7))
-            case "cut":
-                del mutated[position : position + draw.draw(st.integers(1, 40))]
-            case _:
-                mutated[position:position] = draw.draw(st.binary(min_size=1, max_size=8))
+    mutated = draw.draw(mutations(data, most=3))
     try:
-        contents = artifact.from_bytes(bytes(mutated))
+        contents = artifact.from_bytes(mutated)
     except ParedError:
         return
     assert same(contents, artifact.from_bytes(data))

@@ -22,6 +22,7 @@ from pared import container, entropy
 from pared.container import Entry, Index, Part, Records
 from pared.entropy import Coding
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError, VersionError
+from tests.mutations import mutations
 
 Json = dict[str, Any]
 Edit = Callable[[Json], object]
@@ -608,18 +609,9 @@ def test_a_directory_that_lies_is_refused(kind: str) -> None:
 @given(st.data(), st.sampled_from([PT, SAFE]))
 def test_mutated_files_are_refused_or_read_right(draw: st.DataObject, file: bytes) -> None:
     """Whatever is flipped, cut or inserted: an error of ours, or an index that is sound for the data there are."""
-    mutated = bytearray(file)
-    for _ in range(draw.draw(st.integers(1, 3))):
-        position = draw.draw(st.integers(0, len(mutated) - 1))
-        match draw.draw(st.sampled_from(["flip", "cut", "insert"])):
-            case "flip":
-                mutated[position] ^= 1 << draw.draw(st.integers(0, 7))
-            case "cut":
-                del mutated[position : position + draw.draw(st.integers(1, 40))]
-            case _:
-                mutated[position:position] = draw.draw(st.binary(min_size=1, max_size=8))
+    mutated = draw.draw(mutations(file, most=3))
     try:
-        found = parse(bytes(mutated))
+        found = parse(mutated)
     except ParedError:
         return
     assert found == INDEX

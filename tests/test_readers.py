@@ -23,6 +23,7 @@ from pared import container, readers
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError
 from pared.pickles import Name, Node, read_pickle
 from pared.readers import Held, Listing
+from tests.mutations import mutations
 
 TRUST = (
     "\n  If you trust its source: load it with torch.load(path, weights_only=False), save the model's "
@@ -454,28 +455,16 @@ NESTED = saved({"model": Net().state_dict(), "steps": [torch.ones(2)[1:], {"x": 
 @settings(deadline=None, max_examples=500)
 @given(st.data(), st.sampled_from([SAFE, STATE, NESTED]))
 def test_mutated_files_are_refused_or_listed_soundly(draw: st.DataObject, file: bytes) -> None:
-    mutated = bytearray(file)
-    for _ in range(draw.draw(st.integers(1, 4))):
-        position = draw.draw(st.integers(0, len(mutated) - 1))
-        match draw.draw(st.sampled_from(["flip", "cut", "insert"])):
-            case "flip":
-                mutated[position] ^= 1 << draw.draw(st.integers(0, 7))
-            case "cut":
-                del mutated[position : position + draw.draw(st.integers(1, 40))]
-            case _:
-                mutated[position:position] = draw.draw(st.binary(min_size=1, max_size=8))
-    check_sound(bytes(mutated))
+    mutated = draw.draw(mutations(file, most=4))
+    check_sound(mutated)
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.data())
 def test_mutated_pickles_are_refused_or_listed_soundly(draw: st.DataObject) -> None:
     """The zip's checksum would hide most mutations of the pickle; here it is right."""
-    mutated = bytearray(PICKLE)
-    for _ in range(draw.draw(st.integers(1, 4))):
-        position = draw.draw(st.integers(0, len(mutated) - 1))
-        mutated[position : position + draw.draw(st.integers(0, 2))] = draw.draw(st.binary(max_size=3))
-    check_sound(replaced(STATE, **{"data.pkl": bytes(mutated)}))
+    mutated = draw.draw(mutations(PICKLE, most=4))
+    check_sound(replaced(STATE, **{"data.pkl": mutated}))
 
 
 def check_sound(file: bytes) -> None:

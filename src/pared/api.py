@@ -12,7 +12,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-import pared
 from pared import artifact, calls, plan, search, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates, time_layers
@@ -23,6 +22,7 @@ from pared.evaluate import EvalFunc
 from pared.layers import Activation
 from pared.progress import Stages
 from pared.tensors import Slot, check_supported, find_tensors
+from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ class _Factory(Generic[ModuleT]):
         self._stored = stored
         self._candidates = find_candidates(model, stored, seen.inputs if seen else None)
         self._provenance: dict[str, Any] = {
-            "pared": pared.__version__,
+            "pared": __version__,
             "torch": str(torch.__version__),
             "calibration_samples": seen.samples if seen else 0,
             "seed": conf.seed,
