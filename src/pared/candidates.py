@@ -14,12 +14,13 @@ from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
 from pared.layers import LAYERS, Activation, is_candidate, stand_in
-from pared.profile import Profile, Timing, measure, this_machine
+from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.stats import InputStats
 from pared.tensors import clone_structure
 
 # "auto" quantizes a layer's input only where its output keeps this signal-to-noise ratio, in decibels.
 LEAST_SQNR: Final = 25.0
+_KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
 # A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
@@ -42,10 +43,10 @@ class Candidate:
     coded: Coded
     inputs: InputStats | None
 
-    def counterpart(self, activation: Activation) -> nn.Module:
-        """The layer by itself, in int8."""
+    def counterpart(self, activation: Activation, kernel: Kernel = "int8") -> nn.Module:
+        """The layer by itself, in int8 or in bfloat16."""
         alone = self.decoded()
-        stand_in(alone, self.coded, activation)
+        stand_in(alone, self.coded, activation, in_bfloat16=kernel == "bfloat16")
         return alone
 
     def decoded(self) -> nn.Module:
@@ -137,7 +138,7 @@ def choose_activations(candidates: Sequence[Candidate], approach: Approach) -> d
 
 
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Measure each layer in float and in int8 on the shape that calibration saw; equal layers are measured once."""
+    """Measure each layer in float32, bfloat16 and int8 on the shape that calibration saw; equal layers only once."""
     timings: dict[str, Timing] = {}
     known: dict[object, Timing] = {}
     for candidate in candidates:
@@ -146,6 +147,8 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
             continue
         key = (repr(candidate.module), candidate.inputs.shape, activation.mode)
         if key not in known:
-            known[key] = measure(candidate.decoded(), candidate.counterpart(activation), candidate.inputs.shape)
+            forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
+            forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
+            known[key] = measure(forms, candidate.inputs.shape)
         timings[candidate.name] = known[key]
     return Profile(this_machine(), timings)

@@ -22,7 +22,7 @@ from pared.errors import MismatchError, ModelError
 from pared.keeper import Keeper, attach, detach
 from pared.layers import Counterpart, float_class, stand_in
 from pared.plan import Decision
-from pared.profile import Profile, this_machine
+from pared.profile import Kernel, Profile, this_machine
 from pared.reporting import Outcome
 from pared.tensors import clone_structure, find_tensors, loose_tensors, refresh_recurrent, registered
 
@@ -220,8 +220,8 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
     Raises:
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
-    int8 = {name for name in contents.activations if profile.runs_int8(name)}
-    in_codes = {stored.name for stored in contents.tensors if _all_in(stored, int8)}
+    kernels = {name: profile.kernel(name) for name in contents.activations}
+    in_codes = {stored.name for stored in contents.tensors if _all_in(stored, kernels)}
     replacement: dict[int, Tensor] = {}
     for stored, tensors in match(model, contents):
         if stored.name in in_codes:
@@ -230,7 +230,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
             new = stored.coded.decode()
         replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
     clone = clone_structure(model, replacement).eval()
-    keepers = _install(clone, contents, in_codes)
+    keepers = _install(clone, contents, in_codes, kernels)
     _refuse_meta(clone)
     lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
@@ -242,9 +242,10 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
     return clone
 
 
-def _all_in(stored: Stored, modules: set[str]) -> bool:
-    """Whether every name of the tensor is the weight of one of these modules."""
-    return all(name.rpartition(".")[0] in modules and name.rpartition(".")[2] == "weight" for name in stored.names)
+def _all_in(stored: Stored, kernels: Mapping[str, Kernel]) -> bool:
+    """Whether every name of the tensor is the weight of a module that runs on codes."""
+    owners = [name.rpartition(".") for name in stored.names]
+    return all(attribute == "weight" and kernels.get(owner, "float32") != "float32" for owner, _, attribute in owners)
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
@@ -252,7 +253,9 @@ def _like(new: Tensor, tensor: Tensor) -> Tensor:
     return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
-def _install(clone: nn.Module, contents: Contents, in_codes: set[str]) -> dict[str, Keeper]:
+def _install(
+    clone: nn.Module, contents: Contents, in_codes: set[str], kernels: Mapping[str, Kernel]
+) -> dict[str, Keeper]:
     """Counterparts and hooks for every tensor; the keepers of those that are held as floats."""
     keepers = {}
     hooked: set[tuple[int, str]] = set()
@@ -263,7 +266,8 @@ def _install(clone: nn.Module, contents: Contents, in_codes: set[str]) -> dict[s
             module = clone.get_submodule(module_name)
             if stored.name in in_codes:
                 if not isinstance(module, Counterpart):  # a shared module is met under each of its names
-                    stand_in(module, coded, contents.activations[module_name])
+                    activation = contents.activations[module_name]
+                    stand_in(module, coded, activation, in_bfloat16=kernels[module_name] == "bfloat16")
             elif (id(module), attribute) not in hooked:
                 hooked.add((id(module), attribute))
                 attach(keeper, module, attribute)
@@ -320,7 +324,7 @@ def _empty_float(module: Counterpart) -> None:
         torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False
     )
     del module._buffers["codes"], module._parameters["step"]
-    for name in ("view", "activation", "weight_dtype", "_plain", "_packed", "_lock"):
+    for name in ("view", "activation", "in_bfloat16", "weight_dtype", "_plain", "_packed", "_lock"):
         del module.__dict__[name]
     module._non_persistent_buffers_set.discard("codes")
     module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pared.kernels.machine import available
-from pared.tensors import clone_structure
 
 # The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
 # busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
@@ -23,21 +22,36 @@ _SECONDS: Final = 0.06
 _WARM_UP: Final = 2
 
 
+Kernel = Literal["float32", "bfloat16", "int8"]
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One layer's measured times.
+    """One layer's measured times, from float32 input to float32 output.
 
     Args:
-        kernel: what runs: "int8" only if it was faster than both others.
         shape: of the input that was timed.
-        float32_ms, bfloat16_ms, int8_ms: the best of several runs, in milliseconds.
+        float32_ms: the best of several runs of the float layer, in milliseconds.
+        bfloat16_ms: the same with weight and input turned into bfloat16, and the output turned back.
+        int8_ms: the same in int8.
     """
 
-    kernel: Literal["int8", "float"]
     shape: tuple[int, ...]
     float32_ms: float
     bfloat16_ms: float
     int8_ms: float
+
+    @property
+    def kernel(self) -> Kernel:
+        """The fastest.
+
+        >>> Timing((1, 2), 3.0, 2.0, 2.5).kernel
+        'bfloat16'
+        """
+        best = min(self.float32_ms, self.bfloat16_ms, self.int8_ms)
+        if self.float32_ms == best:
+            return "float32"
+        return "bfloat16" if self.bfloat16_ms == best else "int8"
 
 
 @dataclass(frozen=True)
@@ -61,16 +75,16 @@ class Profile:
         }
         return cls(dict(data["machine"]), layers)
 
-    def runs_int8(self, module: str) -> bool:
-        """Whether a layer may run in int8 here: measured to be faster, or never measured on this machine.
+    def kernel(self, module: str) -> Kernel:
+        """What a layer that may run in int8 runs in: the fastest here; int8 if it was never measured here.
 
-        >>> Profile(this_machine()).runs_int8("encoder") == (available() == "")
+        >>> Profile(this_machine()).kernel("encoder") == ("float32" if available() else "int8")
         True
         """
         if available():
-            return False
+            return "float32"
         timing = self.layers.get(module)
-        return timing is None or timing.kernel == "int8"
+        return "int8" if timing is None else timing.kernel
 
 
 def this_machine() -> dict[str, Any]:
@@ -83,28 +97,23 @@ def this_machine() -> dict[str, Any]:
     }
 
 
-def measure(module: nn.Module, counterpart: nn.Module, shape: tuple[int, ...]) -> Timing:
-    """Time a float layer, the same in bfloat16, and its counterpart on random input of one shape, interleaved.
+def measure(layers: Mapping[Kernel, nn.Module], shape: tuple[int, ...]) -> Timing:
+    """Time one layer in each of its forms on random float32 input of one shape, interleaved.
 
     Args:
-        module: the float layer, holding the weight that the counterpart decodes to; left as it is.
-        counterpart: the same layer in int8.
+        layers: the float layer, and its counterparts in bfloat16 and int8.
         shape: of the input.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    half = clone_structure(module, lambda tensor: tensor.detach().clone()).bfloat16()
-    x_half = x.bfloat16()
-    runs: tuple[Callable[[], Tensor], ...] = (lambda: module(x), lambda: half(x_half), lambda: counterpart(x))
-    best = [float("inf")] * len(runs)
+    best = dict.fromkeys(layers, float("inf"))
     with torch.inference_mode():
         begin = time.perf_counter()
         for attempt in range(_WARM_UP + _MOST_RUNS):
-            for i, run in enumerate(runs):
+            for kernel, layer in layers.items():
                 start = time.perf_counter()
-                run()
+                layer(x)
                 if attempt >= _WARM_UP:
-                    best[i] = min(best[i], time.perf_counter() - start)
+                    best[kernel] = min(best[kernel], time.perf_counter() - start)
             if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:
                 break
-    float32, bfloat16, int8 = (1e3 * seconds for seconds in best)
-    return Timing("int8" if int8 < min(float32, bfloat16) else "float", shape, float32, bfloat16, int8)
+    return Timing(shape, *(1e3 * best[kernel] for kernel in ("float32", "bfloat16", "int8")))

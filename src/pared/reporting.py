@@ -103,7 +103,7 @@ class Line:
         treatment: "grid", "float16", "float32" or "exact".
         bits: the rate asked for, on a grid.
         format: its label, "grid int8" for instance.
-        kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", or "float".
+        kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", "bfloat16", or "float".
         because: the reason.
     """
 
@@ -121,14 +121,16 @@ def lines(contents: Contents, profile: Profile) -> tuple[Line, ...]:
     return tuple(_line(stored, contents.activations, profile) for stored in contents.tensors)
 
 
+_KERNEL_LABELS = {"int8": "int8 {}", "bfloat16": "bfloat16", "float32": "float"}
+
+
 def _line(stored: Stored, activations: Mapping[str, Activation], profile: Profile) -> Line:
     module, _, attribute = stored.name.rpartition(".")
     kernel, because = "float", stored.decision.because
     if attribute == "weight" and module in activations:
-        if profile.runs_int8(module):
-            kernel = f"int8 {activations[module].mode}"
-        else:
-            because = f"{because}; int8 was not faster here".removeprefix("; ")
+        kernel = _KERNEL_LABELS[profile.kernel(module)].format(activations[module].mode)
+        if not kernel.startswith("int8"):
+            because = f"{because}; int8 was not the fastest here".removeprefix("; ")
     decision, coded = stored.decision, stored.coded
     return Line(stored.name, coded.shape, decision.treatment, decision.bits, coded.format.label, kernel, because)
 
