@@ -20,6 +20,7 @@ from pared import artifact, ledger, reporting
 from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
 from pared.keeper import Keeper, attach, detach
+from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, float_class, stand_in
 from pared.plan import Decision
 from pared.profile import Kernel, Profile, this_machine
@@ -231,6 +232,8 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
         replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
     clone = clone_structure(model, replacement).eval()
     keepers = _install(clone, contents, in_codes, kernels)
+    if in_codes:
+        keep_freed_memory()
     _refuse_meta(clone)
     lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
