@@ -39,7 +39,7 @@ X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Let every measurement come out the same way."""
     times = [1.0 if name == kernel else 2.0 for name in ("float32", "bfloat16", "int8")]
-    monkeypatch.setattr(candidates, "measure", lambda forms, shape: Timing(shape, *times))
+    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype: Timing(shape, *times))
 
 
 def kernels(model: nn.Module) -> dict[str, str]:

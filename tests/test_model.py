@@ -359,3 +359,27 @@ def test_keepers_give_tied_names_the_same_codes() -> None:
     assert state["a.weight"].data_ptr() != state["b.weight"].data_ptr()
     tied = pared.fit(Everything(), PostTrainingQuantConfig(approach="weight_only")).state_dict()
     assert tied["table.weight"].data_ptr() == tied["head.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("approach", ["static", "dynamic", "weight_only"])
+def test_models_of_other_types_keep_theirs(dtype: torch.dtype, approach: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 8)).to(dtype)
+    x = torch.randn(64, 32).to(dtype)
+    q = pared.fit(model, PostTrainingQuantConfig(approach=approach), [x])
+    pared.save(q, tmp_path)
+    loaded = pared.load(tmp_path, model=copy.deepcopy(model))
+    with torch.no_grad():
+        assert q(x).dtype == dtype
+        assert snr(model(x).double(), q(x).double()) > 28
+        assert torch.equal(loaded(x), q(x))
+    if dtype == torch.float64:
+        assert {line.treatment for line in q.plan} == {"exact"}
+
+
+def test_a_table_that_edits_itself_is_kept() -> None:
+    table = nn.Embedding(64, 8, max_norm=1.0)
+    q = pared.fit(nn.Sequential(table), PostTrainingQuantConfig(approach="dynamic"), [torch.arange(64)])
+    q(torch.arange(64))
+    assert q.state_dict()["0.weight"].dtype == torch.float32

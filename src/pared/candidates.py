@@ -145,10 +145,10 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
         activation = activations.get(candidate.name)
         if activation is None or activation.mode == "gather" or candidate.inputs is None:
             continue
-        key = (repr(candidate.module), candidate.inputs.shape, activation.mode)
+        key = (repr(candidate.module), candidate.inputs.shape, candidate.coded.dtype, activation.mode)
         if key not in known:
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
             forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
-            known[key] = measure(forms, candidate.inputs.shape)
+            known[key] = measure(forms, candidate.inputs.shape, candidate.coded.dtype)
         timings[candidate.name] = known[key]
     return Profile(this_machine(), timings)

@@ -109,6 +109,8 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
 
 def _default(slot: Slot, bits: float) -> Decision:
     tensor = slot.tensor
+    if getattr(slot.module, "max_norm", None) is not None:
+        return Decision(slot.name, "exact", None, "its module edits it while reading it (max_norm)")
     if slot.weight_like and tensor.numel() > 0:
         if slot.kind == "parameter" or bool(torch.isfinite(tensor).all()):
             return Decision(slot.name, "grid", bits, "")

@@ -27,11 +27,11 @@ Kernel = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class Timing:
-    """One layer's measured times, from float32 input to float32 output.
+    """One layer's measured times, from input to output in the layer's own type.
 
     Args:
         shape: of the input that was timed.
-        float32_ms: the best of several runs of the float layer, in milliseconds.
+        float32_ms: the best of several runs of the float layer as it is, in milliseconds.
         bfloat16_ms: the same with weight and input turned into bfloat16, and the output turned back.
         int8_ms: the same in int8.
     """
@@ -97,14 +97,15 @@ def this_machine() -> dict[str, Any]:
     }
 
 
-def measure(layers: Mapping[Kernel, nn.Module], shape: tuple[int, ...]) -> Timing:
-    """Time one layer in each of its forms on random float32 input of one shape, interleaved.
+def measure(layers: Mapping[Kernel, nn.Module], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Timing:
+    """Time one layer in each of its forms on random input of one shape, interleaved.
 
     Args:
         layers: the float layer, and its counterparts in bfloat16 and int8.
         shape: of the input.
+        dtype: of the input.
     """
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     best = dict.fromkeys(layers, float("inf"))
     with torch.inference_mode():
         begin = time.perf_counter()
