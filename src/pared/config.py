@@ -126,6 +126,9 @@ class AccuracyCriterion:
         return self.loss(score, baseline) <= self.tolerable_loss + 1e-12
 
 
+_RATES: Final = "Use a number above 0 and below 16, or 16 (float16), or 32 (float32)."
+
+
 @_strict_options
 @dataclass(frozen=True)
 class Rule:
@@ -159,11 +162,13 @@ class Rule:
             )
         if (self.bits is None) == (not self.keep):
             raise ConfigError("needs either bits=... or keep=True", where=where, remedy="Give exactly one of them.")
+        if self.bits is not None and not (isinstance(self.bits, (int, float)) and 0 < self.bits <= 32):
+            raise ConfigError(f"bits={self.bits!r} is no rate", where=where, remedy=_RATES)
         if self.bits is not None and not (0 < self.bits < 16 or self.bits in (16, 32)):
             raise ConfigError(
                 f"bits={self.bits!r} is no rate",
                 where=where,
-                remedy="Use a number above 0 and below 16, or 16 (float16), or 32 (float32).",
+                remedy=_RATES,
             )
 
     @property
@@ -224,6 +229,10 @@ class PostTrainingQuantConfig:
                 f"accuracy_criterion is a {type(self.accuracy_criterion).__name__}",
                 where=where,
                 remedy="Pass an AccuracyCriterion(...).",
+            )
+        if not isinstance(self.rules, (list, tuple)):
+            raise ConfigError(
+                f"rules is a {type(self.rules).__name__}", where=where, remedy="Pass a list of Rule(...)."
             )
         for rule in self.rules:
             if not isinstance(rule, Rule):

@@ -58,7 +58,7 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
 
 def _read(answer: object, name: str) -> Score:
     if isinstance(answer, Tensor):
-        answer = answer.detach().cpu().numpy()
+        answer = answer.detach().cpu().double().numpy()
     if isinstance(answer, bool):
         raise _no_number(answer, name)
     if isinstance(answer, numbers.Real):

@@ -87,6 +87,7 @@ def _widen(keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, A
     if not isinstance(keeper.format, Grid):
         narrow = keeper.format if isinstance(keeper.format, Float) and survives_float16(value) else None
         keeper.format = narrow or Raw(dtype_name(own.dtype))
+        state[name] = value.to(own.dtype)
     elif step is None or dtype_name(value.dtype) not in CODE_LIMITS or keeper.step is None:
         error_messages: list[str] = rest[-1]
         error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")

@@ -97,13 +97,15 @@ class Quantized(nn.Module):
         """What `pared.inspect` shows of a quantized model: the artifact that `save` would write."""
         return ledger_of(self)
 
-    def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as an empty model of the original class, and the bytes of the artifact.
 
-        The bytes travel as a tensor: the pickle protocol of torch.save spends three bytes on two of a bytes object.
+        Protocol 2, which torch.save uses, spends three bytes on two of a bytes object: there they travel as a tensor.
         """
         record = record_of(self)
-        data = torch.frombuffer(bytearray(artifact.to_bytes(contents_of(self))), dtype=torch.uint8)
+        data: bytes | Tensor = artifact.to_bytes(contents_of(self))
+        if int(protocol) < 3:
+            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return _revive, (skeleton_of(self), data, record.profile, record.outcome)
 
 
@@ -113,8 +115,10 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return dict(module.__dict__)
 
 
-def _revive(skeleton: nn.Module, data: Tensor, profile: Profile, outcome: Outcome) -> nn.Module:
-    model = assemble(skeleton, artifact.from_bytes(data.numpy().tobytes()), profile)
+def _revive(skeleton: nn.Module, data: bytes | Tensor, profile: Profile, outcome: Outcome) -> nn.Module:
+    model = assemble(
+        skeleton, artifact.from_bytes(data.numpy().tobytes() if isinstance(data, Tensor) else data), profile
+    )
     set_outcome(model, outcome)
     return model
 
@@ -204,10 +208,6 @@ def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Mod
         offered = {name: _FACE[name] for name in sorted(face)}
         _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
     return _CLASSES[base, face]
-
-
-def _original_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return float_class(next(base for base in cls.__mro__ if Quantized not in base.__mro__))
 
 
 def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
@@ -302,7 +302,7 @@ def contents_of(model: nn.Module) -> Contents:
         module_name, _, attribute = names[0].rpartition(".")
         module = model.get_submodule(module_name)
         if isinstance(module, Counterpart) and attribute == "weight":
-            coded = module.coded()
+            coded = module.pared_coded()
         else:
             coded = record.keepers[names[0]].coded(names[0], dict(registered(module))[attribute])
         tensors.append(Stored(names, kind, coded, decision))
@@ -313,23 +313,23 @@ def contents_of(model: nn.Module) -> Contents:
 def skeleton_of(model: nn.Module) -> nn.Module:
     """An empty float model of the original class, on the meta device."""
     empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    del empty.__dict__[_RECORD]
+    empty.__class__ = next(base for base in type(empty).__mro__ if Quantized not in base.__mro__)
     for module in empty.modules():
         detach(module)
         if isinstance(module, Counterpart):
             _empty_float(module)
-    del empty.__dict__[_RECORD]
-    empty.__class__ = _original_class(type(empty))
     return empty
 
 
 def _empty_float(module: Counterpart) -> None:
     weight = nn.Parameter(
-        torch.empty(module.codes.shape, dtype=module.weight_dtype, device="meta"), requires_grad=False
+        torch.empty(module.pared_codes.shape, dtype=module.pared_dtype, device="meta"), requires_grad=False
     )
-    del module._buffers["codes"], module._parameters["step"]
-    for name in ("view", "activation", "in_bfloat16", "weight_dtype", "_plain", "_packed", "_lock"):
+    del module._buffers["pared_codes"], module._parameters["pared_step"]
+    for name in [name for name in module.__dict__ if name.startswith(("pared_", "_pared_"))]:
         del module.__dict__[name]
-    module._non_persistent_buffers_set.discard("codes")
+    module._non_persistent_buffers_set.discard("pared_codes")
     module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was
     # `weight` came first in the float module, and optimizers and state dicts go by that order.
     module._parameters = {"weight": weight, **module._parameters}

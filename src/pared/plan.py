@@ -104,6 +104,8 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
         return Decision(slot.name, "exact", None, f"{reason}; its values do not survive float16")
     if not slot.weight_like or slot.tensor.numel() == 0:
         return _default(slot, DEFAULT_BITS)
+    if not bool(torch.isfinite(slot.tensor).all()):
+        return Decision(slot.name, "exact", None, f"{reason}; it holds infinities")
     return Decision(slot.name, "grid", rule.bits, reason)
 
 

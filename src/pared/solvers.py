@@ -16,7 +16,7 @@ from pared.views import View
 _SMALLEST_STEP: Final = torch.finfo(torch.float32).tiny
 # A rate counts as reached within this many bits per weight.
 _RATE_TOLERANCE: Final = 0.01
-# Above this many weights the rate is measured on evenly spaced rows; the last look is at all of them.
+# Above this many weights the rate is measured on evenly spaced rows.
 _SAMPLE: Final = 1 << 19
 
 

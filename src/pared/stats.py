@@ -60,33 +60,45 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     copied = shadow(model)
     collectors = {name: _Collector(name) for name, module in copied.named_modules() if is_candidate(module)}
     for name, collector in collectors.items():
-        copied.get_submodule(name).register_forward_pre_hook(collector)
+        copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
     samples = calls.run(copied, calibration, limit)
-    return Statistics(samples, {name: c.result() for name, c in collectors.items() if c.seen})
+    found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
+    every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
+    return Statistics(samples, {name: found[id(module)] for name, module in every_name if id(module) in found})
 
 
 def shadow(model: ModuleT) -> ModuleT:
-    """A structural copy in eval mode that shares the parameters; buffers are copied, since a forward may write them."""
-    return clone_structure(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone()).eval()
+    """A copy in eval mode, for functions of the user, which may do with it what they like."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        data = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
+
+    return clone_structure(model, copied).eval()
 
 
 class _Collector:
-    """A forward pre-hook that remembers one layer's inputs in bounded memory."""
+    """A forward hook that remembers one layer's inputs in bounded memory."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.low = self.high = 0.0
+        self.plain = True
         self.samples: list[Tensor] = []
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     @property
     def seen(self) -> bool:
-        return bool(self.shapes)
+        return bool(self.shapes) and self.plain
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not args or not isinstance(args[0], Tensor) or args[0].numel() == 0:
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor:
+            self.plain = False  # a subclass that is called in its own way cannot be tried by itself
             return
         x = args[0].detach()
+        if x.numel() == 0:
+            return
         self.shapes[tuple(x.shape)] += 1
         if not x.is_floating_point():
             return
