@@ -4,12 +4,11 @@ import torch
 from torch import nn
 
 from pared import AccuracyCriterion, EvaluationError
-from pared.evaluate import Score, confirm, confirmed, evaluate
+from pared.evaluate import Score, compare, confirm, confirmed, evaluate
 
 
 @pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])
 def test_numbers_of_all_kinds(answer: object) -> None:
-    assert evaluate(lambda model: answer, nn.Identity()) == evaluate(lambda model: answer, nn.Identity()) or True
     score = evaluate(lambda model: answer, nn.Identity())
     assert score.value in (0.5, 1.0)
     assert score.unseen is None
@@ -55,11 +54,24 @@ def test_an_error_keeps_its_traceback() -> None:
 def test_the_confirmation_is_paired() -> None:
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 10, 200)  # samples differ widely, but the loss is nearly the same on each
-    baseline = Score(0.0, 100 + hard)
-    score = Score(0.0, 99.5 + hard + rng.normal(0, 0.01, 200))
+    baseline = Score(0.0, np.repeat(100 + hard, 2))
+    score = Score(0.0, np.repeat(99.5 + hard + rng.normal(0, 0.01, 200), 2))
     confirmation = confirm(AccuracyCriterion(), score, baseline)
     assert confirmation is not None
     assert confirmation.standard_error is not None
     assert confirmation.standard_error < 1e-4
     assert confirmed(AccuracyCriterion(tolerable_loss=0.01), confirmation)
     assert not confirmed(AccuracyCriterion(tolerable_loss=0.004), confirmation)
+
+
+def test_scores_of_different_samples_are_not_compared() -> None:
+    with pytest.raises(EvaluationError) as error:
+        confirm(AccuracyCriterion(), Score(1.0), Score(1.0, np.ones(8)))
+    assert str(error.value).splitlines()[0] == (
+        "eval_func: returned 8 samples for the float model and one number for the quantized one"
+    )
+
+
+def test_other_data_are_used_whole() -> None:
+    confirmation = compare(AccuracyCriterion(), Score(1.0, np.array([1.0, 0.0] * 8)), Score(1.0, np.ones(16)))
+    assert confirmation.loss == 0.5

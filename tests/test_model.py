@@ -127,16 +127,15 @@ def test_state_dict_gives_codes_and_steps(original: Everything, small: Everythin
     assert set(state) - set(original.state_dict()) == {k for k in state if k.endswith("_step")}
 
 
-def test_state_dict_comes_back(original: Everything, small: Everything) -> None:
+def test_state_dict_comes_back(small: Everything) -> None:
     torch.manual_seed(9)
     other = pared.fit(Everything(), PostTrainingQuantConfig(approach="weight_only"), [ids()])
-    if small.head.weight.dtype != torch.int8:
-        assert other.load_state_dict(small.state_dict()).missing_keys == []
-        assert all(
-            torch.equal(a, b) for a, b in zip(other.state_dict().values(), small.state_dict().values(), strict=True)
-        )
-        assert torch.equal(other.mix, small.mix)
-        assert torch.equal(other.table.weight, small.table.weight)
+    other.load_state_dict(small.state_dict())
+    state, again = small.state_dict(), other.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    assert torch.equal(other.mix, small.mix)
+    assert torch.equal(other.table.weight, small.table.weight)
 
 
 def test_a_state_dict_that_does_not_fit_is_refused(small: Everything) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
-from pared.layers import LAYERS, Activation, is_candidate, stand_in
+from pared.layers import Activation, is_candidate, modes_of, stand_in
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.stats import InputStats
 from pared.tensors import clone_structure
@@ -108,11 +108,6 @@ def _fits(coded: Coded) -> bool:
     return math.prod(coded.shape[1:]) <= _MOST_COLUMNS
 
 
-def modes_of(module: nn.Module) -> tuple[str, ...]:
-    """The modes that a counterpart of the module has."""
-    return next(modes for cls, modes in LAYERS.items() if isinstance(module, cls))
-
-
 def choose_activations(candidates: Sequence[Candidate], approach: Approach) -> dict[str, Activation]:
     """How each layer's input is treated.
 
@@ -134,7 +129,9 @@ def choose_activations(candidates: Sequence[Candidate], approach: Approach) -> d
             activation = next(accurate, None)
             if activation is not None:
                 chosen[candidate.name] = activation
-    return chosen
+    # A tied weight is in codes for all of its owners or for none.
+    split = {id(c.coded) for c in candidates if c.name not in chosen}
+    return {c.name: chosen[c.name] for c in candidates if id(c.coded) not in split}
 
 
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:

@@ -18,17 +18,25 @@ from pared.reporting import Confirmation
 EvalFunc = Callable[[nn.Module], Any]
 
 
+Samples = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
 @dataclass(frozen=True, eq=False)
 class Score:
     """What `eval_func` said of one model.
 
     Args:
         value: what the search sees: the number, or the mean of the even samples.
-        unseen: the odd samples, kept back for the confirmation; None where the score is one number.
+        samples: all of them; None where the score is one number.
     """
 
     value: float
-    unseen: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
+    samples: Samples | None = None
+
+    @property
+    def unseen(self) -> Samples | None:
+        """The odd samples, kept back for the confirmation."""
+        return None if self.samples is None else self.samples[1::2]
 
 
 def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> Score:
@@ -78,7 +86,7 @@ def _read(answer: object, name: str) -> Score:
         )
     if values.size == 1:
         return Score(float(values.reshape(-1)[0]))
-    return Score(float(values[0::2].mean()), values[1::2])
+    return Score(float(values[0::2].mean()), values)
 
 
 def _no_number(answer: object, name: str) -> EvaluationError:
@@ -91,20 +99,50 @@ def _no_number(answer: object, name: str) -> EvaluationError:
 
 
 def confirm(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation | None:
-    """The result on the samples that the search has not seen, where there are any, with a paired standard error."""
-    if score.unseen is None or baseline.unseen is None or score.unseen.shape != baseline.unseen.shape:
+    """The result on the samples that the search has not seen, where there are any, with a paired standard error.
+
+    Raises:
+        EvaluationError: the two scores do not have the same number of samples.
+    """
+    _check_pairs(score, baseline, "eval_func")
+    if score.unseen is None or baseline.unseen is None:
         return None
-    own, reference = float(score.unseen.mean()), float(baseline.unseen.mean())
-    difference = score.unseen - baseline.unseen
+    return _paired(criterion, score.unseen, baseline.unseen)
+
+
+def compare(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation:
+    """The result of a function that was called on other data: all of its samples are unseen.
+
+    Raises:
+        EvaluationError: the two scores do not have the same number of samples.
+    """
+    _check_pairs(score, baseline, "confirm_func")
+    if score.samples is None or baseline.samples is None:
+        return Confirmation(score.value, baseline.value, criterion.loss(score.value, baseline.value))
+    return _paired(criterion, score.samples, baseline.samples)
+
+
+def _check_pairs(score: Score, baseline: Score, name: str) -> None:
+    sizes = [None if one.samples is None else len(one.samples) for one in (baseline, score)]
+    if sizes[0] != sizes[1]:
+        raise EvaluationError(
+            f"returned {_amount(sizes[0])} for the float model and {_amount(sizes[1])} for the quantized one",
+            where=name,
+            remedy="Score the same samples, in the same order, at every call.",
+        )
+
+
+def _amount(samples: int | None) -> str:
+    return "one number" if samples is None else f"{samples} samples"
+
+
+def _paired(criterion: AccuracyCriterion, score: Samples, baseline: Samples) -> Confirmation:
+    own, reference = float(score.mean()), float(baseline.mean())
+    difference = score - baseline
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     if criterion.criterion == "relative":
         error /= abs(reference) or 1.0
     return Confirmation(own, reference, criterion.loss(own, reference), error)
-
-
-def compare(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation:
-    """The result of a function that was called on other data: all of its samples are unseen."""
-    return Confirmation(score.value, baseline.value, criterion.loss(score.value, baseline.value))
 
 
 def confirmed(criterion: AccuracyCriterion, confirmation: Confirmation) -> bool:

@@ -22,9 +22,13 @@ class Keeper:
         format: of the tensor.
         view: of the tensor, for grids.
         step: float32, one per row, for grids.
+        is_buffer: it may change; it is then kept exactly. A parameter that changed is an error.
     """
 
-    def __init__(self, format: Grid | Float | Raw, view: View | None, step: Tensor | None) -> None:
+    def __init__(
+        self, format: Grid | Float | Raw, view: View | None, step: Tensor | None, *, is_buffer: bool = False
+    ) -> None:
+        self.is_buffer = is_buffer
         self.format = format
         self.view = view
         self.step = step
@@ -53,7 +57,9 @@ class Keeper:
             coded = self.format.encode(tensor, self.step, self.view)
         else:
             coded = self.format.encode(tensor)
-        if not torch.equal(coded.decode().nan_to_num(), tensor.nan_to_num()):
+        if not _same(coded.decode(), tensor):
+            if self.is_buffer:  # the model's own forward may write it: streaming state, running averages
+                return Raw(dtype_name(tensor.dtype)).encode(tensor)
             raise ModelError(
                 "was changed after it was compressed, so its codes can no longer hold it",
                 where=name,
@@ -96,6 +102,13 @@ def _widen(keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, A
         keeper.step = step.detach().float().reshape(keeper.step.shape).clone()
         parts = {"codes": value, "step": keeper.step}
         state[name] = Coded(keeper.format, tuple(value.shape), own.dtype, parts, keeper.view).decode()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, so that NaN equals itself; -0.0 and 0.0 are equal too."""
+    if a.is_floating_point():
+        return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return torch.equal(a, b)
 
 
 def attach(keeper: Keeper, module: nn.Module, attribute: str) -> None:

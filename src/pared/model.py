@@ -21,11 +21,19 @@ from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
 from pared.keeper import Keeper, attach, detach
 from pared.kernels.machine import keep_freed_memory
-from pared.layers import Counterpart, float_class, stand_in
+from pared.layers import Activation, Counterpart, float_class, is_candidate, modes_of, stand_in
 from pared.plan import Decision
 from pared.profile import Kernel, Profile, this_machine
 from pared.reporting import Outcome
-from pared.tensors import clone_structure, find_tensors, loose_tensors, refresh_recurrent, registered
+from pared.tensors import (
+    check_unquantized,
+    clone_structure,
+    find_tensors,
+    held_elsewhere,
+    loose_tensors,
+    refresh_recurrent,
+    registered,
+)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -222,9 +230,16 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
     kernels = {name: profile.kernel(name) for name in contents.activations}
-    in_codes = {stored.name for stored in contents.tensors if _all_in(stored, kernels)}
+    check_unquantized(model)
+    pairs = match(model, contents)
+    elsewhere = held_elsewhere(model)
+    in_codes = {
+        stored.name
+        for stored, tensors in pairs
+        if _all_in(stored, kernels) and not any(id(tensor) in elsewhere for tensor in tensors)
+    }
     replacement: dict[int, Tensor] = {}
-    for stored, tensors in match(model, contents):
+    for stored, tensors in pairs:
         if stored.name in in_codes:
             new = torch.empty(stored.coded.shape, dtype=stored.coded.dtype, device="meta")
         else:
@@ -252,7 +267,9 @@ def _all_in(stored: Stored, kernels: Mapping[str, Kernel]) -> bool:
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
-    """A parameter where the skeleton has one; parameters are frozen, since codes cannot follow training."""
+    """A parameter where the skeleton has one, laid out as that is, and frozen: codes cannot follow training."""
+    if new.stride() != tensor.stride() and not new.is_meta:
+        new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new.dtype).copy_(new)
     return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
@@ -264,11 +281,12 @@ def _install(
     hooked: set[tuple[int, str]] = set()
     for stored in contents.tensors:
         coded = stored.coded
-        keeper = Keeper(coded.format, coded.view, coded.parts.get("step"))
+        keeper = Keeper(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
         for module_name, _, attribute in (name.rpartition(".") for name in stored.names):
             module = clone.get_submodule(module_name)
             if stored.name in in_codes:
                 if not isinstance(module, Counterpart):  # a shared module is met under each of its names
+                    _check_kind(module_name, module, contents.activations[module_name])
                     activation = contents.activations[module_name]
                     stand_in(module, coded, activation, in_bfloat16=kernels[module_name] == "bfloat16")
             elif (id(module), attribute) not in hooked:
@@ -277,6 +295,15 @@ def _install(
         if stored.name not in in_codes:
             keepers[stored.name] = keeper
     return keepers
+
+
+def _check_kind(name: str, module: nn.Module, activation: Activation) -> None:
+    if not is_candidate(module) or activation.mode not in modes_of(module):
+        raise MismatchError(
+            f"the artifact runs it in int8 ({activation.mode}), which a {type(module).__name__} cannot",
+            where=name,
+            remedy="Build the model with the configuration that the artifact was made from.",
+        )
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -297,6 +324,7 @@ def contents_of(model: nn.Module) -> Contents:
         ModelError: a weight was changed after compression.
     """
     record = record_of(model)
+    _refuse_edited(model, record)
     tensors = []
     for names, kind, decision in record.tensors:
         module_name, _, attribute = names[0].rpartition(".")
@@ -308,6 +336,21 @@ def contents_of(model: nn.Module) -> Contents:
         tensors.append(Stored(names, kind, coded, decision))
     provenance = {**record.provenance, "outcome": record.outcome.to_json()}
     return Contents(tuple(tensors), record.activations, provenance)
+
+
+def _refuse_edited(model: nn.Module, record: Record) -> None:
+    """Refuse a model whose layers were added, taken away or exchanged: its record does not describe it any more."""
+    known = {name for names, _, _ in record.tensors for name in names}
+    codes = {f"{name}.weight" for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Counterpart)}
+    own = ("pared_codes", "pared_step")
+    found = {name for slot in find_tensors(model) for name in slot.names if name.rpartition(".")[2] not in own}
+    changed = sorted(known ^ (found | {name.removeprefix(".") for name in codes}))
+    if changed:
+        raise ModelError(
+            "was added to the model, or taken out of it, after it was compressed",
+            where=changed[0],
+            remedy="Change the float model, and compress it again with pared.fit.",
+        )
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

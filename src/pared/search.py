@@ -68,6 +68,7 @@ def climb(
     start = time.monotonic()
     baseline = evaluate(judge.eval_func, original)
     judge.criterion.loss(baseline.value, baseline.value)  # refuses a relative loss of a zero baseline, before the work
+    confirm(judge.criterion, baseline, baseline)  # ... and of zero unseen samples
     other = evaluate(judge.confirm_func, original, "confirm_func") if judge.confirm_func else None
     found: list[tuple[ModuleT, Trial, Outcome]] = []
     try:

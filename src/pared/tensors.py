@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pared.errors import ModelError
 
@@ -116,6 +117,19 @@ def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield module, attribute, value
 
 
+def held_elsewhere(model: nn.Module) -> set[int]:
+    """The identities of tensors that modules also hold in attributes of their own: in lists, dicts or by themselves."""
+    registries = ("_parameters", "_buffers", "_modules")
+    return {
+        id(leaf)
+        for module in model.modules()
+        for attribute, value in vars(module).items()
+        if attribute not in registries
+        for leaf in tree_leaves(value)
+        if isinstance(leaf, Tensor)
+    }
+
+
 def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Mapping[int, Tensor]) -> ModuleT:
     """A deep copy of the model whose parameters and buffers are not copied but replaced.
 
@@ -160,10 +174,26 @@ def check_supported(model: object) -> None:
             f"expected a torch.nn.Module, got {type(model).__name__}",
             remedy="Pass the model itself, not its weights.",
         )
+    check_unquantized(model)
     for name, module in model.named_modules():
         _check_module(name or type(module).__name__, module)
     for slot in find_tensors(model):
         _check_tensor(slot)
+
+
+def check_unquantized(model: nn.Module) -> None:
+    """Refuse a model that is quantized already, or holds one that is.
+
+    Raises:
+        ModelError: it is.
+    """
+    for name, module in model.named_modules():
+        if "_pared" in vars(module) or "pared_codes" in module._buffers:
+            raise ModelError(
+                "is quantized already",
+                where=name or type(module).__name__,
+                remedy="Pass the float model, or an empty one of its class.",
+            )
 
 
 def _check_module(name: str, module: nn.Module) -> None:

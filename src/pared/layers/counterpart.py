@@ -44,7 +44,12 @@ def is_candidate(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Embedding):
         return module.max_norm is None  # max_norm edits the table while it is read
-    return hasattr(type(module), "forward") and not hasattr(module, "parametrizations")
+    return not hasattr(module, "parametrizations")
+
+
+def modes_of(module: nn.Module) -> tuple[str, ...]:
+    """The modes that a counterpart of the module has."""
+    return next(modes for cls, modes in LAYERS.items() if isinstance(module, cls))
 
 
 class _Running(threading.local):
@@ -156,8 +161,9 @@ class Counterpart(nn.Module):
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
         if torch.compiler.is_compiling() or _is_traced() or not self.pared_codes.is_cpu:
             return False
+        own = self._parameters.values()
         return not torch.is_grad_enabled() or not any(
-            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())
+            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values(), *own)
         )
 
     def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any:
