@@ -78,6 +78,12 @@ def infinite_model() -> nn.Module:
     return model
 
 
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("odd", tensor)
+    return model
+
+
 def scripted() -> object:
     import warnings
 
@@ -94,6 +100,11 @@ def scripted() -> object:
         (scripted, "is a TorchScript module"),
         (lambda: nn.Linear(2, 2, device="meta"), "weight: is on the meta device: it holds no numbers"),
         (nan_model, "1.weight: holds NaN (1 of 4 values, the first at [1, 0])"),
+        (
+            lambda: with_buffer(torch.eye(2).to_sparse()),
+            "odd: is a tensor that no format holds (torch.float32, torch.sparse_coo)",
+        ),
+        (lambda: with_buffer(torch.ones(2).to(torch.float8_e4m3fn)), "odd: is a tensor that no format holds"),
         (infinite_model, "bias: holds Inf (1 of 2 values, the first at [1])"),
     ],
 )

@@ -210,10 +210,21 @@ def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
 
 
+def _refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object) -> None:
+    """Not offered: `from_pretrained` would read the codes as if they were weights."""
+    raise ModelError(
+        "save_pretrained would write codes that from_pretrained takes for weights",
+        where=type(self).__name__,
+        remedy="Use pared.save(model, directory), and model.config.save_pretrained(directory) for the configuration.",
+    )
+
+
 def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
     if (base, face) not in _CLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         offered = {name: _FACE[name] for name in sorted(face)}
+        if hasattr(base, "save_pretrained"):
+            offered["save_pretrained"] = _refuse_save_pretrained
         _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
     return _CLASSES[base, face]
 

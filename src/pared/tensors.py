@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import ModelError
+from pared.formats import RAW_TYPES, dtype_name
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -220,6 +221,12 @@ def _check_tensor(slot: Slot) -> None:
     if tensor.is_meta:
         raise ModelError(
             "is on the meta device: it holds no numbers", where=slot.name, remedy="Load the weights first."
+        )
+    if tensor.layout is not torch.strided or dtype_name(tensor.dtype) not in RAW_TYPES:
+        raise ModelError(
+            f"is a tensor that no format holds ({tensor.dtype}, {tensor.layout})",
+            where=slot.name,
+            remedy="Make it dense, of a type such as float32, float16, bfloat16, int64 or bool.",
         )
     if tensor.is_quantized or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ModelError(
