@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import torch
-from examples import dual_path, minilm
+from examples import dual_path, effnet, minilm
 from torch import nn
 
 import pared
@@ -167,6 +167,26 @@ def bench_dual_path() -> dict[str, Any]:
     }
 
 
+def bench_effnet() -> dict[str, Any]:
+    model = effnet.load()
+    weight_only = pared.fit(model, PostTrainingQuantConfig(approach="weight_only"))
+    quick = pared.fit(model, None, effnet.calibration())
+    photo = effnet.calibration()[0][:1]
+    models = {"float32": model, "bfloat16": effnet.load().bfloat16(), "pared": quick}
+    inputs = {name: photo.bfloat16() if name == "bfloat16" else photo for name in models}
+    with torch.inference_mode():
+        runs: dict[str, Callable[[], object]] = {n: lambda n=n: models[n](inputs[n]) for n in models}  # type: ignore[misc]
+        times = medians(runs, 30)
+    return {
+        "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
+        "bytes": weight_only.nbytes,
+        "kl_weight_only": effnet.kl(weight_only, model),
+        "kl_int8": effnet.kl(quick, model),
+        "speed": times,
+        "kernels": _count(line.kernel for line in quick.plan),  # type: ignore[union-attr]  # ours
+    }
+
+
 def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if sys.platform == "linux" else ():
         if line.startswith("model name"):
@@ -200,6 +220,7 @@ def main() -> None:
         },
         "minilm": bench_minilm(),
         "dual_path": bench_dual_path(),
+        "effnet": bench_effnet(),
     }
     RESULTS.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
