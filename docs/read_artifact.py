@@ -25,6 +25,15 @@ Array = NDArray[Any]
 SYMBOLS = 65_024  # in a full chunk
 RADIX = {1: 256, 2: 16, 3: 6, 4: 4}  # of the digits in a symbol, by how many there are
 
+# 2^(k / 8) for k from 0 to 7, as float32.
+OCTAVE = np.array(
+    [
+        *(1.0, 1.0905077457427979, 1.1892070770263672, 1.2968395948410034),
+        *(1.4142135381698608, 1.5422108173370361, 1.6817928552627563, 1.8340080976486206),
+    ],
+    np.float32,
+)
+
 
 def read(path: str | Path) -> dict[str, Array]:
     """All tensors of an artifact by name; tied names give the same array.
@@ -33,15 +42,23 @@ def read(path: str | Path) -> dict[str, Array]:
         path: of a `.pt` or `.safetensors` artifact.
 
     Raises:
-        ValueError: it is no artifact, it is damaged, or its version is newer than 1.
+        ValueError: it is no artifact, it is damaged, or its version is newer than 2.
     """
     record, data = records(Path(path))
     index = json.loads(zlib.decompress(record))
-    if index["pared"] != 1:
+    if index["pared"] not in (1, 2):
         raise ValueError(f"version {index['pared']} of the format is newer than this reader")
-    found = {}
+    found, end = {}, 0
     for entry in index["tensors"]:
-        array = tensor(entry, data)
+        if index["pared"] == 1:
+            parts = {name: data[part["offset"] :][: part["length"]] for name, part in entry["parts"].items()}
+            checksums = [(zlib.crc32(parts[name]), part["crc32"]) for name, part in entry["parts"].items()]
+        else:
+            parts, end = cut(entry, data, end)
+            checksums = [(zlib.crc32(b"".join(parts.values())), entry["crc32"])]
+        if any(ours != theirs for ours, theirs in checksums):
+            raise ValueError(f"{entry['name']}: the checksum does not match")
+        array = tensor(entry, parts)
         for name in (entry["name"], *entry.get("aliases", [])):
             found[name] = array
     return found
@@ -64,9 +81,43 @@ def records(path: Path) -> tuple[bytes, bytes]:
     return index, data
 
 
-def tensor(entry: dict[str, Any], data: bytes) -> Array:
+def cut(entry: dict[str, Any], data: bytes, end: int) -> tuple[dict[str, bytes], int]:
+    """The parts of an entry of version 2, in the order of the data, and where the last one ends."""
+    parts = {}
+    for name, part in sorted(entry["parts"].items()):
+        length = part.get("length", 0 if "coding" in part else plain_length(entry, name, part))
+        end += -end % 64 if length >= 4096 else 0
+        parts[name] = data[end : end + length]
+        end += length
+    return parts, end
+
+
+def plain_length(entry: dict[str, Any], name: str, part: dict[str, Any]) -> int:
+    """The bytes of a part whose numbers are not coded."""
+    elements: int = math.prod(entry["shape"])
+    if name == "values":
+        return elements * size_of(entry["format"].get("dtype", entry["dtype"]))
+    split, rows = view_of(entry)
+    n_rows = math.prod(split[i] for i in rows)
+    if name in ("step", "classes"):
+        return n_rows * (4 if name == "step" and "base" not in part else 1)
+    count = int(part["rows"]) * elements // n_rows if "rows" in part else elements
+    return count * size_of(entry["format"]["codes"])
+
+
+def size_of(dtype: str) -> int:
+    """The bytes of one number."""
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+
+
+def view_of(entry: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """The shape in which codes meet steps, and which of its dimensions have steps."""
+    view = entry.get("view", {"split": entry["shape"], "rows": [0]})
+    return view["split"], view["rows"]
+
+
+def tensor(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
     """One tensor in its source's shape and type."""
-    parts = {name: checked(data, part, f"{entry['name']}: {name}") for name, part in entry["parts"].items()}
     tag, dtype, shape = entry["format"]["tag"], entry["dtype"], tuple(entry["shape"])
     if tag == "raw":
         return plain(parts["values"], dtype).reshape(shape)
@@ -74,20 +125,39 @@ def tensor(entry: dict[str, Any], data: bytes) -> Array:
         return cast(plain(parts["values"], entry["format"]["dtype"]), dtype).reshape(shape)
     if tag != "grid":
         raise ValueError(f"{entry['name']}: the format {tag!r} is not known")
-    view = entry.get("view", {"split": shape, "rows": [0]})
-    split, rows = view["split"], view["rows"]
-    kind = entry["format"]["codes"]
-    codes = decode(parts["codes"], entry["parts"]["codes"].get("coding"), math.prod(shape), kind)
-    step = plain(parts["step"], "float32").reshape([n if i in rows else 1 for i, n in enumerate(split)])
-    return cast(codes.reshape(split).astype(np.float32) * step, dtype).reshape(shape)
+    split, rows = view_of(entry)
+    step = steps(entry, parts, math.prod(split[i] for i in rows))
+    step = step.reshape([n if i in rows else 1 for i, n in enumerate(split)])
+    return cast(codes(entry, parts).astype(np.float32) * step, dtype).reshape(shape)
 
 
-def checked(data: bytes, part: dict[str, Any], where: str) -> bytes:
-    """The bytes of a part, compared with their checksum."""
-    payload = data[part["offset"] : part["offset"] + part["length"]]
-    if len(payload) != part["length"] or zlib.crc32(payload) != part["crc32"]:
-        raise ValueError(f"{where}: the checksum does not match")
-    return payload
+def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
+    """The codes of a grid, in the shape in which they meet steps."""
+    (split, rows), kind = view_of(entry), entry["format"]["codes"]
+
+    def stream(name: str, count: int, kind: str) -> Array:
+        return decode(parts[name], entry["parts"][name].get("coding"), count, kind)
+
+    if "codes" in parts:
+        return stream("codes", math.prod(split), kind).reshape(split)
+    n_rows = math.prod(split[i] for i in rows)
+    matrix = np.empty((n_rows, math.prod(split) // n_rows), kind)
+    classes = stream("classes", n_rows, "int8")
+    for number in range(len(parts) - 2):
+        chosen = classes == number
+        matrix[chosen] = stream(f"codes {number}", matrix[chosen].size, kind).reshape(-1, matrix.shape[1])
+    order = [*rows, *(i for i in range(len(split)) if i not in rows)]
+    return matrix.reshape([split[i] for i in order]).transpose(np.argsort(order))
+
+
+def steps(entry: dict[str, Any], parts: dict[str, bytes], count: int) -> Array:
+    """The steps of a grid."""
+    part = entry["parts"]["step"]
+    if "base" not in part:
+        return plain(parts["step"], "float32")
+    differences = decode(parts["step"], part.get("coding"), count, "int8").astype(np.int32)
+    index = np.where(differences == -128, 0, part["base"] + differences)
+    return np.where(differences == -128, np.float32(0), np.ldexp(OCTAVE[index % 8], index // 8))
 
 
 def plain(payload: bytes, dtype: str) -> Array:

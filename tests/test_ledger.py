@@ -22,19 +22,22 @@ from pared.errors import ConfigError, FileError
 from pared.ledger import Ledger, Row
 
 CODES, STEP, HALF = bytes(range(12)), np.ones(3, "<f4").tobytes(), np.ones(5, "<f2").tobytes()
+LARGE = np.arange(512, dtype="<i8").tobytes()
 
 
 def artifact() -> tuple[bytes, bytes]:
-    """An index and data: a grid of 3 x 4 on an odd number of bytes, and a tied half-precision vector."""
-    data = CODES + bytes(52) + STEP + bytes(52) + HALF
-    parts = {"codes": Part(0, 12, zlib.crc32(CODES)), "step": Part(64, 12, zlib.crc32(STEP))}
+    """An index and data: a grid of 3 x 4, a tied half-precision vector, and a vector that begins behind padding."""
+    data = CODES + STEP + HALF + bytes(30) + LARGE
+    parts = {"codes": Part(0, 12), "step": Part(12, 12, zlib.crc32(CODES + STEP))}
     grid = Entry(
         ("w",), "parameter", "float32", (3, 4), {"tag": "grid", "codes": "int8"}, ((3, 4), (0,)), 8.0, "", parts
     )
-    values = {"values": Part(128, 10, zlib.crc32(HALF))}
+    values = {"values": Part(24, 10, zlib.crc32(HALF))}
     fmt = {"tag": "float", "dtype": "float16"}
     half = Entry(("b", "c"), "parameter", "float32", (5,), fmt, None, None, "one dimension", values)
-    return Index((grid, half)).to_bytes(), data
+    table = {"values": Part(64, 4096, zlib.crc32(LARGE))}
+    large = Entry(("d",), "buffer", "int64", (512,), {"tag": "raw"}, None, None, "kept", table)
+    return Index((grid, half, large)).to_bytes(), data
 
 
 def as_pt(index: bytes, data: bytes) -> bytes:
@@ -82,13 +85,14 @@ def test_an_artifact(kind: Any, name: str, tmp_path: Path) -> None:
     assert found.rows == (
         Row("w", (3, 4), "grid int8", 24),
         Row("b", (5,), "float16", 10, "one dimension; also c"),
-        Row("(padding)", None, "padding", 104),
+        Row("d", (512,), "int64", 4096, "kept"),
+        Row("(padding)", None, "padding", 30),
         Row("(index)", None, "index", len(index)),
         Row("(container)", None, "container", len(file) - len(index) - len(data)),
     )
-    assert (found.elements, found.original_nbytes, found.nbytes) == (17, 68, len(file))
-    assert found.bits_per_weight == 8 * len(file) / 17
-    assert [row.bits for row in found.rows] == [16.0, 16.0, 0.0, 0.0, 0.0]
+    assert (found.elements, found.original_nbytes, found.nbytes) == (529, 4164, len(file))
+    assert found.bits_per_weight == 8 * len(file) / 529
+    assert [row.bits for row in found.rows] == [16.0, 16.0, 64.0, 0.0, 0.0, 0.0]
 
 
 def test_a_state_dict(tmp_path: Path) -> None:
@@ -194,7 +198,7 @@ def test_text() -> None:
     shown = ledger.of_artifact_bytes(as_safetensors(*artifact()), "a/b").render().splitlines()
     size = len(as_safetensors(*artifact()))
     assert shown[0] == "a/b"
-    assert shown[1] == f"{size} bytes, {size / 68:.3f} of the source, {8 * size / 17:.2f} bits per weight"
+    assert shown[1] == f"{size:,} bytes, {size / 4164:.3f} of the source, {8 * size / 529:.2f} bits per weight"
     assert any(line.split() == ["w", "3x4", "grid", "int8", "16.00", "24"] for line in shown)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pared.version import __version__
 
 if TYPE_CHECKING:
-    from pared.api import Estimate, estimate, fit, load
+    from pared.api import Estimate, estimate, fit, load, trade_off
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
     from pared.errors import (
         CalibrationError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pared.model import text_report as report
 
 _HOMES = {
-    "pared.api": ("Estimate", "estimate", "fit", "load"),
+    "pared.api": ("Estimate", "estimate", "fit", "load", "trade_off"),
     "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
     "pared.errors": (
         "CalibrationError",
@@ -74,6 +74,7 @@ __all__ = [
     "load",
     "report",
     "save",
+    "trade_off",
 ]
 
 

@@ -1,35 +1,40 @@
-"""The public verbs: `fit`, `load`, `save`, `report`, and `estimate` for a look before any work."""
+"""The public verbs: `fit`, `load`, `trade_off`, and `estimate` for a look before any work."""
 
 from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from pared import artifact, calls, plan, search, stats
+from pared import artifact, calls, curve, plan, search, sensitivity, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates, time_layers
-from pared.config import Approach, PostTrainingQuantConfig
+from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
+from pared.curve import Curve
 from pared.errors import CalibrationError, ConfigError
 from pared.evaluate import EvalFunc
-from pared.layers import Activation
+from pared.perturbation import perturb
+from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
+from pared.sensitivity import Sensitivity
+from pared.stats import Statistics
 from pared.tensors import Slot, check_supported, find_tensors
 from pared.version import __version__
+from pared.workshop import Compressor, provenance
+from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-# A rate below this leaves nothing of a model.
-_LEAST_BITS = 0.25
 
 
 def fit(
@@ -39,21 +44,23 @@ def fit(
     eval_func: EvalFunc | None = None,
     confirm_func: EvalFunc | None = None,
     *,
+    workspace: str | Path | None = None,
     quiet: bool = False,
 ) -> ModuleT:
-    """Compress a model.
+    """Compress a model: the smallest file that keeps the accuracy, or the most accurate one of a size.
 
     Args:
         model: a float model on the CPU; it is left exactly as it is.
-        conf: what is wanted; default: 8 bits everywhere, int8 wherever it is accurate and faster.
+        conf: what is wanted; default: the damage that costs 0.1 % of the output's energy.
         calib_dataloader: an iterable of batches (a tensor, a tuple or list of arguments, a dict of keyword
-            arguments), read once; or a callable that is given the model and calls it. Without it no range is known
-            and no layer can be timed: weights are compressed, and everything runs in float unless
+            arguments), read once; or a callable that is given the model and calls it. It tells what errors cost.
+            Without it every tensor's relative error counts alike, and everything runs in float unless
             `approach="dynamic"` is asked for.
         eval_func: scores a model: a number, or a one-dimensional array with a score per sample. It is called on the
             float model and on each candidate. With an array, the search sees the even samples, and the odd ones
             confirm the result.
         confirm_func: the same on other data, to confirm the result.
+        workspace: a directory for the records of the search: the same call goes on where an earlier one was killed.
         quiet: show no progress, even at a terminal.
 
     Returns:
@@ -64,14 +71,15 @@ def fit(
 
     | given | result |
     |---|---|
-    | neither `eval_func` nor `max_size` | 8 bits everywhere |
-    | `max_size` | the greatest rate, the same for all tensors, at which the file is within the bytes |
-    | `eval_func` | static, then dynamic, then weight-only, until the criterion is met |
-    | both | the rate that `max_size` allows; `met` says whether the criterion is met within it |
+    | neither `eval_func` nor `max_size` | `quant_level=0`, or no calibration: 8 bits everywhere; else 0.1 % of damage |
+    | `max_size` | the least damage predicted for a file within the bytes |
+    | `eval_func` | the smallest file that meets the criterion; `quant_level=0`: with no more damage than 8 bits do |
+    | both | the smallest that meets it; if that exceeds `max_size`, the best within it, and `met` is False |
 
     Raises:
         ModelError: the model cannot be compressed (lazy, scripted, quantized already, NaN weights).
-        ConfigError: a rule matches nothing, or the options contradict each other.
+        ConfigError: a rule matches nothing, the options contradict each other, no file is as small as `max_size`, or
+            the workspace belongs to another search.
         CalibrationError: the calibration data are missing, empty, ambiguous, or do not fit.
         EvaluationError: `eval_func` raised, or returned no number.
 
@@ -81,25 +89,174 @@ def fit(
     (torch.int8, True)
     """
     conf = conf or PostTrainingQuantConfig()
-    check_supported(model)
-    _check_arguments(conf, calib_dataloader, eval_func, confirm_func)
-    stages = Stages(quiet=quiet)
-    slots = find_tensors(model)
-    plan.make_plan(model, slots, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
-    with stages.stage("calibrating"):
-        seen = _calibrate(model, conf, calib_dataloader)
-    with stages.stage("rounding weights"):
-        stored = _round(model, slots, conf)
-    make = _Factory(model, stored, seen, conf)
-    rungs = search.LADDER[_approach(conf, seen)]
+    job = _Job.begin(model, conf, calib_dataloader, (eval_func, confirm_func), quiet)
     if eval_func is None:
-        with stages.stage("building"):
-            built = make(rungs[0])
-            assert built is not None
+        alone: ModuleT = job.timed(job.without_evaluation())
+        return alone
+    compressor = job.compressor()
+    start = search.DEFAULT_DAMAGE
+    if conf.quant_level == 0:
+        start = compressor.cap(plan.DEFAULT_BITS)
+    records = Workspace(workspace, job.fingerprint()) if workspace is not None else None
+    judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
+    with job.stages.stage("searching"):
+        found = search.search(
+            compressor, stats.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
+        )
+    quantized.record_of(found).curve = curve.trace(compressor, model).scored(quantized.record_of(found).outcome)
+    timed: ModuleT = job.timed(found)
+    return timed
+
+
+def trade_off(
+    model: nn.Module,
+    conf: PostTrainingQuantConfig | None = None,
+    calib_dataloader: calls.Calibration | None = None,
+    eval_func: EvalFunc | None = None,
+    *,
+    points: int = 8,
+    quiet: bool = False,
+) -> Curve:
+    """The trade-off curve: bytes against damage, and the score where there is an `eval_func`, from one calibration.
+
+    Args:
+        model: as for `fit`.
+        conf: as for `fit`; the criterion and `max_size` play no part.
+        calib_dataloader: as for `fit`.
+        eval_func: as for `fit`.
+        points: how many models; with `eval_func` each is built and scored.
+        quiet: show no progress, even at a terminal.
+
+    Raises:
+        ParedError: as `fit`.
+
+    >>> found = trade_off(nn.Linear(64, 64), calib_dataloader=[torch.randn(16, 64)], points=3)
+    >>> [a.nbytes > b.nbytes for a, b in zip(found.points, found.points[1:])]
+    [True, True]
+    """
+    conf = conf or PostTrainingQuantConfig()
+    job = _Job.begin(model, conf, calib_dataloader, (eval_func, None), quiet)
+    judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
+    compressor = job.compressor()
+    with job.stages.stage("tracing"):
+        return curve.trace(compressor, stats.shadow(model), judge, points=points)
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One call of `fit`: everything that is known before models are made."""
+
+    model: Any
+    conf: PostTrainingQuantConfig
+    slots: Sequence[Slot]
+    seen: Statistics | None
+    sensitivity: Sensitivity | None
+    stages: Stages
+    evaluated: bool
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        conf: PostTrainingQuantConfig,
+        calibration: calls.Calibration | None,
+        functions: tuple[EvalFunc | None, EvalFunc | None],
+        quiet: bool,
+    ) -> _Job:
+        check_supported(model)
+        _check_arguments(conf, calibration, *functions)
+        stages = Stages(quiet=quiet)
+        slots = find_tensors(model)
+        plan.make_plan(model, slots, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
+        seen = measured = None
+        if calibration is not None:
+            with stages.stage("calibrating"):
+                seen = stats.collect(model, calibration, conf.calibration_sampling_size)
+            with stages.stage("measuring what errors cost"):
+                measured = sensitivity.measure(model, seen.calls, seen.energies, conf.seed)
+                if measured is None:
+                    measured = perturb(model, seen.calls, conf.seed)
+        return cls(model, conf, slots, seen, measured, stages, functions[0] is not None)
+
+    @property
+    def max_size(self) -> int | None:
+        assert self.conf.max_size is None or isinstance(self.conf.max_size, int)  # the configuration has parsed it
+        return self.conf.max_size
+
+    def compressor(self) -> Compressor[Any]:
+        with self.stages.stage("measuring what steps cost"):
+            return Compressor(self.model, self.slots, self.conf, self.seen, self.sensitivity, obey=not self.evaluated)
+
+    def without_evaluation(self) -> nn.Module:
+        """The model that the configuration alone decides."""
+        if self.max_size is None and (self.seen is None or self.conf.quant_level == 0):
+            with self.stages.stage("rounding weights"):
+                return self._eight_bits()
+        compressor = self.compressor()
+        with self.stages.stage("rounding weights"):
+            if self.max_size is None:
+                offer = compressor.offer(max(search.DEFAULT_DAMAGE, compressor.least))
+            else:
+                offer = compressor.offer_bytes(self.max_size)
+            built: nn.Module = compressor.build(offer)
+            quantized.record_of(built).curve = curve.trace(compressor, self.model)
             return built
-    with stages.stage("searching"):
-        judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
-        return search.climb(rungs, make, stats.shadow(model), judge)
+
+    def _eight_bits(self) -> nn.Module:
+        conf = self.conf
+        decisions = plan.make_plan(self.model, self.slots, conf.rules, strict=conf.strict)
+        stored = tuple(
+            Stored(slot.names, slot.kind, plan.encode(slot, decision), decision)
+            for slot, decision in zip(self.slots, decisions, strict=True)
+        )
+        candidates = find_candidates(self.model, stored, self.seen.inputs if self.seen else None)
+        noise = self.sensitivity.inputs if self.sensitivity else {}
+        approach = "weight_only" if self.seen is None and conf.approach == "auto" else conf.approach
+        budget = search.DEFAULT_DAMAGE if approach == "auto" else float("inf")
+        activations = choose_activations(candidates, approach, noise, budget)
+        contents = Contents(stored, activations, provenance(conf, self.seen))
+        built: nn.Module = quantized.assemble(self.model, contents, Profile(this_machine()))
+        return built
+
+    def timed(self, found: Any) -> Any:
+        """The same model with each layer on the kernel that is fastest here."""
+        contents = quantized.contents_of(found)
+        if not contents.activations or self.seen is None:
+            return found
+        with self.stages.stage("timing layers"):
+            candidates = find_candidates(self.model, contents.tensors, self.seen.inputs)
+            profile = time_layers(candidates, contents.activations)
+        record = quantized.record_of(found)
+        final = quantized.assemble(self.model, contents, profile)
+        quantized.set_outcome(final, record.outcome)
+        quantized.record_of(final).curve = record.curve
+        return final
+
+    def fingerprint(self) -> dict[str, str]:
+        """What a search depends on, as far as it can be told."""
+        conf = replace(self.conf, max_trials=1, timeout=0)
+        return {
+            "pared": __version__,
+            "torch": str(torch.__version__),
+            "model": _checksum(slot.tensor for slot in self.slots),
+            "calibration": _checksum(
+                tree_leaves([(c.args, dict(c.kwargs)) for c in self.seen.calls]) if self.seen else ()
+            ),
+            "configuration": repr(conf),
+        }
+
+
+def _checksum(values: Any) -> str:
+    """A checksum of tensors' bytes; other values by their text."""
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            total = zlib.crc32(f"{value.dtype}{list(value.shape)}".encode() + data, total)
+        else:
+            total = zlib.crc32(repr(value).encode(), total)
+    return f"{total:08x}"
 
 
 def load(path: str | Path, model: ModuleT) -> ModuleT:
@@ -128,7 +285,7 @@ def load(path: str | Path, model: ModuleT) -> ModuleT:
         )
     file = artifact.find(path)
     contents = artifact.read(file)
-    return quantized.assemble(model, contents, quantized.profile_beside(file))
+    return quantized.assemble(model, contents, profile_beside(file))
 
 
 def _check_arguments(conf: object, calibration: object, eval_func: object, confirm_func: object) -> None:
@@ -159,93 +316,6 @@ def _check_arguments(conf: object, calibration: object, eval_func: object, confi
         )
 
 
-def _calibrate(
-    model: nn.Module, conf: PostTrainingQuantConfig, calibration: calls.Calibration | None
-) -> stats.Statistics | None:
-    if calibration is None or conf.approach == "weight_only":
-        return None
-    return stats.collect(model, calibration, conf.calibration_sampling_size)
-
-
-def _approach(conf: PostTrainingQuantConfig, seen: stats.Statistics | None) -> Approach:
-    """Without calibration nothing is known of the activations, so "auto" leaves them alone."""
-    return "weight_only" if seen is None and conf.approach == "auto" else conf.approach
-
-
-def _round(model: nn.Module, slots: Sequence[Slot], conf: PostTrainingQuantConfig) -> tuple[Stored, ...]:
-    """Every tensor in its format: at 8 bits, or at the greatest rate at which the file is within `max_size`."""
-    stored = _at(model, slots, conf, plan.DEFAULT_BITS)
-    assert conf.max_size is None or isinstance(conf.max_size, int)
-    if conf.max_size is None or _file_bytes(stored) <= conf.max_size:
-        return stored
-    low, high = _LEAST_BITS, plan.DEFAULT_BITS
-    stored = _at(model, slots, conf, low)
-    if _file_bytes(stored) > conf.max_size:
-        raise ConfigError(
-            f"max_size is {conf.max_size:,} bytes, and even at {low} bits per weight the file takes "
-            f"{_file_bytes(stored):,}",
-            where="PostTrainingQuantConfig",
-            remedy="Allow more bytes, or give rules to the tensors that are left in float.",
-        )
-    while high - low > 0.02:
-        middle = (low + high) / 2
-        tried = _at(model, slots, conf, middle)
-        if _file_bytes(tried) <= conf.max_size:
-            low, stored = middle, tried
-        else:
-            high = middle
-    return stored
-
-
-def _at(model: nn.Module, slots: Sequence[Slot], conf: PostTrainingQuantConfig, bits: float) -> tuple[Stored, ...]:
-    decisions = plan.make_plan(model, slots, conf.rules, bits=bits, strict=conf.strict)
-    return tuple(
-        Stored(slot.names, slot.kind, plan.encode(slot, decision), decision)
-        for slot, decision in zip(slots, decisions, strict=True)
-    )
-
-
-# What an index may say of one tensor's activation, and of versions and scores, beyond what is known while rounding.
-_ROOM_PER_TENSOR = 64
-_ROOM = 1024
-
-
-def _file_bytes(stored: Sequence[Stored]) -> int:
-    return len(artifact.to_bytes(Contents(tuple(stored)))) + _ROOM_PER_TENSOR * len(stored) + _ROOM
-
-
-class _Factory(Generic[ModuleT]):
-    """Builds the quantized model of each rung from one rounding and one set of statistics."""
-
-    def __init__(
-        self,
-        model: ModuleT,
-        stored: tuple[Stored, ...],
-        seen: stats.Statistics | None,
-        conf: PostTrainingQuantConfig,
-    ) -> None:
-        self._model = model
-        self._stored = stored
-        self._candidates = find_candidates(model, stored, seen.inputs if seen else None)
-        self._provenance: dict[str, Any] = {
-            "pared": __version__,
-            "torch": str(torch.__version__),
-            "calibration_samples": seen.samples if seen else 0,
-            "seed": conf.seed,
-        }
-        self._made: list[dict[str, Activation]] = []
-
-    def __call__(self, rung: Approach) -> ModuleT | None:
-        """The model of a rung; None if it would equal an earlier one."""
-        activations = choose_activations(self._candidates, rung)
-        if activations in self._made:
-            return None
-        self._made.append(activations)
-        profile = time_layers(self._candidates, activations)
-        contents = Contents(self._stored, activations, {**self._provenance, "approach": rung})
-        return quantized.assemble(self._model, contents, profile)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """What `fit` would give, from a look at samples of the weights.
@@ -261,6 +331,9 @@ class Estimate:
     seconds: float
 
 
+# What an index takes, about: for each tensor, and by itself.
+_PER_TENSOR = 70
+_ENVELOPE = 1500
 # An estimate rounds this many evenly spaced rows of each tensor.
 _SAMPLED_ROWS = 64
 
@@ -298,7 +371,7 @@ def estimate(
         start = time.monotonic()
         seen = stats.collect(model, calib_dataloader, 1)
         calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
-    nbytes = round(sum(guess.nbytes for guess in guesses)) + _ROOM_PER_TENSOR * len(slots) + _ROOM
+    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(slots) + _ENVELOPE
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)
     original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in slots)

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pared import formats
+from pared import formats, streams
 from pared.container import (
-    ALIGNMENT,
     FILE_NAMES,
     Entry,
     Index,
@@ -26,6 +25,7 @@ from pared.container import (
     make_directory,
     open_records,
     parse_index,
+    start_of,
     write_atomic,
     write_safetensors,
 )
@@ -56,8 +56,8 @@ def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
 
 def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     data = bytearray()
-    streams = each(_streams, contents.tensors, [math.prod(stored.coded.shape) for stored in contents.tensors])
-    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, streams, strict=True))
+    coded = each(_streams, contents.tensors, [math.prod(stored.coded.shape) for stored in contents.tensors])
+    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, coded, strict=True))
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
     index = Index(entries, modules, dict(contents.provenance)).to_bytes()
     if kind == "safetensors":
@@ -73,14 +73,18 @@ def _record(data: bytes) -> Tensor:
     )
 
 
-def _entry(stored: Stored, streams: Mapping[str, formats.Part], data: bytearray) -> Entry:
-    """Append a tensor's streams to the data, each on a 64-byte boundary, and describe them."""
+def _entry(stored: Stored, encoded: Mapping[str, streams.Part], data: bytearray) -> Entry:
+    """Append a tensor's streams to the data, and describe them."""
     coded = stored.coded
-    parts = {}
-    for name, part in streams.items():
-        data.extend(bytes(-len(data) % ALIGNMENT))
-        parts[name] = Part(len(data), len(part.payload), zlib.crc32(part.payload), part.coding)
+    parts: dict[str, Part] = {}
+    crc32 = 0
+    for name, part in encoded.items():
+        start = start_of(len(data), len(part.payload))
+        data.extend(bytes(start - len(data)))
         data.extend(part.payload)
+        crc32 = zlib.crc32(part.payload, crc32)
+        checksum = crc32 if len(parts) == len(encoded) - 1 else None
+        parts[name] = Part(start, len(part.payload), checksum, part.coding, part.rows, part.base)
     return Entry(
         names=stored.names,
         kind=stored.kind,
@@ -125,16 +129,16 @@ def _contents(records: Records) -> Contents:
     return Contents(tensors, activations, dict(index.provenance))
 
 
-def _streams(stored: Stored) -> dict[str, formats.Part]:
+def _streams(stored: Stored) -> dict[str, streams.Part]:
     return stored.coded.format.streams(stored.coded)
 
 
 def _stored(data: memoryview, entry: Entry) -> Stored:
-    streams = {name: _part(entry.name, name, part, data) for name, part in entry.parts.items()}
+    payloads = _payloads(entry, data)
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None
     try:
-        parts = format.parts(streams, entry.shape, view.row_sizes if view is not None else ())
+        parts = format.parts(payloads, entry.shape, view)
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
@@ -143,11 +147,18 @@ def _stored(data: memoryview, entry: Entry) -> Stored:
     return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
 
 
-def _part(tensor: str, name: str, part: Part, data: memoryview) -> formats.Part:
-    payload = data[part.offset : part.offset + part.length]
-    if zlib.crc32(payload) != part.crc32:
-        raise CorruptError(f"the checksum of its {name} does not match", where=tensor, remedy=_DAMAGED)
-    return formats.Part(payload, part.coding)
+def _payloads(entry: Entry, data: memoryview) -> dict[str, streams.Part]:
+    """The bytes of a tensor's parts, compared with their checksums."""
+    found, crc32 = {}, 0
+    for name, part in entry.parts.items():
+        payload = data[part.offset : part.end]
+        crc32 = zlib.crc32(payload, crc32)
+        if part.crc32 is not None:
+            if crc32 != part.crc32:
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=_DAMAGED)
+            crc32 = 0
+        found[name] = streams.Part(payload, part.coding, part.rows, part.base)
+    return found
 
 
 def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:

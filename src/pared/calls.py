@@ -87,9 +87,18 @@ class _SampleCounter:
         self.samples = 0
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         self.calls += 1
-        self.samples += first.shape[0] if first is not None and first.dim() > 0 else 1
+        self.samples += samples_of(args, kwargs)
+
+
+def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """How many samples a call holds: the first dimension of its first tensor.
+
+    >>> samples_of((torch.zeros(8, 3),), {}), samples_of((2.0,), {})
+    (8, 1)
+    """
+    first = next((leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)), None)
+    return first.shape[0] if first is not None and first.dim() > 0 else 1
 
 
 def bind(model: nn.Module, batch: object, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

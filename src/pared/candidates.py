@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import torch
 from torch import Tensor, nn
 
 from pared.config import Approach
@@ -15,11 +14,10 @@ from pared.contents import Stored
 from pared.formats import Coded, Grid
 from pared.layers import Activation, is_candidate, modes_of, stand_in
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
+from pared.sensitivity import InputNoise
 from pared.stats import InputStats
 from pared.tensors import clone_structure
 
-# "auto" quantizes a layer's input only where its output keeps this signal-to-noise ratio, in decibels.
-LEAST_SQNR: Final = 25.0
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
@@ -61,24 +59,18 @@ class Candidate:
         alone._forward_pre_hooks.clear()
         return alone
 
-    def activation(self, mode: str) -> Activation:
-        """How the input is treated in a mode; "static" takes the range that calibration saw."""
+    @property
+    def weight(self) -> str:
+        """The weight's first name."""
+        return f"{self.name}.weight" if self.name else "weight"
+
+    def activation(self, mode: str, noise: InputNoise | None = None) -> Activation:
+        """How the input is treated in a mode; "static" takes the range that costs least, or else all that was seen."""
         if mode == "static":
             assert self.inputs is not None
-            return Activation("static", self.inputs.low, self.inputs.high)
+            low, high = noise.span() if noise is not None else (self.inputs.low, self.inputs.high)
+            return Activation("static", low, high)
         return Activation(mode)  # type: ignore[arg-type]  # the modes come from LAYERS
-
-    def sqnr(self, activation: Activation) -> float:
-        """Signal-to-noise ratio of the output on the sampled inputs, in decibels: what quantizing the input costs."""
-        assert self.inputs is not None
-        reference, quantized = self.decoded(), self.counterpart(activation)
-        signal = noise = 0.0
-        with torch.no_grad():
-            for x in self.inputs.samples:
-                exact = reference(x).double()
-                signal += float(exact.square().sum())
-                noise += float((quantized(x).double() - exact).square().sum())
-        return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf
 
 
 def find_candidates(
@@ -108,30 +100,41 @@ def _fits(coded: Coded) -> bool:
     return math.prod(coded.shape[1:]) <= _MOST_COLUMNS
 
 
-def choose_activations(candidates: Sequence[Candidate], approach: Approach) -> dict[str, Activation]:
-    """How each layer's input is treated.
+def choose_activations(
+    candidates: Sequence[Candidate], approach: Approach, noise: Mapping[str, InputNoise], budget: float
+) -> dict[str, Activation]:
+    """How each layer's input is treated: the layers whose inputs cost least first, until the budget is spent.
 
-    "static" and "dynamic" are obeyed for every candidate that has the mode. "auto" takes for each layer the first of
-    static and dynamic whose output keeps `LEAST_SQNR`, and leaves the others in float.
+    Args:
+        candidates: layers that may run in int8.
+        approach: "static" and "dynamic" allow that mode only; "auto" takes for each layer the one that costs less.
+        noise: what rounding the input of each weight costs, by the weight's name; layers of which nothing is known
+            cost nothing if the approach names their mode, and stay in float if it is "auto".
+        budget: the damage that may be done in all; infinite for all layers that have the mode.
     """
-    chosen: dict[str, Activation] = {}
     if approach == "weight_only":
-        return chosen
+        return {}
+    costs: list[tuple[float, str, Activation]] = []
+    chosen: dict[str, Activation] = {}
     for candidate in candidates:
         modes = modes_of(candidate.module)
         if modes == ("gather",):
             if candidate.coded.parts["codes"].numel() >= _LEAST_TABLE:
                 chosen[candidate.name] = candidate.activation("gather")
-        elif approach != "auto":
-            chosen[candidate.name] = candidate.activation(approach)
-        else:
-            accurate = (a for a in map(candidate.activation, modes) if candidate.sqnr(a) >= LEAST_SQNR)
-            activation = next(accurate, None)
-            if activation is not None:
-                chosen[candidate.name] = activation
+            continue
+        known = noise.get(candidate.weight)
+        if known is None and (approach == "auto" or approach not in modes):
+            continue
+        found = [candidate.activation(mode, known) for mode in modes if approach in ("auto", mode)]
+        costs += [min(((known.cost(a) if known else 0.0, candidate.name, a) for a in found), key=lambda one: one[0])]
+    for cost, name, activation in sorted(costs, key=lambda one: (one[0], one[1])):
+        budget -= cost
+        if budget < 0:
+            break
+        chosen[name] = activation
     # A tied weight is in codes for all of its owners or for none.
     split = {id(c.coded) for c in candidates if c.name not in chosen}
-    return {c.name: chosen[c.name] for c in candidates if id(c.coded) not in split}
+    return {c.name: chosen[c.name] for c in candidates if c.name in chosen and id(c.coded) not in split}
 
 
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:

@@ -9,15 +9,18 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
-from pared.container import make_directory
+from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, ParedError
+
+if TYPE_CHECKING:
+    from pared.curve import Curve
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",
@@ -65,6 +68,13 @@ def fit(
     timeout: Annotated[float | None, typer.Option(help="Seconds after which no new trial begins.")] = None,
     seed: Annotated[int | None, typer.Option(help="For everything that is drawn by chance.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse to leave a weight in float without a rule.")] = False,
+    workspace: Annotated[
+        Path | None, typer.Option(help="Directory for the search's records: a killed search goes on from there.")
+    ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option("--curve", help="Write the trade-off between bytes, damage and score, and no model."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict bytes and seconds, and do nothing.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress and no report.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
@@ -103,11 +113,23 @@ def fit(
         )
         return
     assert output is not None
-    small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), quiet=quiet)
+    if curve:
+        _write_curve(pared.trade_off(source, conf, calibration, _named(evaluate), quiet=quiet), output, quiet)
+        return
+    small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), workspace=workspace, quiet=quiet)
     path = pared.save(small, output)
     if not quiet:
         typer.echo(pared.report(small))
         typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
+
+
+def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
+    """The curve as JSON and as a picture; the table is shown."""
+    for name, text in (("curve.json", json.dumps(found.to_json(), indent=1)), ("curve.svg", found.to_svg())):
+        write_atomic(output / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]  # bound now
+    if not quiet:
+        typer.echo(found)
+        typer.echo(f"\nwritten: {output / 'curve.json'}, {output / 'curve.svg'}")
 
 
 @app.command("inspect")

@@ -17,10 +17,11 @@ from typing import Any, ClassVar, Final, Literal, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pared import entropy
 from pared.errors import CorruptError
+from pared.streams import Part, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.views import View, first_dimension
 
 # float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
@@ -56,14 +57,6 @@ class Coded:
         return self.format.nbytes(self)
 
 
-@dataclass(frozen=True)
-class Part:
-    """The bytes of one part of a tensor, and how they are coded (None: plain little-endian values)."""
-
-    payload: bytes | memoryview
-    coding: entropy.Coding | None = None
-
-
 class Format(ABC):
     """What one stored number may be."""
 
@@ -78,7 +71,7 @@ class Format(ABC):
         """The bytes to store, by part."""
 
     @abstractmethod
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
         """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
 
     @abstractmethod
@@ -149,28 +142,26 @@ class Grid(Format):
         return values.to(coded.dtype).reshape(coded.shape)
 
     def streams(self, coded: Coded) -> dict[str, Part]:
-        """The codes through the entropy coder, the steps as float32."""
-        stream = entropy.encode(_plain(coded.parts["codes"]), threads=1)  # tensors, not chunks, are shared out
-        step = memoryview(_plain(coded.parts["step"]).tobytes())
-        return {"codes": Part(stream.payload, stream.coding), "step": Part(step)}
+        """The codes through the entropy coder, by classes of rows where that pays; the steps too, or as float32."""
+        codes = encode_codes(_plain(coded.parts["codes"]), coded.view or first_dimension(coded.shape))
+        return codes | {"step": encode_steps(_plain(coded.parts["step"]))}
 
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
         """Codes and steps from their bytes."""
-        codes = streams["codes"]
-        if codes.coding is None:
-            plain = _from_bytes(codes.payload, _CODE_TYPES[self.codes], shape)
-        else:
-            decoded = entropy.decode(codes.payload, codes.coding, math.prod(shape), np.dtype(self.codes), threads=1)
-            plain = torch.from_numpy(decoded).reshape(shape)
-        step = _from_bytes(streams["step"].payload, torch.float32, rows)
+        view = view or first_dimension(shape)
+        codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
+        part = streams["step"]
+        if part.base is not None:
+            return {"codes": codes, "step": torch.from_numpy(decode_steps(part, view.n_rows)).reshape(view.row_sizes)}
+        step = _from_bytes(part.payload, torch.float32, view.row_sizes)
         steps = step.numpy()  # numpy: torch would start threads of its own in each thread that reads
         if not (np.isfinite(steps) & (steps >= 0)).all():
             raise CorruptError("a step is negative or not finite", remedy="Fetch the file again; it is damaged.")
-        return {"codes": plain, "step": step}
+        return {"codes": codes, "step": step}
 
     def nbytes(self, coded: Coded) -> int:
-        """Codes as the coder would write them, and four bytes a step."""
-        return entropy.cost(_plain(coded.parts["codes"])) + 4 * coded.parts["step"].numel()
+        """Codes and steps as they would be written: it takes as long as writing them."""
+        return sum(len(part.payload) for part in self.streams(coded).values())
 
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index."""
@@ -185,7 +176,7 @@ class _Plain(Format):
 
     dtype: str
 
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], _rows: tuple[int, ...]) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], _view: View | None) -> dict[str, Tensor]:
         """The values from their bytes."""
         return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
 
@@ -296,10 +287,29 @@ def survives_float16(tensor: Tensor) -> bool:
     return bool((error <= FLOAT16_ERROR * wide.abs()).all())
 
 
+def log_step(step: Tensor) -> Tensor:
+    """Raise each step to the next of eight to the octave: 2^(k / 8), k whole. Such steps take a byte or less in a file.
+
+    Args:
+        step: float32 of any shape, not negative. Zero stays zero; what is below 2^-126, the smallest normal number,
+            becomes it.
+
+    Returns:
+        float32 of the same shape: the least 2^(k / 8), as a fixed table rounds it, that is not below the step.
+
+    Raises:
+        ParedError: a step is negative, NaN or above the last of the scale, 3.12e38.
+
+    >>> log_step(torch.tensor([1.0, 1.05, 0.51, 0.0])).tolist()
+    [1.0, 1.0905077457427979, 0.5452538728713989, 0.0]
+    """
+    return torch.from_numpy(ceiling(_plain(step))).reshape(step.shape)
+
+
 FORMATS: Final[dict[str, type[Grid] | type[Float] | type[Raw]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
 
 
-def _plain(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _plain(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().contiguous().numpy()
 
 

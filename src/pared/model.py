@@ -23,7 +23,7 @@ from pared.keeper import Keeper, attach, detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Activation, Counterpart, float_class, is_candidate, modes_of, stand_in
 from pared.plan import Decision
-from pared.profile import Kernel, Profile, this_machine
+from pared.profile import ENGINE_FILE, Kernel, Profile
 from pared.reporting import Outcome
 from pared.tensors import (
     check_unquantized,
@@ -40,7 +40,6 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 DEPLOY: Final = "deploy.yaml"
-ENGINE: Final = "engine.json"
 _RECORD: Final = "_pared"
 
 
@@ -54,6 +53,7 @@ class Record:
         activations, provenance: as they stand in the artifact.
         profile: which kernels run here.
         outcome: how the search went.
+        curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
     """
 
     tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
@@ -62,6 +62,7 @@ class Record:
     provenance: Mapping[str, Any]
     profile: Profile
     outcome: Outcome = field(default_factory=Outcome)
+    curve: Any = None
 
 
 def record_of(model: nn.Module) -> Record:
@@ -82,6 +83,22 @@ def record_of(model: nn.Module) -> Record:
 def set_outcome(model: nn.Module, outcome: Outcome) -> None:
     """Say how the search went."""
     record_of(model).outcome = outcome
+
+
+def curve_of(model: nn.Module) -> Any:
+    """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
+
+    Raises:
+        ModelError: the model was loaded, or made without measuring what steps cost.
+    """
+    found = record_of(model).curve
+    if found is None:
+        raise ModelError(
+            "has no trade-off curve: it was loaded, or made at 8 bits without a search",
+            where=type(model).__name__,
+            remedy="Use pared.trade_off(model, conf, calib_dataloader, eval_func) with the float model.",
+        )
+    return found
 
 
 class Quantized(nn.Module):
@@ -152,25 +169,8 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     path = artifact.write(contents, directory, kind=container, verify=verify)
     text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.profile)
     artifact.write_beside(path, DEPLOY, text)
-    artifact.write_beside(path, ENGINE, record.profile.to_json())
+    artifact.write_beside(path, ENGINE_FILE, record.profile.to_json())
     return path
-
-
-def profile_beside(path: Path) -> Profile:
-    """The measured choices of kernels in `engine.json`, if they hold for this machine; else none."""
-    file = path.with_name(ENGINE)
-    machine = this_machine()
-    if not file.is_file():
-        return Profile(machine)
-    try:
-        profile = Profile.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s cannot be read (%s): every layer that may run in int8 does", file, error)
-        return Profile(machine)
-    if profile.machine != machine:
-        log.info("%s was measured on another machine: every layer that may run in int8 does", file)
-        return Profile(machine)
-    return profile
 
 
 def nbytes(model: nn.Module) -> int:
@@ -199,6 +199,7 @@ _FACE: Final[Mapping[str, Any]] = {
     "baseline": property(lambda self: record_of(self).outcome.baseline),
     "trials": property(lambda self: record_of(self).outcome.trials),
     "plan": property(lambda self: plan_of(self)),
+    "curve": curve_of,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -28,14 +28,16 @@ class Decision:
     Args:
         name: the tensor's first name.
         treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
-        bits: the rate asked for; only for grids.
+        bits: the rate asked for, or planned by the search; only for grids. None while the search has yet to decide.
         because: the reason, for people.
+        damage: predicted, as a share of the output's energy; only where the search decided.
     """
 
     name: str
     treatment: Literal["grid", "float16", "float32", "exact"]
     bits: float | None
     because: str
+    damage: float | None = field(default=None, compare=False)  # a prediction, which no artifact keeps
 
     def to_json(self) -> dict[str, Any]:
         """The decision as plain data."""
@@ -50,10 +52,12 @@ def make_plan(
     slots: Sequence[Slot],
     rules: Sequence[Rule],
     *,
-    bits: float = DEFAULT_BITS,
+    bits: float | None = DEFAULT_BITS,
     strict: bool = False,
 ) -> Plan:
     """One decision per tensor: the first rule that matches, else a grid at `bits` for whatever can be on one.
+
+    With `bits=None` the rates of the latter are left to the search.
 
     Raises:
         ConfigError: a rule matches nothing, or `strict` and a tensor would be left in float without a rule.
@@ -109,10 +113,12 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
     return Decision(slot.name, "grid", rule.bits, reason)
 
 
-def _default(slot: Slot, bits: float) -> Decision:
+def _default(slot: Slot, bits: float | None) -> Decision:
     tensor = slot.tensor
     if getattr(slot.module, "max_norm", None) is not None:
         return Decision(slot.name, "exact", None, "its module edits it while reading it (max_norm)")
+    if bits is None and slot.fits_grid and not slot.weight_like:
+        return Decision(slot.name, "grid", None, "")
     if slot.weight_like and tensor.numel() > 0:
         if slot.kind == "parameter" or bool(torch.isfinite(tensor).all()):
             return Decision(slot.name, "grid", bits, "")

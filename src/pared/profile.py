@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 from pared.kernels.machine import available
+
+log = logging.getLogger(__name__)
+
+ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
 # The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
 # busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
@@ -118,3 +124,20 @@ def measure(layers: Mapping[Kernel, nn.Module], shape: tuple[int, ...], dtype: t
             if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:
                 break
     return Timing(shape, *(1e3 * best[kernel] for kernel in ("float32", "bfloat16", "int8")))
+
+
+def profile_beside(artifact: Path) -> Profile:
+    """The measured choices of kernels in `engine.json`, if they hold for this machine; else none."""
+    file = artifact.with_name(ENGINE_FILE)
+    machine = this_machine()
+    if not file.is_file():
+        return Profile(machine)
+    try:
+        profile = Profile.from_json(file.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s cannot be read (%s): every layer that may run in int8 does", file, error)
+        return Profile(machine)
+    if profile.machine != machine:
+        log.info("%s was measured on another machine: every layer that may run in int8 does", file)
+        return Profile(machine)
+    return profile

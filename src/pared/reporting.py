@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,27 +14,6 @@ from pared.errors import CorruptError
 from pared.layers import Activation
 from pared.ledger import WIDTH, Ledger, draw
 from pared.profile import Profile
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate that was evaluated.
-
-    Args:
-        name: how its activations are treated: "auto", "static", "dynamic" or "weight_only".
-        nbytes: of its `best_model.pt`.
-        score: what `eval_func` gave.
-        loss: in the unit of the criterion's tolerable loss; negative for a gain.
-        met: whether the criterion was met.
-        seconds: of the evaluation.
-    """
-
-    name: str
-    nbytes: int
-    score: float
-    loss: float
-    met: bool
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +34,50 @@ class Confirmation:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One model that was built and evaluated.
+
+    Args:
+        price: damage per byte at which its plan is optimal.
+        damage: predicted: the expected share of the output's energy that is lost.
+        nbytes: of its `best_model.pt`.
+        score: what `eval_func` gave.
+        loss: in the unit of the criterion's tolerable loss; negative for a gain.
+        met: whether the criterion was met, on unseen data too where there are any.
+        seconds: of building and evaluating.
+        standard_error: of the loss, paired over samples; None where the score was a single number.
+        unseen: the result on data that the search has not seen, where there are any.
+    """
+
+    price: float
+    damage: float
+    nbytes: int
+    score: float
+    loss: float
+    met: bool
+    seconds: float
+    standard_error: float | None = None
+    unseen: Confirmation | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            TypeError: a field is missing, or there is one too many.
+
+        >>> trial = Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0, 0.01, Confirmation(0.9, 1.0, 0.1))
+        >>> Trial.from_json(asdict(trial)) == trial
+        True
+        """
+        unseen = data.get("unseen")
+        return cls(**{**data, "unseen": Confirmation(**unseen) if unseen else None})
+
+
+_NOT_KEPT = ("trials", "blame")
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How the search went.
 
@@ -63,7 +87,9 @@ class Outcome:
         baseline: of the float model.
         gap: by how much the tolerable loss was exceeded; 0 if it was met.
         confirmation: on unseen data, where there were any.
-        trials: every candidate, in order.
+        trials: every model that was evaluated, in order.
+        blame: of a model that does not meet the criterion: the tensors or activations that cost most, each with its
+            share of the damage.
     """
 
     met: bool | None = None
@@ -72,10 +98,11 @@ class Outcome:
     gap: float | None = None
     confirmation: Confirmation | None = None
     trials: tuple[Trial, ...] = ()
+    blame: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What an artifact keeps: no trials, since their seconds depend on a clock."""
-        return {key: value for key, value in asdict(self).items() if key != "trials" and value is not None}
+        """What an artifact keeps: no trials, whose seconds depend on a clock, and no blame, which may be long."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_KEPT}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
@@ -155,11 +182,28 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
         found.append(
             f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline:.6g}, loss {seen.loss:.4g}{error}"
         )
-    found += [
-        f"trial {i}: {trial.name}, {trial.nbytes:,} bytes, score {trial.score:.6g}, "
-        f"{'met' if trial.met else 'not met'}, {trial.seconds:.1f} s"
-        for i, trial in enumerate(outcome.trials, 1)
+    if outcome.blame:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.blame)
+        found += textwrap.wrap(f"most of the damage: {shares}", WIDTH, subsequent_indent="  ")
+    return found + _trials(outcome.trials)
+
+
+def _trials(trials: Sequence[Trial]) -> list[str]:
+    """A table of the trials, 100 columns wide at most."""
+    if not trials:
+        return []
+    found = [
+        "",
+        f"{'trial':>5} {'damage':>10} {'bytes':>15} {'score':>12} {'loss':>11} {'+-':>8} {'unseen loss':>12} "
+        f"{'met':>4} {'seconds':>9}",
     ]
+    for number, trial in enumerate(trials, 1):
+        error = "" if trial.standard_error is None else f"{trial.standard_error:.2g}"
+        unseen = "" if trial.unseen is None else f"{trial.unseen.loss:.4g}"
+        found.append(
+            f"{number:>5} {trial.damage:>10.3g} {trial.nbytes:>15,} {trial.score:>12.6g} {trial.loss:>11.4g} "
+            f"{error:>8} {unseen:>12} {'yes' if trial.met else 'no':>4} {trial.seconds:>9.1f}"
+        )
     return found
 
 
@@ -170,7 +214,7 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: P
         "note": "For people; pared.load does not read it.",
         "bytes": ledger.nbytes,
         "ratio": round(ledger.nbytes / ledger.original_nbytes, 5) if ledger.original_nbytes else None,
-        "outcome": asdict(outcome) | {"trials": [asdict(trial) for trial in outcome.trials]},
+        "outcome": asdict(outcome),
         "provenance": dict(contents.provenance),
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
         "plan": [

@@ -1,31 +1,97 @@
-"""The search: candidates are built, scored and judged until the criterion is met; the best one is returned, always."""
+"""The search: root finding on one number, the damage, for the smallest model that meets the accuracy criterion.
+
+Loss is taken for `c * damage ** slope`. Trials fix `c` and `slope`, and bracket the answer: what meets, and what fails.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar, cast
 
+import numpy as np
 from torch import nn
 
 from pared import model as quantized
-from pared.config import AccuracyCriterion, Approach
+from pared.config import AccuracyCriterion
 from pared.evaluate import EvalFunc, Score, compare, confirm, confirmed, evaluate
 from pared.reporting import Outcome, Trial
+from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
-# What is tried, in order, until the criterion is met: ever less of the model runs in int8.
-LADDER: Final[dict[Approach, tuple[Approach, ...]]] = {
-    "auto": ("auto", "dynamic", "weight_only"),
-    "static": ("static", "dynamic", "weight_only"),
-    "dynamic": ("dynamic", "weight_only"),
-    "weight_only": ("weight_only",),
-}
+# Where a search begins, and what a model costs that nobody evaluates: a thousandth of the output's energy.
+DEFAULT_DAMAGE: Final = 1e-3
+
+# The aim lies below the tolerable loss, so that what the fit gets wrong does not turn into a failed trial; with noise,
+# by one standard error, down to half of it. A model that comes this close to the aim is good enough.
+_AIM: Final = 0.92
+_LEAST_AIM: Final = 0.5
+_CLOSE: Final = 0.85
+
+# After one trial, the next must promise to make the file smaller by this share; and by more after each further one.
+_WORTH: Final = 0.01
+_WORTH_GROWTH: Final = 1.5
+
+# Slopes that are believed, and factors of damage: the boldest step to where nothing is known yet, the step where the
+# loss is lost in noise, and the least step down from a failure (it doubles, on a log scale, with each failure).
+_SLOPES: Final = (0.3, 3.0)
+_BOLDEST: Final = math.log(10)
+_BOLD: Final = math.log(8)
+_LEAST_STEP: Final = math.log(1.25)
+_LEAST_STEP_UP: Final = math.log(1.6)
+_PATIENCE: Final = 4
+
+# How far a measured log loss lies from the law: a little near the aim, and a share of the distance far from it.
+_NEAR: Final = 0.03
+_FAR: Final = 0.25
+
+_BLAMED: Final = 5
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A plan that an allocation offers.
+
+    Args:
+        price: the damage per byte at which it is optimal.
+        damage: predicted: the expected share of the output's energy that is lost; above 0.
+        nbytes: planned, of `best_model.pt`.
+    """
+
+    price: float
+    damage: float
+    nbytes: int
+
+
+class Workshop(Protocol[ModuleT_co]):
+    """Makes models of any damage; the search sees nothing else of how models are compressed."""
+
+    @property
+    def least(self) -> float:
+        """The damage of the finest model on offer; above 0."""
+
+    @property
+    def most(self) -> float:
+        """The damage of the smallest model on offer."""
+
+    def offer(self, damage: float) -> Offer:
+        """The smallest plan whose predicted damage is at most this; quick."""
+
+    def offer_bytes(self, nbytes: int) -> Offer:
+        """The plan of least damage whose file is no larger than this; quick."""
+
+    def build(self, offer: Offer) -> ModuleT_co:
+        """The quantized model, decoded from its own bytes; slow. The same offer gives the same bytes."""
+
+    def blame(self, offer: Offer) -> Sequence[tuple[str, float]]:
+        """Tensors and activations by falling share of the offer's damage."""
 
 
 @dataclass(frozen=True)
@@ -42,71 +108,276 @@ class Judge:
 
     criterion: AccuracyCriterion
     eval_func: EvalFunc
-    confirm_func: EvalFunc | None
-    max_trials: int
-    timeout: float
+    confirm_func: EvalFunc | None = None
+    max_trials: int = 20
+    timeout: float = 0
 
 
-def climb(
-    rungs: Sequence[Approach],
-    build: Callable[[Approach], ModuleT | None],
+def search(
+    workshop: Workshop[ModuleT],
     original: nn.Module,
     judge: Judge,
+    *,
+    max_size: int | None = None,
+    workspace: Workspace | None = None,
+    start: float = DEFAULT_DAMAGE,
 ) -> ModuleT:
-    """Try the rungs until one meets the criterion, on the search's data and on unseen ones.
+    """Find the smallest model that meets the criterion, on the search's data and on unseen ones.
 
     Args:
-        rungs: from `LADDER`.
-        build: the quantized model of a rung; None if it would equal an earlier one.
+        workshop: makes the models.
         original: the float model, in eval mode.
         judge: who decides.
+        max_size: bytes that the file may take at most; no model larger than that is tried.
+        workspace: where finished trials are recorded; those of an earlier run count as if they were made now.
+        start: the damage of the first trial, where the workshop offers it.
 
     Returns:
-        the first model that meets the criterion, else the one that lost least; its outcome says how it went. Ctrl-C
-        ends the search with the best model so far.
+        the smallest model that meets the criterion, else the one that lost least; its outcome says which. Ctrl-C ends
+        the search with the best model so far.
+
+    Raises:
+        EvaluationError: a function of the judge raised, or gave no score.
+        ConfigError: a relative loss of a baseline of zero.
+        KeyboardInterrupt: Ctrl-C before any trial was finished.
     """
-    start = time.monotonic()
-    baseline = evaluate(judge.eval_func, original)
-    judge.criterion.loss(baseline.value, baseline.value)  # refuses a relative loss of a zero baseline, before the work
-    confirm(judge.criterion, baseline, baseline)  # ... and of zero unseen samples
-    other = evaluate(judge.confirm_func, original, "confirm_func") if judge.confirm_func else None
-    found: list[tuple[ModuleT, Trial, Outcome]] = []
+    began = time.monotonic()
+    references = _References.of(original, judge, workspace)
+    finest = workshop.offer_bytes(max_size) if max_size is not None else workshop.offer(workshop.least)
+    market = _Market(workshop, finest, start, judge.criterion.tolerable_loss)
+    trials: tuple[Trial, ...] = workspace.trials if workspace is not None else ()
+    held: ModuleT | None = None
     try:
-        for rung in rungs:
-            if len(found) == judge.max_trials or (found and 0 < judge.timeout < time.monotonic() - start):
+        while len(trials) < judge.max_trials and not (trials and 0 < judge.timeout < time.monotonic() - began):
+            offer = market.next(trials)
+            if offer is None:
                 break
-            model = build(rung)
-            if model is None:
-                continue
-            trial, outcome = _judge(rung, model, judge, baseline, other)
-            found.append((model, trial, outcome))
-            log.info("trial %d: %s", len(found), trial)
-            if outcome.met:
-                break
+            model, trial = _try(workshop, offer, judge, references)
+            log.info("trial %d: %s", len(trials) + 1, trial)
+            if workspace is not None:
+                workspace.add(trial, model)
+            trials, held = (*trials, trial), (model if _best((*trials, trial)) == len(trials) else held)
     except KeyboardInterrupt:
-        if not found:
+        if not trials:
             raise
-        log.warning("interrupted: the best of %d trials is returned", len(found))
-    best, trial, outcome = min(found, key=lambda one: (not one[2].met, one[1].loss))
+        log.warning("interrupted: the best of %d trials is returned", len(trials))
+    number = _best(trials)
+    if held is None:
+        assert workspace is not None, "without a workspace the best trial was made in this run"
+        held = cast("ModuleT", workspace.model(number, original))  # of the class of what it was made from
+    outcome = replace(_outcome(trials[number], judge.criterion, references), trials=trials)
     if not outcome.met:
+        best = trials[number]
+        blamed = tuple(workshop.blame(Offer(best.price, best.damage, best.nbytes)))[:_BLAMED]
+        outcome = replace(outcome, blame=blamed)
         log.warning("the criterion is not met: %.4g too much was lost; the best model is returned", outcome.gap)
-    quantized.set_outcome(best, replace(outcome, trials=tuple(one[1] for one in found)))
-    return best
+    quantized.set_outcome(held, outcome)
+    return held
 
 
-def _judge(rung: str, model: nn.Module, judge: Judge, baseline: Score, other: Score | None) -> tuple[Trial, Outcome]:
-    """Score one model, confirm the score where it would do, and write the outcome into the model."""
-    start = time.monotonic()
-    criterion = judge.criterion
+@dataclass(frozen=True)
+class _References:
+    """What the user's functions said of the float model; `other` is the confirming function's."""
+
+    baseline: Score
+    other: Score | None
+
+    @classmethod
+    def of(cls, original: nn.Module, judge: Judge, workspace: Workspace | None) -> _References:
+        """Ask the functions, or the records of an earlier run, and refuse what no criterion can be applied to."""
+        baseline = _reference("eval_func", judge.eval_func, original, workspace)
+        judge.criterion.loss(baseline.value, baseline.value)
+        confirm(judge.criterion, baseline, baseline)
+        if judge.confirm_func is None:
+            return cls(baseline, None)
+        other = _reference("confirm_func", judge.confirm_func, original, workspace)
+        compare(judge.criterion, other, other)
+        return cls(baseline, other)
+
+
+def _reference(name: str, function: EvalFunc, original: nn.Module, workspace: Workspace | None) -> Score:
+    known = workspace.baseline(name) if workspace is not None else None
+    if known is not None:
+        return known
+    score = evaluate(function, original, name)
+    if workspace is not None:
+        workspace.set_baseline(name, score)
+    return score
+
+
+def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _References) -> tuple[ModuleT, Trial]:
+    """Build a model, score it, confirm the score where it would do, and write the result into the model."""
+    began = time.monotonic()
+    model = workshop.build(offer)
+    criterion, baseline = judge.criterion, references.baseline
     score = evaluate(judge.eval_func, model)
-    loss = criterion.loss(score.value, baseline.value)
+    unseen = confirm(criterion, score, baseline)
     met = criterion.met(score.value, baseline.value)
-    confirmation = confirm(criterion, score, baseline)
-    if met and judge.confirm_func is not None and other is not None:
-        confirmation = compare(criterion, evaluate(judge.confirm_func, model, "confirm_func"), other)
-    met = met and (confirmation is None or confirmed(criterion, confirmation))
-    worst = max(loss, confirmation.loss) if confirmation is not None else loss
-    gap = 0.0 if met else worst - criterion.tolerable_loss
-    outcome = Outcome(met, score.value, baseline.value, gap, confirmation)
-    quantized.set_outcome(model, outcome)
-    return Trial(rung, quantized.nbytes(model), score.value, loss, met, time.monotonic() - start), outcome
+    if met and judge.confirm_func is not None and references.other is not None:
+        unseen = compare(criterion, evaluate(judge.confirm_func, model, "confirm_func"), references.other)
+    met = met and (unseen is None or confirmed(criterion, unseen))
+    seen = compare(criterion, _seen(score), _seen(baseline))
+    trial = Trial(
+        price=offer.price,
+        damage=offer.damage,
+        nbytes=offer.nbytes,
+        score=score.value,
+        loss=seen.loss,
+        met=met,
+        seconds=time.monotonic() - began,
+        standard_error=seen.standard_error,
+        unseen=unseen,
+    )
+    quantized.set_outcome(model, _outcome(trial, criterion, references))  # it is in the file, and takes bytes of it
+    return model, replace(trial, nbytes=quantized.nbytes(model))
+
+
+def _outcome(trial: Trial, criterion: AccuracyCriterion, references: _References) -> Outcome:
+    worst = trial.loss if trial.unseen is None else max(trial.loss, trial.unseen.loss)
+    gap = 0.0 if trial.met else worst - criterion.tolerable_loss
+    return Outcome(trial.met, trial.score, references.baseline.value, gap, trial.unseen)
+
+
+def _seen(score: Score) -> Score:
+    """The samples that the search may look at."""
+    return Score(score.value, None if score.samples is None else score.samples[0::2])
+
+
+def _best(trials: Sequence[Trial]) -> int:
+    """The number of the smallest trial that meets the criterion, else of the one that lost least."""
+
+    def rank(number: int) -> tuple[bool, float, float]:
+        trial = trials[number]
+        return (False, trial.nbytes, trial.loss) if trial.met else (True, _strain(trial), trial.nbytes)
+
+    return min(range(len(trials)), key=rank)
+
+
+def _strain(trial: Trial) -> float:
+    """The loss that decides: no more than the tolerable loss if and only if the trial meets the criterion."""
+    if trial.unseen is None:
+        return trial.loss
+    return max(trial.loss, trial.unseen.loss - 2 * (trial.unseen.standard_error or 0.0))
+
+
+@dataclass(frozen=True)
+class _Market:
+    """Says which offer to try next: a pure function of the finished trials.
+
+    Args:
+        workshop: makes offers.
+        finest: the offer of least damage that may be tried.
+        start: the damage of the first trial.
+        tolerable_loss: in the unit of the trials' losses.
+    """
+
+    workshop: Workshop[nn.Module]
+    finest: Offer
+    start: float
+    tolerable_loss: float
+
+    def next(self, trials: Sequence[Trial]) -> Offer | None:
+        """The next offer; None when no further trial is worth making."""
+        if not trials:
+            return self._offer(math.log(self.start))
+        good, bad = _bracket(trials)
+        law = _fit(trials, self.tolerable_loss)
+        if good is None:
+            assert bad is not None, "a trial is good or bad"
+            return None if bad.damage <= self.finest.damage else self._finer(bad, law, len(trials))
+        if law is not None and law.trials > 1 and not law.flat and _strain(good) >= _CLOSE * law.aim:
+            return None
+        offer = self._offer(_coarser(good, law) if bad is None else _between(good, bad, law, trials))
+        worth = _WORTH * _WORTH_GROWTH ** (len(trials) - 1)
+        return offer if offer.nbytes < (1 - worth) * self._offer(math.log(good.damage)).nbytes else None
+
+    def _offer(self, place: float) -> Offer:
+        """The offer at a log damage, within the range."""
+        damage = min(math.exp(place), self.workshop.most)
+        if damage <= self.finest.damage:
+            return self.finest
+        offer = self.workshop.offer(damage)
+        # Real bytes differ a little from planned ones; the finest offer alone is sure to be within the limit.
+        return self.finest if offer.nbytes > 0.995 * self.finest.nbytes else offer
+
+    def _finer(self, bad: Trial, law: _Law | None, failures: int) -> Offer:
+        """Everything has failed so far: go down by ever larger steps, and soon to the end of the range."""
+        if failures >= _PATIENCE or (failures > 1 and (law is None or law.flat)):
+            return self.finest
+        place = law.place if law is not None else math.log(bad.damage) - _BOLDEST
+        return self._offer(min(place, math.log(bad.damage) - _LEAST_STEP * 2 ** (failures - 1)))
+
+
+def _bracket(trials: Sequence[Trial]) -> tuple[Trial | None, Trial | None]:
+    """The trial of most damage that is good, and the one of least damage above it that is bad."""
+    good = max((trial for trial in trials if trial.met), key=lambda trial: trial.damage, default=None)
+    floor = 0.0 if good is None else good.damage
+    bad = min(
+        (trial for trial in trials if not trial.met and trial.damage > floor),
+        key=lambda trial: trial.damage,
+        default=None,
+    )
+    return good, bad
+
+
+def _coarser(good: Trial, law: _Law | None) -> float:
+    """Nothing has failed so far: go where the law says, but not too far beyond what is known."""
+    known = math.log(good.damage)
+    if law is None or law.flat:
+        return known + _BOLD
+    # Of one trial the slope is not known: even where its loss is near the aim, there may be a long way to go.
+    least = _LEAST_STEP_UP if law.trials == 1 else 0.0
+    return known + min(max(law.place - known, least), _BOLDEST)
+
+
+def _between(good: Trial, bad: Trial, law: _Law | None, trials: Sequence[Trial]) -> float:
+    """Where the law says if that is inside the bracket, and the bracket at least halves in two trials."""
+    low, high = math.log(good.damage), math.log(bad.damage)
+    earlier = _width(trials[:-2])
+    slow = earlier is not None and high - low > earlier / 2
+    return (low + high) / 2 if law is None or law.flat or slow or not low < law.place < high else law.place
+
+
+def _width(trials: Sequence[Trial]) -> float | None:
+    good, bad = _bracket(trials)
+    return None if good is None or bad is None else math.log(bad.damage / good.damage)
+
+
+@dataclass(frozen=True)
+class _Law:
+    """`loss = c * damage ** slope`, fitted.
+
+    Args:
+        place: the log damage at which the loss is at the aim.
+        aim: a loss, not above the tolerable one.
+        trials: how many it goes through.
+        flat: whether the loss hardly falls with the damage, so that the place is a guess.
+    """
+
+    place: float
+    aim: float
+    trials: int
+    flat: bool
+
+
+def _fit(trials: Sequence[Trial], tolerable_loss: float) -> _Law | None:
+    """A weighted fit through all trials whose loss stands out of the noise; None where there are none.
+
+    One trial gives a line of slope 1; two exact ones give the secant; of many, those near the aim count most. It is the
+    least-squares line whose slope has a prior of 1 +- 1.
+    """
+    known = [trial for trial in trials if _strain(trial) > 2 * (trial.standard_error or 0.0)]
+    if not known or tolerable_loss <= 0:
+        return None
+    nearest = min(known, key=lambda trial: abs(math.log(_strain(trial) / tolerable_loss)))
+    aim = max(_LEAST_AIM * tolerable_loss, _AIM * tolerable_loss - (nearest.standard_error or 0.0))
+    losses = np.array([_strain(trial) for trial in known])
+    x = np.array([math.log(trial.damage) for trial in known])
+    y = np.log(losses / aim)
+    noise = np.array([trial.standard_error or 0.0 for trial in known]) / losses
+    weight = 1 / (_NEAR**2 + (_FAR * y) ** 2 + noise**2)
+    x_mean, y_mean = np.average(x, weights=weight), np.average(y, weights=weight)
+    spread, together = weight @ (x - x_mean) ** 2, weight @ ((x - x_mean) * (y - y_mean))
+    slope = float((together + 1) / (spread + 1))
+    bounded = min(max(slope, _SLOPES[0]), _SLOPES[1])
+    return _Law(float(x_mean - y_mean / bounded), aim, len(known), slope < _SLOPES[0])

@@ -1,4 +1,4 @@
-"""What calibration saw: one pass over the data, one collector per layer, frozen results."""
+"""What calibration saw: one pass over the data records the calls of the model and the inputs of its layers."""
 
 from __future__ import annotations
 
@@ -6,48 +6,61 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pared import calls
 from pared.errors import CalibrationError
 from pared.layers import is_candidate
+from pared.outputs import leaves_of
 from pared.tensors import ModuleT, clone_structure
-
-# Bounds of what is remembered of a layer's inputs: at most this many calls, and this many numbers of each.
-_SAMPLED_CALLS: Final = 4
-_SAMPLED_NUMBERS: Final = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the model, to be made again: its arguments, in tensors of their own."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class InputStats:
     """What one layer's input looked like.
 
     Args:
         low: the least value, or 0 if that is less.
         high: the greatest value, or 0 if that is greater.
-        samples: parts of a few inputs (at most 4 of about 2^16 numbers), for comparing outputs.
         shape: the shape of the call with the median number of elements: the one that timing uses.
     """
 
     low: float
     high: float
-    samples: tuple[Tensor, ...]
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Statistics:
-    """The result of one pass: how many samples were seen, and the inputs of each layer that was called."""
+    """The result of the pass.
+
+    Args:
+        samples: how many were seen.
+        inputs: of each layer that was called, by module name.
+        calls: of the model, in order, until the limit of samples was reached.
+        energies: of each of the model's floating outputs, over these calls; empty where it returns no floats.
+    """
 
     samples: int
     inputs: Mapping[str, InputStats]
+    calls: tuple[Call, ...] = ()
+    energies: tuple[float, ...] = ()
 
 
 def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Statistics:
-    """Run the calibration data through the model once and remember each candidate layer's inputs.
+    """Run the calibration data through the model once; remember its calls and each candidate layer's inputs.
 
     Args:
         model: runs in eval mode, as a structural copy that shares its weights: it is left as it is.
@@ -61,10 +74,13 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     collectors = {name: _Collector(name) for name, module in copied.named_modules() if is_candidate(module)}
     for name, collector in collectors.items():
         copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
+    recorder = _Recorder(limit)
+    copied.register_forward_hook(recorder, with_kwargs=True)
     samples = calls.run(copied, calibration, limit)
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
-    return Statistics(samples, {name: found[id(module)] for name, module in every_name if id(module) in found})
+    inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
+    return Statistics(samples, inputs, tuple(recorder.calls), tuple(recorder.energies))
 
 
 def shadow(model: ModuleT) -> ModuleT:
@@ -78,14 +94,36 @@ def shadow(model: ModuleT) -> ModuleT:
     return clone_structure(model, copied).eval()
 
 
+class _Recorder:
+    """A forward hook that remembers calls of the model, up to a number of samples, and what came of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.calls: list[Call] = []
+        self.energies: list[float] = []
+        self._left = limit
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._left <= 0:
+            return
+        self._left -= calls.samples_of(args, kwargs)
+        self.calls.append(Call(*tree_map(_own, (args, kwargs))))
+        leaves = leaves_of(output)
+        self.energies += [0.0] * (len(leaves) - len(self.energies))
+        for i, leaf in enumerate(leaves):
+            self.energies[i] += leaf.energy()
+
+
+def _own(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 class _Collector:
-    """A forward hook that remembers one layer's inputs in bounded memory."""
+    """A forward hook that remembers the range and the shapes of one layer's inputs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.low = self.high = 0.0
         self.plain = True
-        self.samples: list[Tensor] = []
         self.shapes: Counter[tuple[int, ...]] = Counter()
 
     @property
@@ -110,17 +148,7 @@ class _Collector:
                 remedy="Check the calibration data, and that the float model itself is sound on them.",
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
-        if len(self.samples) < _SAMPLED_CALLS:
-            self.samples.append(_part(x))
 
     def result(self) -> InputStats:
         by_size = sorted(self.shapes.elements(), key=lambda shape: (math.prod(shape), shape))
-        return InputStats(self.low, self.high, tuple(self.samples), by_size[len(by_size) // 2])
-
-
-def _part(x: Tensor) -> Tensor:
-    """Evenly spaced entries of the first dimension that has several, so that about `_SAMPLED_NUMBERS` remain."""
-    if x.numel() <= _SAMPLED_NUMBERS or x.dim() < 2:
-        return x.clone()
-    keep = max(1, x.shape[0] * _SAMPLED_NUMBERS // x.numel())
-    return x[torch.linspace(0, x.shape[0] - 1, keep).long()].clone()
+        return InputStats(self.low, self.high, by_size[len(by_size) // 2])

@@ -55,6 +55,12 @@ class Slot:
         """A floating tensor of two or more dimensions that the model's own state holds: it belongs on a grid."""
         return self.persistent and self.tensor.dim() >= 2 and self.tensor.dtype in GRID_SOURCES
 
+    @property
+    def fits_grid(self) -> bool:
+        """Weight-like, or a parameter of one dimension: a bias, a norm's scale."""
+        flat = self.kind == "parameter" and self.tensor.dim() == 1 and self.tensor.dtype in GRID_SOURCES
+        return self.tensor.numel() > 0 and (self.weight_like or flat)
+
 
 # float64 is kept exactly: whoever chose it needs more than a grid gives.
 GRID_SOURCES = (torch.float32, torch.float16, torch.bfloat16)

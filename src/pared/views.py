@@ -42,6 +42,11 @@ class View:
         return math.prod(self.row_sizes)
 
     @property
+    def n_columns(self) -> int:
+        """How many columns there are."""
+        return math.prod(self.split[i] for i in self.columns)
+
+    @property
     def columns(self) -> tuple[int, ...]:
         """The dimensions of `split` that count columns."""
         return tuple(i for i in range(len(self.split)) if i not in self.rows)

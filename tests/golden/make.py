@@ -1,22 +1,89 @@
-"""Write the golden files of a format version: `python -m tests.golden.make v2`. Released ones are never written again.
+"""Write the golden files of the format: `python -m tests.golden.make v3`. Released ones are never written again.
 
-Each holds the same small network; `decoded.pt` holds what every tensor must decode to, bit for bit.
+Both containers hold the same tensors, one of each way of storing them; `decoded.pt` holds what every tensor must decode
+to, bit for bit. (Those of version 1 hold the small network of `tests/test_artifact.py`.)
 """
 
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from pared import artifact
 from pared.container import FILE_NAMES
-from pared.model import contents_of
-from tests.test_artifact import quantized
+from pared.contents import Contents, Stored
+from pared.formats import Coded, Float, Grid, Raw, log_step
+from pared.layers import Activation
+from pared.plan import Decision
+from pared.views import View, first_dimension, single_row, view_of
+
+FOLDER = Path(__file__).parent
+RANDOM = torch.Generator()
+
+
+def rows(view: View, shape: tuple[int, ...]) -> Tensor:
+    """Gaussian rows of very different spreads."""
+    matrix = torch.randn(view.n_rows, view.n_columns, generator=RANDOM)
+    return view.restore(matrix * torch.randn(view.n_rows, 1, generator=RANDOM).exp(), shape)
+
+
+def steps(view: View, step: float) -> Tensor:
+    """About the same for all rows, but on no scale."""
+    return step * (1 + torch.rand(view.row_sizes, generator=RANDOM) / 8)
+
+
+def grids() -> dict[str, Coded]:
+    """Grids in all their ways: codes coded, plain, constant, in 8 classes and in fewer; steps on a scale and off it."""
+    table, octaves, wide, small, tiny = map(first_dimension, ((512, 40), (200, 40), (64, 64), (4, 6), (2, 3)))
+    module = nn.ConvTranspose2d(16, 48, 3, groups=2, device="meta")
+    transposed = view_of(module, "weight", (16, 24, 3, 3))
+    some_zero = log_step(steps(table, 0.5) * torch.arange(1, 513) / 100)
+    some_zero[::100] = 0
+    signs = torch.randn(octaves.split, generator=RANDOM).sign()
+    off = steps(small, 0.1)
+    off[1] = 0
+    return {
+        "table": Grid("int8").encode(rows(table, (512, 40)), some_zero, table),
+        "transposed": Grid("int8").encode(rows(transposed, (16, 24, 3, 3)), steps(transposed, 0.4), transposed),
+        "wide": Grid("int16").encode(rows(wide, (64, 64)), log_step(steps(wide, 0.001)), wide),
+        "wide, coarse": Grid("int16").encode(rows(wide, (64, 64)).bfloat16(), steps(wide, 0.5), wide),
+        "one row": Grid("int8").encode(torch.randn(50, 2, generator=RANDOM), torch.tensor(0.125), single_row((50, 2))),
+        "octaves": Grid("int16").encode(signs * 4.0 ** (torch.arange(200) % 8)[:, None], torch.ones(200), octaves),
+        "tiny": Grid("int8").encode(torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([1.0, 0.5]), tiny),
+        "off": Grid("int8").encode(torch.randn(4, 6, generator=RANDOM).half(), off, small),
+        "zero": Grid("int8").encode(torch.zeros(4, 6), torch.zeros(4), small),
+        "empty": Grid("int8").encode(torch.zeros(0, 6), torch.zeros(0), first_dimension((0, 6))),
+    }
+
+
+def contents() -> Contents:
+    """The same on every call."""
+    RANDOM.manual_seed(2)
+    vector = torch.randn(1100, generator=RANDOM)
+    coded = grids() | {
+        "half": Float("float16").encode(vector[:37]),
+        "bfloat": Float("bfloat16").encode(vector[:5].double()),
+        "single": Float("float32").encode(vector),
+        "count": Raw("int64").encode(torch.tensor(7)),
+        "mask": Raw("bool").encode(vector[:9] > 0),
+        "spectrum": Raw("complex64").encode(torch.complex(vector[:3], vector[3:6])),
+        "none": Raw("float32").encode(torch.zeros(0, 5)),
+    }
+    stored = []
+    for name, value in coded.items():
+        grid = isinstance(value.format, Grid)
+        decision = Decision(name, "grid" if grid else "exact", 4.5 if grid else None, "" if grid else "for the files")
+        names = (name, "tied") if name == "table" else (name,)
+        stored.append(Stored(names, "parameter" if value.dtype.is_floating_point else "buffer", value, decision))
+    modules = {"": Activation("dynamic"), "a": Activation("static", -1.0, 2.5)}
+    return Contents(tuple(stored), modules, {"pared": "0.1.0", "about": "golden files"})
+
 
 if __name__ == "__main__":
-    folder = Path(__file__).parent / sys.argv[1]
+    folder = FOLDER / sys.argv[1]
     folder.mkdir(exist_ok=False)
-    contents = contents_of(quantized())
     for kind in FILE_NAMES:
-        (folder / f"net.{kind}").write_bytes(artifact.to_bytes(contents, kind))
-    torch.save({stored.name: stored.coded.decode() for stored in contents.tensors}, folder / "decoded.pt")
+        (folder / f"net.{kind}").write_bytes(artifact.to_bytes(contents(), kind))
+    decoded = {stored.name: stored.coded.decode() for stored in contents().tensors}
+    torch.save(decoded, folder / "decoded.pt")

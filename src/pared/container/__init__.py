@@ -3,8 +3,9 @@
 from pared.container.checks import Place
 from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
 from pared.container.files import File, make_directory, open_file, write_atomic
-from pared.container.index import ALIGNMENT, ITEM_SIZES, VERSION, Entry, Index, Part
-from pared.container.parse import LARGEST_CONSTANT, parse_index
+from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
+from pared.container.parse import parse_index
+from pared.container.parts import LARGEST_CONSTANT
 from pared.container.safetensors_file import is_safetensors, read_header, write_safetensors
 from pared.container.zip_file import (
     PICKLE,
@@ -22,6 +23,7 @@ __all__ = [
     "ITEM_SIZES",
     "LARGEST_CONSTANT",
     "PICKLE",
+    "STEP_INDEXES",
     "VERSION",
     "Archive",
     "Entry",
@@ -42,6 +44,7 @@ __all__ = [
     "read_archive",
     "read_header",
     "records_of",
+    "start_of",
     "torch_folder",
     "write_atomic",
     "write_safetensors",

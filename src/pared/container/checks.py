@@ -78,6 +78,12 @@ class Place:
             self.fail(f"{what} is no whole number from 0 to {bound - 1}")
         return value
 
+    def within(self, value: object, what: str, legal: range) -> int:
+        """An integer in a range."""
+        if type(value) is not int or value not in legal:
+            self.fail(f"{what} is no whole number from {legal[0]} to {legal[-1]}")
+        return value
+
     def number(self, value: object, what: str) -> float:
         """A finite number."""
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:

@@ -11,8 +11,12 @@ from typing import Any, Final
 
 from pared.entropy import Coding
 
-VERSION: Final = 1
-ALIGNMENT: Final = 64  # of every part within the data, in bytes
+VERSION: Final = 2  # that is written; 1 is read too
+ALIGNMENT: Final = 64  # of large parts within the data, in bytes; in version 1 of every part
+_LARGE: Final = 4096  # bytes
+
+# The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
+STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
 
 # The element types that an artifact may hold, and the bytes of one element.
 ITEM_SIZES: Final[Mapping[str, int]] = {
@@ -26,21 +30,50 @@ class Part:
     """Where one part of a tensor stands in the data.
 
     Args:
-        offset: of its first byte, a multiple of 64.
+        offset: of its first byte.
         length: in bytes.
-        crc32: of these bytes, as in zlib.
+        crc32: as in zlib, of these bytes and of those of the tensor's parts before it that have none. So each part
+            has one in version 1, and the last of a tensor in version 2.
         coding: how codes are coded; None for plain little-endian values.
+        rows: of codes that are those of one class of rows: how many rows it has.
+        base: of steps that are differences of indexes: the index that they are added to.
     """
 
     offset: int
     length: int
-    crc32: int
+    crc32: int | None = None
     coding: Coding | None = None
+    rows: int | None = None
+    base: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The offset behind its last byte."""
+        return self.offset + self.length
+
+    @property
+    def varies(self) -> bool:
+        """Whether its length depends on its numbers, not on their count alone."""
+        return self.coding is not None and self.coding.constant is None
 
     def to_json(self) -> dict[str, Any]:
-        """The part as it stands in the index."""
-        plain = {"offset": self.offset, "length": self.length, "crc32": self.crc32}
-        return plain if self.coding is None else {**plain, "coding": self.coding.to_json()}
+        """The part as it stands in the index: what follows from the rest of the index is left out."""
+        found = {
+            "coding": None if self.coding is None else self.coding.to_json(),
+            "length": self.length if self.varies else None,
+            "rows": self.rows,
+            "base": self.base,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def start_of(end: int, length: int, version: int = VERSION) -> int:
+    """Where a part of so many bytes begins, behind one that ends there.
+
+    >>> start_of(70, 4095), start_of(70, 4096), start_of(70, 4, version=1)
+    (70, 128, 128)
+    """
+    return end + (-end % ALIGNMENT if version == 1 or length >= _LARGE else 0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +89,8 @@ class Entry:
         view: for a grid (split, rows): the shape in which codes meet steps, and which dimensions have steps.
         bits: the rate that was asked for, if one was.
         because: the reason for the format.
-        parts: "codes" and "step" for a grid, else "values".
+        parts: in the order of the data. "values"; or for a grid "codes" and "step", where "classes", "codes 0",
+            "codes 1", ... may stand for "codes".
     """
 
     names: tuple[str, ...]
@@ -80,9 +114,20 @@ class Entry:
         return math.prod(self.shape)
 
     @property
+    def n_rows(self) -> int:
+        """How many steps a grid has."""
+        split, rows = self.view or (self.shape, ())
+        return math.prod(split[row] for row in rows)
+
+    @property
     def source_nbytes(self) -> int:
         """The bytes of the source's numbers."""
         return self.elements * ITEM_SIZES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        """The offset in the data behind its last part."""
+        return list(self.parts.values())[-1].end
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +142,7 @@ class Entry:
         return self.format.get("dtype", self.dtype)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry as it stands in the index."""
+        """The entry as it stands in an index of version 2."""
         found: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
@@ -105,6 +150,7 @@ class Entry:
             "shape": list(self.shape),
             "format": dict(self.format),
             "because": self.because,
+            "crc32": list(self.parts.values())[-1].crc32,
             "parts": {name: part.to_json() for name, part in self.parts.items()},
         }
         if len(self.names) > 1:
@@ -126,7 +172,7 @@ class Index:
         provenance: plain data for people.
 
     >>> Index(()).to_json()
-    {'pared': 1, 'tensors': [], 'modules': {}, 'provenance': {}}
+    {'pared': 2, 'tensors': [], 'modules': {}, 'provenance': {}}
     """
 
     entries: tuple[Entry, ...]

@@ -1,0 +1,39 @@
+"""What one calibration says of a model: the measurements of the bench start from it, as `pared.fit` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from pared import PostTrainingQuantConfig, sensitivity, stats
+from pared.calls import Calibration
+from pared.sensitivity import Sensitivity
+from pared.stats import Statistics
+from pared.tensors import Slot, find_tensors
+from pared.workshop import Compressor
+
+ALL_SAMPLES = 10**6  # the bench's calibration data are read whole
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated:
+    """A model, its tensors, what they saw, and what their errors cost."""
+
+    model: nn.Module
+    slots: Sequence[Slot]
+    seen: Statistics
+    sensitivity: Sensitivity
+
+    @classmethod
+    def on(cls, model: nn.Module, calibration: Calibration, seed: int = 0) -> Calibrated:
+        seen = stats.collect(model, calibration, ALL_SAMPLES)
+        measured = sensitivity.measure(model, seen.calls, seen.energies, seed)
+        assert measured is not None, "its outputs cannot be differentiated"
+        return cls(model, find_tensors(model), seen, measured)
+
+    def compressor(self, conf: PostTrainingQuantConfig | None = None) -> Compressor[Any]:
+        conf = conf or PostTrainingQuantConfig(approach="weight_only")
+        return Compressor(self.model, self.slots, conf, self.seen, self.sensitivity)

@@ -1,0 +1,87 @@
+"""The outputs of a model as tensors that can be compared: what damage is measured on.
+
+Damage is the expected share of the output's energy that is lost: `|y' - y|^2 / |y|^2`, the mean over all floating
+outputs of a call. Where a model returns `logits`, they alone count, and an error counts by what it changes in the
+probabilities: twice the divergence KL(p || p'), which for small errors is the variance of the error under p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+# Parts of an output that are by-products: caches and traces that nobody scores.
+_BY_PRODUCTS: Final = ("past_key_values", "hidden_states", "attentions", "cross_attentions", "mems", "cache_params")
+_LOGITS: Final = "logits"
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """One floating output of a call.
+
+    Args:
+        value: any shape.
+        is_logits: the last dimension holds logarithms of unnormalized probabilities.
+    """
+
+    value: Tensor
+    is_logits: bool = False
+
+    def energy(self) -> float:
+        """What damage is relative to: the sum of squares; for logits, the number of distributions."""
+        if self.is_logits:
+            return float(self.value.numel() // self.value.shape[-1])
+        return float(self.value.detach().double().square().sum())
+
+    def error(self, other: Tensor) -> float:
+        """How far another value of this output is from this one, in the unit of `energy`."""
+        if self.is_logits:
+            expected, got = (t.detach().double().log_softmax(-1) for t in (self.value, other))
+            return 2 * float((expected.exp() * (expected - got)).sum())
+        return float((other.detach().double() - self.value.detach().double()).square().sum())
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A random direction r with `E[(r . e)^2] = error(value + e)` for small errors e: of the output's shape."""
+        value = self.value.detach()
+        if self.is_logits:  # the score function of a sampled class: its covariance is the Fisher information
+            probabilities = value.float().softmax(-1).reshape(-1, value.shape[-1])
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
+            scores = probabilities.neg().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
+            # Signs of its own for each distribution keep sums over distributions free of cross terms.
+            return (scores * _signs((len(scores), 1), generator)).reshape(value.shape).to(value.dtype)
+        return _signs(value.shape, generator).to(value.dtype)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).float()
+
+
+def leaves_of(output: Any) -> list[Leaf]:
+    """The floating tensors of what a model returned; none if it returned no floats.
+
+    >>> [leaf.is_logits for leaf in leaves_of({"logits": torch.zeros(2, 3), "past_key_values": torch.zeros(4)})]
+    [True]
+    >>> len(leaves_of((torch.zeros(2), torch.tensor([1]))))
+    1
+    """
+    if isinstance(output, Mapping):
+        logits = output.get(_LOGITS)
+        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and logits.shape[-1] > 1:
+            return [Leaf(logits, is_logits=True)]
+        output = {key: value for key, value in output.items() if key not in _BY_PRODUCTS}
+    tensors = [leaf for leaf in tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
+    return [Leaf(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+
+
+def _plain(output: Any) -> Any:
+    """Mappings and dataclasses that torch's trees do not know, as dicts."""
+    if isinstance(output, Mapping):
+        return {key: _plain(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return [_plain(value) for value in output]
+    return output

@@ -1,0 +1,333 @@
+"""What errors cost: the damage that noise in each weight and in each layer's input does to the model's output.
+
+One pass of gradients over recorded calls. For a random direction r of the outputs with `E[r r^T] = I`, the gradient of
+`r . y` by a weight has as its mean square the energy that an error of that weight puts into the output (Hutchinson
+1990). No labels are needed, and the loss of the user plays no part. The same pass gathers the second moments of
+every layer's inputs, each sample weighted by how much the output depends on it, for rounding with error feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from pared.layers import Activation
+from pared.outputs import Leaf, leaves_of
+from pared.products import Product, Watch
+from pared.stats import Call, shadow
+from pared.tensors import Slot, find_tensors
+from pared.views import View, view_of
+
+# A matrix of second moments has at most so many columns: 64 MiB. Wider weights are cut into independent parts.
+MOST_COLUMNS: Final = 4096
+# Recorded calls are probed in turns until there are about so many probes; each at least once.
+_PROBES: Final = 16
+# Inputs of layers are sorted into so many bins between their extremes, at most so many numbers of each call.
+BINS: Final = 512
+_BINNED: Final = 1 << 14
+# Shares of a range that are tried as the ends of a static one.
+_SHRUNK: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+LEVELS: Final = 255  # between the ends of an unsigned eight-bit range
+
+
+LeavesOfCall = Callable[[nn.Module, Call], list[Leaf]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight's matrix is cut into blocks with second moments of their own.
+
+    Args:
+        groups: of rows, as in grouped convolutions: each has inputs of its own.
+        parts: of columns, where there are too many for one factor.
+    """
+
+    groups: int = 1
+    parts: int = 1
+
+    def blocks(self, matrix: Tensor) -> Tensor:
+        """(rows, columns) as (groups * parts, rows / groups, columns / parts).
+
+        >>> Layout(2, 1).blocks(torch.arange(4).reshape(4, 1)).tolist()
+        [[[0], [1]], [[2], [3]]]
+        """
+        rows, columns = matrix.shape
+        split = matrix.reshape(self.groups, rows // self.groups, self.parts, columns // self.parts)
+        return split.transpose(1, 2).reshape(self.groups * self.parts, rows // self.groups, columns // self.parts)
+
+    def matrix(self, blocks: Tensor) -> Tensor:
+        """The inverse of `blocks`."""
+        _, rows, columns = blocks.shape
+        split = blocks.reshape(self.groups, self.parts, rows, columns).transpose(1, 2)
+        return split.reshape(self.groups * rows, self.parts * columns)
+
+    def row_blocks(self, per_row: Tensor) -> Tensor:
+        """One number per row as (groups * parts, rows / groups)."""
+        split = per_row.reshape(self.groups, 1, -1).expand(-1, self.parts, -1)
+        return split.reshape(self.groups * self.parts, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStats:
+    """What calibration says of one weight.
+
+    Args:
+        rows: float64, one per row of the view: the damage if each element of the row had an independent error of
+            variance 1.
+        moments: float32 (blocks, columns, columns): second moments of the weight's gradients, in which inputs stand
+            as the output depends on them; None for tables.
+        unseen: the part of `moments` that comes from every other call: to judge what was made from the rest.
+        layout: how the blocks cover the weight's matrix.
+        uses: float64, for tables: how often each row was looked up; None for other weights.
+    """
+
+    rows: Tensor
+    moments: Tensor | None = None
+    unseen: Tensor | None = None
+    layout: Layout = Layout()
+    uses: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class InputNoise:
+    """What noise in one layer's input costs.
+
+    Args:
+        total: damage if each input number had an independent error of variance 1.
+        dynamic: damage of rounding each row of the input to 255 levels of its own range.
+        histogram: float64 (bins): how `total` is spread over the values between `low` and `high`.
+        low: the least value seen, 0 at most.
+        high: the greatest, 0 at least.
+    """
+
+    total: float
+    dynamic: float
+    histogram: Tensor
+    low: float
+    high: float
+
+    def cost(self, activation: Activation) -> float:
+        """The damage of treating the input in this way."""
+        if activation.mode == "static":
+            return self.static(activation.low, activation.high)
+        return self.dynamic
+
+    def static(self, low: float, high: float) -> float:
+        """The damage of rounding to 256 levels between two ends, and of cutting off what is beyond them."""
+        width = (self.high - self.low) or 1.0
+        centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * (width / BINS)
+        cut = (low - centres).clamp(min=0) + (centres - high).clamp(min=0)
+        inside = self.total * ((high - low) / LEVELS) ** 2 / 12
+        return inside + float((self.histogram * cut.square()).sum())
+
+    def span(self) -> tuple[float, float]:
+        """The ends, among shrunken ones of what was seen, that cost least."""
+        ends = [(self.low * a, self.high * b) for a in _SHRUNK for b in _SHRUNK]
+        return min(ends, key=lambda pair: self.static(*pair))
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """The result of the pass: by the first name of each tensor."""
+
+    tensors: Mapping[str, TensorStats]
+    inputs: Mapping[str, InputNoise] = field(default_factory=dict)
+
+
+def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int) -> Sensitivity | None:
+    """Probe the recorded calls with gradients.
+
+    Args:
+        model: left as it is.
+        calls: what calibration called it with.
+        energies: of each floating output, over all calls; empty where there are no such outputs.
+        seed: of the random directions.
+
+    Returns:
+        None where no floating number of the model's products leads to its weights: nothing can be differentiated.
+    """
+    copied = shadow(model)
+    pass_ = _Pass(copied, seed)
+    if not pass_.slots:
+        return Sensitivity({})
+    rounds = max(1, round(_PROBES / len(calls)))
+    leaves_of_call = output_leaves if energies else last_products
+    with torch.enable_grad():
+        energies = energies or _energies(copied, calls)
+        for _ in range(rounds):
+            for i, call in enumerate(calls):
+                pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(i % 2))
+    return pass_.result(rounds)
+
+
+def _energies(model: nn.Module, calls: Iterable[Call]) -> list[float]:
+    """The energies, over all calls, of what stands in for outputs that are not floats."""
+    totals: list[float] = []
+    for call in calls:
+        leaves = last_products(model, call)
+        totals += [0.0] * (len(leaves) - len(totals))
+        for i, leaf in enumerate(leaves):
+            totals[i] += leaf.energy()
+    return totals
+
+
+def output_leaves(model: nn.Module, call: Call) -> list[Leaf]:
+    """The floating outputs of a call."""
+    return leaves_of(model(*call.args, **call.kwargs))
+
+
+def last_products(model: nn.Module, call: Call) -> list[Leaf]:
+    """What stands in for the outputs of a model that returns no floats, a decoder that returns tokens for instance.
+
+    They are the products of weights that no other product was computed from.
+    """
+    ends: list[Tensor] = []
+    names = {id(one): slot.name for slot in find_tensors(model) for one in slot.objects}
+
+    def tell(product: Product) -> None:
+        if product.kind != "embedding":
+            ends.append(product.y)
+
+    with Watch(names, tell):
+        model(*call.args, **call.kwargs)
+    return [Leaf(y) for y in _last(ends)]
+
+
+def _last(ends: list[Tensor]) -> list[Tensor]:
+    """Those of the tensors that no other one was computed from."""
+    ends = [y for y in ends if y.grad_fn is not None]
+    seen: set[Any] = set()
+    queue = [node for y in ends if y.grad_fn is not None for node, _ in y.grad_fn.next_functions]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            queue += [parent for parent, _ in node.next_functions]
+    return [y for y in ends if y.grad_fn not in seen]
+
+
+class _Pass:
+    """Gathers everything while gradients flow."""
+
+    def __init__(self, model: nn.Module, seed: int) -> None:
+        self._model = model
+        self._generator = torch.Generator().manual_seed(seed)
+        self.slots = [slot for slot in find_tensors(model) if slot.fits_grid]
+        self._views = {slot.name: view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)) for slot in self.slots}
+        self._names = {id(one): slot.name for slot in self.slots for one in slot.objects}
+        self._rows: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor] = {}
+        self._unseen: dict[str, Tensor] = {}
+        self._layouts = {slot.name: _layout(slot, self._views[slot.name]) for slot in self.slots}
+        self._uses: dict[str, Tensor] = {}
+        self._noise: dict[str, _Noise] = {}
+        for slot in self.slots:
+            slot.tensor.requires_grad_(True)
+
+    def probe(self, leaves_of_call: LeavesOfCall, call: Call, energies: Sequence[float], *, unseen: bool) -> None:
+        """One call, one random direction; the moments of unseen ones are also kept apart."""
+        with Watch(self._names, self._tell, gradients=True):
+            leaves = leaves_of_call(self._model, call)
+        pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
+        if not pairs:
+            return
+        directions = [leaf.probe(self._generator) / (energy * len(pairs)) ** 0.5 for leaf, energy in pairs]
+        wanted = [slot.tensor for slot in self.slots]
+        outputs = [leaf.value for leaf, _ in pairs]
+        found = torch.autograd.grad(outputs, wanted, directions, allow_unused=True)
+        for slot, gradient in zip(self.slots, found, strict=True):
+            if gradient is not None:
+                self._gather(slot.name, self._views[slot.name].matrix(gradient).float(), unseen)
+
+    def _gather(self, name: str, gradient: Tensor, unseen: bool) -> None:
+        """Add a weight's gradient, as a matrix, to what is known of its rows and of its columns."""
+        _add(self._rows, name, gradient.double().square().sum(1))
+        is_table = name in self._uses and name not in self._noise
+        if not is_table and self._views[name].rows:
+            # A row of a table, or a bias, meets no inputs that could make up for each other's errors.
+            blocks = self._layouts[name].blocks(gradient)
+            moments = torch.bmm(blocks.transpose(1, 2), blocks)
+            _add(self._moments, name, moments)
+            if unseen:
+                _add(self._unseen, name, moments)
+
+    def _tell(self, product: Product) -> None:
+        if product.kind == "embedding":
+            rows = self._views[product.tensor].n_rows
+            _add(self._uses, product.tensor, torch.bincount(product.x.reshape(-1), minlength=rows).double())
+        elif product.x.requires_grad:
+            # What a hook holds must not lead back to what it hangs on: such rings keep whole graphs in memory.
+            noise, x, by_rows = (
+                self._noise.setdefault(product.tensor, _Noise()),
+                product.x.detach(),
+                product.kind == "linear",
+            )
+            product.x.register_hook(lambda gradient: noise.add(x, gradient, by_rows))
+
+    def result(self, rounds: int) -> Sensitivity | None:
+        if not self._rows:
+            return None
+        uses = {name: counted / rounds for name, counted in self._uses.items()}
+        tensors = {
+            name: TensorStats(
+                rows, self._moments.get(name), self._unseen.get(name), self._layouts[name], uses.get(name)
+            )
+            for name, rows in self._rows.items()
+        }
+        return Sensitivity(tensors, {name: noise.result() for name, noise in self._noise.items() if noise.seen})
+
+
+def _add(known: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in known:
+        known[name] += value
+    else:
+        known[name] = value.clone()
+
+
+class _Noise:
+    """What noise in one layer's input costs, gathered over products."""
+
+    def __init__(self) -> None:
+        self._total = self._dynamic = 0.0
+        self._values: list[Tensor] = []
+        self._energies: list[Tensor] = []
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._values)
+
+    def add(self, x: Tensor, gradient: Tensor, by_rows: bool) -> None:
+        energy = gradient.float().square()
+        flat, spread = (t.reshape(-1, t.shape[-1] if by_rows else t.numel()) for t in (x.float(), energy))
+        self._total += float(spread.sum())
+        reach = (flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)) / LEVELS
+        self._dynamic += float((reach.square() / 12 * spread.sum(1)).sum())
+        kept = min(flat.numel(), _BINNED)
+        chosen = torch.arange(kept) * flat.numel() // kept  # in integers: floats lose count above 2^24
+        share = flat.numel() / len(chosen)
+        self._values.append(flat.reshape(-1)[chosen])
+        self._energies.append(spread.reshape(-1)[chosen] * share)
+
+    def result(self) -> InputNoise:
+        values, energies = torch.cat(self._values), torch.cat(self._energies)
+        low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
+        width = (high - low) or 1.0
+        bins = ((values - low) * (BINS / width)).long().clamp_(0, BINS - 1)
+        histogram = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, energies.double())
+        return InputNoise(self._total, self._dynamic, histogram, low, high)
+
+
+def _layout(slot: Slot, view: View) -> Layout:
+    groups = getattr(slot.module, "groups", 1) if slot.attribute == "weight" else 1
+    if not isinstance(groups, int) or view.n_rows % groups:
+        groups = 1
+    return Layout(groups, _parts(view.n_columns))
+
+
+def _parts(columns: int) -> int:
+    """The least number of equal parts of at most `MOST_COLUMNS` columns."""
+    return next(p for p in range(1, columns + 1) if columns % p == 0 and columns // p <= MOST_COLUMNS)

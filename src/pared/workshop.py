@@ -1,0 +1,318 @@
+"""Makes quantized models of any damage or size from one set of statistics: what the search works with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from pared import allocate, artifact, plan
+from pared import model as quantized
+from pared.allocate import Choice, Options
+from pared.candidates import Candidate, choose_activations, find_candidates
+from pared.config import PostTrainingQuantConfig
+from pared.contents import Contents, Stored
+from pared.curves import Codes, Curve, Target, make_target, solve, trace
+from pared.errors import ConfigError
+from pared.formats import Coded, Float, Grid, survives_float16
+from pared.layers import Activation
+from pared.plan import Decision, Plan
+from pared.profile import Profile, this_machine
+from pared.search import Offer
+from pared.sensitivity import Sensitivity, TensorStats
+from pared.stats import Statistics
+from pared.tensors import Slot
+from pared.version import __version__
+from pared.views import view_of
+
+log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# Of the damage asked for, the share that rounding the inputs of layers may do: it buys speed, but no bytes.
+ACTIVATION_SHARE: Final = 0.1
+# ... where the user has asked for static or dynamic activations.
+_WISHED_SHARE: Final = 0.5
+
+# What an index takes: about, for each tensor and for each layer with int8 activations, compressed; and what the
+# scores of the search may add to it later, at most.
+_PER_TENSOR: Final = 70
+_GRID_ENTRY: Final = 24  # more for codes and steps than for plain values
+_PER_ACTIVATION: Final = 24
+_ENVELOPE: Final = 1500
+RESERVE: Final = 700
+
+_LEAST_SHARE: Final = 0.01  # of what the median tensor counts
+# Options of int16 are for where int8 loses: at the same step, by this factor in damage.
+_WORTH_INT16: Final = 1.25
+_ROUNDS: Final = 6  # of closing in on max_size
+
+
+@dataclass(frozen=True, eq=False)
+class _Free:
+    """A tensor whose step the allocation decides."""
+
+    slot: Slot
+    target: Target
+    curve: Curve
+    options: Options  # those of the curve, then float16 and float32 as far as they fit the tensor
+
+    def decision(self, option: int) -> Decision:
+        bits = 8 * float(self.options.nbytes[option]) / self.slot.tensor.numel()
+        damage = float(self.options.damage[option])
+        if option < len(self.curve.codes):
+            return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
+        return Decision(
+            self.slot.name, "float16", None, "as float16 it does less damage in as few bytes than on a grid", damage
+        )
+
+
+class Compressor(Generic[ModuleT]):
+    """See `search.Workshop`, which this is.
+
+    Args:
+        model: the float model; it is left as it is.
+        slots: its tensors.
+        conf: what is wanted.
+        seen: what calibration saw; None without it.
+        sensitivity: what errors cost; None where it was not measured: then every tensor's relative error counts alike.
+        obey: use the approach asked for in every layer that has it, whatever it costs.
+    """
+
+    def __init__(
+        self,
+        model: ModuleT,
+        slots: Sequence[Slot],
+        conf: PostTrainingQuantConfig,
+        seen: Statistics | None,
+        sensitivity: Sensitivity | None,
+        *,
+        obey: bool = False,
+    ) -> None:
+        self._model = model
+        self._slots = slots
+        self._conf = conf
+        self._seen = seen
+        self._noise = sensitivity.inputs if sensitivity else {}
+        self._obey = obey
+        self._plan: Plan = plan.make_plan(model, slots, conf.rules, bits=None, strict=conf.strict)
+        self._fixed = {
+            slot.name: plan.encode(slot, decision)
+            for slot, decision in zip(slots, self._plan, strict=True)
+            if not _is_free(decision)
+        }
+        free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
+        known = _complete(free, sensitivity.tensors if sensitivity else {})
+        self._free = [_free(slot, known[slot.name]) for slot in free]
+        self._options = [one.options for one in self._free]
+        self._solved: dict[tuple[str, int], Coded] = {}
+        self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
+        self._overhead = _ENVELOPE + _PER_TENSOR * len(slots) + sum(coded.nbytes for coded in self._fixed.values())
+        finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
+        self.least = max(finest.damage * 2, 1e-12)
+        self.most = max(coarsest.damage, self.least)
+
+    def cap(self, bits: float) -> float:
+        """Offer nothing that does more damage than so many bits for every weight would; that damage."""
+        costs = []
+        for one in self._free:
+            wanted = bits * one.slot.tensor.numel() / 8
+            costs.append(float(one.options.damage[int(np.abs(one.options.nbytes - wanted).argmin())]))
+        self.most = max(self.least, sum(costs))
+        return self.most
+
+    def offer(self, damage: float) -> Offer:
+        """The smallest plan whose predicted damage is at most this."""
+        return self._offered(allocate.within_damage(self._options, damage * (1 - self._share)), damage)
+
+    def offer_bytes(self, nbytes: int) -> Offer:
+        """The plan of least damage whose file takes at most so many bytes; it is rounded and measured.
+
+        Raises:
+            ConfigError: even the smallest file is larger.
+        """
+        wanted = nbytes - RESERVE
+        planned = float(wanted)
+        best: Choice | None = None
+        low, high = 0.0, float("inf")  # planned bytes known to fit, and known not to
+        for _ in range(_ROUNDS):
+            spend = planned - self._overhead
+            choice = allocate.fill(self._options, allocate.within_bytes(self._options, spend), spend)
+            real = self._nbytes(choice)
+            if real <= wanted:
+                best, low = choice, planned
+            else:
+                high = planned
+            if best is not None and real <= wanted and real > 0.998 * wanted:
+                break
+            planned *= wanted / real
+            if not low < planned < high:
+                planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
+        if best is None:
+            raise self._too_small(nbytes)
+        offer = self._offered(best, best.damage / (1 - self._share))
+        self._exact[offer] = best
+        return offer
+
+    def _too_small(self, nbytes: int) -> ConfigError:
+        coarsest = allocate.choose(self._options, allocate.ends(self._options)[1])
+        return ConfigError(
+            f"max_size is {nbytes:,} bytes, and the smallest file takes {self._nbytes(coarsest) + RESERVE:,}",
+            where="PostTrainingQuantConfig",
+            remedy="Allow more bytes, or give fewer rules that keep tensors in float.",
+        )
+
+    @property
+    def _share(self) -> float:
+        """The share of the damage that is left to activations."""
+        if self._conf.approach == "weight_only" or not self._noise:
+            return 0.0
+        return ACTIVATION_SHARE if self._conf.approach == "auto" else _WISHED_SHARE
+
+    def _offered(self, choice: Choice, damage: float) -> Offer:
+        return Offer(choice.price, damage, round(choice.nbytes + self._overhead))
+
+    def _choice(self, offer: Offer) -> Choice:
+        return self._exact.get(offer) or allocate.choose(self._options, offer.price)
+
+    def _stored(self, choice: Choice) -> tuple[Stored, ...]:
+        """Every tensor in its format; what an earlier call has rounded alike is not rounded again."""
+        keys = {one.slot.name: (one, option) for one, option in zip(self._free, choice.options, strict=True)}
+        solved = {}
+        stored = []
+        for slot, decision in zip(self._slots, self._plan, strict=True):
+            if slot.name not in keys:
+                stored.append(Stored(slot.names, slot.kind, self._fixed[slot.name], decision))
+                continue
+            one, option = keys[slot.name]
+            coded = self._solved.get((slot.name, option)) or _solved(one, option)
+            solved[slot.name, option] = coded
+            stored.append(Stored(slot.names, slot.kind, coded, one.decision(option)))
+        self._solved = solved
+        return tuple(stored)
+
+    def _nbytes(self, choice: Choice) -> int:
+        contents = self._contents(self._stored(choice), choice.damage)
+        return len(artifact.to_bytes(contents))
+
+    def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
+        candidates = find_candidates(self._model, stored, self._seen.inputs if self._seen else None)
+        activations = self._activations(candidates, damage)
+        return Contents(tuple(stored), activations, provenance(self._conf, self._seen))
+
+    def _activations(self, candidates: Sequence[Candidate], damage: float) -> dict[str, Activation]:
+        share = self._share
+        obeyed = self._obey and self._conf.approach != "auto"
+        budget = float("inf") if obeyed else damage * share / (1 - share)
+        return choose_activations(candidates, self._conf.approach, self._noise, budget)
+
+    def build(self, offer: Offer) -> ModuleT:
+        """The quantized model of an offer.
+
+        Layers that may run in int8 do: which kernels are fastest is no part of what is scored, so that the same search
+        gives the same file on a busy machine.
+        """
+        choice = self._choice(offer)
+        contents = self._contents(self._stored(choice), choice.damage)
+        return quantized.assemble(self._model, contents, Profile(this_machine()))
+
+    def blame(self, offer: Offer) -> list[tuple[str, float]]:
+        """Tensors and activations by falling share of the damage."""
+        choice = self._choice(offer)
+        costs = {
+            one.slot.name: float(one.options.damage[option])
+            for one, option in zip(self._free, choice.options, strict=True)
+        }
+        contents = self._contents(self._stored(choice), choice.damage)
+        for name, activation in contents.activations.items():
+            noise = self._noise.get(f"{name}.weight" if name else "weight")
+            if noise is not None and activation.mode != "gather":
+                costs[f"{name} (input, {activation.mode})"] = noise.cost(activation)
+        total = sum(costs.values()) or 1.0
+        return sorted(((name, cost / total) for name, cost in costs.items()), key=lambda pair: -pair[1])
+
+
+def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[str, Any]:
+    """Where a model comes from: plain data for its artifact."""
+    return {
+        "pared": __version__,
+        "torch": str(torch.__version__),
+        "calibration_samples": seen.samples if seen else 0,
+        "seed": conf.seed,
+        "approach": conf.approach,
+    }
+
+
+def _is_free(decision: Decision) -> bool:
+    return decision.treatment == "grid" and decision.bits is None
+
+
+def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
+    """Statistics of every tensor.
+
+    One that no output depends on, as far as was seen, counts like the median one at the same relative error; and none
+    counts less than a hundredth of that: what calibration hardly touches is not wiped out.
+    """
+    energies = {slot.name: float(slot.tensor.detach().float().square().mean()) or 1.0 for slot in slots}
+    seen = [
+        float(known[name].rows.sum()) * energy
+        for name, energy in energies.items()
+        if name in known and float(known[name].rows.sum()) > 0
+    ]
+    relative = float(np.median(seen)) if seen else 1.0 / max(1, len(slots))
+    found = {}
+    for slot in slots:
+        stats = known.get(slot.name)
+        total = float(stats.rows.sum()) * energies[slot.name] if stats is not None else 0.0
+        if stats is None or total <= 0:
+            rows = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).n_rows
+            stats = TensorStats(torch.full((rows,), relative / energies[slot.name] / rows, dtype=torch.float64))
+        elif total < _LEAST_SHARE * relative:
+            stats = replace(stats, rows=stats.rows * (_LEAST_SHARE * relative / total))
+        found[slot.name] = stats
+    return found
+
+
+def _free(slot: Slot, stats: TensorStats) -> _Free:
+    tensor = slot.tensor.detach()
+    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
+    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
+    curve = _pruned(trace(target, stats))
+    nbytes, damage = curve.nbytes + _GRID_ENTRY, curve.damage
+    if survives_float16(tensor):
+        error = (tensor.float() - tensor.half().float()).square()
+        cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
+        nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
+    return _Free(slot, target, curve, Options(nbytes, damage))
+
+
+def _pruned(curve: Curve) -> Curve:
+    """Without the options of int16 that are hardly better than int8 at the same step."""
+    narrow = {int(k): d for k, d, codes in zip(curve.common, curve.damage, curve.codes, strict=True) if codes == "int8"}
+    keep = [
+        i
+        for i, codes in enumerate(curve.codes)
+        if codes == "int8" or curve.damage[i] * _WORTH_INT16 < narrow[int(curve.common[i])]
+    ]
+    return Curve(curve.common[keep], tuple(curve.codes[i] for i in keep), curve.nbytes[keep], curve.damage[keep])
+
+
+def _solved(one: _Free, option: int) -> Coded:
+    """Round a tensor as one of its options says."""
+    tensor = one.slot.tensor.detach()
+    if option >= len(one.curve.codes):
+        return Float("float16").encode(tensor)
+    codes_type: Codes = one.curve.codes[option]
+    steps = one.target.steps(int(one.curve.common[option]), codes_type)
+    codes, steps = solve(one.target, steps, codes_type)
+    view = one.target.view
+    parts = {
+        "codes": view.restore(codes, tuple(tensor.shape)).contiguous(),
+        "step": steps.reshape(view.row_sizes),
+    }
+    return Coded(Grid(codes_type), tuple(tensor.shape), tensor.dtype, parts, view)

@@ -1,0 +1,121 @@
+"""The trade-off curve: its points, and what is drawn of them."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pared import AccuracyCriterion, ConfigError
+from pared.curve import Curve, Point, trace
+from pared.search import Judge, Offer
+from tests.workshop import Probe, Synthetic, damage_of
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def score(model: nn.Module) -> float:
+    return 0.8 - damage_of(model)
+
+
+def test_without_a_judge_nothing_is_built() -> None:
+    workshop = Synthetic()
+    curve = trace(workshop, Probe())
+    assert workshop.built == []
+    assert curve.baseline is None
+    assert len(curve.points) == 8
+    assert [point.nbytes for point in curve.points] == [workshop.nbytes(point.damage) for point in curve.points]
+
+
+def test_damages_are_evenly_spaced_and_bytes_fall() -> None:
+    curve = trace(Synthetic(), Probe(), points=5, span=(1e-6, 1e-2))
+    assert [point.damage for point in curve.points] == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+    sizes = [point.nbytes for point in curve.points]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_judge_scores_every_point_and_the_float_model() -> None:
+    curve = trace(Synthetic(), Probe(), Judge(AccuracyCriterion(), score), points=3)
+    assert curve.baseline == 0.8
+    assert [point.score for point in curve.points] == [0.8 - point.damage for point in curve.points]
+
+
+def test_the_span_is_kept_within_what_is_on_offer() -> None:
+    curve = trace(Synthetic(least=1e-3, most=1e-2), Probe())
+    assert [curve.points[0].damage, curve.points[-1].damage] == pytest.approx([1e-3, 1e-2])
+    assert len(trace(Synthetic(least=0.2), Probe()).points) == 1
+
+
+def test_equal_plans_are_one_point() -> None:
+    class Coarse(Synthetic):
+        def offer(self, damage: float) -> Offer:
+            return super().offer(10.0 ** math.floor(math.log10(damage) + 1e-9))
+
+    assert len(trace(Coarse(), Probe(), points=20, span=(1e-4, 1e-2)).points) == 3
+
+
+@pytest.mark.parametrize(("points", "span"), [(0, (1e-5, 0.1)), (8, (0.0, 0.1)), (8, (0.2, 0.1))])
+def test_what_makes_no_curve(points: int, span: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match=f"{points} points between damages .* make no curve"):
+        trace(Synthetic(), Probe(), points=points, span=span)
+
+
+@pytest.mark.parametrize(("place", "left"), [(2, None), (3, 1), (4, 2)])
+def test_ctrl_c_leaves_the_points_so_far(place: int, left: int | None) -> None:
+    calls = []
+
+    def interrupted(model: nn.Module) -> float:
+        calls.append(model)
+        if len(calls) == place:
+            raise KeyboardInterrupt
+        return 1.0
+
+    judge = Judge(AccuracyCriterion(), interrupted)
+    if left is None:
+        with pytest.raises(KeyboardInterrupt):
+            trace(Synthetic(), Probe(), judge)
+    else:
+        assert len(trace(Synthetic(), Probe(), judge).points) == left
+
+
+def test_json_is_plain_and_complete() -> None:
+    curve = trace(Synthetic(), Probe(), Judge(AccuracyCriterion(), score), points=3)
+    assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
+
+
+def test_the_table_names_every_point() -> None:
+    curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
+    lines = str(curve).splitlines()
+    assert len(lines) == 4
+    assert lines[1].split() == ["2,000,000", "0.0001", "1e-09", "0.79", "12.3"]
+    assert lines[3].split() == ["float", "model", "0", "0.8"]
+    assert max(map(len, lines)) <= 100
+
+
+sizes = st.integers(1, 10**12)
+scores = st.floats(-1e6, 1e6)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(sizes, st.floats(1e-12, 1.0), scores), min_size=1, max_size=12), scores)
+def test_every_point_is_drawn_inside_its_panel(rows: list[tuple[int, float, float]], baseline: float) -> None:
+    curve = Curve(tuple(Point(1e-9, damage, nbytes, score) for nbytes, damage, score in rows), baseline)
+    panels = ET.fromstring(curve.to_svg()).findall(f"{SVG}g")
+    assert len(panels) == 2
+    for panel in panels:
+        circles = panel.findall(f"{SVG}circle")
+        assert len(circles) == len(rows)
+        assert all(70 <= float(c.get("cx", "")) <= 460 and 20 <= float(c.get("cy", "")) <= 312 for c in circles)
+        labels = [text.text or "" for text in panel.findall(f"{SVG}text")]
+        assert any(re.fullmatch(r"[\d.e+]+ (B|kB|MB|GB)", label) for label in labels), "bytes are named on the axis"
+
+
+def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
+    (panel,) = ET.fromstring(trace(Synthetic(), Probe()).to_svg()).findall(f"{SVG}g")
+    places = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in panel.findall(f"{SVG}circle")]
+    assert places == sorted(places, reverse=True), "from the lower right to the upper left"
+    assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)

@@ -1,0 +1,91 @@
+"""Damage where nothing can be differentiated: each weight disturbed by itself."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import sensitivity, stats
+from pared.errors import CalibrationError
+from pared.perturbation import perturb
+from pared.stats import Call
+
+
+class Frozen(nn.Module):
+    """Switches gradients off in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud = nn.Linear(32, 32)
+        self.quiet = nn.Linear(32, 32)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * self.loud(x) + 0.1 * self.quiet(x)
+
+
+class Tokens(Frozen):
+    """Returns the index of the largest output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+def calls(samples: int = 64) -> list[Call]:
+    x = torch.randn(samples, 32, generator=torch.Generator().manual_seed(1))
+    return [Call((x,), {})]
+
+
+def test_a_model_without_gradients_is_not_measured_by_them() -> None:
+    model = Frozen()
+    seen = stats.collect(model, [calls()[0].args[0]], 100)
+    assert sensitivity.measure(model, seen.calls, seen.energies, 0) is None
+
+
+def test_predicted_damage_is_what_noise_does() -> None:
+    torch.manual_seed(0)
+    model = Frozen()
+    before = copy.deepcopy(model.state_dict())
+    found = perturb(model, calls(), 0).tensors
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert set(found) == {"loud.weight", "quiet.weight"}
+    (call,) = calls(256)
+    expected = model(*call.args)
+    for name, share in found.items():
+        noisy = copy.deepcopy(model)
+        weight = noisy.get_parameter(name)
+        weight.data += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+        measured = float((noisy(*call.args) - expected).square().sum() / expected.square().sum())
+        assert float(share.rows.sum()) * 1e-4 == pytest.approx(measured, rel=0.3)
+    assert float(found["loud.weight"].rows.sum()) > 1000 * float(found["quiet.weight"].rows.sum())
+
+
+def test_tokens_are_compared_by_how_many_change() -> None:
+    torch.manual_seed(0)
+    found = perturb(Tokens(), calls(512), 0).tensors
+    assert float(found["loud.weight"].rows.sum()) > float(found["quiet.weight"].rows.sum())
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    model = Frozen()
+    one, other = (perturb(model, calls(), 3).tensors["loud.weight"].rows for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_a_model_that_draws_at_random_is_refused() -> None:
+    class Random(Frozen):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(())
+
+    with pytest.raises(CalibrationError, match="gives different outputs for the same input"):
+        perturb(Random(), calls(), 0)
+
+
+def test_fit_spends_its_bytes_where_errors_cost() -> None:
+    torch.manual_seed(0)
+    small = pared.fit(Frozen(), pared.PostTrainingQuantConfig(max_size=6000), [calls()[0].args[0]])
+    rates = {line.name: line.bits for line in small.plan}
+    assert rates["loud.weight"] > rates["quiet.weight"] + 3

@@ -1,0 +1,203 @@
+"""The workspace: what a killed search has found out is not found out again."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import pared
+from pared import AccuracyCriterion, ConfigError, FileError
+from pared import model as quantized
+from pared.evaluate import Score
+from pared.reporting import Confirmation, Outcome, Trial
+from pared.search import Judge, search
+from pared.workspace import Workspace
+from tests import workspace_child
+from tests.workshop import Probe, Synthetic, damage_of
+from tests.workspace_child import FINGERPRINT
+
+ROOT = Path(__file__).parent.parent
+TRIAL = Trial(1e-9, 1e-3, 25_000, 0.5, 0.25, False, 1.5, 0.01, Confirmation(0.4, 1.0, 0.6, 0.02))
+
+
+def outcome_of(model: nn.Module) -> Outcome:
+    return quantized.record_of(model).outcome
+
+
+def timeless(outcome: Outcome) -> Outcome:
+    return replace(outcome, trials=tuple(replace(trial, seconds=0.0) for trial in outcome.trials))
+
+
+def child(workspace: Path, log: Path, fatal: int) -> int:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    command = [sys.executable, "-m", "tests.workspace_child", str(workspace), str(log), str(fatal)]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_search_killed_in_its_third_evaluation_loses_that_one_alone(tmp_path: Path) -> None:
+    reference = workspace_child.run(None, tmp_path / "reference.log")
+    calls = (tmp_path / "reference.log").read_text().splitlines()
+    assert len(calls) > 3, "the search is long enough to be killed in the middle"
+
+    assert child(tmp_path / "work", tmp_path / "first.log", fatal=3) == -9
+    assert (tmp_path / "first.log").read_text().splitlines() == calls[:3]
+    assert child(tmp_path / "work", tmp_path / "second.log", fatal=0) == 0
+    assert (tmp_path / "second.log").read_text().splitlines() == calls[2:], "baseline and first trial are not repeated"
+
+    quantized.save(reference, tmp_path / "plain")
+    resumed, plain = (directory / "best_model.pt" for directory in (tmp_path / "work/result", tmp_path / "plain"))
+    assert resumed.read_bytes() == plain.read_bytes()
+
+
+def test_a_finished_search_is_repeated_without_a_call_or_a_build(tmp_path: Path) -> None:
+    first = workspace_child.run(Workspace(tmp_path / "work", FINGERPRINT), tmp_path / "first.log")
+    workshop = Synthetic()
+
+    def never(model: nn.Module) -> float:
+        raise AssertionError("everything is known")
+
+    judge = Judge(AccuracyCriterion(tolerable_loss=0.01), never)
+    again = search(workshop, Probe(), judge, workspace=Workspace(tmp_path / "work", FINGERPRINT))
+    assert workshop.built == []
+    assert outcome_of(again) == outcome_of(first)
+    files = [pared.save(model, tmp_path / name) for model, name in ((first, "a"), (again, "b"))]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_workspace_changes_nothing_of_the_result(tmp_path: Path) -> None:
+    plain = workspace_child.run(None, tmp_path / "a.log")
+    kept = workspace_child.run(Workspace(tmp_path / "work", FINGERPRINT), tmp_path / "b.log")
+    assert timeless(outcome_of(kept)) == timeless(outcome_of(plain))
+
+
+def test_every_trial_can_be_loaded(tmp_path: Path) -> None:
+    model = workspace_child.run(Workspace(tmp_path, FINGERPRINT), tmp_path / "calls.log")
+    for number, trial in enumerate(outcome_of(model).trials, 1):
+        loaded = pared.load(tmp_path / f"trial-{number}", model=Probe())
+        assert damage_of(loaded) == trial.damage
+        assert outcome_of(loaded).score == trial.score
+        assert ("NOT met" in pared.report(loaded)) != trial.met
+
+
+def test_max_trials_counts_earlier_ones(tmp_path: Path) -> None:
+    for allowed in (1, 1, 2):
+        judge = Judge(AccuracyCriterion(), lambda model: 1 - damage_of(model) * 1e4, max_trials=allowed)
+        model = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+        assert len(outcome_of(model).trials) == allowed
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    def score(model: nn.Module) -> float:
+        asked.append(damage_of(model))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return 1 - asked[-1] * 1e3
+
+    judge = Judge(AccuracyCriterion(), score)
+    first = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+    second = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+    assert [outcome_of(model).met for model in (first, second)] == [False, True]
+    assert len(set(asked)) == len(asked) - 1, "only the interrupted evaluation is repeated"
+
+
+def test_both_functions_have_their_baseline(tmp_path: Path) -> None:
+    calls = []
+
+    def confirming(model: nn.Module) -> float:
+        calls.append(damage_of(model))
+        return 1.0
+
+    for _ in range(2):
+        judge = Judge(AccuracyCriterion(), lambda model: 1.0, confirming, max_trials=2)
+        search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+    assert calls.count(0.0) == 1
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, FINGERPRINT)
+    samples = np.random.default_rng(0).normal(size=1000)
+    workspace.set_baseline("eval_func", Score(0.1, samples))
+    workspace.set_baseline("confirm_func", Score(1 / 3))
+    workspace.add(TRIAL, Synthetic().build(Synthetic().offer(1e-3)))
+    again = Workspace(tmp_path, FINGERPRINT)
+    assert again.trials == (TRIAL,)
+    found = again.baseline("eval_func")
+    assert found is not None
+    assert found.samples is not None
+    assert np.array_equal(found.samples, samples)
+    other = again.baseline("confirm_func")
+    assert other is not None
+    assert (other.value, other.samples) == (1 / 3, None)
+    assert again.baseline("other") is None
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"price": 1e-9, "damage"', b"\xff"])
+def test_a_torn_last_line_is_no_error(tmp_path: Path, torn: bytes) -> None:
+    model = Synthetic().build(Synthetic().offer(1e-3))
+    Workspace(tmp_path, FINGERPRINT).add(TRIAL, model)
+    with (tmp_path / "trials.jsonl").open("ab") as file:
+        file.write(torn)
+    workspace = Workspace(tmp_path, FINGERPRINT)
+    assert workspace.trials == (TRIAL,)
+    workspace.add(TRIAL, model)
+    assert Workspace(tmp_path, FINGERPRINT).trials == (TRIAL, TRIAL), "the next line does not grow onto the torn one"
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"model": "other", "tolerable_loss": "0.01"}, "model was 'checksum' and is 'other'"),
+        ({"model": "checksum"}, "tolerable_loss was '0.01' and is not recorded"),
+        ({**FINGERPRINT, "seed": "0"}, "seed was not recorded and is '0'"),
+        ({**FINGERPRINT, "model": "x" * 99}, "model was 'checksum' and is '" + "x" * 57 + "...'"),
+    ],
+)
+def test_the_workspace_of_another_search_is_refused(tmp_path: Path, now: dict[str, str], words: str) -> None:
+    Workspace(tmp_path, FINGERPRINT)
+    with pytest.raises(ConfigError) as error:
+        Workspace(tmp_path, now)
+    assert str(error.value) == (
+        f"{tmp_path}: belongs to another search: {words}\n"
+        "  Delete the workspace to start afresh, or pass another directory."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("fingerprint.json", "{"),
+        ("fingerprint.json", "[]"),
+        ("baseline.json", "7"),
+        ("trials.jsonl", "{}\n"),
+        ("trials.jsonl", "[]\n"),
+        ("trials.jsonl", "{\n" + json.dumps({}) + "\n"),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    Workspace(tmp_path, FINGERPRINT)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileError, match=f"{name}: cannot be read") as error:
+        Workspace(tmp_path, FINGERPRINT)
+    assert "Delete the workspace to start afresh" in str(error.value)
+
+
+@pytest.mark.parametrize("baseline", [{"value": 1}, {"value": "x", "samples": None}, 3, {"value": 1, "samples": "x"}])
+def test_a_damaged_baseline_is_refused(tmp_path: Path, baseline: object) -> None:
+    (tmp_path / "baseline.json").write_text(json.dumps({"eval_func": baseline}))
+    with pytest.raises(FileError, match="baseline.json: cannot be read"):
+        Workspace(tmp_path, FINGERPRINT).baseline("eval_func")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot be written"):
+        Workspace(tmp_path / "file" / "work", FINGERPRINT)

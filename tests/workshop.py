@@ -1,0 +1,68 @@
+"""A workshop whose models are nothing but their damage and some bytes: the laws of the search are tested on it."""
+
+from __future__ import annotations
+
+import base64
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from pared import model as quantized
+from pared.contents import Contents, Stored
+from pared.formats import Raw
+from pared.plan import Decision
+from pared.profile import Profile, this_machine
+from pared.search import Offer
+
+# What an artifact of one tensor takes beside its numbers, and a little more.
+OVERHEAD = 2500
+WEIGHTS = 40_000
+
+
+class Probe(nn.Module):
+    """A model of known damage; the float one has none."""
+
+    def __init__(self, damage: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("damage", torch.tensor(damage, dtype=torch.float64))
+
+
+def damage_of(model: nn.Module) -> float:
+    return float(model.get_buffer("damage"))
+
+
+@dataclass
+class Synthetic:
+    """Half a bit per weight and factor 2 of damage, as rate-distortion theory has it."""
+
+    least: float = 1e-9
+    most: float = 0.3
+    built: list[Offer] = field(default_factory=list)
+
+    def nbytes(self, damage: float) -> int:
+        return OVERHEAD + int(WEIGHTS * 0.5 * math.log2(1 / damage) / 8)
+
+    def offer(self, damage: float) -> Offer:
+        assert self.least <= damage <= self.most
+        return Offer(damage * 16 * math.log(2) / WEIGHTS, damage, self.nbytes(damage))
+
+    def offer_bytes(self, nbytes: int) -> Offer:
+        damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
+        return self.offer(min(max(damage, self.least), self.most))
+
+    def build(self, offer: Offer) -> Probe:
+        self.built.append(offer)
+        source = Probe(offer.damage)
+        coded = Raw("float64").encode(source.get_buffer("damage"))
+        stored = Stored(("damage",), "buffer", coded, Decision("damage", "exact", None, ""))
+        # The bytes that weights would take are letters in the index: so all models have the same structure.
+        letters = base64.b64encode(random.Random(0).randbytes(offer.nbytes)).decode()
+        provenance = {"weights": letters[: offer.nbytes - OVERHEAD]}
+        return quantized.assemble(source, Contents((stored,), {}, provenance), Profile(this_machine()))
+
+    def blame(self, offer: Offer) -> Sequence[tuple[str, float]]:
+        return [("encoder.weight", 0.75), ("decoder.weight", 0.25)]
