@@ -106,10 +106,10 @@ def scores(model: nn.Module, words: int = 1000) -> NDArray[np.float64]:
     """One number per word, the mean of which is 1 - phoneme error rate; higher is better."""
     asked = list(dictionary().items())[:words]
     said = model(*encode([word for word, _ in asked])).tolist()
-    errors, lengths = np.array(
+    edits, lengths = np.array(
         [errors(tokens, known) for tokens, (_, known) in zip(said, asked, strict=True)], dtype=np.float64
     ).T
-    result: NDArray[np.float64] = 1 - errors / lengths.mean()
+    result: NDArray[np.float64] = 1 - edits / lengths.mean()
     return result
 
 

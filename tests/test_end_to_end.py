@@ -61,6 +61,8 @@ def test_small_accurate_and_the_same_in_a_new_process(
     assert q.nbytes == path.stat().st_size
     assert path.stat().st_size <= ratio * 4 * sum(p.numel() for p in model.parameters())
     (tmp_path / "deploy.yaml").unlink()  # for people only: load does not need it
+    # A score is that of int8 wherever it is allowed; which kernels are fastest on this machine is not part of it.
+    (tmp_path / "engine.json").unlink()
     assert score_in_new_process(example.__name__.rpartition(".")[2], tmp_path) == q.score
 
 
@@ -75,7 +77,7 @@ def test_the_dual_path_network_really_shrinks(tmp_path: Path) -> None:
     """The model that started this project: INC leaves it at 0.97 of its size, or doubles it."""
     model = dual_path.load()
     plain = sum(4 * p.numel() for p in model.parameters())
-    q = pared.fit(model, None, dual_path.calibration())
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), dual_path.calibration())
     torch.save(q, tmp_path / "object.pt")
     torch.save(q.state_dict(), tmp_path / "state.pt")
     path = pared.save(q, tmp_path)

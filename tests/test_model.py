@@ -64,7 +64,7 @@ def original() -> Everything:
 
 @pytest.fixture(scope="module", params=["weight_only", "dynamic", "static", "auto"])
 def small(request: pytest.FixtureRequest, original: Everything) -> Everything:
-    conf = PostTrainingQuantConfig(approach=request.param)
+    conf = PostTrainingQuantConfig(approach=request.param, quant_level=0)
     return pared.fit(original, conf, [ids()])
 
 

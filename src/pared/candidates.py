@@ -34,12 +34,14 @@ class Candidate:
         module: the float module, of which a copy is tried.
         coded: its weight, on an int8 grid.
         inputs: what calibration saw; None without calibration.
+        weight: the first name of the weight, which may belong to other modules too.
     """
 
     name: str
     module: nn.Module
     coded: Coded
     inputs: InputStats | None
+    weight: str
 
     def counterpart(self, activation: Activation, kernel: Kernel = "int8") -> nn.Module:
         """The layer by itself, in int8 or in bfloat16."""
@@ -58,11 +60,6 @@ class Candidate:
         alone._forward_hooks.clear()
         alone._forward_pre_hooks.clear()
         return alone
-
-    @property
-    def weight(self) -> str:
-        """The weight's first name."""
-        return f"{self.name}.weight" if self.name else "weight"
 
     def activation(self, mode: str, noise: InputNoise | None = None) -> Activation:
         """How the input is treated in a mode; "static" takes the range that costs least, or else all that was seen."""
@@ -89,7 +86,9 @@ def find_candidates(
             continue
         if inputs is not None and not all(owner in inputs for owner in modules):
             continue
-        found += [Candidate(n, m, one.coded, inputs[n] if inputs is not None else None) for n, m in modules.items()]
+        found += [
+            Candidate(n, m, one.coded, inputs[n] if inputs is not None else None, one.name) for n, m in modules.items()
+        ]
     return found
 
 

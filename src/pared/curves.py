@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from pared import entropy
 from pared.feedback import Factor, factor, feedback
 from pared.formats import CODE_LIMITS, log_step
 from pared.sensitivity import Layout, TensorStats
+from pared.streams import encode_codes
 from pared.views import View
 
 STEPS_PER_OCTAVE: Final = 8  # of the scale that steps are on
@@ -35,8 +36,8 @@ _EVERY: Final = 1  # eighths of an octave between options
 # The most that a code of int8 may reach before feedback: it moves later columns, and rows that leave the range are
 # solved again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
-# Rows get classes of their own in the coder; so are they counted here.
-_CLASSES: Final = 8
+_LEAST_ROWS: Final = 128
+_TABLE: Final = 64  # bytes of a code table, about
 # Importances are estimates: a row counts at least this share of the mean one.
 _LEAST_IMPORTANCE: Final = 0.02
 # Tables: the steps of rows follow this power of the optimum, since counts say less of other texts than of this one.
@@ -236,7 +237,7 @@ def _sample_rows(target: Target) -> Tensor:
     rows, columns = target.matrix.shape
     group = rows // target.layout.groups if target.layout.groups > 1 else 1
     sample = _SAMPLE if target.factored is not None else _PLAIN_SAMPLE
-    wanted = max(1, min(rows // group, max(sample // (columns * group), 16 * _CLASSES // group)))
+    wanted = max(1, min(rows // group, max(sample // (columns * group), _LEAST_ROWS // group)))
     first = torch.linspace(0, rows // group - 1, wanted).long().unique()
     found: Tensor = (first[:, None] * group + torch.arange(group)).reshape(-1)
     return found
@@ -258,7 +259,7 @@ def _try(target: Target, rows: Tensor, tried: list[int], moments: Tensor | None)
     weight = target.importance[rows]
     errors = (weight * error).sum(1) / (weight * plain).sum(1).clamp(min=1e-300)
     narrow = codes.to(torch.int16).reshape(len(tried), len(rows), -1).numpy()
-    return np.array([rate(one) for one in narrow]), errors.numpy()
+    return np.array([rate(one, len(target.matrix)) for one in narrow]), errors.numpy()
 
 
 def _row_errors(target: Target, rows: Tensor, codes: Tensor, steps: Tensor, moments: Tensor | None) -> Tensor:
@@ -278,11 +279,16 @@ def _row_errors(target: Target, rows: Tensor, codes: Tensor, steps: Tensor, mome
     return torch.where(norm > 0, total / norm.clamp(min=1e-300), torch.zeros_like(total))
 
 
-def rate(codes: NDArray[Any]) -> float:
-    """Bits per code when rows are coded in classes of similar spread: the entropy, without the tables."""
-    spread = np.abs(codes.astype(np.float32)).mean(1)
-    classes = np.array_split(np.argsort(spread, kind="stable"), min(_CLASSES, max(1, len(codes) // 16)))
-    return sum(entropy.entropy(codes[rows]) * codes[rows].size for rows in classes) / codes.size
+def rate(codes: NDArray[np.int16], rows: int) -> float:
+    """Bits per code that the coder would take for `rows` rows of which these are a sample.
+
+    Its tables cost the same for many rows as for few: they are left out of what is scaled up.
+    """
+    narrow = codes.astype(np.int8) if np.abs(codes).max(initial=0) <= CODE_LIMITS["int8"] else codes
+    streams = encode_codes(narrow, View(codes.shape, (0,)))
+    total = sum(len(part.payload) for part in streams.values())
+    tables = min(_TABLE * len(streams), total / 2)
+    return float(8 * ((total - tables) * rows / len(codes) + tables) / (rows * codes.shape[1]))
 
 
 def _options(
@@ -291,17 +297,18 @@ def _options(
     """Bytes and damage at each common step: the measured curve, shifted by what each row's bound moves it."""
     rows, columns = target.matrix.shape
     live = target.absmax > 0
+    # Small numbers of numbers: numpy is quicker than torch.
+    weight, exponents = target.importance[live].numpy(), target.exponents[live].numpy()
     nbytes, damage = [], []
     some = common[:: STEPS_PER_OCTAVE // 2] if len(common) > STEPS_PER_OCTAVE else common
     for k in some:
-        steps = target.steps(int(k), codes)[live].double()
-        weight = target.importance[live]
-        octaves = STEPS_PER_OCTAVE * steps.log2() - target.exponents[live]
-        effective = float(octaves.mean())  # the common step that would cost as much
+        steps = target.steps(int(k), codes)[live].numpy().astype(np.float64)
+        index = STEPS_PER_OCTAVE * np.log2(steps)
+        effective = float((index - exponents).mean())  # the common step that would cost as much
         bits = _at(effective, tried, rates)
-        factor_ = float(np.interp(effective, tried, errors))
-        nbytes.append(bits * rows * columns / 8 + _step_bytes(steps))
-        damage.append(factor_ * float((weight * steps.square() / 12).sum()))
+        share = float(np.interp(effective, tried, errors))
+        nbytes.append(bits * rows * columns / 8 + _step_bytes(index))
+        damage.append(share * float((weight * steps**2 / 12).sum()))
     # Between these the curve is as good as straight, the damage on a log scale.
     return np.interp(common, some, nbytes), np.exp(np.interp(common, some, np.log(np.maximum(damage, 1e-300))))
 
@@ -312,7 +319,6 @@ def _at(common: float, tried: list[int], rates: Floats) -> float:
     return float(np.interp(common, tried, rates)) + below
 
 
-def _step_bytes(steps: Tensor) -> float:
-    """About what the steps take in the coder."""
-    index = (STEPS_PER_OCTAVE * steps.log2()).round().to(torch.int16).numpy()
-    return entropy.entropy(index) * len(index) / 8
+def _step_bytes(index: Floats) -> float:
+    """About what steps with these places on the scale take in the coder."""
+    return entropy.entropy(np.rint(index).astype(np.int16)) * len(index) / 8

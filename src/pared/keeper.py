@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pared.errors import ModelError
 from pared.formats import CODE_LIMITS, Coded, Float, Grid, Raw, dtype_name, survives_float16
 from pared.tensors import registered
-from pared.views import View
+from pared.views import View, view_of
 
 
 class Keeper:
@@ -90,16 +90,18 @@ def _widen(keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, A
     own = dict(registered(module))[attribute]
     if value is None or value.shape != own.shape:
         return  # the module reports what is missing or misshapen
-    if not isinstance(keeper.format, Grid):
+    if step is None and (value.is_floating_point() or not own.is_floating_point()):
         narrow = keeper.format if isinstance(keeper.format, Float) and survives_float16(value) else None
         keeper.format = narrow or Raw(dtype_name(own.dtype))
+        keeper.view = keeper.step = None
         state[name] = value.to(own.dtype)
-    elif step is None or dtype_name(value.dtype) not in CODE_LIMITS or keeper.step is None:
+    elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
         error_messages: list[str] = rest[-1]
         error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")
     else:
         keeper.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
-        keeper.step = step.detach().float().reshape(keeper.step.shape).clone()
+        keeper.view = keeper.view or view_of(module, attribute, tuple(value.shape))
+        keeper.step = step.detach().float().reshape(keeper.view.row_sizes).clone()
         parts = {"codes": value, "step": keeper.step}
         state[name] = Coded(keeper.format, tuple(value.shape), own.dtype, parts, keeper.view).decode()
 

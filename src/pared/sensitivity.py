@@ -225,11 +225,13 @@ class _Pass:
         self._layouts = {slot.name: _layout(slot, self._views[slot.name]) for slot in self.slots}
         self._uses: dict[str, Tensor] = {}
         self._noise: dict[str, _Noise] = {}
+        self._first: list[Tensor] = []
         for slot in self.slots:
             slot.tensor.requires_grad_(True)
 
     def probe(self, leaves_of_call: LeavesOfCall, call: Call, energies: Sequence[float], *, unseen: bool) -> None:
         """One call, one random direction; the moments of unseen ones are also kept apart."""
+        self._first = []
         with Watch(self._names, self._tell, gradients=True):
             leaves = leaves_of_call(self._model, call)
         pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
@@ -238,8 +240,9 @@ class _Pass:
         directions = [leaf.probe(self._generator) / (energy * len(pairs)) ** 0.5 for leaf, energy in pairs]
         wanted = [slot.tensor for slot in self.slots]
         outputs = [leaf.value for leaf, _ in pairs]
-        found = torch.autograd.grad(outputs, wanted, directions, allow_unused=True)
-        for slot, gradient in zip(self.slots, found, strict=True):
+        # The model's own inputs have to be asked for: no weight stands before them.
+        found = torch.autograd.grad(outputs, wanted + self._first, directions, allow_unused=True)
+        for slot, gradient in zip(self.slots, found[: len(wanted)], strict=True):
             if gradient is not None:
                 self._gather(slot.name, self._views[slot.name].matrix(gradient).float(), unseen)
 
@@ -267,6 +270,8 @@ class _Pass:
                 product.kind == "linear",
             )
             product.x.register_hook(lambda gradient: noise.add(x, gradient, by_rows))
+            if product.x.is_leaf:
+                self._first.append(product.x)
 
     def result(self, rounds: int) -> Sensitivity | None:
         if not self._rows:

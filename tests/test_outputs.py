@@ -1,0 +1,57 @@
+"""Outputs as tensors that can be compared, and directions whose covariance is the error's."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from pared.outputs import Leaf, leaves_of
+
+
+def test_which_parts_of_an_output_count() -> None:
+    x, ids = torch.randn(2, 3), torch.tensor([1, 2])
+    assert [leaf.value is x for leaf in leaves_of(x)] == [True]
+    assert len(leaves_of((x, [x, ids]))) == 2
+    assert leaves_of(ids) == []
+    assert len(leaves_of({"last_hidden_state": x, "past_key_values": (x, x), "pooled": x})) == 2
+    assert [leaf.is_logits for leaf in leaves_of({"logits": x, "hidden": x})] == [True], "logits alone count"
+    assert [leaf.is_logits for leaf in leaves_of({"logits": ids, "hidden": x})] == [False], "these are no logits"
+    assert len(leaves_of({"nested": {"deep": (x, x)}})) == 2
+    assert leaves_of(torch.zeros(0)) == []
+
+
+def mean_square(leaf: Leaf, error: Tensor, draws: int) -> float:
+    generator = torch.Generator().manual_seed(0)
+    return sum(float((leaf.probe(generator) * error).sum()) ** 2 for _ in range(draws)) / draws
+
+
+@pytest.mark.parametrize("is_logits", [False, True])
+def test_a_probe_meets_an_error_with_its_energy(is_logits: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    leaf = Leaf(2 * torch.randn(40, 7, generator=generator), is_logits)
+    error = 0.01 * torch.randn(40, 7, generator=generator)
+    assert mean_square(leaf, error, 4000) == pytest.approx(leaf.error(leaf.value + error), rel=0.15)
+
+
+def test_what_all_logits_share_is_no_error() -> None:
+    leaf = Leaf(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)), is_logits=True)
+    assert leaf.error(leaf.value + 3.0) == pytest.approx(0.0, abs=1e-9)
+    assert leaf.energy() == 5
+    assert Leaf(leaf.value).error(leaf.value + 3.0) == pytest.approx(9 * 45)
+
+
+def test_the_error_of_logits_is_twice_the_divergence() -> None:
+    ours, theirs = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    p, q = ours.double().softmax(-1), theirs.double().softmax(-1)
+    expected = 2 * float((p * (p / q).log()).sum())
+    assert Leaf(ours, is_logits=True).error(theirs) == pytest.approx(expected)
+
+
+def test_dataclasses_that_are_mappings_are_understood() -> None:
+    @dataclass
+    class Output(dict[str, Tensor]):
+        def __init__(self) -> None:
+            super().__init__(logits=torch.zeros(2, 4))
+
+    assert leaves_of(Output())[0].is_logits
