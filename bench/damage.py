@@ -130,8 +130,8 @@ class Judge:
 
 
 def weights(known: Calibrated, judge: Judge, pairs: int = PAIRS) -> Iterator[Pair]:
-    """Tensors spread over the model, each at rates from 6 to 2.5 bits."""
-    tensors = [slot for slot in known.slots if slot.name in known.sensitivity.tensors]
+    """Weights of two or more dimensions, spread over the model, each at rates from 6 to 2.5 bits."""
+    tensors = [slot for slot in known.slots if slot.weight_like and slot.name in known.sensitivity.tensors]
     wanted = min(len(tensors), -(-pairs // len(BITS)))
     chosen = [tensors[i] for i in np.linspace(0, len(tensors) - 1, wanted).round().astype(int)]
     rates = BITS if wanted * len(BITS) >= pairs else np.linspace(BITS[0], BITS[-1], -(-pairs // wanted))

@@ -1,20 +1,33 @@
-"""`make docs`: put the figures of the last `make bench` into `docs/results.md` and into the README's table."""
+"""`make docs`: put the figures of the last runs of the benches into `docs/results.md` and into the README's table.
+
+Each bench has its own place, between a mark that names its command and a mark of the end; where a bench has not been
+run, what stands there stays.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.run import RESULTS, THREADS
+from bench import damage, figures, run, search
+from bench.ablation import __main__ as ablation
 
-MARKS = re.compile(r"(<!-- results: make bench -->\n).*?(<!-- end of results -->)", re.DOTALL)
+RESULTS, README = Path("docs/results.md"), Path("README.md")
+MARKS = r"(<!-- results: {} -->\n).*?(<!-- end of results -->)"
 
 
-def table(found: Mapping[str, Any]) -> str:
-    m, d, e = found["minilm"], found["dual_path"], found["effnet"]
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *rest = (f"| {' | '.join(line)} |" for line in (columns, *rows))
+    return "\n".join([first, "|" + "---|" * len(columns), *rest])
+
+
+def job(found: Mapping[str, Any]) -> str:
+    """What the README shows."""
+    m, d = found["minilm"], found["dual_path"]
     fast, small = m["speed_8x128"], m["speed_1x32"]
     size = d["float_bytes"]
 
@@ -23,8 +36,6 @@ def table(found: Mapping[str, Any]) -> str:
 
     loading, memory = m["loading"], m["memory"]
     sizes = f"{m['weight_only_bytes'] / 1e6:.2f} MB of {m['float_bytes'] / 1e6:.1f}"
-    photos = f"{e['bytes'] / e['float_bytes']:.3f} of {e['float_bytes'] / 1e6:.1f} MB"
-    kl = f"{e['kl_weight_only']:.4f} / {e['kl_int8']:.4f} nat"
     rows = [
         ("MiniLM at 8 bits, `best_model.pt`", sizes, "<= 21.2 MB"),
         ("mean 1 - cosine on the Lee documents, weight-only", f"{m['distance_weight_only']:.5f}", "<= 0.0009"),
@@ -42,35 +53,138 @@ def table(found: Mapping[str, Any]) -> str:
         ("dual-path RNN, `torch.save(model)`", f"{d['object_bytes'] / size:.3f}", "<= 0.256"),
         ("dual-path RNN, `torch.save(model.state_dict())`", f"{d['state_bytes'] / size:.3f}", "<= 0.256"),
         ("dual-path RNN, output SNR", f"{d['snr']:.1f} dB", ">= 33 dB"),
-        ("EfficientNet-Lite0 at 8 bits, `best_model.pt`", photos, ""),
-        ("its KL to FP32 on unseen photos, weight-only / int8", kl, ""),
-        ("its time for one photo, ours / float32", ratio(e["speed"]["pared"], e["speed"]["float32"]), ""),
     ]  # fmt: skip
-    lines = [
-        "| what | measured | asked for |",
-        "|---|---|---|",
-        *(f"| {a} | {b} | {c} |" for a, b, c in rows),
-    ]
-    return "\n".join(lines)
+    if e := found.get("effnet"):
+        photos = f"{e['bytes'] / e['float_bytes']:.3f} of {e['float_bytes'] / 1e6:.1f} MB"
+        kl = f"{e['kl_weight_only']:.4f} / {e['kl_int8']:.4f} nat"
+        rows += [
+            ("EfficientNet-Lite0 at 8 bits, `best_model.pt`", photos, ""),
+            ("its KL to FP32 on unseen photos, weight-only / int8", kl, ""),
+            ("its time for one photo, ours / float32", ratio(e["speed"]["pared"], e["speed"]["float32"]), ""),
+        ]
+    return markdown(("what", "measured", "asked for"), rows)
 
 
-def report(found: Mapping[str, Any]) -> str:
+def job_and_machine(found: Mapping[str, Any]) -> str:
     machine = found["machine"]
+    kernels = ", ".join(f"{count} {kernel}" for kernel, count in found["minilm"]["kernels"].items())
     return (
-        "# Results\n\nWritten by `make bench`; do not edit. Medians of interleaved runs in one process, "
-        f"{THREADS} threads.\n\n{table(found)}\n\nMachine: {machine['processor']}, {machine['capability']}, "
-        f"torch {machine['torch']}, Python {machine['python']}. Kernels of MiniLM's tensors: "
-        f"{', '.join(f'{v} {k}' for k, v in found['minilm']['kernels'].items())}.\n"
+        f"{job(found)}\n\nMedians of interleaved runs in one process, {run.THREADS} threads. Machine: "
+        f"{machine['processor']}, {machine['capability']}, torch {machine['torch']}, Python {machine['python']}. "
+        f"Kernels of MiniLM's tensors: {kernels}."
     )
 
 
+def searches(found: Mapping[str, Any]) -> str:
+    runs = sorted((search.read(record) for record in found.values()), key=lambda run: (run.name, run.seed))
+    rows = [
+        (
+            *(r.name, str(r.seed), f"{r.float_bytes / 1e6:.2f}", f"{r.nbytes / 1e6:.3f}", f"{r.ratio:.2f}"),
+            *(str(r.evaluations), f"{r.fit_seconds:.0f}", f"{r.peak / 1e9:.2f}", f"{r.tolerance:.4f}"),
+            *(
+                f"{r.search.value:.4f}",
+                f"{r.test.value:.4f} ± {2 * r.test.error:.4f}",
+                "yes" if r.test_met else "**no**",
+            ),
+        )
+        for r in runs
+    ]
+    mean = math.exp(sum(math.log(r.ratio) for r in runs) / len(runs))
+    notes = [
+        f"* {r.name}, seed {r.seed} ({r.note}): "
+        + "; ".join(f"{what} {r.metrics_float[what]:.4f} -> {value:.4f}" for what, value in r.metrics.items())
+        for r in runs
+    ]
+    return (
+        f"{markdown(search.COLUMNS, rows)}\n\nGeometric mean of FP32 / file over {len({r.name for r in runs})} models "
+        f"and {len(runs)} runs: {mean:.2f}; missed on the test set: {sum(not r.test_met for r in runs)}.\n\n"
+        + "\n".join(notes)
+    )
+
+
+def at_sizes(found: Mapping[str, Any]) -> str:
+    parts = []
+    if "minilm" in found:
+        parts.append(_sizes([figures.SizePoint(**record) for record in found["minilm"]]))
+    if "efficientnet" in found:
+        parts.append(_photos([figures.PhotoPoint(**record) for record in found["efficientnet"]]))
+    for approach, fit in found.get("fit", {}).items():
+        parts.append(
+            f"`fit` of MiniLM without evaluations, {approach}, `max_size` {fit['asked'] / 1e6:g} MB: "
+            f"{fit['seconds']:.1f} s, peak {fit['peak'] / 1e9:.2f} GB ({fit['peak_before'] / 1e9:.2f} GB of it before)."
+        )
+    return "\n\n".join(parts)
+
+
+def _sizes(points: Sequence[figures.SizePoint]) -> str:
+    rows = [
+        (
+            *(p.approach, f"{p.nbytes / 1e6:.3f}", f"{p.nbytes / p.planned - 1:+.2%}", f"{p.lee:.5f}"),
+            *(figures.bar(p.asked), f"{p.wikipedia:.5f}", f"{p.wikipedia / p.lee:.2f}"),
+        )
+        for p in points
+    ]
+    columns = ("MiniLM", "file MB", "beyond plan", "1 - cos, Lee", "asked for", "1 - cos, Wikipedia", "Wikipedia / Lee")
+    return markdown(columns, rows)
+
+
+def _photos(points: Sequence[figures.PhotoPoint]) -> str:
+    rows = [
+        (
+            *(f"{p.nbytes / 1e6:.3f}", f"{p.ratio:.4f}", f"{p.nbytes / p.planned - 1:+.2%}", f"{p.damage:.2e}"),
+            *(f"{p.kl:.4f}", f"{p.agreement:.3f}"),
+        )
+        for p in points
+    ]
+    columns = ("EfficientNet-Lite0, file MB", "of FP32", "beyond plan", "damage", "KL, unseen photos", "agreement")
+    return markdown(columns, rows)
+
+
+def gate(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, record in found.items():
+        v = damage.Verdict.of([damage.Pair(**pair) for pair in record["pairs"]])
+        numbers = (f"{v.rank:.3f}", f"{v.factor:.2f}", f"{v.slope:.2f}", f"x {v.spread:.2f}")
+        rows.append((name, str(v.pairs), *numbers, "passed" if v.passed else "**failed**"))
+    columns = ("what", "pairs", "Spearman", "measured / predicted", "log-log slope", "spread", "gate")
+    return f"{markdown(columns, rows)}\n\n![measured against predicted damage](damage.svg)"
+
+
+def refinements(found: Mapping[str, Any]) -> str:
+    rows = []
+    for r in (ablation.Row(**record) for record in found.values()):
+        shares = ", ".join(f"{loss} {share:+.1%}" for loss, share in r.saved.items())
+        rows.append((r.what, r.subject, shares, f"{r.seconds:+.0f}", "kept" if r.kept else "rejected", r.note))
+    return markdown(("refinement", "model", "bytes saved at equal loss", "CPU s", "", "note"), rows)
+
+
+SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
+    "make bench": (run.RESULTS, job_and_machine),
+    "make bench-figures": (figures.RESULTS, at_sizes),
+    "make bench-search": (search.RESULTS, searches),
+    "make bench-damage": (damage.RESULTS, gate),
+    "make bench-ablation": (ablation.RESULTS, refinements),
+}
+
+
+def fill(file: Path, command: str, content: str) -> None:
+    """Put something between a command's marks."""
+    text = file.read_text(encoding="utf-8")
+    pattern = re.compile(MARKS.format(re.escape(command)), re.DOTALL)
+    assert pattern.search(text), f"{file} has no place for {command}"
+    file.write_text(pattern.sub(lambda m: f"{m[1]}{content}\n{m[2]}", text), encoding="utf-8")
+
+
 def main() -> None:
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    Path("docs/results.md").write_text(report(found), encoding="utf-8")
-    readme = Path("README.md")
-    text = readme.read_text(encoding="utf-8")
-    readme.write_text(MARKS.sub(lambda m: f"{m[1]}{table(found)}\n{m[2]}", text), encoding="utf-8")
-    print("written: docs/results.md, and the table in README.md")
+    for command, (path, section) in SECTIONS.items():
+        if not path.is_file():
+            print(f"not run yet: {command}")
+            continue
+        found = json.loads(path.read_text(encoding="utf-8"))
+        fill(RESULTS, command, section(found))
+        if command == "make bench":
+            fill(README, command, job(found))
+        print(f"written: {command}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def gains(known: Calibrated) -> list[Gain]:
     found = []
     for slot in known.slots:
         stats = known.sensitivity.tensors.get(slot.name)
-        if stats is None or stats.moments is None or stats.unseen is None:
+        if not slot.weight_like or stats is None or stats.moments is None or stats.unseen is None:
             continue
         known_half = factor(stats.moments - stats.unseen)
         d = known_half.remaining

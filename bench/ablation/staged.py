@@ -8,7 +8,7 @@ al. 2019, arXiv 1906.04721): a layer's bias takes away the mean of the error tha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,7 @@ from bench.ablation.series import Series
 from bench.calibrated import Calibrated
 from pared.contents import Contents, Stored
 from pared.feedback import factor
+from pared.formats import Grid
 from pared.sensitivity import Layout
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
@@ -162,12 +163,19 @@ def corrected_biases(known: Calibrated, base: Series) -> Iterator[Contents]:
         yield with_flat(contents, walk.decoded)
 
 
-def with_flat(contents: Contents, values: dict[str, Tensor]) -> Contents:
-    """With other values of the tensors of one dimension that are stored as float16."""
+def with_flat(contents: Contents, values: Mapping[str, Tensor]) -> Contents:
+    """With other values of parameters of one dimension, in the formats, and with the steps, that they have."""
 
     def put(stored: Stored) -> Stored:
-        if stored.decision.treatment != "float16" or len(stored.coded.shape) != 1 or stored.name not in values:
+        coded = stored.coded
+        if not is_flat(stored) or stored.name not in values:
             return stored
-        return replace(stored, coded=stored.coded.format.encode(values[stored.name]))  # type: ignore[call-arg]  # no grid
+        if isinstance(coded.format, Grid):
+            return replace(stored, coded=coded.format.encode(values[stored.name], coded.parts["step"], coded.view))
+        return replace(stored, coded=coded.format.encode(values[stored.name]))
 
     return replace(contents, tensors=tuple(map(put, contents.tensors)))
+
+
+def is_flat(stored: Stored) -> bool:
+    return stored.kind == "parameter" and len(stored.coded.shape) == 1

@@ -1,6 +1,6 @@
 """Tuning norms and biases, with the codes fixed, so that the outputs on the calibration calls come near FP32's.
 
-Adam (Kingma and Ba 2015) on what is stored in float and has one dimension; a part of the calls is kept apart and says
+Adam (Kingma and Ba 2015) on what has one dimension; a part of the calls is kept apart and says
 when to stop, and whether anything was won at all. It spends no byte.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.ablation.series import Series
-from bench.ablation.staged import with_flat
+from bench.ablation.staged import is_flat, with_flat
 from bench.calibrated import Calibrated
 from pared.contents import Contents
 from pared.outputs import Leaf, leaves_of
@@ -34,8 +34,8 @@ def tuned(known: Calibrated, base: Series) -> Iterator[Contents]:
             slots = {slot.name: slot.tensor for slot in find_tensors(copied)}
             for stored in contents.tensors:
                 slots[stored.name].copy_(stored.coded.decode())
-        names = [s.name for s in contents.tensors if s.decision.treatment == "float16" and len(s.coded.shape) == 1]
-        yield with_flat(contents, _descend(copied, {name: slots[name] for name in names}, known.seen.calls, targets))
+        free = {stored.name: slots[stored.name] for stored in contents.tensors if is_flat(stored)}
+        yield with_flat(contents, _descend(copied, free, known.seen.calls, targets))
 
 
 def _descend(

@@ -96,7 +96,7 @@ def fit(
     compressor = job.compressor()
     start = search.DEFAULT_DAMAGE
     if conf.quant_level == 0:
-        start = compressor.cap(plan.DEFAULT_BITS)
+        start = compressor.cap()
     records = Workspace(workspace, job.fingerprint()) if workspace is not None else None
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     with job.stages.stage("searching"):

@@ -32,6 +32,8 @@ _PLAIN_SAMPLE: Final = 1 << 19  # without feedback
 # octave costs a bit, and the error is that of independent rounding (Bennett 1948).
 _TRIED: Final = tuple(i / 2 for i in range(-6, 5))
 _FINEST: Final = -13.0
+_JUDGED_AT: Final = -2.0  # octaves, where dampings are compared: about four bits
+_DAMPINGS: Final = (0.05, 0.3, 1.5)
 _EVERY: Final = 1  # eighths of an octave between options
 # The most that a code of int8 may reach before feedback: it moves later columns, and rows that leave the range are
 # solved again.
@@ -54,6 +56,7 @@ class Target:
         importance: float64 (rows,): damage per unit variance of all elements of a row, shrunk and never zero.
         exponents: int64 (rows,): how many eighths of an octave a row's step is above the tensor's common one.
         factored: of its second moments; None: plain rounding.
+        judged: the same from those calls that do not judge it; dropped when the curve is known.
         layout: of the moments' blocks.
         absmax: float32 (rows,): the largest magnitude of each row.
     """
@@ -63,6 +66,7 @@ class Target:
     importance: Tensor
     exponents: Tensor
     factored: Factor | None
+    judged: Factor | None
     layout: Layout
     absmax: Tensor
 
@@ -88,8 +92,35 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
     """
     importance, power = _importance(stats)
     exponents = _exponents(importance, matrix.shape[1], power)
-    factored = factor(stats.moments) if stats.moments is not None else None
-    return Target(matrix, view, importance, exponents, factored, stats.layout, matrix.abs().amax(1))
+    absmax = matrix.abs().amax(1)
+    plain = Target(matrix, view, importance, exponents, None, None, stats.layout, absmax)
+    if not bool((absmax > 0).any()):
+        return plain
+    candidates = [plain]
+    if bool(exponents.any()):
+        candidates.append(replace(plain, exponents=torch.zeros_like(exponents)))
+    judge = stats.judge
+    best = min(candidates, key=lambda target: _merit(target, judge))
+    if stats.moments is None:
+        return best
+    seen = stats.moments if stats.unseen is None else stats.moments - stats.unseen
+    tried = {damping: replace(best, factored=factor(seen, damping)) for damping in _DAMPINGS}
+    merits = {damping: _merit(target, judge) for damping, target in tried.items()}
+    damping = min(merits, key=lambda one: merits[one])
+    if merits[damping] >= _merit(best, judge):
+        return best
+    return replace(best, factored=factor(stats.moments, damping), judged=tried[damping].factored)
+
+
+def _merit(target: Target, judge: Tensor | None) -> float:
+    """Bits per weight at equal damage, up to what all ways to round a tensor share; at about four bits."""
+    scale = float(target.matrix.square().mean().sqrt())
+    common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _JUDGED_AT))
+    rows = _sample_rows(target)
+    rates, errors = _try(target, rows, [common], judge)
+    steps = target.steps(common, "int16")[rows].double()
+    damage = float(errors[0]) * float((target.importance[rows] * steps.square()).sum())
+    return float(rates[0]) + 0.5 * math.log2(max(damage, 1e-300))
 
 
 def _importance(stats: TensorStats) -> tuple[Tensor, float]:
@@ -221,11 +252,10 @@ def trace(target: Target, stats: TensorStats) -> Curve:
     scale = float(target.matrix.square().mean().sqrt())
     if scale == 0:
         return Curve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
-    if stats.moments is not None and stats.unseen is not None:
-        target = replace(target, factored=factor(stats.moments - stats.unseen))
+    target = replace(target, factored=target.judged)
     middle = round(STEPS_PER_OCTAVE * math.log2(scale))
     tried = [middle + round(STEPS_PER_OCTAVE * octaves) for octaves in _TRIED]
-    rates, errors = _try(target, _sample_rows(target), tried, stats.unseen)
+    rates, errors = _try(target, _sample_rows(target), tried, stats.judge)
     common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1, _EVERY)
     parts = [_options(target, codes, common, tried, rates, errors) for codes in _KINDS]
     kinds = [codes for codes in _KINDS for _ in common]

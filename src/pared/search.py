@@ -5,6 +5,7 @@ Loss is taken for `c * damage ** slope`. Trials fix `c` and `slope`, and bracket
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -210,11 +211,12 @@ def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _R
     began = time.monotonic()
     model = workshop.build(offer)
     criterion, baseline = judge.criterion, references.baseline
-    score = evaluate(judge.eval_func, model)
+    candidate = copy.deepcopy(model)  # the user's functions may do with it what they like
+    score = evaluate(judge.eval_func, candidate)
     unseen = confirm(criterion, score, baseline)
     met = criterion.met(score.value, baseline.value)
     if met and judge.confirm_func is not None and references.other is not None:
-        unseen = compare(criterion, evaluate(judge.confirm_func, model, "confirm_func"), references.other)
+        unseen = compare(criterion, evaluate(judge.confirm_func, candidate, "confirm_func"), references.other)
     met = met and (unseen is None or confirmed(criterion, unseen))
     seen = compare(criterion, _seen(score), _seen(baseline))
     trial = Trial(

@@ -91,6 +91,11 @@ class TensorStats:
     layout: Layout = Layout()
     uses: Tensor | None = None
 
+    @property
+    def judge(self) -> Tensor | None:
+        """The moments that errors are measured with: unseen ones, where there are any."""
+        return self.moments if self.unseen is None else self.unseen
+
 
 @dataclass(frozen=True, eq=False)
 class InputNoise:
@@ -158,9 +163,10 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
     leaves_of_call = output_leaves if energies else last_products
     with torch.enable_grad():
         energies = energies or _energies(copied, calls)
-        for _ in range(rounds):
+        for turn in range(rounds):
             for i, call in enumerate(calls):
-                pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(i % 2))
+                other = turn % 2 if len(calls) == 1 else i % 2
+                pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(other))
     return pass_.result(rounds)
 
 

@@ -19,7 +19,7 @@ from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.curves import Codes, Curve, Target, make_target, solve, trace
 from pared.errors import ConfigError
-from pared.formats import Coded, Float, Grid, survives_float16
+from pared.formats import CODE_LIMITS, Coded, Float, Grid, survives_float16
 from pared.layers import Activation
 from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine
@@ -51,6 +51,7 @@ _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
 # Options of int16 are for where int8 loses: at the same step, by this factor in damage.
 _WORTH_INT16: Final = 1.25
 _ROUNDS: Final = 6  # of closing in on max_size
+_MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +118,12 @@ class Compressor(Generic[ModuleT]):
         self.least = max(finest.damage * 2, 1e-12)
         self.most = max(coarsest.damage, self.least)
 
-    def cap(self, bits: float) -> float:
-        """Offer nothing that does more damage than so many bits for every weight would; that damage."""
-        costs = []
-        for one in self._free:
-            wanted = bits * one.slot.tensor.numel() / 8
-            costs.append(float(one.options.damage[int(np.abs(one.options.nbytes - wanted).argmin())]))
+    def cap(self) -> float:
+        """Offer nothing that does more damage than plain int8, a step of absmax / 127 for each row; that damage."""
+        finest = CODE_LIMITS["int8"]
+        costs = [
+            float((t.importance * (t.absmax / finest).square() / 12).sum()) for t in (o.target for o in self._free)
+        ]
         self.most = max(self.least, sum(costs))
         return self.most
 
@@ -140,7 +141,7 @@ class Compressor(Generic[ModuleT]):
         planned = float(wanted)
         best: Choice | None = None
         low, high = 0.0, float("inf")  # planned bytes known to fit, and known not to
-        for _ in range(_ROUNDS):
+        for attempt in range(_MOST_ROUNDS):
             spend = planned - self._overhead
             choice = allocate.fill(self._options, allocate.within_bytes(self._options, spend), spend)
             real = self._nbytes(choice)
@@ -148,10 +149,10 @@ class Compressor(Generic[ModuleT]):
                 best, low = choice, planned
             else:
                 high = planned
-            if best is not None and real <= wanted and real > 0.998 * wanted:
+            if best is not None and (attempt >= _ROUNDS or wanted >= real > 0.998 * wanted):
                 break
-            planned *= wanted / real
-            if not low < planned < high:
+            planned *= wanted / real if attempt < _ROUNDS else 0.97
+            if best is not None and not low < planned < high:
                 planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
         if best is None:
             raise self._too_small(nbytes)
@@ -288,7 +289,7 @@ def _free(slot: Slot, stats: TensorStats) -> _Free:
         error = (tensor.float() - tensor.half().float()).square()
         cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
         nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
-    return _Free(slot, target, curve, Options(nbytes, damage))
+    return _Free(slot, replace(target, judged=None), curve, Options(nbytes, damage))
 
 
 def _pruned(curve: Curve) -> Curve:
