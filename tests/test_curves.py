@@ -90,7 +90,7 @@ def test_finer_steps_cost_a_bit_an_octave_and_do_a_quarter() -> None:
     fine = min(at) + 16
     one, other = at[fine], at[fine + 8]
     assert (curve.nbytes[one] - curve.nbytes[other]) * 8 / matrix.numel() == pytest.approx(1.0, abs=0.02)
-    assert curve.damage[other] / curve.damage[one] == pytest.approx(4.0, rel=0.02)
+    assert curve.damage[other] / curve.damage[one] == pytest.approx(4.0, rel=0.05)
 
 
 @pytest.mark.parametrize("moments", [False, True])

@@ -32,6 +32,9 @@ _PLAIN_SAMPLE: Final = 1 << 19  # without feedback
 # octave costs a bit, and the error is that of independent rounding (Bennett 1948).
 _TRIED: Final = tuple(i / 2 for i in range(-6, 5))
 _FINEST: Final = -13.0
+# Of few weights all steps are tried: wide codes of which there are too few for a table are stored as they are.
+_TRIED_OF_FEW: Final = (*range(int(_FINEST), -3), *_TRIED)
+_FEW: Final = 1 << 13
 _JUDGED_AT: Final = -2.0  # octaves, where dampings are compared: about four bits
 _DAMPINGS: Final = (0.05, 0.3, 1.5)
 _EVERY: Final = 1  # eighths of an octave between options
@@ -40,6 +43,7 @@ _EVERY: Final = 1  # eighths of an octave between options
 HEADROOM: Final = {"int8": 120, "int16": 32000}
 _LEAST_ROWS: Final = 128
 _TABLE: Final = 64  # bytes of a code table, about
+_PART: Final = 8  # bytes of the index about one more stream, about
 # Importances are estimates: a row counts at least this share of the mean one.
 _LEAST_IMPORTANCE: Final = 0.02
 # Tables: the steps of rows follow this power of the optimum, since counts say less of other texts than of this one.
@@ -254,7 +258,8 @@ def trace(target: Target, stats: TensorStats) -> Curve:
         return Curve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
     target = replace(target, factored=target.judged)
     middle = round(STEPS_PER_OCTAVE * math.log2(scale))
-    tried = [middle + round(STEPS_PER_OCTAVE * octaves) for octaves in _TRIED]
+    octaves = _TRIED_OF_FEW if target.matrix.numel() <= _FEW else _TRIED
+    tried = [middle + round(STEPS_PER_OCTAVE * octave) for octave in octaves]
     rates, errors = _try(target, _sample_rows(target), tried, stats.judge)
     common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1, _EVERY)
     parts = [_options(target, codes, common, tried, rates, errors) for codes in _KINDS]
@@ -263,12 +268,15 @@ def trace(target: Target, stats: TensorStats) -> Curve:
 
 
 def _sample_rows(target: Target) -> Tensor:
-    """Evenly spaced rows, or whole groups of rows, that hold about `_SAMPLE` weights."""
+    """Rows, or whole groups of rows, that hold about `_SAMPLE` weights and are spread over all rates."""
     rows, columns = target.matrix.shape
     group = rows // target.layout.groups if target.layout.groups > 1 else 1
     sample = _SAMPLE if target.factored is not None else _PLAIN_SAMPLE
     wanted = max(1, min(rows // group, max(sample // (columns * group), _LEAST_ROWS // group)))
-    first = torch.linspace(0, rows // group - 1, wanted).long().unique()
+    spread = target.matrix.square().mean(1).log2() / 2 - target.exponents / STEPS_PER_OCTAVE
+    order = spread.reshape(-1, group).mean(1).argsort(stable=True)
+    places = (torch.arange(wanted) + 0.5) * (rows / group / wanted)
+    first = order[places.long()].sort().values
     found: Tensor = (first[:, None] * group + torch.arange(group)).reshape(-1)
     return found
 
@@ -318,7 +326,8 @@ def rate(codes: NDArray[np.int16], rows: int) -> float:
     streams = encode_codes(narrow, View(codes.shape, (0,)))
     total = sum(len(part.payload) for part in streams.values())
     tables = min(_TABLE * len(streams), total / 2)
-    return float(8 * ((total - tables) * rows / len(codes) + tables) / (rows * codes.shape[1]))
+    fixed = tables + _PART * (len(streams) - 1)
+    return float(8 * ((total - tables) * rows / len(codes) + fixed) / (rows * codes.shape[1]))
 
 
 def _options(

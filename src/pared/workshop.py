@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeVar
@@ -28,7 +29,7 @@ from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics
 from pared.tensors import Slot
 from pared.version import __version__
-from pared.views import view_of
+from pared.views import View, view_of
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,15 @@ ACTIVATION_SHARE: Final = 0.1
 # ... where the user has asked for static or dynamic activations.
 _WISHED_SHARE: Final = 0.5
 
-# What an index takes: about, for each tensor and for each layer with int8 activations, compressed; and what the
-# scores of the search may add to it later, at most.
-_PER_TENSOR: Final = 70
-_GRID_ENTRY: Final = 24  # more for codes and steps than for plain values
-_PER_ACTIVATION: Final = 24
-_ENVELOPE: Final = 1500
+# What an index takes more for codes and steps than for plain values, about; and what the scores of the search may add
+# to it later, at most.
+_GRID_ENTRY: Final = 24
 RESERVE: Final = 700
 
 _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
 # Options of int16 are for where int8 loses: at the same step, by this factor in damage.
 _WORTH_INT16: Final = 1.25
-_ROUNDS: Final = 6  # of closing in on max_size
+_ROUNDS: Final = 10  # of closing in on max_size
 _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
 
@@ -113,7 +111,7 @@ class Compressor(Generic[ModuleT]):
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
         self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
-        self._overhead = _ENVELOPE + _PER_TENSOR * len(slots) + sum(coded.nbytes for coded in self._fixed.values())
+        self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
         self.most = max(coarsest.damage, self.least)
@@ -196,6 +194,17 @@ class Compressor(Generic[ModuleT]):
             stored.append(Stored(slot.names, slot.kind, coded, one.decision(option)))
         self._solved = solved
         return tuple(stored)
+
+    def _measure_overhead(self) -> int:
+        """What a file takes beside the numbers of its free tensors: one is written whose free tensors are all zero."""
+        empty = {one.slot.name: _zeros(one.slot, one.target.view) for one in self._free}
+        stored = [
+            Stored(slot.names, slot.kind, empty.get(slot.name) or self._fixed[slot.name], decision)
+            for slot, decision in zip(self._slots, self._plan, strict=True)
+        ]
+        numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
+        whole = len(artifact.to_bytes(self._contents(stored, math.inf)))
+        return whole - sum(len(part.payload) for part in numbers) - _GRID_ENTRY * len(empty)
 
     def _nbytes(self, choice: Choice) -> int:
         contents = self._contents(self._stored(choice), choice.damage)
@@ -301,6 +310,12 @@ def _pruned(curve: Curve) -> Curve:
         if codes == "int8" or curve.damage[i] * _WORTH_INT16 < narrow[int(curve.common[i])]
     ]
     return Curve(curve.common[keep], tuple(curve.codes[i] for i in keep), curve.nbytes[keep], curve.damage[keep])
+
+
+def _zeros(slot: Slot, view: View) -> Coded:
+    shape = tuple(slot.tensor.shape)
+    parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
+    return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)
 
 
 def _solved(one: _Free, option: int) -> Coded:
