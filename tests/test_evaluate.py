@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from pared import AccuracyCriterion, EvaluationError
-from pared.evaluate import Score, compare, confirm, confirmed, evaluate
+from pared.evaluate import Score, compare, confirm, evaluate, strain
+from pared.reporting import Confirmation
 
 
 @pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])
@@ -60,8 +61,17 @@ def test_the_confirmation_is_paired() -> None:
     assert confirmation is not None
     assert confirmation.standard_error is not None
     assert confirmation.standard_error < 1e-4
-    assert confirmed(AccuracyCriterion(tolerable_loss=0.01), confirmation)
-    assert not confirmed(AccuracyCriterion(tolerable_loss=0.004), confirmation)
+    assert confirmation.loss == pytest.approx(0.005, rel=0.1)
+
+
+def test_unseen_samples_have_two_standard_errors_but_not_all_samples_together() -> None:
+    def unseen(loss: float) -> Confirmation:
+        return Confirmation(score=0.0, baseline=0.0, loss=loss, standard_error=0.002)
+
+    assert strain(0.010, None) == 0.010
+    assert strain(0.010, unseen(0.004)) == 0.010
+    assert strain(0.008, unseen(0.012)) == pytest.approx(0.010)
+    assert strain(0.002, unseen(0.018)) == pytest.approx(0.014)
 
 
 def test_scores_of_different_samples_are_not_compared() -> None:

@@ -145,6 +145,16 @@ def _paired(criterion: AccuracyCriterion, score: Samples, baseline: Samples) -> 
     return Confirmation(own, reference, criterion.loss(own, reference), error)
 
 
-def confirmed(criterion: AccuracyCriterion, confirmation: Confirmation) -> bool:
-    """Whether the loss on unseen data is within the tolerable loss, give or take two standard errors."""
-    return confirmation.loss <= criterion.tolerable_loss + 2 * (confirmation.standard_error or 0.0) + 1e-12
+def strain(loss: float, confirmation: Confirmation | None) -> float:
+    """The loss that decides: at most the tolerable one if and only if the criterion is met, on unseen data too.
+
+    It is the largest of three: the loss that the search saw; its mean with the unseen one, so that all samples together
+    keep what was asked for; and the unseen one, given two standard errors.
+
+    >>> strain(0.008, Confirmation(score=0.0, baseline=0.0, loss=0.011, standard_error=0.001))
+    0.0095
+    """
+    if confirmation is None:
+        return loss
+    unseen = confirmation.loss
+    return max(loss, (loss + unseen) / 2, unseen - 2 * (confirmation.standard_error or 0.0))

@@ -18,7 +18,7 @@ from torch import nn
 
 from pared import model as quantized
 from pared.config import AccuracyCriterion
-from pared.evaluate import EvalFunc, Score, compare, confirm, confirmed, evaluate
+from pared.evaluate import EvalFunc, Score, compare, confirm, evaluate, strain
 from pared.reporting import Outcome, Trial
 from pared.workspace import Workspace
 
@@ -217,8 +217,8 @@ def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _R
     met = criterion.met(score.value, baseline.value)
     if met and judge.confirm_func is not None and references.other is not None:
         unseen = compare(criterion, evaluate(judge.confirm_func, candidate, "confirm_func"), references.other)
-    met = met and (unseen is None or confirmed(criterion, unseen))
     seen = compare(criterion, _seen(score), _seen(baseline))
+    met = met and strain(seen.loss, unseen) <= criterion.tolerable_loss + 1e-12
     trial = Trial(
         price=offer.price,
         damage=offer.damage,
@@ -235,8 +235,7 @@ def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _R
 
 
 def _outcome(trial: Trial, criterion: AccuracyCriterion, references: _References) -> Outcome:
-    worst = trial.loss if trial.unseen is None else max(trial.loss, trial.unseen.loss)
-    gap = 0.0 if trial.met else worst - criterion.tolerable_loss
+    gap = 0.0 if trial.met else _strain(trial) - criterion.tolerable_loss
     return Outcome(trial.met, trial.score, references.baseline.value, gap, trial.unseen)
 
 
@@ -256,10 +255,7 @@ def _best(trials: Sequence[Trial]) -> int:
 
 
 def _strain(trial: Trial) -> float:
-    """The loss that decides: no more than the tolerable loss if and only if the trial meets the criterion."""
-    if trial.unseen is None:
-        return trial.loss
-    return max(trial.loss, trial.unseen.loss - 2 * (trial.unseen.standard_error or 0.0))
+    return strain(trial.loss, trial.unseen)
 
 
 @dataclass(frozen=True)
