@@ -15,7 +15,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-search docs
+.PHONY: help setup demo test check bench bench-search bench-figures bench-damage bench-ablation docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,15 @@ bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; want
 
 bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of eight models (hours)
 	$(BIN)/python -m bench.search
+
+bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; wants an idle machine)
+	$(BIN)/python -m bench.figures
+
+bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the damage that is done? (minutes)
+	$(BIN)/python -m bench.damage
+
+bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
+	$(BIN)/python -m bench.ablation
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

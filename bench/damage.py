@@ -169,7 +169,7 @@ def inputs(known: Calibrated, judge: Judge, layers: int = PAIRS // 2) -> Iterato
 def _modes(known: Calibrated, judge: Judge, candidate: Candidate) -> Iterator[Pair]:
     noise = known.sensitivity.inputs[candidate.weight]
     for mode in ("static", "dynamic"):
-        activation = candidate.activation(mode, noise)
+        activation = candidate.activation(mode)
         measured = judge.with_module(candidate.name, candidate.counterpart(activation))
         yield Pair(candidate.weight, mode, noise.cost(activation), measured)
 

@@ -11,7 +11,7 @@ from pared import CalibrationError, PostTrainingQuantConfig, candidates
 from pared.contents import Stored
 from pared.plan import encode, make_plan
 from pared.profile import Profile, Timing, measure, this_machine
-from pared.sensitivity import BINS, LEVELS, InputNoise
+from pared.sensitivity import LEVELS, InputNoise
 from pared.stats import collect
 from pared.tensors import find_tensors
 
@@ -63,29 +63,20 @@ def test_inputs_whose_rounding_costs_too_much_stay_in_float(monkeypatch: pytest.
     assert found["unused.weight"] == "float"
 
 
-def known(total: float, dynamic: float) -> InputNoise:
-    ends = torch.zeros(BINS, dtype=torch.float64)
-    ends[0] = ends[-1] = 1e3 * total  # so much hangs on the ends that no narrower range is better
-    return InputNoise(total, dynamic, ends, -1.0, 1.0)
-
-
 def test_the_cheapest_inputs_are_rounded_first_until_the_budget_is_spent() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     slots = find_tensors(model)
     stored = [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, make_plan(model, slots, ()), strict=True)]
-    found = candidates.find_candidates(model, stored, collect(model, [torch.randn(4, 8)], 9).inputs)
-    step = (2 / LEVELS) ** 2 / 12  # what static costs per unit of `total` between -1 and 1, about
-    noise = {
-        "0.weight": known(1.0, 5 * step),
-        "1.weight": known(9.0, 2 * step),
-        "2.weight": known(4.0, 8 * step),
-        "3.weight": known(99.0, 99 * step),
-    }
-    chosen = candidates.choose_activations(found, "auto", noise, 7.5 * step)
+    inputs = collect(model, [torch.randn(4, 8)], 9).inputs
+    found = candidates.find_candidates(model, stored, inputs)
+    costs = {"0": (1.0, 5.0), "1": (9.0, 2.0), "2": (4.0, 8.0), "3": (99.0, 99.0)}  # of static and of dynamic
+    units = {name: ((inputs[name].high - inputs[name].low) / LEVELS) ** 2 / 12 for name in costs}
+    noise = {f"{name}.weight": InputNoise(static / units[name], dynamic) for name, (static, dynamic) in costs.items()}
+    chosen = candidates.choose_activations(found, "auto", noise, 7.5)
     assert {name: a.mode for name, a in chosen.items()} == {"0": "static", "1": "dynamic", "2": "static"}
-    assert set(candidates.choose_activations(found, "auto", noise, 2.5 * step)) == {"0"}
-    dynamic = candidates.choose_activations(found, "dynamic", noise, 8 * step)
+    assert set(candidates.choose_activations(found, "auto", noise, 2.5)) == {"0"}
+    dynamic = candidates.choose_activations(found, "dynamic", noise, 8)
     assert {name: a.mode for name, a in dynamic.items()} == {"0": "dynamic", "1": "dynamic"}
     assert set(candidates.choose_activations(found, "static", noise, float("inf"))) == {"0", "1", "2", "3"}
     assert candidates.choose_activations(found, "weight_only", noise, float("inf")) == {}

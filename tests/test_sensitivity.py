@@ -243,20 +243,9 @@ def test_predicted_damage_of_inputs_is_what_rounding_does(mode: str) -> None:
     model = nn.Linear(32, 16)
     x = torch.randn(4096, 32)
     noise = measured(model, [x]).inputs["weight"]
-    activation = Activation("static", *noise.span()) if mode == "static" else Activation("dynamic")
+    ends = (float(x.min()), float(x.max()))
+    activation = Activation("static", *ends) if mode == "static" else Activation("dynamic")
     assert noise.cost(activation) == pytest.approx(quantized_input(model, x, activation), rel=0.3)
-
-
-def test_a_range_is_cut_where_that_costs_less() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(8, 8)
-    batches = [torch.randn(2048, 8) for _ in range(40)]
-    batches[0][0, 0] = 20.0  # a single number stretches the range of all
-    noise = measured(model, batches).inputs["weight"]
-    low, high = noise.span()
-    assert noise.high == 20.0
-    assert high < 15
-    assert noise.static(low, high) < 0.8 * noise.static(noise.low, noise.high)
 
 
 def test_views_say_which_rows_there_are() -> None:

@@ -58,7 +58,7 @@ def fit(
             `approach="dynamic"` is asked for.
         eval_func: scores a model: a number, or a one-dimensional array with a score per sample. It is called on the
             float model and on each candidate. With an array, the search sees the even samples, and the odd ones
-            confirm the result.
+            confirm the result: within two standard errors of them, and within the tolerable loss on all together.
         confirm_func: the same on other data, to confirm the result.
         workspace: a directory for the records of the search: the same call goes on where an earlier one was killed.
         quiet: show no progress, even at a terminal.

@@ -61,12 +61,11 @@ class Candidate:
         alone._forward_pre_hooks.clear()
         return alone
 
-    def activation(self, mode: str, noise: InputNoise | None = None) -> Activation:
-        """How the input is treated in a mode; "static" takes the range that costs least, or else all that was seen."""
+    def activation(self, mode: str) -> Activation:
+        """How the input is treated in a mode; "static" takes the range of all that was seen."""
         if mode == "static":
             assert self.inputs is not None
-            low, high = noise.span() if noise is not None else (self.inputs.low, self.inputs.high)
-            return Activation("static", low, high)
+            return Activation("static", self.inputs.low, self.inputs.high)
         return Activation(mode)  # type: ignore[arg-type]  # the modes come from LAYERS
 
 
@@ -124,7 +123,7 @@ def choose_activations(
         known = noise.get(candidate.weight)
         if known is None and (approach == "auto" or approach not in modes):
             continue
-        found = [candidate.activation(mode, known) for mode in modes if approach in ("auto", mode)]
+        found = [candidate.activation(mode) for mode in modes if approach in ("auto", mode)]
         costs += [min(((known.cost(a) if known else 0.0, candidate.name, a) for a in found), key=lambda one: one[0])]
     for cost, name, activation in sorted(costs, key=lambda one: (one[0], one[1])):
         budget -= cost

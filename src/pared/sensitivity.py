@@ -26,11 +26,6 @@ from pared.views import View, view_of
 MOST_COLUMNS: Final = 4096
 # Recorded calls are probed in turns until there are about so many probes; each at least once.
 _PROBES: Final = 16
-# Inputs of layers are sorted into so many bins between their extremes, at most so many numbers of each call.
-BINS: Final = 512
-_BINNED: Final = 1 << 14
-# Shares of a range that are tried as the ends of a static one.
-_SHRUNK: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 LEVELS: Final = 255  # between the ends of an unsigned eight-bit range
 
 
@@ -97,42 +92,23 @@ class TensorStats:
         return self.moments if self.unseen is None else self.unseen
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class InputNoise:
     """What noise in one layer's input costs.
 
     Args:
         total: damage if each input number had an independent error of variance 1.
         dynamic: damage of rounding each row of the input to 255 levels of its own range.
-        histogram: float64 (bins): how `total` is spread over the values between `low` and `high`.
-        low: the least value seen, 0 at most.
-        high: the greatest, 0 at least.
     """
 
     total: float
     dynamic: float
-    histogram: Tensor
-    low: float
-    high: float
 
     def cost(self, activation: Activation) -> float:
-        """The damage of treating the input in this way."""
+        """The damage of treating the input in this way; a static range is to hold all that was seen."""
         if activation.mode == "static":
-            return self.static(activation.low, activation.high)
+            return self.total * ((activation.high - activation.low) / LEVELS) ** 2 / 12
         return self.dynamic
-
-    def static(self, low: float, high: float) -> float:
-        """The damage of rounding to 256 levels between two ends, and of cutting off what is beyond them."""
-        width = (self.high - self.low) or 1.0
-        centres = self.low + (torch.arange(BINS, dtype=torch.float64) + 0.5) * (width / BINS)
-        cut = (low - centres).clamp(min=0) + (centres - high).clamp(min=0)
-        inside = self.total * ((high - low) / LEVELS) ** 2 / 12
-        return inside + float((self.histogram * cut.square()).sum())
-
-    def span(self) -> tuple[float, float]:
-        """The ends, among shrunken ones of what was seen, that cost least."""
-        ends = [(self.low * a, self.high * b) for a in _SHRUNK for b in _SHRUNK]
-        return min(ends, key=lambda pair: self.static(*pair))
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,12 +280,10 @@ class _Noise:
 
     def __init__(self) -> None:
         self._total = self._dynamic = 0.0
-        self._values: list[Tensor] = []
-        self._energies: list[Tensor] = []
 
     @property
     def seen(self) -> bool:
-        return bool(self._values)
+        return self._total > 0
 
     def add(self, x: Tensor, gradient: Tensor, by_rows: bool) -> None:
         energy = gradient.float().square()
@@ -317,19 +291,9 @@ class _Noise:
         self._total += float(spread.sum())
         reach = (flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)) / LEVELS
         self._dynamic += float((reach.square() / 12 * spread.sum(1)).sum())
-        kept = min(flat.numel(), _BINNED)
-        chosen = torch.arange(kept) * flat.numel() // kept  # in integers: floats lose count above 2^24
-        share = flat.numel() / len(chosen)
-        self._values.append(flat.reshape(-1)[chosen])
-        self._energies.append(spread.reshape(-1)[chosen] * share)
 
     def result(self) -> InputNoise:
-        values, energies = torch.cat(self._values), torch.cat(self._energies)
-        low, high = float(values.min().clamp(max=0)), float(values.max().clamp(min=0))
-        width = (high - low) or 1.0
-        bins = ((values - low) * (BINS / width)).long().clamp_(0, BINS - 1)
-        histogram = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, energies.double())
-        return InputNoise(self._total, self._dynamic, histogram, low, high)
+        return InputNoise(self._total, self._dynamic)
 
 
 def _layout(slot: Slot, view: View) -> Layout:
