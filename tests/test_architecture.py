@@ -50,7 +50,7 @@ ORDER = [
     "sensitivity",
     "perturbation",
     "feedback",
-    "curves",
+    "rounding",
     "profile",
     # decisions
     "plan",

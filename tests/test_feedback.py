@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.curves import _DAMPINGS, make_target, solve
 from pared.feedback import DAMPING, factor, feedback
+from pared.rounding import _DAMPINGS, make_target, solve
 from pared.sensitivity import MOST_COLUMNS, Layout, TensorStats
 from pared.views import View
 

@@ -10,7 +10,7 @@ from torch import nn
 import pared
 from pared import PostTrainingQuantConfig, Rule, artifact, sensitivity, stats, workshop
 from pared import model as quantized
-from pared.curves import solve
+from pared.rounding import solve
 from pared.tensors import find_tensors
 from pared.workshop import Compressor
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.calibrated import Calibrated
-from pared import curves, feedback, formats, streams
+from pared import feedback, formats, rounding, streams
 from pared.sensitivity import Sensitivity, TensorStats
 
 # Shares of the ratio of step to spread by which rate-aware rounding moves the threshold between two codes. Where an
@@ -46,11 +46,11 @@ def flattered(known: Calibrated) -> Calibrated:
 
 
 def one_exponent() -> Any:
-    return patched(curves, _exponents=lambda importance, *_: torch.zeros(len(importance), dtype=torch.int64))
+    return patched(rounding, _exponents=lambda importance, *_: torch.zeros(len(importance), dtype=torch.int64))
 
 
 def uniform_tables() -> Any:
-    return patched(curves, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
+    return patched(rounding, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
 
 
 def one_class() -> Any:
@@ -65,7 +65,7 @@ def dead_zone(share: float) -> contextlib.ExitStack:
     """Between two codes the nearer to zero, which is the shorter one, is taken a little beyond the middle."""
     stack = contextlib.ExitStack()
     stack.enter_context(patched(feedback, _round_block=_RateAware(share).block))
-    stack.enter_context(patched(curves, round_rows=_RateAware(share).rows))
+    stack.enter_context(patched(rounding, round_rows=_RateAware(share).rows))
     return stack
 
 

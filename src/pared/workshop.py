@@ -18,12 +18,12 @@ from pared.allocate import Choice, Options
 from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
-from pared.curves import Codes, Curve, Target, make_target, solve, trace
 from pared.errors import ConfigError
 from pared.formats import CODE_LIMITS, Coded, Float, Grid, survives_float16
 from pared.layers import Activation
 from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine
+from pared.rounding import Codes, Curve, Target, make_target, solve, trace
 from pared.search import Offer
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics

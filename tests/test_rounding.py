@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.curves import Target, make_target, solve, table_importance, trace
 from pared.formats import Coded, Grid
+from pared.rounding import Target, make_target, solve, table_importance, trace
 from pared.sensitivity import Layout, TensorStats
 from pared.views import View
 
