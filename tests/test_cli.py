@@ -51,6 +51,38 @@ def test_fit_writes_a_model_that_loads(
     assert loaded.met
 
 
+def test_a_search_is_recorded_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calib", f"{HERE}:calibration", "--eval", f"{HERE}:score", "--tolerable-loss", "0.05"]
+    options += ["--workspace", str(tmp_path / "search")]
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *options, "-o", str(tmp_path / "one")) == 0
+    monkeypatch.setattr(f"{HERE}.score", lambda _: pytest.fail("scored again"))
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *options, "-o", str(tmp_path / "other")) == 0
+    one, other = ((tmp_path / name / "best_model.pt").read_bytes() for name in ("one", "other"))
+    assert one == other
+    assert "trial" in capsys.readouterr().out
+
+
+def test_a_curve_is_written_as_json_and_as_a_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calib", f"{HERE}:calibration", "--eval", f"{HERE}:score", "--curve", "-o", str(tmp_path)]
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *options) == 0
+    found = json.loads((tmp_path / "curve.json").read_text())
+    assert len(found["points"]) == 8
+    assert (tmp_path / "curve.svg").read_text().startswith("<svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.json", "curve.svg"]
+    assert f"written: {tmp_path / 'curve.json'}" in capsys.readouterr().out
+
+
+def test_eight_bits_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = ["--calib", f"{HERE}:calibration", "--quant-level", "0", "-q", "-o", str(tmp_path)]
+    assert run(monkeypatch, "fit", f"{HERE}:factory", *options) == 0
+    lines = {line.name: line for line in pared.load(tmp_path, model=factory()).plan}
+    assert lines["0.weight"].bits == 8
+
+
 def test_quiet_says_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +131,10 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             "error: Rule('zzz'): matches no tensor of the model",
         ),
         (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is no size"),
+        (
+            ["fit", f"{HERE}:factory", "-o", "x", "--curve", "--workspace", "y"],
+            "error: pared fit: --curve goes with none of --workspace, --confirm and --dry-run",
+        ),
         (["inspect", "missing.pt"], "missing.pt"),
     ],
 )

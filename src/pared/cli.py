@@ -58,6 +58,9 @@ def fit(
     absolute: Annotated[bool, typer.Option("--absolute", help="The loss is in the score's own unit.")] = False,
     lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="The score is a loss.")] = False,
     approach: Annotated[str | None, typer.Option(help="auto, static, dynamic or weight_only.")] = None,
+    quant_level: Annotated[
+        int | None, typer.Option(min=0, max=1, help="0: nothing coarser than 8 bits; 1: all that is allowed.")
+    ] = None,
     max_size: Annotated[str | None, typer.Option(help='The most bytes the file may take, "12MB" for instance.')] = None,
     rule: Annotated[
         list[str] | None,
@@ -83,6 +86,12 @@ def fit(
     _show_log(verbose)
     if output is None and not dry_run:
         raise ConfigError("no place to write to", where="pared fit", remedy="Pass -o DIRECTORY, or --dry-run.")
+    if curve and (workspace is not None or confirm is not None or dry_run):
+        raise ConfigError(
+            "--curve goes with none of --workspace, --confirm and --dry-run",
+            where="pared fit",
+            remedy="A curve has no search to record, confirm or predict: leave these out.",
+        )
     criterion = _given(
         tolerable_loss=tolerable_loss,
         criterion="absolute" if absolute else None,
@@ -94,6 +103,7 @@ def fit(
         accuracy_criterion=pared.AccuracyCriterion(**criterion),
         **_given(
             approach=approach,
+            quant_level=quant_level,
             max_size=_size(max_size),
             rules=[_rule(text) for text in rule or ()] or None,
             calibration_sampling_size=samples,

@@ -192,13 +192,13 @@ class PostTrainingQuantConfig:
             "weight_only" (not at all), or "auto": for each layer the first of these that is accurate enough there.
         accuracy_criterion: what `eval_func` may lose.
         device: only "cpu".
-        quant_level: 0 cautious, 1 full search, or "auto". Until there is a search below 8 bits, all mean 8 bits.
+        quant_level: 0: nothing coarser than 8 bits; 1: whatever the criterion or the size allows; "auto": 1.
         max_size: the most bytes that `best_model.pt` may take: a number, "12MB" (12 * 10^6) or "12MiB" (12 * 2^20).
         rules: decisions of the user; the first that matches a tensor wins.
         calibration_sampling_size: how many calibration samples are read (whole batches).
         max_trials: how many evaluations may be made, without the baseline's.
         timeout: seconds after which no new trial begins; 0: no limit.
-        seed: for everything that is drawn by chance; so far nothing is. It is recorded in the artifact.
+        seed: of the directions in which the damage is measured. It is recorded in the artifact.
         strict: refuse to leave a floating tensor of two or more dimensions in float unless a rule says so.
     """
 
