@@ -96,7 +96,7 @@ def test_a_dry_run_predicts_and_writes_nothing(
     where = ["--calib", f"{HERE}:calibration", "-o", str(tmp_path / "out")]
     assert run(monkeypatch, "fit", f"{HERE}:factory", *where, "--dry-run") == 0
     shown = capsys.readouterr().out
-    guessed = int(shown.split(" bytes")[0].removeprefix("about ").replace(",", ""))
+    guessed = int(shown.split(" bytes")[0].removeprefix("at 8 bits about ").replace(",", ""))
     assert not (tmp_path / "out").exists()
     assert guessed == pytest.approx(pared.fit(factory()).nbytes, rel=0.15)
     assert "nothing was written" in shown

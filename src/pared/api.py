@@ -318,12 +318,12 @@ def _check_arguments(conf: object, calibration: object, eval_func: object, confi
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `fit` would give, from a look at samples of the weights.
+    """What `fit` would give at 8 bits, from a look at samples of the weights: what a search starts from.
 
     Args:
         nbytes: of `best_model.pt`, about.
         original_nbytes: of the model's tensors as they are.
-        seconds: that `fit` would take without evaluations, about.
+        seconds: that `fit(quant_level=0)` would take without evaluations, about.
     """
 
     nbytes: int

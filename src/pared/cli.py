@@ -118,8 +118,9 @@ def fit(
     if dry_run:
         guess = pared.estimate(source, conf, calibration)
         typer.echo(
-            f"about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of {guess.original_nbytes:,}), "
-            f"about {guess.seconds:.1f} s without evaluations; nothing was written"
+            f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
+            f"{guess.original_nbytes:,}), about {guess.seconds:.1f} s; a search below 8 bits takes longer and fewer "
+            "bytes; nothing was written"
         )
         return
     assert output is not None
