@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def searches(found: Mapping[str, Any]) -> str:
         )
         for r in runs
     ]
-    mean = math.exp(sum(math.log(r.ratio) for r in runs) / len(runs))
+    mean = _mean(r.ratio for r in runs)
     notes = [
         f"* {r.name}, seed {r.seed} ({r.note}): "
         + "; ".join(f"{what} {r.metrics_float[what]:.4f} -> {value:.4f}" for what, value in r.metrics.items())
@@ -100,6 +100,33 @@ def searches(found: Mapping[str, Any]) -> str:
         f"and {len(runs)} runs: {mean:.2f}; missed on the test set: {sum(not r.test_met for r in runs)}.\n\n"
         + "\n".join(notes)
     )
+
+
+def smallest(found: Mapping[str, Any]) -> str:
+    """What the README shows of the searches: the means of each model's seeds."""
+    runs: dict[str, list[search.Run]] = {}
+    for record in found.values():
+        run = search.read(record)
+        runs.setdefault(run.name, []).append(run)
+    rows = [
+        (
+            *(name, each[0].note, f"{each[0].float_bytes / 1e6:.1f}", " / ".join(f"{r.nbytes / 1e6:.2f}" for r in each)),
+            *(f"**{_mean(r.ratio for r in each):.1f}x**", " / ".join(str(r.evaluations) for r in each)),
+            " / ".join(f"{r.test.value:.4f}" for r in each),
+            " / ".join(f"{r.tolerance:.4f}" for r in each),
+        )
+        for name, each in sorted(runs.items())
+    ]
+    columns = ("model", "score", "FP32 MB", "file MB", "FP32 / file", "evaluations", "loss on test", "tolerated")
+    every = [run.ratio for each in runs.values() for run in each]
+    seeds = max(len(each) for each in runs.values())
+    return f"{markdown(columns, rows)}\n\n{seeds} seeds; geometric mean of FP32 / file: {_mean(every):.1f}."
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    """Their geometric mean."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs))
 
 
 def at_sizes(found: Mapping[str, Any]) -> str:
@@ -167,6 +194,14 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
 }
 
 
+# What the README shows, shorter.
+EXCERPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "make bench": job,
+    "make bench-figures": lambda found: _sizes([figures.SizePoint(**record) for record in found["minilm"]]),
+    "make bench-search": smallest,
+}
+
+
 def fill(file: Path, command: str, content: str) -> None:
     """Put something between a command's marks."""
     text = file.read_text(encoding="utf-8")
@@ -182,8 +217,8 @@ def main() -> None:
             continue
         found = json.loads(path.read_text(encoding="utf-8"))
         fill(RESULTS, command, section(found))
-        if command == "make bench":
-            fill(README, command, job(found))
+        if command in EXCERPTS:
+            fill(README, command, EXCERPTS[command](found))
         print(f"written: {command}")
 
 

@@ -198,6 +198,11 @@ def show(runs: list[Run]) -> None:
     console.print(f"geometric mean of FP32 / file: {mean:.2f}; missed on test: {missed} of {len(runs)}")
 
 
+def known() -> dict[str, Any]:
+    """The records of all runs so far."""
+    return dict(json.loads(RESULTS.read_text(encoding="utf-8"))) if RESULTS.is_file() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=zoo.NAMES, default=zoo.NAMES)
@@ -212,12 +217,13 @@ def main() -> None:
         print(json.dumps(asdict(run(options.task, options.seeds[0], options.level))))
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    records = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    records = known()
     wanted = [(name, seed) for name in options.only for seed in options.seeds]
     for name, seed in wanted:
         if options.force or f"{name}/{seed}" not in records:
             print(f"{name}, seed {seed} ...", flush=True)
-            records[f"{name}/{seed}"] = asdict(in_child(name, seed, options))
+            found = asdict(in_child(name, seed, options))
+            records = {**known(), f"{name}/{seed}": found}  # another process may have added its own
             RESULTS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     show([read(records[f"{name}/{seed}"]) for name, seed in wanted])
     print(f"written: {RESULTS}")
