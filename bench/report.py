@@ -110,7 +110,8 @@ def smallest(found: Mapping[str, Any]) -> str:
         runs.setdefault(run.name, []).append(run)
     rows = [
         (
-            *(name, each[0].note, f"{each[0].float_bytes / 1e6:.1f}", " / ".join(f"{r.nbytes / 1e6:.2f}" for r in each)),
+            *(name, each[0].note, f"{each[0].float_bytes / 1e6:.1f}"),
+            " / ".join(f"{r.nbytes / 1e6:.2f}" for r in each),
             *(f"**{_mean(r.ratio for r in each):.1f}x**", " / ".join(str(r.evaluations) for r in each)),
             " / ".join(f"{r.test.value:.4f}" for r in each),
             " / ".join(f"{r.tolerance:.4f}" for r in each),
