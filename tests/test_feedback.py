@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.feedback import DAMPING, factor, feedback
-from pared.rounding import _DAMPINGS, make_target, solve
+from pared.rounding import DAMPINGS, make_target, solve
 from pared.sensitivity import MOST_COLUMNS, Layout, TensorStats
 from pared.views import View
 
@@ -141,7 +141,7 @@ def test_groups_in_one_batch_are_groups_one_by_one() -> None:
     matrix = torch.randn(24, 9, generator=torch.Generator().manual_seed(0))
     moments = correlated(8, 9)
     codes, steps = solved(matrix, moments, Layout(groups=8), 0.25)
-    damping = next(d for d in _DAMPINGS if torch.equal(codes, rounded(matrix, moments, steps, d)))
+    damping = next(d for d in DAMPINGS if torch.equal(codes, rounded(matrix, moments, steps, d)))
     for group in range(8):
         rows = slice(3 * group, 3 * group + 3)
         alone = feedback(matrix[None, rows], factor(moments[group : group + 1], damping), steps[None, rows], 127)[0]

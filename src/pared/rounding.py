@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -35,8 +36,11 @@ _FINEST: Final = -13.0
 # Of few weights all steps are tried: wide codes of which there are too few for a table are stored as they are.
 _TRIED_OF_FEW: Final = (*range(int(_FINEST), -3), *_TRIED)
 _FEW: Final = 1 << 13
-_JUDGED_AT: Final = -2.0  # octaves, where dampings are compared: about four bits
-_DAMPINGS: Final = (0.05, 0.3, 1.5)
+# Heavy tails have a rate left there: then coarser steps are tried, an octave each, until that is small.
+_MORE_TRIED: Final = 4
+_SMALL_RATE: Final = 0.25  # bits
+_JUDGED_AT: Final = -1.0  # octaves, where ways to round are compared: about three bits
+DAMPINGS: Final = (0.015, 0.05, 0.12, 0.3, 1.5)  # from the middle one the search goes to where it is better
 _EVERY: Final = 1  # eighths of an octave between options
 # The most that a code of int8 may reach before feedback: it moves later columns, and rows that leave the range are
 # solved again.
@@ -108,16 +112,31 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
     if stats.moments is None:
         return best
     seen = stats.moments if stats.unseen is None else stats.moments - stats.unseen
-    tried = {damping: replace(best, factored=factor(seen, damping)) for damping in _DAMPINGS}
-    merits = {damping: _merit(target, judge) for damping, target in tried.items()}
-    damping = min(merits, key=lambda one: merits[one])
-    if merits[damping] >= _merit(best, judge):
+    damping, judged = _damped(best, seen, judge)
+    if _merit(judged, judge) >= _merit(best, judge):
         return best
-    return replace(best, factored=factor(stats.moments, damping), judged=tried[damping].factored)
+    return replace(best, factored=factor(stats.moments, damping), judged=judged.factored)
+
+
+def _damped(target: Target, moments: Tensor, judge: Tensor | None) -> tuple[float, Target]:
+    """The damping of `DAMPINGS` that is better than its neighbours, and the target with it."""
+
+    @functools.cache
+    def at(place: int) -> tuple[float, Target]:
+        damped = replace(target, factored=factor(moments, DAMPINGS[place]))
+        return _merit(damped, judge), damped
+
+    place = len(DAMPINGS) // 2
+    while True:
+        near = range(max(0, place - 1), min(len(DAMPINGS), place + 2))
+        best = min(near, key=lambda one: at(one)[0])
+        if at(best)[0] >= at(place)[0]:
+            return DAMPINGS[place], at(place)[1]
+        place = best
 
 
 def _merit(target: Target, judge: Tensor | None) -> float:
-    """Bits per weight at equal damage, up to what all ways to round a tensor share; at about four bits."""
+    """Bits per weight at equal damage, up to what all ways to round a tensor share; at about three bits."""
     scale = float(target.matrix.square().mean().sqrt())
     common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _JUDGED_AT))
     rows = _sample_rows(target)
@@ -260,7 +279,12 @@ def trace(target: Target, stats: TensorStats) -> Curve:
     middle = round(STEPS_PER_OCTAVE * math.log2(scale))
     octaves = _TRIED_OF_FEW if target.matrix.numel() <= _FEW else _TRIED
     tried = [middle + round(STEPS_PER_OCTAVE * octave) for octave in octaves]
-    rates, errors = _try(target, _sample_rows(target), tried, stats.judge)
+    rows = _sample_rows(target)
+    rates, errors = _try(target, rows, tried, stats.judge)
+    while rates[-1] > _SMALL_RATE and tried[-1] < middle + STEPS_PER_OCTAVE * (_TRIED[-1] + _MORE_TRIED):
+        coarser = [tried[-1] + STEPS_PER_OCTAVE // 2, tried[-1] + STEPS_PER_OCTAVE]
+        more_rates, more_errors = _try(target, rows, coarser, stats.judge)
+        tried, rates, errors = tried + coarser, np.append(rates, more_rates), np.append(errors, more_errors)
     common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1, _EVERY)
     parts = [_options(target, codes, common, tried, rates, errors) for codes in _KINDS]
     kinds = [codes for codes in _KINDS for _ in common]

@@ -48,6 +48,7 @@ RESERVE: Final = 700
 _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
 # Options of int16 are for where int8 loses: at the same step, by this factor in damage.
 _WORTH_INT16: Final = 1.25
+_ALIGNED: Final = 64  # bytes by which a file grows at once
 _ROUNDS: Final = 10  # of closing in on max_size
 _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
@@ -149,7 +150,10 @@ class Compressor(Generic[ModuleT]):
                 high = planned
             if best is not None and (attempt >= _ROUNDS or wanted >= real > 0.998 * wanted):
                 break
-            planned *= wanted / real if attempt < _ROUNDS else 0.97
+            if attempt < _ROUNDS:
+                planned += wanted - real - (_ALIGNED if real > wanted else 0)
+            else:
+                planned *= 0.97
             if best is not None and not low < planned < high:
                 planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
         if best is None:
