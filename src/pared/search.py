@@ -38,7 +38,7 @@ _CLOSE: Final = 0.85
 
 # After one trial, the next must promise to make the file smaller by this share; and by more after each further one.
 _WORTH: Final = 0.01
-_WORTH_GROWTH: Final = 1.5
+_WORTH_GROWTH: Final = 1.8
 
 # Slopes that are believed, and factors of damage: the boldest step to where nothing is known yet, the step where the
 # loss is lost in noise, and the least step down from a failure (it doubles, on a log scale, with each failure).
