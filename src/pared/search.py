@@ -36,9 +36,11 @@ _AIM: Final = 0.92
 _LEAST_AIM: Final = 0.5
 _CLOSE: Final = 0.85
 
-# After one trial, the next must promise to make the file smaller by this share; and by more after each further one.
+# After one trial, the next must promise to make the file smaller by this share; by more after each further one; and by
+# more where the score is noisy, by this factor for a standard error as large as the tolerable loss.
 _WORTH: Final = 0.01
-_WORTH_GROWTH: Final = 1.8
+_WORTH_GROWTH: Final = 1.5
+_WORTH_OF_NOISE: Final = 4.0
 
 # Slopes that are believed, and factors of damage: the boldest step to where nothing is known yet, the step where the
 # loss is lost in noise, and the least step down from a failure (it doubles, on a log scale, with each failure).
@@ -286,7 +288,8 @@ class _Market:
         if law is not None and law.trials > 1 and not law.flat and _strain(good) >= _CLOSE * law.aim:
             return None
         offer = self._offer(_coarser(good, law) if bad is None else _between(good, bad, law, trials))
-        worth = _WORTH * _WORTH_GROWTH ** (len(trials) - 1)
+        noise = (good.standard_error or 0.0) / (self.tolerable_loss or math.inf)
+        worth = _WORTH * _WORTH_GROWTH ** (len(trials) - 1) * (1 + _WORTH_OF_NOISE * noise)
         return offer if offer.nbytes < (1 - worth) * self._offer(math.log(good.damage)).nbytes else None
 
     def _offer(self, place: float) -> Offer:
