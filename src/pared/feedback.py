@@ -29,17 +29,15 @@ class Factor:
         order: int64 (blocks, columns): the columns in the order of rounding.
         spill: float32 (blocks, columns, columns), in that order: what each column's error adds to each later column.
         remaining: float64 (blocks, columns), in that order: the error that a unit error of a column leaves.
-        share: output error of feedback relative to plain rounding, at the same steps: at most 1.
     """
 
     order: Tensor
     spill: Tensor
     remaining: Tensor
-    share: float
 
     def some(self, blocks: Tensor) -> Factor:
         """Only some of the blocks, by their indices."""
-        return Factor(self.order[blocks], self.spill[blocks], self.remaining[blocks], self.share)
+        return Factor(self.order[blocks], self.spill[blocks], self.remaining[blocks])
 
 
 def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
@@ -50,7 +48,7 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
         damping: see `DAMPING`.
 
     >>> f = factor(torch.tensor([[[1.0, 0.9], [0.9, 2.0]]]))
-    >>> f.order.tolist(), f.share < 1
+    >>> f.order.tolist(), bool(f.remaining.sum() < 3.0)
     ([[1, 0]], True)
     """
     exact = moments.double()
@@ -68,7 +66,7 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     scale = inverse.diagonal(dim1=1, dim2=2)
     remaining = scale.square().reciprocal()
     spill = (-inverse / scale[:, :, None]).float()
-    return Factor(order, spill, remaining, float(remaining.sum() / damped.sum()))
+    return Factor(order, spill, remaining)
 
 
 def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block: int = _BLOCK) -> Tensor:

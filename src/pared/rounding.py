@@ -36,12 +36,11 @@ _FINEST: Final = -13.0
 # Of few weights all steps are tried: wide codes of which there are too few for a table are stored as they are.
 _TRIED_OF_FEW: Final = (*range(int(_FINEST), -3), *_TRIED)
 _FEW: Final = 1 << 13
-# Heavy tails have a rate left there: then coarser steps are tried, an octave each, until that is small.
+# Heavy tails have a rate left there: then coarser steps are tried, half an octave each, until that is small.
 _MORE_TRIED: Final = 4
 _SMALL_RATE: Final = 0.25  # bits
 _JUDGED_AT: Final = -1.0  # octaves, where ways to round are compared: about three bits
 DAMPINGS: Final = (0.015, 0.05, 0.12, 0.3, 1.5)  # from the middle one the search goes to where it is better
-_EVERY: Final = 1  # eighths of an octave between options
 # The most that a code of int8 may reach before feedback: it moves later columns, and rows that leave the range are
 # solved again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
@@ -285,7 +284,7 @@ def trace(target: Target, stats: TensorStats) -> Curve:
         coarser = [tried[-1] + STEPS_PER_OCTAVE // 2, tried[-1] + STEPS_PER_OCTAVE]
         more_rates, more_errors = _try(target, rows, coarser, stats.judge)
         tried, rates, errors = tried + coarser, np.append(rates, more_rates), np.append(errors, more_errors)
-    common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1, _EVERY)
+    common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1)
     parts = [_options(target, codes, common, tried, rates, errors) for codes in _KINDS]
     kinds = [codes for codes in _KINDS for _ in common]
     return Curve(np.concatenate([common, common]), tuple(kinds), *(np.concatenate(p) for p in zip(*parts, strict=True)))
