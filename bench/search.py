@@ -85,16 +85,21 @@ class Run:
 
 
 class Evaluation:
-    """What `pared.fit` calls to score a model, and how often and for how long it did."""
+    """What `pared.fit` calls to score a model, and how often and for how long it did.
 
-    def __init__(self, pair: Pair, seed: int) -> None:
-        self.pair, self.seed = pair, seed
+    The first call is for the float model, whose scores are known: it counts, but is not made again.
+    """
+
+    def __init__(self, pair: Pair, seed: int, baseline: Scores) -> None:
+        self.pair, self.seed, self.baseline = pair, seed, baseline
         self.calls, self.seconds = 0, 0.0
 
     def __call__(self, model: nn.Module) -> Scores:
+        self.calls += 1
+        if self.calls == 1:
+            return self.baseline
         start = time.perf_counter()
         scores = self.pair.scores(model, "search", self.seed)
-        self.calls += 1
         self.seconds += time.perf_counter() - start
         return scores
 
@@ -130,7 +135,7 @@ def run(name: str, seed: int, level: Literal[0, 1]) -> Run:
     conf = PostTrainingQuantConfig(
         accuracy_criterion=criterion, quant_level=level, calibration_sampling_size=ALL_SAMPLES, seed=seed
     )
-    calibration, evaluation = pair.calibration(seed), Evaluation(pair, seed)
+    calibration, evaluation = pair.calibration(seed), Evaluation(pair, seed, baseline)
     before, start = peak_memory(), time.perf_counter()
     fitted: Any = pared.fit(model, conf, calibration, evaluation, quiet=True)
     seconds, peak = time.perf_counter() - start, peak_memory()
@@ -150,7 +155,7 @@ def run(name: str, seed: int, level: Literal[0, 1]) -> Run:
         nbytes=file.stat().st_size,
         evaluations=evaluation.calls,
         fit_seconds=seconds,
-        evaluation_seconds=evaluation.seconds / evaluation.calls,
+        evaluation_seconds=evaluation.seconds / (evaluation.calls - 1),
         peak_before=before,
         peak=peak,
         search_baseline=float(baseline.mean()),
