@@ -44,6 +44,31 @@ def test_a_model_without_gradients_is_not_measured_by_them() -> None:
     assert sensitivity.measure(model, seen.calls, seen.energies, 0) is None
 
 
+class Overwritten(nn.Linear):
+    """Writes into a tensor that its gradient needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x).exp()
+        out += 1
+        return out.sigmoid()
+
+
+class InNumpy(nn.Linear):
+    """Leaves torch, which a tensor with a gradient may not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.from_numpy(super().forward(x).numpy()))
+
+
+@pytest.mark.parametrize("make", [Overwritten, InNumpy])
+def test_a_model_whose_gradient_fails_is_disturbed(make: type[nn.Linear], caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = make(32, 32)
+    quantized = pared.fit(model, calib_dataloader=[torch.randn(64, 32)])
+    assert "each weight is disturbed by itself" in caplog.text
+    assert pared.report(quantized).count("grid int8") >= 1
+
+
 def test_predicted_damage_is_what_noise_does() -> None:
     torch.manual_seed(0)
     model = Frozen()

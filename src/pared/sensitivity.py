@@ -8,6 +8,7 @@ every layer's inputs, each sample weighted by how much the output depends on it,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,6 +22,8 @@ from pared.products import Product, Watch
 from pared.stats import Call, shadow
 from pared.tensors import Slot, find_tensors
 from pared.views import View, view_of
+
+log = logging.getLogger(__name__)
 
 # A matrix of second moments has at most so many columns: 64 MiB. Wider weights are cut into independent parts.
 MOST_COLUMNS: Final = 4096
@@ -129,7 +132,8 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
         seed: of the random directions.
 
     Returns:
-        None where no floating number of the model's products leads to its weights: nothing can be differentiated.
+        None where nothing can be differentiated: no floating number of the model's products leads to its weights, or a
+        gradient fails in the model's own code, as after writing into a tensor that it still needs.
     """
     copied = shadow(model)
     pass_ = _Pass(copied, seed)
@@ -137,12 +141,17 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
         return Sensitivity({})
     rounds = max(1, round(_PROBES / len(calls)))
     leaves_of_call = output_leaves if energies else last_products
-    with torch.enable_grad():
-        energies = energies or _energies(copied, calls)
-        for turn in range(rounds):
-            for i, call in enumerate(calls):
-                other = turn % 2 if len(calls) == 1 else i % 2
-                pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(other))
+    try:
+        with torch.enable_grad():
+            energies = energies or _energies(copied, calls)
+            for turn in range(rounds):
+                for i, call in enumerate(calls):
+                    other = turn % 2 if len(calls) == 1 else i % 2
+                    pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(other))
+    except RuntimeError as error:
+        # The same calls ran before without gradients.
+        log.warning("no gradient goes through the model, so each weight is disturbed by itself: %s", error)
+        return None
     return pass_.result(rounds)
 
 
