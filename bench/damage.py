@@ -31,7 +31,7 @@ from pared.contents import Stored
 from pared.outputs import Leaf, leaves_of
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
-from pared.workshop import _Free, _free, _solved
+from pared.workshop import Free, rounded, trace_slot
 
 RESULTS = Path("out/bench/damage.json")
 PICTURE = Path("docs/damage.svg")
@@ -39,7 +39,7 @@ WIDTH = 130  # of the table, also where standard output is no terminal
 
 PAIRS = 44  # of each model, about
 BITS = (6.0, 4.5, 3.5, 2.5)  # where there are tensors enough; else as many rates as it takes, between the same ends
-LEAST_RANK, MOST_FACTOR = 0.9, 2.0
+LEAST_PAIRS, LEAST_RANK, MOST_FACTOR = 40, 0.9, 2.0
 _WINDOWS = 500  # of text that judge textgenrnn
 
 
@@ -73,7 +73,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return self.rank >= LEAST_RANK and 1 / MOST_FACTOR <= self.factor <= MOST_FACTOR
+        return self.pairs >= LEAST_PAIRS and self.rank >= LEAST_RANK and 1 / MOST_FACTOR <= self.factor <= MOST_FACTOR
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> Verdict:
@@ -136,14 +136,14 @@ def weights(known: Calibrated, judge: Judge, pairs: int = PAIRS) -> Iterator[Pai
     chosen = [tensors[i] for i in np.linspace(0, len(tensors) - 1, wanted).round().astype(int)]
     rates = BITS if wanted * len(BITS) >= pairs else np.linspace(BITS[0], BITS[-1], -(-pairs // wanted))
     for slot in chosen:
-        free = _free(slot, known.sensitivity.tensors[slot.name])
+        free = trace_slot(slot, known.sensitivity.tensors[slot.name])
         for option in dict.fromkeys(_option(free, float(bits)) for bits in rates):
             predicted = float(free.options.damage[option])
             what = f"{8 * free.options.nbytes[option] / slot.tensor.numel():.2f} bits"
-            yield Pair(slot.name, what, predicted, judge.with_tensor(slot.name, _solved(free, option).decode()))
+            yield Pair(slot.name, what, predicted, judge.with_tensor(slot.name, rounded(free, option).decode()))
 
 
-def _option(free: _Free, bits: float) -> int:
+def _option(free: Free, bits: float) -> int:
     """The option on a grid whose rate is nearest."""
     nbytes = free.options.nbytes[: len(free.curve.codes)]
     return int(np.abs(8 * nbytes / free.slot.tensor.numel() - bits).argmin())

@@ -31,6 +31,9 @@ OUT = Path("out/bench")
 RESULTS = OUT / "results.json"
 
 
+EIGHT_BITS = PostTrainingQuantConfig(quant_level=0)
+
+
 def medians(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, dict[str, float]]:
     """Milliseconds of each, interleaved: median, least and most."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -114,7 +117,7 @@ def bench_minilm() -> dict[str, Any]:
     calibration = minilm.calibration()
     weight_only = pared.fit(model, PostTrainingQuantConfig(approach="weight_only"))
     start = time.perf_counter()
-    quick = pared.fit(model, PostTrainingQuantConfig(), calibration)
+    quick = pared.fit(model, EIGHT_BITS, calibration)
     fit_seconds = time.perf_counter() - start
     directory = OUT / "minilm"
     pared.save(quick, directory / "int8")
@@ -153,7 +156,7 @@ def _count(values: Any) -> dict[str, int]:
 
 def bench_dual_path() -> dict[str, Any]:
     model = dual_path.load()
-    quick = pared.fit(model, None, dual_path.calibration())
+    quick = pared.fit(model, EIGHT_BITS, dual_path.calibration())
     directory = OUT / "dual_path"
     path = pared.save(quick, directory)
     torch.save(quick, directory / "object.pt")
@@ -170,7 +173,7 @@ def bench_dual_path() -> dict[str, Any]:
 def bench_effnet() -> dict[str, Any]:
     model = effnet.load()
     weight_only = pared.fit(model, PostTrainingQuantConfig(approach="weight_only"))
-    quick = pared.fit(model, None, effnet.calibration())
+    quick = pared.fit(model, EIGHT_BITS, effnet.calibration())
     photo = effnet.calibration()[0][:1]
     models = {"float32": model, "bfloat16": effnet.load().bfloat16(), "pared": quick}
     inputs = {name: photo.bfloat16() if name == "bfloat16" else photo for name in models}

@@ -135,7 +135,8 @@ def test_rows_that_leave_the_range_are_solved_again() -> None:
 def rounded(matrix: Tensor, moments: Tensor, steps: Tensor, damping: float) -> Tensor:
     layout = Layout(groups=len(moments))
     blocks = layout.row_blocks(steps).contiguous()
-    return layout.matrix(feedback(layout.blocks(matrix), factor(moments, damping), blocks, 127)).to(torch.int8)
+    codes = feedback(layout.blocks(matrix), factor(moments, damping), blocks, 127)
+    return layout.matrix(codes, matrix.shape[1]).to(torch.int8)
 
 
 def test_groups_in_one_batch_are_groups_one_by_one() -> None:
@@ -152,7 +153,7 @@ def test_groups_in_one_batch_are_groups_one_by_one() -> None:
 def test_wide_matrices_are_cut_into_parts() -> None:
     layout = Layout(1, 2)
     matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(layout.matrix(layout.blocks(matrix)), matrix)
+    assert torch.equal(layout.matrix(layout.blocks(matrix), matrix.shape[1]), matrix)
     moments = correlated(2, 6)
     codes, steps = solved(matrix, moments, layout, 0.25)
     for part in range(2):

@@ -1,6 +1,7 @@
 """Damage where nothing can be differentiated: each weight disturbed by itself."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +115,32 @@ def test_fit_spends_its_bytes_where_errors_cost() -> None:
     small = pared.fit(Frozen(), pared.PostTrainingQuantConfig(max_size=6000), [calls()[0].args[0]])
     rates = {line.name: line.bits for line in small.plan}
     assert rates["loud.weight"] > rates["quiet.weight"] + 3
+
+
+class Offset(Frozen):
+    """Logits, to which a constant may be added without changing what they say."""
+
+    def __init__(self, offset: float) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x) + self.offset}
+
+
+def test_damage_is_the_same_notion_as_with_gradients() -> None:
+    found = []
+    for offset in (0.0, 100.0):
+        torch.manual_seed(0)
+        found.append(perturb(Offset(offset), calls(), 0).tensors["loud.weight"].rows.sum())
+    assert float(found[0]) == pytest.approx(float(found[1]), rel=0.02)
+
+
+def test_masked_outputs_do_not_count() -> None:
+    class Masked(Frozen):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).masked_fill(torch.arange(32) == 2, -torch.inf)
+
+    torch.manual_seed(0)
+    found = perturb(Masked(), calls(), 0).tensors
+    assert all(0 < float(one.rows.sum()) < float("inf") for one in found.values())

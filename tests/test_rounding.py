@@ -146,3 +146,12 @@ def test_steps_lie_on_the_table_and_follow_importance(common: int, spread: float
     if len(damages) > 1 and bool(target.exponents.any()):
         assert float(damages.max() / damages.min()) < 2 ** (2 * 8 / 8) * 1.01, "equal up to the exponents' resolution"
     assert math.isfinite(float(steps.sum()))
+
+
+@pytest.mark.parametrize("moments", [False, True])
+def test_a_row_without_a_gradient_counts_like_an_ordinary_one(moments: bool) -> None:
+    """Experts, rows of a table that is indexed: what calibration did not reach is not wiped out."""
+    rows = torch.tensor([0.0, 1.0, 2.0, 4.0, 0.0], dtype=torch.float64)
+    stats = TensorStats(rows, torch.eye(64)[None] if moments else None)
+    target = make_target(torch.randn(5, 64), View((5, 64), (0,)), stats)
+    assert target.importance.tolist() == [2.0, 1.0, 2.0, 4.0, 2.0]

@@ -22,7 +22,7 @@ from pared.formats import Grid
 from pared.sensitivity import Layout
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
-from pared.workshop import _Free, _solved
+from pared.workshop import Free, rounded
 
 _DAMPING = 0.05  # share of the mean second moment
 
@@ -130,13 +130,13 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
             for name in (f"{linear}.weight" for linear in linears):
                 one, option = free[name]
                 if option < len(one.curve.codes):
-                    coded[name] = _solved(_corrected(one, seen[name.removesuffix(".weight")], own_moments), option)
+                    coded[name] = rounded(_corrected(one, seen[name.removesuffix(".weight")], own_moments), option)
                     walk.decoded[name] = coded[name].decode()
             walk.put_layer(linears)
         yield replace(contents, tensors=tuple(replace(s, coded=coded[s.name]) for s in contents.tensors))
 
 
-def _corrected(one: _Free, seen: _Seen, own_moments: bool) -> _Free:
+def _corrected(one: Free, seen: _Seen, own_moments: bool) -> Free:
     damped = seen.moments.double()
     damped += torch.eye(len(damped), dtype=torch.float64) * (_DAMPING * damped.diagonal().mean())
     shift = torch.linalg.solve(damped, seen.missing.double().T).T  # (X - Xq)^T Xq (Xq^T Xq)^-1

@@ -7,6 +7,7 @@ probabilities: twice the divergence KL(p || p'), which for small errors is the v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,29 +33,43 @@ class Leaf:
     value: Tensor
     is_logits: bool = False
 
+    def counts(self) -> Tensor:
+        """Which numbers count, and of logits which distributions: those that are finite, as masked ones are not."""
+        value = self.value.detach()
+        if not self.is_logits:
+            return value.isfinite()
+        broken = value.isnan() | (value == torch.inf)
+        return value.isfinite().any(-1) & ~broken.any(-1)
+
     def energy(self) -> float:
         """What damage is relative to: the sum of squares; for logits, the number of distributions."""
         if self.is_logits:
-            return float(self.value.numel() // self.value.shape[-1])
-        return float(self.value.detach().double().square().sum())
+            return float(self.counts().sum())
+        return float(self.value.detach()[self.counts()].double().square().sum())
 
     def error(self, other: Tensor) -> float:
         """How far another value of this output is from this one, in the unit of `energy`."""
+        counts = self.counts()
+        ours, theirs = (tensor.detach()[counts].double() for tensor in (self.value, other))
         if self.is_logits:
-            expected, got = (t.detach().double().log_softmax(-1) for t in (self.value, other))
-            return 2 * float((expected.exp() * (expected - got)).sum())
-        return float((other.detach().double() - self.value.detach().double()).square().sum())
+            expected, got = ours.log_softmax(-1), theirs.log_softmax(-1)
+            lost = 2 * float((expected.exp() * (expected - got))[expected.isfinite()].sum())
+        else:
+            lost = float((theirs - ours).square().sum())
+        return lost if math.isfinite(lost) else math.inf
 
     def probe(self, generator: torch.Generator) -> Tensor:
         """A random direction r with `E[(r . e)^2] = error(value + e)` for small errors e: of the output's shape."""
         value = self.value.detach()
         if self.is_logits:  # the score function of a sampled class: its covariance is the Fisher information
-            probabilities = value.float().softmax(-1).reshape(-1, value.shape[-1])
+            flat = torch.where(self.counts()[..., None], value, torch.zeros_like(value)).float()
+            probabilities = flat.softmax(-1).reshape(-1, value.shape[-1])
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             scores = probabilities.neg().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
             # Signs of its own for each distribution keep sums over distributions free of cross terms.
-            return (scores * _signs((len(scores), 1), generator)).reshape(value.shape).to(value.dtype)
-        return _signs(value.shape, generator).to(value.dtype)
+            signed = (scores * _signs((len(scores), 1), generator)).reshape(value.shape)
+            return (signed * self.counts()[..., None]).to(value.dtype)
+        return (_signs(value.shape, generator) * self.counts()).to(value.dtype)
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:

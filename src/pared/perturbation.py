@@ -7,6 +7,7 @@ calls for each weight; a gradient would tell every row of every weight in one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import CalibrationError
-from pared.outputs import leaves_of
+from pared.outputs import Leaf, leaves_of
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Call, shadow
 from pared.tensors import Slot, find_tensors
@@ -47,7 +48,7 @@ def perturb(model: nn.Module, calls: Sequence[Call], seed: int) -> Sensitivity:
     calls = calls[:_MOST_CALLS]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        expected = [_values(copied(*call.args, **call.kwargs)) for call in calls]
+        expected: list[list[Leaf]] = [_values(copied(*call.args, **call.kwargs)) for call in calls]
         if _difference(copied, calls, expected) > 0:
             raise CalibrationError(
                 "the model gives different outputs for the same input, so what an error costs cannot be told",
@@ -59,7 +60,7 @@ def perturb(model: nn.Module, calls: Sequence[Call], seed: int) -> Sensitivity:
 
 
 def _disturb(
-    slot: Slot, model: nn.Module, calls: Sequence[Call], expected: list[list[Tensor]], generator: torch.Generator
+    slot: Slot, model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]], generator: torch.Generator
 ) -> TensorStats:
     tensor = slot.tensor.detach()
     rows = view_of(slot.module, slot.attribute, tuple(tensor.shape)).n_rows
@@ -78,21 +79,29 @@ def _disturb(
     return TensorStats(torch.full((rows,), each, dtype=torch.float64))
 
 
-def _values(output: Any) -> list[Tensor]:
+def _values(output: Any) -> list[Leaf]:
     """The outputs that are compared: the floats, or else all tensors."""
-    floats = [leaf.value.detach().clone() for leaf in leaves_of(output)]
-    return floats or [leaf.clone() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output)]
+    return floats or [Leaf(leaf.clone()) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Tensor]]) -> float:
-    """The share of the energy of floats that is lost, or of other numbers that are not the same."""
-    lost = total = 0.0
+def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> float:
+    """The mean over the outputs of the share that is lost: of the energy of floats, of the number of others."""
+    lost: dict[int, float] = {}
+    total: dict[int, float] = {}
     for call, wanted in zip(calls, expected, strict=True):
-        for ours, theirs in zip(wanted, _values(model(*call.args, **call.kwargs)), strict=False):
-            if ours.is_floating_point():
-                lost += float((ours.double() - theirs.double()).square().sum())
-                total += float(ours.double().square().sum())
-            else:
-                lost += float((ours != theirs).sum()) if ours.shape == theirs.shape else ours.numel()
-                total += ours.numel()
-    return lost / total if total else 0.0
+        found = _values(model(*call.args, **call.kwargs))
+        for i, (ours, theirs) in enumerate(zip(wanted, found, strict=False)):
+            error, energy = _compared(ours, theirs.value)
+            lost[i], total[i] = lost.get(i, 0.0) + error, total.get(i, 0.0) + energy
+    shares = [lost[i] / total[i] for i in total if total[i] > 0]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _compared(ours: Leaf, theirs: Tensor) -> tuple[float, float]:
+    """What is lost, and of how much; all of it where the shape has changed."""
+    if not ours.value.is_floating_point():
+        total = float(ours.value.numel())
+        return float((ours.value != theirs).sum()) if ours.value.shape == theirs.shape else total, total
+    total = ours.energy()
+    return ours.error(theirs) if ours.value.shape == theirs.shape else total, total

@@ -98,6 +98,8 @@ def _places(name: str) -> Iterable[str]:
 
 def _by_rule(slot: Slot, rule: Rule) -> Decision:
     reason = rule.because or f"rule {rule.label}"
+    if _edits_itself(slot):
+        return _default(slot, DEFAULT_BITS)
     if rule.keep or not slot.tensor.is_floating_point():
         return Decision(slot.name, "exact", None, reason)
     if rule.bits == 32:
@@ -113,9 +115,13 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
     return Decision(slot.name, "grid", rule.bits, reason)
 
 
+def _edits_itself(slot: Slot) -> bool:
+    return getattr(slot.module, "max_norm", None) is not None
+
+
 def _default(slot: Slot, bits: float | None) -> Decision:
     tensor = slot.tensor
-    if getattr(slot.module, "max_norm", None) is not None:
+    if _edits_itself(slot):
         return Decision(slot.name, "exact", None, "its module edits it while reading it (max_norm)")
     if bits is None and slot.fits_grid and not slot.weight_like:
         return Decision(slot.name, "grid", None, "")

@@ -77,6 +77,9 @@ class Watch(TorchFunctionMode):
         """Run the function; tell of it if it is a product of a watched weight."""
         kwargs = kwargs or {}
         kind, input_place, weight_place = PRODUCTS.get(func, ("linear", 0, len(args)))
+        if func in PRODUCTS and len(args) <= weight_place and "weight" in kwargs:  # the name in all but addmm
+            rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
+            args, kwargs = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :])), rest
         if weight_place >= len(args) or id(args[weight_place]) not in self._names:
             return func(*args, **kwargs)
         x = args[input_place]

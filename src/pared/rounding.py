@@ -148,10 +148,12 @@ def _merit(target: Target, judge: Tensor | None) -> float:
 def _importance(stats: TensorStats) -> tuple[Tensor, float]:
     if stats.uses is not None and float(stats.uses.sum()) > 0 and stats.moments is None:
         return table_importance(stats.rows, stats.uses), _TABLE_POWER
-    mean = stats.rows.mean()
-    if float(mean) <= 0:
+    seen = stats.rows[stats.rows > 0]
+    if not len(seen):
         return torch.full_like(stats.rows, _NEGLIGIBLE), 1.0
-    return stats.rows.clamp(min=_LEAST_IMPORTANCE * float(mean)), 1.0
+    # A row that calibration never reached may matter elsewhere: it counts like the median one that it did.
+    rows = torch.where(stats.rows > 0, stats.rows, seen.median())
+    return rows.clamp(min=_LEAST_IMPORTANCE * float(rows.mean())), 1.0
 
 
 # What a tensor without any measured effect on the output counts: little, so that it ends coarse but not empty.
@@ -245,7 +247,8 @@ def _with_feedback(target: Target, rows: Tensor, steps: Tensor, limit: int) -> T
         blocks = (chosen[:, None] * whole.parts + torch.arange(whole.parts)).reshape(-1)
         factored = factored.some(blocks)
     blocks_of = layout.blocks(target.matrix[rows])
-    return layout.matrix(feedback(blocks_of, factored, layout.row_blocks(steps).contiguous(), limit))
+    codes = feedback(blocks_of, factored, layout.row_blocks(steps).contiguous(), limit)
+    return layout.matrix(codes, target.matrix.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,13 @@ every layer's inputs, each sample weighted by how much the output depends on it,
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pared.layers import Activation
@@ -48,20 +50,24 @@ class Layout:
     parts: int = 1
 
     def blocks(self, matrix: Tensor) -> Tensor:
-        """(rows, columns) as (groups * parts, rows / groups, columns / parts).
+        """(rows, columns) as (groups * parts, rows / groups, columns / parts); zeros fill the last part.
 
         >>> Layout(2, 1).blocks(torch.arange(4).reshape(4, 1)).tolist()
         [[[0], [1]], [[2], [3]]]
+        >>> Layout(1, 2).blocks(torch.ones(1, 3)).tolist()
+        [[[1.0, 1.0]], [[1.0, 0.0]]]
         """
         rows, columns = matrix.shape
-        split = matrix.reshape(self.groups, rows // self.groups, self.parts, columns // self.parts)
-        return split.transpose(1, 2).reshape(self.groups * self.parts, rows // self.groups, columns // self.parts)
+        width = -(-columns // self.parts)
+        filled = F.pad(matrix, (0, self.parts * width - columns))
+        split = filled.reshape(self.groups, rows // self.groups, self.parts, width)
+        return split.transpose(1, 2).reshape(self.groups * self.parts, rows // self.groups, width)
 
-    def matrix(self, blocks: Tensor) -> Tensor:
-        """The inverse of `blocks`."""
-        _, rows, columns = blocks.shape
-        split = blocks.reshape(self.groups, self.parts, rows, columns).transpose(1, 2)
-        return split.reshape(self.groups * rows, self.parts * columns)
+    def matrix(self, blocks: Tensor, columns: int) -> Tensor:
+        """The inverse of `blocks`: so many columns."""
+        _, rows, width = blocks.shape
+        split = blocks.reshape(self.groups, self.parts, rows, width).transpose(1, 2)
+        return split.reshape(self.groups * rows, self.parts * width)[:, :columns]
 
     def row_blocks(self, per_row: Tensor) -> Tensor:
         """One number per row as (groups * parts, rows / groups)."""
@@ -78,7 +84,8 @@ class TensorStats:
             variance 1.
         moments: float32 (blocks, columns, columns): second moments of the weight's gradients, in which inputs stand
             as the output depends on them; None for tables.
-        unseen: the part of `moments` that comes from every other call: to judge what was made from the rest.
+        unseen: the part of `moments` that comes from every other call, or from every other sample of a lone one: to
+            judge what was made from the rest.
         layout: how the blocks cover the weight's matrix.
         uses: float64, for tables: how often each row was looked up; None for other weights.
     """
@@ -135,23 +142,43 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
         None where nothing can be differentiated: no floating number of the model's products leads to its weights, or a
         gradient fails in the model's own code, as after writing into a tensor that it still needs.
     """
-    copied = shadow(model)
-    pass_ = _Pass(copied, seed)
-    if not pass_.slots:
+    if not any(slot.fits_grid for slot in find_tensors(model)):
         return Sensitivity({})
+    try:
+        return _probed(model, calls, energies, seed, ("parameter", "buffer"))
+    except RuntimeError as first:
+        _refuse_exhausted(first)
+        try:  # a buffer that the forward writes into cannot have a gradient
+            return _probed(model, calls, energies, seed, ("parameter",))
+        except RuntimeError as error:
+            _refuse_exhausted(error)
+            # The same calls ran before without gradients.
+            log.warning("no gradient goes through the model, so each weight is disturbed by itself: %s", error)
+            return None
+
+
+def _refuse_exhausted(error: RuntimeError) -> None:
+    """Raise what has nothing to do with gradients."""
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        raise error
+
+
+def _probed(
+    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, kinds: Sequence[str]
+) -> Sensitivity | None:
+    copied = shadow(model)
+    pass_ = _Pass(copied, seed, kinds)
     rounds = max(1, round(_PROBES / len(calls)))
     leaves_of_call = output_leaves if energies else last_products
-    try:
-        with torch.enable_grad():
-            energies = energies or _energies(copied, calls)
-            for turn in range(rounds):
-                for i, call in enumerate(calls):
-                    other = turn % 2 if len(calls) == 1 else i % 2
-                    pass_.probe(leaves_of_call, call, [(e or 1.0) * rounds for e in energies], unseen=bool(other))
-    except RuntimeError as error:
-        # The same calls ran before without gradients.
-        log.warning("no gradient goes through the model, so each weight is disturbed by itself: %s", error)
-        return None
+    with torch.enable_grad():
+        energies = energies or _energies(copied, calls)
+        for turn in range(rounds):
+            for i, call in enumerate(calls):
+                scaled = [(e or 1.0) * rounds for e in energies]
+                if len(calls) > 1:
+                    pass_.probe(leaves_of_call, call, scaled, unseen=i % 2 == 1)
+                else:
+                    pass_.probe(leaves_of_call, call, scaled, unseen=turn % 2 == 1, half=turn % 2)
     return pass_.result(rounds)
 
 
@@ -204,10 +231,10 @@ def _last(ends: list[Tensor]) -> list[Tensor]:
 class _Pass:
     """Gathers everything while gradients flow."""
 
-    def __init__(self, model: nn.Module, seed: int) -> None:
+    def __init__(self, model: nn.Module, seed: int, kinds: Sequence[str]) -> None:
         self._model = model
         self._generator = torch.Generator().manual_seed(seed)
-        self.slots = [slot for slot in find_tensors(model) if slot.fits_grid]
+        self.slots = [slot for slot in find_tensors(model) if slot.fits_grid and slot.kind in kinds]
         self._views = {slot.name: view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)) for slot in self.slots}
         self._names = {id(one): slot.name for slot in self.slots for one in slot.objects}
         self._rows: dict[str, Tensor] = {}
@@ -217,18 +244,37 @@ class _Pass:
         self._uses: dict[str, Tensor] = {}
         self._noise: dict[str, _Noise] = {}
         self._first: list[Tensor] = []
+        self._judged = True
+        self._refused: set[str] = set()
         for slot in self.slots:
             slot.tensor.requires_grad_(True)
 
-    def probe(self, leaves_of_call: LeavesOfCall, call: Call, energies: Sequence[float], *, unseen: bool) -> None:
-        """One call, one random direction; the moments of unseen ones are also kept apart."""
+    def probe(
+        self,
+        leaves_of_call: LeavesOfCall,
+        call: Call,
+        energies: Sequence[float],
+        *,
+        unseen: bool,
+        half: int | None = None,
+    ) -> None:
+        """One call, one random direction; the moments of unseen ones are also kept apart.
+
+        With a half, 0 or 1, the direction is that of every other sample, starting there: their first dimension.
+        """
         self._first = []
+        for buffer in self._model.buffers():
+            if buffer.grad_fn is not None:
+                buffer.detach_()  # written by the last call, whose graph is gone
         with Watch(self._names, self._tell, gradients=True):
             leaves = leaves_of_call(self._model, call)
         pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
         if not pairs:
             return
-        directions = [leaf.probe(self._generator) / (energy * len(pairs)) ** 0.5 for leaf, energy in pairs]
+        directions = [leaf.probe(self._generator) / (energy * len(leaves)) ** 0.5 for leaf, energy in pairs]
+        if half is not None:
+            self._judged = all(one.dim() > 0 and len(one) > 1 for one in directions)
+            directions = [_every_other(one, half) for one in directions] if self._judged else directions
         wanted = [slot.tensor for slot in self.slots]
         outputs = [leaf.value for leaf, _ in pairs]
         # The model's own inputs have to be asked for: no weight stands before them.
@@ -239,7 +285,13 @@ class _Pass:
 
     def _gather(self, name: str, gradient: Tensor, unseen: bool) -> None:
         """Add a weight's gradient, as a matrix, to what is known of its rows and of its columns."""
-        _add(self._rows, name, gradient.double().square().sum(1))
+        rows = gradient.double().square().sum(1)
+        if not bool(rows.isfinite().all()):
+            if name not in self._refused:  # once is enough
+                log.warning("%s: a gradient is not finite, and does not count", name)
+            self._refused.add(name)
+            return
+        _add(self._rows, name, rows)
         is_table = name in self._uses and name not in self._noise
         if not is_table and self._views[name].rows:
             # A row of a table, or a bias, meets no inputs that could make up for each other's errors.
@@ -267,6 +319,9 @@ class _Pass:
     def result(self, rounds: int) -> Sensitivity | None:
         if not self._rows:
             return None
+        if not self._judged:
+            log.warning("one sample says nothing of others: error feedback needs two or more in the calibration data")
+            self._moments, self._unseen = {}, {}
         uses = {name: counted / rounds for name, counted in self._uses.items()}
         tensors = {
             name: TensorStats(
@@ -275,6 +330,13 @@ class _Pass:
             for name, rows in self._rows.items()
         }
         return Sensitivity(tensors, {name: noise.result() for name, noise in self._noise.items() if noise.seen})
+
+
+def _every_other(direction: Tensor, first: int) -> Tensor:
+    """The samples from the first on, as long as all of them are in the mean."""
+    kept = torch.zeros_like(direction)
+    kept[first::2] = direction[first::2] * 2**0.5
+    return kept
 
 
 def _add(known: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -297,7 +359,10 @@ class _Noise:
     def add(self, x: Tensor, gradient: Tensor, by_rows: bool) -> None:
         energy = gradient.float().square()
         flat, spread = (t.reshape(-1, t.shape[-1] if by_rows else t.numel()) for t in (x.float(), energy))
-        self._total += float(spread.sum())
+        total = float(spread.sum())
+        if not math.isfinite(total):
+            return  # the gradient of the weight is not finite either, which is told
+        self._total += total
         reach = (flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)) / LEVELS
         self._dynamic += float((reach.square() / 12 * spread.sum(1)).sum())
 
@@ -313,5 +378,5 @@ def _layout(slot: Slot, view: View) -> Layout:
 
 
 def _parts(columns: int) -> int:
-    """The least number of equal parts of at most `MOST_COLUMNS` columns."""
-    return next(p for p in range(1, columns + 1) if columns % p == 0 and columns // p <= MOST_COLUMNS)
+    """The least number of parts of at most `MOST_COLUMNS` columns."""
+    return max(1, -(-columns // MOST_COLUMNS))

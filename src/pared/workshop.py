@@ -54,7 +54,7 @@ _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
 
 @dataclass(frozen=True, eq=False)
-class _Free:
+class Free:
     """A tensor whose step the allocation decides."""
 
     slot: Slot
@@ -108,7 +108,7 @@ class Compressor(Generic[ModuleT]):
         }
         free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
         known = _complete(free, sensitivity.tensors if sensitivity else {})
-        self._free = [_free(slot, known[slot.name]) for slot in free]
+        self._free = [trace_slot(slot, known[slot.name]) for slot in free]
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
         self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
@@ -193,7 +193,7 @@ class Compressor(Generic[ModuleT]):
                 stored.append(Stored(slot.names, slot.kind, self._fixed[slot.name], decision))
                 continue
             one, option = keys[slot.name]
-            coded = self._solved.get((slot.name, option)) or _solved(one, option)
+            coded = self._solved.get((slot.name, option)) or rounded(one, option)
             solved[slot.name, option] = coded
             stored.append(Stored(slot.names, slot.kind, coded, one.decision(option)))
         self._solved = solved
@@ -273,17 +273,13 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     counts less than a hundredth of that: what calibration hardly touches is not wiped out.
     """
     energies = {slot.name: float(slot.tensor.detach().float().square().mean()) or 1.0 for slot in slots}
-    seen = [
-        float(known[name].rows.sum()) * energy
-        for name, energy in energies.items()
-        if name in known and float(known[name].rows.sum()) > 0
-    ]
+    totals = {name: float(stats.rows.sum()) * energies[name] for name, stats in known.items() if name in energies}
+    seen = [total for total in totals.values() if 0 < total < math.inf]
     relative = float(np.median(seen)) if seen else 1.0 / max(1, len(slots))
     found = {}
     for slot in slots:
-        stats = known.get(slot.name)
-        total = float(stats.rows.sum()) * energies[slot.name] if stats is not None else 0.0
-        if stats is None or total <= 0:
+        stats, total = known.get(slot.name), totals.get(slot.name, 0.0)
+        if stats is None or not 0 < total < math.inf:
             rows = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).n_rows
             stats = TensorStats(torch.full((rows,), relative / energies[slot.name] / rows, dtype=torch.float64))
         elif total < _LEAST_SHARE * relative:
@@ -292,7 +288,8 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     return found
 
 
-def _free(slot: Slot, stats: TensorStats) -> _Free:
+def trace_slot(slot: Slot, stats: TensorStats) -> Free:
+    """What a tensor could become, and at what price."""
     tensor = slot.tensor.detach()
     view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
@@ -302,7 +299,7 @@ def _free(slot: Slot, stats: TensorStats) -> _Free:
         error = (tensor.float() - tensor.half().float()).square()
         cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
         nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
-    return _Free(slot, replace(target, judged=None), curve, Options(nbytes, damage))
+    return Free(slot, replace(target, judged=None), curve, Options(nbytes, damage))
 
 
 def _pruned(curve: Curve) -> Curve:
@@ -322,7 +319,7 @@ def _zeros(slot: Slot, view: View) -> Coded:
     return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)
 
 
-def _solved(one: _Free, option: int) -> Coded:
+def rounded(one: Free, option: int) -> Coded:
     """Round a tensor as one of its options says."""
     tensor = one.slot.tensor.detach()
     if option >= len(one.curve.codes):
