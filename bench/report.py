@@ -119,9 +119,10 @@ def smallest(found: Mapping[str, Any]) -> str:
         for name, each in sorted(runs.items())
     ]
     columns = ("model", "score", "FP32 MB", "file MB", "FP32 / file", "evaluations", "loss on test", "tolerated")
-    every = [run.ratio for each in runs.values() for run in each]
-    seeds = max(len(each) for each in runs.values())
-    return f"{markdown(columns, rows)}\n\n{seeds} seeds; geometric mean of FP32 / file: {_mean(every):.1f}."
+    overall = _mean(_mean(run.ratio for run in each) for each in runs.values())
+    seeds = sorted({len(each) for each in runs.values()})
+    counted = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
+    return f"{markdown(columns, rows)}\n\nSeeds: {counted}; geometric mean of FP32 / file: {overall:.1f}."
 
 
 def _mean(ratios: Iterable[float]) -> float:

@@ -60,9 +60,10 @@ class Free:
     slot: Slot
     target: Target
     curve: Curve
-    options: Options  # those of the curve, then float16 and float32 as far as they fit the tensor
+    options: Options  # those of the curve, then float16 if the tensor survives it
 
     def decision(self, option: int) -> Decision:
+        """What an option means, with its damage."""
         bits = 8 * float(self.options.nbytes[option]) / self.slot.tensor.numel()
         damage = float(self.options.damage[option])
         if option < len(self.curve.codes):
