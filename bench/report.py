@@ -92,7 +92,7 @@ def searches(found: Mapping[str, Any]) -> str:
     mean = _mean(r.ratio for r in runs)
     notes = [
         f"* {r.name}, seed {r.seed} ({r.note}): "
-        + "; ".join(f"{what} {r.metrics_float[what]:.4f} -> {value:.4f}" for what, value in r.metrics.items())
+        + "; ".join(f"{what} {_four(r.metrics_float[what])} -> {_four(value)}" for what, value in r.metrics.items())
         for r in runs
     ]
     return (
@@ -113,7 +113,7 @@ def smallest(found: Mapping[str, Any]) -> str:
             *(name, each[0].note, f"{each[0].float_bytes / 1e6:.1f}"),
             " / ".join(f"{r.nbytes / 1e6:.2f}" for r in each),
             *(f"**{_mean(r.ratio for r in each):.1f}x**", " / ".join(str(r.evaluations) for r in each)),
-            " / ".join(f"{r.test.value:.4f}" for r in each),
+            " / ".join(f"{r.test.value:.4f} ± {2 * r.test.error:.4f}" for r in each),
             " / ".join(f"{r.tolerance:.4f}" for r in each),
         )
         for name, each in sorted(runs.items())
@@ -122,7 +122,15 @@ def smallest(found: Mapping[str, Any]) -> str:
     overall = _mean(_mean(run.ratio for run in each) for each in runs.values())
     seeds = sorted({len(each) for each in runs.values()})
     counted = " to ".join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))
-    return f"{markdown(columns, rows)}\n\nSeeds: {counted}; geometric mean of FP32 / file: {overall:.1f}."
+    missed = sum(not run.test_met for each in runs.values() for run in each)
+    return (
+        f"{markdown(columns, rows)}\n\nSeeds: {counted}; geometric mean of FP32 / file: {overall:.1f}; missed on test: "
+        f"{missed} (a loss meets what is tolerated up to its two standard errors, which stand behind ±)."
+    )
+
+
+def _four(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.4f}"  # without a minus before zero
 
 
 def _mean(ratios: Iterable[float]) -> float:
