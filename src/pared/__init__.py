@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pared.ledger import Ledger, Row, inspect
     from pared.model import save
     from pared.model import text_report as report
+    from pared.registration import register
 
 _HOMES = {
     "pared.api": ("Estimate", "estimate", "fit", "load", "trade_off"),
@@ -47,6 +48,7 @@ _HOMES = {
     ),
     "pared.ledger": ("Ledger", "Row", "inspect"),
     "pared.model": ("save", "text_report"),
+    "pared.registration": ("register",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -72,6 +74,7 @@ __all__ = [
     "fit",
     "inspect",
     "load",
+    "register",
     "report",
     "save",
     "trade_off",

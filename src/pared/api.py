@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -22,12 +22,14 @@ from pared.contents import Contents, Stored
 from pared.curve import Curve
 from pared.errors import CalibrationError, ConfigError
 from pared.evaluate import EvalFunc
+from pared.install import Memory
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
 from pared.tensors import Slot, check_supported, find_tensors
+from pared.tryout import try_modules
 from pared.version import __version__
 from pared.workshop import Compressor, provenance
 from pared.workspace import Workspace
@@ -176,6 +178,8 @@ class _Job:
                 measured = sensitivity.measure(model, seen.calls, seen.energies, conf.seed)
                 if measured is None:
                     measured = perturb(model, seen.calls, conf.seed)
+                if conf.approach != "weight_only":
+                    measured = replace(measured, inputs={**measured.inputs, **try_modules(model, slots, seen)})
         return cls(model, conf, slots, seen, measured, stages, functions[0] is not None)
 
     @property
@@ -205,6 +209,8 @@ class _Job:
     def _eight_bits(self) -> nn.Module:
         conf = self.conf
         decisions = plan.make_plan(self.model, self.slots, conf.rules, strict=conf.strict)
+        if self.sensitivity is not None:
+            decisions = plan.finer(decisions, self.slots, self.sensitivity.tensors, strict=conf.strict)
         stored = tuple(
             Stored(slot.names, slot.kind, plan.encode(slot, decision), decision)
             for slot, decision in zip(self.slots, decisions, strict=True)
@@ -234,7 +240,8 @@ class _Job:
 
     def fingerprint(self) -> dict[str, str]:
         """What a search depends on, as far as it can be told."""
-        conf = replace(self.conf, max_trials=1, timeout=0)
+        conf = replace(self.conf, max_trials=1, timeout=0, rules=())
+        rules = [(rule.label, rule.bits, rule.keep) for rule in self.conf.rules]
         return {
             "pared": __version__,
             "torch": str(torch.__version__),
@@ -242,7 +249,7 @@ class _Job:
             "calibration": _checksum(
                 tree_leaves([(c.args, dict(c.kwargs)) for c in self.seen.calls]) if self.seen else ()
             ),
-            "configuration": repr(conf),
+            "configuration": f"{conf!r} {rules!r}",
         }
 
 
@@ -259,13 +266,16 @@ def _checksum(values: Any) -> str:
     return f"{total:08x}"
 
 
-def load(path: str | Path, model: ModuleT) -> ModuleT:
+def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> ModuleT:
     """Load a quantized model.
 
     Args:
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
             it is left as it is.
+        memory: "small" keeps every weight in codes and decodes it whenever it is read: a third of the memory of float
+            weights at most, for the milliseconds that `q_model.report()` tells. "fast" decodes once, and packs what
+            runs in int8.
 
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
@@ -283,9 +293,15 @@ def load(path: str | Path, model: ModuleT) -> ModuleT:
             where="pared.load",
             remedy="Pass an instance of the architecture: pared.load(directory, model=build_model()).",
         )
+    if memory not in get_args(Memory):
+        raise ConfigError(
+            f"memory={memory!r} is not one of {', '.join(map(repr, get_args(Memory)))}",
+            where="pared.load",
+            remedy="Choose one of them.",
+        )
     file = artifact.find(path)
     contents = artifact.read(file)
-    return quantized.assemble(model, contents, profile_beside(file))
+    return quantized.assemble(model, contents, profile_beside(file), memory)
 
 
 def _check_arguments(conf: object, calibration: object, eval_func: object, confirm_func: object) -> None:

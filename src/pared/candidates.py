@@ -1,18 +1,19 @@
-"""Which layers could run in int8, how their input is best treated, and whether it pays on this machine."""
+"""Which modules could run in int8, how their input is best treated, and whether it pays on this machine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
-from pared.layers import Activation, is_candidate, modes_of, stand_in
+from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
@@ -27,34 +28,52 @@ _MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A layer that could run in int8.
+    """A module that could run in int8.
 
     Args:
         name: of the module.
         module: the float module, of which a copy is tried.
-        coded: its weight, on an int8 grid.
+        layer: its entry in the table of layers.
+        weights: its weights, on int8 grids, by attribute.
+        parts: of children that it uses without calling them, the `weight`, by the child's name.
         inputs: what calibration saw; None without calibration.
-        weight: the first name of the weight, which may belong to other modules too.
     """
 
     name: str
     module: nn.Module
-    coded: Coded
-    inputs: InputStats | None
-    weight: str
+    layer: Layer
+    weights: Mapping[str, Stored]
+    parts: Mapping[str, Stored] = field(default_factory=dict)
+    inputs: InputStats | None = None
+
+    @property
+    def tensors(self) -> tuple[Stored, ...]:
+        """All of them."""
+        return (*self.weights.values(), *self.parts.values())
+
+    @property
+    def size(self) -> int:
+        """How many weights there are."""
+        return sum(math.prod(one.coded.shape) for one in self.tensors)
 
     def counterpart(self, activation: Activation, kernel: Kernel = "int8") -> nn.Module:
-        """The layer by itself, in int8 or in bfloat16."""
+        """The module by itself, in int8 or in bfloat16."""
         alone = self.decoded()
-        stand_in(alone, self.coded, activation, in_bfloat16=kernel == "bfloat16")
+        for name, own in self.activations(activation).items():
+            part = alone.get_submodule(name.removeprefix(self.name).removeprefix("."))
+            stored = self.weights if part is alone else {"weight": self.parts[name.rpartition(".")[2]]}
+            coded = {attribute: one.coded for attribute, one in stored.items()}
+            stand_in(part, coded, own, in_bfloat16=kernel == "bfloat16")
         return alone
 
     def decoded(self) -> nn.Module:
-        """The layer by itself, in float, with the weight that the codes stand for."""
-        weight = self.module._parameters["weight"]
+        """The module by itself, in float, with the weights that the codes stand for."""
+        known = {id(self.module._parameters[attribute]): one.coded for attribute, one in self.weights.items()}
+        known |= {id(self.module.get_submodule(n)._parameters["weight"]): one.coded for n, one in self.parts.items()}
 
         def content(tensor: Tensor) -> Tensor:
-            return self.coded.decode() if tensor is weight else tensor.detach()
+            coded = known.get(id(tensor))
+            return tensor.detach() if coded is None else coded.decode()
 
         alone = clone_structure(self.module, content).eval()
         alone._forward_hooks.clear()
@@ -63,32 +82,63 @@ class Candidate:
 
     def activation(self, mode: str) -> Activation:
         """How the input is treated in a mode; "static" takes the range of all that was seen."""
+        weights = tuple(self.weights)
         if mode == "static":
             assert self.inputs is not None
-            return Activation("static", self.inputs.low, self.inputs.high)
-        return Activation(mode)  # type: ignore[arg-type]  # the modes come from LAYERS
+            return Activation("static", self.inputs.low, self.inputs.high, weights)
+        return Activation(mode, weights=weights)  # type: ignore[arg-type]  # the modes come from LAYERS
+
+    def activations(self, activation: Activation) -> dict[str, Activation]:
+        """The same for each module that is concerned, by name."""
+        alone = Activation(activation.mode, activation.low, activation.high)
+        return {self.name: activation} | {f"{self.name}.{part}".removeprefix("."): alone for part in self.parts}
+
+    def noise(self, known: Mapping[str, InputNoise]) -> InputNoise | None:
+        """What noise in its input costs: of each weight by name, or of the whole module under its first weight's."""
+        names = [one.name for one in self.weights.values()]
+        total = InputNoise(0.0, 0.0)
+        for name in names[:1] if self.layer.forward else names:
+            if name not in known:
+                return None
+            total += known[name]
+        return total
 
 
 def find_candidates(
     model: nn.Module, stored: Sequence[Stored], inputs: Mapping[str, InputStats] | None
 ) -> list[Candidate]:
-    """The layers whose weight is on an int8 grid, and that calibration called (all, without calibration).
+    """The modules whose weights are on int8 grids, and that calibration called (all, without calibration).
 
     A tied weight counts only if every module that owns it is a candidate too.
     """
-    found = []
-    for one in stored:
-        owners = [name.rpartition(".") for name in one.names]
-        modules = {owner: model.get_submodule(owner) for owner, _, _ in owners}
-        fits = _fits(one.coded) and all(attribute == "weight" for _, _, attribute in owners)
-        if not fits or not all(map(is_candidate, modules.values())):
+    by_name = {name: one for one in stored for name in one.names if _fits(one.coded)}
+    found: list[Candidate] = []
+    used: set[str] = set()  # parts of modules that came before
+    for name, module in model.named_modules(remove_duplicate=False):
+        layer, attributes = layer_of(module), weights_of(module)
+        if layer is None or not attributes or name in used or (inputs is not None and name not in inputs):
             continue
-        if inputs is not None and not all(owner in inputs for owner in modules):
-            continue
-        found += [
-            Candidate(n, m, one.coded, inputs[n] if inputs is not None else None, one.name) for n, m in modules.items()
-        ]
+        prefix = f"{name}." if name else ""
+        used.update(f"{prefix}{part}" for part in layer.parts)
+        weights = {attribute: by_name.get(f"{prefix}{attribute}") for attribute in attributes}
+        parts = {part: by_name.get(f"{prefix}{part}.weight") for part in layer.parts}
+        if None not in (*weights.values(), *parts.values()):
+            seen = None if inputs is None else inputs[name]
+            found.append(Candidate(name, module, layer, weights, parts, seen))  # type: ignore[arg-type]  # checked
+    while (kept := _whole(found)) != found:
+        found = kept
     return found
+
+
+def _whole(candidates: list[Candidate]) -> list[Candidate]:
+    """Those of whose weights every name belongs to one of them."""
+    covered = {name for candidate in candidates for name in _names(candidate)}
+    return [c for c in candidates if all(name in covered for one in c.tensors for name in one.names)]
+
+
+def _names(candidate: Candidate) -> list[str]:
+    prefix = f"{candidate.name}." if candidate.name else ""
+    return [f"{prefix}{a}" for a in candidate.weights] + [f"{prefix}{part}.weight" for part in candidate.parts]
 
 
 def _fits(coded: Coded) -> bool:
@@ -101,29 +151,30 @@ def _fits(coded: Coded) -> bool:
 def choose_activations(
     candidates: Sequence[Candidate], approach: Approach, noise: Mapping[str, InputNoise], budget: float
 ) -> dict[str, Activation]:
-    """How each layer's input is treated: the layers whose inputs cost least first, until the budget is spent.
+    """How each module's input is treated: the modules whose inputs cost least first, until the budget is spent.
 
     Args:
-        candidates: layers that may run in int8.
-        approach: "static" and "dynamic" allow that mode only; "auto" takes for each layer the one that costs less.
-        noise: what rounding the input of each weight costs, by the weight's name; layers of which nothing is known
+        candidates: modules that may run in int8.
+        approach: "static" and "dynamic" allow that mode only; "auto" takes for each module the one that costs less.
+        noise: what rounding the input of each weight costs, by the weight's name; modules of which nothing is known
             cost nothing if the approach names their mode, and stay in float if it is "auto".
-        budget: the damage that may be done in all; infinite for all layers that have the mode.
+        budget: the damage that may be done in all; infinite for all modules that have the mode.
     """
     if approach == "weight_only":
         return {}
     costs: list[tuple[float, str, Activation]] = []
     chosen: dict[str, Activation] = {}
     for candidate in candidates:
-        modes = modes_of(candidate.module)
+        modes = candidate.layer.modes
         if modes == ("gather",):
-            if candidate.coded.parts["codes"].numel() >= _LEAST_TABLE:
+            if candidate.size >= _LEAST_TABLE:
                 chosen[candidate.name] = candidate.activation("gather")
             continue
-        known = noise.get(candidate.weight)
-        if known is None and (approach == "auto" or approach not in modes):
+        known = candidate.noise(noise)
+        wanted = [mode for mode in modes if approach in ("auto", mode)]
+        if not wanted or (known is None and approach == "auto"):
             continue
-        found = [candidate.activation(mode) for mode in modes if approach in ("auto", mode)]
+        found = [candidate.activation(mode) for mode in wanted]
         costs += [min(((known.cost(a) if known else 0.0, candidate.name, a) for a in found), key=lambda one: one[0])]
     for cost, name, activation in sorted(costs, key=lambda one: (one[0], one[1])):
         budget -= cost
@@ -131,22 +182,33 @@ def choose_activations(
             break
         chosen[name] = activation
     # A tied weight is in codes for all of its owners or for none.
-    split = {id(c.coded) for c in candidates if c.name not in chosen}
-    return {c.name: chosen[c.name] for c in candidates if c.name in chosen and id(c.coded) not in split}
+    split = {one.name for candidate in candidates if candidate.name not in chosen for one in candidate.tensors}
+    return {
+        name: activation
+        for candidate in candidates
+        if candidate.name in chosen and not any(one.name in split for one in candidate.tensors)
+        for name, activation in candidate.activations(chosen[candidate.name]).items()
+    }
 
 
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Measure each layer in float32, bfloat16 and int8 on the shape that calibration saw; equal layers only once."""
+    """Measure each module in float32, bfloat16 and int8 on a call that calibration saw; equal ones only once."""
     timings: dict[str, Timing] = {}
     known: dict[object, Timing] = {}
     for candidate in candidates:
-        activation = activations.get(candidate.name)
-        if activation is None or activation.mode == "gather" or candidate.inputs is None:
+        activation, seen = activations.get(candidate.name), candidate.inputs
+        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.reason():
             continue
-        key = (repr(candidate.module), candidate.inputs.shape, candidate.coded.dtype, activation.mode)
+        dtype = next(iter(candidate.weights.values())).coded.dtype
+        shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
+        key = (repr(candidate.module), seen.shape, shapes, dtype, activation.mode)
         if key not in known:
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
             forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
-            known[key] = measure(forms, candidate.inputs.shape, candidate.coded.dtype)
-        timings[candidate.name] = known[key]
+            known[key] = measure(forms, seen.shape, dtype, seen.call)
+        timings |= dict.fromkeys(candidate.activations(activation), known[key])
     return Profile(this_machine(), timings)
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

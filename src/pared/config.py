@@ -6,7 +6,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeVar, get_args
 
@@ -117,7 +117,7 @@ class AccuracyCriterion:
             raise ConfigError(
                 "the baseline scores 0, so a relative loss has no meaning",
                 where="AccuracyCriterion",
-                remedy='Use AccuracyCriterion(criterion="absolute", ...).',
+                remedy='Use AccuracyCriterion(criterion="absolute", ...), or --absolute on the command line.',
             )
         return lost / abs(baseline)
 
@@ -136,7 +136,8 @@ class Rule:
 
     Args:
         target: a glob on tensor names ("encoder.*.query.weight") or on the names of the modules that own them
-            ("encoder.*.query", which covers everything below), or a module type.
+            ("encoder.*.query", which covers everything below); a module type; or a function that is given a tensor's
+            shape, a tuple, and says whether it matches.
         bits: the rate, in bits per weight: above 0 and below 16 on a grid, 16 for float16, 32 for float32.
         keep: leave exactly as it is.
         because: the reason, shown in reports.
@@ -145,20 +146,21 @@ class Rule:
     Rule(target='encoder.*', bits=4, keep=False, because='')
     """
 
-    target: str | type[nn.Module]
+    target: str | type[nn.Module] | Callable[[tuple[int, ...]], bool]
     bits: float | None = None
     keep: bool = False
     because: str = ""
 
     def __post_init__(self) -> None:
         where = f"Rule({self.label})"
-        if not isinstance(self.target, str) and not (
-            isinstance(self.target, type) and issubclass(self.target, nn.Module)
-        ):
+        is_module = isinstance(self.target, type) and issubclass(self.target, nn.Module)
+        is_function = callable(self.target) and not isinstance(self.target, type)
+        if not (isinstance(self.target, str) or is_module or is_function):
             raise ConfigError(
-                "the target is neither a name pattern nor a module type",
+                "the target is neither a name pattern, nor a module type, nor a function of a shape",
                 where=where,
-                remedy='Pass a string such as "encoder.*" or a class such as torch.nn.Linear.',
+                remedy='Pass a string such as "encoder.*", a class such as torch.nn.Linear, or a function such as '
+                "lambda shape: len(shape) == 4.",
             )
         if (self.bits is None) == (not self.keep):
             raise ConfigError("needs either bits=... or keep=True", where=where, remedy="Give exactly one of them.")

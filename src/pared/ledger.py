@@ -269,12 +269,15 @@ def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
         return f"of {id(tensor)}", nbytes
 
 
-def draw(rows: Sequence[Row], kernels: Mapping[str, str] | None = None) -> list[str]:
+def draw(
+    rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
+) -> list[str]:
     """A table of rows in 100 columns; reasons, which many rows share, are numbered and stand below.
 
     Args:
         rows: in the order in which they are shown.
         kernels: what runs with each tensor, by name; None: no such column.
+        damages: what each tensor costs, as a share of the output's energy; None: no such column.
     """
     notes: dict[str, int] = {}
     for row in rows:
@@ -286,12 +289,15 @@ def draw(rows: Sequence[Row], kernels: Mapping[str, str] | None = None) -> list[
     table.add_column("format", overflow="fold")
     table.add_column("bits", justify="right")
     table.add_column("bytes", justify="right")
+    if damages is not None:
+        table.add_column("damage", justify="right")
     for name in (*(["runs"] if kernels is not None else []), *(["why"] if notes else [])):
         table.add_column(name, justify="right" if name == "why" else "left")
     for row in rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
         bits = f"{row.bits:.2f}" if row.elements else ""
         cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
+        cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
         cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
         table.add_row(*(Text(_printable(cell)) for cell in cells))
@@ -299,6 +305,10 @@ def draw(rows: Sequence[Row], kernels: Mapping[str, str] | None = None) -> list[
     with console.capture() as capture:
         console.print(table)
     return [*(line.rstrip() for line in capture.get().splitlines()), *_footnotes(notes)]
+
+
+def _damage(damage: float | None) -> str:
+    return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"
 
 
 def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 from pared import artifact, ledger, reporting
 from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
-from pared.keeper import Keeper, attach, detach
+from pared.install import Memory, held_in_codes, install, running_of
+from pared.keeper import Keeper, detach
 from pared.kernels.machine import keep_freed_memory
-from pared.layers import Activation, Counterpart, float_class, is_candidate, modes_of, stand_in
+from pared.layers import Counterpart, leave_fast_paths, restore
 from pared.plan import Decision
-from pared.profile import ENGINE_FILE, Kernel, Profile
+from pared.profile import ENGINE_FILE, Profile, Running
 from pared.reporting import Outcome
 from pared.tensors import (
     check_unquantized,
     clone_structure,
     find_tensors,
-    held_elsewhere,
     loose_tensors,
     refresh_recurrent,
     registered,
@@ -51,7 +52,9 @@ class Record:
         tensors: of each tensor its names, kind and decision; its numbers are in the modules.
         keepers: for each tensor that is held as floats, by first name.
         activations, provenance: as they stand in the artifact.
-        profile: which kernels run here.
+        profile: which kernels are fastest here.
+        running: what each module that may run in int8 runs in.
+        memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
         curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
     """
@@ -61,6 +64,8 @@ class Record:
     activations: Mapping[str, Any]
     provenance: Mapping[str, Any]
     profile: Profile
+    running: Mapping[str, Running]
+    memory: Memory = "fast"
     outcome: Outcome = field(default_factory=Outcome)
     curve: Any = None
 
@@ -131,7 +136,7 @@ class Quantized(nn.Module):
         data: bytes | Tensor = artifact.to_bytes(contents_of(self))
         if int(protocol) < 3:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return _revive, (skeleton_of(self), data, record.profile, record.outcome)
+        return _revive, (skeleton_of(self), data, record.profile, record.outcome, record.memory)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
@@ -140,10 +145,9 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return dict(module.__dict__)
 
 
-def _revive(skeleton: nn.Module, data: bytes | Tensor, profile: Profile, outcome: Outcome) -> nn.Module:
-    model = assemble(
-        skeleton, artifact.from_bytes(data.numpy().tobytes() if isinstance(data, Tensor) else data), profile
-    )
+def _revive(skeleton: nn.Module, data: bytes | Tensor, profile: Profile, outcome: Outcome, memory: Memory) -> nn.Module:
+    raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
+    model = assemble(skeleton, artifact.from_bytes(raw), profile, memory)
     set_outcome(model, outcome)
     return model
 
@@ -167,7 +171,7 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     record = record_of(model)
     contents = contents_of(model)
     path = artifact.write(contents, directory, kind=container, verify=verify)
-    text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.profile)
+    text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
     artifact.write_beside(path, DEPLOY, text)
     artifact.write_beside(path, ENGINE_FILE, record.profile.to_json())
     return path
@@ -180,7 +184,25 @@ def nbytes(model: nn.Module) -> int:
 
 def text_report(model: nn.Module) -> str:
     """What each tensor became, its bytes and why, as text of 100 columns."""
-    return reporting.text(ledger_of(model), contents_of(model), record_of(model).outcome, record_of(model).profile)
+    record = record_of(model)
+    note = (
+        f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"
+        if record.memory == "small"
+        else ""
+    )
+    return reporting.text(ledger_of(model), contents_of(model), record.outcome, record.running, note)
+
+
+def _decoding_ms(model: nn.Module) -> float:
+    """The best of three."""
+    held = [(module, a) for module in model.modules() if isinstance(module, Counterpart) for a in module.pared_views]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for module, attribute in held:
+            module.pared_decode(attribute)
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times)
 
 
 def ledger_of(model: nn.Module) -> ledger.Ledger:
@@ -205,7 +227,7 @@ _FACE: Final[Mapping[str, Any]] = {
 
 def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
-    return reporting.lines(contents_of(model), record_of(model).profile)
+    return reporting.lines(contents_of(model), record_of(model).running)
 
 
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
@@ -230,26 +252,22 @@ def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Mod
     return _CLASSES[base, face]
 
 
-def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
+def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
     """Make the quantized model from a float model or an empty skeleton, and contents that fit it.
 
     Args:
         model: gives structure and class; it is left as it is, and its numbers are not used.
         contents: every tensor.
         profile: which layers run in int8 here.
+        memory: "small": every weight stays in codes, and is decoded whenever it is read.
 
     Raises:
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
-    kernels = {name: profile.kernel(name) for name in contents.activations}
     check_unquantized(model)
     pairs = match(model, contents)
-    elsewhere = held_elsewhere(model)
-    in_codes = {
-        stored.name
-        for stored, tensors in pairs
-        if _all_in(stored, kernels) and not any(id(tensor) in elsewhere for tensor in tensors)
-    }
+    running = running_of(model, contents, profile, memory)
+    in_codes = held_in_codes(model, pairs, contents, running, memory)
     replacement: dict[int, Tensor] = {}
     for stored, tensors in pairs:
         if stored.name in in_codes:
@@ -258,24 +276,19 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile) -> ModuleT:
             new = stored.coded.decode()
         replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
     clone = clone_structure(model, replacement).eval()
-    keepers = _install(clone, contents, in_codes, kernels)
+    keepers = install(clone, contents, in_codes, running)
     if in_codes:
         keep_freed_memory()
+        leave_fast_paths(clone)
     _refuse_meta(clone)
     lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(lines, keepers, dict(contents.activations), provenance, profile, outcome)
+    record = Record(lines, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
     clone.__dict__[_RECORD] = record
     return clone
-
-
-def _all_in(stored: Stored, kernels: Mapping[str, Kernel]) -> bool:
-    """Whether every name of the tensor is the weight of a module that runs on codes."""
-    owners = [name.rpartition(".") for name in stored.names]
-    return all(attribute == "weight" and kernels.get(owner, "float32") != "float32" for owner, _, attribute in owners)
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
@@ -283,39 +296,6 @@ def _like(new: Tensor, tensor: Tensor) -> Tensor:
     if new.stride() != tensor.stride() and not new.is_meta:
         new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new.dtype).copy_(new)
     return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-
-
-def _install(
-    clone: nn.Module, contents: Contents, in_codes: set[str], kernels: Mapping[str, Kernel]
-) -> dict[str, Keeper]:
-    """Counterparts and hooks for every tensor; the keepers of those that are held as floats."""
-    keepers = {}
-    hooked: set[tuple[int, str]] = set()
-    for stored in contents.tensors:
-        coded = stored.coded
-        keeper = Keeper(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
-        for module_name, _, attribute in (name.rpartition(".") for name in stored.names):
-            module = clone.get_submodule(module_name)
-            if stored.name in in_codes:
-                if not isinstance(module, Counterpart):  # a shared module is met under each of its names
-                    _check_kind(module_name, module, contents.activations[module_name])
-                    activation = contents.activations[module_name]
-                    stand_in(module, coded, activation, in_bfloat16=kernels[module_name] == "bfloat16")
-            elif (id(module), attribute) not in hooked:
-                hooked.add((id(module), attribute))
-                attach(keeper, module, attribute)
-        if stored.name not in in_codes:
-            keepers[stored.name] = keeper
-    return keepers
-
-
-def _check_kind(name: str, module: nn.Module, activation: Activation) -> None:
-    if not is_candidate(module) or activation.mode not in modes_of(module):
-        raise MismatchError(
-            f"the artifact runs it in int8 ({activation.mode}), which a {type(module).__name__} cannot",
-            where=name,
-            remedy="Build the model with the configuration that the artifact was made from.",
-        )
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -341,8 +321,8 @@ def contents_of(model: nn.Module) -> Contents:
     for names, kind, decision in record.tensors:
         module_name, _, attribute = names[0].rpartition(".")
         module = model.get_submodule(module_name)
-        if isinstance(module, Counterpart) and attribute == "weight":
-            coded = module.pared_coded()
+        if isinstance(module, Counterpart) and attribute in module.pared_views:
+            coded = module.pared_coded(attribute)
         else:
             coded = record.keepers[names[0]].coded(names[0], dict(registered(module))[attribute])
         tensors.append(Stored(names, kind, coded, decision))
@@ -353,9 +333,14 @@ def contents_of(model: nn.Module) -> Contents:
 def _refuse_edited(model: nn.Module, record: Record) -> None:
     """Refuse a model whose layers were added, taken away or exchanged: its record does not describe it any more."""
     known = {name for names, _, _ in record.tensors for name in names}
-    codes = {f"{name}.weight" for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Counterpart)}
-    own = ("pared_codes", "pared_step")
-    found = {name for slot in find_tensors(model) for name in slot.names if name.rpartition(".")[2] not in own}
+    codes = {
+        f"{name}.{attribute}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Counterpart)
+        for attribute in module.pared_views
+    }
+    names = {name for slot in find_tensors(model) for name in slot.names}
+    found = {name for name in names if not name.rpartition(".")[2].startswith("pared_")}
     changed = sorted(known ^ (found | {name.removeprefix(".") for name in codes}))
     if changed:
         raise ModelError(
@@ -373,18 +358,5 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     for module in empty.modules():
         detach(module)
         if isinstance(module, Counterpart):
-            _empty_float(module)
+            restore(module)
     return empty
-
-
-def _empty_float(module: Counterpart) -> None:
-    weight = nn.Parameter(
-        torch.empty(module.pared_codes.shape, dtype=module.pared_dtype, device="meta"), requires_grad=False
-    )
-    del module._buffers["pared_codes"], module._parameters["pared_step"]
-    for name in [name for name in module.__dict__ if name.startswith(("pared_", "_pared_"))]:
-        del module.__dict__[name]
-    module._non_persistent_buffers_set.discard("pared_codes")
-    module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was
-    # `weight` came first in the float module, and optimizers and state dicts go by that order.
-    module._parameters = {"weight": weight, **module._parameters}

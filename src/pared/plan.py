@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
 
 from pared.config import Rule
 from pared.errors import ConfigError
-from pared.formats import Coded, Float, Raw, dtype_name, survives_float16
+from pared.formats import CODE_LIMITS, Coded, Float, Raw, dtype_name, survives_float16
+from pared.sensitivity import TensorStats
 from pared.solvers import nearest
 from pared.tensors import Slot
 from pared.views import View, view_of
 
-DEFAULT_BITS = 8.0
+DEFAULT_BITS: Final = 8.0
+MOST_BITS: Final = 15.0
 
 
 @dataclass(frozen=True)
@@ -74,18 +77,61 @@ def make_plan(
         if i not in used:
             raise _unmatched(rule, slots, types)
     if strict:
-        _refuse_left_in_float(plan, slots, rules, types)
+        named = [any(_matches(rule, slot, types) for rule in rules) for slot in slots]
+        _refuse((slot, decision) for slot, decision, is_named in zip(slots, plan, named, strict=True) if not is_named)
     return tuple(plan)
 
 
+def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *, strict: bool = False) -> Plan:
+    """The plan with more than 8 bits for each tensor of which these would alone do more damage than is worth having.
+
+    That happens where the channels of an input differ widely in scale: then so do the columns of a row, and its step
+    is too coarse for those that count. Tensors that a rule names are left as they are.
+
+    Args:
+        plan: at the default rate.
+        slots: the model's tensors.
+        known: what errors cost, by the tensor's name.
+        strict: whether a tensor of two or more dimensions for which no grid is fine enough is an error.
+
+    Raises:
+        ConfigError: `strict`, and there is such a tensor.
+    """
+    found = tuple(_finer(decision, slot, known) for decision, slot in zip(plan, slots, strict=True))
+    if strict:
+        _refuse([(slot, new) for slot, old, new in zip(slots, plan, found, strict=True) if new != old])
+    return found
+
+
+# The damage that a tensor may do alone at 8 bits: 40 dB below the output's energy.
+_AT_EIGHT_BITS: Final = 1e-4
+
+
+def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats]) -> Decision:
+    stats = known.get(slot.name)
+    if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
+        return decision
+    matrix = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).matrix(slot.tensor.detach().float())
+    steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
+    damage = float((stats.rows * steps.square()).sum()) / 12
+    if not _AT_EIGHT_BITS < damage < math.inf:
+        return decision
+    because = f"at 8 bits it would do a damage of {damage:.2g}"
+    bits = DEFAULT_BITS + math.ceil(math.log(damage / _AT_EIGHT_BITS, 4))
+    if bits <= MOST_BITS:
+        return replace(decision, bits=bits, because=because)
+    # No grid is as fine; floats have a precision of their own for each number.
+    treatment: Literal["float16", "float32"] = "float16" if survives_float16(slot.tensor) else "float32"
+    return replace(decision, treatment=treatment, bits=None, because=because)
+
+
 def _matches(rule: Rule, slot: Slot, types: Mapping[str, type[nn.Module]]) -> bool:
-    return any(
-        fnmatch.fnmatchcase(place, rule.target)
-        if isinstance(rule.target, str)
-        else place in types and issubclass(types[place], rule.target)
-        for name in slot.names
-        for place in _places(name)
-    )
+    target = rule.target
+    if isinstance(target, type):
+        return any(issubclass(types[p], target) for name in slot.names for p in _places(name) if p in types)
+    if isinstance(target, str):
+        return any(fnmatch.fnmatchcase(place, target) for name in slot.names for place in _places(name))
+    return bool(target(tuple(slot.tensor.shape)))
 
 
 def _places(name: str) -> Iterable[str]:
@@ -140,29 +186,32 @@ def _default(slot: Slot, bits: float | None) -> Decision:
     return Decision(slot.name, "exact", None, f"{dtype_name(tensor.dtype)} is kept exactly")
 
 
+_SHAPES_SHOWN: Final = 8
+
+
 def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Module]]) -> ConfigError:
     if isinstance(rule.target, str):
         names = [name for slot in slots for name in slot.names] + [name for name in types if name]
         near = difflib.get_close_matches(rule.target, names, n=3, cutoff=0.4)
-    else:
+    elif isinstance(rule.target, type):
         near = sorted({cls.__name__ for name, cls in types.items() if name})
+    else:
+        near = sorted({"x".join(map(str, slot.tensor.shape)) or "scalar" for slot in slots})[:_SHAPES_SHOWN]
+        return ConfigError(
+            "holds for no tensor of the model",
+            where=f"Rule({rule.label})",
+            remedy=f"It is called with a shape, a tuple; among the model's are: {', '.join(near)}.",
+        )
     hint = f"The nearest names are: {', '.join(near)}." if near else "The model has no named tensors."
     return ConfigError("matches no tensor of the model", where=f"Rule({rule.label})", remedy=hint)
 
 
-def _refuse_left_in_float(
-    plan: Iterable[Decision],
-    slots: Iterable[Slot],
-    rules: Iterable[Rule],
-    types: Mapping[str, type[nn.Module]],
-) -> None:
+def _refuse(decided: Iterable[tuple[Slot, Decision]]) -> None:
+    """Raise if a float tensor of two or more dimensions would be left in float."""
     left = [
         f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"
-        for slot, decision in zip(slots, plan, strict=True)
-        if decision.treatment != "grid"
-        and slot.tensor.is_floating_point()
-        and slot.tensor.dim() >= 2
-        and not any(_matches(rule, slot, types) for rule in rules)
+        for slot, decision in decided
+        if decision.treatment != "grid" and slot.tensor.is_floating_point() and slot.tensor.dim() >= 2
     ]
     if left:
         raise ConfigError(

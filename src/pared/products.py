@@ -1,6 +1,6 @@
 """Where weights meet their inputs: every product of a watched weight, as it happens, whoever asks for it.
 
-A `Watch` sees the calls of `F.linear`, the convolutions, `addmm` and `F.embedding` while a model runs, so subclasses,
+A `Watch` sees the calls of `F.linear`, the convolutions, `addmm` and the embeddings while a model runs, so subclasses,
 functional uses and tied weights are seen alike, each with the input as the product gets it (padded, scaled).
 """
 
@@ -47,6 +47,7 @@ PRODUCTS: Final[dict[Callable[..., Any], tuple[Kind, int, int]]] = {
     torch.conv_transpose2d: ("conv", 0, 1),
     torch.conv_transpose3d: ("conv", 0, 1),
     F.embedding: ("embedding", 0, 1),
+    F.embedding_bag: ("embedding", 0, 1),
 }
 
 

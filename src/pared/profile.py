@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pared.kernels.machine import available
+from pared.stats import Call
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,14 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Running:
+    """What a module that may run in int8 runs in here, and why if it is something else."""
+
+    kernel: Kernel
+    because: str = ""
+
+
+@dataclass(frozen=True)
 class Profile:
     """Measured choices of kernels, and the machine they hold for."""
 
@@ -81,16 +90,21 @@ class Profile:
         }
         return cls(dict(data["machine"]), layers)
 
-    def kernel(self, module: str) -> Kernel:
-        """What a layer that may run in int8 runs in: the fastest here; int8 if it was never measured here.
+    def running(self, module: str, reason: str = "") -> Running:
+        """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.
 
-        >>> Profile(this_machine()).kernel("encoder") == ("float32" if available() else "int8")
+        Args:
+            module: its name.
+            reason: why its kernels cannot run here, beyond what holds for all; empty if they can.
+
+        >>> Profile(this_machine()).running("encoder").kernel == ("float32" if available() else "int8")
         True
         """
-        if available():
-            return "float32"
+        if reason := available() or reason:
+            return Running("float32", reason)
         timing = self.layers.get(module)
-        return "int8" if timing is None else timing.kernel
+        kernel = "int8" if timing is None else timing.kernel
+        return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")
 
 
 def this_machine() -> dict[str, Any]:
@@ -103,22 +117,28 @@ def this_machine() -> dict[str, Any]:
     }
 
 
-def measure(layers: Mapping[Kernel, nn.Module], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Timing:
-    """Time one layer in each of its forms on random input of one shape, interleaved.
+def measure(
+    layers: Mapping[Kernel, nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    call: Call | None = None,
+) -> Timing:
+    """Time one layer in each of its forms, interleaved.
 
     Args:
         layers: the float layer, and its counterparts in bfloat16 and int8.
         shape: of the input.
         dtype: of the input.
+        call: what each is called with; None: random numbers of the shape and the type.
     """
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
     best = dict.fromkeys(layers, float("inf"))
     with torch.inference_mode():
         begin = time.perf_counter()
         for attempt in range(_WARM_UP + _MOST_RUNS):
             for kernel, layer in layers.items():
                 start = time.perf_counter()
-                layer(x)
+                layer(*call.args, **call.kwargs)
                 if attempt >= _WARM_UP:
                     best[kernel] = min(best[kernel], time.perf_counter() - start)
             if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:

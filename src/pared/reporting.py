@@ -13,7 +13,7 @@ from pared.contents import Contents, Stored
 from pared.errors import CorruptError
 from pared.layers import Activation
 from pared.ledger import WIDTH, Ledger, draw
-from pared.profile import Profile
+from pared.profile import Running
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ class Line:
         format: its label, "grid int8" for instance.
         kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", "bfloat16", or "float".
         because: the reason.
+        damage: predicted, as a share of the output's energy; only where a search decided, and not after loading.
     """
 
     name: str
@@ -141,33 +142,46 @@ class Line:
     format: str
     kernel: str
     because: str
+    damage: float | None = None
 
 
-def lines(contents: Contents, profile: Profile) -> tuple[Line, ...]:
+def lines(contents: Contents, running: Mapping[str, Running]) -> tuple[Line, ...]:
     """One line per tensor, in the model's order."""
-    return tuple(_line(stored, contents.activations, profile) for stored in contents.tensors)
+    return tuple(_line(stored, contents.activations, running) for stored in contents.tensors)
 
 
 _KERNEL_LABELS = {"int8": "int8 {}", "bfloat16": "bfloat16", "float32": "float"}
 
 
-def _line(stored: Stored, activations: Mapping[str, Activation], profile: Profile) -> Line:
+def _line(stored: Stored, activations: Mapping[str, Activation], running: Mapping[str, Running]) -> Line:
     module, _, attribute = stored.name.rpartition(".")
     kernel, because = "float", stored.decision.because
-    if attribute == "weight" and module in activations:
-        kernel = _KERNEL_LABELS[profile.kernel(module)].format(activations[module].mode)
-        if not kernel.startswith("int8"):
-            because = f"{because}; int8 was not the fastest here".removeprefix("; ")
+    if module in activations and attribute in activations[module].weights and module in running:
+        here = running[module]
+        kernel = _KERNEL_LABELS[here.kernel].format(activations[module].mode)
+        because = "; ".join(filter(None, (because, here.because)))
     decision, coded = stored.decision, stored.coded
-    return Line(stored.name, coded.shape, decision.treatment, decision.bits, coded.format.label, kernel, because)
+    return Line(
+        stored.name,
+        coded.shape,
+        decision.treatment,
+        decision.bits,
+        coded.format.label,
+        kernel,
+        because,
+        decision.damage,
+    )
 
 
-def text(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
-    """The report of a quantized model: totals, scores, and a row per tensor."""
-    found = {line.name: line for line in lines(contents, profile)}
+def text(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], note: str = "") -> str:
+    """The report of a quantized model: totals, scores, a note, and a row per tensor."""
+    found = {line.name: line for line in lines(contents, running)}
     rows = [replace(row, because=found[row.name].because) if row.name in found else row for row in ledger.rows]
     kernels = {line.name: line.kernel for line in found.values() if line.kernel != "float"}
-    return "\n".join((*_summary(ledger, outcome), *draw(rows, kernels)))
+    damages = {line.name: line.damage for line in found.values() if line.damage is not None}
+    return "\n".join(
+        (*_summary(ledger, outcome), *([note] if note else []), *draw(rows, kernels or None, damages or None))
+    )
 
 
 def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
@@ -175,12 +189,12 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
     found = [f"{ledger.file}: {ledger.nbytes:,} bytes{ratio}, {ledger.bits_per_weight:.2f} bits per weight"]
     if outcome.met is not None:
         verdict = "met" if outcome.met else f"NOT met, {outcome.gap:.4g} too much was lost"
-        found.append(f"criterion {verdict}: score {outcome.score:.6g}, baseline {outcome.baseline:.6g}")
+        found.append(f"criterion {verdict}: score {outcome.score:.6g}, baseline {outcome.baseline or 0.0:.6g}")
     if outcome.confirmation is not None:
         seen = outcome.confirmation
         error = "" if seen.standard_error is None else f" +- {seen.standard_error:.2g}"
         found.append(
-            f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline:.6g}, loss {seen.loss:.4g}{error}"
+            f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline or 0.0:.6g}, loss {seen.loss:.4g}{error}"
         )
     if outcome.blame:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.blame)
@@ -207,7 +221,7 @@ def _trials(trials: Sequence[Trial]) -> list[str]:
     return found
 
 
-def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: Profile) -> str:
+def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running]) -> str:
     """`deploy.yaml`: the plan with bytes, rates and reasons, the scores, and where it all came from."""
     rows = {row.name: row for row in ledger.rows}
     data = {
@@ -219,7 +233,7 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, profile: P
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
         "plan": [
             asdict(line) | {"shape": list(line.shape), "bytes": rows[line.name].nbytes, "rate": rows[line.name].bits}
-            for line in lines(contents, profile)
+            for line in lines(contents, running)
         ],
     }
     text: str = yaml.safe_dump(data, sort_keys=False, width=WIDTH, allow_unicode=True)

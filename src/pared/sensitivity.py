@@ -120,6 +120,10 @@ class InputNoise:
             return self.total * ((activation.high - activation.low) / LEVELS) ** 2 / 12
         return self.dynamic
 
+    def __add__(self, other: InputNoise) -> InputNoise:
+        """Both."""
+        return InputNoise(self.total + other.total, self.dynamic + other.dynamic)
+
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:

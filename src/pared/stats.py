@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pared import calls
 from pared.errors import CalibrationError
-from pared.layers import is_candidate
+from pared.layers import layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.tensors import ModuleT, clone_structure
 
@@ -35,11 +37,13 @@ class InputStats:
         low: the least value, or 0 if that is less.
         high: the greatest value, or 0 if that is greater.
         shape: the shape of the call with the median number of elements: the one that timing uses.
+        call: of layers that take more than one tensor, the largest call: timing makes it again.
     """
 
     low: float
     high: float
     shape: tuple[int, ...]
+    call: Call | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,16 +75,32 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
         CalibrationError: see `calls.run`; or a layer's input is NaN or infinite.
     """
     copied = shadow(model)
-    collectors = {name: _Collector(name) for name, module in copied.named_modules() if is_candidate(module)}
+    collectors = {
+        name: _Collector(name, whole=layer.forward is not None)
+        for name, module in copied.named_modules()
+        if weights_of(module) and (layer := layer_of(module))
+    }
     for name, collector in collectors.items():
         copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
     recorder = _Recorder(limit)
     copied.register_forward_hook(recorder, with_kwargs=True)
-    samples = calls.run(copied, calibration, limit)
+    with without_fast_paths():
+        samples = calls.run(copied, calibration, limit)
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
     inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
     return Statistics(samples, inputs, tuple(recorder.calls), tuple(recorder.energies))
+
+
+@contextlib.contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Let transformer layers call their parts, whose inputs would be unseen in one fused operator."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def shadow(model: ModuleT) -> ModuleT:
@@ -106,38 +126,55 @@ class _Recorder:
         if self._left <= 0:
             return
         self._left -= calls.samples_of(args, kwargs)
-        self.calls.append(Call(*tree_map(_own, (args, kwargs))))
+        self.calls.append(_owned(args, kwargs))
         leaves = leaves_of(output)
         self.energies += [0.0] * (len(leaves) - len(self.energies))
         for i, leaf in enumerate(leaves):
             self.energies[i] += leaf.energy()
 
 
-def _own(value: object) -> object:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call with tensors of its own; what was one tensor stays one."""
+    known: dict[int, object] = {}
+
+    def own(value: object) -> object:
+        if id(value) not in known:
+            if isinstance(value, PackedSequence):
+                known[id(value)] = PackedSequence(value.data.detach().clone(), *value[1:])
+            else:
+                known[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
+        return known[id(value)]
+
+    return Call(*tree_map(own, (args, kwargs)))
 
 
 class _Collector:
-    """A forward hook that remembers the range and the shapes of one layer's inputs."""
+    """A forward hook that remembers the range and the shapes of one layer's inputs, and its largest call."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, whole: bool) -> None:
         self.name = name
         self.low = self.high = 0.0
         self.plain = True
         self.shapes: Counter[tuple[int, ...]] = Counter()
+        self._whole = whole
+        self._largest: Call | None = None
+        self._most = 0
 
     @property
     def seen(self) -> bool:
         return bool(self.shapes) and self.plain
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor:
+        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Tensor, PackedSequence))]
+        if not self._whole and (len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor):
             self.plain = False  # a subclass that is called in its own way cannot be tried by itself
+        if not self.plain or not found or found[0].data.numel() == 0:
             return
-        x = args[0].detach()
-        if x.numel() == 0:
-            return
+        x = found[0].data.detach()
         self.shapes[tuple(x.shape)] += 1
+        size = sum(one.data.numel() for one in found)
+        if self._whole and size > self._most:
+            self._largest, self._most = _owned(args, kwargs), size
         if not x.is_floating_point():
             return
         low, high = (bound.item() for bound in torch.aminmax(x))
@@ -151,4 +188,4 @@ class _Collector:
 
     def result(self) -> InputStats:
         by_size = sorted(self.shapes.elements(), key=lambda shape: (math.prod(shape), shape))
-        return InputStats(self.low, self.high, by_size[len(by_size) // 2])
+        return InputStats(self.low, self.high, by_size[len(by_size) // 2], self._largest)

@@ -126,7 +126,7 @@ def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 def held_elsewhere(model: nn.Module) -> set[int]:
     """The identities of tensors that modules also hold in attributes of their own: in lists, dicts or by themselves."""
-    registries = ("_parameters", "_buffers", "_modules")
+    registries = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is an LSTM's, which is renewed
     return {
         id(leaf)
         for module in model.modules()
@@ -195,7 +195,7 @@ def check_unquantized(model: nn.Module) -> None:
         ModelError: it is.
     """
     for name, module in model.named_modules():
-        if "_pared" in vars(module) or "pared_codes" in module._buffers:
+        if "_pared" in vars(module) or "pared_views" in vars(module):
             raise ModelError(
                 "is quantized already",
                 where=name or type(module).__name__,

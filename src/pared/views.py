@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,6 +95,9 @@ VIEWS: Final[dict[str, Callable[[nn.Module, tuple[int, ...]], View]]] = {
     "transformers.pytorch_utils.Conv1D": _second_dimension,
 }
 
+# What users say of their own layers: the dimensions that are rows, by attribute. `pared.register` fills it.
+OWN_ROWS: Final[dict[type[nn.Module], Mapping[str, tuple[int, ...]]]] = {}
+
 # A step takes four bytes: rows shorter than this would spend more on steps than on int8 codes.
 _SHORTEST_ROW: Final = 4
 
@@ -105,11 +108,14 @@ def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
     Args:
         module: the module that owns the tensor.
         attribute: the tensor's name within the module; only `weight` may differ from the default.
-        shape: the tensor's shape, two dimensions or more.
+        shape: the tensor's shape.
 
     >>> view_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (4, 3, 3, 3)).row_sizes
     (2, 3)
     """
+    own = next((OWN_ROWS[cls] for cls in type(module).__mro__ if attribute in OWN_ROWS.get(cls, {})), None)
+    if own is not None:
+        return View(shape, own[attribute])
     view = first_dimension(shape)
     if attribute == "weight":
         for cls in type(module).__mro__:

@@ -109,7 +109,7 @@ class Compressor(Generic[ModuleT]):
         }
         free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
         known = _complete(free, sensitivity.tensors if sensitivity else {})
-        self._free = [trace_slot(slot, known[slot.name]) for slot in free]
+        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict) for slot in free]
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
         self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
@@ -216,9 +216,11 @@ class Compressor(Generic[ModuleT]):
         return len(artifact.to_bytes(contents))
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
-        candidates = find_candidates(self._model, stored, self._seen.inputs if self._seen else None)
-        activations = self._activations(candidates, damage)
+        activations = self._activations(self._candidates(stored), damage)
         return Contents(tuple(stored), activations, provenance(self._conf, self._seen))
+
+    def _candidates(self, stored: Sequence[Stored]) -> list[Candidate]:
+        return find_candidates(self._model, stored, self._seen.inputs if self._seen else None)
 
     def _activations(self, candidates: Sequence[Candidate], damage: float) -> dict[str, Activation]:
         share = self._share
@@ -243,11 +245,12 @@ class Compressor(Generic[ModuleT]):
             one.slot.name: float(one.options.damage[option])
             for one, option in zip(self._free, choice.options, strict=True)
         }
-        contents = self._contents(self._stored(choice), choice.damage)
-        for name, activation in contents.activations.items():
-            noise = self._noise.get(f"{name}.weight" if name else "weight")
-            if noise is not None and activation.mode != "gather":
-                costs[f"{name} (input, {activation.mode})"] = noise.cost(activation)
+        candidates = self._candidates(self._stored(choice))
+        activations = self._activations(candidates, choice.damage)
+        for candidate in candidates:
+            activation, noise = activations.get(candidate.name), candidate.noise(self._noise)
+            if activation is not None and noise is not None and activation.mode != "gather":
+                costs[f"{candidate.name} (input, {activation.mode})"] = noise.cost(activation)
         total = sum(costs.values()) or 1.0
         return sorted(((name, cost / total) for name, cost in costs.items()), key=lambda pair: -pair[1])
 
@@ -289,14 +292,14 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     return found
 
 
-def trace_slot(slot: Slot, stats: TensorStats) -> Free:
-    """What a tensor could become, and at what price."""
+def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False) -> Free:
+    """What a tensor could become, and at what price; strictly, one of two or more dimensions never stays in float."""
     tensor = slot.tensor.detach()
     view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
     curve = _pruned(trace(target, stats))
     nbytes, damage = curve.nbytes + _GRID_ENTRY, curve.damage
-    if survives_float16(tensor):
+    if survives_float16(tensor) and not (strict and slot.weight_like):
         error = (tensor.float() - tensor.half().float()).square()
         cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
         nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)

@@ -145,7 +145,10 @@ def _module(name: str, value: object, at: Place) -> dict[str, Any]:
     """How a counterpart treats its input; only a static one has a range, which holds zero."""
     what = f"module {at.text(name, 'the name of a module')!r}"
     mode = at.one_of(at.mapping(value, what).get("mode"), _MODES, f"the mode of {what}")
-    known = at.fields(value, what, ("mode", *_MODES[mode]))
+    known = at.fields(value, what, ("mode", *_MODES[mode]), ("weights",))
+    weights = [at.text(one, f"a weight of {what}") for one in at.sequence(known.get("weights", ["weight"]), what)]
+    if not weights or len(set(weights)) < len(weights):
+        at.fail(f"{what} names its weights twice or not at all")
     low, high = (at.number(known.get(key, 0), f"the {key} of {what}") for key in ("low", "high"))
     if not low <= 0 <= high:
         at.fail(f"{what} has a range that does not hold zero")

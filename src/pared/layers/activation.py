@@ -18,14 +18,16 @@ class Activation:
             input is indices into a table of codes.
         low: the least input seen in calibration, 0 at most; only for "static".
         high: the greatest, 0 at least; only for "static".
+        weights: the module's attributes that stay in codes.
 
     >>> Activation.from_json(Activation("static", -1.0, 2.0).to_json())
-    Activation(mode='static', low=-1.0, high=2.0)
+    Activation(mode='static', low=-1.0, high=2.0, weights=('weight',))
     """
 
     mode: Literal["static", "dynamic", "gather"]
     low: float = 0.0
     high: float = 0.0
+    weights: tuple[str, ...] = ("weight",)
 
     @functools.cached_property
     def span(self) -> Range:
@@ -34,9 +36,12 @@ class Activation:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in an artifact's index."""
-        return {"mode": self.mode, "low": self.low, "high": self.high} if self.mode == "static" else {"mode": self.mode}
+        data: dict[str, Any] = {"mode": self.mode}
+        if self.mode == "static":
+            data |= {"low": self.low, "high": self.high}
+        return data if self.weights == ("weight",) else {**data, "weights": list(self.weights)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Activation:
         """The inverse of `to_json`."""
-        return cls(**data)
+        return cls(**{**data, "weights": tuple(data.get("weights", ("weight",)))})

@@ -1,15 +1,18 @@
-"""A module that holds its weight as int8 codes and runs on them.
+"""A module that holds weights as codes: they read as floats, and products of them run on the codes.
 
 A counterpart is the float module itself with another class: a dynamic subclass of its own class, so `isinstance`,
-attributes, hooks and the module's own `forward` stay. While that `forward` runs, `self.weight` is a `WeightHandle`;
-when the handle reaches `F.linear`, `F.conv*` or `F.embedding`, the int8 kernel runs instead. So subclasses that pad or
-scale their input are served by the code that they already have, and whatever else is done with the weight sees floats.
+attributes, hooks and the module's own `forward` stay. While that `forward` runs, a weight of a layer of the table
+`LAYERS` is a `WeightHandle`; when the handle reaches `F.linear`, a convolution or a table lookup, the int8 kernel runs
+instead. So subclasses that pad or scale their input are served by the code that they already have, and whatever else is
+done with the weight sees floats. Layers whose weights never reach such a function have a `forward` in the table.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import torch
@@ -18,38 +21,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pared.formats import Coded, Grid
-from pared.kernels import conv, linear
-from pared.kernels.conv import Geometry
 from pared.layers.activation import Activation
+from pared.layers.dispatch import KERNELS
+from pared.layers.halves import cast_floats, first_dtype
+from pared.layers.registry import float_class, layer_of
+from pared.tensors import clone_structure, refresh_recurrent
 from pared.views import View
 
-# Module types whose weight, used in their own forward, can stay in codes. Subclasses count: their forward is run.
-LAYERS: Final[dict[type[nn.Module], tuple[str, ...]]] = {
-    nn.Linear: ("static", "dynamic"),
-    nn.Conv1d: ("static", "dynamic"),
-    nn.Conv2d: ("static", "dynamic"),
-    nn.Conv3d: ("static", "dynamic"),
-    nn.Embedding: ("gather",),
-}
-
-
-def _is_traced() -> bool:
-    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
-    return traced
-
-
-def is_candidate(module: nn.Module) -> bool:
-    """Whether a counterpart exists for the module."""
-    if not isinstance(module, tuple(LAYERS)) or "weight" not in module._parameters:
-        return False
-    if isinstance(module, nn.Embedding):
-        return module.max_norm is None  # max_norm edits the table while it is read
-    return not hasattr(module, "parametrizations")
-
-
-def modes_of(module: nn.Module) -> tuple[str, ...]:
-    """The modes that a counterpart of the module has."""
-    return next(modes for cls, modes in LAYERS.items() if isinstance(module, cls))
+log = logging.getLogger(__name__)
 
 
 class _Running(threading.local):
@@ -65,12 +44,14 @@ class WeightHandle(torch.Tensor):
     """Stands for a counterpart's weight inside its own forward: kernels take the codes, all else the floats."""
 
     owner: Counterpart
+    attribute: str
 
     @staticmethod
-    def of(owner: Counterpart) -> WeightHandle:
-        """A handle of the owner's weight: its shape and type, without storage."""
-        handle = torch.Tensor._make_wrapper_subclass(WeightHandle, owner.pared_codes.shape, dtype=owner.pared_dtype)
-        handle.owner = owner
+    def of(owner: Counterpart, attribute: str) -> WeightHandle:
+        """A handle of one of the owner's weights: its shape and type, without storage."""
+        shape, dtype = owner.pared_codes(attribute).shape, owner.pared_dtypes[attribute]
+        handle = torch.Tensor._make_wrapper_subclass(WeightHandle, shape, dtype=dtype)
+        handle.owner, handle.attribute = owner, attribute
         return handle
 
     @classmethod
@@ -83,7 +64,7 @@ class WeightHandle(torch.Tensor):
     ) -> Any:
         """Send products to the owner's kernel."""
         if func in KERNELS and len(args) > 1 and isinstance(args[1], WeightHandle) and _is_input(func, args[0]):
-            return _run(func, args[1].owner, args[0], *args[2:], **(kwargs or {}))
+            return _run(func, args[1].owner, args[1].attribute, args[0], *args[2:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():  # else the result would be a handle too
             return func(*args, **(kwargs or {}))
 
@@ -98,68 +79,96 @@ class WeightHandle(torch.Tensor):
         """Everything else sees the floats."""
 
         def plain(value: object) -> object:
-            return value.owner.pared_decode() if isinstance(value, WeightHandle) else value
+            return value.owner.pared_decode(value.attribute) if isinstance(value, WeightHandle) else value
 
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
+def codes_name(attribute: str) -> str:
+    """The buffer of a weight's codes."""
+    return f"pared_{attribute}_codes"
+
+
+def step_name(attribute: str) -> str:
+    """The parameter of a weight's steps."""
+    return f"pared_{attribute}_step"
+
+
 class Counterpart(nn.Module):
-    """Mixed in before a module's own class: the weight is codes and steps, packed for the kernel at first use.
+    """Mixed in before a module's own class: weights are codes and steps, packed for the kernel at first use.
+
+    The codes of a weight are a buffer outside the state dict: int8 or int16, of the weight's shape; its steps a
+    parameter: float32, one per row, never cast by `.half()` or `.to(dtype)`.
 
     Attributes:
-        pared_codes: int8, of the weight's shape; a buffer outside the state dict.
-        pared_step: float32, one per row; never cast by `.half()` or `.to(dtype)`.
-        pared_view: which dimensions of the weight are rows.
-        pared_activation: how the input is treated.
-        pared_in_bfloat16: products run on the weight decoded to bfloat16, where that was measured to be faster.
-        pared_dtype: the type that `weight` reads as.
+        pared_views: which dimensions of each weight are rows, by attribute.
+        pared_dtypes: the types that weights read as.
+        pared_activation: how the input is treated; None: the module runs on floats, decoded as they are read.
+        pared_in_bfloat16: the module runs on weights decoded to bfloat16, where that was measured to be faster.
     """
 
-    pared_codes: Tensor
-    pared_step: Tensor
-    pared_view: View
-    pared_activation: Activation
+    pared_views: dict[str, View]
+    pared_dtypes: dict[str, torch.dtype]
+    pared_activation: Activation | None
     pared_in_bfloat16: bool
-    pared_dtype: torch.dtype
     _pared_plain: bool  # exactly nn.Linear: its forward is known, and the handle can be saved
+    _pared_forward: Callable[..., Any] | None
+    _pared_order: tuple[str, ...]  # of the float module's parameters
     _pared_packed: dict[object, object]
     _pared_lock: threading.Lock
 
-    @property
-    def weight(self) -> Tensor:
-        """The weight as floats, decoded at each reading; inside the module's own forward, a handle of it."""
-        if _running.module is self:
-            return WeightHandle.of(self)
-        return self.pared_decode()
+    def pared_codes(self, attribute: str) -> Tensor:
+        """The codes of a weight."""
+        return cast(Tensor, self._buffers[codes_name(attribute)])
 
-    def pared_decode(self) -> Tensor:
-        """The weight as floats: `step[row] * code`."""
-        return self.pared_coded().decode()
+    def pared_step(self, attribute: str) -> Tensor:
+        """The steps of a weight's rows."""
+        return cast(Tensor, self._parameters[step_name(attribute)]).detach()
 
-    def pared_coded(self) -> Coded:
-        """The weight's codes and steps as a value."""
-        parts = {"codes": self.pared_codes, "step": self.pared_step.detach()}
-        return Coded(Grid("int8"), tuple(self.pared_codes.shape), self.pared_dtype, parts, self.pared_view)
+    def pared_decode(self, attribute: str) -> Tensor:
+        """A weight as floats: `step[row] * code`."""
+        return self.pared_coded(attribute).decode()
 
-    def pared_row_steps(self) -> Tensor:
+    def pared_coded(self, attribute: str) -> Coded:
+        """A weight's codes and steps as a value."""
+        codes, dtype = self.pared_codes(attribute), self.pared_dtypes[attribute]
+        parts = {"codes": codes, "step": self.pared_step(attribute)}
+        kind: Any = "int8" if codes.dtype == torch.int8 else "int16"
+        return Coded(Grid(kind), tuple(codes.shape), dtype, parts, self.pared_views[attribute])
+
+    def pared_row_steps(self, attribute: str) -> Tensor:
         """One step per output: a weight with a single step for all is spread."""
-        return self.pared_step.detach().reshape(-1).expand(self.pared_codes.shape[0]).contiguous()
+        view, codes = self.pared_views[attribute], self.pared_codes(attribute)
+        rows = view.n_rows if view.rows else codes.shape[0]
+        return self.pared_step(attribute).reshape(-1).expand(rows).contiguous()
+
+    def pared_read(self, attribute: str) -> Tensor:
+        """What the attribute gives: the weight as floats, decoded at each reading; inside the own forward, a handle."""
+        if _running.module is self:
+            return WeightHandle.of(self, attribute)
+        return self.pared_decode(attribute)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward; its weight goes to the int8 kernel where that gives all that is asked for."""
-        if not self._pared_serves(args, kwargs):
+        """Run the module's own forward; its weights go to the int8 kernel where that gives all that is asked for."""
+        if self.pared_activation is None or not self._pared_serves(args, kwargs):
             return super().forward(*args, **kwargs)
         if self._pared_plain and len(args) == 1 and not kwargs and _is_input(F.linear, args[0]):
-            return _run(F.linear, self, args[0], self._parameters["bias"])
+            return _run(F.linear, self, "weight", args[0], self._parameters["bias"])
+        if self._pared_forward is not None and self.pared_in_bfloat16:
+            return _in_bfloat16(self, args, kwargs)
+        run = functools.partial(self._pared_forward, self) if self._pared_forward is not None else super().forward
         outer, _running.module = _running.module, self
         try:
-            return super().forward(*args, **kwargs)
+            out = run(*args, **kwargs)
         finally:
             _running.module = outer
+        return super().forward(*args, **kwargs) if out is NotImplemented else out
 
     def _pared_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
-        if torch.compiler.is_compiling() or _is_traced() or not self.pared_codes.is_cpu:
+        if torch.compiler.is_compiling() or _is_traced():
+            return False
+        if not self.pared_codes(next(iter(self.pared_views))).is_cpu:
             return False
         own = self._parameters.values()
         return not torch.is_grad_enabled() or not any(
@@ -177,42 +186,50 @@ class Counterpart(nn.Module):
         return found
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.pared_codes
-        destination[f"{prefix}weight_step"] = self.pared_step if keep_vars else self.pared_step.detach()
+        for attribute in self.pared_views:
+            step = self._parameters[step_name(attribute)]
+            destination[f"{prefix}{attribute}"] = self.pared_codes(attribute)
+            destination[f"{prefix}{attribute}_step"] = step if keep_vars else self.pared_step(attribute)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}pared_step"]
+        for attribute in self.pared_views:
+            del destination[f"{prefix}{step_name(attribute)}"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         error_messages: list[str] = rest[-1]
-        codes = state_dict.pop(f"{prefix}weight", None)
-        state_dict[f"{prefix}pared_step"] = state_dict.pop(f"{prefix}weight_step", None)
-        if state_dict[f"{prefix}pared_step"] is None:
-            del state_dict[f"{prefix}pared_step"]
-        if codes is None or codes.dtype != self.pared_codes.dtype or codes.shape != self.pared_codes.shape:
-            found = "nothing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
-            error_messages.append(f"{prefix}weight: expected int8 codes {list(self.pared_codes.shape)}, found {found}")
-        else:
-            with torch.no_grad():
-                self.pared_codes.copy_(codes)
-            self._pared_packed = {}
+        for attribute in self.pared_views:
+            name, own = f"{prefix}{attribute}", self.pared_codes(attribute)
+            codes, step = state_dict.pop(name, None), state_dict.pop(f"{name}_step", None)
+            if step is not None:
+                state_dict[f"{prefix}{step_name(attribute)}"] = step
+            if codes is None or codes.dtype != own.dtype or codes.shape != own.shape:
+                found = "nothing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+                kind = str(own.dtype).removeprefix("torch.")
+                error_messages.append(f"{name}: expected {kind} codes {list(own.shape)}, found {found}")
+            else:
+                with torch.no_grad():
+                    own.copy_(codes)
+                self._pared_packed = {}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move to a device, or change the type that the weight reads as; codes and steps keep theirs."""
-        step = self._parameters.pop("pared_step")
-        assert step is not None
-        self.pared_dtype = fn(torch.empty(0, dtype=self.pared_dtype)).dtype
+        """Move to a device, or change the types that weights read as; codes and steps keep theirs."""
+        steps = {attribute: self.pared_step(attribute) for attribute in self.pared_views}
+        for attribute, dtype in self.pared_dtypes.items():
+            del self._parameters[step_name(attribute)]
+            self.pared_dtypes[attribute] = fn(torch.empty(0, dtype=dtype)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
-        moved = fn(step.detach())
-        if moved.dtype != step.dtype:
-            moved = step.detach().to(moved.device)
-        self._parameters["pared_step"] = nn.Parameter(moved, requires_grad=False)
+        for attribute, step in steps.items():
+            moved = fn(step)
+            moved = moved if moved.dtype == step.dtype else step.to(moved.device)
+            self._parameters[step_name(attribute)] = nn.Parameter(moved, requires_grad=False)
+            if self.pared_activation is not None and not moved.is_cpu:
+                _tell_of_device(moved.device)
         self._pared_packed = {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed weights, which can be neither copied nor pickled, and the lock."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("_pared_packed", "_pared_lock")}
+        """Everything but the packed weights, which can be neither copied nor pickled, the lock and weak references."""
+        return {key: value for key, value in self.__dict__.items() if key not in _LEFT_OUT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Start again without packed weights."""
@@ -221,107 +238,128 @@ class Counterpart(nn.Module):
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         """Name the module's own class: the dynamic one cannot be imported."""
-        return _new, (float_class(type(self)),), self.__getstate__()
+        return _new, (float_class(type(self)), tuple(self.pared_views)), self.__getstate__()
 
 
-_CLASSES: Final[dict[type[nn.Module], type[Counterpart]]] = {}
+_LEFT_OUT: Final = ("_pared_packed", "_pared_lock", "_flat_weight_refs")
+_CLASSES: Final[dict[tuple[type[nn.Module], tuple[str, ...]], type[Counterpart]]] = {}
 
 
-def _counterpart_class(base: type[nn.Module]) -> type[Counterpart]:
-    if base not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _CLASSES.setdefault(base, cast(type[Counterpart], type(base.__name__, (Counterpart, base), names)))
-    return _CLASSES[base]
+def _counterpart_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[Counterpart]:
+    if (base, attributes) not in _CLASSES:
+        names: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "pared_float_class": base,
+        }
+        for attribute in attributes:
+            names[attribute] = property(functools.partial(Counterpart.pared_read, attribute=attribute))
+        if issubclass(base, nn.RNNBase):  # a list of the weights themselves, which would keep the floats
+            names["_flat_weights"] = property(_flat_weights, lambda _self, _value: None)
+        made = cast(type[Counterpart], type(base.__name__, (Counterpart, base), names))
+        _CLASSES.setdefault((base, attributes), made)
+    return _CLASSES[base, attributes]
 
 
-def float_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before a counterpart stood in for it."""
-    order = cls.__mro__
-    return order[order.index(Counterpart) + 1] if Counterpart in order else cls
+def _flat_weights(module: Any) -> list[Tensor]:
+    return [getattr(module, name) for name in module._flat_weights_names]
 
 
-def _new(base: type[nn.Module]) -> Counterpart:
-    cls = _counterpart_class(base)
+def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> Counterpart:
+    cls = _counterpart_class(base, attributes)
     return cls.__new__(cls)
 
 
-def stand_in(module: nn.Module, coded: Coded, activation: Activation, *, in_bfloat16: bool = False) -> None:
-    """Turn a float module into its counterpart, in place; its float weight is dropped.
+def stand_in(
+    module: nn.Module, coded: Mapping[str, Coded], activation: Activation | None, *, in_bfloat16: bool = False
+) -> None:
+    """Turn a float module into its counterpart, in place; its float weights are dropped.
 
     Args:
-        module: a candidate (`is_candidate`).
-        coded: the weight on an int8 grid.
-        activation: how the input is treated; a mode that the module's type has (`LAYERS`).
-        in_bfloat16: run products in bfloat16 instead.
+        module: any module; one of the table `LAYERS` if there is an activation.
+        coded: weights on grids, by attribute; int8 ones if there is an activation.
+        activation: how the input is treated, a mode that the module's type has (`LAYERS`); None: the module runs on
+            floats, decoded as they are read.
+        in_bfloat16: run in bfloat16 instead.
     """
-    assert isinstance(coded.format, Grid)
-    assert coded.format.codes == "int8"
-    assert coded.view is not None
-    del module._parameters["weight"]
-    module.__class__ = _counterpart_class(type(module))
+    layer = layer_of(module) if activation is not None else None
+    order = tuple(module._parameters)
+    for attribute in coded:
+        del module._parameters[attribute]
+    module.__dict__.pop("_flat_weights", None)
+    base = type(module)
+    module.__class__ = _counterpart_class(base, tuple(coded))
     counterpart = cast(Counterpart, module)
     counterpart._pared_packed, counterpart._pared_lock = {}, threading.Lock()
-    counterpart.register_buffer("pared_codes", coded.parts["codes"], persistent=False)
-    counterpart.pared_step = nn.Parameter(coded.parts["step"], requires_grad=False)
-    counterpart.pared_view = coded.view
+    counterpart.pared_views, counterpart.pared_dtypes = {}, {}
+    for attribute, one in coded.items():
+        assert one.view is not None
+        counterpart.pared_views[attribute], counterpart.pared_dtypes[attribute] = one.view, one.dtype
+        counterpart.register_buffer(codes_name(attribute), one.parts["codes"], persistent=False)
+        step = nn.Parameter(one.parts["step"], requires_grad=False)
+        counterpart.register_parameter(step_name(attribute), step)
     counterpart.pared_activation = activation
-    counterpart.pared_in_bfloat16 = in_bfloat16 and activation.mode != "gather"
-    counterpart.pared_dtype = coded.dtype
-    counterpart._pared_plain = float_class(type(module)) is nn.Linear
+    counterpart.pared_in_bfloat16 = in_bfloat16 and activation is not None and activation.mode != "gather"
+    counterpart._pared_plain = activation is not None and base is nn.Linear
+    counterpart._pared_forward = layer.forward if layer is not None else None
+    counterpart._pared_order = order
+
+
+def restore(module: Counterpart) -> None:
+    """The inverse of `stand_in`, in place: the float module, its weights on the meta device."""
+    for attribute in module.pared_views:
+        shape, dtype = module.pared_codes(attribute).shape, module.pared_dtypes[attribute]
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        del module._buffers[codes_name(attribute)], module._parameters[step_name(attribute)]
+        module._non_persistent_buffers_set.discard(codes_name(attribute))
+        module._parameters[attribute] = weight
+    # Optimizers and state dicts go by the order that they had.
+    module._parameters = {name: module._parameters[name] for name in module._pared_order}
+    for name in [name for name in module.__dict__ if name.startswith(("pared_", "_pared_"))]:
+        del module.__dict__[name]
+    module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was
+    refresh_recurrent(module)
+
+
+@functools.cache  # once, not for every layer
+def _tell_of_device(device: torch.device) -> None:
+    log.warning("int8 kernels are CPU only: on %s the layers run on floats, decoded from the codes", device)
+
+
+def _is_traced() -> bool:
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
+    return traced
 
 
 def _is_input(func: Callable[..., Any], x: object) -> bool:
-    """Whether the kernels take it: plain floats, or the indices of an embedding; all else is for the float function."""
-    return type(x) is Tensor and (x.is_floating_point() or func is F.embedding)
+    """Whether the kernels take it: plain floats, or the indices of a table; all else is for the float function."""
+    return type(x) is Tensor and (x.is_floating_point() or func in (F.embedding, F.embedding_bag))
 
 
-def _run(func: Callable[..., Any], owner: Counterpart, x: Tensor, *rest: Any, **named: Any) -> Tensor:
-    """A product of the owner's weight, by the kernel that was found to be fastest."""
+def _run(func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """A product of one of the owner's weights, by the kernel that was found to be fastest."""
     if not owner.pared_in_bfloat16:
-        return KERNELS[func](owner, x, *rest, **named)
-    weight = owner.pared_packed("bfloat16", lambda: owner.pared_decode().bfloat16())
-    rest = tuple(a.bfloat16() if isinstance(a, Tensor) else a for a in rest)
-    named = {key: a.bfloat16() if isinstance(a, Tensor) else a for key, a in named.items()}
+        return KERNELS[func](owner, attribute, x, *rest, **named)
+    weight = owner.pared_packed((attribute, "bfloat16"), lambda: owner.pared_decode(attribute).bfloat16())
+    rest, named = cast_floats((rest, named), torch.bfloat16)
     out: Tensor = func(x.bfloat16(), weight, *rest, **named)
     return out.to(x.dtype)
 
 
-def _linear(owner: Counterpart, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    packed = owner.pared_packed(None, lambda: linear.pack(owner.pared_codes, owner.pared_row_steps()))
-    if owner.pared_activation.mode == "dynamic":
-        return linear.dynamic(x, packed, bias)
-    return linear.static(x, packed, bias, owner.pared_activation.span)
+def _in_bfloat16(owner: Counterpart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The whole module in bfloat16, from and to the type of its first input."""
 
+    def copied() -> nn.Module:
+        alone = clone_structure(owner, lambda tensor: tensor)
+        restore(alone)
+        for attribute in owner.pared_views:
+            alone._parameters[attribute] = nn.Parameter(owner.pared_decode(attribute), requires_grad=False)
+        for hooks in (alone._forward_hooks, alone._forward_pre_hooks):
+            hooks.clear()
+        refresh_recurrent(alone)
+        return alone.bfloat16()
 
-def _convolution(owner: Counterpart, x: Tensor, bias: Tensor | None = None, *moves: Any, **named_moves: Any) -> Tensor:
-    """The counterpart of `F.conv1d`, `F.conv2d` and `F.conv3d`: stride, padding, dilation and groups are `moves`."""
-    geometry = Geometry.of(owner.pared_codes.shape[2:], *moves, **named_moves)
-    packed = owner.pared_packed(geometry, lambda: conv.pack(owner.pared_codes, owner.pared_row_steps(), geometry))
-    if owner.pared_activation.mode == "dynamic":
-        return conv.dynamic(x, packed, bias)
-    return conv.static(x, packed, bias, owner.pared_activation.span)
-
-
-def _embedding(
-    owner: Counterpart,
-    indices: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Gather rows of codes and scale them; the other options concern training or have been ruled out."""
-    del padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-    rows = F.embedding(indices, owner.pared_codes).to(torch.float32)
-    step = owner.pared_step.detach()
-    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if owner.pared_view.rows else step).to(owner.pared_dtype)
-
-
-KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
-    F.linear: _linear,
-    F.conv1d: _convolution,
-    F.conv2d: _convolution,
-    F.conv3d: _convolution,
-    F.embedding: _embedding,
-}
+    dtype = first_dtype(args, kwargs)
+    args, kwargs = cast_floats((args, kwargs), torch.bfloat16)
+    return cast_floats(owner.pared_packed("bfloat16", copied)(*args, **kwargs), dtype)

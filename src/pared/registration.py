@@ -1,0 +1,79 @@
+"""Layers of one's own: which dimensions of their weights are rows, and which products may run in int8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from pared.errors import ConfigError
+from pared.layers import LAYERS, Layer
+from pared.views import OWN_ROWS
+
+
+def register(
+    layer: type[nn.Module],
+    *,
+    rows: Mapping[str, int | Sequence[int]] | None = None,
+    int8: Sequence[str] = (),
+    forward: Callable[..., Any] | None = None,
+) -> None:
+    """Tell how the weights of a layer are laid out, and which of them can stay in codes while it runs.
+
+    Nothing needs to be registered for a layer to be compressed: every weight is put on a grid with dimension 0 as its
+    rows, and error feedback works on whatever function uses it. What is registered holds for subclasses, too, and must
+    be registered again in a process that loads the artifact.
+
+    Args:
+        layer: a subclass of `torch.nn.Module`.
+        rows: by attribute, the dimension (or dimensions) of a weight that counts its outputs: each row gets a step of
+            its own. Default: dimension 0.
+        int8: attributes that run in int8 where that is measured to be faster and accurate enough: those that reach
+            `F.linear`, a convolution or `F.embedding` as the weight. Whatever else is done with them sees floats.
+        forward: runs instead of the layer's own when it is in int8, as `forward(layer, *args, **kwargs)`; for instance
+            to make one product after the other where the float layer multiplies the weights first. Default: the
+            layer's own.
+
+    Raises:
+        ConfigError: the layer is no module type, an attribute is no name, or a dimension no number from 0 up.
+
+    >>> class Scaled(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.table = nn.Parameter(torch.randn(16, 8))  # (inputs, outputs)
+    ...     def forward(self, x):
+    ...         return 2 * torch.nn.functional.linear(x, self.table.t())
+    >>> register(Scaled, rows={"table": 1})
+    """
+    where = f"pared.register({getattr(layer, '__name__', layer)!s})"
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)) or layer is nn.Module:
+        raise ConfigError("is no type of module", where=where, remedy="Pass a subclass of torch.nn.Module.")
+    if isinstance(int8, str) or not all(
+        isinstance(name, str) and name.isidentifier() for name in (*int8, *(rows or {}))
+    ):
+        raise ConfigError(
+            "the attributes are not names", where=where, remedy='Pass a sequence of names, such as int8=["weight"].'
+        )
+    if forward is not None and (not int8 or not callable(forward)):
+        raise ConfigError(
+            "a forward needs weights to run on", where=where, remedy='Pass a function, and int8=["weight"], too.'
+        )
+    OWN_ROWS[layer] = {attribute: _dimensions(value, where) for attribute, value in (rows or {}).items()}
+    if int8:
+        weights = tuple(int8)
+        modes = ("static", "dynamic") if len(weights) == 1 and forward is None else ("dynamic",)
+        LAYERS[layer] = Layer(lambda _module: weights, modes, forward)
+    else:
+        LAYERS.pop(layer, None)
+
+
+def _dimensions(value: int | Sequence[int], where: str) -> tuple[int, ...]:
+    found = (value,) if isinstance(value, int) else tuple(value)
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in found):
+        raise ConfigError(
+            f"rows={value!r} are no dimensions",
+            where=where,
+            remedy="Pass numbers from 0 up; dimension 0 is the default.",
+        )
+    return tuple(sorted(set(found)))

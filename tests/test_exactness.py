@@ -1,0 +1,120 @@
+"""What is no weight stays as it was, types stay what they were, and other machines and devices compute in floats."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import PostTrainingQuantConfig
+from pared.layers import counterpart
+from pared.tensors import find_tensors
+
+WIDE = PostTrainingQuantConfig(quant_level=0)
+
+
+class Odd(nn.Module):
+    """One tensor of every kind that a grid is not for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(32, 32, generator=generator))
+        self.of_double = nn.Parameter(torch.randn(8, 8, dtype=torch.float64, generator=generator))
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            name = "of_" + str(dtype).removeprefix("torch.")
+            self.register_buffer(name, torch.randint(0, 100, (4, 4), generator=generator).to(dtype))
+        self.register_buffer("of_bool", torch.rand(9, 3, generator=generator) > 0.5)
+        self.register_buffer("of_complex64", torch.randn(5, 3, dtype=torch.complex64, generator=generator))
+        self.register_buffer("of_complex128", torch.randn(5, 3, dtype=torch.complex128, generator=generator))
+        self.register_buffer("made", torch.randn(4, 4, generator=generator), persistent=False)
+        self.register_buffer("infinite", torch.full((2, 2), -torch.inf))
+        self.register_buffer("empty", torch.empty(0, 7))
+        self.register_buffer("scalar", torch.tensor(0.1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_all_that_is_no_weight_is_exact(tmp_path: Path) -> None:
+    model = Odd()
+    before = {slot.name: slot.tensor.detach().clone() for slot in find_tensors(model)}
+    q = pared.fit(model, WIDE)
+    pared.save(q, tmp_path)
+    loaded = pared.load(tmp_path, Odd())
+    for one in (q, loaded):
+        kept = [line.name for line in one.plan if line.treatment == "exact"]
+        assert kept == [name for name in before if name != "weight"]
+        for name in kept:
+            found = one.get_parameter(name) if name == "of_double" else one.get_buffer(name)
+            assert found.dtype == before[name].dtype
+            assert torch.equal(found, before[name])
+            assert name == "made" or torch.equal(one.state_dict()[name], before[name])
+        because = {line.name: line.because for line in one.plan}
+        assert because["of_bool"] == "bool is kept exactly"
+        assert because["of_double"] == "float64 is kept exactly"
+        assert because["made"] == "a buffer that the state dict leaves out"
+        assert because["infinite"] == "a buffer that holds infinities"
+
+
+@pytest.mark.parametrize("approach", ["weight_only", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_stays_half_precision(dtype: torch.dtype, approach: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 16)).to(dtype).eval()
+
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    q = pared.fit(build(), PostTrainingQuantConfig(quant_level=0, approach=approach), [x])
+    pared.save(q, tmp_path)
+    for one in (q, pared.load(tmp_path, build())):
+        with torch.no_grad():
+            wanted, found = build()(x), one(x)
+        assert found.dtype == dtype
+        assert float((found - wanted).float().norm() / wanted.float().norm()) < 0.02
+        assert one[0].weight.dtype == dtype
+
+
+def test_a_machine_without_the_kernels_computes_in_floats_and_says_so() -> None:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(root / "src")}
+    command = [sys.executable, str(root / "tests" / "reference_child.py")]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    report = json.loads(child.stdout)
+    assert report["capability"] == "DEFAULT"
+    assert report["kernels"] == ["float"]
+    assert "the int8 kernels need an x86 CPU with AVX2" in report["report"]
+    assert report["equal"]
+    assert report["error"] < 0.01
+
+
+@pytest.mark.parametrize("approach", ["weight_only", "dynamic"])
+def test_off_the_cpu_all_runs_in_floats(approach: str, caplog: pytest.LogCaptureFixture) -> None:
+    counterpart._tell_of_device.cache_clear()
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)).eval()
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach=approach), [torch.randn(4, 32)])
+    in_int8 = any(line.kernel.startswith("int8") for line in q.plan)
+    with caplog.at_level(logging.WARNING):
+        moved = q.to("meta")  # the one device that is everywhere
+    told = [record.message for record in caplog.records]
+    words = "int8 kernels are CPU only: on meta the layers run on floats, decoded from the codes"
+    assert told == ([words] if in_int8 else [])
+    assert moved(torch.empty(4, 32, device="meta")).shape == (4, 16)
+
+
+def test_to_an_accelerator_where_there_is_one() -> None:
+    device = next((one for one in ("cuda", "mps") if getattr(torch, one).is_available()), None)
+    if device is None:
+        pytest.skip("no accelerator here")
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)).eval()
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="weight_only"))
+    x = torch.randn(4, 32)
+    wanted = q(x)
+    assert torch.allclose(q.to(device)(x.to(device)).cpu(), wanted, atol=1e-4)

@@ -1,0 +1,127 @@
+"""Layers of the user's own, and rules on shapes."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from examples import custom_layer
+from torch import Tensor, nn
+
+import pared
+from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule, candidates
+from pared.layers import LAYERS, Counterpart
+from pared.profile import Timing
+from pared.views import OWN_ROWS
+
+
+@pytest.fixture(autouse=True)
+def _tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    layers, rows = dict(LAYERS), dict(OWN_ROWS)
+    # int8 is taken to be the fastest everywhere, so that it runs.
+    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    yield
+    for table, before in ((LAYERS, layers), (OWN_ROWS, rows)):
+        table.clear()
+        table.update(before)
+
+
+class Twice(nn.Module):
+    """Two raw parameters through plain functions; the second holds outputs in dimension 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(96, 64))
+        self.second = nn.Parameter(torch.randn(96, 32) * torch.logspace(-2, 2, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.first).relu() @ self.second
+
+
+BATCHES = [torch.randn(16, 64, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+EIGHT = PostTrainingQuantConfig(quant_level=0)
+
+
+def error(model: nn.Module, other: nn.Module) -> float:
+    with torch.no_grad():
+        exact = torch.cat([model(x) for x in BATCHES])
+        return float((torch.cat([other(x) for x in BATCHES]) - exact).square().sum() / exact.square().sum())
+
+
+def test_a_layer_nobody_has_heard_of_shrinks_without_being_registered() -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    q = pared.fit(model, EIGHT, BATCHES)
+    assert q.nbytes < 0.4 * 4 * (96 * 64 + 96 * 32)
+    assert error(model, q) < 1e-3
+
+
+def test_rows_that_are_registered_have_steps_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    pared.register(Twice, rows={"second": 1})
+    q = pared.fit(model, EIGHT, BATCHES)
+    assert q.state_dict()["second_step"].shape == (32,)
+    assert error(model, q) < 2e-4
+    pared.save(q, tmp_path)
+    OWN_ROWS.clear()
+    assert torch.equal(pared.load(tmp_path, model=Twice())(BATCHES[0]), q(BATCHES[0])), "the file knows its rows"
+
+
+def test_a_weight_that_is_registered_runs_in_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    pared.register(Twice, int8=["first"])
+    q = pared.fit(model, EIGHT, BATCHES)
+    assert isinstance(q, Counterpart)
+    assert {line.name: line.kernel.split()[0] for line in q.plan} == {"first": "int8", "second": "float"}
+    with torch.no_grad():
+        decoded = copy.deepcopy(model)
+        decoded.first.data = q.pared_decode("first")
+        assert 0 < error(decoded, q) < 2e-3
+        pared.save(q, tmp_path)
+        assert torch.equal(pared.load(tmp_path, model=Twice())(BATCHES[0]), q(BATCHES[0]))
+    LAYERS.pop(Twice)
+    with pytest.raises(MismatchError, match="register its layers as they were"):
+        pared.load(tmp_path, model=Twice())
+
+
+def test_the_example_runs_one_factor_in_int8() -> None:
+    model, quantized = custom_layer.compress()
+    kernels = {line.name: line.kernel for line in pared.model.plan_of(quantized)}
+    assert kernels["0.up"] == "int8 dynamic"
+    assert kernels["0.down"] == "float"
+    assert quantized.state_dict()["0.down_step"].shape == (192,)
+    x = custom_layer.calibration()[0]
+    with torch.no_grad():
+        exact = model(x)
+        assert float((quantized(x) - exact).square().sum() / exact.square().sum()) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"layer": 3}, "is no type of module"),
+        ({"layer": nn.Module}, "is no type of module"),
+        ({"layer": Twice, "int8": "first"}, "the attributes are not names"),
+        ({"layer": Twice, "rows": {"a b": 1}}, "the attributes are not names"),
+        ({"layer": Twice, "rows": {"second": -1}}, "are no dimensions"),
+        ({"layer": Twice, "forward": print}, "a forward needs weights to run on"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        pared.register(arguments.pop("layer"), **arguments)
+    assert Twice not in LAYERS
+
+
+def test_a_rule_on_shapes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+    q = pared.fit(model, PostTrainingQuantConfig(rules=[Rule(lambda shape: len(shape) == 4, bits=4)]))
+    assert {line.name: line.bits for line in q.plan if line.name.endswith("weight")} == {"0.weight": 4, "2.weight": 8.0}
+    with pytest.raises(ConfigError, match=r"holds for no tensor of the model"):
+        pared.fit(model, PostTrainingQuantConfig(rules=[Rule(lambda shape: len(shape) == 9, keep=True)]))
