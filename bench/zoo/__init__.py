@@ -1,4 +1,4 @@
-"""Eight public models, all from packages, and real or exactly known data: the bench of the search.
+"""Public models, all from packages but for one that is trained here, and real or exactly known data: the search bench.
 
 One module per model, each with a `PAIR`; only the packages of the model that is asked for are needed.
 """
@@ -9,7 +9,10 @@ import importlib
 
 from bench.zoo.pair import Pair
 
-NAMES = ("efficientnet", "minilm", "smollm2", "whisper", "crepe", "g2p", "easyocr", "textgenrnn")
+NAMES = (
+    *("efficientnet", "minilm", "smollm2", "whisper", "crepe", "g2p", "easyocr", "textgenrnn"),
+    *("crepe_full", "silero", "mtcnn", "mnist", "craft", "esrgan"),
+)
 
 
 def find(name: str) -> Pair:

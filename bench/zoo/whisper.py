@@ -12,10 +12,8 @@ import gzip
 import io
 import re
 import struct
-import wave
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,15 +156,6 @@ class Clip:
         return len(self.wave) / _RATE
 
 
-def _read(file: Path) -> NDArray[np.float32]:
-    """16-bit samples at 16 kHz, or at 8 kHz, of which the spectrum is continued with nothing."""
-    with wave.open(str(file)) as recording:
-        samples = np.frombuffer(recording.readframes(recording.getnframes()), "<i2").astype(np.float32) / 32768
-        factor = _RATE // recording.getframerate()
-    result: NDArray[np.float32] = np.fft.irfft(np.fft.rfft(samples), factor * len(samples)).astype(np.float32) * factor
-    return result
-
-
 @functools.cache
 def _recordings() -> tuple[list[Clip], list[Clip]]:
     """The prompts that are scored and the others, in the order of the list of transcripts."""
@@ -179,7 +168,8 @@ def _recordings() -> tuple[list[Clip], list[Clip]]:
             file = folder / f"{name}.wav"
             if line.startswith(";") or not text or not file.is_file() or re.search(r"[\[\]()*<>{}#]", text):
                 continue  # comments, and noises in place of words
-            clip = Clip(_read(file), text.replace("...", "").strip())  # dots stand for what another prompt says
+            said = text.replace("...", "").strip()  # dots stand for what another prompt says
+            clip = Clip(data.recording(file, _RATE), said)
             long_enough = len(_words(text)) >= _LEAST_WORDS and not re.search("[0-9]", text)
             (scored if long_enough and clip.seconds <= _LONGEST else others).append(clip)
     return scored, others
@@ -189,7 +179,7 @@ def _librivox() -> list[Clip]:
     folder = data.DEBIAN / "pocketsphinx" / "test" / "data" / "librivox"
     lines = (folder / "transcription").read_text(encoding="utf-8").splitlines()
     found = [re.fullmatch(r"<s> (.*) </s> \((.*)\)", line.strip()) for line in lines]
-    return [Clip(_read(folder / f"{match[2]}.wav"), match[1]) for match in found if match]
+    return [Clip(data.recording(folder / f"{match[2]}.wav", _RATE), match[1]) for match in found if match]
 
 
 def _prompts(part: data.Part, seed: int) -> list[Clip]:
