@@ -132,6 +132,19 @@ def test_a_real_measurement_reports_three_times() -> None:
     assert timing.shape == (4, 8)
 
 
+def test_a_table_that_is_multiplied_with_is_decoded_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.other = nn.Embedding(2000, 64), nn.Embedding(2000, 64)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(self.table(ids) + self.other(ids), self.table.weight)
+
+    found = kernels(pared.fit(Tied(), PostTrainingQuantConfig(quant_level=0), [torch.arange(50)[None]]))
+    assert found == {"table.weight": "float", "other.weight": "int8 gather"}
+
+
 def test_without_calibration_nothing_is_quantized_but_the_weights() -> None:
     assert set(kernels(pared.fit(Blocks())).values()) == {"float"}
     dynamic = pared.fit(Blocks(), PostTrainingQuantConfig(approach="dynamic"))

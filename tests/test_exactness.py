@@ -1,5 +1,6 @@
 """What is no weight stays as it was, types stay what they were, and other machines and devices compute in floats."""
 
+import copy
 import json
 import logging
 import os
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared.layers import counterpart
+from pared.kernels import conv, linear, recurrent, transposed
+from pared.layers import counterpart, registry
 from pared.tensors import find_tensors
 
 WIDE = PostTrainingQuantConfig(quant_level=0)
@@ -95,18 +97,49 @@ def test_a_machine_without_the_kernels_computes_in_floats_and_says_so() -> None:
     assert report["error"] < 0.01
 
 
+def test_a_build_without_the_operators_never_asks_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gone(*_: object) -> None:
+        raise AttributeError("no such operator")
+
+    monkeypatch.setattr(registry, "available", lambda: "this build of PyTorch lacks them")
+    for kernel in (linear, conv, transposed, recurrent):
+        monkeypatch.setattr(kernel, "pack", gone)
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.GRU(16, 16), nn.Embedding(9000, 16)]
+    model = nn.ModuleList([*layers, nn.RNNCell(16, 16), nn.ConvTranspose1d(16, 16, 3), nn.Conv1d(16, 16, 3)]).eval()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = copy.deepcopy(model)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            encoder, gru, table, cell, wider, narrower = self.parts
+            x = gru(encoder(table(ids)))[0]
+            out: Tensor = narrower(wider(cell(x.flatten(0, 1))[None].mT))
+            return out
+
+    net, ids = Net().eval(), torch.randint(0, 9000, (2, 5))
+    q = pared.fit(net, PostTrainingQuantConfig(quant_level=0, approach="dynamic"), [ids])
+    loaded = pared.load(pared.save(q, tmp_path), model=Net())
+    assert {line.kernel for line in q.plan} == {"float", "int8 gather"}
+    with torch.no_grad():
+        assert torch.equal(q(ids), loaded(ids))
+        assert torch.allclose(q(ids), net(ids), atol=0.05)
+
+
 @pytest.mark.parametrize("approach", ["weight_only", "dynamic"])
 def test_off_the_cpu_all_runs_in_floats(approach: str, caplog: pytest.LogCaptureFixture) -> None:
     counterpart._tell_of_device.cache_clear()
-    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16)).eval()
+    model = nn.Sequential(nn.Linear(32, 48), nn.GRU(48, 16)).eval()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach=approach), [torch.randn(4, 32)])
     in_int8 = any(line.kernel.startswith("int8") for line in q.plan)
     with caplog.at_level(logging.WARNING):
         moved = q.to("meta")  # the one device that is everywhere
-    told = [record.message for record in caplog.records]
+    told = [record.message for record in caplog.records if record.name.startswith("pared.layers")]
     words = "int8 kernels are CPU only: on meta the layers run on floats, decoded from the codes"
     assert told == ([words] if in_int8 else [])
-    assert moved(torch.empty(4, 32, device="meta")).shape == (4, 16)
+    assert moved(torch.empty(4, 32, device="meta"))[0].shape == (4, 16)
 
 
 def test_to_an_accelerator_where_there_is_one() -> None:

@@ -1,6 +1,7 @@
 """Counterparts: every kind of layer that can run in int8, every way to be called, against its own float forward."""
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,18 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from pared.formats import Coded
-from pared.layers import Activation, Counterpart, float_class, layer_of, restore, stand_in, weights_of
+from pared.layers import (
+    LAYERS,
+    Activation,
+    Counterpart,
+    float_class,
+    layer_of,
+    leave_fast_paths,
+    rejoin_fast_paths,
+    restore,
+    stand_in,
+    weights_of,
+)
 from pared.solvers import nearest
 from pared.views import view_of
 
@@ -196,6 +208,7 @@ def test_the_output_is_that_of_the_float_layer(name: str, mode: str) -> None:
     for exact, quantized in pairs:
         assert quantized.shape == exact.shape
         assert quantized.dtype == exact.dtype
+        assert quantized.is_contiguous() or quantized.stride() == exact.stride()
         assert snr(exact, quantized) > 30
         if mode == "gather":
             assert torch.allclose(exact, quantized, rtol=1e-6, atol=1e-7)
@@ -253,10 +266,13 @@ def test_in_bfloat16(name: str, mode: str) -> None:
     for module in counterpart.modules():
         if isinstance(module, Counterpart):
             module.pared_in_bfloat16 = True
+    before = {name: tensor.clone() for name, tensor in counterpart.state_dict().items()}
     for exact, half in zip(tensors(layer(*args, **kwargs)), tensors(counterpart(*args, **kwargs)), strict=True):
         assert half.dtype == exact.dtype
         assert not torch.equal(exact, half)
         assert snr(exact, half) > 35
+    after = counterpart.state_dict()
+    assert all(after[name].dtype == one.dtype and torch.equal(after[name], one) for name, one in before.items())
 
 
 @pytest.mark.parametrize(("name", "mode"), EVERY)
@@ -326,8 +342,9 @@ def test_a_state_dict_of_codes_goes_in_and_out() -> None:
     other.load_state_dict(changed)
     assert torch.equal(other.weight, -counterpart.weight)
     assert not torch.equal(other(x), counterpart(x)), "the packed weight must follow"
-    with pytest.raises(RuntimeError, match=r"weight: expected int8 codes \[8, 3, 3, 3\], found nothing"):
-        other.load_state_dict({"bias": state["bias"]})
+    with pytest.raises(RuntimeError, match=r"weight: expected int8 codes \[8, 3, 3, 3\], found torch.float32"):
+        other.load_state_dict({**state, "weight": torch.zeros(8, 3, 3, 3)})
+    assert sorted(other.load_state_dict({}, strict=False).missing_keys) == ["bias", "weight", "weight_step"]
 
 
 @pytest.mark.parametrize("make", [lambda: nn.LSTM(16, 16, 2, dropout=0.5), lambda: nn.MultiheadAttention(16, 2, 0.5)])
@@ -347,3 +364,124 @@ def test_a_causal_hint_without_a_mask_is_an_error_as_in_pytorch() -> None:
     x = torch.randn(5, 2, 16)
     with torch.no_grad(), pytest.raises(RuntimeError, match="Need attn_mask"):
         counterpart(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if LAYERS[layer].forward], ids=lambda one: one.__name__)
+def test_a_forward_of_the_table_is_called_as_the_layers_own(layer: type[nn.Module]) -> None:
+    forward = LAYERS[layer].forward
+    assert forward is not None
+    ours, own = (list(inspect.signature(one).parameters)[1:] for one in (forward, layer.forward))
+    assert ours == own
+
+
+@pytest.mark.parametrize(("name", "mode"), EVERY)
+def test_moves_and_casts_keep_codes_and_steps(name: str, mode: str) -> None:
+    _, counterpart, args, kwargs = build(name, mode)
+    expected = tensors(counterpart(*args, **kwargs))
+    state = {key: one.clone() for key, one in counterpart.state_dict().items()}
+
+    def fails(_: Tensor) -> Tensor:
+        raise RuntimeError("no such device")
+
+    with pytest.raises(RuntimeError, match="no such device"):
+        counterpart._apply(fails)
+    assert all(map(torch.equal, tensors(counterpart.cpu()(*args, **kwargs)), expected))
+    for dtype in (torch.float16, torch.float32):
+        counterpart.to(dtype)
+        for module in counterpart.modules():
+            if isinstance(module, Counterpart):
+                assert {getattr(module, one).dtype for one in module.pared_views} == {dtype}
+                assert {module.pared_step(one).dtype for one in module.pared_views} == {torch.float32}
+    moved = counterpart.state_dict()
+    assert all(torch.equal(moved[key], one) for key, one in state.items() if "bias" not in key)
+    counterpart.to("meta")
+    assert all(one.is_meta for one in (*counterpart.parameters(), *counterpart.buffers()))
+
+
+RECURRENT = [name for name in CASES if name.startswith(("lstm", "gru", "rnn"))]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_what_is_not_finite_shows_in_the_output(name: str, bad: float) -> None:
+    layer, counterpart, (x, *rest), _ = build(name, "dynamic")
+    x = copy.deepcopy(x)
+    x.data.flatten()[0] = bad
+    for exact, ours in zip(tensors(layer(x, *rest)), tensors(counterpart(x, *rest)), strict=True):
+        assert (ours.isnan() | torch.isclose(exact, ours, atol=0.1)).all()
+        assert bool(exact.isfinite().all()) >= bool(ours.isfinite().all())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(12, 16), lambda: nn.GRU(12, 16)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loud_sample_does_not_drown_a_quiet_one(make: Callable[[], nn.Module], packed: bool) -> None:
+    torch.manual_seed(0)
+    layer = make().eval().requires_grad_(False)
+    counterpart = counterpart_of(layer, "dynamic")
+    for louder in (7.0, 1000.0):
+        x: Any = torch.randn(9, 2, 12).clamp(-2, 2)
+        x[:, 1] *= louder / 2
+        x = nn.utils.rnn.pack_padded_sequence(x, [5, 9], enforce_sorted=False) if packed else x
+        states = [tensors(one(x)[1])[0][:, 0] for one in (layer, counterpart)]
+        assert snr(*states) > 30
+
+
+def test_inputs_of_any_nesting_get_gradients() -> None:
+    class Sums(nn.Linear):
+        def forward(self, given: list[Tensor]) -> Tensor:  # type: ignore[override]  # another signature
+            return F.linear(given[0] + given[1], self.weight, self.bias)
+
+    torch.manual_seed(0)
+    layer = Sums(8, 8).requires_grad_(False)
+    counterpart = counterpart_of(layer, "dynamic")
+    x = torch.randn(3, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(counterpart([x, x]).sum(), [x])
+    assert torch.allclose(gradient, 2 * layer.weight.sum(0).expand(3, 8), atol=1e-6)
+
+
+# torch's own word on its decompositions.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_transformed_functions_use_decoded_floats() -> None:
+    layer, counterpart, (x,), _ = build("linear", "dynamic")
+    assert torch.allclose(torch.func.vmap(counterpart)(x), layer(x), atol=1e-5)
+    ours: Any = torch.func.jvp(counterpart, (x,), (torch.ones_like(x),))[1]
+    assert torch.allclose(ours, layer.weight.sum(1).expand_as(ours), atol=1e-5)
+
+
+def test_a_weight_that_is_given_back_is_floats() -> None:
+    class Open(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), {"weight": self.weight}
+
+    counterpart = counterpart_of(Open(8, 8).requires_grad_(False), "dynamic")
+    given = counterpart(torch.randn(2, 8))[1]["weight"]
+    assert type(given) is Tensor
+    assert torch.equal(given, counterpart.weight)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"attn_mask": torch.ones(5, 5, dtype=torch.int64)},
+        {"attn_mask": torch.zeros(1, 5)},
+        {"key_padding_mask": torch.zeros(1, 5, dtype=torch.bool)},
+    ],
+)
+def test_masks_that_pytorch_refuses_are_refused(kwargs: dict[str, Tensor]) -> None:
+    layer = nn.MultiheadAttention(16, 2, batch_first=True).eval().requires_grad_(False)
+    counterpart, x = counterpart_of(layer, "dynamic"), torch.randn(2, 5, 16)
+    for one in (layer, counterpart):
+        with pytest.raises((AssertionError, RuntimeError)):
+            one(x, x, x, **kwargs)
+
+
+def test_an_encoder_gets_its_fast_path_back() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval().requires_grad_(False)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    attention = model.layers[0].self_attn
+    stand_in(attention, {"in_proj_weight": quantize(attention, "in_proj_weight")}, None)
+    leave_fast_paths(model)
+    leave_fast_paths(model)  # once more changes nothing
+    assert (model.use_nested_tensor, model.layers[0].activation_relu_or_gelu) == (False, 0)
+    rejoin_fast_paths(model)
+    assert (model.use_nested_tensor, model.layers[0].activation_relu_or_gelu) == (True, 1)

@@ -382,3 +382,28 @@ def test_a_table_that_edits_itself_is_kept() -> None:
     q = pared.fit(nn.Sequential(table), PostTrainingQuantConfig(approach="dynamic"), [torch.arange(64)])
     q(torch.arange(64))
     assert q.state_dict()["0.weight"].dtype == torch.float32
+
+
+def test_a_module_is_in_codes_with_all_of_its_weights_or_with_none() -> None:
+    class Borrows(nn.Module):
+        """Holds one weight of each of its layers a second time, where nobody looks for it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.linear = nn.LSTM(16, 16), nn.Linear(16, 16)
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.own = [self.lstm.weight_ih_l0, self.linear.weight, self.attention.out_proj.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(self.lstm(x)[0])
+            out: Tensor = self.attention(x, x, x)[0]
+            return out
+
+    model = Borrows().eval()
+    q = pared.fit(model, PostTrainingQuantConfig(approach="dynamic", quant_level=0))
+    assert not any(isinstance(module, Counterpart) for module in q.modules())
+    assert {line.kernel for line in q.plan} == {"float"}
+    assert any("a weight of it is also used elsewhere, in floats" in line.because for line in q.plan)
+    x = torch.randn(5, 2, 16)
+    with torch.no_grad():
+        assert torch.allclose(q(x), model(x), atol=0.05)

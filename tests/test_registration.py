@@ -125,3 +125,35 @@ def test_a_rule_on_shapes() -> None:
     assert {line.name: line.bits for line in q.plan if line.name.endswith("weight")} == {"0.weight": 4, "2.weight": 8.0}
     with pytest.raises(ConfigError, match=r"holds for no tensor of the model"):
         pared.fit(model, PostTrainingQuantConfig(rules=[Rule(lambda shape: len(shape) == 9, keep=True)]))
+
+
+def test_rows_that_are_no_outputs_of_the_product_run_on_floats() -> None:
+    class Across(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64) * torch.logspace(-2, 2, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    pared.register(Across, rows={"weight": 1}, int8=["weight"])
+    torch.manual_seed(0)
+    model = Across()
+    assert error(model, pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="dynamic"))) < 1e-3
+
+
+def test_a_subclass_with_rows_of_its_own_is_read_by_them() -> None:
+    class Columns(nn.Embedding):
+        pass
+
+    class Turned(nn.LSTM):
+        pass
+
+    pared.register(Columns, rows={"weight": 1})
+    pared.register(Turned, rows={"weight_ih_l0": 1})
+    model = nn.Sequential(Columns(300, 250), Turned(250, 16)).eval()
+    ids = torch.arange(300)[None]
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="dynamic"))
+    with torch.no_grad():
+        assert torch.allclose(q[0](ids), model[0](ids), atol=0.03)
+        assert torch.allclose(q(ids)[0], model(ids)[0], atol=0.05)

@@ -178,7 +178,7 @@ class _Job:
                 measured = sensitivity.measure(model, seen.calls, seen.energies, conf.seed)
                 if measured is None:
                     measured = perturb(model, seen.calls, conf.seed)
-                if conf.approach != "weight_only":
+                if conf.approach in ("auto", "dynamic"):
                     measured = replace(measured, inputs={**measured.inputs, **try_modules(model, slots, seen)})
         return cls(model, conf, slots, seen, measured, stages, functions[0] is not None)
 

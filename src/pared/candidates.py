@@ -116,10 +116,12 @@ def find_candidates(
     used: set[str] = set()  # parts of modules that came before
     for name, module in model.named_modules(remove_duplicate=False):
         layer, attributes = layer_of(module), weights_of(module)
-        if layer is None or not attributes or name in used or (inputs is not None and name not in inputs):
+        if layer is None:
             continue
         prefix = f"{name}." if name else ""
         used.update(f"{prefix}{part}" for part in layer.parts)
+        if not attributes or name in used or (inputs is not None and name not in inputs):
+            continue
         weights = {attribute: by_name.get(f"{prefix}{attribute}") for attribute in attributes}
         parts = {part: by_name.get(f"{prefix}{part}.weight") for part in layer.parts}
         if None not in (*weights.values(), *parts.values()):
@@ -164,13 +166,15 @@ def choose_activations(
         return {}
     costs: list[tuple[float, str, Activation]] = []
     chosen: dict[str, Activation] = {}
+    products = {one.name for c in candidates if c.layer.modes != ("gather",) for one in c.tensors}
     for candidate in candidates:
-        modes = candidate.layer.modes
+        modes, known = candidate.layer.modes, candidate.noise(noise)
         if modes == ("gather",):
-            if candidate.size >= _LEAST_TABLE:
+            # A table that is multiplied with outside of any layer is better decoded once than at every call.
+            multiplied = known is not None and not any(one.name in products for one in candidate.tensors)
+            if candidate.size >= _LEAST_TABLE and not multiplied:
                 chosen[candidate.name] = candidate.activation("gather")
             continue
-        known = candidate.noise(noise)
         wanted = [mode for mode in modes if approach in ("auto", mode)]
         if not wanted or (known is None and approach == "auto"):
             continue
@@ -197,7 +201,7 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
     known: dict[object, Timing] = {}
     for candidate in candidates:
         activation, seen = activations.get(candidate.name), candidate.inputs
-        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.reason():
+        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.missing():
             continue
         dtype = next(iter(candidate.weights.values())).coded.dtype
         shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -25,26 +26,43 @@ def running_of(model: nn.Module, contents: Contents, profile: Profile, memory: M
         MismatchError: one of them cannot run in int8.
     """
     _check(model, contents)
-    if memory == "small":
-        return dict.fromkeys(contents.activations, Running("float32", "memory is to stay small"))
-    return {name: profile.running(name, _reason(model.get_submodule(name))) for name in contents.activations}
+    return {
+        name: Running("float32", "memory is to stay small")
+        if memory == "small" and activation.mode != "gather"
+        else profile.running(name, _missing(model.get_submodule(name)))
+        for name, activation in contents.activations.items()
+    }
 
 
 def held_in_codes(
     model: nn.Module,
     pairs: Sequence[tuple[Stored, list[Tensor]]],
     contents: Contents,
-    running: Mapping[str, Running],
+    running: dict[str, Running],
     memory: Memory,
 ) -> set[str]:
-    """The names of the tensors that stay in codes; the others are held as floats."""
+    """The names of the tensors that stay in codes; the others are held as floats.
+
+    `running` is corrected where a module cannot run as it says: it is in codes with all of its weights or with none.
+    """
     elsewhere = held_elsewhere(model)
-    return {
-        stored.name
-        for stored, tensors in pairs
-        if not any(id(tensor) in elsewhere for tensor in tensors)
-        and (_runs_in_codes(stored, contents, running) or (memory == "small" and _stays_in_codes(stored, model)))
-    }
+    free = [stored for stored, tensors in pairs if not any(id(tensor) in elsewhere for tensor in tensors)]
+    while True:
+        runs = [stored for stored in free if _runs_in_codes(stored, contents, running)]
+        whole = {(owner, attribute) for stored in runs for owner, attribute in _owners(stored)}
+        split = {
+            part
+            for name, activation in contents.activations.items()
+            for parts in [_parts(model, name)]
+            if running[name].kernel != "float32"
+            and not {*((name, one) for one in activation.weights), *((part, "weight") for part in parts)} <= whole
+            for part in (name, *parts)
+        }
+        if not split:
+            break
+        running |= dict.fromkeys(split, Running("float32", "a weight of it is also used elsewhere, in floats"))
+    small = [stored for stored in free if _stays_in_codes(stored, model)] if memory == "small" else []
+    return {stored.name for stored in (*runs, *small)}
 
 
 def install(
@@ -55,11 +73,12 @@ def install(
     hooked: set[tuple[int, str]] = set()
     held: dict[str, dict[str, Coded]] = {}  # what stays in codes, by module and attribute
     for stored in contents.tensors:
-        if stored.name in in_codes:
-            for owner, attribute in _owners(stored):
-                held.setdefault(owner, {})[attribute] = stored.coded
-            continue
         coded = stored.coded
+        if stored.name in in_codes:
+            step = nn.Parameter(coded.parts["step"], requires_grad=False)  # one for all that share the weight
+            for owner, attribute in _owners(stored):
+                held.setdefault(owner, {})[attribute] = replace(coded, parts={**coded.parts, "step": step})
+            continue
         keeper = Keeper(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
         keepers[stored.name] = keeper
         for owner, attribute in _owners(stored):
@@ -72,8 +91,7 @@ def install(
         if isinstance(module, Counterpart):  # a shared module is met under each of its names
             continue
         here = running.get(owner, Running("float32"))
-        runs = here.kernel != "float32" and set(contents.activations[owner].weights) <= set(coded_by_attribute)
-        activation = contents.activations[owner] if runs else None
+        activation = contents.activations[owner] if here.kernel != "float32" else None
         stand_in(module, coded_by_attribute, activation, in_bfloat16=here.kernel == "bfloat16")
     return keepers
 
@@ -94,9 +112,15 @@ def _check(model: nn.Module, contents: Contents) -> None:
             )
 
 
-def _reason(module: nn.Module) -> str:
+def _parts(model: nn.Module, name: str) -> list[str]:
+    """The children of a module that it uses without calling them."""
+    layer = layer_of(model.get_submodule(name))
+    return [f"{name}.{part}".removeprefix(".") for part in layer.parts] if layer is not None else []
+
+
+def _missing(module: nn.Module) -> str:
     layer = layer_of(module)
-    return layer.reason() if layer is not None else ""
+    return layer.missing() if layer is not None else ""
 
 
 def _owners(stored: Stored) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from pared.errors import MismatchError, ModelError
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import Keeper, detach
 from pared.kernels.machine import keep_freed_memory
-from pared.layers import Counterpart, leave_fast_paths, restore
+from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
 from pared.plan import Decision
 from pared.profile import ENGINE_FILE, Profile, Running
 from pared.reporting import Outcome
@@ -359,4 +359,5 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         detach(module)
         if isinstance(module, Counterpart):
             restore(module)
+    rejoin_fast_paths(empty)
     return empty

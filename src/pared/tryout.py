@@ -39,7 +39,7 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
     wanted = {
         f"{name}.{attribute}".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
-        if name in seen.inputs and (layer := layer_of(module)) and layer.forward is not None
+        if name in seen.inputs and (layer := layer_of(module)) and layer.forward is not None and not layer.missing()
         for attribute in (*weights_of(module), *(f"{part}.weight" for part in layer.parts))
     }
     stored = [
@@ -48,7 +48,7 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
         if slot.weight_like and wanted & set(slot.names)
         for decision in (Decision(slot.name, "grid", DEFAULT_BITS, ""),)
     ]
-    candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward is not None]
+    candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
     with torch.no_grad(), without_fast_paths():
         return {next(iter(one.weights.values())).name: InputNoise(0.0, _lost(model, one, calls)) for one in candidates}

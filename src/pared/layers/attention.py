@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ def attention_forward(
     is_causal: bool = False,
 ) -> Any:
     """What `nn.MultiheadAttention.forward` gives (Vaswani et al. 2017), for inputs with a batch."""
-    if query.dim() != 3 or query.is_nested or not query.numel() or not key.numel():
+    if not _serves(module, query, key, value, key_padding_mask, attn_mask):
         return NotImplemented
     if (module.training and module.dropout) or (is_causal and attn_mask is None):  # the latter is a mistake to report
         return NotImplemented
@@ -53,7 +53,24 @@ def attention_forward(
     else:
         context = F.scaled_dot_product_attention(q, k, v, mask)
     out = module.out_proj(context.transpose(1, 2).flatten(2))
-    return (out if module.batch_first else out.transpose(0, 1)), weights
+    return (out if module.batch_first else out.transpose(0, 1).contiguous()), weights
+
+
+def _serves(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+) -> bool:
+    """Whether the inputs have a batch, and all shapes and types are those that PyTorch documents."""
+    if query.dim() != 3 or key.dim() != 3 or query.is_nested or not query.numel() or not key.numel():
+        return False
+    batch, steps = (0, 1) if module.batch_first else (1, 0)
+    n, length, keys = query.shape[batch], query.shape[steps], key.shape[steps]
+    if key.shape[batch] != n or value.shape[:2] != key.shape[:2]:
+        return False
+    shapes = ((key_padding_mask, [(n, keys)]), (attn_mask, [(length, keys), (n * module.num_heads, length, keys)]))
+    return all(
+        mask is None or (tuple(mask.shape) in fit and (mask.dtype is torch.bool or mask.is_floating_point()))
+        for mask, fit in shapes
+    )
 
 
 def _projected(module: Any, inputs: list[Tensor], same: bool) -> list[Tensor]:
@@ -106,17 +123,30 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
+# By type of module: what it looks at before it hands all weights to one fused operator, which knows floats only, and
+# the value that keeps it from doing so.
+_SWITCHES: Final[dict[type[nn.Module], tuple[str, object]]] = {
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+}
+_AS_IT_WAS: Final = "_pared_switch"
+
+
 def leave_fast_paths(model: nn.Module) -> None:
     """Let transformer layers call their parts where one of these is a counterpart.
 
-    In inference they would hand all weights to one fused operator, which knows floats only; each has an attribute that
-    it looks at for nothing else.
+    Outputs at padded positions are then what PyTorch gives with gradients, not the zeros of its fused operator.
     """
     for module in model.modules():
-        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
-            continue
-        if any(isinstance(part, Counterpart) for part in module.modules()):
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False
-            else:
-                cast(Any, module).activation_relu_or_gelu = 0
+        for cls, (switch, off) in _SWITCHES.items():
+            if isinstance(module, cls) and any(isinstance(part, Counterpart) for part in module.modules()):
+                module.__dict__.setdefault(_AS_IT_WAS, getattr(module, switch))
+                setattr(module, switch, off)
+
+
+def rejoin_fast_paths(model: nn.Module) -> None:
+    """The inverse of `leave_fast_paths`."""
+    for module in model.modules():
+        for cls, (switch, _) in _SWITCHES.items():
+            if isinstance(module, cls) and _AS_IT_WAS in module.__dict__:
+                setattr(module, switch, module.__dict__.pop(_AS_IT_WAS))

@@ -18,11 +18,13 @@ from typing import Any, Final, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pared.formats import Coded, Grid
 from pared.layers.activation import Activation
-from pared.layers.dispatch import KERNELS
+from pared.layers.dispatch import KERNELS, OUTPUTS
 from pared.layers.halves import cast_floats, first_dtype
 from pared.layers.registry import float_class, layer_of
 from pared.tensors import clone_structure, refresh_recurrent
@@ -64,7 +66,9 @@ class WeightHandle(torch.Tensor):
     ) -> Any:
         """Send products to the owner's kernel."""
         if func in KERNELS and len(args) > 1 and isinstance(args[1], WeightHandle) and _is_input(func, args[0]):
-            return _run(func, args[1].owner, args[1].attribute, args[0], *args[2:], **(kwargs or {}))
+            owner, attribute = args[1].owner, args[1].attribute
+            if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(func, 0),)):
+                return _run(func, owner, attribute, args[0], *args[2:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():  # else the result would be a handle too
             return func(*args, **(kwargs or {}))
 
@@ -77,11 +81,11 @@ class WeightHandle(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Everything else sees the floats."""
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
-        def plain(value: object) -> object:
-            return value.owner.pared_decode(value.attribute) if isinstance(value, WeightHandle) else value
 
-        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+def _plain(value: object) -> object:
+    return value.owner.pared_decode(value.attribute) if isinstance(value, WeightHandle) else value
 
 
 def codes_name(attribute: str) -> str:
@@ -136,11 +140,9 @@ class Counterpart(nn.Module):
         kind: Any = "int8" if codes.dtype == torch.int8 else "int16"
         return Coded(Grid(kind), tuple(codes.shape), dtype, parts, self.pared_views[attribute])
 
-    def pared_row_steps(self, attribute: str) -> Tensor:
-        """One step per output: a weight with a single step for all is spread."""
-        view, codes = self.pared_views[attribute], self.pared_codes(attribute)
-        rows = view.n_rows if view.rows else codes.shape[0]
-        return self.pared_step(attribute).reshape(-1).expand(rows).contiguous()
+    def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor:
+        """One step per output, which this dimension of the weight counts: a single step for all is spread."""
+        return self.pared_step(attribute).reshape(-1).expand(self.pared_codes(attribute).shape[outputs]).contiguous()
 
     def pared_read(self, attribute: str) -> Tensor:
         """What the attribute gives: the weight as floats, decoded at each reading; inside the own forward, a handle."""
@@ -162,18 +164,21 @@ class Counterpart(nn.Module):
             out = run(*args, **kwargs)
         finally:
             _running.module = outer
-        return super().forward(*args, **kwargs) if out is NotImplemented else out
+        if out is NotImplemented:
+            return super().forward(*args, **kwargs)
+        return out if type(out) is Tensor else tree_map(_plain, out)  # a weight that is given back is floats
 
     def _pared_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
-        if torch.compiler.is_compiling() or _is_traced():
+        if torch.compiler.is_compiling() or _is_traced() or _is_transformed():
             return False
         if not self.pared_codes(next(iter(self.pared_views))).is_cpu:
             return False
-        own = self._parameters.values()
-        return not torch.is_grad_enabled() or not any(
-            isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values(), *own)
-        )
+        if not torch.is_grad_enabled():
+            return True
+        given = (*tree_leaves((args, kwargs)), *self._parameters.values())
+        floats = (one.data if isinstance(one, PackedSequence) else one for one in given)
+        return not any(isinstance(one, Tensor) and one.requires_grad for one in floats)
 
     def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any:
         """The kernel's own form of the weight, made once per way of calling, under a lock."""
@@ -195,36 +200,37 @@ class Counterpart(nn.Module):
             del destination[f"{prefix}{step_name(attribute)}"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        error_messages: list[str] = rest[-1]
+        missing, _, error_messages = rest[-3:]
         for attribute in self.pared_views:
             name, own = f"{prefix}{attribute}", self.pared_codes(attribute)
             codes, step = state_dict.pop(name, None), state_dict.pop(f"{name}_step", None)
             if step is not None:
                 state_dict[f"{prefix}{step_name(attribute)}"] = step
-            if codes is None or codes.dtype != own.dtype or codes.shape != own.shape:
-                found = "nothing" if codes is None else f"{codes.dtype} {list(codes.shape)}"
-                kind = str(own.dtype).removeprefix("torch.")
+            if codes is None:
+                missing.append(name)
+            elif codes.dtype != own.dtype or codes.shape != own.shape:
+                kind, found = str(own.dtype).removeprefix("torch."), f"{codes.dtype} {list(codes.shape)}"
                 error_messages.append(f"{name}: expected {kind} codes {list(own.shape)}, found {found}")
             else:
                 with torch.no_grad():
                     own.copy_(codes)
                 self._pared_packed = {}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        shown = {f"{prefix}{step_name(attribute)}": f"{prefix}{attribute}_step" for attribute in self.pared_views}
+        missing[:] = [shown.get(name, name) for name in missing]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move to a device, or change the types that weights read as; codes and steps keep theirs."""
         steps = {attribute: self.pared_step(attribute) for attribute in self.pared_views}
-        for attribute, dtype in self.pared_dtypes.items():
-            del self._parameters[step_name(attribute)]
-            self.pared_dtypes[attribute] = fn(torch.empty(0, dtype=dtype)).dtype
+        dtypes = {a: fn(torch.empty(0, dtype=dtype)).dtype for a, dtype in self.pared_dtypes.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         for attribute, step in steps.items():
-            moved = fn(step)
-            moved = moved if moved.dtype == step.dtype else step.to(moved.device)
-            self._parameters[step_name(attribute)] = nn.Parameter(moved, requires_grad=False)
+            moved = cast(Tensor, self._parameters[step_name(attribute)])
+            if moved.dtype != step.dtype:
+                moved.data = step.to(moved.device)
             if self.pared_activation is not None and not moved.is_cpu:
                 _tell_of_device(moved.device)
-        self._pared_packed = {}
+        self.pared_dtypes, self._pared_packed = dtypes, {}
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -297,11 +303,13 @@ def stand_in(
         assert one.view is not None
         counterpart.pared_views[attribute], counterpart.pared_dtypes[attribute] = one.view, one.dtype
         counterpart.register_buffer(codes_name(attribute), one.parts["codes"], persistent=False)
-        step = nn.Parameter(one.parts["step"], requires_grad=False)
+        step = one.parts["step"]  # already a parameter where the weight is tied
+        step = step if isinstance(step, nn.Parameter) else nn.Parameter(step, requires_grad=False)
         counterpart.register_parameter(step_name(attribute), step)
     counterpart.pared_activation = activation
     counterpart.pared_in_bfloat16 = in_bfloat16 and activation is not None and activation.mode != "gather"
-    counterpart._pared_plain = activation is not None and base is nn.Linear
+    plain_rows = all(view.rows in ((), (0,)) for view in counterpart.pared_views.values())
+    counterpart._pared_plain = activation is not None and base is nn.Linear and plain_rows
     counterpart._pared_forward = layer.forward if layer is not None else None
     counterpart._pared_order = order
 
@@ -332,6 +340,11 @@ def _is_traced() -> bool:
     return traced
 
 
+def _is_transformed() -> bool:
+    """Whether a transformation of functions (`torch.func.vmap`, `jvp`) or forward-mode differentiation is at work."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def _is_input(func: Callable[..., Any], x: object) -> bool:
     """Whether the kernels take it: plain floats, or the indices of a table; all else is for the float function."""
     return type(x) is Tensor and (x.is_floating_point() or func in (F.embedding, F.embedding_bag))
@@ -348,10 +361,11 @@ def _run(func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor
 
 
 def _in_bfloat16(owner: Counterpart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The whole module in bfloat16, from and to the type of its first input."""
+    """The whole module in bfloat16, from and to the type of its first floats."""
 
     def copied() -> nn.Module:
-        alone = clone_structure(owner, lambda tensor: tensor)
+        # The owner's floats stay as they are; its codes are not needed.
+        alone = clone_structure(owner, lambda one: one.detach().clone() if one.is_floating_point() else one)
         restore(alone)
         for attribute in owner.pared_views:
             alone._parameters[attribute] = nn.Parameter(owner.pared_decode(attribute), requires_grad=False)
@@ -360,6 +374,6 @@ def _in_bfloat16(owner: Counterpart, args: tuple[Any, ...], kwargs: dict[str, An
         refresh_recurrent(alone)
         return alone.bfloat16()
 
-    dtype = first_dtype(args, kwargs)
+    dtype = first_dtype((args, kwargs), next(iter(owner.pared_dtypes.values())))
     args, kwargs = cast_floats((args, kwargs), torch.bfloat16)
     return cast_floats(owner.pared_packed("bfloat16", copied)(*args, **kwargs), dtype)

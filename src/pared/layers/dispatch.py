@@ -25,7 +25,7 @@ class Owner(Protocol):
 
     def pared_codes(self, attribute: str) -> Tensor: ...  # noqa: D102  # see Counterpart
     def pared_step(self, attribute: str) -> Tensor: ...  # noqa: D102
-    def pared_row_steps(self, attribute: str) -> Tensor: ...  # noqa: D102
+    def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor: ...  # noqa: D102
     def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any: ...  # noqa: D102
 
 
@@ -66,7 +66,7 @@ def _transposed(
     """The counterpart of `F.conv_transpose1d` and `F.conv_transpose2d`, for a single group."""
     codes = owner.pared_codes(attribute)
     taps = tuple(codes.shape[2:])
-    packed = owner.pared_packed(attribute, lambda: transposed.pack(codes, owner.pared_row_steps(attribute)))
+    packed = owner.pared_packed(attribute, lambda: transposed.pack(codes, owner.pared_row_steps(attribute, 1)))
     activation = _activation(owner)
     span = activation.span if activation.mode == "static" else None
     return transposed.run(x, packed, bias, taps, Moves.of(len(taps), *moves, **named_moves), span)
@@ -104,7 +104,7 @@ def _embedding_bag(
     del max_norm, norm_type, scale_grad_by_freq, sparse
     table = _rows(owner, attribute, indices.reshape(-1))
     places = torch.arange(len(table), device=indices.device).reshape(indices.shape)
-    if padding_idx is not None:
+    if padding_idx is not None and indices.numel():
         padding = padding_idx % len(owner.pared_codes(attribute))
         places = torch.where(indices == padding, len(table), places)
         padding_idx, table = len(table), torch.cat([table, torch.zeros_like(table[:1])])
@@ -131,3 +131,7 @@ KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
 }
+
+# The dimension of the weight that counts a function's outputs, where that is not the first: a kernel can use the steps
+# of no other.
+OUTPUTS: Final[dict[Callable[..., Any], int]] = {F.conv_transpose1d: 1, F.conv_transpose2d: 1}

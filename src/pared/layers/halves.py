@@ -20,11 +20,11 @@ def cast_floats(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(one, values)
 
 
-def first_dtype(*values: Any) -> torch.dtype:
-    """The type of the first tensor among them.
+def first_dtype(values: Any, otherwise: torch.dtype) -> torch.dtype:
+    """The type of the first floats among them.
 
-    >>> first_dtype((1, torch.zeros(2)), {})
+    >>> first_dtype((torch.arange(2), {"x": torch.zeros(2)}), torch.float16)
     torch.float32
     """
-    found: torch.dtype = next(v for v in tree_leaves(values) if isinstance(v, (Tensor, PackedSequence))).data.dtype
-    return found
+    found = (one.data for one in tree_leaves(values) if isinstance(one, (Tensor, PackedSequence)))
+    return next((one.dtype for one in found if one.is_floating_point()), otherwise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,9 @@ def _packed(module: Any, suffix: str) -> Any:
     return owner.pared_packed(suffix, pack)
 
 
-def layer_forward(module: Any, x: Tensor | PackedSequence, hx: Any = None) -> Any:
+def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any:
     """What `nn.LSTM.forward` and `nn.GRU.forward` give, for tensors with or without a batch and packed sequences."""
+    x = input
     if module.training and module.dropout:
         return NotImplemented
     if isinstance(x, PackedSequence):
@@ -54,7 +55,7 @@ def layer_forward(module: Any, x: Tensor | PackedSequence, hx: Any = None) -> An
     data = (x if batched else x[:, None]).float()
     data = data.transpose(0, 1) if first else data
     state = _states(module, hx, data, data.shape[1], batched)
-    if state is NotImplemented:
+    if state is NotImplemented or not _share_a_grid(data.abs().amax((0, 2))):
         return NotImplemented
     out, *last = recurrent.run(_kind(module), data, state, _all_packed(module), module.num_layers)
     out = out.transpose(0, 1) if first else out
@@ -63,10 +64,10 @@ def layer_forward(module: Any, x: Tensor | PackedSequence, hx: Any = None) -> An
 
 def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
     data, sizes, order, back = x
-    if not data.numel() or (torch.is_grad_enabled() and data.requires_grad):
+    if not data.numel():
         return NotImplemented
     state = _states(module, hx, data, int(sizes[0]), True)
-    if state is NotImplemented:
+    if state is NotImplemented or not _share_a_grid(_peaks(data, sizes)):
         return NotImplemented
     if order is not None and hx is not None:
         state = [one.index_select(1, order) for one in state]
@@ -75,6 +76,26 @@ def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
     last = last if back is None else [one.index_select(1, back) for one in last]
     values, states = _as_given(data.dtype, out, last)
     return PackedSequence(values, sizes, order, back), states
+
+
+# All samples of a batch share one grid: one so many times quieter than the loudest would keep too few of its levels.
+_LOUDER: Final = 8.0
+
+
+def _share_a_grid(peaks: Tensor) -> bool:
+    """Whether a batch may go through int8 at once, given the largest magnitude in each sample's input.
+
+    NaN and infinite inputs are for the float layer, whose outputs tell of them.
+    """
+    loud = peaks[peaks > 0]
+    return bool(peaks.isfinite().all()) and (not len(loud) or bool(loud.max() <= _LOUDER * loud.min()))
+
+
+def _peaks(data: Tensor, sizes: Tensor) -> Tensor:
+    """The largest magnitude of each sequence of a packed batch."""
+    first = sizes.cumsum(0) - sizes
+    sample = torch.arange(len(data)) - torch.repeat_interleave(first, sizes)
+    return data.new_zeros(int(sizes[0])).scatter_reduce(0, sample, data.abs().amax(1), "amax")
 
 
 def _all_packed(module: Any) -> list[Any]:
@@ -92,10 +113,10 @@ def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> An
     if hx is None:
         return [torch.zeros(shape, device=data.device)] * (2 if lstm else 1)
     given: Sequence[Tensor] = hx if lstm else [hx]
-    if any(one.requires_grad for one in given) and torch.is_grad_enabled():
-        return NotImplemented
     found = [(one if batched else one[:, None]).float().contiguous() for one in given]
-    return found if len(found) == (2 if lstm else 1) and all(one.shape == shape for one in found) else NotImplemented
+    if len(found) != (2 if lstm else 1) or not all(one.shape == shape and one.sum().isfinite() for one in found):
+        return NotImplemented
+    return found
 
 
 def _as_given(dtype: torch.dtype, out: Tensor, last: Sequence[Tensor]) -> tuple[Tensor, Any]:
@@ -103,19 +124,20 @@ def _as_given(dtype: torch.dtype, out: Tensor, last: Sequence[Tensor]) -> tuple[
     return out.to(dtype), (states[0] if len(states) == 1 else tuple(states))
 
 
-def cell_forward(module: Any, x: Tensor, hx: Any = None) -> Any:
+def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
     """What `nn.LSTMCell.forward` and `nn.GRUCell.forward` give: a sequence of one step."""
+    x = input
     batched = x.dim() == 2
     lstm = _kind(module) == "lstm"
     given = [] if hx is None else (list(hx) if lstm else [hx])
     if x.dim() not in (1, 2) or not x.numel() or x.shape[-1] != module.input_size:
         return NotImplemented
-    if torch.is_grad_enabled() and any(one.requires_grad for one in given):
-        return NotImplemented
     data = x if batched else x[None]
     zero = torch.zeros(len(data), module.hidden_size, device=x.device)
     state = [(one if batched else one[None]).float() for one in given] or [zero] * (2 if lstm else 1)
-    if any(one.shape != zero.shape for one in state):
+    if any(one.shape != zero.shape or not one.sum().isfinite() for one in state):
+        return NotImplemented
+    if not _share_a_grid(data.float().abs().amax(1)):
         return NotImplemented
     sequence = [one[None].contiguous() for one in (data.float(), *state)]
     _, *last = recurrent.run(_kind(module), sequence[0], sequence[1:], [_packed(module, "")], 1)
@@ -123,11 +145,12 @@ def cell_forward(module: Any, x: Tensor, hx: Any = None) -> Any:
     return tuple(found) if lstm else found[0]
 
 
-def plain_cell_forward(module: Any, x: Tensor, hx: Tensor | None = None) -> Any:
+def plain_cell_forward(module: Any, input: Tensor, hx: Tensor | None = None) -> Any:
     """What `nn.RNNCell.forward` gives."""
-    if x.dim() not in (1, 2) or (hx is not None and torch.is_grad_enabled() and hx.requires_grad):
-        return NotImplemented
+    x = input
     hidden = x.new_zeros(*x.shape[:-1], module.hidden_size) if hx is None else hx
+    if x.dim() not in (1, 2) or hidden.shape != (*x.shape[:-1], module.hidden_size):
+        return NotImplemented
     total = linear_product(module, "weight_ih", x, module.bias_ih) + linear_product(
         module, "weight_hh", hidden, module.bias_hh
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import nn
+
+from pared.kernels.machine import available
+from pared.views import OWN_ROWS
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Layer:
         forward: runs instead of the module's own, as `forward(module, *args, **kwargs)`; it may give `NotImplemented`
             for a call that it does not serve. None: the module's own forward runs, and each weight that reaches
             `F.linear`, a convolution or a table lookup there is served.
-        reason: why the kernels cannot run on this machine, beyond what holds for all; empty if they can.
+        reason: why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
         parts: children whose `weight` the forward uses without calling them.
     """
 
@@ -28,6 +32,10 @@ class Layer:
     forward: Callable[..., Any] | None = None
     reason: Callable[[], str] = str
     parts: tuple[str, ...] = ()
+
+    def missing(self) -> str:
+        """Why its kernels cannot run here, in words; empty if they can. Looking up rows needs none."""
+        return "" if self.modes == ("gather",) else available() or self.reason()
 
 
 # By type; a module has the entry of the nearest class among its bases.
@@ -51,7 +59,15 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
     if layer is None or hasattr(module, "parametrizations"):
         return ()
     found = layer.weights(module)
+    if layer.forward is not None and _own_rows(float_class(type(module)), found):
+        return ()
     return found if all(module._parameters.get(attribute) is not None for attribute in found) else ()
+
+
+def _own_rows(cls: type[nn.Module], attributes: tuple[str, ...]) -> bool:
+    """Whether a subclass of what the table knows has weights of another layout."""
+    nearer = itertools.takewhile(lambda base: base not in LAYERS, cls.__mro__)
+    return any(attribute in OWN_ROWS.get(base, {}) for base in nearer for attribute in attributes)
 
 
 def float_class(cls: type[nn.Module]) -> type[nn.Module]:
