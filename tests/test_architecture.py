@@ -80,6 +80,7 @@ ORDER = [
     "curve",
     "workshop",
     # face
+    "forecast",
     "api",
     "cli",
     "__main__",

@@ -111,3 +111,12 @@ def test_no_hook_stays_behind() -> None:
     with pytest.raises(CalibrationError):
         calls.run(model, [torch.zeros(1, 3)], 10)
     assert not model._forward_pre_hooks
+
+
+def test_a_packed_batch_is_one_argument() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, 4) for n in (3, 7, 2)], enforce_sorted=False)
+    seen = []
+    model = nn.LSTM(4, 4)
+    model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    assert calls.run(model, [packed], 100) == 3
+    assert seen == [(packed,)]

@@ -33,13 +33,16 @@ def test_an_option_like_no_other_gets_the_whole_list() -> None:
         ({"quant_level": 7}, "quant_level=7 is not one of 'auto', 0, 1"),
         (
             {"calibration_sampling_size": [100]},
-            "calibration_sampling_size=[100] is not a whole number of at least 1",
+            "calibration_sampling_size=[100] is not a whole number of at least 1 and below 2^63",
         ),
-        ({"max_trials": 0}, "max_trials=0 is not a whole number of at least 1"),
-        ({"timeout": -1}, "timeout=-1 is not a number of at least 0"),
-        ({"seed": 1.5}, "seed=1.5 is not a whole number of at least 0"),
+        ({"max_trials": 0}, "max_trials=0 is not a whole number of at least 1 and below 2^63"),
+        ({"timeout": -1}, "timeout=-1 is not a number of at least 0 and below 2^63"),
+        ({"seed": 1.5}, "seed=1.5 is not a whole number of at least 0 and below 2^63"),
         ({"accuracy_criterion": 0.01}, "accuracy_criterion is a float"),
         ({"max_size": "12 parsecs"}, "'12 parsecs' is no size"),
+        ({"seed": 2**70}, f"seed={2**70} is not a whole number of at least 0 and below 2^63"),
+        ({"quant_level": True}, "quant_level=True is not one of 'auto', 0, 1"),
+        ({"max_size": "0.4B"}, "'0.4B' is no size"),
         ({"rules": ["encoder.*"]}, "'encoder.*' is no Rule"),
     ],
 )
@@ -56,6 +59,16 @@ def test_values_are_checked_when_they_are_given(options: dict[str, object], word
         ({"target": "a", "bits": 4, "keep": True}, "needs either bits=... or keep=True"),
         ({"target": "a", "bits": 0}, "bits=0 is no rate"),
         ({"target": "a", "bits": 20}, "bits=20 is no rate"),
+        ({"target": "a", "bits": True}, "bits=True is no rate"),
+        ({"target": "a", "keep": "yes"}, "needs either bits=... or keep=True"),
+        ({"target": "a", "keep": True, "because": 3}, "because=3 is no text"),
+        *(
+            (
+                {"target": target, "bits": 4},
+                "the target is neither a name pattern, nor a module type, nor a function of a shape",
+            )
+            for target in ("", nn.Linear(2, 2))
+        ),
         (
             {"target": 3, "bits": 4},
             "the target is neither a name pattern, nor a module type, nor a function of a shape",

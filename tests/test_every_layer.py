@@ -1,5 +1,6 @@
 """Networks of every kind of layer: all of it shrinks, and runs in int8 where it may."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -161,7 +162,8 @@ def test_every_weight_has_second_moments_or_counts(name: str) -> None:
 def test_nothing_is_left_in_float(name: str) -> None:
     model, batches = build(name)
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, strict=True, approach="weight_only"), batches)
-    assert all(line.treatment == "grid" for line in q.plan if len(line.shape) > 1)
+    # What has one number per row, weight_norm's gains, is no matrix.
+    assert all(line.treatment == "grid" for line in q.plan if math.prod(line.shape) > max(line.shape, default=1))
     assert lost(model, q, batches) < 2e-3
 
 
@@ -238,6 +240,31 @@ def test_channels_of_very_different_scale_lose_nothing_at_eight_bits(
     assert "at 8 bits it would do a damage of" in line.because
 
 
+@pytest.mark.parametrize("decades", [2, 4, 6, 8])
+def test_a_search_keeps_channels_of_very_different_scale(decades: int) -> None:
+    torch.manual_seed(0)
+    model = Uneven(nn.Linear(64, 48), "weight", decades).eval()
+    batches = [torch.randn(8, 10, 64) for _ in range(4)]
+    conf = PostTrainingQuantConfig(approach="weight_only")
+    assert lost(model, pared.fit(model, conf, batches), batches) < 2.5e-3
+    conf = replace(conf, accuracy_criterion=AccuracyCriterion(tolerable_loss=0.001))
+    q: Any = pared.fit(model, conf, batches, lambda q: 1 - lost(model, q, batches))
+    assert q.met
+
+
+def test_finer_is_only_as_fine_as_needed() -> None:
+    torch.manual_seed(0)
+    model = Uneven(nn.Linear(64, 256), "weight", decades=2).eval()
+    batches = [torch.randn(8, 10, 64) for _ in range(4)]
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="weight_only"), batches)
+    line = next(line for line in q.plan if line.name == "inner.weight")
+    assert line.bits is not None
+    assert 8 < line.bits < 12
+    assert line.damage is not None
+    assert 2e-5 < line.damage <= 1e-4
+    assert 0.3 < lost(model, q, batches) / line.damage < 3
+
+
 def test_strict_refuses_where_only_floats_are_fine_enough() -> None:
     torch.manual_seed(0)
     model = Uneven(nn.Linear(64, 48), "weight", decades=11).eval()
@@ -245,7 +272,7 @@ def test_strict_refuses_where_only_floats_are_fine_enough() -> None:
     conf = PostTrainingQuantConfig(approach="weight_only", quant_level=0)
     q = pared.fit(model, conf, batches)
     line = next(line for line in q.plan if line.name == "inner.weight")
-    assert line.treatment == "float32"
+    assert line.treatment == "exact"
     assert lost(model, q, batches) < 1e-6
     with pytest.raises(ConfigError, match=r"would stay in float: inner.weight \(12288 bytes: at 8 bits it would do"):
         pared.fit(model, replace(conf, strict=True), batches)
@@ -263,3 +290,62 @@ def test_a_strict_search_offers_no_floats() -> None:
         )
         q = pared.fit(model, conf, batches, lambda q: 1 - lost(model, q, batches))
         assert all(line.treatment == "grid" for line in q.plan if len(line.shape) > 1)
+
+
+def test_a_tied_table_that_is_also_multiplied_has_moments() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.plain = nn.Embedding(40, 16), nn.Embedding(40, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x: Tensor = (self.table(ids) + self.plain(ids)) @ self.table.weight.t()
+            return x
+
+    seen = stats.collect(model := Tied(), [torch.randint(0, 40, (4, 5)) for _ in range(2)], 100)
+    found = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    assert found is not None
+    assert found.tensors["table.weight"].moments is not None
+    assert found.tensors["plain.weight"].moments is None
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
+    model = nn.Sequential(nn.Embedding(40, width), nn.Linear(width, 8), nn.Linear(8, 8))
+    seen = stats.collect(model, [torch.randint(0, 40, (4, n)) for n in (5, 9)], 100)
+    found = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    assert found is not None
+    assert found.tensors["2.weight"].moments is not None
+
+
+def test_layers_of_pytorch_run_in_int8_however_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.wider = nn.EmbeddingBag(2000, 64), nn.ConvTranspose1d(64, 8, 3, stride=2)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.bag(ids, torch.tensor([0, 2, 5]))
+            x = self.wider(x.T[None], output_size=[8])
+            out: Tensor = self.head(input=x.mT)
+            return out
+
+    batches = [torch.randint(0, 2000, (9,)) for _ in range(2)]
+    model = Called().eval()
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="dynamic"), batches)
+    kernels = {line.name: line.kernel for line in q.plan if line.name.endswith("weight")}
+    assert kernels == {"bag.weight": "int8 gather", "wider.weight": "int8 dynamic", "head.weight": "int8 dynamic"}
+    assert lost(model, q, batches) < 2e-3
+
+
+def test_gains_of_a_weight_norm_keep_their_precision_without_calibration() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 32, 3))
+    gains = model.parametrizations.weight.original0
+    gains.data.mul_(torch.logspace(-3, 0, 32)[:, None, None])
+    q = pared.fit(model)
+    line = next(line for line in q.plan if line.name.endswith("original0"))
+    assert (line.treatment, line.because) == ("float16", "one number per row")
+    assert torch.allclose(q.parametrizations.weight.original0, gains, rtol=1e-3)

@@ -6,6 +6,8 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ def test_all_that_is_no_weight_is_exact(tmp_path: Path) -> None:
         assert because["of_bool"] == "bool is kept exactly"
         assert because["of_double"] == "float64 is kept exactly"
         assert because["made"] == "a buffer that the state dict leaves out"
-        assert because["infinite"] == "a buffer that holds infinities"
+        assert because["infinite"] == "a buffer that holds NaN or infinities"
 
 
 @pytest.mark.parametrize("approach", ["weight_only", "dynamic"])
@@ -151,3 +153,67 @@ def test_to_an_accelerator_where_there_is_one() -> None:
     x = torch.randn(4, 32)
     wanted = q(x)
     assert torch.allclose(q.to(device)(x.to(device)).cpu(), wanted, atol=1e-4)
+
+
+def test_what_is_stored_in_an_odd_way_is_exact(tmp_path: Path) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            complex_ = torch.randn(4, 4, dtype=torch.complex64)
+            self.register_buffer("conjugate", complex_.conj())
+            self.register_buffer("negative", complex_.conj().imag)
+            self.register_buffer("expanded", torch.arange(4).expand(3, 4))
+
+    model = Views()
+    loaded = pared.load(pared.save(pared.fit(model), tmp_path), Views())
+    for name in ("conjugate", "expanded"):
+        assert torch.equal(loaded.get_buffer(name), model.get_buffer(name))
+    assert torch.allclose(loaded.get_buffer("negative"), model.get_buffer("negative"), atol=0.02)
+
+
+def test_float_buffers_of_the_state_are_stored_like_weights() -> None:
+    """As decision 003 says: a table that is shipped in the state dict is data like any weight."""
+    model = nn.Module()
+    model.register_buffer("table", torch.randn(64, 32))
+    model.register_buffer("means", torch.randn(64))
+    model.register_buffer("made", torch.randn(64, 32), persistent=False)
+    q = pared.fit(model)
+    assert {line.name: line.treatment for line in q.plan} == {"table": "grid", "means": "float16", "made": "exact"}
+    assert torch.equal(q.get_buffer("made"), model.get_buffer("made"))
+
+
+def prepared() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls its own tool deprecated
+        config = torch.ao.quantization.get_default_qat_qconfig()  # type: ignore[no-untyped-call]  # torch's
+        made: nn.Module = torch.ao.nn.intrinsic.qat.ConvReLU2d(2, 2, 1, qconfig=config)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.LazyLinear(4), "has lazy parameters"),
+        (lambda: nn.ParameterList([nn.UninitializedParameter()]), "has lazy parameters"),
+        (prepared, "prepared for it"),
+    ],
+    ids=["lazy module", "lazy parameter", "prepared"],
+)
+def test_what_cannot_be_read_is_refused_by_fit_and_load(make: Callable[[], nn.Module], words: str) -> None:
+    model = nn.Sequential(make(), nn.Linear(4, 4))
+    for call in (pared.fit, lambda one: pared.load("nowhere", model=one)):
+        with pytest.raises(pared.ModelError, match=words):
+            call(model)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: pared.save(q, 3),
+        lambda q: pared.load(3, model=nn.Linear(2, 2)),
+        lambda q: pared.fit(nn.Linear(2, 2), eval_func=lambda _: 1.0, workspace=3),
+    ],
+)
+def test_what_is_no_path_is_refused(call: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(pared.ConfigError, match="expected a path, got int"):
+        call(pared.fit(nn.Linear(2, 2)))

@@ -407,3 +407,14 @@ def test_a_module_is_in_codes_with_all_of_its_weights_or_with_none() -> None:
     x = torch.randn(5, 2, 16)
     with torch.no_grad():
         assert torch.allclose(q(x), model(x), atol=0.05)
+
+
+def test_the_report_keeps_the_other_names_of_a_tied_tensor() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.b.weight = self.a.weight
+
+    q = pared.fit(Tied(), PostTrainingQuantConfig(rules=[Rule("a.weight", bits=6, because="wished")]))
+    assert "wished; also b.weight" in q.report()

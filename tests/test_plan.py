@@ -33,7 +33,7 @@ def test_what_is_decided_without_rules() -> None:
     assert decided["table"].treatment == "grid"
     assert decided["norm.weight"].treatment == "float16"
     for name, reason in {
-        "mask": "a buffer that holds infinities",
+        "mask": "a buffer that holds NaN or infinities",
         "made": "a buffer that the state dict leaves out",
         "wide": "float64 is kept exactly",
         "steps": "int64 is kept exactly",
@@ -82,7 +82,8 @@ def test_values_that_do_not_survive_float16_stay_exact() -> None:
         ),
         (
             Rule(nn.LSTM, keep=True),
-            "Rule(LSTM): matches no tensor of the model\n  The nearest names are: LayerNorm, Linear, ModuleList.",
+            "Rule(LSTM): matches no tensor of the model\n"
+            "  The nearest names are: LayerNorm, Linear, Model, ModuleList.",
         ),
     ],
 )
@@ -97,7 +98,7 @@ def test_a_rule_hidden_by_an_earlier_one_is_no_error() -> None:
 
 
 def test_strict_lists_what_would_stay_in_float() -> None:
-    with pytest.raises(ConfigError, match=re.escape("mask (16 bytes: a buffer that holds infinities)")):
+    with pytest.raises(ConfigError, match=re.escape("mask (16 bytes: a buffer that holds NaN or infinities)")):
         plan(strict=True)
     because = [Rule(name, keep=True) for name in ("mask", "made", "wide")]
     assert plan(*because, strict=True)["mask"].treatment == "exact"

@@ -106,9 +106,13 @@ def test_the_example_runs_one_factor_in_int8() -> None:
     [
         ({"layer": 3}, "is no type of module"),
         ({"layer": nn.Module}, "is no type of module"),
-        ({"layer": Twice, "int8": "first"}, "the attributes are not names"),
-        ({"layer": Twice, "rows": {"a b": 1}}, "the attributes are not names"),
+        ({"layer": Twice, "int8": "first"}, "the attributes are not distinct names"),
+        ({"layer": Twice, "rows": {"a b": 1}}, "the attributes are not distinct names"),
         ({"layer": Twice, "rows": {"second": -1}}, "are no dimensions"),
+        ({"layer": Twice, "rows": {"second": 1.0}}, "are no dimensions"),
+        ({"layer": Twice, "rows": ["second"]}, "the attributes are not distinct names"),
+        ({"layer": Twice, "int8": ["first", "first"]}, "the attributes are not distinct names"),
+        ({"layer": Twice, "int8": None}, "the attributes are not distinct names"),
         ({"layer": Twice, "forward": print}, "a forward needs weights to run on"),
     ],
 )
@@ -157,3 +161,67 @@ def test_a_subclass_with_rows_of_its_own_is_read_by_them() -> None:
     with torch.no_grad():
         assert torch.allclose(q[0](ids), model[0](ids), atol=0.03)
         assert torch.allclose(q(ids)[0], model(ids)[0], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rows": {"third": 0}}, "pared.register(Twice): 0 has no weight 'third'\n  Its weights are: first, second."),
+        ({"int8": ["third"]}, "pared.register(Twice): 0 has no weight 'third'\n  Its weights are: first, second."),
+        (
+            {"rows": {"second": 5}},
+            "pared.register(Twice): rows=(5,) are no dimensions of 0.second, which has 2\n"
+            "  Pass numbers from 0 up; dimension 0 is the default.",
+        ),
+    ],
+)
+def test_what_a_layer_does_not_have_is_refused_by_fit(arguments: dict[str, Any], words: str) -> None:
+    pared.register(Twice, **arguments)
+    with pytest.raises(ConfigError) as error:
+        pared.fit(nn.Sequential(Twice()))
+    assert str(error.value) == words
+
+
+def test_a_built_in_layer_keeps_its_kernels() -> None:
+    before = LAYERS[nn.Linear]
+    pared.register(nn.Linear, rows={"weight": 0})
+    assert LAYERS[nn.Linear] is before
+
+
+def test_layers_of_different_sizes_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wide(nn.Module):
+        def __init__(self, outputs: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(outputs, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, weight=self.weight)
+
+    timed = []
+
+    def measure(forms: Any, shape: Any, *_: object) -> Timing:
+        timed.append(forms["float32"].weight.shape)
+        return Timing(shape, 3.0, 2.0, 1.0)
+
+    monkeypatch.setattr(candidates, "measure", measure)
+    pared.register(Wide, int8=["weight"])
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Wide(8), Wide(4096)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x).sum() + self.b(x)
+
+    model = Net()
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach="dynamic"), BATCHES)
+    assert sorted(timed) == [(8, 64), (4096, 64)]
+    x = BATCHES[0]
+    assert not torch.equal(q.b(x), F.linear(x, q.b.weight)), "a weight given by name runs in int8, too"
+    assert torch.allclose(q.b(x), model.b(x), atol=0.5)
+
+
+def test_a_rule_that_raises_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"its function raised IndexError for the shape \(4,\) of 0.bias"):
+        pared.fit(nn.Sequential(nn.Linear(4, 4)), PostTrainingQuantConfig(rules=[Rule(lambda s: s[1] == 9, keep=True)]))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import pared
-from pared import AccuracyCriterion, ConfigError, FileError
+from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantConfig, Rule
 from pared import model as quantized
 from pared.evaluate import Score
 from pared.reporting import Confirmation, Outcome, Trial
@@ -201,3 +202,16 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
         Workspace(tmp_path / "file" / "work", FINGERPRINT)
+
+
+def test_rules_are_told_apart_by_what_they_do(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), torch.randn(4, 8)
+
+    def search_with(shape: tuple[int, int]) -> nn.Module:
+        conf = PostTrainingQuantConfig(rules=[Rule(lambda given: given == shape, keep=True)], max_trials=1)
+        return pared.fit(model, conf, [x], lambda q: float(q(x).detach().sum()), workspace=tmp_path / "work")
+
+    search_with((8, 8))
+    search_with((8, 8))
+    with pytest.raises(ConfigError, match="another"):
+        search_with((16, 8))

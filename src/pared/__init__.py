@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pared.version import __version__
 
 if TYPE_CHECKING:
-    from pared.api import Estimate, estimate, fit, load, trade_off
+    from pared.api import fit, load, trade_off
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
     from pared.errors import (
         CalibrationError,
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from pared.registration import register
 
 _HOMES = {
-    "pared.api": ("Estimate", "estimate", "fit", "load", "trade_off"),
+    "pared.api": ("fit", "load", "trade_off"),
+    "pared.forecast": ("Estimate", "estimate"),
     "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
     "pared.errors": (
         "CalibrationError",

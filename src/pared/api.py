@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +17,24 @@ from pared import artifact, calls, curve, plan, search, sensitivity, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
+from pared.container import as_path
 from pared.contents import Contents, Stored
 from pared.curve import Curve
-from pared.errors import CalibrationError, ConfigError
+from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
+from pared.forecast import check_arguments
 from pared.install import Memory
+from pared.layers import weights_of
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
+from pared.registration import check_registered
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
-from pared.tensors import Slot, check_supported, find_tensors
+from pared.tensors import Slot, check_modules, check_supported, find_tensors
 from pared.tryout import try_modules
 from pared.version import __version__
+from pared.views import view_of
 from pared.workshop import Compressor, provenance
 from pared.workspace import Workspace
 
@@ -90,7 +94,8 @@ def fit(
     >>> small.state_dict()["0.weight"].dtype, isinstance(small, nn.Sequential)
     (torch.int8, True)
     """
-    conf = conf or PostTrainingQuantConfig()
+    conf = PostTrainingQuantConfig() if conf is None else conf
+    directory = None if workspace is None else as_path(workspace, "workspace")
     job = _Job.begin(model, conf, calib_dataloader, (eval_func, confirm_func), quiet)
     if eval_func is None:
         alone: ModuleT = job.timed(job.without_evaluation())
@@ -99,7 +104,7 @@ def fit(
     start = search.DEFAULT_DAMAGE
     if conf.quant_level == 0:
         start = compressor.cap()
-    records = Workspace(workspace, job.fingerprint()) if workspace is not None else None
+    records = Workspace(directory, job.fingerprint()) if directory is not None else None
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     with job.stages.stage("searching"):
         found = search.search(
@@ -136,7 +141,7 @@ def trade_off(
     >>> [a.nbytes > b.nbytes for a, b in zip(found.points, found.points[1:])]
     [True, True]
     """
-    conf = conf or PostTrainingQuantConfig()
+    conf = PostTrainingQuantConfig() if conf is None else conf
     job = _Job.begin(model, conf, calib_dataloader, (eval_func, None), quiet)
     judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
     compressor = job.compressor()
@@ -166,7 +171,8 @@ class _Job:
         quiet: bool,
     ) -> _Job:
         check_supported(model)
-        _check_arguments(conf, calibration, *functions)
+        check_registered(model)
+        check_arguments(conf, calibration, *functions)
         stages = Stages(quiet=quiet)
         slots = find_tensors(model)
         plan.make_plan(model, slots, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
@@ -199,6 +205,8 @@ class _Job:
         compressor = self.compressor()
         with self.stages.stage("rounding weights"):
             if self.max_size is None:
+                if compressor.least > search.DEFAULT_DAMAGE:
+                    log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
                 offer = compressor.offer(max(search.DEFAULT_DAMAGE, compressor.least))
             else:
                 offer = compressor.offer_bytes(self.max_size)
@@ -241,7 +249,11 @@ class _Job:
     def fingerprint(self) -> dict[str, str]:
         """What a search depends on, as far as it can be told."""
         conf = replace(self.conf, max_trials=1, timeout=0, rules=())
-        rules = [(rule.label, rule.bits, rule.keep) for rule in self.conf.rules]
+        # What rules and registered layers say, by what comes of it: functions cannot be told apart.
+        decisions = plan.make_plan(self.model, self.slots, self.conf.rules, bits=None, strict=self.conf.strict)
+        views = [view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).rows for slot in self.slots]
+        decided = [(one.name, one.treatment, one.bits, rows) for one, rows in zip(decisions, views, strict=True)]
+        int8 = [(name, weights_of(module)) for name, module in self.model.named_modules()]
         return {
             "pared": __version__,
             "torch": str(torch.__version__),
@@ -249,7 +261,8 @@ class _Job:
             "calibration": _checksum(
                 tree_leaves([(c.args, dict(c.kwargs)) for c in self.seen.calls]) if self.seen else ()
             ),
-            "configuration": f"{conf!r} {rules!r}",
+            "configuration": repr(conf),
+            "decisions": _checksum([decided, int8]),
         }
 
 
@@ -299,96 +312,8 @@ def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> Module
             where="pared.load",
             remedy="Choose one of them.",
         )
+    check_modules(model)
+    check_registered(model)
     file = artifact.find(path)
     contents = artifact.read(file)
     return quantized.assemble(model, contents, profile_beside(file), memory)
-
-
-def _check_arguments(conf: object, calibration: object, eval_func: object, confirm_func: object) -> None:
-    if not isinstance(conf, PostTrainingQuantConfig):
-        raise ConfigError(
-            f"conf is a {type(conf).__name__}",
-            where="pared.fit",
-            remedy="Pass a PostTrainingQuantConfig(...).",
-        )
-    for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
-        if function is not None and not callable(function):
-            raise ConfigError(
-                f"{name} is a {type(function).__name__}, which cannot be called",
-                where="pared.fit",
-                remedy=f"Pass a function: {name}(model) returns a number.",
-            )
-    if confirm_func is not None and eval_func is None:
-        raise ConfigError(
-            "confirm_func without eval_func confirms nothing",
-            where="pared.fit",
-            remedy="Pass eval_func as well.",
-        )
-    if conf.approach == "static" and calibration is None:
-        raise CalibrationError(
-            'approach="static" needs calibration data, and there are none',
-            where="pared.fit",
-            remedy='Pass calib_dataloader, or choose approach="dynamic" or "weight_only".',
-        )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What `fit` would give at 8 bits, from a look at samples of the weights: what a search starts from.
-
-    Args:
-        nbytes: of `best_model.pt`, about.
-        original_nbytes: of the model's tensors as they are.
-        seconds: that `fit(quant_level=0)` would take without evaluations, about.
-    """
-
-    nbytes: int
-    original_nbytes: int
-    seconds: float
-
-
-# What an index takes, about: for each tensor, and by itself.
-_PER_TENSOR = 70
-_ENVELOPE = 1500
-# An estimate rounds this many evenly spaced rows of each tensor.
-_SAMPLED_ROWS = 64
-
-
-def estimate(
-    model: nn.Module,
-    conf: PostTrainingQuantConfig | None = None,
-    calib_dataloader: calls.Calibration | None = None,
-) -> Estimate:
-    """Predict bytes and seconds before any work: rounds a few rows of each tensor and runs one calibration batch.
-
-    Args:
-        model: as for `fit`.
-        conf: as for `fit`.
-        calib_dataloader: as for `fit`; one batch is read.
-
-    Raises:
-        ParedError: as `fit`.
-
-    >>> guess = estimate(nn.Linear(256, 256))
-    >>> guess.nbytes < 0.4 * guess.original_nbytes
-    True
-    """
-    conf = conf or PostTrainingQuantConfig()
-    check_supported(model)
-    _check_arguments(conf, calib_dataloader, None, None)
-    slots = find_tensors(model)
-    decisions = plan.make_plan(model, slots, conf.rules, strict=conf.strict)
-    start = time.monotonic()
-    guesses = [plan.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(slots, decisions, strict=True)]
-    share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in slots))
-    rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
-    calibrating = 0.0
-    if calib_dataloader is not None and conf.approach != "weight_only":
-        start = time.monotonic()
-        seen = stats.collect(model, calib_dataloader, 1)
-        calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
-    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(slots) + _ENVELOPE
-    if isinstance(conf.max_size, int):
-        nbytes = min(nbytes, conf.max_size)
-    original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in slots)
-    return Estimate(nbytes, original, rounding + calibrating)

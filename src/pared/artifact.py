@@ -22,6 +22,7 @@ from pared.container import (
     Index,
     Part,
     Records,
+    as_path,
     make_directory,
     open_records,
     parse_index,
@@ -183,7 +184,7 @@ def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify
             where="save",
             remedy="Choose one of them.",
         )
-    path = Path(directory) / FILE_NAMES[kind]
+    path = as_path(directory, "save") / FILE_NAMES[kind]
     make_directory(path.parent)
     data = to_bytes(contents, kind)
     if verify:
@@ -220,7 +221,7 @@ def find(path: str | Path) -> Path:
     Raises:
         FileError: there is none.
     """
-    path = Path(path)
+    path = as_path(path, "load")
     if path.is_file():
         return path
     for name in FILE_NAMES.values():

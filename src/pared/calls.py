@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import CalibrationError, ParedError
@@ -97,7 +98,10 @@ def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     >>> samples_of((torch.zeros(8, 3),), {}), samples_of((2.0,), {})
     (8, 1)
     """
-    first = next((leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)), None)
+    leaves = tree_leaves((args, dict(kwargs)), is_leaf=lambda one: isinstance(one, PackedSequence))
+    first = next((leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))), None)
+    if isinstance(first, PackedSequence):
+        return int(first.batch_sizes[0])
     return first.shape[0] if first is not None and first.dim() > 0 else 1
 
 
@@ -117,7 +121,7 @@ def bind(model: nn.Module, batch: object, where: str) -> tuple[tuple[Any, ...], 
     signature = inspect.signature(model.forward)
     if isinstance(batch, Mapping):
         return (), _check_fit(signature, (), dict(batch), where)[1]
-    if isinstance(batch, Tensor) or not isinstance(batch, (tuple, list)):
+    if isinstance(batch, (Tensor, PackedSequence)) or not isinstance(batch, (tuple, list)):
         return _check_fit(signature, (batch,), {}, where)
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = sum(p.default is p.empty for p in positional)

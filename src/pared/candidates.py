@@ -205,7 +205,8 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
             continue
         dtype = next(iter(candidate.weights.values())).coded.dtype
         shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
-        key = (repr(candidate.module), seen.shape, shapes, dtype, activation.mode)
+        own = tuple(tuple(one.shape) for one in (*candidate.module.parameters(), *candidate.module.buffers()))
+        key = (type(candidate.module), repr(candidate.module), own, seen.shape, shapes, dtype, activation.mode)
         if key not in known:
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
             forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}

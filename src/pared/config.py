@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -63,7 +62,7 @@ def _remedy_for_option(option: str, known: list[str]) -> str:
 
 
 def _check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         raise ConfigError(
             f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
             where=where,
@@ -71,11 +70,14 @@ def _check_choice(where: str, option: str, value: object, choices: tuple[object,
         )
 
 
+_MOST: Final = 2**63  # what torch takes for a seed, and more than anyone waits
+
+
 def _check_number(where: str, option: str, value: object, *, least: float, whole: bool = False) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value < least:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _MOST:
         raise ConfigError(
-            f"{option}={value!r} is not a {'whole ' if whole else ''}number of at least {least:g}",
+            f"{option}={value!r} is not a {'whole ' if whole else ''}number of at least {least:g} and below 2^63",
             where=where,
             remedy=f"Pass one number for {option}.",
         )
@@ -126,6 +128,12 @@ class AccuracyCriterion:
         return self.loss(score, baseline) <= self.tolerable_loss + 1e-12
 
 
+def _is_rate(bits: object) -> bool:
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)):
+        return False
+    return 0 < bits < 16 or bits in (16, 32)
+
+
 _RATES: Final = "Use a number above 0 and below 16, or 16 (float16), or 32 (float32)."
 
 
@@ -154,24 +162,20 @@ class Rule:
     def __post_init__(self) -> None:
         where = f"Rule({self.label})"
         is_module = isinstance(self.target, type) and issubclass(self.target, nn.Module)
-        is_function = callable(self.target) and not isinstance(self.target, type)
-        if not (isinstance(self.target, str) or is_module or is_function):
+        is_function = callable(self.target) and not isinstance(self.target, (type, nn.Module))
+        if not ((isinstance(self.target, str) and self.target) or is_module or is_function):
             raise ConfigError(
                 "the target is neither a name pattern, nor a module type, nor a function of a shape",
                 where=where,
                 remedy='Pass a string such as "encoder.*", a class such as torch.nn.Linear, or a function such as '
                 "lambda shape: len(shape) == 4.",
             )
-        if (self.bits is None) == (not self.keep):
+        if not isinstance(self.keep, bool) or (self.bits is None) == (not self.keep):
             raise ConfigError("needs either bits=... or keep=True", where=where, remedy="Give exactly one of them.")
-        if self.bits is not None and not (isinstance(self.bits, (int, float)) and 0 < self.bits <= 32):
+        if self.bits is not None and not _is_rate(self.bits):
             raise ConfigError(f"bits={self.bits!r} is no rate", where=where, remedy=_RATES)
-        if self.bits is not None and not (0 < self.bits < 16 or self.bits in (16, 32)):
-            raise ConfigError(
-                f"bits={self.bits!r} is no rate",
-                where=where,
-                remedy=_RATES,
-            )
+        if not isinstance(self.because, str):
+            raise ConfigError(f"because={self.because!r} is no text", where=where, remedy="Give the reason in words.")
 
     @property
     def label(self) -> str:
@@ -259,10 +263,11 @@ def parse_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    if match is None or float(match[1]) == 0:
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if nbytes == 0:
         raise ConfigError(
             f"{size!r} is no size",
             where="max_size",
             remedy='Use bytes (12000000), "12MB" (10^6) or "12MiB" (2^20).',
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return nbytes

@@ -242,7 +242,8 @@ class Raw(_Plain):
 
     def encode(self, tensor: Tensor) -> Coded:
         """Keep every value."""
-        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": tensor.detach()})
+        values = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
 
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index; the entry's dtype says the rest."""

@@ -293,7 +293,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
     """A parameter where the skeleton has one, laid out as that is, and frozen: codes cannot follow training."""
-    if new.stride() != tensor.stride() and not new.is_meta:
+    if new.stride() != tensor.stride() and 0 not in tensor.stride() and not new.is_meta:
         new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=new.dtype).copy_(new)
     return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pared.config import Rule
 from pared.errors import ConfigError
@@ -24,6 +24,9 @@ DEFAULT_BITS: Final = 8.0
 MOST_BITS: Final = 15.0
 
 
+Treatment = Literal["grid", "float16", "float32", "exact"]
+
+
 @dataclass(frozen=True)
 class Decision:
     """What becomes of one tensor.
@@ -33,11 +36,11 @@ class Decision:
         treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
         bits: the rate asked for, or planned by the search; only for grids. None while the search has yet to decide.
         because: the reason, for people.
-        damage: predicted, as a share of the output's energy; only where the search decided.
+        damage: predicted, as a share of the output's energy; only with calibration data.
     """
 
     name: str
-    treatment: Literal["grid", "float16", "float32", "exact"]
+    treatment: Treatment
     bits: float | None
     because: str
     damage: float | None = field(default=None, compare=False)  # a prediction, which no artifact keeps
@@ -83,7 +86,7 @@ def make_plan(
 
 
 def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *, strict: bool = False) -> Plan:
-    """The plan with more than 8 bits for each tensor of which these would alone do more damage than is worth having.
+    """The plan with its damages, and more than 8 bits for each tensor of which these alone would do too much.
 
     That happens where the channels of an input differ widely in scale: then so do the columns of a row, and its step
     is too coarse for those that count. Tensors that a rule names are left as they are.
@@ -105,6 +108,9 @@ def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *
 
 # The damage that a tensor may do alone at 8 bits: 40 dB below the output's energy.
 _AT_EIGHT_BITS: Final = 1e-4
+# How many times a step of int16 codes may be halved against int8's: 127 * 2^8 still fits.
+_MOST_HALVINGS: Final = 8
+_SAMPLED_ROWS: Final = 64
 
 
 def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats]) -> Decision:
@@ -115,13 +121,16 @@ def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats]) -> 
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12
     if not _AT_EIGHT_BITS < damage < math.inf:
-        return decision
+        return replace(decision, damage=damage if damage < math.inf else None)
     because = f"at 8 bits it would do a damage of {damage:.2g}"
-    bits = DEFAULT_BITS + math.ceil(math.log(damage / _AT_EIGHT_BITS, 4))
-    if bits <= MOST_BITS:
-        return replace(decision, bits=bits, because=because)
+    halvings = math.ceil(math.log(damage / _AT_EIGHT_BITS, 4))
+    # Each halving of the step costs a bit more than what 8 bits take when they are coded.
+    coded = 8 * sample_cost(slot, decision, _SAMPLED_ROWS).nbytes / slot.tensor.numel()
+    bits = max(coded + halvings, DEFAULT_BITS + 0.01)  # up to 8 bits there is no finer step than int8's
+    if halvings <= _MOST_HALVINGS and bits <= MOST_BITS:
+        return replace(decision, bits=round(bits, 2), because=because, damage=damage / 4**halvings)
     # No grid is as fine; floats have a precision of their own for each number.
-    treatment: Literal["float16", "float32"] = "float16" if survives_float16(slot.tensor) else "float32"
+    treatment: Treatment = "float16" if survives_float16(slot.tensor) else "exact"
     return replace(decision, treatment=treatment, bits=None, because=because)
 
 
@@ -131,7 +140,15 @@ def _matches(rule: Rule, slot: Slot, types: Mapping[str, type[nn.Module]]) -> bo
         return any(issubclass(types[p], target) for name in slot.names for p in _places(name) if p in types)
     if isinstance(target, str):
         return any(fnmatch.fnmatchcase(place, target) for name in slot.names for place in _places(name))
-    return bool(target(tuple(slot.tensor.shape)))
+    shape = tuple(slot.tensor.shape)
+    try:
+        return bool(target(shape))
+    except Exception as error:
+        raise ConfigError(
+            f"its function raised {type(error).__name__} for the shape {shape} of {slot.name}: {error}",
+            where=f"Rule({rule.label})",
+            remedy="It is called with the shape of every tensor, biases too, and says True or False.",
+        ) from error
 
 
 def _places(name: str) -> Iterable[str]:
@@ -155,7 +172,7 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
             return Decision(slot.name, "float16", None, reason)
         return Decision(slot.name, "exact", None, f"{reason}; its values do not survive float16")
     if not slot.weight_like or slot.tensor.numel() == 0:
-        return _default(slot, DEFAULT_BITS)
+        return _default(slot, DEFAULT_BITS)  # a rule for a module is about its weights, not its biases
     if not bool(torch.isfinite(slot.tensor).all()):
         return Decision(slot.name, "exact", None, f"{reason}; it holds infinities")
     return Decision(slot.name, "grid", rule.bits, reason)
@@ -165,21 +182,31 @@ def _edits_itself(slot: Slot) -> bool:
     return getattr(slot.module, "max_norm", None) is not None
 
 
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether each row is one number, as the gains of weight_norm are: a row would have a step for nothing."""
+    return tensor.numel() == tensor.shape[0]
+
+
 def _default(slot: Slot, bits: float | None) -> Decision:
     tensor = slot.tensor
     if _edits_itself(slot):
         return Decision(slot.name, "exact", None, "its module edits it while reading it (max_norm)")
     if bits is None and slot.fits_grid and not slot.weight_like:
         return Decision(slot.name, "grid", None, "")
+    if bits is not None and slot.weight_like and tensor.numel() > 1 and _is_flat(tensor):
+        survives = survives_float16(tensor)
+        because = "one number per row" + ("" if survives else ", which does not survive float16")
+        return Decision(slot.name, "float16" if survives else "exact", None, because)
     if slot.weight_like and tensor.numel() > 0:
         if slot.kind == "parameter" or bool(torch.isfinite(tensor).all()):
             return Decision(slot.name, "grid", bits, "")
-        return Decision(slot.name, "exact", None, "a buffer that holds infinities")
+        return Decision(slot.name, "exact", None, "a buffer that holds NaN or infinities")
     if tensor.dtype == torch.float32 and slot.persistent and tensor.dim() <= 1:
+        kind = "one dimension" if tensor.dim() else "a single number"
         if survives_float16(tensor):
-            return Decision(slot.name, "float16", None, "one dimension: every value survives float16")
+            return Decision(slot.name, "float16", None, f"{kind}: every value survives float16")
         return Decision(
-            slot.name, "exact", None, "one dimension: its values do not survive float16, so they are kept exactly"
+            slot.name, "exact", None, f"{kind}: its values do not survive float16, so they are kept exactly"
         )
     if not slot.persistent:
         return Decision(slot.name, "exact", None, "a buffer that the state dict leaves out")
@@ -194,7 +221,7 @@ def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Mo
         names = [name for slot in slots for name in slot.names] + [name for name in types if name]
         near = difflib.get_close_matches(rule.target, names, n=3, cutoff=0.4)
     elif isinstance(rule.target, type):
-        near = sorted({cls.__name__ for name, cls in types.items() if name})
+        near = sorted({cls.__name__ for cls in types.values()})
     else:
         near = sorted({"x".join(map(str, slot.tensor.shape)) or "scalar" for slot in slots})[:_SHAPES_SHOWN]
         return ConfigError(
@@ -212,6 +239,7 @@ def _refuse(decided: Iterable[tuple[Slot, Decision]]) -> None:
         f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"
         for slot, decision in decided
         if decision.treatment != "grid" and slot.tensor.is_floating_point() and slot.tensor.dim() >= 2
+        if slot.tensor.numel() > 0 and not _is_flat(slot.tensor)
     ]
     if left:
         raise ConfigError(

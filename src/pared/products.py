@@ -59,6 +59,10 @@ class Watch(TorchFunctionMode):
         tell: called with each product, right after it was computed.
         gradients: let each product have an input of its own, whose gradient can be had.
 
+    Attributes:
+        otherwise: watched tensors that other functions than the products took and gave a tensor for, a transposition
+            for instance.
+
     >>> layer, seen = torch.nn.Linear(3, 2), []
     >>> with Watch({id(layer.weight): "weight"}, seen.append):
     ...     y = layer(torch.zeros(4, 3))
@@ -71,6 +75,7 @@ class Watch(TorchFunctionMode):
         self._names = names
         self._tell = tell
         self._gradients = gradients
+        self.otherwise: set[str] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -82,7 +87,10 @@ class Watch(TorchFunctionMode):
             rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
             args, kwargs = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :])), rest
         if weight_place >= len(args) or id(args[weight_place]) not in self._names:
-            return func(*args, **kwargs)
+            y = func(*args, **kwargs)
+            if isinstance(y, Tensor):
+                self.otherwise |= {self._names[id(one)] for one in args if id(one) in self._names}
+            return y
         x = args[input_place]
         if self._gradients and x.is_floating_point():
             x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-from torch import nn
+from torch import Tensor, nn
 
 from pared.errors import ConfigError
 from pared.layers import LAYERS, Layer
+from pared.tensors import registered
 from pared.views import OWN_ROWS
 
 
@@ -36,7 +37,8 @@ def register(
             layer's own.
 
     Raises:
-        ConfigError: the layer is no module type, an attribute is no name, or a dimension no number from 0 up.
+        ConfigError: the layer is no module type, an attribute is no name, or a dimension no number from 0 up. That a
+            layer has these attributes and dimensions is checked by `fit`.
 
     >>> class Scaled(nn.Module):
     ...     def __init__(self):
@@ -49,11 +51,11 @@ def register(
     where = f"pared.register({getattr(layer, '__name__', layer)!s})"
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)) or layer is nn.Module:
         raise ConfigError("is no type of module", where=where, remedy="Pass a subclass of torch.nn.Module.")
-    if isinstance(int8, str) or not all(
-        isinstance(name, str) and name.isidentifier() for name in (*int8, *(rows or {}))
-    ):
+    if not (rows is None or isinstance(rows, Mapping)) or not _are_names(int8) or not _are_names(tuple(rows or ())):
         raise ConfigError(
-            "the attributes are not names", where=where, remedy='Pass a sequence of names, such as int8=["weight"].'
+            "the attributes are not distinct names",
+            where=where,
+            remedy='Pass a dict such as rows={"weight": 1}, and a list such as int8=["weight"].',
         )
     if forward is not None and (not int8 or not callable(forward)):
         raise ConfigError(
@@ -66,14 +68,56 @@ def register(
         LAYERS[layer] = Layer(lambda _module: weights, modes, forward)
     else:
         LAYERS.pop(layer, None)
+        if layer in _BUILT_IN:
+            LAYERS[layer] = _BUILT_IN[layer]
+
+
+_BUILT_IN: Final = dict(LAYERS)  # before anything is registered
+
+
+def check_registered(model: nn.Module) -> None:
+    """Hold what was registered against the layers of a model.
+
+    Raises:
+        ConfigError: a layer has no such attribute, or a weight no such dimension.
+    """
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            named = LAYERS[cls].weights(module) if LAYERS.get(cls) is not _BUILT_IN.get(cls) else ()
+            rows = OWN_ROWS.get(cls, {})
+            for attribute in (*named, *rows):
+                _check_attribute(name or type(module).__name__, module, attribute, rows.get(attribute, ()), cls)
+
+
+def _check_attribute(name: str, module: nn.Module, attribute: str, rows: tuple[int, ...], cls: type[nn.Module]) -> None:
+    where = f"pared.register({cls.__name__})"
+    if attribute not in module._parameters and attribute not in module._buffers and not hasattr(module, attribute):
+        raise ConfigError(
+            f"{name} has no weight {attribute!r}",
+            where=where,
+            remedy=f"Its weights are: {', '.join(key for key, _ in registered(module)) or 'none'}.",
+        )
+    tensor = getattr(module, attribute, None)
+    if isinstance(tensor, Tensor) and any(one >= tensor.dim() for one in rows):
+        raise ConfigError(
+            f"rows={rows} are no dimensions of {name}.{attribute}, which has {tensor.dim()}",
+            where=where,
+            remedy="Pass numbers from 0 up; dimension 0 is the default.",
+        )
+
+
+def _are_names(names: object) -> bool:
+    if not isinstance(names, (list, tuple)):
+        return False
+    return len(set(map(repr, names))) == len(names) and all(isinstance(n, str) and n.isidentifier() for n in names)
 
 
 def _dimensions(value: int | Sequence[int], where: str) -> tuple[int, ...]:
-    found = (value,) if isinstance(value, int) else tuple(value)
+    found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in found):
         raise ConfigError(
             f"rows={value!r} are no dimensions",
             where=where,
             remedy="Pass numbers from 0 up; dimension 0 is the default.",
         )
-    return tuple(sorted(set(found)))
+    return tuple(sorted({one for one in found if isinstance(one, int)}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -132,7 +132,7 @@ class Line:
         format: its label, "grid int8" for instance.
         kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", "bfloat16", or "float".
         because: the reason.
-        damage: predicted, as a share of the output's energy; only where a search decided, and not after loading.
+        damage: predicted, as a share of the output's energy; only with calibration data, and not after loading.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Line:
     format: str
     kernel: str
     because: str
-    damage: float | None = None
+    damage: float | None = field(default=None, compare=False)
 
 
 def lines(contents: Contents, running: Mapping[str, Running]) -> tuple[Line, ...]:
@@ -176,12 +176,20 @@ def _line(stored: Stored, activations: Mapping[str, Activation], running: Mappin
 def text(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], note: str = "") -> str:
     """The report of a quantized model: totals, scores, a note, and a row per tensor."""
     found = {line.name: line for line in lines(contents, running)}
-    rows = [replace(row, because=found[row.name].because) if row.name in found else row for row in ledger.rows]
+    rows = [
+        replace(row, because=_both(found[row.name].because, row.because)) if row.name in found else row
+        for row in ledger.rows
+    ]
     kernels = {line.name: line.kernel for line in found.values() if line.kernel != "float"}
     damages = {line.name: line.damage for line in found.values() if line.damage is not None}
     return "\n".join(
         (*_summary(ledger, outcome), *([note] if note else []), *draw(rows, kernels or None, damages or None))
     )
+
+
+def _both(reason: str, stored: str) -> str:
+    """What the plan and the file say, each thing once."""
+    return "; ".join(dict.fromkeys(filter(None, (*reason.split("; "), *stored.split("; ")))))
 
 
 def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:

@@ -246,6 +246,7 @@ class _Pass:
         self._unseen: dict[str, Tensor] = {}
         self._layouts = {slot.name: _layout(slot, self._views[slot.name]) for slot in self.slots}
         self._uses: dict[str, Tensor] = {}
+        self._otherwise: set[str] = set()  # what other functions than the watched ones had as well
         self._noise: dict[str, _Noise] = {}
         self._first: list[Tensor] = []
         self._judged = True
@@ -270,8 +271,9 @@ class _Pass:
         for buffer in self._model.buffers():
             if buffer.grad_fn is not None:
                 buffer.detach_()  # written by the last call, whose graph is gone
-        with Watch(self._names, self._tell, gradients=True):
+        with Watch(self._names, self._tell, gradients=True) as watch:
             leaves = leaves_of_call(self._model, call)
+        self._otherwise |= watch.otherwise
         pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
         if not pairs:
             return
@@ -296,7 +298,7 @@ class _Pass:
             self._refused.add(name)
             return
         _add(self._rows, name, rows)
-        is_table = name in self._uses and name not in self._noise
+        is_table = name in self._uses and name not in self._noise and name not in self._otherwise
         if not is_table and self._views[name].rows:
             # A row of a table, or a bias, meets no inputs that could make up for each other's errors.
             blocks = self._layouts[name].blocks(gradient)
@@ -307,8 +309,10 @@ class _Pass:
 
     def _tell(self, product: Product) -> None:
         if product.kind == "embedding":
-            rows = self._views[product.tensor].n_rows
-            _add(self._uses, product.tensor, torch.bincount(product.x.reshape(-1), minlength=rows).double())
+            view = self._views[product.tensor]
+            if view.rows == (0,):  # where each entry has a step of its own
+                counted = torch.bincount(product.x.reshape(-1), minlength=view.n_rows)
+                _add(self._uses, product.tensor, counted.double())
         elif product.x.requires_grad:
             # What a hook holds must not lead back to what it hangs on: such rings keep whole graphs in memory.
             noise, x, by_rows = (
@@ -376,7 +380,7 @@ class _Noise:
 
 def _layout(slot: Slot, view: View) -> Layout:
     groups = getattr(slot.module, "groups", 1) if slot.attribute == "weight" else 1
-    if not isinstance(groups, int) or view.n_rows % groups:
+    if not isinstance(groups, int) or groups < 1 or view.n_rows % groups:
         groups = 1
     return Layout(groups, _parts(view.n_columns))
 

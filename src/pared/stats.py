@@ -76,7 +76,7 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     """
     copied = shadow(model)
     collectors = {
-        name: _Collector(name, whole=layer.forward is not None)
+        name: _Collector(name, whole=layer.forward is not None, own=type(module).__module__.startswith("torch.nn."))
         for name, module in copied.named_modules()
         if weights_of(module) and (layer := layer_of(module))
     }
@@ -149,9 +149,16 @@ def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 
 class _Collector:
-    """A forward hook that remembers the range and the shapes of one layer's inputs, and its largest call."""
+    """A forward hook that remembers the range and the shapes of one layer's inputs.
 
-    def __init__(self, name: str, whole: bool) -> None:
+    Args:
+        name: of the layer.
+        whole: remember its largest call, too.
+        own: the layer is PyTorch's: its first tensor is its input, however it is called.
+    """
+
+    def __init__(self, name: str, whole: bool, own: bool) -> None:
+        self._own = own
         self.name = name
         self.low = self.high = 0.0
         self.plain = True
@@ -167,7 +174,8 @@ class _Collector:
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Tensor, PackedSequence))]
         if not self._whole and (len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor):
-            self.plain = False  # a subclass that is called in its own way cannot be tried by itself
+            # A subclass that is called in its own way cannot be tried by itself.
+            self.plain, self._whole = self._own, self._own
         if not self.plain or not found or found[0].data.numel() == 0:
             return
         x = found[0].data.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -182,8 +182,7 @@ def check_supported(model: object) -> None:
             remedy="Pass the model itself, not its weights.",
         )
     check_unquantized(model)
-    for name, module in model.named_modules():
-        _check_module(name or type(module).__name__, module)
+    check_modules(model)
     for slot in find_tensors(model):
         _check_tensor(slot)
 
@@ -203,6 +202,28 @@ def check_unquantized(model: nn.Module) -> None:
             )
 
 
+def check_modules(model: nn.Module) -> None:
+    """Refuse modules whose weights cannot be got at.
+
+    Raises:
+        ModelError: compiled, scripted or lazy; prepared for quantization or quantized by others.
+    """
+    for name, module in model.named_modules():
+        _check_module(name or type(module).__name__, module)
+
+
+_LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
+# Where PyTorch's own quantization has its modules.
+_QUANTIZED: Final = (
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.qat",
+    "torch.ao.nn.intrinsic.quantized",
+    "torch.ao.nn.intrinsic.qat",
+    "torch.ao.quantization.fake_quantize",
+    "torch.ao.quantization.observer",
+)
+
+
 def _check_module(name: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ModelError("is a TorchScript module", where=name, remedy="Pass the model as it was before torch.jit.")
@@ -212,11 +233,11 @@ def _check_module(name: str, module: nn.Module) -> None:
             where=name,
             remedy="Pass the model as it was before torch.compile (its `_orig_mod`).",
         )
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+    if any(isinstance(one, _LAZY) for one in (*module._parameters.values(), *module._buffers.values())):
         raise ModelError("has lazy parameters", where=name, remedy="Run the model once on real inputs before `fit`.")
-    if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.qat")):
+    if type(module).__module__.startswith(_QUANTIZED):
         raise ModelError(
-            f"is already quantized ({type(module).__module__})",
+            f"is already quantized, or prepared for it ({type(module).__module__})",
             where=name,
             remedy="Pass the float model instead.",
         )

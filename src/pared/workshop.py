@@ -19,9 +19,9 @@ from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError
-from pared.formats import CODE_LIMITS, Coded, Float, Grid, survives_float16
+from pared.formats import CODE_LIMITS, Coded, Grid, survives_float16
 from pared.layers import Activation
-from pared.plan import Decision, Plan
+from pared.plan import Decision, Plan, Treatment
 from pared.profile import Profile, this_machine
 from pared.rounding import Codes, Curve, Target, make_target, solve, trace
 from pared.search import Offer
@@ -46,8 +46,15 @@ _GRID_ENTRY: Final = 24
 RESERVE: Final = 700
 
 _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
+_MOST_TOTAL: Final = 10.0  # ... which is at most this, at a relative error of 1: beyond, squares say nothing
 # Options of int16 are for where int8 loses: at the same step, by this factor in damage.
 _WORTH_INT16: Final = 1.25
+# Damage of the finest grid from which on a tensor may also stay as it is: a thousandth of what is lost unasked.
+_COUNTS: Final = 1e-6
+_WHY_FLOAT: Final[Mapping[Treatment, str]] = {
+    "float16": "as float16 it does less damage in as few bytes than on a grid",
+    "exact": "no grid is fine enough for it",
+}
 _ALIGNED: Final = 64  # bytes by which a file grows at once
 _ROUNDS: Final = 10  # of closing in on max_size
 _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
@@ -60,7 +67,8 @@ class Free:
     slot: Slot
     target: Target
     curve: Curve
-    options: Options  # those of the curve, then float16 if the tensor survives it
+    options: Options  # those of the curve, then the floats
+    floats: tuple[Treatment, ...] = ()
 
     def decision(self, option: int) -> Decision:
         """What an option means, with its damage."""
@@ -68,9 +76,8 @@ class Free:
         damage = float(self.options.damage[option])
         if option < len(self.curve.codes):
             return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
-        return Decision(
-            self.slot.name, "float16", None, "as float16 it does less damage in as few bytes than on a grid", damage
-        )
+        treatment = self.floats[option - len(self.curve.codes)]
+        return Decision(self.slot.name, treatment, None, _WHY_FLOAT[treatment], damage)
 
 
 class Compressor(Generic[ModuleT]):
@@ -279,7 +286,7 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     energies = {slot.name: float(slot.tensor.detach().float().square().mean()) or 1.0 for slot in slots}
     totals = {name: float(stats.rows.sum()) * energies[name] for name, stats in known.items() if name in energies}
     seen = [total for total in totals.values() if 0 < total < math.inf]
-    relative = float(np.median(seen)) if seen else 1.0 / max(1, len(slots))
+    relative = min(float(np.median(seen)), _MOST_TOTAL) if seen else 1.0 / max(1, len(slots))
     found = {}
     for slot in slots:
         stats, total = known.get(slot.name), totals.get(slot.name, 0.0)
@@ -293,17 +300,26 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
 
 
 def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False) -> Free:
-    """What a tensor could become, and at what price; strictly, one of two or more dimensions never stays in float."""
+    """What a tensor could become, and at what price; strictly, one of two or more dimensions never stays in float.
+
+    Where even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
+    """
     tensor = slot.tensor.detach()
     view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
     curve = _pruned(trace(target, stats))
     nbytes, damage = curve.nbytes + _GRID_ENTRY, curve.damage
+    floats: list[Treatment] = []
     if survives_float16(tensor) and not (strict and slot.weight_like):
         error = (tensor.float() - tensor.half().float()).square()
         cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
         nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
-    return Free(slot, replace(target, judged=None), curve, Options(nbytes, damage))
+        floats.append("float16")
+    if damage.min() > _COUNTS and not (strict and slot.weight_like):
+        whole = float(tensor.numel() * tensor.element_size())
+        nbytes, damage = np.append(nbytes, whole), np.append(damage, 0.0)
+        floats.append("exact")
+    return Free(slot, replace(target, judged=None), curve, Options(nbytes, damage), tuple(floats))
 
 
 def _pruned(curve: Curve) -> Curve:
@@ -327,7 +343,7 @@ def rounded(one: Free, option: int) -> Coded:
     """Round a tensor as one of its options says."""
     tensor = one.slot.tensor.detach()
     if option >= len(one.curve.codes):
-        return Float("float16").encode(tensor)
+        return plan.encode(one.slot, one.decision(option))
     codes_type: Codes = one.curve.codes[option]
     steps = one.target.steps(int(one.curve.common[option]), codes_type)
     codes, steps = solve(one.target, steps, codes_type)

@@ -2,7 +2,7 @@
 
 from pared.container.checks import Place
 from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
-from pared.container.files import File, make_directory, open_file, write_atomic
+from pared.container.files import File, as_path, make_directory, open_file, write_atomic
 from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
 from pared.container.parse import parse_index
 from pared.container.parts import LARGEST_CONSTANT
@@ -33,6 +33,7 @@ __all__ = [
     "Part",
     "Place",
     "Records",
+    "as_path",
     "checked_content",
     "is_safetensors",
     "is_zip",

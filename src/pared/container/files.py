@@ -13,7 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from pared.errors import FileError
+from pared.errors import ConfigError, FileError
+
+
+def as_path(value: object, where: str) -> Path:
+    """What a caller gave for a path.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> as_path("models", "save").name
+    'models'
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    raise ConfigError(f"expected a path, got {type(value).__name__}", where=where, remedy="Pass a string or a Path.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -65,6 +65,10 @@ class WeightHandle(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Send products to the owner's kernel."""
+        if func in KERNELS and kwargs and len(args) < 2 and "weight" in kwargs:
+            names = ("input", "weight")[len(args) :]
+            args = (*args, *(kwargs[name] for name in names if name in kwargs))
+            kwargs = {name: value for name, value in kwargs.items() if name not in names}
         if func in KERNELS and len(args) > 1 and isinstance(args[1], WeightHandle) and _is_input(func, args[0]):
             owner, attribute = args[1].owner, args[1].attribute
             if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(func, 0),)):
