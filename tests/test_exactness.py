@@ -185,7 +185,7 @@ def test_float_buffers_of_the_state_are_stored_like_weights() -> None:
 def prepared() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch calls its own tool deprecated
-        config = torch.ao.quantization.get_default_qat_qconfig()  # type: ignore[no-untyped-call]  # torch's
+        config = torch.ao.quantization.get_default_qat_qconfig()
         made: nn.Module = torch.ao.nn.intrinsic.qat.ConvReLU2d(2, 2, 1, qconfig=config)
         return made
 
@@ -201,7 +201,8 @@ def prepared() -> nn.Module:
 )
 def test_what_cannot_be_read_is_refused_by_fit_and_load(make: Callable[[], nn.Module], words: str) -> None:
     model = nn.Sequential(make(), nn.Linear(4, 4))
-    for call in (pared.fit, lambda one: pared.load("nowhere", model=one)):
+    both: list[Callable[[nn.Module], object]] = [pared.fit, lambda one: pared.load("nowhere", model=one)]
+    for call in both:
         with pytest.raises(pared.ModelError, match=words):
             call(model)
 
