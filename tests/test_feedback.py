@@ -1,5 +1,7 @@
 """Rounding with error feedback: against a slow dense reference, and what it buys."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,12 @@ def test_wide_matrices_are_cut_into_parts() -> None:
         expected = feedback(matrix[None, :, columns], factor(moments[part : part + 1]), steps[None], 127)[0]
         assert torch.equal(codes[:, columns].float(), expected)
     assert MOST_COLUMNS**2 * 4 <= 64 << 20, "a block of moments is at most 64 MiB"
+
+
+def test_blocks_are_factored_alike_however_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = correlated(5, 12)
+    together = factor(moments)
+    monkeypatch.setattr("pared.feedback._MOST_ENTRIES", 300)  # two blocks
+    apart = factor(moments)
+    for field in fields(together):
+        assert torch.equal(getattr(together, field.name), getattr(apart, field.name))

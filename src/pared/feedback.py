@@ -9,7 +9,7 @@ al. 2022, arXiv 2210.17323); successive cancellation in WaterSIC (arXiv 2603.049
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 DAMPING: Final = 0.05
 # Columns that are rounded before what they owe to all later ones is passed on in one product.
 _BLOCK: Final = 64
+# Entries of moments that are factored at once.
+_MOST_ENTRIES: Final = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,11 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     >>> f.order.tolist(), bool(f.remaining.sum() < 3.0)
     ([[1, 0]], True)
     """
+    blocks, columns, _ = moments.shape
+    at_once = max(1, _MOST_ENTRIES // columns**2)
+    if blocks > at_once:  # float64 takes several times what the moments do
+        parts = [factor(some, damping) for some in moments.split(at_once)]
+        return Factor(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Factor)))
     exact = moments.double()
     diagonal = exact.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -118,20 +117,24 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
 
 
 def _damped(target: Target, moments: Tensor, judge: Tensor | None) -> tuple[float, Target]:
-    """The damping of `DAMPINGS` that is better than its neighbours, and the target with it."""
+    """The damping of `DAMPINGS` that is better than its neighbours, and the target with it.
 
-    @functools.cache
-    def at(place: int) -> tuple[float, Target]:
-        damped = replace(target, factored=factor(moments, DAMPINGS[place]))
-        return _merit(damped, judge), damped
-
-    place = len(DAMPINGS) // 2
+    Only the best target is held on to: wide weights have factors of a gigabyte.
+    """
+    merits: dict[int, float] = {}
+    place, best = len(DAMPINGS) // 2, target
     while True:
-        near = range(max(0, place - 1), min(len(DAMPINGS), place + 2))
-        best = min(near, key=lambda one: at(one)[0])
-        if at(best)[0] >= at(place)[0]:
-            return DAMPINGS[place], at(place)[1]
-        place = best
+        for one in (place, place - 1, place + 1):
+            if one not in merits and 0 <= one < len(DAMPINGS):
+                damped = replace(target, factored=factor(moments, DAMPINGS[one]))
+                merit = _merit(damped, judge)
+                if merit < min(merits.values(), default=math.inf):
+                    best = damped
+                merits[one] = merit
+        found = min(merits, key=merits.__getitem__)
+        if found == place:
+            return DAMPINGS[place], best
+        place = found
 
 
 def _merit(target: Target, judge: Tensor | None) -> float:
