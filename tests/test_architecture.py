@@ -25,6 +25,9 @@ ORDER = [
     "container.parse",
     "container",
     "pickles",
+    "readers.listing",
+    "readers.safetensors",
+    "readers.torch_zip",
     "readers",
     "ledger",
     # numbers

@@ -20,7 +20,7 @@ from rich.text import Text
 from pared import container, readers
 from pared.container import Entry, Records
 from pared.errors import ConfigError, FileError
-from pared.readers import Held, Listing
+from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
 
@@ -211,20 +211,21 @@ def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
         if held.storage is not None:
             tenants.setdefault(held.storage, []).append(held)
     rows = [_row(held, tenants, listing.storages) for held in listing.tensors]
-    unused = {key: size for key, size in listing.storages.items() if key not in tenants and size}
+    unused = {key: s.nbytes for key, s in listing.storages.items() if key not in tenants and s.nbytes}
     rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
-    rest = nbytes - sum(row.nbytes for row in rows) - sum(listing.notes.values())
-    elements = sum(_distinct(group, listing.storages[key]) for key, group in tenants.items())
-    return Ledger(file, nbytes, (*rows, *_others({**listing.notes, "(container)": rest})), elements)
+    rows += [Row(name, None, name.strip("()"), note.nbytes, note.because) for name, note in listing.notes.items()]
+    pieces = {"(container)": nbytes - sum(row.nbytes for row in rows)}
+    elements = sum(_distinct(group, listing.storages[key].nbytes) for key, group in tenants.items())
+    return Ledger(file, nbytes, (*rows, *_others(pieces)), elements)
 
 
-def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, int]) -> Row:
+def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:
     if held.storage is None:
         return Row(held.name, held.shape, held.dtype, 0, "on the meta device: it holds no numbers")
     first, *others = tenants[held.storage]
     if held is not first:
         return Row(held.name, held.shape, held.dtype, 0, f"kept in the storage of {first.name}")
-    nbytes = storages[held.storage]
+    nbytes = storages[held.storage].nbytes
     because = ""
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
@@ -254,10 +255,12 @@ def _of_model(model: Any) -> Ledger:
         key = None
         if not tensor.is_meta:
             key, storages_nbytes = _storage_of(tensor, nbytes)
-            storages[key] = storages_nbytes
+            storages[key] = Storage(storages_nbytes)
         dtype = str(tensor.dtype).removeprefix("torch.")
         tensors.append(Held(name, dtype, tuple(tensor.shape), nbytes, key))
-    return _of_listing(Listing(tuple(tensors), storages, {}), type(model).__name__, sum(storages.values()))
+    return _of_listing(
+        Listing(tuple(tensors), storages), type(model).__name__, sum(s.nbytes for s in storages.values())
+    )
 
 
 def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:

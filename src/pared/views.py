@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # files are compressed without torch
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

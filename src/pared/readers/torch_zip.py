@@ -1,4 +1,4 @@
-"""What tensors a file of another kind holds, from its headers alone: `.safetensors` and what `torch.save` writes.
+"""What `torch.save` writes: a zip archive with a pickle that describes the tensors, and a member for each storage.
 
 Nothing in a file is executed and no tensor is read. Sizes are computed from shapes and types and compared with what
 the file has.
@@ -8,49 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from pared import container
 from pared.container import PICKLE, Archive, File, Member, Place
-from pared.errors import FileError, UnsafeError
+from pared.errors import UnsafeError
 from pared.pickles import Name, Node, Persistent, read_pickle
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor in a file.
-
-    Args:
-        name: with a slash between nested dictionaries: "state_dict/encoder.weight".
-        dtype: of its elements, in torch's words: "float32".
-        shape: of the tensor.
-        nbytes: of its elements.
-        storage: the key of what holds them, maybe for other tensors too; None where it holds no numbers at all
-            (a tensor on the meta device).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    storage: str | None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All tensors of a file.
-
-    Args:
-        tensors: in the file's own order.
-        storages: for each key the bytes that it takes in the file; storages of no tensor included.
-        notes: what else in the file has a size worth a name: bytes by name.
-    """
-
-    tensors: tuple[Held, ...]
-    storages: Mapping[str, int]
-    notes: Mapping[str, int]
-
+from pared.readers.listing import Held, Listing, Note, Storage, unknown
 
 # The bits of one element of each of torch's types.
 _BITS: Final[Mapping[str, int]] = {
@@ -101,58 +66,40 @@ _HARMLESS: Final = frozenset(
     )
 )  # fmt: skip
 
-_SAFETENSORS_TYPES: Final[Mapping[str, str]] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
-    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
-    "F64": "float64", "C64": "complex64",
-}  # fmt: skip
-
 _LARGEST_PICKLE: Final = 64 << 20
 _DEEPEST: Final = 100
 _LEAST_NAMES: Final = 1 << 20  # characters
 _NAMES_PER_BYTE: Final = 16  # beyond the least, for each byte of the pickle
 
 
-def list_tensors(file: File) -> Listing:
-    """The tensors of a file that is no artifact of ours.
+def read_torch_zip(file: File, archive: Archive) -> Listing:
+    """The tensors of a zip archive that `torch.save` wrote.
 
     Raises:
-        FileError: it is of a kind that cannot be listed.
+        FileError: it is another kind of archive.
         CorruptError: it contradicts itself.
         UnsafeError: loading it would run code.
     """
-    if container.is_safetensors(file):
-        return _safetensors(file)
-    if container.is_zip(file):
-        return _zip(file, container.read_archive(file))
-    raise _unknown(file, container.kind_of(file))
-
-
-def _safetensors(file: File) -> Listing:
-    header = container.read_header(file)
-    tensors = tuple(
-        Held(s.name, _SAFETENSORS_TYPES.get(s.dtype, s.dtype.lower()), s.shape, s.end - s.begin, s.name)
-        for s in header.spans
-    )
-    return Listing(tensors, {held.name: held.nbytes for held in tensors}, {"(header)": header.nbytes})
-
-
-def _zip(file: File, archive: Archive) -> Listing:
     folder = container.torch_folder(file, archive)
     names = {member.name for member in archive.members}
     if folder is None:
         numpy = all(name.endswith(".npy") for name in names)
-        raise _unknown(file, "a NumPy .npz archive" if numpy else "a zip archive that torch.save did not write")
+        raise unknown(file, "a NumPy .npz archive" if numpy else "a zip archive that torch.save did not write")
     if f"{folder}constants.pkl" in names:
-        raise _unknown(file, "a TorchScript archive")
+        raise unknown(file, "a TorchScript archive")
     members = {member.name.removeprefix(folder): member for member in archive.members}
     pickle = members[PICKLE]
     if pickle.stored > _LARGEST_PICKLE:
-        raise _unknown(file, f"a torch file whose pickle has {pickle.stored:,} bytes")
+        raise unknown(file, f"a torch file whose pickle has {pickle.stored:,} bytes")
     root = read_pickle(container.checked_content(file, pickle), _HARMLESS, file.where)
     storages = {name[5:]: member for name, member in members.items() if name.startswith("data/")}
     tensors = tuple(_tensors(root, storages, file.where, _LEAST_NAMES + _NAMES_PER_BYTE * pickle.stored))
-    return Listing(tensors, {key: m.stored for key, m in storages.items()}, {"(pickle)": pickle.stored})
+    held = {key: Storage(member.stored, partial(_content, file, member)) for key, member in storages.items()}
+    return Listing(tensors, held, {"(pickle)": Note(pickle.stored)})
+
+
+def _content(file: File, member: Member) -> memoryview:
+    return file.data[member.offset : member.end]
 
 
 def _tensors(root: object, storages: Mapping[str, Member], where: str, allowance: int) -> Iterator[Held]:
@@ -226,7 +173,16 @@ def _held(name: str, path: str, arguments: Sequence[object], storages: Mapping[s
     reach = at.whole(offset, "its offset") + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if 0 not in shape and (reach + 1) * _BITS[kind] > 8 * nbytes:
         at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
-    return Held(name, kind, shape, -(-math.prod(shape) * _BITS[kind] // 8), key)
+    start = at.whole(offset, "its offset") * _BITS[kind] // 8
+    packed = tuple(strides) == _packed(shape)
+    return Held(
+        name, kind, shape, -(-math.prod(shape) * _BITS[kind] // 8), key, start, None if packed else tuple(strides)
+    )
+
+
+def _packed(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps, in C order."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _storage(reference: object, storages: Mapping[str, Member], at: Place) -> tuple[str, str, int]:
@@ -259,12 +215,3 @@ def _shape(value: object, at: Place) -> tuple[int, ...]:
 def _element_type(value: object, at: Place) -> str:
     kind = value.path.removeprefix("torch.") if isinstance(value, Name) else ""
     return kind if kind in _BITS else at.fail("its element type is none of torch's")
-
-
-def _unknown(file: File, kind: str) -> FileError:
-    return FileError(
-        f"is {kind}, which pared cannot look into yet",
-        where=file.where,
-        remedy="Pass an artifact of pared, a .safetensors file, or a state dict that torch.save wrote; torch.load "
-        "and torch.save turn older torch files into one.",
-    )

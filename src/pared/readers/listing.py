@@ -1,0 +1,156 @@
+"""What every reader gives: the tensors of a file, what holds their numbers, and what else takes bytes.
+
+The numbers are not read before somebody asks for them; they then come as NumPy arrays, mapped rather than copied
+wherever the file has them plainly. Nothing here uses torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared.container import File
+from pared.errors import FileError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in a file.
+
+    Args:
+        name: with a slash between nested dictionaries: "state_dict/encoder.weight".
+        dtype: of its elements, in torch's words ("float32"), or in the file's own where torch has none ("Q4_1").
+        shape: of the tensor.
+        nbytes: of its elements.
+        storage: the key of what holds them, maybe for other tensors too; None where it holds no numbers at all
+            (a tensor on the meta device).
+        offset: of its first element in the content of the storage, in bytes.
+        stride: between neighbours in each dimension, in elements; None: without gaps, in C order.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    storage: str | None
+    offset: int = 0
+    stride: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """Bytes in a file that hold the numbers of one tensor, or of several.
+
+    Args:
+        nbytes: that it takes in the file.
+        content: gives the numbers' bytes when it is called, inflated where the file has them compressed; None where
+            there is no way to them.
+    """
+
+    nbytes: int
+    content: Callable[[], memoryview] | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something else in a file that takes bytes.
+
+    Args:
+        nbytes: that it takes.
+        because: why, where that needs words.
+        ballast: whether the model needs none of it.
+    """
+
+    nbytes: int
+    because: str = ""
+    ballast: bool = False
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All tensors of a file, or of the files of a folder.
+
+    Args:
+        tensors: in the file's own order.
+        storages: by key; storages of no tensor included.
+        notes: what else has a size worth a name, by that name in parentheses: "(header)".
+        foreign: the functions and classes that loading would import, beyond what tensors need: "os.system".
+    """
+
+    tensors: tuple[Held, ...]
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+    notes: Mapping[str, Note] = field(default_factory=dict)
+    foreign: tuple[str, ...] = ()
+
+    def array(self, held: Held) -> Array | None:
+        """The numbers of a tensor, mapped where the file has them plainly; see `ELEMENTS` for their types.
+
+        Args:
+            held: one of `tensors`.
+
+        Returns:
+            an array of the tensor's shape; None where the file has no numbers for it, or has them in blocks.
+
+        Raises:
+            CorruptError: they cannot be read.
+        """
+        storage = None if held.storage is None else self.storages[held.storage]
+        if storage is None or storage.content is None or held.dtype not in ELEMENTS:
+            return None
+        kind = np.dtype(ELEMENTS[held.dtype])
+        content = storage.content()
+        if held.stride is None:
+            flat = np.frombuffer(content, kind, count=held.nbytes // kind.itemsize, offset=held.offset)
+            return flat.reshape(held.shape)
+        flat = np.frombuffer(content, kind, count=(len(content) - held.offset) // kind.itemsize, offset=held.offset)
+        strides = [step * kind.itemsize for step in held.stride]
+        return np.lib.stride_tricks.as_strided(flat, held.shape, strides, writeable=False)
+
+
+# NumPy's type for the elements of an array, by the tensor's dtype. What NumPy lacks comes as its bits: bfloat16 as
+# uint16, eight-bit floats as uint8.
+ELEMENTS: Final[Mapping[str, str]] = {
+    "bool": "?", "uint8": "u1", "int8": "i1", "uint16": "<u2", "int16": "<i2", "uint32": "<u4", "int32": "<i4",
+    "uint64": "<u8", "int64": "<i8", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8",
+    "complex64": "<c8", "complex128": "<c16", "qint8": "i1", "quint8": "u1", "qint32": "<i4",
+    "float8_e4m3fn": "u1", "float8_e5m2": "u1", "float8_e4m3fnuz": "u1", "float8_e5m2fnuz": "u1",
+    "float8_e8m0fnu": "u1",
+}  # fmt: skip
+
+# The types of weights, narrowest first; all of them can be widened to float32 or float64 by `as_floats`.
+FLOATING: Final = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_floats(array: Array, dtype: str) -> Array:
+    """The values of an array that `Listing.array` gave, of a dtype in `FLOATING`, in a type that NumPy computes with.
+
+    Args:
+        array: of any shape.
+        dtype: the tensor's.
+
+    Returns:
+        float32, or float64 for float64; the array itself where it is so already.
+
+    >>> as_floats(np.array([0x3F80, 0xC000], "<u2"), "bfloat16").tolist()
+    [1.0, -2.0]
+    """
+    if dtype == "bfloat16":
+        wide: Array = (array.astype(np.uint32) << 16).view(np.float32)
+        return wide
+    return array.astype(np.float32) if dtype == "float16" else array
+
+
+def unknown(file: File, kind: str) -> FileError:
+    """The error for a file that nobody here can look into."""
+    return FileError(
+        f"is {kind}, which pared cannot look into yet",
+        where=file.where,
+        remedy="Pass an artifact of pared, a .safetensors file, or a state dict that torch.save wrote; torch.load "
+        "and torch.save turn older torch files into one.",
+    )
