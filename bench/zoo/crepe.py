@@ -118,8 +118,13 @@ def _tones(capacity: Capacity, part: str, seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack([frames[heard] for frames, _ in drawn]), torch.stack([pitch[heard] for _, pitch in drawn])
 
 
+def frames(capacity: Capacity, part: data.Part, seed: int) -> Tensor:
+    """All frames that are heard of the tones of a part, float32 (frames, 1024)."""
+    return _tones(capacity, part, seed)[0].flatten(0, 1)
+
+
 def calibration(capacity: Capacity, seed: int) -> list[Tensor]:
-    return list(_tones(capacity, "calibration", seed)[0].flatten(0, 1).split(capacity.batch))
+    return list(frames(capacity, "calibration", seed).split(capacity.batch))
 
 
 @torch.no_grad()

@@ -67,14 +67,24 @@ def _log_probabilities(model: nn.Module, photos: Sequence[int]) -> Tensor:
     return result
 
 
+def inputs(part: data.Part, seed: int) -> Tensor:
+    """Whole photos, float32 (photos, 3, 224, 224)."""
+    return _inputs(_photos()[0][_half(part, seed), 0])
+
+
+def log_probabilities(model: nn.Module, part: data.Part, seed: int) -> Tensor:
+    """Float64 (photos, views, classes)."""
+    return _log_probabilities(model, _half(part, seed))
+
+
 @functools.cache
 def _expected(part: data.Part, seed: int) -> Tensor:
-    return _log_probabilities(effnet.load(), _half(part, seed))
+    return log_probabilities(effnet.load(), part, seed)
 
 
 def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
     """KL(FP32 || model) in nats, the mean over the views of each photo."""
-    got = _log_probabilities(model, _half(part, seed))
+    got = log_probabilities(model, part, seed)
     divergence = nn.functional.kl_div(got, _expected(part, seed), reduction="none", log_target=True)
     result: Scores = divergence.sum(-1).mean(1).numpy()
     return result
@@ -82,7 +92,7 @@ def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
 
 @torch.no_grad()
 def metrics(model: nn.Module, seed: int) -> dict[str, float]:
-    got, expected = _log_probabilities(model, _half("test", seed)), _expected("test", seed)
+    got, expected = log_probabilities(model, "test", seed), _expected("test", seed)
     agreement = (got.argmax(-1) == expected.argmax(-1)).double().mean()
     return {"agreement with FP32": float(agreement), "5-NN accuracy": nearest(model)}
 

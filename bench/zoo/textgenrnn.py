@@ -94,14 +94,18 @@ def _windows(text: str, most: int) -> Tensor:
     return torch.tensor(symbols).unfold(0, _CONTEXT + 1, 1)
 
 
+def contexts(part: data.Part, seed: int) -> Tensor:
+    """What the model reads of the documents of a part, int64 (windows, context)."""
+    return torch.cat([_windows(text, _PREDICTED) for text in _documents(part, seed)])[:, :-1]
+
+
 def _documents(part: data.Part, seed: int) -> list[str]:
     texts = [text for text in data.news() if len(text) > 2 * (_CONTEXT + _PREDICTED)]
     return dict(zip(_DOCUMENTS, data.deal(texts, list(_DOCUMENTS.values()), seed), strict=True))[part]
 
 
 def calibration(seed: int) -> list[Tensor]:
-    windows = torch.cat([_windows(text, _PREDICTED) for text in _documents("calibration", seed)])[:, :-1]
-    return list(windows.chunk(_CALIBRATION_BATCHES))
+    return list(contexts("calibration", seed).chunk(_CALIBRATION_BATCHES))
 
 
 @torch.no_grad()

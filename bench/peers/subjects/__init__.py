@@ -1,0 +1,15 @@
+"""The models that all peers are given: one module each, with a `SUBJECT`."""
+
+from __future__ import annotations
+
+import importlib
+
+from bench.peers.subjects.subject import Subject
+
+NAMES = ("minilm", "efficientnet", "crepe_full", "textgenrnn", "whisper")
+
+
+def find(name: str) -> Subject:
+    """The subject of one of `NAMES`."""
+    found: Subject = importlib.import_module(f"bench.peers.subjects.{name}").SUBJECT
+    return found

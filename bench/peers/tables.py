@@ -1,0 +1,146 @@
+"""The tables and remarks of `make bench-peers`, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.peers import subjects
+from bench.peers.families import BASELINE, FLOORS, OURS
+from bench.peers.rows import Row, Timing, read
+
+_NONE = "-"
+_WRONG = 1e-3  # of the output's peak
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *rest = (f"| {' | '.join(line)} |" for line in (columns, *rows))
+    return "\n".join([first, "|" + "---|" * len(columns), *rest])
+
+
+def loss(row: Row, baseline: Row) -> float | None:
+    """Relative, positive for worse."""
+    if row.score is None or baseline.score is None:
+        return None
+    lost = baseline.score - row.score
+    return (lost if subjects.find(row.subject).higher_is_better else -lost) / abs(baseline.score)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One model; the best of each column that is to be small stands in bold, floors apart."""
+    subject = subjects.find(rows[0].subject)
+    baseline = next(row for row in rows if row.peer == BASELINE)
+    shapes = list(subject.shapes())
+    fast = {shape: _best(rows, lambda row, s=shape: row.timings[s].ratio if s in row.timings else None) for shape in shapes}
+    small = _best(rows, lambda row: row.bytes)
+    lines = [
+        (
+            f"**{row.peer}**" if row.peer in OURS else row.peer,
+            _bold(_size(row, baseline), row is small),
+            _plain(row.seconds, ".1f"),
+            _NONE if row.peak is None else f"{row.peak / 1e9:.2f} ({(row.peak_before or 0) / 1e9:.2f})",
+            _plain(row.score, ".4f"),
+            _plain(loss(row, baseline), "+.2%"),
+            _plain(row.fidelity, ".3g"),
+            *(_bold(_time(row.timings.get(shape)), row is fast[shape]) for shape in shapes),
+            _reload(row),
+        )
+        for row in rows
+    ]
+    columns = (subject.title, "file MB (of FP32)", "compress s", "peak GB (before)", subject.score, "loss", subject.fidelity)
+    return markdown((*columns, *(f"{shape}: ms, of FP32" for shape in shapes), "reload"), lines)
+
+
+def _best(rows: Sequence[Row], key: Any) -> Row | None:
+    found = [row for row in rows if row.peer not in FLOORS and key(row) is not None]
+    return min(found, key=key, default=None)
+
+
+def _bold(text: str, is_best: bool) -> str:
+    return f"**{text}**" if is_best and text != _NONE else text
+
+
+def _plain(value: float | None, form: str) -> str:
+    return _NONE if value is None else format(value, form)
+
+
+def _size(row: Row, baseline: Row) -> str:
+    if row.bytes is None or baseline.bytes is None:
+        return _NONE
+    return f"{row.bytes / 1e6:.2f} ({row.bytes / baseline.bytes:.3f})"
+
+
+def _time(timing: Timing | None) -> str:
+    """Median, least and most, and the ratio to FP32 in the same process, of rounds: median, least and most."""
+    if timing is None:
+        return _NONE
+    least, most = timing.span
+    times = " ".join(f"{x:.3g}" for x in (timing.median, least, most))
+    middle, low, high = (f"{x:.3f}" for x in (timing.ratio, min(timing.ratios), max(timing.ratios)))
+    return f"{times}; {middle} ({low}-{high})"
+
+
+def _reload(row: Row) -> str:
+    if row.reloaded is None:
+        return "fails" if any(error.startswith("reload") for error in row.errors) else _NONE
+    return "yes" if row.reloaded <= _WRONG else f"WRONG: off by {row.reloaded:.2g} of the peak"
+
+
+def remarks(rows: Sequence[Row]) -> str:
+    """Every error and note, by peer."""
+    each = [(row.peer, "error", text) for row in rows for text in row.errors]
+    each += [(row.peer, "note", text) for row in rows for text in row.notes]
+    return "\n".join(f"* {peer}, {kind}: `{text.replace('`', chr(39))}`" for peer, kind, text in each)
+
+
+def whole(found: Mapping[str, Any]) -> str:
+    """All models of the last run, the settings, and what it was measured on."""
+    parts = []
+    for name, record in found.items():
+        rows = [read(row) for row in record["rows"]]
+        said = remarks(rows)
+        parts += [table(rows), *([f"Errors met and notes, {subjects.find(name).title}:\n\n{said}"] if said else [])]
+    last = next(reversed(list(found.values())))
+    return "\n\n".join([*parts, _machine(last["machine"]), _versions(found), "![size, fidelity and time](peers.svg)"])
+
+
+def _machine(machine: Mapping[str, Any]) -> str:
+    return (
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+        f"{machine['capability']}, Python {machine['python']}, {machine['threads']} threads. Milliseconds: median, least "
+        "and most. Ratios: to FP32 eager of the same process, median of the rounds, least and most. In bold: the "
+        "smallest and the fastest. Peak: of the process while it compressed, and before it did."
+    )
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    environments: dict[str, list[str]] = {}
+    for record in found.values():
+        for row in record["rows"]:
+            said = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+            peers = environments.setdefault(said, [])
+            peers += [row["peer"]] if row["peer"] not in peers else []
+    return "\n".join(f"* {', '.join(peers)}: {said}" for said, peers in environments.items() if said)
+
+
+def excerpt(found: Mapping[str, Any]) -> str:
+    """What the README shows: ours beside the floors and the fastest and the smallest of the others."""
+    lines = []
+    for name, record in found.items():
+        rows = [read(row) for row in record["rows"]]
+        subject = subjects.find(name)
+        baseline = next(row for row in rows if row.peer == BASELINE)
+        shape = next(iter(subject.shapes()))
+        others = [row for row in rows if row.peer not in (*FLOORS, *OURS)]
+        fastest = _best(others, lambda row, s=shape: row.timings[s].ratio if s in row.timings else None)
+        smallest = _best(others, lambda row: row.bytes)
+        named = [row.peer for row in (fastest, smallest) if row is not None]
+        for row in rows:
+            if row.peer in (*FLOORS[1:], *named, *OURS):
+                timing = row.timings.get(shape)
+                ratio = _NONE if timing is None else f"{timing.ratio:.2f}"
+                fidelity = _NONE if row.fidelity is None else f"{row.fidelity:.3g} {subject.fidelity}"
+                lost = _plain(loss(row, baseline), "+.2%")
+                label = f"**{row.peer}**" if row.peer in OURS else row.peer
+                lines.append((f"{subject.title}, {shape}", label, _size(row, baseline), lost, fidelity, ratio))
+    return markdown(("model", "tool", "file MB (of FP32)", "loss", "fidelity", "time / FP32 eager"), lines)
