@@ -1,1 +1,1 @@
-"""`make bench-peers`: the same models through the tools that people would use instead, each in an environment of its own."""
+"""`make bench-peers`: the same models through the tools that people would use instead, each in its own environment."""

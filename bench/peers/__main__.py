@@ -1,4 +1,4 @@
-"""`make bench-peers`: size, score, fidelity, time and memory of the same models through every tool, as JSON in `out/bench`.
+"""`make bench-peers`: size, score, fidelity, time and memory of models through every tool, as JSON in `out/bench`.
 
 Each tool is a process of its own in an environment of its own (`environments.py`), and compresses while the others
 rest. Then they are timed in turn, round after round: a block of runs, then as many of FP32 eager in the same process,

@@ -1,4 +1,4 @@
-"""Which peers there are, in the order in which tables show them; ours come last, since one has to be as small as any."""
+"""Which peers there are, in the order of the tables; ours come last, since one has to be as small as any."""
 
 from __future__ import annotations
 

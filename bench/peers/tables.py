@@ -31,7 +31,9 @@ def table(rows: Sequence[Row]) -> str:
     subject = subjects.find(rows[0].subject)
     baseline = next(row for row in rows if row.peer == BASELINE)
     shapes = list(subject.shapes())
-    fast = {shape: _best(rows, lambda row, s=shape: row.timings[s].ratio if s in row.timings else None) for shape in shapes}
+    fast = {
+        shape: _fastest(rows, shape) for shape in shapes
+    }
     small = _best(rows, lambda row: row.bytes)
     lines = [
         (
@@ -47,7 +49,15 @@ def table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    columns = (subject.title, "file MB (of FP32)", "compress s", "peak GB (before)", subject.score, "loss", subject.fidelity)
+    columns = (
+        subject.title,
+        "file MB (of FP32)",
+        "compress s",
+        "peak GB (before)",
+        subject.score,
+        "loss",
+        subject.fidelity,
+    )
     return markdown((*columns, *(f"{shape}: ms, of FP32" for shape in shapes), "reload"), lines)
 
 
@@ -107,8 +117,8 @@ def whole(found: Mapping[str, Any]) -> str:
 def _machine(machine: Mapping[str, Any]) -> str:
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
-        f"{machine['capability']}, Python {machine['python']}, {machine['threads']} threads. Milliseconds: median, least "
-        "and most. Ratios: to FP32 eager of the same process, median of the rounds, least and most. In bold: the "
+        f"{machine['capability']}, Python {machine['python']}, {machine['threads']} threads. Milliseconds: median, "
+        "least and most. Ratios: to FP32 eager of the same process, median of the rounds, least and most. In bold: the "
         "smallest and the fastest. Peak: of the process while it compressed, and before it did."
     )
 

@@ -1,4 +1,4 @@
-"""What the bench of peers knows of a model: its graphs, samples that calibrate, inputs that are timed, what judges it."""
+"""What the bench of peers knows of a model: its graphs, what calibrates it, what is timed, what judges it."""
 
 from __future__ import annotations
 

@@ -87,4 +87,8 @@ class Dynamic(Static):
         return _checked(quantization.fit(prepared, PostTrainingQuantConfig(approach="dynamic")))
 
 
-PEERS: dict[str, Peer] = {"inc2-static": Static(), "inc2-static-nobf16": StaticWithoutBfloat16(), "inc2-dynamic": Dynamic()}
+PEERS: dict[str, Peer] = {
+    "inc2-static": Static(),
+    "inc2-static-nobf16": StaticWithoutBfloat16(),
+    "inc2-dynamic": Dynamic(),
+}
