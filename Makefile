@@ -16,7 +16,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-damage bench-ablation docs results
+.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-damage bench-ablation bench-peers bench-scaling docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +52,15 @@ bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the dama
 bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
 	$(BIN)/python -m bench.ablation
 
-results: bench bench-figures bench-layers bench-damage bench-search docs  ## all of these, and the documents (hours)
+bench-peers: $(VENV)/.bench-search  ## ours beside other tools (hours; PEERS=ort,openvino MODELS=minilm restricts; wants an idle machine)
+	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)"
+	$(BIN)/python -m bench.report
+
+bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples and threads (an hour; LIMIT=1e8: no larger models)
+	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
+	$(BIN)/python -m bench.report
+
+results: bench bench-figures bench-layers bench-damage bench-search bench-peers bench-scaling docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

@@ -13,16 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import damage, figures, layers, run, search
+from bench import damage, figures, layers, run, scaling, scaling_report, search
 from bench.ablation import __main__ as ablation
+from bench.markdown import markdown
+from bench.peers import __main__ as peers
+from bench.peers import plot, tables
 
 RESULTS, README = Path("docs/results.md"), Path("README.md")
 MARKS = r"(<!-- results: {} -->\n).*?(<!-- end of results -->)"
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    first, *rest = (f"| {' | '.join(line)} |" for line in (columns, *rows))
-    return "\n".join([first, "|" + "---|" * len(columns), *rest])
 
 
 def job(found: Mapping[str, Any]) -> str:
@@ -244,6 +242,8 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench-layers": (layers.RESULTS, every_layer),
     "make bench-damage": (damage.RESULTS, gate),
     "make bench-ablation": (ablation.RESULTS, refinements),
+    "make bench-peers": (peers.RESULTS, tables.whole),
+    "make bench-scaling": (scaling.RESULTS, scaling_report.whole),
 }
 
 
@@ -252,6 +252,11 @@ EXCERPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "make bench": job,
     "make bench-figures": lambda found: _sizes([figures.SizePoint(**record) for record in found["minilm"]]),
     "make bench-search": smallest,
+    "make bench-peers": tables.excerpt,
+}
+PLOTS: dict[str, Callable[[Mapping[str, Any]], None]] = {
+    "make bench-peers": plot.draw,
+    "make bench-scaling": scaling_report.draw,
 }
 
 
@@ -272,6 +277,8 @@ def main() -> None:
         fill(RESULTS, command, section(found))
         if command in EXCERPTS:
             fill(README, command, EXCERPTS[command](found))
+        if command in PLOTS:
+            PLOTS[command](found)
         print(f"written: {command}")
 
 

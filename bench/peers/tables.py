@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.markdown import markdown
 from bench.peers import subjects
 from bench.peers.families import BASELINE, FLOORS, OURS
 from bench.peers.rows import Row, Timing, read
 
 _NONE = "-"
 _WRONG = 1e-3  # of the output's peak
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    first, *rest = (f"| {' | '.join(line)} |" for line in (columns, *rows))
-    return "\n".join([first, "|" + "---|" * len(columns), *rest])
 
 
 def loss(row: Row, baseline: Row) -> float | None:
@@ -31,9 +27,7 @@ def table(rows: Sequence[Row]) -> str:
     subject = subjects.find(rows[0].subject)
     baseline = next(row for row in rows if row.peer == BASELINE)
     shapes = list(subject.shapes())
-    fast = {
-        shape: _fastest(rows, shape) for shape in shapes
-    }
+    fast = {shape: _fastest(rows, shape) for shape in shapes}
     small = _best(rows, lambda row: row.bytes)
     lines = [
         (
@@ -64,6 +58,10 @@ def table(rows: Sequence[Row]) -> str:
 def _best(rows: Sequence[Row], key: Any) -> Row | None:
     found = [row for row in rows if row.peer not in FLOORS and key(row) is not None]
     return min(found, key=key, default=None)
+
+
+def _fastest(rows: Sequence[Row], shape: str) -> Row | None:
+    return _best(rows, lambda row: row.timings[shape].ratio if shape in row.timings else None)
 
 
 def _bold(text: str, is_best: bool) -> str:

@@ -210,6 +210,11 @@ def _heard(clips: Sequence[Clip]) -> Tensor:
     return spectra
 
 
+@functools.cache
+def _spectrum(clip: Clip) -> Tensor:
+    return _heard([clip])
+
+
 def _tokens(text: str) -> list[int]:
     return [*_tokenizer().encode(f" {text}", add_special_tokens=False).ids, _end()]
 
@@ -244,10 +249,21 @@ def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
     return result
 
 
-@torch.no_grad()
+def clips(seed: int) -> tuple[Clip, Clip]:
+    """The shortest and the longest prompt of the test set."""
+    prompts = sorted(_prompts("test", seed), key=lambda clip: clip.seconds)
+    return prompts[0], prompts[-1]
+
+
 def transcribe(model: Any, clip: Clip) -> str:
     """Greedy, without timestamps."""
-    heard = BaseModelOutput(model.get_encoder()(_heard([clip])).last_hidden_state)
+    return str(_tokenizer().decode(decode(model, clip).tolist()))
+
+
+@torch.no_grad()
+def decode(model: Any, clip: Clip) -> Tensor:
+    """The tokens, int64, that are heard, chosen greedily, without timestamps."""
+    heard = BaseModelOutput(model.get_encoder()(_spectrum(clip)).last_hidden_state)
     said: list[int] = []
     read, past = torch.tensor([_start()]), None
     for _ in range(_MOST_TOKENS):
@@ -257,7 +273,7 @@ def transcribe(model: Any, clip: Clip) -> str:
             break
         said.append(token)
         read, past = torch.tensor([[token]]), answer.past_key_values
-    return str(_tokenizer().decode(said))
+    return torch.tensor(said)
 
 
 def _words(text: str) -> list[str]:

@@ -41,9 +41,11 @@ class _Joined(nn.Module):
 
 def _parts(model: nn.Module) -> Mapping[str, Part]:
     names = ("input_ids", "attention_mask")
-    calls = [tuple(call[name] for name in names) for call in minilm.calibration()]
+    calls, singles = (
+        [tuple(call[name] for name in names) for call in minilm.calibration(batch_size=size)] for size in (8, 1)
+    )
     axes = {0: "batch", 1: "tokens"}
-    return {"model": Part(_Plain(model), names, ("hidden",), calls, dict.fromkeys(names, axes))}
+    return {"model": Part(_Plain(model), names, ("hidden",), calls, dict.fromkeys(names, axes), singles)}
 
 
 def _run(inputs: dict[str, Tensor], model: nn.Module) -> Tensor:

@@ -20,7 +20,8 @@ class Part:
     Args:
         module: takes tensors by position and gives a tensor or several.
         inputs, outputs: their names.
-        calls: of calibration.
+        calls: of calibration; the first has more than one of everything that varies.
+        singles: the same samples one by one and without padding, where that differs.
         dynamic: the dimensions that vary, by input.
     """
 
@@ -29,6 +30,7 @@ class Part:
     outputs: tuple[str, ...]
     calls: Sequence[tuple[Tensor, ...]]
     dynamic: Mapping[str, Mapping[int, str]]
+    singles: Sequence[tuple[Tensor, ...]] = ()
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,11 @@ from bench.peers.subjects.subject import Part, Run
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+    """One sample at a time: what a mask adds to padding, the least float, would be the range of its grid."""
+
     def __init__(self, part: Part) -> None:
         self.calls: Iterator[dict[str, Any]] = (
-            {name: x.numpy() for name, x in zip(part.inputs, call, strict=True)} for call in part.calls
+            {name: x.numpy() for name, x in zip(part.inputs, call, strict=True)} for call in part.singles or part.calls
         )
 
     def get_next(self) -> dict[str, Any] | None:
