@@ -23,7 +23,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("numpy", "torchao==0.18.0", "optimum-quanto==0.2.7"),
     "ort": ("numpy", "onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2"),
     "openvino": ("numpy", "onnx==1.23.2", "onnxscript==0.7.2", "openvino==2026.4.1", "nncf==3.4.0"),
-    "inc2": ("numpy<2", "six", "neural-compressor==2.6"),
+    "inc2": ("numpy<2", "six", "setuptools<81", "neural-compressor==2.6"),
     "inc3": ("numpy", "accelerate", "neural-compressor-pt==3.10"),
 }
 _DATA = (

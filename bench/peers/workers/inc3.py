@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import RTNConfig, convert, get_default_static_config, load, prepare
 from torch import nn
 
-from bench.peers.peer import Peer, Task, dynamic_shapes, run_of
+from bench.peers.peer import Peer, Task, run_of
 from bench.peers.subjects.subject import Part
 
 
@@ -41,12 +42,24 @@ class Static(Peer):
 
 
 def _graph(part: Part) -> Any:
-    return export(part.module, example_inputs=part.calls[0], dynamic_shapes=dynamic_shapes(part))
+    shapes = tuple(dict.fromkeys(part.dynamic.get(name, ()), torch.export.Dim.AUTO) for name in part.inputs)
+    return export(part.module, example_inputs=part.calls[0], dynamic_shapes=shapes)
+
+
+def _nameless(model: nn.Module) -> nn.Module:
+    """Of a model whose configuration has a name, it asks a hub for files."""
+    if hasattr(model, "config"):
+        model.config._name_or_path = ""
+        model.name_or_path = ""
+    return model
 
 
 class RoundToNearest(Peer):
     settings = "`RTNConfig()`: int4 weights of Linear, groups of 32"
     needs = "model class"
+
+    def prepare(self, task: Task) -> Any:
+        return _nameless(task.subject.load())
 
     def compress(self, task: Task, prepared: nn.Module) -> Any:  # noqa: ARG002  # it takes no data
         return convert(prepare(prepared, RTNConfig()))
@@ -55,7 +68,7 @@ class RoundToNearest(Peer):
         compressed.save(str(task.folder))
 
     def reload(self, task: Task) -> nn.Module:
-        model: nn.Module = load(str(task.folder), original_model=task.subject.blank())
+        model: nn.Module = load(str(task.folder), original_model=_nameless(task.subject.blank()))
         return model
 
 
