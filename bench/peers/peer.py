@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,8 +94,13 @@ def run_of_arrays(infer: Callable[[dict[str, Any]], list[Any]], names: tuple[str
     return run
 
 
-def dynamic_shapes(part: Part) -> tuple[dict[int, Any], ...]:
-    """For `torch.export`: a dimension of one name is the same in all inputs."""
+def dynamic_shapes(part: Part, *, named: bool = True) -> tuple[Any, ...]:
+    """For `torch.export`: a dimension of one name is the same in all inputs; without names, whatever fits."""
     names = {name for axes in part.dynamic.values() for name in axes.values()}
-    dims = {name: torch.export.Dim(name) for name in names}
-    return tuple({axis: dims[name] for axis, name in part.dynamic.get(i, {}).items()} for i in part.inputs)
+    dims = {name: torch.export.Dim(name) if named else torch.export.Dim.AUTO for name in names}
+    each = [{axis: dims[name] for axis, name in part.dynamic.get(i, {}).items()} for i in part.inputs]
+    kinds = [parameter.kind for parameter in inspect.signature(part.module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(each)
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*each[:first], tuple(each[first:]))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from neural_compressor.torch.export import export
 from neural_compressor.torch.quantization import RTNConfig, convert, get_default_static_config, load, prepare
 from torch import nn
 
-from bench.peers.peer import Peer, Task, run_of
+from bench.peers.peer import Peer, Task, dynamic_shapes, run_of
 from bench.peers.subjects.subject import Part
 
 
@@ -42,8 +41,7 @@ class Static(Peer):
 
 
 def _graph(part: Part) -> Any:
-    shapes = tuple(dict.fromkeys(part.dynamic.get(name, ()), torch.export.Dim.AUTO) for name in part.inputs)
-    return export(part.module, example_inputs=part.calls[0], dynamic_shapes=shapes)
+    return export(part.module, example_inputs=part.calls[0], dynamic_shapes=dynamic_shapes(part, named=False))
 
 
 def _nameless(model: nn.Module) -> nn.Module:
