@@ -44,6 +44,7 @@ class Row:
     """Sizes in bytes, times in seconds but for timings; None where it did not come so far.
 
     Args:
+        settings, needs: how the tool was asked, and what it takes to reload beside its files.
         reloaded: how far a reloaded model's outputs are off, as a share of the output's peak.
         errors: met on the way, each with where.
     """
@@ -59,12 +60,15 @@ class Row:
     fidelity: float | None = None
     reloaded: float | None = None
     timings: dict[str, Timing] = field(default_factory=dict)
+    settings: str = ""
+    needs: str = ""
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def take(self, answer: Mapping[str, Any]) -> bool:
         """Keep what was answered; whether it was no error."""
         self.notes = list(dict.fromkeys([*self.notes, *answer.get("notes", ())]))
+        self.settings, self.needs = answer.get("settings", self.settings), answer.get("needs", self.needs)
         if "error" in answer:
             self.errors.append(f"{answer['at']}: {answer['error']}")
             return False

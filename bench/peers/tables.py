@@ -91,7 +91,7 @@ def _time(timing: Timing | None) -> str:
 def _reload(row: Row) -> str:
     if row.reloaded is None:
         return "fails" if any(error.startswith("reload") for error in row.errors) else _NONE
-    return "yes" if row.reloaded <= _WRONG else f"WRONG: off by {row.reloaded:.2g} of the peak"
+    return f"yes ({row.needs})" if row.reloaded <= _WRONG else f"WRONG: off by {row.reloaded:.2g} of the peak"
 
 
 def remarks(rows: Sequence[Row]) -> str:
@@ -109,7 +109,14 @@ def whole(found: Mapping[str, Any]) -> str:
         said = remarks(rows)
         parts += [table(rows), *([f"Errors met and notes, {subjects.find(name).title}:\n\n{said}"] if said else [])]
     last = next(reversed(list(found.values())))
-    return "\n\n".join([*parts, _machine(last["machine"]), _versions(found), "![size, fidelity and time](peers.svg)"])
+    return "\n\n".join(
+        [*parts, _settings(found), _machine(last["machine"]), _versions(found), "![size, fidelity and time](peers.svg)"]
+    )
+
+
+def _settings(found: Mapping[str, Any]) -> str:
+    said = {row["peer"]: row["settings"] for record in found.values() for row in record["rows"] if row["settings"]}
+    return "\n".join(f"* {peer}: {settings}" for peer, settings in said.items())
 
 
 def _machine(machine: Mapping[str, Any]) -> str:

@@ -85,7 +85,8 @@ class Worker:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
             found = {"error": f"{type(error).__name__}: {lines[0]}", "at": do}
             traceback.print_exc(file=sys.stderr)
-        return {**found, "notes": list(dict.fromkeys(self.task.notes))}
+        said = {"settings": self.peer.settings, "needs": self.peer.needs}
+        return {**found, **said, "notes": list(dict.fromkeys(self.task.notes))}
 
 
 def _block(run: Callable[[], object], repeats: int) -> list[float]:
