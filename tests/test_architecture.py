@@ -33,6 +33,7 @@ ORDER = [
     # numbers
     "views",
     "streams",
+    "decoding",
     "formats",
     "kernels.machine",
     "kernels.activation",

@@ -31,6 +31,7 @@ from pared.container import (
     write_safetensors,
 )
 from pared.contents import Contents, Stored
+from pared.decoding import payloads
 from pared.errors import ConfigError, CorruptError, FileError
 from pared.formats import RAW_TYPES, Coded, dtype_name
 from pared.layers import Activation
@@ -39,8 +40,6 @@ from pared.plan import Decision
 from pared.views import View
 
 log = logging.getLogger(__name__)
-
-_DAMAGED: Final = "Fetch the file again; it is damaged."
 
 
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
@@ -135,31 +134,17 @@ def _streams(stored: Stored) -> dict[str, streams.Part]:
 
 
 def _stored(data: memoryview, entry: Entry) -> Stored:
-    payloads = _payloads(entry, data)
+    found = payloads(entry, data)
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None
     try:
-        parts = format.parts(payloads, entry.shape, view)
+        parts = format.parts(found, entry.shape, view)
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
     treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
     kind: Any = entry.kind  # the index has been checked
     return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
-
-
-def _payloads(entry: Entry, data: memoryview) -> dict[str, streams.Part]:
-    """The bytes of a tensor's parts, compared with their checksums."""
-    found, crc32 = {}, 0
-    for name, part in entry.parts.items():
-        payload = data[part.offset : part.end]
-        crc32 = zlib.crc32(payload, crc32)
-        if part.crc32 is not None:
-            if crc32 != part.crc32:
-                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=_DAMAGED)
-            crc32 = 0
-        found[name] = streams.Part(payload, part.coding, part.rows, part.base)
-    return found
 
 
 def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:
