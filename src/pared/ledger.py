@@ -110,11 +110,11 @@ class Ledger:
         return self.render()
 
     def _totals(self) -> Iterator[str]:
-        yield from textwrap.wrap(_printable(self.file), WIDTH)
+        yield from textwrap.wrap(printable(self.file), WIDTH)
         ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
         yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
         for format, nbytes in self.by_format().items():
-            yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+            yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 
 
 def inspect(target: object) -> Ledger:
@@ -272,6 +272,11 @@ def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
         return f"of {id(tensor)}", nbytes
 
 
+def printable(text: str) -> str:
+    """Text from a file, without what would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def draw(
     rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
 ) -> list[str]:
@@ -303,7 +308,7 @@ def draw(
         cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
         cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
@@ -317,9 +322,4 @@ def _damage(damage: float | None) -> str:
 def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
     for because, number in notes.items():
         mark = f" [{number}] "
-        yield from textwrap.wrap(_printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
-
-
-def _printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        yield from textwrap.wrap(printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))

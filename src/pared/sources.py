@@ -1,0 +1,254 @@
+"""Whatever holds a model's tensors, in one form: a file, a folder, an artifact, a state dict, a model in memory."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from pared import container, readers
+from pared.container import Entry, Records
+from pared.decoding import decode
+from pared.errors import ConfigError
+from pared.readers import ELEMENTS, Array, Held, Listing
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One tensor of a source.
+
+    Args:
+        name: in the source.
+        dtype: of its numbers as `read` gives them, in torch's words.
+        shape: of the tensor.
+        format: a short name of how they are stored: "grid int8", "float32".
+        nbytes: that it takes in the source; 0 for one whose numbers an earlier piece counts.
+        read: gives the numbers, mapped where that is possible; None where there are none that can be read.
+        place: equal for two pieces with the same numbers in memory or file.
+        note: what a reader has to know about the numbers.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    read: Callable[[], Array | None]
+    place: object = None
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is compared.
+
+    Args:
+        name: the path, or the class of a model.
+        nbytes: of the file or files, or of the model's tensors.
+        pieces: every tensor, by each of its names.
+    """
+
+    name: str
+    nbytes: int
+    pieces: tuple[Piece, ...]
+
+
+def is_model(target: object) -> bool:
+    """Whether something is a `torch.nn.Module`; torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(target, torch.nn.Module)
+
+
+@contextmanager
+def open_source(target: object, where: str) -> Iterator[Source]:
+    """The tensors of anything that has some; they can be read as long as it is open.
+
+    Args:
+        target: a path, a `torch.nn.Module`, float or quantized, or a state dict.
+        where: what the caller calls it, for messages.
+
+    Raises:
+        ConfigError: it is none of these.
+        FileError: the file cannot be read, or is of a kind that cannot be listed.
+        CorruptError, UnsafeError, VersionError: as `inspect`.
+    """
+    if isinstance(target, str | os.PathLike):
+        with _open_path(Path(target)) as source:
+            yield source
+    elif hasattr(type(target), "_pared_ledger"):
+        with container.open_records(_artifact_of(target), type(target).__name__) as records:
+            yield _of_records(records)
+    elif is_model(target):
+        model: Any = target
+        tensors = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
+        yield _of_tensors(type(target).__name__, {name: one for named in tensors for name, one in named})
+    elif _is_state(target):
+        yield _of_tensors("state dict", target)  # type: ignore[arg-type]  # just asked
+    else:
+        raise ConfigError(
+            f"expected a path, a torch.nn.Module or a state dict, got {type(target).__name__}",
+            where=where,
+            remedy="Pass the path of a file or folder, a model, or model.state_dict().",
+        )
+
+
+def _artifact_of(model: Any) -> bytes:
+    """The artifact that `save` would write of a quantized model."""
+    from pared import artifact, model as quantized  # noqa: PLC0415,I001  # whoever has a model has torch, and others need none
+
+    return artifact.to_bytes(quantized.contents_of(model))
+
+
+def _is_state(target: object) -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(target, Mapping):
+        return False
+    return any(isinstance(value, torch.Tensor) for value in target.values())
+
+
+@contextmanager
+def _open_path(path: Path) -> Iterator[Source]:
+    saved = next((path / name for name in container.FILE_NAMES.values() if (path / name).is_file()), path)
+    if saved.is_dir():
+        with readers.open_listing(path) as listing:
+            yield _of_listing(listing)
+        return
+    with container.open_file(saved) as file:
+        records = container.records_of(file)
+        if records is not None:
+            yield _of_records(records)
+            return
+    with readers.open_listing(path) as listing:
+        yield _of_listing(listing)
+
+
+# --- an artifact
+
+
+def _of_records(records: Records) -> Source:
+    pieces: list[Piece] = []
+    for entry in container.parse_index(records).entries:
+        read = functools.partial(decode, entry, records.data)
+        first = Piece(entry.name, entry.dtype, entry.shape, entry.label, entry.nbytes, read, _place(entry))
+        pieces += [first, *(replace(first, name=alias, nbytes=0) for alias in entry.names[1:])]
+    return Source(records.where, records.nbytes, tuple(pieces))
+
+
+def _place(entry: Entry) -> object:
+    return entry.name
+
+
+# --- another file, or a folder
+
+_STEP: Final = "_step"  # behind the name of a tensor of codes, in state dicts of quantized models
+_CODES: Final = ("int8", "int16")
+# Types of codes whose scales stand elsewhere.
+_SCALED: Final = ("qint8", "quint8", "qint32")
+
+
+def _of_listing(listing: Listing) -> Source:
+    by_name = {held.name: held for held in listing.tensors}
+    pieces: list[Piece] = []
+    seen: set[object] = set()
+    for held in listing.tensors:
+        step = by_name.get(f"{held.name}{_STEP}")
+        place = (held.storage, held.offset, held.shape, held.stride) if held.storage is not None else None
+        nbytes = 0 if place in seen else held.nbytes
+        seen |= {place} - {None}
+        if held.dtype in _CODES and step is not None and step.dtype == "float32":
+            piece = _of_codes(listing, held, step)
+        elif held.name.endswith(_STEP) and _has_codes(by_name.get(held.name.removesuffix(_STEP))):
+            continue  # it is counted with its codes
+        else:
+            read = functools.partial(listing.array, held)
+            piece = Piece(held.name, held.dtype, held.shape, held.dtype, nbytes, read, place, _note(held))
+        pieces.append(piece)
+    return Source(listing.where, listing.nbytes, tuple(pieces))
+
+
+def _has_codes(held: Held | None) -> bool:
+    return held is not None and held.dtype in _CODES
+
+
+def _note(held: Held) -> str:
+    if held.storage is None:
+        return "on the meta device: it holds no numbers"
+    if held.dtype in _SCALED:
+        return "codes, whose scales are not read: they compare with codes only"
+    return "" if held.dtype in ELEMENTS else f"{held.dtype}: numbers in blocks, which are not read"
+
+
+def _of_codes(listing: Listing, held: Held, step: Held) -> Piece:
+    """Codes and steps, as the state dict of a quantized model has them: `value = step[row] * code`."""
+    dimensions = [i for i, n in enumerate(held.shape) if step.shape == (n,)] if step.shape else []
+    shape = tuple(n if i in dimensions[:1] else 1 for i, n in enumerate(held.shape))
+    known = not step.shape or bool(dimensions)
+
+    def read() -> Array | None:
+        codes, steps = listing.array(held), listing.array(step)
+        if codes is None or steps is None:
+            return None
+        spread = steps.reshape(shape)
+        return codes.astype("f4") * spread
+
+    if not known:
+        note = "codes, whose steps do not say which rows they belong to: they compare with codes only"
+        plain = functools.partial(listing.array, held)
+        return Piece(held.name, held.dtype, held.shape, held.dtype, held.nbytes, plain, held.storage, note)
+    nbytes = held.nbytes + step.nbytes
+    return Piece(held.name, "float32", held.shape, f"grid {held.dtype}", nbytes, read, held.storage)
+
+
+# --- tensors in memory
+
+
+def _of_tensors(name: str, tensors: Mapping[str, Any]) -> Source:
+    pieces: list[Piece] = []
+    seen: set[object] = set()
+    torch = sys.modules["torch"]
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # state dicts hold other things too: a version, an extra state
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        place = _place_of(tensor)
+        nbytes = 0 if place in seen else tensor.numel() * tensor.element_size()
+        seen.add(place)
+        decoded = "float32" if tensor.is_quantized else dtype
+        note = "on the meta device: it holds no numbers" if tensor.is_meta else ""
+        read = functools.partial(array_of, tensor)
+        pieces.append(Piece(str(key), decoded, tuple(tensor.shape), dtype, nbytes, read, place, note))
+    return Source(name, sum(piece.nbytes for piece in pieces), tuple(pieces))
+
+
+def _place_of(tensor: Any) -> object:
+    try:
+        return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors hide theirs
+        return id(tensor)
+
+
+def array_of(tensor: Any) -> Array | None:
+    """The numbers of a tensor in memory, as `Listing.array` gives those of a file; None on the meta device.
+
+    Args:
+        tensor: a `torch.Tensor`, of any layout and on any device; one that is quantized is decoded.
+    """
+    if tensor.is_meta:
+        return None
+    tensor = tensor.detach()
+    tensor = tensor.dequantize() if tensor.is_quantized else tensor
+    tensor = tensor.to_dense() if str(tensor.layout) != "torch.strided" else tensor
+    tensor = tensor.cpu().resolve_conj().resolve_neg()
+    kind = ELEMENTS[str(tensor.dtype).removeprefix("torch.")]
+    torch = sys.modules["torch"]
+    if kind in ("u1", "<u2") and tensor.dtype is not torch.uint8:  # bits, for what NumPy has no type for
+        plain = torch.uint8 if kind == "u1" else torch.int16
+        bits: Array = tensor.contiguous().view(plain).numpy().view(kind)
+        return bits
+    array: Array = tensor.numpy()
+    return array
