@@ -28,6 +28,9 @@ ORDER = [
     "readers.listing",
     "readers.safetensors",
     "readers.torch_zip",
+    "readers.kinds",
+    "readers.folders",
+    "readers.live",
     "readers",
     "ledger",
     # numbers
