@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pared import container, readers
-from pared.container import Entry, Records
+from pared.container import Records
 from pared.decoding import decode
 from pared.errors import ConfigError
 from pared.readers import ELEMENTS, Array, Held, Listing
@@ -134,13 +134,9 @@ def _of_records(records: Records) -> Source:
     pieces: list[Piece] = []
     for entry in container.parse_index(records).entries:
         read = functools.partial(decode, entry, records.data)
-        first = Piece(entry.name, entry.dtype, entry.shape, entry.label, entry.nbytes, read, _place(entry))
+        first = Piece(entry.name, entry.dtype, entry.shape, entry.label, entry.nbytes, read, entry.name)
         pieces += [first, *(replace(first, name=alias, nbytes=0) for alias in entry.names[1:])]
     return Source(records.where, records.nbytes, tuple(pieces))
-
-
-def _place(entry: Entry) -> object:
-    return entry.name
 
 
 # --- another file, or a folder
@@ -226,6 +222,8 @@ def _of_tensors(name: str, tensors: Mapping[str, Any]) -> Source:
 
 
 def _place_of(tensor: Any) -> object:
+    if tensor.is_meta or not tensor.numel():
+        return id(tensor)
     try:
         return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
     except (NotImplementedError, RuntimeError):  # sparse and opaque tensors hide theirs

@@ -1,0 +1,411 @@
+"""What a comparison of two models found, as values, as text of 100 columns and as JSON."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import operator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pared.ledger import WIDTH, printable
+from pared.likeness import Likeness
+
+MOST: Final = 30  # rows of a table, unless asked for more
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that were compared.
+
+    Args:
+        name: the path, or the class of a model.
+        nbytes: of the file or files, or of the model's tensors.
+        tensors: how many it has, by name.
+    """
+
+    name: str
+    nbytes: int
+    tensors: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tensor that both have; of two values the first is that of A.
+
+    Args:
+        names: in each.
+        shapes: in each.
+        formats: how its numbers are stored in each.
+        nbytes: that it takes in each; 0 where it is tied to a tensor that counts them.
+        likeness: of the numbers; None where they cannot be compared, and `note` says why.
+        identical: whether type and bits are the same.
+        by: "name", or "content" where nothing but the numbers says that it is one tensor.
+        note: what else there is to know.
+    """
+
+    names: tuple[str, str]
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    formats: tuple[str, str]
+    nbytes: tuple[int, int]
+    likeness: Likeness | None
+    identical: bool = False
+    by: str = "name"
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """In A."""
+        return self.names[0]
+
+    @property
+    def ratio(self) -> float:
+        """The bytes in B for each byte in A; NaN where A has none."""
+        return self.nbytes[1] / self.nbytes[0] if self.nbytes[0] else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        found: dict[str, Any] = {
+            "name": self.names[0],
+            "name_b": self.names[1],
+            "matched_by": self.by,
+            "shape": list(self.shapes[0]),
+            "shape_b": list(self.shapes[1]),
+            "format": self.formats[0],
+            "format_b": self.formats[1],
+            "bytes": self.nbytes[0],
+            "bytes_b": self.nbytes[1],
+            "ratio": _plain(self.ratio),
+            "identical": self.identical,
+            "note": self.note,
+        }
+        return found | _json(self.likeness)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A tensor that only one of the two has.
+
+    Args:
+        name: of the tensor.
+        side: "A" or "B".
+        shape, format, nbytes: as there.
+        note: what else there is to know.
+    """
+
+    name: str
+    side: str
+    shape: tuple[int, ...]
+    format: str
+    nbytes: int
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "format": self.format,
+            "bytes": self.nbytes,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The output of a module in both models, over all of its calls.
+
+    Args:
+        name: dotted; "" is the model itself.
+        kind: the module's class in A.
+        calls: how often it was called.
+        likeness: of its output; None where outputs cannot be compared, and `note` says why.
+        input: the SQNR of what it was given, in dB: of the worst of its inputs.
+        drop: by how many dB its output is worse than its input, as far as no module in it is to blame.
+        note: what else there is to know.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    likeness: Likeness | None
+    input: float
+    drop: float = 0.0
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        found: dict[str, Any] = {"name": self.name, "kind": self.kind, "calls": self.calls, "note": self.note}
+        return found | {"input_sqnr": _plain(self.input), "drop": _plain(self.drop)} | _json(self.likeness)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two models differ.
+
+    Args:
+        a: the first, to which the second is compared.
+        b: the second.
+        pairs: the tensors of both: those that cannot be compared, then by SQNR, the worst first.
+        alone: the tensors of one of them.
+        outputs: how alike the models' outputs are; None where they were not run.
+        layers: of each module that both called its output, in the order in which they finish.
+        parts: the name of the module at which the models part; None where they do not, or were not run.
+    """
+
+    a: Side
+    b: Side
+    pairs: tuple[Pair, ...]
+    alone: tuple[Alone, ...] = ()
+    outputs: Likeness | None = None
+    layers: tuple[Layer, ...] = ()
+    parts: str | None = None
+
+    @property
+    def weights(self) -> Likeness:
+        """Of all tensors that were compared, as if they were one."""
+        return functools.reduce(operator.add, (p.likeness for p in self.pairs if p.likeness is not None), Likeness())
+
+    @property
+    def identical(self) -> int:
+        """How many tensors have the same type and bits in both."""
+        return sum(pair.identical for pair in self.pairs)
+
+    @property
+    def equal(self) -> int:
+        """How many tensors have the same values in both, whatever their types."""
+        return sum(pair.likeness is not None and pair.likeness.same for pair in self.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same facts as plain data, that is valid JSON.
+
+        Ratios in dB and errors that are no finite number are the strings "inf", "-inf" and "nan".
+        """
+        return {
+            "a": {"name": self.a.name, "bytes": self.a.nbytes, "tensors": self.a.tensors},
+            "b": {"name": self.b.name, "bytes": self.b.nbytes, "tensors": self.b.tensors},
+            "ratio": _plain(_ratio(self.a, self.b)),
+            "identical": self.identical,
+            "equal": self.equal,
+            "weights": _json(self.weights),
+            "outputs": _json(self.outputs) if self.outputs is not None else None,
+            "parts": self.parts,
+            "layers": [layer.to_json() for layer in self.layers],
+            "rows": [pair.to_json() for pair in self.pairs],
+            "only_in_a": [one.to_json() for one in self.alone if one.side == "A"],
+            "only_in_b": [one.to_json() for one in self.alone if one.side == "B"],
+        }
+
+    def render(self, most: int = MOST) -> str:
+        """The comparison as text of 100 columns.
+
+        Args:
+            most: rows of each table.
+        """
+        return "\n".join((*self._totals(), *self._layers(most), *self._pairs(most), *self._alone(most)))
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def _totals(self) -> Iterator[str]:
+        for mark, side in (("A", self.a), ("B", self.b)):
+            ratio = f", {_ratio(self.a, self.b):.3f} of A" if mark == "B" and self.a.nbytes else ""
+            yield from _wrapped(f"{mark}  ", f"{side.name}: {side.nbytes:,} bytes{ratio}, {side.tensors:,} tensors")
+        yield ""
+        if self.outputs is not None:
+            yield f"outputs   {_words(self.outputs)}"
+        if self.layers:
+            where = "nowhere: no module makes much of the difference"
+            if self.parts is not None:
+                (layer,) = (one for one in self.layers if one.name == self.parts)
+                where = f"at {_label(layer)}: {_decibels(layer.input)} dB before it, {_after(layer)} behind it"
+            yield from _wrapped("parts     ", where)
+        if self.pairs:
+            yield f"weights   {_words(self.weights)}"
+            yield f"tensors   {self._counts()}"
+
+    def _counts(self) -> str:
+        misfits = sum(pair.likeness is None for pair in self.pairs)
+        sides = [sum(one.side == side for one in self.alone) for side in "AB"]
+        counts = {
+            "in both": len(self.pairs),
+            "equal": self.equal,
+            "of these bit for bit": self.identical,
+            "not comparable": misfits,
+            "only in A": sides[0],
+            "only in B": sides[1],
+        }
+        always = ("in both", "equal", "of these bit for bit")
+        return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what in always)
+
+    def _pairs(self, most: int) -> Iterator[str]:
+        if not self.pairs:
+            return
+        table = _table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "cosine")
+        notes = _Notes()
+        for pair in self.pairs[:most]:
+            format = " → ".join(dict.fromkeys(pair.formats))
+            ratio = f"{pair.ratio:.3f}" if pair.nbytes[0] else ""
+            cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes), ratio]
+            _add(table, [*cells, *_figures(pair.likeness)])
+        yield from _drawn(table)
+        yield from notes.lines()
+        yield from _more(len(self.pairs) - most, "tensors, all of them equal" if self._rest_equal(most) else "tensors")
+
+    def _rest_equal(self, most: int) -> bool:
+        return all(pair.likeness is not None and pair.likeness.same for pair in self.pairs[most:])
+
+    def _alone(self, most: int) -> Iterator[str]:
+        if not self.alone:
+            return
+        table = _table("tensor", "only in", "shape", "format", "bytes")
+        notes = _Notes()
+        for one in self.alone[:most]:
+            shape = "x".join(map(str, one.shape)) or "scalar"
+            _add(table, [one.name + notes.mark(one.note), one.side, shape, one.format, f"{one.nbytes:,}"])
+        yield from _drawn(table)
+        yield from notes.lines()
+        yield from _more(len(self.alone) - most, "tensors")
+
+    def _layers(self, most: int) -> Iterator[str]:
+        if not self.layers:
+            return
+        table = _table("output of", "class", "calls", "SQNR dB", "in dB", "drop", "max err", "cosine", "")
+        notes = _Notes()
+        steepest = sorted(self.layers, key=lambda layer: (layer.name != self.parts, -layer.drop))[:most]
+        shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
+        for layer in shown:
+            sqnr, error, _, cosine = _figures(layer.likeness)
+            drop = f"{layer.drop:.1f}" if layer.drop >= 1 else ""
+            mark = "parts here" if layer.name == self.parts else ""
+            name = _label(layer) + notes.mark(layer.note)
+            cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, cosine, mark]
+            _add(table, cells)
+        yield from _drawn(table)
+        yield from notes.lines()
+        yield from _more(len(self.layers) - most, "modules, where less is lost")
+
+
+def _label(layer: Layer) -> str:
+    return layer.name or "(the model)"
+
+
+def _after(layer: Layer) -> str:
+    return f"{_decibels(layer.likeness.sqnr)} dB" if layer.likeness is not None else layer.note
+
+
+def _note(pair: Pair) -> str:
+    parts = [pair.note]
+    if pair.by == "content":
+        parts.append(f"found by its numbers: {pair.names[1]} in B")
+    if pair.likeness is None and pair.shapes[0] != pair.shapes[1]:
+        parts.append(f"shape {list(pair.shapes[0])} in A, {list(pair.shapes[1])} in B")
+    return "; ".join(filter(None, parts))
+
+
+class _Notes:
+    """Footnotes, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def mark(self, note: str) -> str:
+        return f" [{self._numbers.setdefault(note, len(self._numbers) + 1)}]" if note else ""
+
+    def lines(self) -> Iterator[str]:
+        for note, number in self._numbers.items():
+            yield from _wrapped(f" [{number}] ", note)
+
+
+def _ratio(a: Side, b: Side) -> float:
+    return b.nbytes / a.nbytes if a.nbytes else math.nan
+
+
+def _words(likeness: Likeness) -> str:
+    if likeness.same:
+        return "equal"
+    error = f"largest error {likeness.error:.3g} ({likeness.relative_error:.2g} of the largest number)"
+    return f"SQNR {_decibels(likeness.sqnr)} dB, cosine {_cosine(likeness.cosine)}, {error}"
+
+
+def _figures(likeness: Likeness | None) -> tuple[str, str, str, str]:
+    """SQNR, the largest error, the same as a share, and the cosine."""
+    if likeness is None:
+        return "differs", "", "", ""
+    if likeness.same:
+        return "equal", "", "", ""
+    error, relative = f"{likeness.error:.1e}", f"{likeness.relative_error:.1e}"
+    return _decibels(likeness.sqnr), error, relative, _cosine(likeness.cosine)
+
+
+def _decibels(sqnr: float) -> str:
+    return "equal" if sqnr == math.inf else f"{sqnr:.1f}"
+
+
+def _cosine(cosine: float) -> str:
+    return f"{cosine:.5f}" if cosine < 0.999995 or cosine != cosine else ">0.99999"  # noqa: PLR0124  # NaN
+
+
+def _plain(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _json(likeness: Likeness | None) -> dict[str, Any]:
+    if likeness is None:
+        return {"sqnr": None, "max_error": None, "relative_error": None, "cosine": None, "equal": None}
+    return {
+        "sqnr": _plain(likeness.sqnr),
+        "max_error": _plain(likeness.error),
+        "relative_error": _plain(likeness.relative_error),
+        "cosine": _plain(likeness.cosine),
+        "equal": likeness.same,
+    }
+
+
+# --- text
+
+_LEFT: Final = ("format", "class", "only in", "shape", "")
+_MOST_WIDTHS: Final[Mapping[str, int]] = {"format": 11, "class": 12, "shape": 20}
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold", ratio=1)
+    for name in others:
+        left = name in _LEFT
+        table.add_column(
+            name,
+            justify="left" if left else "right",
+            overflow="fold",
+            max_width=_MOST_WIDTHS.get(name),
+            no_wrap=not left,
+        )
+    return table
+
+
+def _add(table: Table, cells: Sequence[str]) -> None:
+    table.add_row(*(Text(printable(cell)) for cell in cells))
+
+
+def _drawn(table: Table) -> Iterator[str]:
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    yield from (line.rstrip() for line in capture.get().splitlines())
+
+
+def _wrapped(indent: str, text: str) -> list[str]:
+    return textwrap.wrap(printable(text), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
+
+
+def _more(count: int, what: str) -> Iterator[str]:
+    if count > 0:
+        yield f" and {count:,} more {what}"
