@@ -13,7 +13,9 @@ from pared.version import __version__
 
 if TYPE_CHECKING:
     from pared.api import fit, load, trade_off
+    from pared.comparison import Comparison
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
+    from pared.contrast import compare
     from pared.errors import (
         CalibrationError,
         ConfigError,
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "pared.api": ("fit", "load", "trade_off"),
     "pared.forecast": ("Estimate", "estimate"),
+    "pared.comparison": ("Comparison",),
+    "pared.contrast": ("compare",),
     "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
     "pared.errors": (
         "CalibrationError",
@@ -56,6 +60,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AccuracyCriterion",
     "CalibrationError",
+    "Comparison",
     "ConfigError",
     "CorruptError",
     "Estimate",
@@ -71,6 +76,7 @@ __all__ = [
     "UnsafeError",
     "VersionError",
     "__version__",
+    "compare",
     "estimate",
     "fit",
     "inspect",

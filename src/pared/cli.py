@@ -153,6 +153,18 @@ def inspect_file(
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference: a file or folder of weights, or an artifact.")],
+    b: Annotated[Path, typer.Argument(help="What is compared to it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor, instead of tables.")] = False,
+    most: Annotated[int | None, typer.Option(min=1, help="How many rows a table has; the worst come first.")] = None,
+) -> None:
+    """Show how two models differ, tensor by tensor; the exit status is 0 however much they do."""
+    found = pared.compare(a, b)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.render(**_given(most=most)))
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that the user gave: the others keep the defaults of the configuration."""
     return {name: value for name, value in options.items() if value is not None}

@@ -210,7 +210,8 @@ class Comparison:
         Args:
             most: rows of each table.
         """
-        return "\n".join((*self._totals(), *self._layers(most), *self._pairs(most), *self._alone(most)))
+        lines = (*self._totals(), *self._layers(most), *self._pairs(most), *self._alone(most))
+        return "\n".join(lines).rstrip("\n")
 
     def __str__(self) -> str:
         return self.render()
@@ -226,7 +227,7 @@ class Comparison:
             where = "nowhere: no module makes much of the difference"
             if self.parts is not None:
                 (layer,) = (one for one in self.layers if one.name == self.parts)
-                where = f"at {_label(layer)}: {_decibels(layer.input)} dB before it, {_after(layer)} behind it"
+                where = f"at {_label(layer)}: {_level(layer.input)} before it, {_after(layer)} behind it"
             yield from _wrapped("parts     ", where)
         if self.pairs:
             yield f"weights   {_words(self.weights)}"
@@ -247,21 +248,21 @@ class Comparison:
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count or what in always)
 
     def _pairs(self, most: int) -> Iterator[str]:
-        if not self.pairs:
+        shown = [pair for pair in self.pairs if not pair.identical or pair.note or pair.by != "name"][:most]
+        if not shown:
             return
-        table = _table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "cosine")
+        table = _table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "1-cos")
         notes = _Notes()
-        for pair in self.pairs[:most]:
+        for pair in shown:
             format = " → ".join(dict.fromkeys(pair.formats))
             ratio = f"{pair.ratio:.3f}" if pair.nbytes[0] else ""
             cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes), ratio]
             _add(table, [*cells, *_figures(pair.likeness)])
         yield from _drawn(table)
         yield from notes.lines()
-        yield from _more(len(self.pairs) - most, "tensors, all of them equal" if self._rest_equal(most) else "tensors")
-
-    def _rest_equal(self, most: int) -> bool:
-        return all(pair.likeness is not None and pair.likeness.same for pair in self.pairs[most:])
+        rest = len(self.pairs) - len(shown)
+        equal = self.identical - sum(pair.identical for pair in shown)
+        yield from _more(rest, f"tensors, {equal:,} of them equal bit for bit" if equal else "tensors")
 
     def _alone(self, most: int) -> Iterator[str]:
         if not self.alone:
@@ -278,16 +279,16 @@ class Comparison:
     def _layers(self, most: int) -> Iterator[str]:
         if not self.layers:
             return
-        table = _table("output of", "class", "calls", "SQNR dB", "in dB", "drop", "max err", "cosine", "")
+        table = _table("output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", "")
         notes = _Notes()
         steepest = sorted(self.layers, key=lambda layer: (layer.name != self.parts, -layer.drop))[:most]
         shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
         for layer in shown:
-            sqnr, error, _, cosine = _figures(layer.likeness)
+            sqnr, error, _, apart = _figures(layer.likeness)
             drop = f"{layer.drop:.1f}" if layer.drop >= 1 else ""
             mark = "parts here" if layer.name == self.parts else ""
             name = _label(layer) + notes.mark(layer.note)
-            cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, cosine, mark]
+            cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, apart, mark]
             _add(table, cells)
         yield from _drawn(table)
         yield from notes.lines()
@@ -298,8 +299,12 @@ def _label(layer: Layer) -> str:
     return layer.name or "(the model)"
 
 
+def _level(sqnr: float) -> str:
+    return "equal" if sqnr == math.inf else f"{sqnr:.1f} dB"
+
+
 def _after(layer: Layer) -> str:
-    return f"{_decibels(layer.likeness.sqnr)} dB" if layer.likeness is not None else layer.note
+    return _level(layer.likeness.sqnr) if layer.likeness is not None else layer.note
 
 
 def _note(pair: Pair) -> str:
@@ -333,25 +338,25 @@ def _words(likeness: Likeness) -> str:
     if likeness.same:
         return "equal"
     error = f"largest error {likeness.error:.3g} ({likeness.relative_error:.2g} of the largest number)"
-    return f"SQNR {_decibels(likeness.sqnr)} dB, cosine {_cosine(likeness.cosine)}, {error}"
+    return f"SQNR {_level(likeness.sqnr)}, 1 - cosine {_apart(likeness.cosine)}, {error}"
 
 
 def _figures(likeness: Likeness | None) -> tuple[str, str, str, str]:
-    """SQNR, the largest error, the same as a share, and the cosine."""
+    """SQNR, the largest error, the same as a share, and what the cosine lacks to 1."""
     if likeness is None:
         return "differs", "", "", ""
     if likeness.same:
         return "equal", "", "", ""
     error, relative = f"{likeness.error:.1e}", f"{likeness.relative_error:.1e}"
-    return _decibels(likeness.sqnr), error, relative, _cosine(likeness.cosine)
+    return _decibels(likeness.sqnr), error, relative, _apart(likeness.cosine)
 
 
 def _decibels(sqnr: float) -> str:
     return "equal" if sqnr == math.inf else f"{sqnr:.1f}"
 
 
-def _cosine(cosine: float) -> str:
-    return f"{cosine:.5f}" if cosine < 0.999995 or cosine != cosine else ">0.99999"  # noqa: PLR0124  # NaN
+def _apart(cosine: float) -> str:
+    return "nan" if math.isnan(cosine) else f"{1 - cosine:.1e}"
 
 
 def _plain(value: float) -> float | str:

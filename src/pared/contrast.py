@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from pared.comparison import Alone, Comparison, Pair, Side
 from pared.errors import ConfigError, MismatchError
@@ -67,11 +68,11 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
         found = _tensors(one, other)
     if inputs is None:
         return found
-    from pared.divergence import follow  # noqa: PLC0415  # files are compared without torch
+    from pared.divergence import follow  # files are compared without torch
 
-    models: Any = (a, b)
-    outputs, layers, parts = follow(*models, inputs)
-    return Comparison(found.a, found.b, found.pairs, found.alone, outputs, layers, parts)
+    one_model, other_model = cast("Any", a), cast("Any", b)
+    outputs, layers, parts = follow(one_model, other_model, inputs)
+    return replace(found, outputs=outputs, layers=layers, parts=parts)
 
 
 def _tensors(one: Source, other: Source) -> Comparison:
@@ -85,8 +86,11 @@ def _tensors(one: Source, other: Source) -> Comparison:
     sizes = [max(match.a.nbytes, match.b.nbytes) for match in matches]
     pairs = sorted(each(_compared, matches, sizes, most=_AT_ONCE), key=_badness)
     alone = (*_alone(one, "A", [match.a for match in matches]), *_alone(other, "B", [match.b for match in matches]))
-    sides = (Side(source.name, source.nbytes, len(source.pieces)) for source in (one, other))
-    return Comparison(*sides, tuple(pairs), alone)
+    return Comparison(_side(one), _side(other), tuple(pairs), alone)
+
+
+def _side(source: Source) -> Side:
+    return Side(source.name, source.nbytes, len(source.pieces))
 
 
 def _names(source: Source) -> str:

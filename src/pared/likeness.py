@@ -84,12 +84,13 @@ class Likeness:
 
     def __add__(self, other: Likeness) -> Likeness:
         """Of both pairs of arrays, one behind the other."""
-        sums = (self.signal + other.signal, self.other + other.other, self.product + other.product)
         return Likeness(
             self.count + other.count,
             self.equal + other.equal,
             self.broken + other.broken,
-            *sums,
+            self.signal + other.signal,
+            self.other + other.other,
+            self.product + other.product,
             self.noise + other.noise,
             max(self.largest, other.largest),
             max(self.error, other.error),
@@ -142,11 +143,15 @@ def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Likeness:
         return Likeness(count, equal, broken)
     with np.errstate(over="ignore"):
         difference = y - x
-    # Not np.dot: its threads would wait for each other wherever cores are busy, at every block.
-    pairs = ((x, x), (y, y), (x, y), (difference, difference))
-    sums = [float(np.einsum("i,i->", one, two)) for one, two in pairs]
-    extremes = float(np.abs(x).max()), math.inf if broken else float(np.abs(difference).max())
-    return Likeness(count, equal, broken, *sums, *extremes)
+    largest = float(np.abs(x).max())
+    error = math.inf if broken else float(np.abs(difference).max())
+    noise = _product(difference, difference)
+    return Likeness(count, equal, broken, _product(x, x), _product(y, y), _product(x, y), noise, largest, error)
+
+
+def _product(x: Floats, y: Floats) -> float:
+    """Not np.dot: its threads would wait for each other wherever cores are busy, at every block."""
+    return float(np.einsum("i,i->", x, y))
 
 
 def _blocks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
@@ -189,9 +194,11 @@ def as_numbers(array: Array, dtype: str) -> Floats:
     [1.0, -3.0, nan]
     """
     if dtype in _EIGHTS or dtype == _POWERS:
-        return _values_of(dtype)[array]
+        values: Floats = _values_of(dtype)[array]
+        return values
     if dtype in FLOATING:
-        return as_floats(array, dtype).astype(np.float64, copy=False)
+        floats: Floats = as_floats(array, dtype).astype(np.float64, copy=False)
+        return floats
     if array.dtype.kind == "c":
         return np.stack([array.real, array.imag], -1).astype(np.float64)
     return array.astype(np.float64)
@@ -214,4 +221,5 @@ def _values_of(dtype: str) -> Floats:
     else:
         highest = exponent == (1 << exponents) - 1
         values[highest] = np.where(mantissa > 0, np.nan, np.where(bits < 128, np.inf, -np.inf))[highest]
-    return values
+    found: Floats = values
+    return found

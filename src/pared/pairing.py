@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,10 +71,19 @@ def bare(name: str) -> str:
     >>> bare("state_dict/module.encoder._orig_mod.weight")
     'encoder.weight'
     """
-    parts = [part for part in re.split(r"[/.]", name) if part not in _WRAPPERS]
+    parts = unwrapped(name.replace("/", ".")).split(".")
     while len(parts) > 1 and parts[0] in _HOLDERS:
         parts = parts[1:]
     return ".".join(parts)
+
+
+def unwrapped(name: str) -> str:
+    """A dotted name without what wrappers put into it.
+
+    >>> unwrapped("module.encoder._orig_mod"), unwrapped("module")
+    ('encoder', '')
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 @dataclass(eq=False)

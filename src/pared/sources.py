@@ -99,7 +99,7 @@ def open_source(target: object, where: str) -> Iterator[Source]:
 
 def _artifact_of(model: Any) -> bytes:
     """The artifact that `save` would write of a quantized model."""
-    from pared import artifact, model as quantized  # noqa: PLC0415,I001  # whoever has a model has torch, and others need none
+    from pared import artifact, model as quantized  # noqa: I001  # whoever has a model has torch, and others need none
 
     return artifact.to_bytes(quantized.contents_of(model))
 
