@@ -33,6 +33,7 @@ ORDER = [
     "readers.live",
     "readers",
     "ledger",
+    "tables",
     # numbers
     "views",
     "streams",

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import operator
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from pared.ledger import WIDTH, printable
 from pared.likeness import Likeness
+from pared.tables import Notes, add_row, and_more, drawn, new_table, wrapped
 
 MOST: Final = 30  # rows of a table, unless asked for more
 
@@ -128,7 +121,8 @@ class Layer:
         kind: the module's class in A.
         calls: how often it was called.
         likeness: of its output; None where outputs cannot be compared, and `note` says why.
-        input: the SQNR of what it was given, in dB: of the worst of its inputs.
+        input: the SQNR of what it was given, in dB: of the worst of its inputs, at its first call within each call of
+            the model.
         drop: by how many dB its output is worse than its input, as far as no module in it is to blame.
         note: what else there is to know.
     """
@@ -219,7 +213,7 @@ class Comparison:
     def _totals(self) -> Iterator[str]:
         for mark, side in (("A", self.a), ("B", self.b)):
             ratio = f", {_ratio(self.a, self.b):.3f} of A" if mark == "B" and self.a.nbytes else ""
-            yield from _wrapped(f"{mark}  ", f"{side.name}: {side.nbytes:,} bytes{ratio}, {side.tensors:,} tensors")
+            yield from wrapped(f"{mark}  ", f"{side.name}: {side.nbytes:,} bytes{ratio}, {side.tensors:,} tensors")
         yield ""
         if self.outputs is not None:
             yield f"outputs   {_words(self.outputs)}"
@@ -228,7 +222,7 @@ class Comparison:
             if self.parts is not None:
                 (layer,) = (one for one in self.layers if one.name == self.parts)
                 where = f"at {_label(layer)}: {_level(layer.input)} before it, {_after(layer)} behind it"
-            yield from _wrapped("parts     ", where)
+            yield from wrapped("parts     ", where)
         if self.pairs:
             yield f"weights   {_words(self.weights)}"
             yield f"tensors   {self._counts()}"
@@ -251,36 +245,36 @@ class Comparison:
         shown = [pair for pair in self.pairs if not pair.identical or pair.note or pair.by != "name"][:most]
         if not shown:
             return
-        table = _table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "1-cos")
-        notes = _Notes()
+        table = new_table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "1-cos")
+        notes = Notes()
         for pair in shown:
             format = " → ".join(dict.fromkeys(pair.formats))
             ratio = f"{pair.ratio:.3f}" if pair.nbytes[0] else ""
             cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes), ratio]
-            _add(table, [*cells, *_figures(pair.likeness)])
-        yield from _drawn(table)
+            add_row(table, [*cells, *_figures(pair.likeness)])
+        yield from drawn(table)
         yield from notes.lines()
         rest = len(self.pairs) - len(shown)
         equal = self.identical - sum(pair.identical for pair in shown)
-        yield from _more(rest, f"tensors, {equal:,} of them equal bit for bit" if equal else "tensors")
+        yield from and_more(rest, f"tensors, {equal:,} of them equal bit for bit" if equal else "tensors")
 
     def _alone(self, most: int) -> Iterator[str]:
         if not self.alone:
             return
-        table = _table("tensor", "only in", "shape", "format", "bytes")
-        notes = _Notes()
+        table = new_table("tensor", "only in", "shape", "format", "bytes")
+        notes = Notes()
         for one in self.alone[:most]:
             shape = "x".join(map(str, one.shape)) or "scalar"
-            _add(table, [one.name + notes.mark(one.note), one.side, shape, one.format, f"{one.nbytes:,}"])
-        yield from _drawn(table)
+            add_row(table, [one.name + notes.mark(one.note), one.side, shape, one.format, f"{one.nbytes:,}"])
+        yield from drawn(table)
         yield from notes.lines()
-        yield from _more(len(self.alone) - most, "tensors")
+        yield from and_more(len(self.alone) - most, "tensors")
 
     def _layers(self, most: int) -> Iterator[str]:
         if not self.layers:
             return
-        table = _table("output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", "")
-        notes = _Notes()
+        table = new_table("output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", "")
+        notes = Notes()
         steepest = sorted(self.layers, key=lambda layer: (layer.name != self.parts, -layer.drop))[:most]
         shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
         for layer in shown:
@@ -289,10 +283,10 @@ class Comparison:
             mark = "parts here" if layer.name == self.parts else ""
             name = _label(layer) + notes.mark(layer.note)
             cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, apart, mark]
-            _add(table, cells)
-        yield from _drawn(table)
+            add_row(table, cells)
+        yield from drawn(table)
         yield from notes.lines()
-        yield from _more(len(self.layers) - most, "modules, where less is lost")
+        yield from and_more(len(self.layers) - most, "modules, where less is lost")
 
 
 def _label(layer: Layer) -> str:
@@ -314,20 +308,6 @@ def _note(pair: Pair) -> str:
     if pair.likeness is None and pair.shapes[0] != pair.shapes[1]:
         parts.append(f"shape {list(pair.shapes[0])} in A, {list(pair.shapes[1])} in B")
     return "; ".join(filter(None, parts))
-
-
-class _Notes:
-    """Footnotes, numbered as they come."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-
-    def mark(self, note: str) -> str:
-        return f" [{self._numbers.setdefault(note, len(self._numbers) + 1)}]" if note else ""
-
-    def lines(self) -> Iterator[str]:
-        for note, number in self._numbers.items():
-            yield from _wrapped(f" [{number}] ", note)
 
 
 def _ratio(a: Side, b: Side) -> float:
@@ -373,44 +353,3 @@ def _json(likeness: Likeness | None) -> dict[str, Any]:
         "cosine": _plain(likeness.cosine),
         "equal": likeness.same,
     }
-
-
-# --- text
-
-_LEFT: Final = ("format", "class", "only in", "shape", "")
-_MOST_WIDTHS: Final[Mapping[str, int]] = {"format": 11, "class": 12, "shape": 20}
-
-
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold", ratio=1)
-    for name in others:
-        left = name in _LEFT
-        table.add_column(
-            name,
-            justify="left" if left else "right",
-            overflow="fold",
-            max_width=_MOST_WIDTHS.get(name),
-            no_wrap=not left,
-        )
-    return table
-
-
-def _add(table: Table, cells: Sequence[str]) -> None:
-    table.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def _drawn(table: Table) -> Iterator[str]:
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table)
-    yield from (line.rstrip() for line in capture.get().splitlines())
-
-
-def _wrapped(indent: str, text: str) -> list[str]:
-    return textwrap.wrap(printable(text), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
-
-
-def _more(count: int, what: str) -> Iterator[str]:
-    if count > 0:
-        yield f" and {count:,} more {what}"

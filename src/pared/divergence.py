@@ -40,11 +40,16 @@ _SEED: Final = 0
 
 @dataclass(eq=False)
 class _Track:
-    """What is known of the output of one module, over its calls so far."""
+    """What is known of one module, over its calls so far.
+
+    Its inputs, and the output that they are held against, are those of its first call within each call of the model:
+    a cell that is called at every step, or a module that is used again, is given its own errors later.
+    """
 
     kind: str
     calls: int = 0
     output: Likeness = field(default_factory=Likeness)
+    first: Likeness = field(default_factory=Likeness)
     inputs: dict[int, Likeness] = field(default_factory=dict)
     note: str = ""
 
@@ -198,7 +203,11 @@ class _Pursuit:
             shapes = [" and ".join(str(list(one.shape)) for one in side) for side in (after, samples)]
             track.note = f"gives {shapes[0]} in A, {shapes[1]} in B"
             return
-        track.output += _likeness(after, samples)
+        found = _likeness(after, samples)
+        track.output += found
+        if call > 1:
+            return
+        track.first += found
         if [one.shape for one in before] == [one.shape for one in given]:
             for i, (one, other) in enumerate(zip(before, given, strict=True)):
                 track.inputs[i] = track.inputs.get(i, Likeness()) + _likeness([one], [other])
@@ -272,9 +281,9 @@ def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) ->
     outputs = [layer.likeness.sqnr for layer in layers if layer.likeness is not None]
     ceiling = _bounded(min(outputs, default=0.0)) + _MATTERS
     drops = {
-        layer.name: max(0.0, min(layer.input, ceiling) - _bounded(layer.likeness.sqnr))
-        for layer in layers
-        if layer.likeness is not None
+        name: max(0.0, min(_input(track), ceiling) - _bounded(track.first.sqnr))
+        for name, track in tracks.items()
+        if track.first.count
     }
     return tuple(
         replace(layer, drop=_own(drops.get(layer.name, 0.0), inside.get(layer.name, ()), drops)) for layer in layers

@@ -75,7 +75,7 @@ class Likeness:
             return 1.0
         if not (self.signal and self.other) or self.broken:
             return math.nan
-        return max(-1.0, min(1.0, self.product / math.sqrt(self.signal) / math.sqrt(self.other)))
+        return max(-1.0, min(1.0, self.product / (math.sqrt(self.signal) * math.sqrt(self.other))))
 
     @property
     def relative_error(self) -> float:
