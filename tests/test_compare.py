@@ -31,7 +31,7 @@ def sharded(state: State, folder: Path) -> Path:
     """A Hugging Face folder of two shards."""
     folder.mkdir()
     names = sorted(state)
-    placed = {}
+    placed: dict[str, str] = {}
     for i, part in enumerate((names[:3], names[3:]), 1):
         shard = f"model-{i:05}-of-00002.safetensors"
         safetensors.torch.save_file({name: state[name] for name in part}, folder / shard)
@@ -176,6 +176,12 @@ def test_a_tensor_laid_out_in_another_way_is_compared(change: Any, note: str, na
     assert pair.note == note
     assert pair.likeness is not None
     assert pair.likeness.same
+
+
+def test_positions_do_not_count_as_weights() -> None:
+    state = {"positions": torch.arange(10_000), "w": torch.randn(20, 20)}
+    other = state | {"w": torch.zeros(20, 20)}
+    assert pared.compare(state, other).weights.sqnr == pytest.approx(0)
 
 
 def test_other_shapes_and_missing_tensors_are_rows(tmp_path: Path) -> None:

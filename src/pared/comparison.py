@@ -12,6 +12,7 @@ from typing import Any, Final
 from pared.likeness import Likeness
 from pared.tables import Notes, add_row, and_more, drawn, new_table, wrapped
 
+_WHOLE: Final = ("int", "uint", "bool")
 MOST: Final = 30  # rows of a table, unless asked for more
 
 
@@ -165,8 +166,9 @@ class Comparison:
 
     @property
     def weights(self) -> Likeness:
-        """Of all tensors that were compared, as if they were one."""
-        return functools.reduce(operator.add, (p.likeness for p in self.pairs if p.likeness is not None), Likeness())
+        """Of all tensors that were compared, as if they were one; whole numbers, which are no weights, left out."""
+        found = (p.likeness for p in self.pairs if p.likeness is not None and not p.formats[0].startswith(_WHOLE))
+        return functools.reduce(operator.add, found, Likeness())
 
     @property
     def identical(self) -> int:
