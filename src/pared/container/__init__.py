@@ -1,6 +1,7 @@
 """The artifact's container: its two records, its index, and files that are written whole or not at all."""
 
-from pared.container.checks import Place
+from pared.container.allowance import Allowance
+from pared.container.checks import DAMAGED, Place
 from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
 from pared.container.files import File, as_path, make_directory, open_file, write_atomic
 from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
@@ -12,6 +13,7 @@ from pared.container.zip_file import (
     Archive,
     Member,
     checked_content,
+    inflated,
     is_zip,
     read_archive,
     torch_folder,
@@ -19,12 +21,14 @@ from pared.container.zip_file import (
 
 __all__ = [
     "ALIGNMENT",
+    "DAMAGED",
     "FILE_NAMES",
     "ITEM_SIZES",
     "LARGEST_CONSTANT",
     "PICKLE",
     "STEP_INDEXES",
     "VERSION",
+    "Allowance",
     "Archive",
     "Entry",
     "File",
@@ -35,6 +39,7 @@ __all__ = [
     "Records",
     "as_path",
     "checked_content",
+    "inflated",
     "is_safetensors",
     "is_zip",
     "kind_of",
