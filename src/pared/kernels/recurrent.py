@@ -23,8 +23,8 @@ from pared.kernels.machine import available as products_available
 
 Kind = Literal["lstm", "gru"]
 
-# Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took 0.90
-# to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes on a CPU with AVX512-VNNI; oneDNN for both, up to 1.8.
+# Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took
+# 0.90 to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both, up to 1.8.
 _ENGINES: Final = ("onednn", "fbgemm")
 _engine_lock = threading.Lock()
 
