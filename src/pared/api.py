@@ -286,9 +286,9 @@ def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> Module
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
             it is left as it is.
-        memory: "small" keeps every weight in codes and decodes it whenever it is read: a third of the memory of float
-            weights at most, for the milliseconds that `q_model.report()` tells. "fast" decodes once, and packs what
-            runs in int8.
+        memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
+            are asked for): a third of the memory of float weights at most, for the milliseconds that
+            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8.
 
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
