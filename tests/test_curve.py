@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError
-from pared.curve import Curve, Point, trace
+from pared.curve import trace
+from pared.outcome import Curve, Point
 from pared.search import Judge, Offer
 from tests.workshop import Probe, Synthetic, damage_of
 

@@ -20,7 +20,7 @@ from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, ParedError
 
 if TYPE_CHECKING:
-    from pared.curve import Curve
+    from pared.outcome import Curve
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",

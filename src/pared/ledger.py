@@ -20,6 +20,7 @@ from rich.text import Text
 from pared import container, readers
 from pared.container import Entry, Records
 from pared.errors import ConfigError, FileError
+from pared.findings import Finding
 from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
@@ -35,6 +36,7 @@ class Row:
         format: a short name of what one number is: "grid int8", "float32".
         nbytes: in the file; 0 for a tensor whose numbers an earlier row already counts.
         because: the reason for the format, or for the bytes.
+        original: the type and the bytes of its numbers in the source; None where no source is known.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     format: str
     nbytes: int
     because: str = ""
+    original: tuple[str, int] | None = None
 
     @property
     def elements(self) -> int:
@@ -68,6 +71,7 @@ class Ledger:
         rows: tensors first, in the file's order, then what is no tensor.
         elements: how many numbers the tensors have; what several names share counts once.
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
+        findings: why the file is larger than it should be.
     """
 
     file: str
@@ -75,6 +79,7 @@ class Ledger:
     rows: tuple[Row, ...]
     elements: int
     original_nbytes: int | None = None
+    findings: tuple[Finding, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -110,11 +115,11 @@ class Ledger:
         return self.render()
 
     def _totals(self) -> Iterator[str]:
-        yield from textwrap.wrap(_printable(self.file), WIDTH)
+        yield from textwrap.wrap(printable(self.file), WIDTH)
         ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
         yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
         for format, nbytes in self.by_format().items():
-            yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+            yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 
 
 def inspect(target: object) -> Ledger:
@@ -179,7 +184,7 @@ def _artifact_in(directory: Path) -> Path:
 
 def _of_records(records: Records) -> Ledger:
     entries = container.parse_index(records).entries
-    rows = [Row(entry.name, entry.shape, entry.label, entry.nbytes, _reason(entry)) for entry in entries]
+    rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
     pieces = {
         "(padding)": len(records.data) - sum(row.nbytes for row in rows),
         "(index)": len(records.index),
@@ -272,6 +277,11 @@ def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
         return f"of {id(tensor)}", nbytes
 
 
+def printable(text: str) -> str:
+    """Text from a file, without what would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def draw(
     rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
 ) -> list[str]:
@@ -303,7 +313,7 @@ def draw(
         cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
         cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
@@ -317,9 +327,4 @@ def _damage(damage: float | None) -> str:
 def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
     for because, number in notes.items():
         mark = f" [{number}] "
-        yield from textwrap.wrap(_printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
-
-
-def _printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        yield from textwrap.wrap(printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
