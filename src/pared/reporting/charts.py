@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from pared.reporting.drawing import Picture, Sheet, axes, bytes_in_words, colour, sheet
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH: Final = 960  # pixels
+_DAMAGE: Final = "damage (share of the output's energy)"
 MOST_BARS: Final = 40  # of a chart that has a line for each layer
 _LINE: Final = 20  # pixels
 _MOST_LETTERS: Final = 44  # of a name beside an axis
@@ -61,13 +62,13 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
     with sheet("trade-off", WIDTH, 340) as page:
         first = axes(page.figure, 1, panels, 1)
         by_size = sorted(points, key=lambda point: -point.nbytes)
-        planned = [point for point in by_size if point.score is None]
-        _line(page, first, planned, "damage", "planned", colour("muted"))
-        _line(page, first, scored, "damage", "tried", colour("codes"))
-        first.set(xscale="log", yscale="log", ylabel="damage (share of the output's energy)")
+        first.plot([p.nbytes for p in by_size], [p.damage for p in by_size], color=colour("muted"), linewidth=1.4)
+        _marks(page, first, [point for point in by_size if point.score is None], "damage", "planned")
+        _marks(page, first, scored, "damage", "tried")
+        first.set(xscale="log", yscale="log", ylabel=_DAMAGE)
         if scored:
             second = axes(page.figure, 1, panels, 2)
-            _line(page, second, scored, "score", "tried", colour("codes"))
+            _marks(page, second, scored, "score", "tried")
             if baseline is not None:
                 second.axhline(baseline, color=colour("ink"), linestyle=(0, (4, 3)), linewidth=1, label="float model")
             second.set(xscale="log", ylabel="score")
@@ -82,6 +83,7 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
                 value = getattr(chosen, quantity)
                 one.plot([chosen.nbytes], [value], color=colour("float"), ls="none", label="chosen", **marker)
             _bytes_across(one, "bytes of the file")
+            _plain_powers(one)
             one.legend(loc="best")
         return page.picture(_trade_off_in_words(by_size, chosen))
 
@@ -92,12 +94,15 @@ def _ring(panel: Axes, x: float, y: float) -> None:
     panel.plot([x], [y], color=colour("float"), linestyle="none", label="chosen", **style)
 
 
-def _line(page: Sheet, panel: Axes, points: Sequence[Point], quantity: str, label: str, ink: str) -> None:
-    points = sorted((p for p in points if getattr(p, quantity) is not None), key=lambda point: -point.nbytes)
+def _marks(
+    page: Sheet, panel: Axes, points: Sequence[Point], quantity: str, label: Literal["planned", "tried"]
+) -> None:
     if not points:
         return
     values = [getattr(point, quantity) for point in points]
-    style: dict[str, Any] = {"color": ink, "marker": "o", "markersize": 5.5, "linewidth": 1.4, "clip_on": False}
+    style: dict[str, Any] = {"linestyle": "none", "clip_on": False, "color": colour("muted"), "marker": "o"}
+    if label == "tried":
+        style |= {"color": colour("codes"), "marker": "s", "markersize": 7}
     (drawn,) = panel.plot([point.nbytes for point in points], values, label=label, **style)
     page.name(drawn, [f"{p.nbytes:,} bytes, {quantity} {v:.4g}" for p, v in zip(points, values, strict=True)])
 
@@ -124,7 +129,7 @@ def formats(totals: Sequence[tuple[str, str, int]]) -> Picture:
             (bar,) = panel.barh([place], [nbytes], height=0.7, color=colour(family))
             words = f"{bytes_in_words(nbytes)}, {100 * nbytes / whole:.1f} %"
             page.name(bar, f"{name}: {nbytes:,} bytes")
-            panel.text(nbytes, place, f"  {words}", va="center")
+            panel.annotate(words, (nbytes, place), (6, 0), textcoords="offset points", va="center")
         panel.set_xlim(0, max(1, *(nbytes for _, _, nbytes in totals)) * 1.18)
         _names_beside(panel, [name for name, _, _ in totals])
         _bytes_across(panel, "")
@@ -154,8 +159,9 @@ def damages(tensors: Sequence[tuple[str, str, int, float]]) -> Picture:
                     **style,
                 )
                 page.name(drawn, [f"{name}: {n:,} bytes, damage {damage:.2g}" for name, _, n, damage in group])
-        panel.set(xscale="log", yscale="log", ylabel="damage (share of the output's energy)")
+        panel.set(xscale="log", yscale="log", ylabel=_DAMAGE)
         _bytes_across(panel, "bytes of the tensor in the file")
+        _plain_powers(panel)
         panel.legend(loc="best")
         worst = max(tensors, key=lambda one: one[3])
         return page.picture(
@@ -241,6 +247,15 @@ def _plain_numbers(panel: Axes) -> None:
     _tick_words(panel, lambda value: f"{value:g}")
 
 
+def _plain_powers(panel: Axes) -> None:
+    """Name the powers of ten of a vertical log scale as the tables do."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    if panel.get_yscale() == "log":
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{math.log10(value):.0f}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+
+
 # Which multiples of powers of ten are named on a log axis of fewer decades than that.
 _DIGITS: Final[Sequence[tuple[float, Sequence[float]]]] = (
     (1, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)),
@@ -251,7 +266,7 @@ _DIGITS: Final[Sequence[tuple[float, Sequence[float]]]] = (
 
 def _tick_words(panel: Axes, words: Callable[[float], str]) -> None:
     """Name round values; on a scale of less than two decades, those between powers of ten too."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = panel.xaxis
     if panel.get_xscale() == "log":
@@ -259,5 +274,5 @@ def _tick_words(panel: Axes, words: Callable[[float], str]) -> None:
         decades = math.log10(high / low)
         digits = next(digits for most, digits in _DIGITS if decades < most)
         axis.set_major_locator(LogLocator(subs=digits, numticks=12))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))

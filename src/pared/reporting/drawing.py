@@ -32,7 +32,7 @@ LIGHT: Final[Mapping[str, str]] = {
     "codes": "#0b66ad",
     "wide-codes": "#5b4aa0",
     "half": "#00795a",
-    "float": "#b64400",
+    "float": "#ad4e16",
     "other": "#a03a74",
     "rest": "#69727d",
 }
@@ -159,11 +159,15 @@ class Sheet:
 
     def picture(self, label: str) -> Picture:
         """The finished drawing."""
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
         buffer = io.BytesIO()
         with warnings.catch_warnings():
             # The browser has fonts of its own: it does not matter what the library's font lacks.
             warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-            self.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+            # Not savefig, which draws everything twice.
+            canvas: Any = FigureCanvasSVG(self.figure)  # its method has no types
+            canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date")))
         root = ET.fromstring(buffer.getvalue())
         _tidy(root)
         self._add_titles(root)

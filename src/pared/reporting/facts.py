@@ -124,8 +124,9 @@ def tiles(ledger: Ledger) -> tuple[Tile, ...]:
     """The bytes of each module: in the source, where one is known, and in the file. They sum to both."""
     groups: dict[str, list[Row]] = {}
     for row in ledger.rows:
-        module, dot, _ = printable(row.name).rpartition(".") if row.shape is not None else ("", "", "")
-        groups.setdefault(f"{module}{dot}" or row.name, []).append(row)
+        name = printable(row.name)
+        module, dot, _ = name.rpartition(".") if row.shape is not None else ("", "", "")
+        groups.setdefault(f"{module}{dot}" or name, []).append(row)
     return tuple(_tile(start, rows, ledger.original_nbytes is not None) for start, rows in groups.items())
 
 

@@ -61,6 +61,7 @@ def render(facts: Facts) -> str:
     return page.render(
         **_content(facts),
         svg=lambda picture: Markup(picture.inline()),  # an XML library wrote it, with its escapes
+        breakable=lambda name: Markup("{}").format(name).replace(".", Markup(".<wbr>")),
         style=Markup(texts["style.css"]),  # our own file
         script=Markup(texts["script.js"]),  # our own file
         script_hash=f"sha256-{digest}",
@@ -73,6 +74,7 @@ def _content(facts: Facts) -> dict[str, Any]:
     return {
         "file": _text(ledger.file),
         "words": bytes_in_words,
+        "text": _text,
         "ledger": ledger,
         "fitted": facts.fitted,
         "outcome": facts.outcome,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 SIDES: Final = (960, 400)  # of the larger map, in pixels
 # A tile of which both maps show less than this share is drawn with the others of its module that are so small.
 _LEAST_SHARE: Final = 1 / 2500
+_MOST_SEARCHED: Final = 200  # characters
 _MOST_PARTS: Final = 300
 _FONT: Final = 11.0
 _LETTER: Final = 0.56  # mean width of a letter, of the size of the font
@@ -189,7 +190,7 @@ def draw(name: str, tiles: Sequence[Tile], which: int, area_per_byte: float, lab
         axes.set_axis_off()
         for tile, box in layout.tiles:
             drawn = _box(axes, box, _LINES[-1], colour(tile.families[which]))
-            page.name(drawn, f"{tile.name}: {tile.sizes[which]:,} bytes", f"^{tile.start}")
+            page.name(drawn, f"{tile.name}: {tile.sizes[which]:,} bytes", f"^{tile.start[:_MOST_SEARCHED]}")
         for box, depth in reversed(layout.frames):
             _box(axes, box, _LINES[min(depth, len(_LINES)) - 1], "none")
         for tile, box in layout.tiles:
@@ -206,15 +207,28 @@ def _box(axes: Axes, box: Box, line: float, fill: str) -> Artist:
 
 
 def _write(axes: Axes, tile: Tile, box: Box, which: int) -> None:
-    """The last parts of the name, as many as there is room for; and the bytes, if there is room for a second line."""
+    """The last parts of the name, as many as there is room for; and the bytes, if there is room for them too."""
     x, y, width, height = box
-    letters = int((width - 8) / (_LETTER * _FONT))
-    names = [".".join(tile.path[i:]) for i in range(len(tile.path))]
-    name = next((name for name in names if len(name) <= letters), "")
-    if not name or height < _FONT + 6:
-        return
+    letters, room = int((width - 8) / (_LETTER * _FONT)), int((height - 6) / (1.25 * _FONT))
+    names = (_wrapped(tile.path[i:], letters) for i in range(len(tile.path)))
+    lines = next((name for name in names if len(name) <= room and max(map(len, name)) <= letters), [])
     ink: dict[str, Any] = {"color": colour("on-tile"), "fontsize": _FONT, "va": "top", "clip_on": False}
-    axes.text(x + 5, y + 4, name, weight="bold", **ink)
+    for number, line in enumerate(lines):
+        axes.text(x + 5, y + 4 + 1.25 * _FONT * number, line, weight="bold", **ink)
     size = bytes_in_words(tile.sizes[which])
-    if height >= 2 * _FONT + 12 and len(size) <= letters:
-        axes.text(x + 5, y + 8 + _FONT, size, **ink)
+    if lines and len(lines) < room and len(size) <= letters:
+        axes.text(x + 5, y + 4 + 1.25 * _FONT * len(lines), size, **ink)
+
+
+def _wrapped(path: Sequence[str], letters: int) -> list[str]:
+    """A dotted name in lines that break behind dots.
+
+    >>> _wrapped(("encoder", "layer", "0", "query"), 14)
+    ['encoder.layer.', '0.query']
+    """
+    lines = [""]
+    for part in [*(f"{part}." for part in path[:-1]), path[-1]]:
+        if lines[-1] and len(lines[-1]) + len(part) > letters:
+            lines.append("")
+        lines[-1] += part
+    return lines
