@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,12 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from pared.ledger import Row
 from pared.reporting import page
+from tests.browser import INSTALLED, start
 from tests.pages import HOSTILE, full
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",  # which root may not have
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1280,1000",
-)
 LIMIT = 3_000_000  # bytes of the page of a model of 1,000 layers
 
-if BROWSER is None or DRIVER is None:
+if not INSTALLED:
     missing = (
         "chromium and chromedriver are not installed: run `make browser` (apt-get install chromium chromium-driver)"
     )
@@ -44,12 +31,7 @@ if BROWSER is None or DRIVER is None:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+    driver = start(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()
 

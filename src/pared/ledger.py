@@ -279,6 +279,8 @@ def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
 
 def printable(text: str) -> str:
     """Text from a file, without what would move a terminal's cursor or change its colours."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -267,7 +267,7 @@ def _shape(_: Facts, row: Row) -> str:
 
 
 _COLUMNS: Final = (
-    _Column("format", "text", lambda _, row: _text(row.format), style="t"),
+    _Column("format", "text", lambda _, row: row.format, style="t"),
     _Column("shape", "shape", _shape),
     _Column("bits", "number", lambda _, row: f"{row.bits:.2f}" if row.elements else "", "in the file, for each number"),
     _Column("before", "number", lambda _, row: f"{row.original[1]:,}" if row.original else "", "bytes in the source"),
@@ -276,7 +276,7 @@ _COLUMNS: Final = (
     _Column("runs", "text", _kernel, "the kernel, on this machine", "t"),
     _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs"),
     _Column("input", "range", _range, "the range of the layer's input, from calibration"),
-    _Column("why", "text", lambda facts, row: _text(_because(facts, row)), style="t y"),
+    _Column("why", "text", _because, style="t y"),
 )
 
 
@@ -303,7 +303,7 @@ def _table(facts: Facts) -> _Table:
     if len(rows) > _MOST_ROWS:
         largest = sorted(range(len(rows)), key=lambda i: -rows[i].nbytes)[:_MOST_ROWS]
         shown = tuple(rows[i] for i in sorted(largest))
-    texts = [[column.cell(facts, row) for row in shown] for column in _COLUMNS]
+    texts = [[_text(column.cell(facts, row)) for row in shown] for column in _COLUMNS]
     kept = [i for i, cells in enumerate(texts) if any(cells)]
     cells = list(zip(*(texts[i] for i in kept), strict=True)) if kept else [() for _ in shown]
     floats = [family_of(row) in FLOATS for row in shown]
