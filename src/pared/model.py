@@ -202,7 +202,8 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     record = record_of(model)
     if html is not None:
         require_library()
-    contents, found = contents_of(model), ledger_of(model)
+    contents = contents_of(model)
+    found = ledger.of_artifact_bytes(artifact.to_bytes(contents), where=type(model).__name__)
     if html is not None:
         facts = lines.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
         page.write(facts, html)

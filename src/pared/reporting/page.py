@@ -85,6 +85,7 @@ def _content(facts: Facts) -> dict[str, Any]:
         "maps": _maps(facts),
         "formats": _formats(facts),
         "curve": _curve(facts),
+        "points": facts.curve.points if facts.curve is not None else (),
         "trials": facts.outcome.trials,
         "damage": _damages(facts),
         "table": _table(facts),
@@ -247,6 +248,11 @@ def _milliseconds(facts: Facts, row: Row) -> str:
     return "" if one is None else f"{one.milliseconds[one.kernel]:.3g}"
 
 
+def _float_milliseconds(facts: Facts, row: Row) -> str:
+    one = facts.times.get(facts.carrier(row) or "")
+    return "" if one is None else f"{one.milliseconds['float32']:.3g}"
+
+
 def _range(facts: Facts, row: Row) -> str:
     one = facts.ranges.get(facts.carrier(row) or "")
     return "" if one is None else f"{one[0]:.3g} to {one[1]:.3g}"
@@ -275,6 +281,7 @@ _COLUMNS: Final = (
     _Column("damage", "number", _damage_text, "share of the output's energy that is lost, predicted"),
     _Column("runs", "text", _kernel, "the kernel, on this machine", "t"),
     _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs"),
+    _Column("float ms", "number", _float_milliseconds, "milliseconds of the layer in float32"),
     _Column("input", "range", _range, "the range of the layer's input, from calibration"),
     _Column("why", "text", _because, style="t y"),
 )
