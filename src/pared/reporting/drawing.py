@@ -227,6 +227,8 @@ def _tidy(root: ET.Element) -> None:
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     for element in root.iter():
+        element.tail = None  # a new line, of which a browser makes a node
+        element.text = (element.text or "").strip() or None
         if _LINK in element.attrib:
             element.set("href", element.attrib.pop(_LINK))
         for name in ("d", "points", "transform", "x", "y"):

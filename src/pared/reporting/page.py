@@ -23,6 +23,7 @@ from pared.reporting.treemap import draw as draw_treemap
 REPORT: Final = "report.html"  # beside an artifact
 _MOST_ROWS: Final = 5_000  # of the table: what a browser shows without delay
 _MOST_TEXT: Final = 300  # characters in a cell
+_ONE_LINE: Final = 36  # characters
 _MOST_MODULES: Final = 12
 
 
@@ -61,11 +62,18 @@ def render(facts: Facts) -> str:
     return page.render(
         **_content(facts),
         svg=lambda picture: Markup(picture.inline()),  # an XML library wrote it, with its escapes
-        breakable=lambda name: Markup("{}").format(name).replace(".", Markup(".<wbr>")),
+        breakable=lambda name: _breakable(Markup("{}").format(name)),
         style=Markup(texts["style.css"]),  # our own file
         script=Markup(texts["script.js"]),  # our own file
         script_hash=f"sha256-{digest}",
     )
+
+
+def _breakable(name: Any) -> Any:
+    """A long name with places behind its dots where a line may end; a short one as it is, which takes fewer nodes."""
+    from markupsafe import Markup
+
+    return name if len(name) <= _ONE_LINE else name.replace(".", Markup(".<wbr>"))
 
 
 def _content(facts: Facts) -> dict[str, Any]:
@@ -229,6 +237,7 @@ class _Column:
         cell: the text of a row; empty where there is nothing to say.
         about: what the title means.
         style: the class of its cells.
+        width: of the column, in rem.
     """
 
     title: str
@@ -236,6 +245,7 @@ class _Column:
     cell: Callable[[Facts, Row], str]
     about: str = ""
     style: str = ""
+    width: float = 5.5
 
 
 def _because(facts: Facts, row: Row) -> str:
@@ -273,17 +283,29 @@ def _shape(_: Facts, row: Row) -> str:
 
 
 _COLUMNS: Final = (
-    _Column("format", "text", lambda _, row: row.format, style="t"),
-    _Column("shape", "shape", _shape),
-    _Column("bits", "number", lambda _, row: f"{row.bits:.2f}" if row.elements else "", "in the file, for each number"),
-    _Column("before", "number", lambda _, row: f"{row.original[1]:,}" if row.original else "", "bytes in the source"),
-    _Column("bytes", "number", lambda _, row: f"{row.nbytes:,}", "in the file"),
+    _Column("format", "text", lambda _, row: row.format, style="t", width=6.5),
+    _Column("shape", "shape", _shape, width=7),
+    _Column(
+        "bits",
+        "number",
+        lambda _, row: f"{row.bits:.2f}" if row.elements else "",
+        "in the file, for each number",
+        width=4.2,
+    ),
+    _Column(
+        "before",
+        "number",
+        lambda _, row: f"{row.original[1]:,}" if row.original else "",
+        "bytes in the source",
+        width=7.2,
+    ),
+    _Column("bytes", "number", lambda _, row: f"{row.nbytes:,}", "in the file", width=7.2),
     _Column("damage", "number", _damage_text, "share of the output's energy that is lost, predicted"),
-    _Column("runs", "text", _kernel, "the kernel, on this machine", "t"),
-    _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs"),
+    _Column("runs", "text", _kernel, "the kernel, on this machine", "t", width=7.2),
+    _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs", width=4.4),
     _Column("float ms", "number", _float_milliseconds, "milliseconds of the layer in float32"),
-    _Column("input", "range", _range, "the range of the layer's input, from calibration"),
-    _Column("why", "text", _because, style="t y"),
+    _Column("input", "range", _range, "the range of the layer's input, from calibration", width=9),
+    _Column("why", "text", _because, style="t y", width=14),
 )
 
 
