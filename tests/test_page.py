@@ -294,3 +294,7 @@ def test_a_title_belongs_to_each_mark() -> None:
         drawn.name(line, ["one", "two", html.escape("<three>")])
         text = drawn.picture("three marks").standalone()
     assert re.findall(r"<title>(.*?)</title>", text) == ["one", "two", "&amp;lt;three&amp;gt;"]
+
+
+def test_no_tick_is_named_in_the_language_of_formulas() -> None:
+    assert "mathdefault" not in page.render(full())

@@ -183,6 +183,7 @@ def ranges(layers: Sequence[tuple[str, float, float]]) -> Picture:
         panel.axvline(0, color=colour("muted"), linewidth=1)
         panel.set_xscale("symlog", linthresh=1)
         panel.set_xlabel("input, as seen in calibration")
+        _plain_numbers(panel)
         _names_beside(panel, [name for name, _, _ in layers])
         return page.picture(f"Ranges of the inputs of {len(layers)} layers, widest: {layers[0][0]}")
 
@@ -215,7 +216,7 @@ def timings(layers: Sequence[tuple[str, str, Mapping[str, float]]]) -> Picture:
                 page.name(drawn, [f"{name}: {ms:.3g} ms in {kernel}" for ms, _, name in found])
         panel.set(xscale="log", xlabel="milliseconds; the filled mark is what runs")
         _plain_numbers(panel)
-        panel.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+        page.figure.legend(loc="outside upper center", ncols=3)
         _names_beside(panel, [name for name, _, _ in layers])
         return page.picture(f"Milliseconds of {len(layers)} layers by kernel, slowest in float32: {layers[0][0]}")
 
