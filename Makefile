@@ -63,7 +63,7 @@ bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the dama
 bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
 	$(BIN)/python -m bench.ablation
 
-results: bench bench-figures bench-layers bench-damage bench-search docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-page bench-damage bench-search docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

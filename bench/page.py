@@ -65,14 +65,18 @@ def measure(path: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as profile:
         driver = browser.start(Path(profile))
         try:
+            driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
             driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
             driver.get(path.resolve().as_uri())
             time.sleep(1)
+            metrics = driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+            work = next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
             interactive = driver.execute_script("return window.interactive")
             paint = "return performance.getEntriesByName('first-contentful-paint')[0].startTime"
             return {
                 "first_paint_ms": driver.execute_script(paint),
                 "interactive_ms": interactive,
+                "work_ms": 1000 * work,
                 "sort_ms": driver.execute_script(_SORT),
             }
         finally:
