@@ -47,8 +47,40 @@ def test_fit_writes_a_model_that_loads(
     assert "criterion met" in shown
     assert "0.weight" in shown
     assert f"written: {tmp_path / 'out' / 'best_model.pt'}" in shown
+    assert "criterion" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     loaded = pared.load(tmp_path / "out", model=factory())
     assert loaded.met
+
+
+def test_without_the_drawing_libraries_all_but_the_page_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "-o", str(tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "0.weight" in shown.out
+    assert "no report.html" in shown.err
+    assert "pip install 'pared[report]'" in shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model.pt", "deploy.yaml", "engine.json"]
+
+
+def test_a_curve_that_cannot_be_drawn_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(f"{HERE}.factory", lambda: pytest.fail("built"))
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "--curve", "-o", str(tmp_path / "new")) == 2
+    assert "pip install 'pared[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(factory().state_dict(), tmp_path / "float.pt")
+    assert run(monkeypatch, "inspect", str(tmp_path / "float.pt"), "--json", "--html", str(tmp_path / "a.html")) == 0
+    assert json.loads(capsys.readouterr().out)["file"].endswith("float.pt")
+    assert ">0.weight<" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_a_search_is_recorded_and_goes_on(

@@ -83,9 +83,9 @@ def test_an_artifact(kind: Any, name: str, tmp_path: Path) -> None:
     assert ledger.inspect(tmp_path) == ledger.inspect(str(tmp_path / name)) == found
     assert found == ledger.of_artifact_bytes(file, str(tmp_path / name))
     assert found.rows == (
-        Row("w", (3, 4), "grid int8", 24),
-        Row("b", (5,), "float16", 10, "one dimension; also c"),
-        Row("d", (512,), "int64", 4096, "kept"),
+        Row("w", (3, 4), "grid int8", 24, original=("float32", 48)),
+        Row("b", (5,), "float16", 10, "one dimension; also c", original=("float32", 20)),
+        Row("d", (512,), "int64", 4096, "kept", original=("int64", 4096)),
         Row("(padding)", None, "padding", 30),
         Row("(index)", None, "index", len(index)),
         Row("(container)", None, "container", len(file) - len(index) - len(data)),

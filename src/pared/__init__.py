@@ -29,8 +29,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from pared.ledger import Ledger, Row, inspect
-    from pared.model import save
-    from pared.model import text_report as report
+    from pared.model import report, save
     from pared.registration import register
 
 _HOMES = {
@@ -52,7 +51,7 @@ _HOMES = {
         "VersionError",
     ),
     "pared.ledger": ("Ledger", "Row", "inspect"),
-    "pared.model": ("save", "text_report"),
+    "pared.model": ("report", "save"),
     "pared.registration": ("register",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -90,10 +89,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from its module, at its first use."""
-    source = {"report": "text_report"}.get(name, name)
-    if source not in _HOME_OF:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'pared' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[source]), source)
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

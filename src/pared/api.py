@@ -19,12 +19,12 @@ from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
 from pared.container import as_path
 from pared.contents import Contents, Stored
-from pared.curve import Curve
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
 from pared.install import Memory
 from pared.layers import weights_of
+from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages

@@ -18,9 +18,11 @@ from rich.logging import RichHandler
 import pared
 from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, ParedError
+from pared.reporting import facts, page
+from pared.reporting.drawing import require_library
 
 if TYPE_CHECKING:
-    from pared.curve import Curve
+    from pared.outcome import Curve
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",
@@ -97,6 +99,8 @@ def fit(
         criterion="absolute" if absolute else None,
         higher_is_better=False if lower_is_better else None,
     )
+    if curve:
+        require_library()
     if output is not None and not dry_run:
         make_directory(output)  # before hours of work, not after
     conf = pared.PostTrainingQuantConfig(
@@ -129,9 +133,20 @@ def fit(
         return
     small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), workspace=workspace, quiet=quiet)
     path = pared.save(small, output)
+    text = _reported(small, output / page.REPORT)
     if not quiet:
-        typer.echo(pared.report(small))
+        typer.echo(text)
         typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
+
+
+def _reported(model: Any, html: Path) -> str:
+    """The report as text; the page is written where the libraries that draw it are installed."""
+    try:
+        require_library()
+    except ConfigError as error:
+        typer.echo(f"no {html.name}: {error}", err=True)
+        return pared.report(model)
+    return pared.report(model, html=html)
 
 
 def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
@@ -147,9 +162,12 @@ def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
 def inspect_file(
     path: Annotated[Path, typer.Argument(help="An artifact, a .safetensors file or a .pt state dict.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page for a browser to this file.")] = None,
 ) -> None:
     """Show what takes the bytes of a file; nothing in it is executed."""
     ledger = pared.inspect(path)
+    if html is not None:
+        page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
 
 

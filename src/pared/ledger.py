@@ -20,6 +20,7 @@ from rich.text import Text
 from pared import container, readers
 from pared.container import Entry, Records
 from pared.errors import ConfigError
+from pared.findings import Finding
 from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
@@ -35,6 +36,7 @@ class Row:
         format: a short name of what one number is: "grid int8", "float32".
         nbytes: in the file; 0 for a tensor whose numbers an earlier row already counts.
         because: the reason for the format, or for the bytes.
+        original: the type and the bytes of its numbers in the source; None where no source is known.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     format: str
     nbytes: int
     because: str = ""
+    original: tuple[str, int] | None = None
 
     @property
     def elements(self) -> int:
@@ -68,6 +71,7 @@ class Ledger:
         rows: tensors first, in the file's order, then what is no tensor.
         elements: how many numbers the tensors have; what several names share counts once.
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
+        findings: why the file is larger than it should be.
     """
 
     file: str
@@ -75,6 +79,7 @@ class Ledger:
     rows: tuple[Row, ...]
     elements: int
     original_nbytes: int | None = None
+    findings: tuple[Finding, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -175,7 +180,7 @@ def _candidates(path: Path) -> list[Path]:
 
 def _of_records(records: Records) -> Ledger:
     entries = container.parse_index(records).entries
-    rows = [Row(entry.name, entry.shape, entry.label, entry.nbytes, _reason(entry)) for entry in entries]
+    rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
     pieces = {
         "(padding)": len(records.data) - sum(row.nbytes for row in rows),
         "(index)": len(records.index),
@@ -249,6 +254,8 @@ def _of_model(model: Any) -> Ledger:
 
 def printable(text: str) -> str:
     """Text from a file, without what would move a terminal's cursor or change its colours."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
