@@ -29,6 +29,7 @@ ORDER = [
     "readers.safetensors",
     "readers.torch_zip",
     "readers",
+    "selection",
     "ledger",
     # numbers
     "views",
