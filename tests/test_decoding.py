@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared import artifact, container, decoding
+from pared import artifact, container, decoding, grids
 from pared.contents import Contents, Stored
 from pared.errors import CorruptError
 from pared.formats import Coded, Float, Grid, Raw, log_step
@@ -74,7 +74,7 @@ def test_raw(dtype: str) -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
 def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
-    bits = decoding.narrowed(np.array(values, np.float32), "bfloat16")
+    bits = grids.narrowed(np.array(values, np.float32), "bfloat16")
     assert bits.tobytes() == bits_of(torch.tensor(values, dtype=torch.float32).to(torch.bfloat16))
 
 

@@ -14,6 +14,8 @@ from pared.version import __version__
 if TYPE_CHECKING:
     from pared.api import fit, load, trade_off
     from pared.comparison import Comparison
+    from pared.compression.checkpoint import compress
+    from pared.compression.expansion import expand
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
     from pared.contrast import compare
     from pared.errors import (
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "pared.api": ("fit", "load", "trade_off"),
+    "pared.compression.checkpoint": ("compress",),
+    "pared.compression.expansion": ("expand",),
     "pared.forecast": ("Estimate", "estimate"),
     "pared.comparison": ("Comparison",),
     "pared.contrast": ("compare",),
@@ -76,7 +80,9 @@ __all__ = [
     "VersionError",
     "__version__",
     "compare",
+    "compress",
     "estimate",
+    "expand",
     "fit",
     "inspect",
     "load",
