@@ -1,0 +1,97 @@
+"""Why a file is larger than it should be: an explicit table of causes, each found by what the file holds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from pared.findings.content import Content
+from pared.findings.copies import duplicate, two_copies, untied
+from pared.findings.finding import WORTH_NBYTES, WORTH_SHARE, Case, Cause, Depth, Finding, megabytes
+from pared.findings.structure import (
+    ballast,
+    executable_pickle,
+    optimizer_state,
+    view_of_larger_storage,
+    wide_float,
+)
+from pared.readers import Listing
+
+__all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
+
+# How many bytes of content are read, by depth; None: all.
+_MOST: Final[dict[Depth, int | None]] = {"quick": 0, "default": 10**9, "deep": None}
+
+
+def _with_trait(kind: str) -> Callable[[Case], Iterator[Cause]]:
+    """Tensors whose numbers show one of the traits in `looks`."""
+
+    def detect(case: Case) -> Iterator[Cause]:
+        details: dict[str, int] = {}
+        names = []
+        for look in case.unexplained():
+            if look.trait is not None and look.trait.kind == kind:
+                names.append(look.held.name)
+                details[look.trait.detail] = details.get(look.trait.detail, 0) + look.held.nbytes
+        if names:
+            most = max(details, key=lambda detail: details[detail])
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            yield Cause(tuple(names), sum(details.values()), f"{names[0]}{more}: {most}")
+
+    return detect
+
+
+# In this order; what one of them explains, the next do not look at.
+DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
+    ("executable-pickle", executable_pickle),
+    ("optimizer-state", optimizer_state),
+    ("view-of-larger-storage", view_of_larger_storage),
+    ("ballast", ballast),
+    ("two-copies", two_copies),
+    ("untied", untied),
+    ("duplicate", duplicate),
+    ("zeros", _with_trait("zeros")),
+    ("fake-quantized", _with_trait("fake-quantized")),
+    ("wide-float", wide_float),
+    ("wide-float", _with_trait("wide-float")),
+    ("wide-int", _with_trait("wide-int")),
+)
+KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in DETECTORS))
+
+
+def find(
+    listing: Listing, nbytes: int, path: str, depth: Depth = "default", after: Callable[[], int] | None = None
+) -> tuple[Finding, ...]:
+    """What makes a file larger than it should be.
+
+    Args:
+        listing: of the file or folder.
+        nbytes: all its bytes; what is less than a hundredth of them is not worth words.
+        path: as the user would write it in a command.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all numbers.
+        after: gives the bytes that `pared compress` makes of it; called where that is the remedy.
+
+    Returns:
+        findings, what takes most first.
+    """
+    case = Case(listing, Content(listing, _MOST[depth]))
+    found: list[tuple[str, Cause]] = []
+    for kind, detect in DETECTORS:
+        for cause in detect(case):
+            if cause.always or cause.nbytes >= max(WORTH_NBYTES, WORTH_SHARE * nbytes):
+                found.append((kind, cause))
+                case.explained.update(cause.names if cause.explains else ())
+    found.sort(key=lambda one: -one[1].nbytes)
+    cured = after() if after is not None and any(not cause.remedy for _, cause in found) else None
+    ours = f"pared compress {shlex.quote(path)} -o small", cured
+    return tuple(
+        Finding(kind, cause.nbytes, cause.names, cause.evidence, *((cause.remedy, None) if cause.remedy else ours))
+        for kind, cause in found
+    )
+
+
+def is_sampled(listing: Listing, depth: Depth) -> bool:
+    """Whether `find` reads only a part of the numbers, for want of time."""
+    return Content(listing, _MOST[depth]).sampled

@@ -1,0 +1,131 @@
+"""Whether numbers that are stored as floats are codes on a uniform grid: what a fake quantizer leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from pared.findings.content import spread
+from pared.readers import Array, as_floats
+
+MOST_LEVELS: Final = 256  # of eight bits
+_GROUPS: Final = (128, 64, 32)  # the groups that quantizers of weights offer
+_LEAST_GROUP: Final = 8  # fewer numbers have a grid by chance
+_TRIED: Final = 16  # groups that are looked at before all are
+_CHUNK: Final = 1 << 20  # numbers sorted at a time: what a cache holds
+_EPSILON: Final = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
+
+# Of the groups that could tell (three distinct numbers or more), so many must be on a grid. In a small group of
+# eight-bit codes no two may be neighbours, and the step is then missed; numbers of no grid fail nearly always.
+_AGREEING: Final = 0.98
+_TELLING: Final = 16  # how many groups must be able to tell, at least
+_OFF: Final = 0.02  # how far from its level a number may be, in steps, beyond what the rounding of its type explains
+_MOST_OFF: Final = 0.25  # farther, and anything would pass
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform grid with a step for each row, column or group of a tensor.
+
+    Args:
+        levels: the most that any of them uses.
+        per: what shares a step: "row", "column", "group of 32".
+    """
+
+    levels: int
+    per: str
+
+    def __str__(self) -> str:
+        return f"at most {self.levels} levels per {self.per}"
+
+
+def grid_of(array: Array, dtype: str) -> Grid | None:
+    """The grid with the largest groups that all of a tensor's numbers are on; None if there is none.
+
+    Args:
+        array: as `Listing.array` gives it, of two or more dimensions.
+        dtype: one of `FLOATING`.
+
+    >>> codes = np.random.default_rng(0).integers(-7, 8, (64, 256))
+    >>> str(grid_of((codes * 0.013).astype(np.float32), "float32"))
+    'at most 15 levels per row'
+    >>> grid_of(np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32), "float32") is None
+    True
+    """
+    for per, groups in _divisions(array):
+        if groups.shape[1] < _LEAST_GROUP or len(groups) < 1:
+            continue
+        if _levels(spread(groups, _TRIED), dtype, least=1):
+            levels = _levels(groups, dtype, least=min(_TELLING, len(groups)))
+            if levels:
+                return Grid(levels, per)
+    return None
+
+
+def _divisions(array: Array) -> Iterator[tuple[str, Array]]:
+    """A tensor as matrices whose rows may share a step, those with the largest groups first."""
+    yield "row", array.reshape(len(array), -1)
+    yield "column", np.moveaxis(array, 1, 0).reshape(array.shape[1], -1)
+    last = array.shape[-1]
+    vectors = array.reshape(-1, last)
+    if array.ndim > 2:
+        yield "row of the last dimension", vectors
+    for size in _GROUPS:
+        if last > size:
+            yield f"group of {size}", vectors[:, : last // size * size].reshape(-1, size)
+
+
+def _levels(groups: Array, dtype: str, least: int) -> int:
+    """How many levels a grid has on which the groups lie, a step for each; 0 if they lie on none.
+
+    Args:
+        groups: one in each row.
+        dtype: of the elements.
+        least: how many groups must be able to tell.
+    """
+    most = telling = agreeing = 0
+    rows = max(1, _CHUNK // groups.shape[1])
+    for start in range(0, len(groups), rows):
+        levels, distinct = _fit(as_floats(groups[start : start + rows], dtype), _EPSILON[dtype])
+        tells = distinct >= 3
+        telling += int(tells.sum())
+        agreeing += int((levels[tells] > 0).sum())
+        if agreeing < _AGREEING * telling:
+            return 0
+        most = max(most, int(levels.max(initial=0)))
+    return most if telling >= least else 0
+
+
+def _fit(groups: Array, epsilon: float) -> tuple[Array, Array]:
+    """For each group the levels of the grid that it is on (0: none), and how many distinct numbers it has.
+
+    The step is the least distance of two neighbours, or half of it, a third, a quarter: where codes are few, no two
+    may be next to each other.
+    """
+    ordered = np.sort(groups, axis=1)
+    low = ordered[:, :1]
+    span = (ordered[:, -1:] - low).astype(np.float32)
+    gaps = np.diff(ordered, axis=1)
+    apart = gaps > span / (4 * MOST_LEVELS)
+    distinct = 1 + apart.sum(axis=1)
+    gap = np.min(gaps, axis=1, where=apart, initial=math.inf)[:, None]
+    largest = np.maximum(np.abs(low), np.abs(ordered[:, -1:]))
+    levels = np.where(span[:, 0] == 0, 1, 0)
+    levels[~np.isfinite(largest[:, 0])] = 0
+    for part in range(1, 5):
+        open_ = np.flatnonzero((levels == 0) & np.isfinite(largest[:, 0]))
+        if not open_.size:
+            break
+        steps = np.rint(part * span[open_] / gap[open_])
+        within = steps[:, 0] < MOST_LEVELS
+        open_, steps = open_[within], steps[within]
+        at = (ordered[open_] - low[open_]) * (steps / span[open_])
+        off = np.abs(at - np.rint(at)).max(axis=1, initial=0)
+        allowed = _OFF + 2 * epsilon * (largest[open_] * steps / span[open_])[:, 0]
+        on = off <= np.minimum(allowed, _MOST_OFF)
+        levels[open_[on]] = steps[on, 0].astype(levels.dtype) + 1
+    return levels, distinct
