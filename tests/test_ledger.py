@@ -172,8 +172,8 @@ def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
     with pytest.raises(FileError) as error:
         ledger.inspect(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: holds neither best_model.pt nor best_model.safetensors\n"
-        "  Pass the directory that save wrote, or the path of a file."
+        f"{tmp_path}: holds no file of weights\n"
+        "  Pass the directory that save wrote, a Hugging Face folder, or the path of a file."
     )
     with pytest.raises(FileError, match="cannot be read: No such file or directory"):
         ledger.inspect(tmp_path / "missing")

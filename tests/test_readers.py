@@ -200,6 +200,18 @@ def test_shared_storages_are_seen() -> None:
     assert {key: storage.nbytes for key, storage in found.storages.items()} == {"0": 64, "1": 8}
 
 
+def test_a_model_in_memory_gives_its_numbers() -> None:
+    net = Net()
+    net.head.weight = nn.Parameter(torch.arange(8.0).reshape(4, 2).T)
+    listing = readers.list_model(net)
+    state = net.state_dict()
+    assert sorted(seen(listing)) == sorted(held(k, v) for k, v in state.items())
+    for tensor in listing.tensors:
+        array = listing.array(tensor)
+        assert array is not None
+        assert array.tolist() == state[tensor.name].tolist()
+
+
 # --- what would run
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pared import container, readers
 from pared.container import Entry, Records
-from pared.errors import ConfigError, FileError
+from pared.errors import ConfigError
 from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
@@ -157,24 +157,20 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
 
 
 def _of_path(path: Path) -> Ledger:
-    if path.is_dir():
-        path = _artifact_in(path)
-    with container.open_file(path) as file:
-        records = container.records_of(file)
-        if records is not None:
-            return _of_records(records)
-        return _of_listing(readers.list_tensors(file), file.where, len(file.data))
+    for file_path in _candidates(path):
+        with container.open_file(file_path) as file:
+            records = container.records_of(file)
+            if records is not None:
+                return _of_records(records)
+    with readers.open_listing(path) as listing:
+        return _of_listing(listing)
 
 
-def _artifact_in(directory: Path) -> Path:
-    for name in container.FILE_NAMES.values():
-        if (directory / name).is_file():
-            return directory / name
-    raise FileError(
-        f"holds neither {' nor '.join(container.FILE_NAMES.values())}",
-        where=str(directory),
-        remedy="Pass the directory that save wrote, or the path of a file.",
-    )
+def _candidates(path: Path) -> list[Path]:
+    """The files that may be an artifact of ours."""
+    if not path.is_dir():
+        return [path]
+    return [path / name for name in container.FILE_NAMES.values() if (path / name).is_file()]
 
 
 def _of_records(records: Records) -> Ledger:
@@ -204,7 +200,7 @@ def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
     return (Row(name, None, name.strip("()"), nbytes) for name, nbytes in pieces.items() if nbytes)
 
 
-def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
+def _of_listing(listing: Listing) -> Ledger:
     """The bytes of each storage are counted with the first tensor that is kept in it."""
     tenants: dict[str, list[Held]] = {}
     for held in listing.tensors:
@@ -214,9 +210,9 @@ def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
     unused = {key: s.nbytes for key, s in listing.storages.items() if key not in tenants and s.nbytes}
     rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
     rows += [Row(name, None, name.strip("()"), note.nbytes, note.because) for name, note in listing.notes.items()]
-    pieces = {"(container)": nbytes - sum(row.nbytes for row in rows)}
+    pieces = {"(container)": listing.nbytes - sum(row.nbytes for row in rows)}
     elements = sum(_distinct(group, listing.storages[key].nbytes) for key, group in tenants.items())
-    return Ledger(file, nbytes, (*rows, *_others(pieces)), elements)
+    return Ledger(listing.where, listing.nbytes, (*rows, *_others(pieces)), elements)
 
 
 def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:
@@ -248,28 +244,7 @@ def _of_model(model: Any) -> Ledger:
     if own is not None:
         found: Ledger = own(model)
         return found
-    tensors, storages = [], {}
-    parameters, buffers = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
-    for name, tensor in (*parameters, *buffers):
-        nbytes = tensor.numel() * tensor.element_size()
-        key = None
-        if not tensor.is_meta:
-            key, storages_nbytes = _storage_of(tensor, nbytes)
-            storages[key] = Storage(storages_nbytes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors.append(Held(name, dtype, tuple(tensor.shape), nbytes, key))
-    return _of_listing(
-        Listing(tuple(tensors), storages), type(model).__name__, sum(s.nbytes for s in storages.values())
-    )
-
-
-def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
-    """What tells a tensor's storage from others, and its bytes; sparse and opaque tensors hide theirs."""
-    try:
-        storage = tensor.untyped_storage()
-        return f"at {storage.data_ptr() or id(tensor)}", storage.nbytes()
-    except (NotImplementedError, RuntimeError):
-        return f"of {id(tensor)}", nbytes
+    return _of_listing(readers.list_model(model))
 
 
 def draw(

@@ -38,11 +38,13 @@ class File:
         where: its name, for messages.
         data: all its bytes, mapped into memory rather than read.
         stream: the same bytes as a seekable stream.
+        path: where it is; None for bytes in memory.
     """
 
     where: str
     data: memoryview
     stream: BinaryIO
+    path: Path | None = None
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def open_file(source: bytes | str | os.PathLike[str], where: str = "") -> Iterat
     stream, mapped = _map(path, where or str(path))
     data = memoryview(mapped)
     try:
-        yield File(where or str(path), data, stream)
+        yield File(where or str(path), data, stream, path)
     finally:
         stream.close()
         # Whoever still holds a view of the data keeps the map alive; it then closes with the last view.

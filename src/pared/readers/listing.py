@@ -81,12 +81,20 @@ class Listing:
         storages: by key; storages of no tensor included.
         notes: what else has a size worth a name, by that name in parentheses: "(header)".
         foreign: the functions and classes that loading would import, beyond what tensors need: "os.system".
+        where: the path, or another name for messages.
+        nbytes: of all the files together.
+        kind: what was read, in words: "a .safetensors file", "a Hugging Face folder".
+        beside: the files beside it that hold some of its numbers, as paths relative to its folder.
     """
 
     tensors: tuple[Held, ...]
     storages: Mapping[str, Storage] = field(default_factory=dict)
     notes: Mapping[str, Note] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    where: str = ""
+    nbytes: int = 0
+    kind: str = ""
+    beside: tuple[str, ...] = ()
 
     def array(self, held: Held) -> Array | None:
         """The numbers of a tensor, mapped where the file has them plainly; see `ELEMENTS` for their types.
