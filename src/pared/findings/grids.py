@@ -16,7 +16,7 @@ MOST_LEVELS: Final = 256  # of eight bits
 _GROUPS: Final = (128, 64, 32)  # the groups that quantizers of weights offer
 _LEAST_GROUP: Final = 8  # fewer numbers have a grid by chance
 _TRIED: Final = 16  # groups that are looked at before all are
-_CHUNK: Final = 1 << 20  # numbers sorted at a time: what a cache holds
+_CHUNK: Final = 1 << 17  # numbers sorted at a time: what a cache holds
 _EPSILON: Final = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 
 # Of the groups that could tell (three distinct numbers or more), so many must be on a grid. In a small group of
@@ -106,26 +106,29 @@ def _fit(groups: Array, epsilon: float) -> tuple[Array, Array]:
     The step is the least distance of two neighbours, or half of it, a third, a quarter: where codes are few, no two
     may be next to each other.
     """
-    ordered = np.sort(groups, axis=1)
-    low = ordered[:, :1]
-    span = (ordered[:, -1:] - low).astype(np.float32)
-    gaps = np.diff(ordered, axis=1)
+    ordered = np.ascontiguousarray(np.sort(groups, axis=1).T)  # a group in each column: NumPy is faster along rows
+    low, high = ordered[0], ordered[-1]
+    span = high - low
+    gaps = ordered[1:] - ordered[:-1]
     apart = gaps > span / (4 * MOST_LEVELS)
-    distinct = 1 + apart.sum(axis=1)
-    gap = np.min(gaps, axis=1, where=apart, initial=math.inf)[:, None]
-    largest = np.maximum(np.abs(low), np.abs(ordered[:, -1:]))
-    levels = np.where(span[:, 0] == 0, 1, 0)
-    levels[~np.isfinite(largest[:, 0])] = 0
+    distinct = 1 + np.count_nonzero(apart, axis=0)
+    gap = np.where(apart, gaps, np.inf).min(axis=0, initial=math.inf)
+    largest = np.maximum(-low, high)
+    finite = np.isfinite(largest)
+    levels = np.where(finite & (span == 0), 1, 0)
+    waiting = np.flatnonzero(finite & (span > 0))
     for part in range(1, 5):
-        open_ = np.flatnonzero((levels == 0) & np.isfinite(largest[:, 0]))
-        if not open_.size:
+        steps = np.rint(part * span[waiting] / gap[waiting])
+        possible = steps < MOST_LEVELS
+        tried, steps = waiting[possible], steps[possible]
+        if not tried.size:
             break
-        steps = np.rint(part * span[open_] / gap[open_])
-        within = steps[:, 0] < MOST_LEVELS
-        open_, steps = open_[within], steps[within]
-        at = (ordered[open_] - low[open_]) * (steps / span[open_])
-        off = np.abs(at - np.rint(at)).max(axis=1, initial=0)
-        allowed = _OFF + 2 * epsilon * (largest[open_] * steps / span[open_])[:, 0]
-        on = off <= np.minimum(allowed, _MOST_OFF)
-        levels[open_[on]] = steps[on, 0].astype(levels.dtype) + 1
+        numbers = ordered if tried.size == len(span) else ordered[:, tried]
+        at = numbers - low[tried]
+        at *= steps / span[tried]
+        at -= np.rint(at)
+        off = np.maximum(at.max(axis=0), -at.min(axis=0))
+        allowed = np.minimum(_OFF + 2 * epsilon * largest[tried] * steps / span[tried], _MOST_OFF)
+        levels[tried[off <= allowed]] = steps[off <= allowed].astype(levels.dtype) + 1
+        waiting = tried[off > allowed]
     return levels, distinct
