@@ -12,6 +12,7 @@ ORDER = [
     # ground: no torch
     "version",
     "errors",
+    "sizes",
     "progress",
     "parallel",
     "entropy",
@@ -20,6 +21,7 @@ ORDER = [
     "container.index",
     "container.zip_file",
     "container.safetensors_file",
+    "container.torch_file",
     "container.envelope",
     "container.parts",
     "container.parse",

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from pared.container import (
     start_of,
     write_atomic,
     write_safetensors,
+    write_torch,
 )
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, FileError
@@ -64,14 +64,7 @@ def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     if kind == "safetensors":
         write_safetensors(file, index, bytes(data))
     else:
-        # Through a file object: torch names the archive's folder after a path, which would get into the bytes.
-        torch.save({"index": _record(index), "data": _record(bytes(data))}, file)
-
-
-def _record(data: bytes) -> Tensor:
-    return (
-        torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
-    )
+        write_torch(file, index, (bytes(data),), len(data))
 
 
 def _entry(stored: Stored, encoded: Mapping[str, streams.Part], data: bytearray) -> Entry:

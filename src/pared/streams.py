@@ -48,16 +48,19 @@ _CLASSES: Final = (2, 4, 8)
 # What a class costs beside its codes, about, in bytes: its place in the index; the tables of its last block.
 _INDEX_PRICE: Final = 24
 _TABLE_PRICE: Final = 40
+# From so many codes on, whether classes pay is found out on a part of the rows.
+_LARGE: Final = 1 << 19
 # Rows are sorted by spread and then divided between classes in so many groups.
 _GROUPS: Final = 64
 
 
-def encode_codes(codes: Codes, view: View) -> dict[str, Part]:
+def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Part]:
     """Codes as one stream, or as a stream for each class of rows where that is smaller.
 
     Args:
         codes: int8 or int16, of the tensor's shape.
         view: what its rows are.
+        threads: at most so many at work; 1 where tensors, not the chunks of one, are shared out.
 
     Returns:
         "codes"; or "classes" with the class of each row, and "codes 0", "codes 1", ... with the rows of each class, one
@@ -66,19 +69,35 @@ def encode_codes(codes: Codes, view: View) -> dict[str, Part]:
     >>> sorted(encode_codes(np.eye(4, dtype=np.int8), View((4, 4), (0,))))
     ['codes']
     """
-    whole = _encoded(codes)
-    if not whole.payload:
-        return {"codes": whole}
-    matrix = _matrix(codes, view)
+    matrix = matrix_of(codes, view)
+    if matrix.size > _LARGE:
+        chosen = matrix[:: -(-matrix.size // _LARGE)]
+        if len(_smaller(chosen, 1)) == 1:
+            return {"codes": _encoded(codes, threads)}
+        return _by_classes(matrix, threads) or {"codes": _encoded(codes, threads)}
+    return _smaller(matrix, threads, codes)
+
+
+def _smaller(matrix: Codes, threads: int, codes: Codes | None = None) -> dict[str, Part]:
+    """A matrix as one stream or by classes, whichever is smaller; `codes` are the same in their own order."""
+    whole = {"codes": _encoded(matrix if codes is None else codes, threads)}
+    parts = _by_classes(matrix, threads) if whole["codes"].payload else None
+    if parts is None:
+        return whole
+    price = sum(len(part.payload) for part in parts.values()) + _INDEX_PRICE * (len(parts) - 1)
+    return parts if price < len(whole["codes"].payload) else whole
+
+
+def _by_classes(matrix: Codes, threads: int) -> dict[str, Part] | None:
+    """A stream for each class of rows; None where one class for all is likely to be the smallest."""
     classes = _classify(matrix)
     if classes is None:
-        return {"codes": whole}
+        return None
     parts = {"classes": _encoded(classes)}
     for number in range(int(classes.max()) + 1):
         rows = matrix[classes == number]
-        parts[f"codes {number}"] = replace(_encoded(rows), rows=len(rows))
-    price = sum(len(part.payload) for part in parts.values()) + _INDEX_PRICE * (len(parts) - 1)
-    return parts if price < len(whole.payload) else {"codes": whole}
+        parts[f"codes {number}"] = replace(_encoded(rows, threads), rows=len(rows))
+    return parts
 
 
 def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
@@ -103,11 +122,11 @@ def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, 
     for number, rows in enumerate(sizes):
         chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
         matrix[classes == number] = chosen.reshape(rows, view.n_columns)
-    return _restored(matrix, shape, view)
+    return restored(matrix, shape, view)
 
 
-def _encoded(codes: Codes) -> Part:
-    stream = entropy.encode(codes, threads=1)  # tensors, not chunks, are shared out
+def _encoded(codes: Codes, threads: int = 1) -> Part:
+    stream = entropy.encode(codes, threads)
     return Part(stream.payload, stream.coding)
 
 
@@ -115,13 +134,13 @@ def _decoded(part: Part, count: int, kind: DTypeLike) -> Codes:
     return entropy.decode(part.payload, part.coding, count, kind, threads=1)
 
 
-def _matrix(codes: Codes, view: View) -> Codes:
-    """`View.matrix`, without torch."""
+def matrix_of(codes: Codes, view: View) -> Codes:
+    """`View.matrix`, of an array."""
     return codes.reshape(view.split).transpose(*view.rows, *view.columns).reshape(view.n_rows, view.n_columns)
 
 
-def _restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
-    """`View.restore`, without torch."""
+def restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
+    """`View.restore`, of an array."""
     order = (*view.rows, *view.columns)
     moved = matrix.reshape([view.split[i] for i in order]).transpose(np.argsort(order))
     return np.ascontiguousarray(moved).reshape(shape)
@@ -199,12 +218,12 @@ _ZERO: Final = -128  # the difference of a step of zero
 
 def ceiling(step: Steps) -> Steps:
     """The least step on the scale that is not below each step; see `formats.log_step`."""
-    if not ((step >= 0) & (step <= _steps(np.array(_HIGHEST)))).all():
+    if not ((step >= 0) & (step <= scale(np.array(_HIGHEST)))).all():
         raise ParedError(
-            f"a step is negative, NaN or above {float(_steps(np.array(_HIGHEST))):.3g}",
+            f"a step is negative, NaN or above {float(scale(np.array(_HIGHEST))):.3g}",
             remedy="Give steps that float32 can hold.",
         )
-    raised = _steps(np.maximum(_indexes(step), _LOWEST))
+    raised = scale(np.maximum(_indexes(step), _LOWEST))
     return np.where(step > 0, raised, np.float32(0))
 
 
@@ -217,7 +236,7 @@ def encode_steps(step: Steps) -> Part:
     plain = Part(step.astype("<f4").tobytes())
     some = step[step > 0]
     indexes = np.clip(_indexes(some), _LOWEST, _HIGHEST)
-    on_scale = (_steps(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
+    on_scale = (scale(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
     if not step.size or not on_scale or (some.size and np.ptp(indexes) > 2 * _REACH):
         return plain
     # The median makes the differences small; all have to be within reach.
@@ -242,7 +261,7 @@ def decode_steps(part: Part, count: int) -> Steps:
     indexes = np.where(zero, 0, differences.astype(np.int64) + part.base)
     if ((indexes < _LOWEST) | (indexes > _HIGHEST)).any():
         raise _corrupt("a step is beyond the scale of steps")
-    return np.where(zero, np.float32(0), _steps(indexes))
+    return np.where(zero, np.float32(0), scale(indexes))
 
 
 def _indexes(step: Steps) -> NDArray[np.int64]:
@@ -251,7 +270,12 @@ def _indexes(step: Steps) -> NDArray[np.int64]:
     return np.searchsorted(_OCTAVE, 2 * mantissa) + 8 * (exponent.astype(np.int64) - 1)
 
 
-def _steps(indexes: NDArray[np.int64]) -> Steps:
+def scale(indexes: NDArray[np.int64]) -> Steps:
+    """The steps of the scale with these indexes, which are members of `STEP_INDEXES`: 2^(k / 8).
+
+    >>> scale(np.array([0, 8, -8])).tolist()
+    [1.0, 2.0, 0.5]
+    """
     scaled: NDArray[Any] = np.ldexp(_OCTAVE[indexes % 8], indexes // 8)
     return scaled.astype(np.float32, copy=False)
 

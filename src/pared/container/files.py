@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from pared.errors import ConfigError, FileError
 
 
@@ -97,6 +99,26 @@ def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
         raise FileError(f"cannot be read: {why}", where=where, remedy="Check the path and its permissions.") from error
 
 
+def forget(view: memoryview) -> None:
+    """Give back the memory of a mapped file's pages that were read through a view; they are read again when needed.
+
+    Args:
+        view: of a file's data; of other memory nothing is given back.
+    """
+    mapped = view.obj
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not view.nbytes:
+        return
+    start = _address(view) - _address(memoryview(mapped))
+    first = start + -start % mmap.PAGESIZE  # the page before may be another's too
+    if start + view.nbytes > first:
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory if it is missing, and see that files can be written there: a check before work begins.
 
@@ -104,24 +126,26 @@ def make_directory(directory: Path) -> None:
         FileError: they cannot.
     """
     probe = directory / _temporary_name()
-    with _writing_to(directory):
+    with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink()
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, and rename it when every byte is on the disk.
+def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Path | None = None) -> None:
+    """Write a file under a temporary name, and rename it when every byte is on the disk.
 
     Args:
         path: of the file; its directory is made if it is missing.
         write: called once with the open file; if it raises, no trace is left and the old file still stands.
+        within: where the temporary file is, on the same file system; default: beside the file. Only there is it left
+            if the process is killed.
 
     Raises:
         FileError: the directory cannot be written.
     """
-    temporary = path.with_name(_temporary_name())
-    with _writing_to(path.parent):
+    temporary = (within or path.parent) / _temporary_name()
+    with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as stream:
@@ -140,7 +164,8 @@ def _temporary_name() -> str:
 
 
 @contextmanager
-def _writing_to(directory: Path) -> Iterator[None]:
+def writing_to(directory: Path) -> Iterator[None]:
+    """Turn what the system says about a place that cannot be written into an error of ours."""
     try:
         yield
     except OSError as error:

@@ -82,6 +82,15 @@ def _index(text: bytes, data: memoryview, at: Place) -> Index:
     return Index(tuple(entries), modules, at.mapping(top["provenance"], "provenance"))
 
 
+def parse_entry(value: object, end: int, at: Place) -> Entry:
+    """One entry of an index of the version that is written, whose first part stands behind one that ends there.
+
+    Raises:
+        CorruptError, UnsafeError: as for a whole index.
+    """
+    return _entry(value, VERSION, end, at)
+
+
 def _version(version: object, at: Place) -> int:
     if type(version) is not int or version < 1:
         at.fail("its index does not say which version of the format it has")
