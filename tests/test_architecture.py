@@ -35,6 +35,13 @@ ORDER = [
     "readers.live",
     "readers",
     "selection",
+    "findings.content",
+    "findings.levels",
+    "findings.looks",
+    "findings.finding",
+    "findings.structure",
+    "findings.copies",
+    "findings",
     "ledger",
     # numbers
     "views",

@@ -8,7 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from rich.text import Text
 from pared import container, readers
 from pared.container import Entry, Records
 from pared.errors import ConfigError
+from pared.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
@@ -68,6 +69,8 @@ class Ledger:
         rows: tensors first, in the file's order, then what is no tensor.
         elements: how many numbers the tensors have; what several names share counts once.
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
+        findings: why a file is larger than it should be, what takes most first.
+        sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
     """
 
     file: str
@@ -75,6 +78,8 @@ class Ledger:
     rows: tuple[Row, ...]
     elements: int
     original_nbytes: int | None = None
+    findings: tuple[Finding, ...] = ()
+    sampled: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -100,31 +105,52 @@ class Ledger:
             }
             for row in self.rows
         ]
-        return {"file": self.file, "bytes": self.nbytes, "rows": rows, "findings": []}
+        findings = [finding.to_json() for finding in self.findings]
+        found = {"findings": findings, "sampled": self.sampled}
+        return {"file": self.file, "bytes": self.nbytes, "rows": rows, **found}
 
     def render(self) -> str:
-        """The ledger as text of 100 columns: the totals, then a line for each row."""
-        return "\n".join((*self._totals(), *draw(self.rows)))
+        """The ledger as text of 100 columns: the totals, the findings, then a line for each row."""
+        return "\n".join((*self._totals(), *self._findings(), *draw(self.rows)))
 
     def __str__(self) -> str:
         return self.render()
 
     def _totals(self) -> Iterator[str]:
-        yield from textwrap.wrap(_printable(self.file), WIDTH)
+        yield from textwrap.wrap(printable(self.file), WIDTH)
         ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
         yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
         for format, nbytes in self.by_format().items():
-            yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+            yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+
+    def _findings(self) -> Iterator[str]:
+        """A line or two for each finding, and once for all that it mends each remedy."""
+        for remedy, after in dict.fromkeys((finding.remedy, finding.bytes_after) for finding in self.findings):
+            yield ""
+            for finding in self.findings:
+                if finding.remedy == remedy:
+                    share = f"{100 * finding.nbytes / max(self.nbytes, 1):.0f} %"
+                    mark = f"{finding.kind:<23}{megabytes(finding.nbytes):>9}{share:>6}  "
+                    yield from textwrap.wrap(
+                        printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
+                    )
+            then = "" if after is None else f"  # {megabytes(after)}, {after / max(self.nbytes, 1):.3f} of this"
+            yield f"  -> {printable(remedy)}{then}"
+        if self.sampled:
+            yield from ("", "These come from evenly spread rows, 1 GB of them; --deep reads everything.")
 
 
-def inspect(target: object) -> Ledger:
+def inspect(target: object, depth: Depth = "default") -> Ledger:
     """Account for every byte of a file, or of a model in memory.
 
-    Nothing in a file is executed, no tensor is read, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported. Numbers of tensors are read to find out why a file is
+    larger than it should be.
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
             dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all of them.
 
     Raises:
         FileError: the file cannot be read, or is of another kind.
@@ -134,7 +160,7 @@ def inspect(target: object) -> Ledger:
         ConfigError: the target is neither a path nor a module.
     """
     if isinstance(target, str | os.PathLike):
-        return _of_path(Path(target))
+        return _of_path(Path(target), depth)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
         return _of_model(target)
@@ -156,14 +182,15 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
         return _of_records(records)
 
 
-def _of_path(path: Path) -> Ledger:
+def _of_path(path: Path, depth: Depth) -> Ledger:
     for file_path in _candidates(path):
         with container.open_file(file_path) as file:
             records = container.records_of(file)
             if records is not None:
                 return _of_records(records)
     with readers.open_listing(path) as listing:
-        return _of_listing(listing)
+        findings = find(listing, str(path), depth)
+        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth))
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -247,6 +274,11 @@ def _of_model(model: Any) -> Ledger:
     return _of_listing(readers.list_model(model))
 
 
+def printable(text: str) -> str:
+    """Text from a file, without what would move a terminal's cursor or change its colours."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def draw(
     rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
 ) -> list[str]:
@@ -278,7 +310,7 @@ def draw(
         cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
         cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)
@@ -292,9 +324,4 @@ def _damage(damage: float | None) -> str:
 def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
     for because, number in notes.items():
         mark = f" [{number}] "
-        yield from textwrap.wrap(_printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
-
-
-def _printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+        yield from textwrap.wrap(printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))

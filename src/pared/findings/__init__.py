@@ -12,6 +12,7 @@ from pared.findings.finding import WORTH_NBYTES, WORTH_SHARE, Case, Cause, Depth
 from pared.findings.structure import (
     ballast,
     executable_pickle,
+    left_in_float,
     optimizer_state,
     view_of_larger_storage,
     wide_float,
@@ -51,6 +52,7 @@ DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
     ("two-copies", two_copies),
     ("untied", untied),
     ("duplicate", duplicate),
+    ("left-in-float", left_in_float),
     ("zeros", _with_trait("zeros")),
     ("fake-quantized", _with_trait("fake-quantized")),
     ("wide-float", wide_float),
@@ -61,13 +63,12 @@ KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in DETECTORS))
 
 
 def find(
-    listing: Listing, nbytes: int, path: str, depth: Depth = "default", after: Callable[[], int] | None = None
+    listing: Listing, path: str, depth: Depth = "default", after: Callable[[], int] | None = None
 ) -> tuple[Finding, ...]:
     """What makes a file larger than it should be.
 
     Args:
-        listing: of the file or folder.
-        nbytes: all its bytes; what is less than a hundredth of them is not worth words.
+        listing: of the file or folder; what takes less than a hundredth of its bytes is not worth words.
         path: as the user would write it in a command.
         depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
             all numbers.
@@ -80,7 +81,7 @@ def find(
     found: list[tuple[str, Cause]] = []
     for kind, detect in DETECTORS:
         for cause in detect(case):
-            if cause.always or cause.nbytes >= max(WORTH_NBYTES, WORTH_SHARE * nbytes):
+            if cause.always or cause.nbytes >= max(WORTH_NBYTES, WORTH_SHARE * listing.nbytes):
                 found.append((kind, cause))
                 case.explained.update(cause.names if cause.explains else ())
     found.sort(key=lambda one: -one[1].nbytes)

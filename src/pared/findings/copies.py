@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from pared.findings.content import Content, spread
-from pared.findings.finding import Case, Cause, megabytes
+from pared.findings.finding import Case, Cause
 from pared.readers import FLOATING, Array, Held, as_floats
 
 Pair = tuple[Held, Held]
@@ -46,8 +46,8 @@ def two_copies(case: Case) -> Iterator[Cause]:
     whole = not others and wide[-1] in "./"
     names = (f"{wide}*", f"{narrow}*") if whole else (pairs[0][0].name, pairs[0][1].name)
     types = "/".join(dict.fromkeys(held.dtype for _, held in pairs))
-    evidence = f"{names[0]} ({megabytes(nbytes)}) is the model that {names[1]} has as {types} ({len(pairs)} tensors)"
-    evidence += f" and again in float ({len(exact)})" if exact else ""
+    again = f", {len(exact)} in float again" if exact else ""
+    evidence = f"the model is here twice: {names[0]} in float, {names[1]} with {len(pairs)} tensors as {types}{again}"
     yield Cause(tuple(held.name for held in redundant), nbytes, evidence)
 
 

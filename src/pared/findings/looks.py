@@ -11,7 +11,7 @@ import numpy as np
 
 from pared import parallel
 from pared.findings.content import Content, spread
-from pared.findings.grids import grid_of
+from pared.findings.levels import grid_of
 from pared.readers import FLOATING, Array, Held
 
 # From this share of zeros on a tensor is sparse; the most common pattern, two of four, has exactly half.

@@ -12,6 +12,9 @@ from pared.readers import Held, Storage
 # A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
 # kind: images, tables, logs.
 _PICKLED_NBYTES: Final = 1024
+# The types of tensors that only quantization makes; and the share of a file that is too much for the rest.
+_QUANTIZED: Final = ("qint8", "quint8", "quint4x2", "quint2x4")
+_MOSTLY: Final = 0.25
 _PICKLE: Final = "(pickle)"
 
 
@@ -77,6 +80,21 @@ def optimizer_state(case: Case) -> Iterator[Cause]:
     yield Cause(
         tuple(one.name for one in left), nbytes, f"{words[:60]} of {len(left)} entries: what only training needs{times}"
     )
+
+
+def left_in_float(case: Case) -> Iterator[Cause]:
+    """Weights that a quantizer has left in float32, in a file that is taken for a quantized one."""
+    weights = [held for held in case.distinct() if len(held.shape) > 1 and held.name not in case.explained]
+    codes = [held for held in weights if held.dtype in _QUANTIZED]
+    floats = [held for held in weights if held.dtype == "float32" and held.nbytes >= JUDGED_NBYTES]
+    if codes and sum(held.nbytes for held in floats) >= _MOSTLY * case.listing.nbytes:
+        largest = max(floats, key=lambda held: held.nbytes)
+        yield Cause(
+            tuple(held.name for held in floats),
+            sum(held.nbytes for held in floats),
+            f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, {largest.name} for one",
+            explains=False,
+        )
 
 
 def _last(name: str) -> str:

