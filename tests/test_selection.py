@@ -131,6 +131,17 @@ def test_what_holds_no_numbers_is_left_out() -> None:
     assert kinds(found) == {"a": "ballast"}
 
 
+def test_of_the_files_of_a_folder_one_is_the_model() -> None:
+    held = ["w", "pytorch_model.bin/w", "onnx/model.onnx/v", "optimizer.pt/state/0/exp_avg"]
+    found = select(Listing(tuple(Held(name, "float32", (2,), 8, name) for name in held)))
+    assert names(found) == [("w",)]
+    assert sorted(kinds(found).values()) == ["ballast", "optimizer-state", "two-copies"]
+
+
+def test_the_one_file_of_a_folder_needs_no_name() -> None:
+    assert names(select(Listing((Held("sub/model.pt/state_dict/w", "float32", (2,), 8, "w"),)))) == [("w",)]
+
+
 def test_nothing_is_nothing() -> None:
     assert select(Listing(())) == Selection((), ())
 

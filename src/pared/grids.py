@@ -56,7 +56,8 @@ def magnitudes(matrix: Array, dtype: str, threads: int = 1) -> Steps:
     def look(tile: _Tile) -> Steps:
         block = as_floats(matrix[tile], dtype)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
-            return np.maximum(block.max(1), -block.min(1)).astype(np.float32, copy=False)
+            highest: Steps = np.maximum(block.max(1), -block.min(1)).astype(np.float32, copy=False)
+        return highest
 
     found = np.zeros(len(matrix), np.float32)
     for (rows, _), largest in _shared(look, matrix, threads):  # a long row has several tiles

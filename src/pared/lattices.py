@@ -92,7 +92,7 @@ def _some(array: Array, view: View) -> Array:
     if view.rows == tuple(range(len(view.split) - 1)):  # rows are runs: no need to move the tensor's numbers
         matrix = array.reshape(-1, view.split[-1])
     elif not view.rows:
-        flat = array.reshape(1, -1) if array.flags.c_contiguous else array[:1].reshape(1, -1)
+        flat: Array = array.reshape(1, -1) if array.flags.c_contiguous else array[:1].reshape(1, -1)
         return flat[:, :: max(1, flat.shape[1] // (_ROWS * _COLUMNS))]
     elif view.rows == (0,):
         chosen = array[np.unique(np.linspace(0, len(array) - 1, _ROWS).astype(int))]
@@ -188,7 +188,8 @@ def _refined(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> St
 def _spacing(magnitudes: Floats, dtype: str) -> Floats:
     """The distance of each magnitude to the next number of its type."""
     if dtype == "bfloat16":
-        return np.ldexp(1.0, np.frexp(magnitudes)[1] - 8)
+        distance: Floats = np.ldexp(1.0, np.frexp(magnitudes)[1] - 8)
+        return distance
     spacing: Floats = np.spacing(magnitudes.astype(ELEMENTS["float32" if dtype == "float64" else dtype])).astype(
         np.float64
     )

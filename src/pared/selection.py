@@ -8,7 +8,7 @@ numbers compared. Nothing here uses torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -78,6 +78,8 @@ _TRAINING: Final = re.compile(
 )
 # What optimizers keep for each weight, whatever the dictionary is called.
 _MOMENTS: Final = re.compile(r".*[/.](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta)$")
+# Before the names of a folder's tensors that are not in its main file.
+_IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckpt|pt2|onnx|gguf|npz|npy|h5|keras))/")
 # The attributes of a module through which a pickle reaches its tensors.
 _ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 # What wrappers put before every name: DataParallel and its kin, torch.compile.
@@ -111,6 +113,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
     left: list[LeftOut] = []
     named = [(_path(held.name), held) for held in listing.tensors]
     named = _divided(named, _not_of_a_model, left)
+    named = _main_file(named, left)
     named = _innermost(named, left)
     named = _one_copy(named, left)
     return Selection(tuple(_together(listing, named, compare, left)), tuple(left))
@@ -151,6 +154,25 @@ def _not_of_a_model(one: _Named) -> _Verdict | None:
     if re.match(r"(?i)(.*_)?rng_state", top):
         return "the state of random numbers, which only training needs", "optimizer-state"
     return None
+
+
+def _main_file(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
+    """Of a folder's files the one, or the shards, whose tensors have plain names."""
+    plain = {name for name, _ in named if not _IN_FILE.match(name)}
+    if plain:
+        return _divided(named, lambda one: _in_another_file(one, plain), left)
+    if len({found[1] for name, _ in named if (found := _IN_FILE.match(name))}) == 1:
+        return [(_IN_FILE.sub("", name), held) for name, held in named]
+    return named
+
+
+def _in_another_file(one: _Named, plain: Container[str]) -> _Verdict | None:
+    found = _IN_FILE.match(one[0])
+    if found is None:
+        return None
+    if one[0][found.end() :] in plain:
+        return f"a copy of the model, in {found[1]}", "two-copies"
+    return f"in another file of the folder, {found[1]}", "ballast"
 
 
 def _innermost(named: list[_Named], left: list[LeftOut]) -> list[_Named]:

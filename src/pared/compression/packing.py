@@ -1,7 +1,8 @@
 """One tensor of a checkpoint as it will stand in an artifact: which format its numbers get, and the bytes of its parts.
 
 Nothing is known but the numbers themselves. Whatever has two dimensions or more goes on a grid with a step for each
-row, if it does not lie on one already; what has fewer becomes float16 where that keeps every value; everything else stays as it is.
+row, if it does not lie on one already; what has fewer becomes float16 where that keeps every value; everything else
+stays as it is.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) 
     if not np.isfinite(largest).all():
         return _unbounded(array, dtype, name)
     found = find_lattice(array, dtype, target.bits if target.level is None else INT8_BITS)
-    if found is not None:
+    if found is not None and _affordable(found.step, target):
         parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
         because = "its numbers lie on this grid already: nothing is lost"
         return Packed(_grid(found.codes.dtype.name), parts, found.view, None, because)
@@ -106,6 +107,11 @@ def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) 
     codes = encode(matrix, dtype, step, kind, threads).reshape(array.shape)
     parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
     return Packed(_grid(kind), parts, view, target.bits if target.level is None else None)
+
+
+def _affordable(step: Steps, target: Target) -> bool:
+    """Whether a grid that loses nothing is at most an octave finer than what was planned."""
+    return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
 def _view(shape: tuple[int, ...]) -> View:
@@ -128,7 +134,9 @@ def _grid(codes: str) -> dict[str, str]:
 
 
 def _exact(array: Array, because: str) -> Packed:
-    return Packed({"tag": "raw"}, {"values": Part(array.tobytes())}, because=because)
+    # Of a mapped file nothing is copied.
+    plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
+    return Packed({"tag": "raw"}, {"values": Part(plain)}, because=because)
 
 
 def _float(array: Array, dtype: str, to: str, because: str) -> Packed:

@@ -66,13 +66,13 @@ def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: 
         view = View((len(part), part.shape[1]), (0,))
         parts = encode_codes(encode(part, dtype, step, codes), view)
         tables = len(encode_steps(step).payload) * part.shape[1] / matrix.shape[1]
-        return 8 * (sum(len(one.payload) for one in parts.values()) + tables) / float(part.size)
+        return float(8 * (sum(len(one.payload) for one in parts.values()) + tables) / part.size)
 
     if rate(bound) <= bits:
         return finest
     spread = float(np.sqrt(np.mean(np.square(as_floats(part, dtype), dtype=np.float64))))
     start = _OCTAVE * (math.log2(spread) + 2 - bits)  # of a normal distribution, about
-    level = _crossing(lambda level: rate(steps_at_level(level, bound)), bits, start)
+    level = crossing(lambda level: rate(steps_at_level(level, bound)), bits, start, _TOLERANCE)
     return steps_at_level(level, finest)
 
 
@@ -80,15 +80,19 @@ def _evenly(count: int, most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-def _crossing(rate: Callable[[float], float], bits: float, level: float) -> float:
-    """The level at which a falling rate comes to `bits`: by the slope that fine grids have, else by bisection."""
+def crossing(rate: Callable[[float], float], bits: float, level: float, tolerance: float) -> float:
+    """The level at which a falling rate comes to `bits`: by the slope that fine grids have, else by bisection.
+
+    >>> round(crossing(lambda level: 4 - level / 8, 3.0, 0.0, 0.01))
+    8
+    """
     low, high = -math.inf, math.inf
     best, miss = level, math.inf
     for _ in range(_MOST_PROBES):
         excess = rate(level) - bits
         if abs(excess) < abs(miss):
             best, miss = level, excess
-        if abs(excess) <= _TOLERANCE:
+        if abs(excess) <= tolerance:
             break
         low, high = (level, high) if excess > 0 else (low, level)
         level += _OCTAVE * max(-4.0, min(4.0, excess))  # an octave is a bit
