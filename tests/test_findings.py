@@ -1,6 +1,8 @@
 """Findings: every cause is seen in a file that has it, with its bytes, and in no file that has not."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pared
-from pared import findings, ledger, readers
+from pared import cli, findings, ledger, readers
 from pared.findings import KINDS, Finding, find
 from pared.findings.content import Content
 from pared.findings.levels import grid_of
@@ -311,13 +313,41 @@ def test_one_number_off_is_no_copy_and_no_grid(tmp_path: Path) -> None:
     assert found(saved({"a": one, "b": other, "c": grid, "d": half}, tmp_path)) == ()
 
 
-def test_the_text_shows_findings_above_the_table(tmp_path: Path) -> None:
-    path = saved(CASES["the float and the int8 half of INC's wrapper"][0](), tmp_path)
-    lines = pared.inspect(path).render().splitlines()
+@pytest.mark.parametrize("case", CASES)
+def test_the_remedy_reaches_what_it_says(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is run as it is written."""
+    monkeypatch.chdir(tmp_path)
+    seen = found(saved(CASES[case][0](), Path()))
+    promised = {(f.remedy, f.bytes_after) for f in seen if f.bytes_after is not None}
+    assert bool(promised) == (case not in MENDED_BY_HAND)
+    for remedy, after in promised:
+        monkeypatch.setattr(sys, "argv", shlex.split(remedy))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        assert (tmp_path / "small" / "best_model.pt").stat().st_size == pytest.approx(after, rel=0.03)
+
+
+MENDED_BY_HAND = ("small numbers in int64", "an LSTM that stayed in float")
+
+
+def test_what_holds_no_model_is_not_compressed(tmp_path: Path) -> None:
+    (finding,) = found(saved(checkpoint(torch.optim.AdamW)["optimizer"], tmp_path))
+    assert (finding.kind, finding.bytes_after) == ("optimizer-state", None)
+    assert "there is no model" in finding.evidence
+
+
+def test_the_text_shows_findings_above_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (
+        pared.inspect(saved(CASES["the float and the int8 half of INC's wrapper"][0](), Path())).render().splitlines()
+    )
     start = next(i for i, line in enumerate(lines) if line.startswith("two-copies"))
-    assert lines[start].split()[1:4] == ["66.8", "KB", "72"] or lines[start].split()[2] == "KB"
-    assert "the model is here twice: fp32_model.* in float" in lines[start]
-    assert any(line.startswith("  -> pared compress ") for line in lines[start:])
+    assert lines[start] == (
+        "two-copies               67.3 KB  72 %  the model is here twice: fp32_model.* in float, _model.* with 2"
+    )
+    assert lines[start + 2].startswith("  -> ")
+    assert lines[start + 2].endswith(": pared compress model.pt -o small")
     assert start < next(i for i, line in enumerate(lines) if line.startswith(" tensor "))
     assert max(map(len, lines)) <= ledger.WIDTH
 

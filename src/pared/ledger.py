@@ -134,8 +134,9 @@ class Ledger:
                     yield from textwrap.wrap(
                         printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
                     )
-            then = "" if after is None else f"  # {megabytes(after)}, {after / max(self.nbytes, 1):.3f} of this"
-            yield f"  -> {printable(remedy)}{then}"
+            mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
+            command = remedy.startswith("pared ")  # to be copied in one piece
+            yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
         if self.sampled:
             yield from ("", "These come from evenly spread rows, 1 GB of them; --deep reads everything.")
 

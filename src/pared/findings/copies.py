@@ -28,6 +28,8 @@ _LEAST_COMPARED: Final = 64  # numbers: fewer agree by chance
 _LEAST_NBYTES: Final = 1 << 12  # of codes: of tensors whose floats are judged
 _NEARLY: Final = 0.8  # of the bytes of a copy: small tensors are not compared
 
+_ONCE: Final = "Let the modules share one tensor, or leave it out: register_buffer(..., persistent=False)."
+
 _INPUT: Final = re.compile(r"(?i)embed|wte|tok|vocab|shared|lookup")
 _OUTPUT: Final = re.compile(r"(?i)head|output|decoder|logits|proj|generator|classifier|embed")
 
@@ -84,11 +86,17 @@ def _named(case: Case) -> Iterator[Cause]:
 
 def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Iterator[Cause]:
     pairs = [(group[0], other) for group in _equal(case) for other in group[1:] if belongs(group[0], other)]
-    shown = "; ".join(f"{other.name} = {first.name}" for first, other in pairs[:2])
-    more = f"; and {len(pairs) - 2} more" if pairs[2:] else ""
-    yield Cause(
-        tuple(other.name for _, other in pairs), sum(other.nbytes for _, other in pairs), f"{words}: {shown}{more}"
-    )
+    for remedy, mends in (("", True), (_ONCE, False)):
+        alike = [(first, other) for first, other in pairs if _is_weight(first) == mends]
+        shown = "; ".join(f"{other.name} = {first.name}" for first, other in alike[:2])
+        more = f"; and {len(alike) - 2} more" if alike[2:] else ""
+        names = tuple(other.name for _, other in alike)
+        yield Cause(names, sum(other.nbytes for _, other in alike), f"{words}: {shown}{more}", remedy)
+
+
+def _is_weight(held: Held) -> bool:
+    """Whether `selection` keeps it once where it is there twice."""
+    return held.dtype in FLOATING and len(held.shape) > 1
 
 
 def _are_tied(first: Held, other: Held) -> bool:

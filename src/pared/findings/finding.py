@@ -33,9 +33,9 @@ class Finding:
         names: the tensors, or the other things, that it is about; of a copy, what is redundant.
         evidence: what was seen, in a line.
         remedy: the command, or in a sentence the act, that mends it.
-        bytes_after: of the whole artifact, when `pared compress` has been run as `remedy` says; the same for all
-            findings of a file, since one run mends them all. None where the remedy is another one, or where the bytes
-            cannot be told without reading numbers (`--quick`).
+        bytes_after: of the whole artifact that `pared compress` makes, where that is the remedy: the same for all
+            findings of a file, since one run mends them all. None where the remedy is another one, and where nothing
+            but headers was read.
     """
 
     kind: str

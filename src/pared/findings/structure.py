@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from pared.findings.finding import JUDGED_NBYTES, Case, Cause, megabytes
+from pared.findings.finding import JUDGED_NBYTES, WORTH_SHARE, Case, Cause, megabytes
 from pared.readers import Held, Storage
 
 # A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
@@ -15,6 +15,9 @@ _PICKLED_NBYTES: Final = 1024
 # The types of tensors that only quantization makes; and the share of a file that is too much for the rest.
 _QUANTIZED: Final = ("qint8", "quint8", "quint4x2", "quint2x4")
 _MOSTLY: Final = 0.25
+# What mends what `pared compress` cannot.
+_NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
+_OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
 _PICKLE: Final = "(pickle)"
 
 
@@ -76,10 +79,10 @@ def optimizer_state(case: Case) -> Iterator[Cause]:
     words = "/".join(sorted({_last(one.name) for one in left if one.nbytes > 8}))
     nbytes = sum(one.nbytes for one in left)
     model = sum(kept.held.nbytes for kept in case.selection.kept)
-    times = f", {nbytes / model:.1f} times the model's own bytes" if model else ""
-    yield Cause(
-        tuple(one.name for one in left), nbytes, f"{words[:60]} of {len(left)} entries: what only training needs{times}"
-    )
+    alone = model <= WORTH_SHARE * nbytes
+    times = "and there is no model" if alone else f"{nbytes / model:.1f} times the bytes of the model"
+    evidence = f"{words[:60]} in {len(left)} entries: only training needs them, {times}"
+    yield Cause(tuple(one.name for one in left), nbytes, evidence, _NO_MODEL if alone else "")
 
 
 def left_in_float(case: Case) -> Iterator[Cause]:
@@ -93,6 +96,7 @@ def left_in_float(case: Case) -> Iterator[Cause]:
             tuple(held.name for held in floats),
             sum(held.nbytes for held in floats),
             f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, {largest.name} for one",
+            _OF_SOURCE if any(kept.held.dtype in _QUANTIZED for kept in case.selection.kept) else "",
             explains=False,
         )
 
