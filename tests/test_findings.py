@@ -343,9 +343,11 @@ def test_the_text_shows_findings_above_the_table(tmp_path: Path, monkeypatch: py
         pared.inspect(saved(CASES["the float and the int8 half of INC's wrapper"][0](), Path())).render().splitlines()
     )
     start = next(i for i, line in enumerate(lines) if line.startswith("two-copies"))
-    assert lines[start] == (
-        "two-copies               67.3 KB  72 %  the model is here twice: fp32_model.* in float, _model.* with 2"
+    assert (
+        lines[start]
+        == "two-copies               66.6 KB  71 %  the model is here twice: fp32_model.* in float, _model.*"
     )
+    assert lines[start + 1].strip() == "with 2 tensors as qint8"
     assert lines[start + 2].startswith("  -> ")
     assert lines[start + 2].endswith(": pared compress model.pt -o small")
     assert start < next(i for i, line in enumerate(lines) if line.startswith(" tensor "))

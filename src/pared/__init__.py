@@ -13,6 +13,8 @@ from pared.version import __version__
 
 if TYPE_CHECKING:
     from pared.api import fit, load, trade_off
+    from pared.compression.checkpoint import compress
+    from pared.compression.expansion import expand
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
     from pared.errors import (
         CalibrationError,
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "pared.api": ("fit", "load", "trade_off"),
+    "pared.compression.checkpoint": ("compress",),
+    "pared.compression.expansion": ("expand",),
     "pared.forecast": ("Estimate", "estimate"),
     "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
     "pared.errors": (
@@ -71,7 +75,9 @@ __all__ = [
     "UnsafeError",
     "VersionError",
     "__version__",
+    "compress",
     "estimate",
+    "expand",
     "fit",
     "inspect",
     "load",

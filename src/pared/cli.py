@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
+from pared.compression import checkpoint, expansion
 from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, ParedError
 
@@ -141,6 +142,38 @@ def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
     if not quiet:
         typer.echo(found)
         typer.echo(f"\nwritten: {output / 'curve.json'}, {output / 'curve.svg'}")
+
+
+@app.command("compress")
+def compress_file(
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors or .pt file, or a Hugging Face folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    bits: Annotated[
+        float | None, typer.Option(help="Bits that each weight takes; 8 by default, 16 for float16.")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help='The most bytes the file may take, "12MB" for instance.')] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
+) -> None:
+    """Compress a checkpoint without the model's code; a run that was killed goes on where it stopped."""
+    _show_log(verbose)
+    done = checkpoint.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
+    if not quiet:
+        typer.echo(done)
+
+
+@app.command("expand")
+def expand_file(
+    path: Annotated[Path, typer.Argument(help="An artifact, or the directory that it is in.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors file, or a directory.")],
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
+) -> None:
+    """Turn an artifact back into floats, as a .safetensors file."""
+    done = expansion.run(path, output, quiet=quiet)
+    if not quiet:
+        typer.echo(done)
 
 
 @app.command("inspect")

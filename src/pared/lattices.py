@@ -25,6 +25,7 @@ _LARGEST: Final = (0, 127, 8, 7, 128, 255)
 _MOST: Final = 255  # levels to either side of zero: with a zero point of its own, a grid of 256 reaches so far
 _GROUPS: Final = (32, 64, 128)  # neighbours in a row with a step of their own
 _ROWS, _COLUMNS = 4, 2048  # that are looked at first
+_ROUNDING: Final = 2.0**-16  # of the largest magnitude: what float32 may be off by, and its step too, with room
 _BLOCK: Final = 1 << 19
 
 Floats = NDArray[np.float64]
@@ -81,6 +82,8 @@ def _promising(array: Array, dtype: str, view: View, bits: float) -> int | None:
     if sample.shape[1] < 2 or not sample.any():
         return None
     for largest in _LARGEST:
+        if _on_grid(sample[:1], dtype, largest) is None:  # nearly always, and cheaper than all of them
+            continue
         found = _on_grid(sample, dtype, largest)
         if found is not None and entropy.entropy(found[0]) <= bits:
             return largest
@@ -89,6 +92,7 @@ def _promising(array: Array, dtype: str, view: View, bits: float) -> int | None:
 
 def _some(array: Array, view: View) -> Array:
     """A few rows of the view, and of long ones a part."""
+    matrix: Array
     if view.rows == tuple(range(len(view.split) - 1)):  # rows are runs: no need to move the tensor's numbers
         matrix = array.reshape(-1, view.split[-1])
     elif not view.rows:
@@ -99,7 +103,8 @@ def _some(array: Array, view: View) -> Array:
         return chosen.reshape(len(chosen), -1)[:, :_COLUMNS]
     else:
         chosen = array[:, np.unique(np.linspace(0, array.shape[1] - 1, _ROWS).astype(int))]
-        return np.moveaxis(chosen, 1, 0).reshape(chosen.shape[1], -1)[:, :_COLUMNS]
+        matrix = np.moveaxis(chosen, 1, 0).reshape(chosen.shape[1], -1)
+        return matrix[:, :_COLUMNS]
     return matrix[np.unique(np.linspace(0, len(matrix) - 1, 16 * _ROWS).astype(int)), :_COLUMNS]
 
 
@@ -154,12 +159,19 @@ def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16],
         return None
     guess = np.divide(top, codes_of_top, out=np.zeros_like(top), where=codes_of_top > 0)
     codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(rows), where=guess[:, None] > 0))
-    if codes.max() > _MOST:
+    if codes.max() > _MOST or not _near(magnitudes, codes, guess, dtype):
         return None
     step = _refined(magnitudes, codes, guess, dtype)
     signed = np.copysign(codes, rows)
     exact = as_floats(narrowed(signed.astype(np.float32) * step[:, None], dtype), dtype) == rows
     return (signed.astype(np.int16), step) if exact.all() else None
+
+
+def _near(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> bool:
+    """Whether the codes can be right, before it is found out exactly: what they miss is rounding, not half a step."""
+    if ELEMENTS[dtype].endswith("2"):  # the rounding of 16 bits may be most of a step
+        return True
+    return bool((abs(magnitudes - codes * guess[:, None]) <= _ROUNDING * magnitudes.max(1)[:, None]).all())
 
 
 def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None:

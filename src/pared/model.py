@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pared import artifact, ledger, reporting
-from pared.contents import Contents, Stored, match
+from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import Keeper, detach
@@ -265,6 +265,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
     check_unquantized(model)
+    contents = completed(model, contents)
     pairs = match(model, contents)
     running = running_of(model, contents, profile, memory)
     in_codes = held_in_codes(model, pairs, contents, running, memory)

@@ -7,6 +7,7 @@ would start threads of its own in each thread that writes or reads.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -14,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pared import entropy
-from pared.container import STEP_INDEXES
+from pared import container, entropy
+from pared.container import STEP_INDEXES, Entry
 from pared.entropy import Codes
 from pared.errors import CorruptError, ParedError
 from pared.views import View
@@ -41,6 +42,44 @@ class Part:
     base: int | None = None
 
 
+def placed(parts: Mapping[str, Part], end: int, factor: float = 1.0) -> dict[str, container.Part]:
+    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
+
+    Args:
+        parts: in their order.
+        end: of the part before.
+        factor: by which their bytes are more than these.
+    """
+    found, crc32 = {}, 0
+    for i, (name, part) in enumerate(parts.items()):
+        length = round(len(part.payload) * factor)
+        start = container.start_of(end, length)
+        crc32 = zlib.crc32(part.payload, crc32)
+        checksum = crc32 if i == len(parts) - 1 else None
+        found[name] = container.Part(start, length, checksum, part.coding, part.rows, part.base)
+        end = start + length
+    return found
+
+
+def parts_of(entry: Entry, data: memoryview) -> dict[str, Part]:
+    """The parts of a tensor of an artifact, compared with their checksums.
+
+    Raises:
+        CorruptError: they do not match.
+    """
+    found, crc32 = {}, 0
+    for name, part in entry.parts.items():
+        payload = data[part.offset : part.end]
+        crc32 = zlib.crc32(payload, crc32)
+        if part.crc32 is not None:
+            if crc32 != part.crc32:
+                remedy = "Fetch the file again; it is damaged."
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
+            crc32 = 0
+        found[name] = Part(payload, part.coding, part.rows, part.base)
+    return found
+
+
 # --- codes
 
 # How many classes of rows there may be.
@@ -48,8 +87,8 @@ _CLASSES: Final = (2, 4, 8)
 # What a class costs beside its codes, about, in bytes: its place in the index; the tables of its last block.
 _INDEX_PRICE: Final = 24
 _TABLE_PRICE: Final = 40
-# From so many codes on, whether classes pay is found out on a part of the rows.
-_LARGE: Final = 1 << 19
+# Of a large matrix, so many codes tell whether classes pay.
+_ENOUGH: Final = 1 << 17
 # Rows are sorted by spread and then divided between classes in so many groups.
 _GROUPS: Final = 64
 
@@ -70,22 +109,25 @@ def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Part]:
     ['codes']
     """
     matrix = matrix_of(codes, view)
-    if matrix.size > _LARGE:
-        chosen = matrix[:: -(-matrix.size // _LARGE)]
-        if len(_smaller(chosen, 1)) == 1:
-            return {"codes": _encoded(codes, threads)}
-        return _by_classes(matrix, threads) or {"codes": _encoded(codes, threads)}
-    return _smaller(matrix, threads, codes)
+    if matrix.size <= 2 * _ENOUGH:
+        return _smaller(matrix, codes, 1, threads)
+    part = matrix[:: -(-matrix.size // _ENOUGH)]
+    parts = None
+    if "classes" in _smaller(part, part, matrix.size / max(1, part.size), 1):
+        parts = _by_classes(matrix, threads)
+    return parts or {"codes": _encoded(codes, threads)}
 
 
-def _smaller(matrix: Codes, threads: int, codes: Codes | None = None) -> dict[str, Part]:
-    """A matrix as one stream or by classes, whichever is smaller; `codes` are the same in their own order."""
-    whole = {"codes": _encoded(matrix if codes is None else codes, threads)}
+def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, Part]:
+    """Codes, of which a matrix is a view, as one stream or by classes: what is smaller, of so many times as many."""
+    whole = {"codes": _encoded(codes, threads)}
     parts = _by_classes(matrix, threads) if whole["codes"].payload else None
     if parts is None:
         return whole
-    price = sum(len(part.payload) for part in parts.values()) + _INDEX_PRICE * (len(parts) - 1)
-    return parts if price < len(whole["codes"].payload) else whole
+    more = len(parts) - 2  # streams than one
+    fixed = _TABLE_PRICE * more
+    price = (sum(len(part.payload) for part in parts.values()) - fixed) * weight + fixed + _INDEX_PRICE * (more + 1)
+    return parts if price < len(whole["codes"].payload) * weight else whole
 
 
 def _by_classes(matrix: Codes, threads: int) -> dict[str, Part] | None:

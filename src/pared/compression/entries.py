@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 from pared.compression.packing import Packed
-from pared.container import Entry, Part, start_of
+from pared.container import Entry
 from pared.selection import Kept
+from pared.streams import placed
 
 
 def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry:
@@ -18,14 +17,6 @@ def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry
         end: of the part before.
         factor: by which its parts are longer than these.
     """
-    parts, crc32 = {}, 0
-    for i, (name, part) in enumerate(packed.parts.items()):
-        nbytes = round(len(part.payload) * factor)
-        start = start_of(end, nbytes)
-        crc32 = zlib.crc32(part.payload, crc32)
-        checksum = crc32 if i == len(packed.parts) - 1 else None
-        parts[name] = Part(start, nbytes, checksum, part.coding, part.rows, part.base)
-        end = start + nbytes
     return Entry(
         names=kept.names,
         kind=kept.kind,
@@ -35,5 +26,5 @@ def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry
         view=(packed.view.split, packed.view.rows) if packed.view is not None else None,
         bits=packed.bits,
         because=packed.because,
-        parts=parts,
+        parts=placed(packed.parts, end, factor),
     )
