@@ -345,7 +345,7 @@ def test_the_text_shows_findings_above_the_table(tmp_path: Path, monkeypatch: py
     start = next(i for i, line in enumerate(lines) if line.startswith("two-copies"))
     assert (
         lines[start]
-        == "two-copies               66.6 KB  71 %  the model is here twice: fp32_model.* in float, _model.*"
+        == "two-copies               66.6 KB  71 %  the model is here twice: fp32_model.* in float; _model.*"
     )
     assert lines[start + 1].strip() == "with 2 tensors as qint8"
     assert lines[start + 2].startswith("  -> ")

@@ -48,8 +48,8 @@ def two_copies(case: Case) -> Iterator[Cause]:
     whole = not others and wide[-1] in "./"
     names = (f"{wide}*", f"{narrow}*") if whole else (pairs[0][0].name, pairs[0][1].name)
     types = "/".join(dict.fromkeys(held.dtype for _, held in pairs))
-    again = f", {len(exact)} in float again" if exact else ""
-    evidence = f"the model is here twice: {names[0]} in float, {names[1]} with {len(pairs)} tensors as {types}{again}"
+    again = f" and {len(exact)} in float again" if exact else ""
+    evidence = f"the model is here twice: {names[0]} in float; {names[1]} with {len(pairs)} tensors as {types}{again}"
     yield Cause(tuple(held.name for held in redundant), nbytes, evidence)
 
 
