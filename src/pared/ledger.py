@@ -254,7 +254,7 @@ def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[st
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         because = f"its storage is also that of {others[0].name}{more}"
-    elif nbytes > held.nbytes:
+    elif nbytes > held.nbytes and not storages[held.storage].coded:
         because = f"a view of {held.nbytes:,} bytes that keeps a storage of {nbytes:,}"
     return Row(held.name, held.shape, held.dtype, nbytes, because)
 

@@ -2,19 +2,25 @@
 
 A pickle is a program for a machine with a stack, and some of its instructions call whatever they name. The machine
 here has no instruction that imports or calls anything: where Python would call a function, it writes down the name
-and the arguments. It takes only names that its user calls harmless; any other is refused, since its code would run
-if the file were loaded. The standard library's `pickletools` cuts the bytes into instructions.
+and the arguments. Names whose code would run if the file were loaded are collected. The standard library's
+`pickletools` cuts the bytes into instructions.
 """
 
 from __future__ import annotations
 
 import pickletools
+import sys
 import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
+from pared.container import DAMAGED, Allowance
 from pared.errors import CorruptError, UnsafeError
+
+_MOST_FOREIGN: Final = 1000  # names beyond these are not collected
+_NODE_NBYTES: Final = 320  # of a node with its empty lists, and of its places in others
+_MOST_BYTES_PER_CHARACTER: Final = 5  # of a text: its bytes, and up to four for each character
 
 
 @dataclass(frozen=True)
@@ -24,21 +30,24 @@ class Name:
     path: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """Something that holds other things; compared by identity, so that deep ones cost nothing.
 
     Args:
-        call: what would be called to make it; None for a plain tuple, list, set or dict.
+        call: what would be called to make it, a node where the pickle makes that itself; None for a plain tuple,
+            list, set or dict.
         arguments: of the call.
-        values: elements, and the state that the object would be given.
+        values: elements.
         pairs: the keys and values of a dict.
+        states: what the object would be given for its attributes.
     """
 
-    call: Name | None = None
+    call: Name | Node | None = None
     arguments: Sequence[object] = ()
     values: list[object] = field(default_factory=list)
     pairs: list[tuple[object, object]] = field(default_factory=list)
+    states: list[object] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,52 +57,109 @@ class Persistent:
     fields: list[object]
 
 
-def read_pickle(data: bytes, harmless: Container[str], where: str) -> object:
-    """What a pickle describes: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+@dataclass(frozen=True, eq=False)
+class Pickle:
+    """What a pickle describes.
 
     Args:
-        data: the pickle.
-        harmless: the paths of the names it may refer to.
+        root: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+        foreign: the names it refers to that its reader does not know as harmless, each once.
+        references: all that it refers to outside itself.
+        nbytes: up to its end.
+    """
+
+    root: object
+    foreign: tuple[str, ...]
+    references: tuple[Persistent, ...]
+    nbytes: int
+
+
+def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, allowance: Allowance) -> Pickle:
+    """What a pickle describes; nothing that it names is imported or called.
+
+    Args:
+        data: the pickle, and maybe more behind it.
+        harmless: the paths of the names that need not be mentioned.
         where: the file's name, for messages.
+        allowance: the memory that it may take.
 
     Raises:
-        UnsafeError: it refers to another name, or uses instructions that need code to be understood.
+        UnsafeError: it uses instructions that need code to be understood, or takes more than it may.
         CorruptError: it is malformed.
 
     >>> import pickle
-    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file").pairs
+    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file", Allowance("file", 100)).root.pairs
     [('epoch', 3)]
     """
-    machine = _Machine(harmless, where)
+    machine = _Machine(harmless, where, allowance)
+    stream = _Stream(memoryview(data), allowance)
     try:
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            machine.run(data)
-        return machine.pop()
+            machine.run(stream)
+        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.position)
     except (UnsafeError, MemoryError):
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(
-            f"its pickle is malformed: {error}", where=where, remedy="Fetch the file again; it is damaged."
-        ) from error
+        raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where, remedy=DAMAGED) from error
+
+
+def _shown(text: str) -> str:
+    return text[:160].encode("unicode_escape").decode("ascii")
+
+
+class _Stream:
+    """The bytes of a pickle, as `pickletools` reads them; what is long is allowed first."""
+
+    _LONGEST_LINE: Final = 1 << 20
+
+    def __init__(self, data: memoryview, allowance: Allowance) -> None:
+        self.data = data
+        self.allowance = allowance
+        self.position = 0
+
+    def read(self, length: int) -> bytes:
+        length = max(0, min(length, len(self.data) - self.position))
+        self.allowance.take(length * _MOST_BYTES_PER_CHARACTER)
+        return self._next(length)
+
+    def readline(self) -> bytes:
+        """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
+        piece = bytes(self.data[self.position : self.position + 64])
+        if b"\n" not in piece:
+            piece = bytes(self.data[self.position : self.position + self._LONGEST_LINE])
+        return self._next(piece.find(b"\n") + 1 or len(piece))
+
+    def _next(self, length: int) -> bytes:
+        piece = bytes(self.data[self.position : self.position + length])
+        self.position += length
+        return piece
+
+    def tell(self) -> int:
+        return self.position
 
 
 class _Machine:
     """The stack, the marks in it, and the memo."""
 
-    def __init__(self, harmless: Container[str], where: str) -> None:
+    def __init__(self, harmless: Container[str], where: str, allowance: Allowance) -> None:
         self.harmless = harmless
         self.where = where
+        self.allowance = allowance
+        self.foreign: set[str] = set()
+        self.references: list[Persistent] = []
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
 
-    def run(self, data: bytes) -> None:
-        for opcode, argument, _ in pickletools.genops(data):
+    def run(self, stream: _Stream) -> None:
+        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it only reads and tells
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
+            # What goes on the stack is a number, a text or a node. A mark, a name and a memo's place cost less.
+            self.allowance.take(_NODE_NBYTES if argument is None else 64 + sys.getsizeof(argument))
             action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
@@ -185,9 +251,8 @@ class _Machine:
 
     def named(self, module: str, attribute: str) -> Name:
         path = f"{module}.{attribute}"
-        if path not in self.harmless:
-            shown = path[:80].encode("unicode_escape").decode("ascii")
-            self.refuse(f"loading it would run code of {shown}")
+        if path not in self.harmless and len(self.foreign) < _MOST_FOREIGN:
+            self.foreign.add(_shown(path))
         return Name(path)
 
     def call(self, _: object) -> None:
@@ -207,17 +272,19 @@ class _Machine:
         self.name(argument)
         self.push(Node(self.callee(self.pop()), arguments))
 
-    def callee(self, value: object) -> Name:
-        if not isinstance(value, Name):
-            self.refuse("loading it would call something that it makes itself")
+    def callee(self, value: object) -> Name | Node:
+        if not isinstance(value, Name | Node):
+            raise TypeError("it calls a plain value")
         return value
 
     def set_state(self, _: object) -> None:
         state = self.pop()
-        self.top().values.append(state)
+        self.top().states.append(state)
 
     def persistent(self, _: object) -> None:
-        self.push(Persistent(self.pop_node().values))
+        reference = Persistent(self.pop_node().values)
+        self.references.append(reference)
+        self.push(reference)
 
     def nothing(self, _: object) -> None:
         pass

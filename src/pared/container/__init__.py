@@ -1,6 +1,7 @@
 """The artifact's container: its two records, its index, and files that are written whole or not at all."""
 
-from pared.container.checks import Place
+from pared.container.allowance import Allowance
+from pared.container.checks import DAMAGED, Place
 from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
 from pared.container.files import File, as_path, forget, make_directory, open_file, write_atomic, writing_to
 from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
@@ -13,6 +14,7 @@ from pared.container.zip_file import (
     Archive,
     Member,
     checked_content,
+    inflated,
     is_zip,
     read_archive,
     torch_folder,
@@ -20,12 +22,14 @@ from pared.container.zip_file import (
 
 __all__ = [
     "ALIGNMENT",
+    "DAMAGED",
     "FILE_NAMES",
     "ITEM_SIZES",
     "LARGEST_CONSTANT",
     "PICKLE",
     "STEP_INDEXES",
     "VERSION",
+    "Allowance",
     "Archive",
     "Entry",
     "File",
@@ -37,6 +41,7 @@ __all__ = [
     "as_path",
     "checked_content",
     "forget",
+    "inflated",
     "is_safetensors",
     "is_zip",
     "kind_of",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -49,8 +49,8 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     sizes = _sizes(folder)
     index = next((name for name in sizes if name.endswith(_INDEX) and "/" not in name), None)
     placed = {} if index is None else _index(folder / index, sizes)
-    weights = [name for name in sizes if PurePosixPath(name).suffix in SUFFIXES or name in placed.values()]
-    listings = {name: list_tensors(files.enter_context(container.open_file(folder / name))) for name in weights}
+    named = [name for name in sizes if PurePosixPath(name).suffix in SUFFIXES or name in placed.values()]
+    listings, unread = _listings(folder, named, set(placed.values()), files)
     if not listings:
         raise FileError(
             "holds no file of weights",
@@ -60,7 +60,8 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     plain = _plain(listings, placed)
     _check_index(placed, listings, folder)
     parts = [_of_file(name, listing, name in plain) for name, listing in listings.items()]
-    others = {f"({name})": Note(size) for name, size in sizes.items() if name not in listings}
+    taken = {*listings, *_beside(listings)}
+    others = {f"({name})": Note(size, unread.get(name, "")) for name, size in sizes.items() if name not in taken}
     return Listing(
         tensors=tuple(held for part in parts for held in part.tensors),
         storages={key: storage for part in parts for key, storage in part.storages.items()},
@@ -70,6 +71,32 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         nbytes=sum(sizes.values()),
         kind=_kind(sizes, index),
     )
+
+
+def _listings(
+    folder: Path, names: Iterable[str], wanted: Container[str], files: ExitStack
+) -> tuple[dict[str, Listing], dict[str, str]]:
+    """The listing of each file that can be listed, and why others cannot; those that are wanted must."""
+    listings: dict[str, Listing] = {}
+    unread: dict[str, str] = {}
+    # ONNX models first: some of the others may be their data.
+    for name in sorted(names, key=lambda name: (not name.endswith(".onnx"), name)):
+        if name in _beside(listings):
+            continue
+        try:
+            listings[name] = list_tensors(files.enter_context(container.open_file(folder / name)))
+        except FileError as error:
+            if type(error) is not FileError or name in wanted:
+                raise
+            unread[name] = error.what
+    return dict(sorted(listings.items())), unread
+
+
+def _beside(listings: Mapping[str, Listing]) -> set[str]:
+    """The files that hold tensors of others."""
+    return {
+        (PurePosixPath(name).parent / other).as_posix() for name, found in listings.items() for other in found.beside
+    }
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -8,9 +8,32 @@ from typing import Final
 
 from pared import container
 from pared.container import File
+from pared.readers.gguf import is_gguf, read_gguf
+from pared.readers.hdf5 import is_hdf5, read_hdf5
+from pared.readers.keras_zip import is_keras, read_keras
 from pared.readers.listing import Listing, unknown
+from pared.readers.numpy_files import is_npy, is_npz, read_npy, read_npz
+from pared.readers.onnx import is_onnx, read_onnx
 from pared.readers.safetensors import read_safetensors
+from pared.readers.torch_export import export_folder, read_torch_export
+from pared.readers.torch_legacy import is_torch_legacy, read_torch_legacy
 from pared.readers.torch_zip import read_torch_zip
+
+
+def _read_zip(file: File) -> Listing:
+    """What a zip archive holds, by the names of its members."""
+    archive = container.read_archive(file)
+    exported = export_folder(archive)
+    if exported is not None:
+        return read_torch_export(file, archive, exported)
+    if is_npz(archive):
+        return read_npz(file, archive)
+    if is_keras(archive):
+        return read_keras(file, archive)
+    saved = container.torch_folder(file, archive)
+    if saved is not None:
+        return read_torch_zip(file, archive, saved)
+    raise unknown(file, "a zip archive of a kind unknown here")
 
 
 @dataclass(frozen=True)
@@ -29,7 +52,12 @@ class Kind:
 # Asked in this order; the first that knows the file reads it.
 KINDS: Final = (
     Kind(container.is_safetensors, read_safetensors),
-    Kind(container.is_zip, lambda file: read_torch_zip(file, container.read_archive(file))),
+    Kind(container.is_zip, _read_zip),
+    Kind(is_torch_legacy, read_torch_legacy),
+    Kind(is_gguf, read_gguf),
+    Kind(is_npy, read_npy),
+    Kind(is_hdf5, read_hdf5),
+    Kind(is_onnx, read_onnx),
 )
 
 

@@ -51,10 +51,13 @@ class Storage:
         nbytes: that it takes in the file.
         content: gives the numbers' bytes when it is called, inflated where the file has them compressed; None where
             there is no way to them.
+        coded: whether the file has the numbers compressed or otherwise coded, so that `nbytes` tells nothing of how
+            many there are.
     """
 
     nbytes: int
     content: Callable[[], memoryview] | None = None
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class Listing:
             held: one of `tensors`.
 
         Returns:
-            an array of the tensor's shape; None where the file has no numbers for it, or has them in blocks.
+            an array of the tensor's shape, which strides of 0 may make far larger than its storage; None where the
+            file has no numbers for it, has them in blocks, or so compressed that inflating them would fill the memory.
 
         Raises:
             CorruptError: they cannot be read.
@@ -159,6 +163,5 @@ def unknown(file: File, kind: str) -> FileError:
     return FileError(
         f"is {kind}, which pared cannot look into yet",
         where=file.where,
-        remedy="Pass an artifact of pared, a .safetensors file, or a state dict that torch.save wrote; torch.load "
-        "and torch.save turn older torch files into one.",
+        remedy="Pass a file of torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of such files.",
     )
