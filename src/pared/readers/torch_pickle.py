@@ -112,7 +112,13 @@ def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_S
     for argument in arguments:
         if isinstance(argument, Node):
             yield _Step(step.name, argument, depth=depth)
-    for keyed in (enumerate(node.values), node.pairs, *(s.pairs for s in node.states if isinstance(s, Node))):
+    states = [state for state in node.states if isinstance(state, Node)]  # dictionaries mostly, sometimes tuples
+    for keyed in (
+        enumerate(node.values),
+        node.pairs,
+        *(s.pairs for s in states),
+        *(enumerate(s.values) for s in states),
+    ):
         for key, value in keyed:
             if isinstance(value, Node):
                 yield _Step(_join(step.name, key, "/"), value, depth=depth)
