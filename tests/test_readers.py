@@ -335,12 +335,12 @@ def test_nesting_is_bounded() -> None:
 def test_names_are_bounded() -> None:
     """One long key, used at every level below many branches, would make names far longer than the file."""
     key = "k" * 2000
-    value: object = [torch.ones(1)] * 400
+    value: object = [torch.ones(1)] * 2000
     for _ in range(50):
         value = {key: value}
     with pytest.raises(UnsafeError) as error:
         listed(saved(value))
-    assert error.value.what == "its pickle nests names or containers deeper than any state dict"
+    assert error.value.what == "reading it would take more memory than four times its size and 64 MiB"
 
 
 @pytest.mark.parametrize("value", [3, "text", [1, (2.5, None), {"a": b"x", (1, 2): True}], {1: {2: [set(), 2**70]}}])

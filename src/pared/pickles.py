@@ -273,6 +273,9 @@ class _Machine:
         self.push(Node(self.callee(self.pop()), arguments))
 
     def callee(self, value: object) -> Name | Node:
+        # Before torch 1.6, a class came with its source code, as a reference to something outside.
+        if isinstance(value, Persistent):
+            value = next((part for part in value.fields if isinstance(part, Name)), None)
         if not isinstance(value, Name | Node):
             raise TypeError("it calls a plain value")
         return value

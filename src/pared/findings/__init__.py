@@ -41,7 +41,7 @@ def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], I
         for look in case.unexplained():
             if look.trait is not None and look.trait.kind == kind and (look.held.dtype in FLOATING) == floats:
                 names.append(look.held.name)
-                details[look.trait.detail] = details.get(look.trait.detail, 0) + look.held.nbytes
+                details[look.trait.detail] = details.get(look.trait.detail, 0) + case.stored(look.held)
         if names:
             most = max(details, key=lambda detail: details[detail])
             more = f" and {len(names) - 1} more" if names[1:] else ""

@@ -43,7 +43,7 @@ def two_copies(case: Case) -> Iterator[Cause]:
     roots = {_roots(wide.name, narrow.name) for wide, narrow in pairs}
     exact = [pair for group in _equal(case) for pair in _between(group, roots)]
     redundant = _completed(case, list(dict.fromkeys(wide for wide, _ in (*pairs, *exact))), {wide for wide, _ in roots})
-    nbytes = sum(held.nbytes for held in redundant)
+    nbytes = sum(map(case.stored, redundant))
     (wide, narrow), *others = sorted(roots)
     whole = not others and wide[-1] in "./"
     names = (f"{wide}*", f"{narrow}*") if whole else (pairs[0][0].name, pairs[0][1].name)
@@ -55,9 +55,7 @@ def two_copies(case: Case) -> Iterator[Cause]:
 
 def _completed(case: Case, redundant: list[Held], roots: set[str]) -> list[Held]:
     """A copy with all that has its root, where the tensors that are known to be copies are nearly all of that."""
-    below = [
-        held for held in case.distinct() if held.name.startswith(tuple(root for root in roots if root[-1] in "./"))
-    ]
+    below = [held for held in case.distinct if held.name.startswith(tuple(root for root in roots if root[-1] in "./"))]
     known = sum(held.nbytes for held in redundant)
     return (
         below if set(redundant) <= set(below) and known >= _NEARLY * sum(held.nbytes for held in below) else redundant
@@ -77,7 +75,7 @@ def duplicate(case: Case) -> Iterator[Cause]:
 def _named(case: Case) -> Iterator[Cause]:
     """A second model that only its name tells, such as the average of the first over the training."""
     shared = {kept.held.storage for kept in case.selection.kept}
-    places = {held.name: held.storage for held in case.distinct()}
+    places = {held.name: held.storage for held in case.distinct}
     left = [left for left in case.selection.left_out if left.kind == "two-copies" and left.name in places]
     left = [one for one in left if places[one.name] not in shared]
     reasons = "; ".join(dict.fromkeys(one.because for one in left))
@@ -91,7 +89,7 @@ def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Ite
         shown = "; ".join(f"{other.name} = {first.name}" for first, other in alike[:2])
         more = f"; and {len(alike) - 2} more" if alike[2:] else ""
         names = tuple(other.name for _, other in alike)
-        yield Cause(names, sum(other.nbytes for _, other in alike), f"{words}: {shown}{more}", remedy)
+        yield Cause(names, sum(case.stored(other) for _, other in alike), f"{words}: {shown}{more}", remedy)
 
 
 def _is_weight(held: Held) -> bool:
@@ -150,7 +148,7 @@ def _roots(one: str, other: str) -> tuple[str, str]:
 def _rounded(case: Case) -> list[Pair]:
     """Tensors in float, each with another of its shape that is the same rounded."""
     by_shape: dict[tuple[int, ...], list[Held]] = {}
-    for held in case.distinct():
+    for held in case.distinct:
         if held.name not in case.explained and len(held.shape) > 1 and held.nbytes >= _LEAST_NBYTES:
             by_shape.setdefault(held.shape, []).append(held)
     pairs: list[Pair] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -21,6 +21,9 @@ WORTH_NBYTES: Final = 1 << 14
 # The numbers of a tensor are judged only from so many bytes on. Vectors of all zeros or all ones (fresh biases, norms)
 # are smaller, are equal by chance, and would gain nobody anything.
 JUDGED_NBYTES: Final = 1 << 14
+
+# The types of tensors that only quantization makes.
+QUANTIZED: Final = ("qint8", "quint8", "quint4x2", "quint2x4")
 
 
 @dataclass(frozen=True)
@@ -108,16 +111,25 @@ class Case:
     @cached_property
     def looks(self) -> Mapping[str, Look]:
         """What was seen in the numbers of every tensor of size, by name; one of each place in the file."""
-        return look_at(self.content, [held for held in self.distinct() if held.nbytes >= JUDGED_NBYTES])
+        return look_at(self.content, [held for held in self.distinct if held.nbytes >= JUDGED_NBYTES])
 
-    def distinct(self) -> Iterator[Held]:
-        """The tensors, one for each place in the file: tied ones take their bytes once."""
-        seen = set()
+    @cached_property
+    def distinct(self) -> tuple[Held, ...]:
+        """The tensors, one for each place in the file, since tied ones take their bytes once.
+
+        The scales and zero points of a quantized tensor stand below it, and belong to it.
+        """
+        quantized = {held.name for held in self.listing.tensors if held.dtype in QUANTIZED}
+        places: dict[object, Held] = {}
         for held in self.listing.tensors:
-            place = (held.storage, held.offset, held.shape, held.stride)
-            if held.storage is not None and held.nbytes and place not in seen:
-                seen.add(place)
-                yield held
+            if held.storage is not None and held.nbytes and held.name.rpartition("/")[0] not in quantized:
+                places.setdefault((held.storage, held.offset, held.shape, held.stride), held)
+        return tuple(places.values())
+
+    def stored(self, held: Held) -> int:
+        """The bytes of a tensor in the file: of its numbers, unless the file has them coded."""
+        storage = self.listing.storages[held.storage or ""]
+        return storage.nbytes if storage.coded else held.nbytes
 
     def unexplained(self) -> list[Look]:
         """What was seen in the tensors that no finding is about yet."""

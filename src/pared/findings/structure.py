@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from pared.findings.finding import JUDGED_NBYTES, WORTH_SHARE, Case, Cause, megabytes
+from pared.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
 from pared.readers import Held, Storage
 
 # A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
 # kind: images, tables, logs.
 _PICKLED_NBYTES: Final = 1024
-# The types of tensors that only quantization makes; and the share of a file that is too much for the rest.
-_QUANTIZED: Final = ("qint8", "quint8", "quint4x2", "quint2x4")
+# The share of a quantized file that is too much for what is not quantized.
 _MOSTLY: Final = 0.25
 # What mends what `pared compress` cannot.
 _NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
@@ -33,7 +32,9 @@ def executable_pickle(case: Case) -> Iterator[Cause]:
 def ballast(case: Case) -> Iterator[Cause]:
     """Bytes that no tensor of the model needs."""
     used = {held.storage for held in case.listing.tensors}
-    pieces = {f"(data/{key})": s.nbytes for key, s in case.listing.storages.items() if key not in used}
+    # Code that the file names may find storages in ways of its own.
+    unused = {} if case.listing.foreign else {k: s for k, s in case.listing.storages.items() if k not in used}
+    pieces = {f"(data/{key})": storage.nbytes for key, storage in unused.items()}
     reasons = ["storages that no tensor refers to"] if pieces else []
     for name, note in case.listing.notes.items():
         if note.ballast:
@@ -54,7 +55,7 @@ def ballast(case: Case) -> Iterator[Cause]:
 def view_of_larger_storage(case: Case) -> Iterator[Cause]:
     """Storages of which the tensors use a part: `torch.save` writes all of it."""
     tenants: dict[str, list[Held]] = {}
-    for held in case.distinct():
+    for held in case.distinct:
         tenants.setdefault(str(held.storage), []).append(held)
     wasted = {
         group[0].name: (case.listing.storages[key], unused)
@@ -70,7 +71,7 @@ def view_of_larger_storage(case: Case) -> Iterator[Cause]:
 
 def _unused(tenants: Sequence[Held], storage: Storage) -> int:
     """The bytes of a storage that its tensors leave unused, at least."""
-    return max(0, storage.nbytes - sum(held.nbytes for held in tenants))
+    return 0 if storage.coded else max(0, storage.nbytes - sum(held.nbytes for held in tenants))
 
 
 def optimizer_state(case: Case) -> Iterator[Cause]:
@@ -87,16 +88,16 @@ def optimizer_state(case: Case) -> Iterator[Cause]:
 
 def left_in_float(case: Case) -> Iterator[Cause]:
     """Weights that a quantizer has left in float32, in a file that is taken for a quantized one."""
-    weights = [held for held in case.distinct() if len(held.shape) > 1 and held.name not in case.explained]
-    codes = [held for held in weights if held.dtype in _QUANTIZED]
+    weights = [held for held in case.distinct if len(held.shape) > 1 and held.name not in case.explained]
+    codes = [held for held in weights if held.dtype in QUANTIZED]
     floats = [held for held in weights if held.dtype == "float32" and held.nbytes >= JUDGED_NBYTES]
-    if codes and sum(held.nbytes for held in floats) >= _MOSTLY * case.listing.nbytes:
+    if codes and sum(map(case.stored, floats)) >= _MOSTLY * case.listing.nbytes:
         largest = max(floats, key=lambda held: held.nbytes)
         yield Cause(
             tuple(held.name for held in floats),
-            sum(held.nbytes for held in floats),
+            sum(map(case.stored, floats)),
             f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, {largest.name} for one",
-            _OF_SOURCE if any(kept.held.dtype in _QUANTIZED for kept in case.selection.kept) else "",
+            _OF_SOURCE if any(kept.held.dtype in QUANTIZED for kept in case.selection.kept) else "",
             explains=False,
         )
 
@@ -106,11 +107,11 @@ def _last(name: str) -> str:
 
 
 def wide_float(case: Case) -> Iterator[Cause]:
-    """Weights in float64, twice what networks are trained in; scales of quantized tensors are, too, and are small."""
-    wide = [held for held in case.distinct() if held.dtype == "float64" and held.nbytes >= JUDGED_NBYTES]
+    """Weights in float64: twice what networks are trained in."""
+    wide = [held for held in case.distinct if held.dtype == "float64" and held.nbytes >= JUDGED_NBYTES]
     wide = [held for held in wide if held.name not in case.explained]
     yield Cause(
         tuple(held.name for held in wide),
-        sum(held.nbytes for held in wide),
+        sum(map(case.stored, wide)),
         f"{len(wide)} tensors are float64, {sum(math.prod(held.shape) for held in wide):,} numbers of 8 bytes",
     )

@@ -42,7 +42,8 @@ REBUILD_PARAMETER: Final = ("torch._utils._rebuild_parameter", "torch._utils._re
 HARMLESS: Final = frozenset(
     (
         *REBUILD, REBUILD_META, REBUILD_SUBCLASS, *STORAGES, *(f"torch.{name}" for name in BITS),
-        *REBUILD_PARAMETER, "torch._utils._rebuild_sparse_tensor", "torch.Tensor", "torch.nn.parameter.Parameter",
+        *REBUILD_PARAMETER, "torch._utils._rebuild_sparse_tensor", "torch.Tensor",
+        "torch.ScriptObject", "torch.nn.parameter.Parameter",
         "torch.nn.parameter.Buffer", "torch.Size", "torch.device", "torch.serialization._get_layout",
         "torch.torch_version.TorchVersion", "torch.per_tensor_affine", "torch.per_channel_affine",
         "torch.per_channel_affine_float_qparams", "collections.OrderedDict", "collections.defaultdict",

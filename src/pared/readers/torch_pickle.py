@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from pared.container import Allowance, Place
@@ -109,19 +110,13 @@ def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_S
             name = _join(step.name, key, separator)
             yield _Step(name, value, path=True, modules=above if is_module else None, depth=depth)
         return
-    for argument in arguments:
-        if isinstance(argument, Node):
-            yield _Step(step.name, argument, depth=depth)
-    states = [state for state in node.states if isinstance(state, Node)]  # dictionaries mostly, sometimes tuples
-    for keyed in (
-        enumerate(node.values),
-        node.pairs,
-        *(s.pairs for s in states),
-        *(enumerate(s.values) for s in states),
-    ):
-        for key, value in keyed:
-            if isinstance(value, Node):
-                yield _Step(_join(step.name, key, "/"), value, depth=depth)
+    yield from (_Step(step.name, argument, depth=depth) for argument in arguments if isinstance(argument, Node))
+    # The state of an object is its dictionary, or a tuple: of whatever the object wants.
+    states = [state for state in node.states if isinstance(state, Node)]
+    held = (node, *states)
+    for key, inner in chain(*(enumerate(one.values) for one in held), *(one.pairs for one in held)):
+        if isinstance(inner, Node):
+            yield _Step(_join(step.name, key, "/"), inner, depth=depth)
 
 
 def _is_module(node: Node) -> bool:
