@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -115,7 +115,7 @@ def write(model: nn.Module, folder: Path) -> dict[str, Path]:
 
 
 def measure(model: nn.Module, folder: Path) -> list[Row]:
-    """Write the files, look into each, compress each."""
+    """Write the files into a folder, look into each, compress each."""
     rows = []
     for name, path in write(model, folder).items():
         ledger = pared.inspect(path)
@@ -130,6 +130,11 @@ def _compressed(path: Path) -> int | None:
         return None
 
 
+def causes(findings: Sequence[Finding]) -> str:
+    """The kinds that were found, with their bytes."""
+    return "<br>".join(f"`{f.kind}`: {f.nbytes / 1e6:.1f} MB" for f in findings) or "nothing"
+
+
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = [
@@ -137,10 +142,9 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|",
     ]
     for row in rows:
-        found = "<br>".join(f"`{f.kind}`: {f.nbytes / 1e6:.1f} MB" for f in row.findings) or "nothing"
         ratio = row.nbytes / rows[0].nbytes
         after = "compress the float file" if row.after is None else f"{row.after / 1e6:.1f}"
-        lines.append(f"| {row.title} | {row.nbytes / 1e6:.1f} | {ratio:.2f} | {found} | {after} |")
+        lines.append(f"| {row.title} | {row.nbytes / 1e6:.1f} | {ratio:.2f} | {causes(row.findings)} | {after} |")
     return "\n".join(lines)
 
 
