@@ -389,3 +389,22 @@ def test_the_causes_in_the_files_of_inc_are_named_with_their_bytes(tmp_path: Pat
     }
     for name, path in why_bigger.write(model, tmp_path).items():
         assert {f.kind: f.nbytes for f in found(path)} == pytest.approx(expected[name], rel=0.03)
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "not a number": lambda: {"a": torch.full((100, 100), float("nan")), "b": torch.full((100, 100), float("nan"))},
+    "infinite numbers": lambda: {"a": WEIGHT / 0, "b": torch.full((100, 100), float("-inf"))},
+    "the largest numbers": lambda: {"a": torch.where(WEIGHT > 0, 3e38, -3e38), "b": WEIGHT.double() * 1e307},
+    "eight-bit floats": lambda: {"a": WEIGHT.to(torch.float8_e4m3fn), "b": WEIGHT},
+    "complex numbers": lambda: {"a": torch.complex(WEIGHT, WEIGHT)},
+    "no numbers": lambda: {"a": torch.zeros(0, 100), "b": torch.zeros(100, 0), "c": torch.zeros(()), "d": WEIGHT},
+    "transposed": lambda: {"a": WEIGHT.T, "b": TABLE[:, ::2]},
+    "expanded without bound": lambda: {"a": torch.zeros(1, 1).expand(2**20, 2**20), "b": WEIGHT},
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_tensors_are_no_reason_to_stop(case: str, tmp_path: Path) -> None:
+    depth: findings.Depth
+    for depth in ("quick", "default", "deep"):
+        assert all(finding.evidence for finding in found(saved(ODD[case](), tmp_path), depth))

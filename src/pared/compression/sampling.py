@@ -152,7 +152,8 @@ def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
     if part is array:
         part = array.copy()
     release(listing, kept)
-    spread = math.sqrt(float(np.mean(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
+    with np.errstate(over="ignore", invalid="ignore"):  # a spread that is no finite number decides no step
+        spread = math.sqrt(float(np.mean(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
     return Sample(part, array.size / part.size, spread if 0 < spread < math.inf else 1.0)
 
 

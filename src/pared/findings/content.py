@@ -9,6 +9,7 @@ import numpy as np
 from pared.readers import Array, Held, Listing
 
 _BLOCK: Final = 1024  # elements of a vector that are sampled together
+_MOST_INFLATED: Final = 2  # times the bytes of the file
 _COMPARED: Final = 1 << 20  # elements that are compared at a time
 
 
@@ -32,8 +33,13 @@ class Content:
         return self._reads and self.share < 1
 
     def array(self, held: Held) -> Array | None:
-        """The numbers of a tensor, mapped; None where there are none, or none may be read."""
-        return self._listing.array(held) if self._reads else None
+        """The numbers of a tensor, mapped where they can be.
+
+        None where there are none, where none may be read, and where they would take far more memory than the file
+        has bytes: expanded views, and members that inflate without bound.
+        """
+        within = held.nbytes <= _MOST_INFLATED * self._listing.nbytes
+        return self._listing.array(held) if self._reads and within else None
 
     def rows(self, held: Held) -> Array | None:
         """A tensor, or as many evenly spread rows of it as the budget has room for; blocks, of a vector."""

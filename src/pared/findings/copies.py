@@ -156,7 +156,8 @@ def _rounded(case: Case) -> list[Pair]:
         narrow = [held for held in alike if held.dtype in _WIDER]
         wide = [held for held in alike if any(held.dtype in _WIDER[other.dtype] for other in narrow)]
         if wide:
-            pairs += _matched(case.content, wide, narrow)
+            with np.errstate(all="ignore"):  # what overflows or is no number matches nothing
+                pairs += _matched(case.content, wide, narrow)
     return pairs
 
 

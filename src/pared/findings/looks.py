@@ -66,7 +66,9 @@ def _look(content: Content, held: Held) -> Look | None:
         return None
     rows = content.rows(held)
     assert rows is not None
-    return Look(held, _mark(array, held), next(filter(None, (ask(rows, held.dtype) for ask in _TRAITS)), None))
+    with np.errstate(all="ignore"):  # what overflows or is no number answers every question with no
+        trait = next(filter(None, (ask(rows, held.dtype) for ask in _TRAITS)), None)
+    return Look(held, _mark(array, held), trait)
 
 
 def _mark(array: Array, held: Held) -> bytes:
@@ -118,8 +120,7 @@ def _is_bfloat16(part: Array) -> bool:
 
 
 def _is_float16(part: Array) -> bool:
-    with np.errstate(over="ignore"):
-        return bool((part.astype(np.float16).astype(np.float32) == part).all())
+    return bool((part.astype(np.float16).astype(np.float32) == part).all())
 
 
 def _wide_int(array: Array, dtype: str) -> Trait | None:
