@@ -59,9 +59,9 @@ def find_lattice(array: Array, dtype: str, bits: float) -> Lattice | None:
     [[3, -7, 127], [1, 2, 100]]
     """
     for view in _views(array.shape):
-        largest = _promising(array, dtype, view, bits)
-        if largest is not None and (found := _whole(array, dtype, view, largest)) is not None:
-            return found
+        for largest in _promising(array, dtype, view, bits):
+            if (found := _whole(array, dtype, view, largest)) is not None:
+                return found
     return None
 
 
@@ -76,36 +76,33 @@ def _views(shape: tuple[int, ...]) -> Iterator[View]:
             yield View(split, tuple(range(len(shape))))
 
 
-def _promising(array: Array, dtype: str, view: View, bits: float) -> int | None:
-    """Which of `_LARGEST` explains some rows of a view in codes of so many bits; None if none does."""
+def _promising(array: Array, dtype: str, view: View, bits: float) -> Iterator[int]:
+    """Those of `_LARGEST` that explain some rows of a view in codes of so many bits."""
     sample = as_floats(_some(array, view), dtype).astype(np.float64)
     if sample.shape[1] < 2 or not sample.any():
-        return None
+        return
     for largest in _LARGEST:
         if _on_grid(sample[:1], dtype, largest) is None:  # nearly always, and cheaper than all of them
             continue
         found = _on_grid(sample, dtype, largest)
         if found is not None and entropy.entropy(found[0]) <= bits:
-            return largest
-    return None
+            yield largest
 
 
 def _some(array: Array, view: View) -> Array:
     """A few rows of the view, and of long ones a part."""
-    matrix: Array
-    if view.rows == tuple(range(len(view.split) - 1)):  # rows are runs: no need to move the tensor's numbers
-        matrix = array.reshape(-1, view.split[-1])
-    elif not view.rows:
+    if not view.rows:
         flat: Array = array.reshape(1, -1) if array.flags.c_contiguous else array[:1].reshape(1, -1)
-        return flat[:, :: max(1, flat.shape[1] // (_ROWS * _COLUMNS))]
-    elif view.rows == (0,):
-        chosen = array[np.unique(np.linspace(0, len(array) - 1, _ROWS).astype(int))]
-        return chosen.reshape(len(chosen), -1)[:, :_COLUMNS]
-    else:
-        chosen = array[:, np.unique(np.linspace(0, array.shape[1] - 1, _ROWS).astype(int))]
-        matrix = np.moveaxis(chosen, 1, 0).reshape(chosen.shape[1], -1)
-        return matrix[:, :_COLUMNS]
-    return matrix[np.unique(np.linspace(0, len(matrix) - 1, 16 * _ROWS).astype(int)), :_COLUMNS]
+        stride = max(1, flat.shape[1] // (_ROWS * _COLUMNS))
+        return flat[:, ::stride]
+    if view.rows in ((0,), (1,)):
+        (axis,) = view.rows
+        chosen = np.unique(np.linspace(0, array.shape[axis] - 1, _ROWS).astype(int))
+        rows: Array = np.moveaxis(np.take(array, chosen, axis), axis, 0).reshape(len(chosen), -1)
+        return rows[:, :_COLUMNS]
+    runs: Array = array.reshape(-1, view.split[-1])  # groups
+    some: Array = runs[np.unique(np.linspace(0, len(runs) - 1, 16 * _ROWS).astype(int))]
+    return some
 
 
 def _whole(array: Array, dtype: str, view: View, largest: int) -> Lattice | None:
@@ -158,6 +155,8 @@ def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16],
     if codes_of_top is None:
         return None
     guess = np.divide(top, codes_of_top, out=np.zeros_like(top), where=codes_of_top > 0)
+    if ELEMENTS[dtype].endswith("2"):
+        guess = _settled(magnitudes, guess)
     codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(rows), where=guess[:, None] > 0))
     if codes.max() > _MOST or not _near(magnitudes, codes, guess, dtype):
         return None
@@ -165,6 +164,16 @@ def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16],
     signed = np.copysign(codes, rows)
     exact = as_floats(narrowed(signed.astype(np.float32) * step[:, None], dtype), dtype) == rows
     return (signed.astype(np.int16), step) if exact.all() else None
+
+
+def _settled(magnitudes: Floats, guess: Floats) -> Floats:
+    """The guess, made better by small codes, then by larger ones: in 16 bits the largest alone tell little."""
+    for largest in (8, 32, 128, _MOST):
+        codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(magnitudes), where=guess[:, None] > 0))
+        codes[codes > largest] = 0
+        weight = np.square(codes).sum(1)
+        guess = np.divide((codes * magnitudes).sum(1), weight, out=guess.copy(), where=weight > 0)
+    return guess
 
 
 def _near(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> bool:
@@ -187,11 +196,14 @@ def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None
 def _refined(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> Steps:
     """The step of each row that gives all magnitudes within their rounding, if there is one; else the guess."""
     half = _spacing(magnitudes, dtype) / 2
+    below = np.where(np.frexp(magnitudes)[0] == 0.5, half / 2, half)  # a power of two has a nearer neighbour below
     some = codes > 0
     with np.errstate(divide="ignore", invalid="ignore"):
-        low = np.where(some, (magnitudes - half) / codes, 0).max(1)
+        low = np.where(some, (magnitudes - below) / codes, 0).max(1)
         high = np.where(some, (magnitudes + half) / codes, math.inf).min(1)
     middle = np.where((low <= high) & np.isfinite(high), (low + np.where(np.isfinite(high), high, 0)) / 2, guess)
+    if ELEMENTS[dtype].endswith("2"):
+        return middle.astype(np.float32)
     plain = guess.astype(np.float32)
     # What made the numbers divided the largest magnitude; where that explains them too, it is what they were made with.
     return np.where((plain >= low) & (plain <= high), plain, middle.astype(np.float32))

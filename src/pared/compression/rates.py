@@ -13,14 +13,17 @@ from typing import Final
 import numpy as np
 
 from pared.container import STEP_INDEXES
+from pared.entropy import entropy
 from pared.grids import CodeType, encode
 from pared.readers import Array, as_floats
-from pared.streams import Steps, ceiling, encode_codes, encode_steps, scale
+from pared.streams import Steps, ceiling, encode_codes, scale
 from pared.views import View
 
 # A rate is measured on so many weights, and counts as reached within so many bits.
 _SAMPLE: Final = 1 << 17
 _TOLERANCE: Final = 0.003
+# Of so few weights the coder's tables are most of the stream: their rate is the entropy of the codes.
+_FEW: Final = 1 << 12
 _MOST_PROBES: Final = 16
 # Rows are so many before steps are mixed; a few have any step at all, in four bytes.
 _MIXED: Final = 16
@@ -47,7 +50,7 @@ def steps_at_level(level: float, finest: Steps) -> Steps:
 
 
 def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: CodeType) -> Steps:
-    """The steps at which codes and steps together cost so many bits for each weight; or the finest, if they cost less.
+    """The steps at which the coded stream costs so many bits for each weight; or the finest, if it costs less.
 
     Args:
         matrix: of (rows, columns).
@@ -63,10 +66,11 @@ def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: 
         return finest
 
     def rate(step: Steps) -> float:
-        view = View((len(part), part.shape[1]), (0,))
-        parts = encode_codes(encode(part, dtype, step, codes), view)
-        tables = len(encode_steps(step).payload) * part.shape[1] / matrix.shape[1]
-        return float(8 * (sum(len(one.payload) for one in parts.values()) + tables) / part.size)
+        found = encode(part, dtype, step, codes)
+        if matrix.size < _FEW:
+            return entropy(found)
+        parts = encode_codes(found, View((len(part), part.shape[1]), (0,)))
+        return 8 * sum(len(one.payload) for one in parts.values()) / int(part.size)
 
     if rate(bound) <= bits:
         return finest

@@ -1,7 +1,8 @@
 """What a compressed checkpoint will take, judged by rows of its tensors; and the steps that make it as large as asked.
 
-Where a size is given, every tensor's step is the same multiple of the root of its mean square: the energy of the error,
-as a share of the tensor's own, is then the same for all, which at a given size has the least sum of these shares.
+Where a size is given, every tensor's step is the same multiple of the root of its energy. Of all ways to that size it
+has the least sum of errors, each as a share of its tensor's energy: n weights with a step s have errors of n s^2 / 12
+and take n (h - log2 s) bits, so that n s^2 / energy and n have to be in proportion (docs/decisions/013-compress.md).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _ALL: Final = 1 << 26
 # What the torch container takes beside its records, at most.
 CONTAINER: Final = 2048
 
-# A step as a multiple of the root of the mean square, as a level: from what int16 has codes for to all weights at zero.
+# A step as a multiple of the root of a tensor's energy, as a level: from the finest of int16 to all weights at zero.
 _OCTAVE: Final = 8  # levels
-_FINEST, _COARSEST = -12.0 * _OCTAVE, 6.0 * _OCTAVE
+_FINEST, _COARSEST = -26.0 * _OCTAVE, 6.0 * _OCTAVE
 _TOLERANCE: Final = 0.0005  # bits for each weight
 
 
@@ -42,12 +43,12 @@ class Sample:
     Args:
         part: a copy of them.
         weight: how many times their number the tensor's is.
-        spread: the root of their mean square; 1 where all are zero.
+        size: the root of the tensor's energy, the sum of its squares; 1 where all are zero.
     """
 
     part: Array
     weight: float
-    spread: float
+    size: float
 
 
 def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
@@ -82,9 +83,9 @@ class Prospect:
         self._plain = {one.name: pack_held(listing, one, Target()) for one in plain}
 
     def targets(self, level: float) -> list[Target]:
-        """Steps of 2^(level / 8) times each tensor's spread."""
+        """Steps of 2^(level / 8) times the root of each tensor's energy."""
         return [
-            Target() if sample is None else Target(level=level + _OCTAVE * math.log2(sample.spread))
+            Target() if sample is None else Target(level=level + _OCTAVE * math.log2(sample.size))
             for sample in self._samples
         ]
 
@@ -125,9 +126,11 @@ class Prospect:
             )
         if self.nbytes(self.targets(_FINEST), known) <= nbytes:
             return _FINEST
-        unit = 8 / max(1, sum(math.prod(one.held.shape) for one in self._kept))  # a byte, in bits for each weight
+        elements = max(1, sum(math.prod(one.held.shape) for one in self._kept))
+        unit = 8 / elements  # a byte, in bits for each weight
+        start = 2 - unit * nbytes - math.log2(elements / len(self._kept)) / 2
         rate = lambda level: unit * self.nbytes(self.targets(level), known)  # noqa: E731  # two lines would say less
-        return crossing(rate, unit * nbytes, _OCTAVE * (2 - unit * nbytes), _TOLERANCE)
+        return crossing(rate, unit * nbytes, _OCTAVE * start, _TOLERANCE)
 
     def _weight(self, i: int) -> float:
         sample = self._samples[i]
@@ -152,9 +155,10 @@ def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
     if part is array:
         part = array.copy()
     release(listing, kept)
-    with np.errstate(over="ignore", invalid="ignore"):  # a spread that is no finite number decides no step
-        spread = math.sqrt(float(np.mean(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
-    return Sample(part, array.size / part.size, spread if 0 < spread < math.inf else 1.0)
+    weight = array.size / part.size
+    with np.errstate(over="ignore", invalid="ignore"):  # a size that is no finite number decides no step
+        size = math.sqrt(weight * float(np.sum(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
+    return Sample(part, weight, size if 0 < size < math.inf else 1.0)
 
 
 def _rows(array: Array, most: int) -> Array:
