@@ -48,7 +48,7 @@ ORDER = [
     "readers.live",
     "readers",
     "selection",
-    # numbers
+    # any file: no torch
     "views",
     "streams",
     "grids",
@@ -70,6 +70,7 @@ ORDER = [
     "findings.copies",
     "findings",
     "ledger",
+    # numbers
     "formats",
     "kernels.machine",
     "kernels.activation",
