@@ -50,16 +50,18 @@ def two_copies(case: Case) -> Iterator[Cause]:
     types = "/".join(dict.fromkeys(held.dtype for _, held in pairs))
     again = f" and {len(exact)} in float again" if exact else ""
     evidence = f"the model is here twice: {names[0]} in float; {names[1]} with {len(pairs)} tensors as {types}{again}"
-    yield Cause(tuple(held.name for held in redundant), nbytes, evidence)
+    kept = {kept.held.name for kept in case.selection.kept}
+    both = any(wide.name in kept and narrow.name in kept for wide, narrow in pairs)
+    remedy = f"Save a state dict without {names[1]}, and compress that." if both else ""
+    yield Cause(tuple(held.name for held in redundant), nbytes, evidence, remedy)
 
 
-def _completed(case: Case, redundant: list[Held], roots: set[str]) -> list[Held]:
+def _completed(case: Case, copies: list[Held], roots: set[str]) -> list[Held]:
     """A copy with all that has its root, where the tensors that are known to be copies are nearly all of that."""
-    below = [held for held in case.distinct if held.name.startswith(tuple(root for root in roots if root[-1] in "./"))]
-    known = sum(held.nbytes for held in redundant)
-    return (
-        below if set(redundant) <= set(below) and known >= _NEARLY * sum(held.nbytes for held in below) else redundant
-    )
+    prefixes = tuple(root for root in roots if root[-1] in "./")
+    below = [held for held in case.distinct if held.name.startswith(prefixes)]
+    least = _NEARLY * sum(held.nbytes for held in below)
+    return below if set(copies) <= set(below) and sum(held.nbytes for held in copies) >= least else copies
 
 
 def untied(case: Case) -> Iterator[Cause]:
@@ -109,19 +111,9 @@ def _are_any(first: Held, other: Held) -> bool:
 
 
 def _equal(case: Case) -> list[list[Held]]:
-    """Groups of tensors with the same numbers, in the file's order; constant ones are no copies of each other."""
-    alike: dict[bytes, list[Held]] = {}
-    for look in case.unexplained():
-        if not look.constant:
-            alike.setdefault(look.mark, []).append(look.held)
-    groups = []
-    for waiting in alike.values():
-        while len(waiting) > 1:
-            first, *others = waiting
-            same = [other for other in others if case.content.same(first, other)]
-            groups += [[first, *same]] if same else []
-            waiting = [other for other in others if other not in same]
-    return groups
+    """Groups of tensors with the same numbers that no finding is about yet, in the file's order."""
+    groups = [[held for held in group if held.name not in case.explained] for group in case.equal]
+    return [group for group in groups if len(group) > 1]
 
 
 def _between(group: Sequence[Held], roots: set[tuple[str, str]]) -> Iterator[Pair]:
@@ -162,19 +154,18 @@ def _rounded(case: Case) -> list[Pair]:
 
 
 def _matched(content: Content, wide: list[Held], narrow: list[Held]) -> list[Pair]:
-    signatures = [[_signature(content, held) for held in side] for side in (wide, narrow)]
-    if not all(one is not None for side in signatures for one in side):
+    signed = [[(held, _signature(content, held)) for held in side] for side in (wide, narrow)]
+    floats, codes = ([(held, signature) for held, signature in side if signature is not None] for side in signed)
+    if not floats or not codes:
         return []
-    explained = np.stack(signatures[0]) @ np.stack(signatures[1]).T  # type: ignore[arg-type]  # none is None here
+    explained = np.square(np.stack([s for _, s in floats]) @ np.stack([s for _, s in codes]).T)
     pairs = []
-    for j, held in enumerate(narrow):
+    for j, (held, _) in enumerate(codes):
         i = int(np.argmax(explained[:, j]))
-        if (
-            wide[i].dtype in _WIDER[held.dtype]
-            and explained[i, j] ** 2 >= _EXPLAINED
-            and _agrees(content, wide[i], held)
-        ):
-            pairs.append((wide[i], held))
+        original = floats[i][0]
+        likely = original.dtype in _WIDER[held.dtype] and explained[i, j] >= _EXPLAINED
+        if likely and _agrees(content, original, held):
+            pairs.append((original, held))
     return pairs
 
 
@@ -187,7 +178,7 @@ def _signature(content: Content, held: Held) -> Array | None:
     length = np.linalg.norm(rows, axis=1, keepdims=True)
     flat = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0).ravel()
     unit: Array = flat / max(float(np.linalg.norm(flat)), 1.0)
-    return unit if np.isfinite(unit).all() else np.zeros_like(unit)
+    return unit.astype(np.float32) if np.isfinite(unit).all() else np.zeros(unit.shape, np.float32)
 
 
 def _agrees(content: Content, wide: Held, narrow: Held) -> bool:

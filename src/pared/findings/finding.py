@@ -126,6 +126,22 @@ class Case:
                 places.setdefault((held.storage, held.offset, held.shape, held.stride), held)
         return tuple(places.values())
 
+    @cached_property
+    def equal(self) -> list[list[Held]]:
+        """Groups of tensors with the same numbers, in the file's order; constant ones are no copies of each other."""
+        alike: dict[bytes, list[Held]] = {}
+        for look in self.looks.values():
+            if not look.constant:
+                alike.setdefault(look.mark, []).append(look.held)
+        groups = []
+        for waiting in alike.values():
+            while len(waiting) > 1:
+                first, *others = waiting
+                same = [other for other in others if self.content.same(first, other)]
+                groups += [[first, *same]] if same else []
+                waiting = [other for other in others if other not in same]
+        return groups
+
     def stored(self, held: Held) -> int:
         """The bytes of a tensor in the file: of its numbers, unless the file has them coded."""
         storage = self.listing.storages[held.storage or ""]
