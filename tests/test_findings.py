@@ -208,6 +208,7 @@ CLEAN: dict[str, Callable[[], Any]] = {
     "int8 of Linear layers alone": lambda: why_bigger.own_save(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))),
     "a dictionary around the model": lambda: {"model": network().state_dict(), "epoch": 3, "args": {"lr": 0.1}},
     "two models that are much alike": lambda: {"a.w": WEIGHT, "b.w": WEIGHT + 0.001 * drawn(200, 100, seed=9)},
+    "codes of which most are zero": lambda: {"a": torch.round(10 * WEIGHT).to(torch.int8), "b": TABLE},
     "codes of another tensor": lambda: {"a": WEIGHT, "b": torch.randint(-127, 128, (100, 200), dtype=torch.int8)},
 }
 

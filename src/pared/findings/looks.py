@@ -97,7 +97,9 @@ def _on_grid(array: Array, dtype: str) -> Trait | None:
     return None if grid is None else Trait("fake-quantized", str(grid))
 
 
-def _sparse(array: Array, _: str) -> Trait | None:
+def _sparse(array: Array, dtype: str) -> Trait | None:
+    if dtype not in (*FLOATING, "bool"):  # among codes of a few bits many are 0, as they should be
+        return None
     flat = array.reshape(-1)  # bfloat16 and eight-bit floats come as bits, in which 0 is 0 too
     tried = spread(flat, 4096)
     if np.count_nonzero(tried) > (1 - _SPARSE) * len(tried) * 1.1:
