@@ -16,7 +16,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-damage bench-ablation docs results
+.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-compress bench-damage bench-ablation docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,13 +46,16 @@ bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit
 bench-layers: $(VENV)/.bench  ## recurrent layers, the dual-path RNN, models held in codes (minutes; wants an idle machine)
 	$(BIN)/python -m bench.layers
 
+bench-compress: $(VENV)/.bench  ## compress a checkpoint of 1.3 GB, and MiniLM without its code (minutes; wants an idle machine)
+	$(BIN)/python -m bench.compress
+
 bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the damage that is done? (minutes)
 	$(BIN)/python -m bench.damage
 
 bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
 	$(BIN)/python -m bench.ablation
 
-results: bench bench-figures bench-layers bench-damage bench-search docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-compress bench-damage bench-search docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

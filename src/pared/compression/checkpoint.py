@@ -21,14 +21,16 @@ from pared.container import (
     FILE_NAMES,
     ITEM_SIZES,
     Index,
+    Records,
     as_path,
     make_directory,
     open_file,
+    parse_index,
     records_of,
     write_atomic,
     write_torch,
 )
-from pared.errors import ConfigError, FileError
+from pared.errors import ConfigError, FileError, UnsafeError
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
 from pared.readers import ELEMENTS, Listing
@@ -158,6 +160,7 @@ def run(
             companions.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
             index = _index(journal, bits, size).to_bytes()
+            _check_readable(index, journal)
             write_atomic(
                 target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
             )
@@ -253,6 +256,12 @@ def _index(journal: Journal, bits: float, size: int | None) -> Index:
     return Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked})
 
 
+def _check_readable(index: bytes, journal: Journal) -> None:
+    """See that a reader will take what is to be written: all of it but the numbers, which have checksums."""
+    with journal.opened() as data:
+        parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
+
+
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:
     """What the bytes of the artifact depend on, so that a journal of other work is known as such."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
@@ -308,6 +317,12 @@ def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
         )
     for one in kept:
         storage = listing.storages[one.held.storage or ""]
+        if 0 in (one.held.stride or ()) and one.held.nbytes > max(_BATCH, storage.nbytes):
+            raise UnsafeError(
+                f"repeats {storage.nbytes:,} bytes until they are {one.held.nbytes:,}",
+                where=one.held.name,
+                remedy="If that is meant: save a contiguous copy of the tensor, and compress that.",
+            )
         if one.held.dtype not in ITEM_SIZES or one.held.dtype not in ELEMENTS or storage.content is None:
             raise unsupported(one)
     for name, count in Counter(name for one in kept for name in one.names).items():

@@ -11,12 +11,13 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
 from pared.compression.entries import entry_of
 from pared.compression.packing import Packed
-from pared.container import Entry, Place, parse_entry, write_atomic, writing_to
+from pared.container import Entry, Place, open_file, parse_entry, write_atomic, writing_to
 from pared.errors import CorruptError, UnsafeError
 from pared.selection import Kept
 
@@ -95,6 +96,15 @@ class Journal:
             while left and (piece := file.read(min(_CHUNK, left))):
                 left -= len(piece)
                 yield piece
+
+    @contextmanager
+    def opened(self) -> Iterator[memoryview]:
+        """The record of the data, mapped."""
+        if not self.end:
+            yield memoryview(b"")
+            return
+        with open_file(self.folder / _DATA) as file:
+            yield file.data[: self.end]
 
     def remove(self) -> None:
         """Take the folder away."""

@@ -205,6 +205,6 @@ def pack_held(listing: Listing, kept: Kept, target: Target, threads: int = 1) ->
 def release(listing: Listing, kept: Kept) -> None:
     """Give back the memory of what was read of a mapped file."""
     storage = listing.storages[kept.held.storage or ""]
-    if storage.content is not None:
+    if storage.content is not None and not storage.coded:
         content = storage.content()
         forget(content[kept.held.offset : kept.held.offset + kept.held.nbytes] if kept.held.stride is None else content)
