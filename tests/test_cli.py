@@ -168,6 +168,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             "error: pared fit: --curve goes with none of --workspace, --confirm and --dry-run",
         ),
         (["inspect", "missing.pt"], "missing.pt"),
+        (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep exclude each other"),
     ],
 )
 def test_errors_are_shown_without_a_traceback(
@@ -223,3 +224,18 @@ def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
 def test_the_module_is_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout == f"pared {pared.__version__}\n"
+
+
+@pytest.mark.parametrize(("option", "kinds"), [("--quick", []), ("--deep", ["duplicate"]), ("--json", ["duplicate"])])
+def test_inspect_reads_as_much_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    kinds: list[str],
+) -> None:
+    weight = torch.randn(100, 100)
+    torch.save({"a": weight, "b": weight.clone()}, tmp_path / "net.pt")
+    assert run(monkeypatch, "inspect", str(tmp_path / "net.pt"), "--json", *{option} - {"--json"}) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [finding["kind"] for finding in shown["findings"]] == kinds

@@ -188,7 +188,7 @@ def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
 def test_json() -> None:
     found = ledger.of_artifact_bytes(as_safetensors(*artifact()), "a").to_json()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"file", "bytes", "rows", "findings"}
+    assert set(found) == {"file", "bytes", "rows", "findings", "sampled"}
     assert found["rows"][0] == {"name": "w", "shape": [3, 4], "format": "grid int8", "bytes": 24, "bits": 16.0}
     assert found["rows"][-1]["shape"] is None
     assert found["findings"] == []

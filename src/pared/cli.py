@@ -193,12 +193,16 @@ def expand_file(
 
 @app.command("inspect")
 def inspect_file(
-    path: Annotated[Path, typer.Argument(help="An artifact, a .safetensors file or a .pt state dict.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    path: Annotated[Path, typer.Argument(help="Any file or folder with tensors in it, or an artifact.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page for a browser to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers alone.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all numbers, however many.")] = False,
 ) -> None:
-    """Show what takes the bytes of a file; nothing in it is executed."""
-    ledger = pared.inspect(path)
+    """Show what takes the bytes of a file, and why it is larger than it should be; nothing in it is executed."""
+    if quick and deep:
+        raise ConfigError("--quick and --deep exclude each other", where="pared inspect", remedy="Pass one of them.")
+    ledger = pared.inspect(path, "quick" if quick else "deep" if deep else "default")
     if html is not None:
         page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())

@@ -33,6 +33,7 @@ INC_EQUIVALENTS: Final[Mapping[str, str]] = {
     "ni_workload_name": "Leave it out: nothing depends on it.",
     "objective": "Leave it out: the smallest file that meets the criterion is the objective.",
     "strategy": "Leave it out: there is one search.",
+    "strategy_kwargs": "Leave it out: there is one search.",
 }
 
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from pared import container, readers
 from pared.container import Entry, Records
 from pared.errors import ConfigError
-from pared.findings import Finding
+from pared.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers import Held, Listing, Storage
-
-WIDTH: Final = 100  # of the text, in columns
+from pared.tables import WIDTH, Notes, add_row, drawn, printable
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,8 @@ class Ledger:
         rows: tensors first, in the file's order, then what is no tensor.
         elements: how many numbers the tensors have; what several names share counts once.
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
-        findings: why the file is larger than it should be.
+        findings: why a file is larger than it should be, what takes most first.
+        sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
     """
 
     file: str
@@ -80,6 +77,7 @@ class Ledger:
     elements: int
     original_nbytes: int | None = None
     findings: tuple[Finding, ...] = ()
+    sampled: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -105,11 +103,13 @@ class Ledger:
             }
             for row in self.rows
         ]
-        return {"file": self.file, "bytes": self.nbytes, "rows": rows, "findings": []}
+        findings = [finding.to_json() for finding in self.findings]
+        found = {"findings": findings, "sampled": self.sampled}
+        return {"file": self.file, "bytes": self.nbytes, "rows": rows, **found}
 
     def render(self) -> str:
-        """The ledger as text of 100 columns: the totals, then a line for each row."""
-        return "\n".join((*self._totals(), *draw(self.rows)))
+        """The ledger as text of 100 columns: the totals, the findings, then a line for each row."""
+        return "\n".join((*self._totals(), *self._findings(), *draw(self.rows)))
 
     def __str__(self) -> str:
         return self.render()
@@ -121,15 +121,35 @@ class Ledger:
         for format, nbytes in self.by_format().items():
             yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 
+    def _findings(self) -> Iterator[str]:
+        """A line or two for each finding, and once for all that it mends each remedy."""
+        for remedy, after in dict.fromkeys((finding.remedy, finding.bytes_after) for finding in self.findings):
+            yield ""
+            for finding in self.findings:
+                if finding.remedy == remedy:
+                    share = f"{100 * finding.nbytes / max(self.nbytes, 1):.0f} %"
+                    mark = f"{finding.kind:<23}{megabytes(finding.nbytes):>9}{share:>6}  "
+                    yield from textwrap.wrap(
+                        printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
+                    )
+            mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
+            command = remedy.startswith("pared ")  # to be copied in one piece
+            yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
+        if self.sampled:
+            yield from ("", "These come from evenly spread rows, 1 GB of them; --deep reads everything.")
 
-def inspect(target: object) -> Ledger:
+
+def inspect(target: object, depth: Depth = "default") -> Ledger:
     """Account for every byte of a file, or of a model in memory.
 
-    Nothing in a file is executed, no tensor is read, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported. Numbers of tensors are read to find out why a file is
+    larger than it should be.
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
             dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all of them.
 
     Raises:
         FileError: the file cannot be read, or is of another kind.
@@ -139,7 +159,7 @@ def inspect(target: object) -> Ledger:
         ConfigError: the target is neither a path nor a module.
     """
     if isinstance(target, str | os.PathLike):
-        return _of_path(Path(target))
+        return _of_path(Path(target), depth)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
         return _of_model(target)
@@ -161,14 +181,15 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
         return _of_records(records)
 
 
-def _of_path(path: Path) -> Ledger:
+def _of_path(path: Path, depth: Depth) -> Ledger:
     for file_path in _candidates(path):
         with container.open_file(file_path) as file:
             records = container.records_of(file)
             if records is not None:
                 return _of_records(records)
     with readers.open_listing(path) as listing:
-        return _of_listing(listing)
+        findings = find(listing, str(path), depth)
+        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth))
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -252,13 +273,6 @@ def _of_model(model: Any) -> Ledger:
     return _of_listing(readers.list_model(model))
 
 
-def printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def draw(
     rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
 ) -> list[str]:
@@ -269,10 +283,8 @@ def draw(
         kernels: what runs with each tensor, by name; None: no such column.
         damages: what each tensor costs, as a share of the output's energy; None: no such column.
     """
-    notes: dict[str, int] = {}
-    for row in rows:
-        if row.because:
-            notes.setdefault(row.because, len(notes) + 1)
+    notes = Notes()
+    explained = any(row.because for row in rows)
     table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
     table.add_column("tensor", overflow="fold", ratio=1)
     table.add_column("shape", overflow="fold", max_width=14)
@@ -281,7 +293,7 @@ def draw(
     table.add_column("bytes", justify="right")
     if damages is not None:
         table.add_column("damage", justify="right")
-    for name in (*(["runs"] if kernels is not None else []), *(["why"] if notes else [])):
+    for name in (*(["runs"] if kernels is not None else []), *(["why"] if explained else [])):
         table.add_column(name, justify="right" if name == "why" else "left")
     for row in rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
@@ -289,19 +301,10 @@ def draw(
         cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
         cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
-        cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table)
-    return [*(line.rstrip() for line in capture.get().splitlines()), *_footnotes(notes)]
+        cells += [notes.mark(row.because).strip()] if explained else []
+        add_row(table, cells)
+    return [*drawn(table), *notes.lines()]
 
 
 def _damage(damage: float | None) -> str:
     return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"
-
-
-def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
-    for because, number in notes.items():
-        mark = f" [{number}] "
-        yield from textwrap.wrap(printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))

@@ -156,7 +156,8 @@ def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
         part = array.copy()
     release(listing, kept)
     weight = array.size / part.size
-    size = math.sqrt(weight * float(np.sum(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
+    with np.errstate(over="ignore", invalid="ignore"):  # a size that is no finite number decides no step
+        size = math.sqrt(weight * float(np.sum(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
     return Sample(part, weight, size if 0 < size < math.inf else 1.0)
 
 

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 import yaml
 
 from pared.contents import Contents
-from pared.ledger import WIDTH, Ledger, draw
+from pared.ledger import Ledger, draw
 from pared.outcome import Outcome, Trial
 from pared.profile import Running
 from pared.reporting.lines import lines
+from pared.tables import WIDTH
 
 
 def report(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], note: str = "") -> str:
