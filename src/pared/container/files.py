@@ -10,9 +10,11 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+from pared.container.allowance import Allowance
 from pared.errors import ConfigError, FileError
 
 
@@ -45,6 +47,11 @@ class File:
     data: memoryview
     stream: BinaryIO
     path: Path | None = None
+
+    @cached_property
+    def allowance(self) -> Allowance:
+        """The memory that reading it may take: whoever makes something of it for each of its parts, counts that."""
+        return Allowance(self.where, len(self.data))
 
 
 @contextmanager
