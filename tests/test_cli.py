@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import pared
 from pared import cli
+from pared.errors import ConfigError
 
 
 def factory() -> nn.Module:
@@ -191,3 +193,28 @@ def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
 def test_the_module_is_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout == f"pared {pared.__version__}\n"
+
+
+def test_inspect_reads_as_deep_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(factory().state_dict(), tmp_path / "plain.safetensors")
+    asked = []
+    inspect = pared.inspect
+
+    def noting(path: Path, **options: Any) -> pared.Ledger:
+        asked.append(options)
+        return inspect(path, **options)
+
+    monkeypatch.setattr(pared, "inspect", noting)
+    for flags in ([], ["--quick"], ["--deep"]):
+        assert run(monkeypatch, "inspect", str(tmp_path), *flags) == 0
+    assert asked == [{}, {"depth": "quick"}, {"depth": "deep"}]
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", str(tmp_path), "--quick", "--deep") == 2
+    assert capsys.readouterr().err == (
+        "error: pared inspect: --quick and --deep contradict each other\n  Pass one of them, or neither.\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        inspect(tmp_path, depth="deeper")
+    assert str(error.value) == "inspect: 'deeper' is no depth\n  Pass one of quick, default, deep."

@@ -145,11 +145,20 @@ def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
 
 @app.command("inspect")
 def inspect_file(
-    path: Annotated[Path, typer.Argument(help="An artifact, a .safetensors file or a .pt state dict.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of them."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers only.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read everything, not 1 GB at most.")] = False,
 ) -> None:
-    """Show what takes the bytes of a file; nothing in it is executed."""
-    ledger = pared.inspect(path)
+    """Show what takes the bytes of a file or of a folder; nothing in it is executed."""
+    if quick and deep:
+        raise ConfigError(
+            "--quick and --deep contradict each other", where="pared inspect", remedy="Pass one of them, or neither."
+        )
+    ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
 
 

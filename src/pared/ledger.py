@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 from rich import box
 from rich.console import Console
@@ -23,6 +23,8 @@ from pared.errors import ConfigError
 from pared.readers import Held, Listing, Storage
 
 WIDTH: Final = 100  # of the text, in columns
+
+Depth = Literal["quick", "default", "deep"]
 
 
 @dataclass(frozen=True)
@@ -117,22 +119,28 @@ class Ledger:
             yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 
 
-def inspect(target: object) -> Ledger:
-    """Account for every byte of a file, or of a model in memory.
+def inspect(target: object, *, depth: Depth = "default") -> Ledger:
+    """Account for every byte of a file, of a folder or of a model in memory.
 
-    Nothing in a file is executed, no tensor is read, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported.
 
     Args:
-        target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
-            dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+        target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
+            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF, NumPy or Keras; of a folder of
+            such files; or a `torch.nn.Module`.
+        depth: how much is read beyond headers: "quick", nothing; "default", up to 1 GB; "deep", everything.
 
     Raises:
         FileError: the file cannot be read, or is of another kind.
         CorruptError: its bytes contradict themselves.
         UnsafeError: loading it would run code, or inflate without bound.
         VersionError: a newer version wrote the artifact.
-        ConfigError: the target is neither a path nor a module.
+        ConfigError: the target is neither a path nor a module, or the depth is none.
     """
+    if depth not in get_args(Depth):
+        raise ConfigError(
+            f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
+        )
     if isinstance(target, str | os.PathLike):
         return _of_path(Path(target))
     torch = sys.modules.get("torch")
@@ -141,7 +149,7 @@ def inspect(target: object) -> Ledger:
     raise ConfigError(
         f"expected a path or a torch.nn.Module, got {type(target).__name__}",
         where="inspect",
-        remedy="Save a state dict with torch.save and pass its path, or pass the model.",
+        remedy="Pass the path of a file or of a folder, or the model.",
     )
 
 

@@ -48,12 +48,11 @@ def main() -> None:
         look(base, kind, folder)
     for name in ("encodings.cp437", "encodings.latin_1", "encodings.unicode_escape", "encodings.raw_unicode_escape"):
         importlib.import_module(name)
-    watched = watch(folder)
     signal.signal(signal.SIGALRM, stop)
     # What is promised, for every file: beyond it, Python raises MemoryError, which is no error of ours.
-    most = max(map(len, bases)) * 2
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + PER_BYTE * most + PROMISED, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + PER_BYTE * max(map(len, bases)) + PROMISED, resource.RLIM_INFINITY))
+    watched = watch(folder)
     with (folder / "current").open("wb") as current:
         for i in range(first, first + count):
             random = Random(f"{kind}/{i}")
