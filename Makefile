@@ -1,5 +1,6 @@
 # Everything is installed into .venv, once: `make demo` and `make test` do it on a fresh machine.
 PYTHON ?= python3
+N ?= 100000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -17,7 +18,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test check bench bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation docs results
+.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +43,14 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+fuzz: setup  ## read N damaged files with every reader (make fuzz N=100000), each within a second
+	$(BIN)/python -W ignore -m tests.fuzz $(N)
+
 bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
 	$(BIN)/python -m bench.run
+
+bench-quick: setup  ## a checkpoint of 10 GB, of which only headers are read: seconds and memory
+	$(BIN)/python -m bench.quick
 
 bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of fourteen models (hours)
 	$(BIN)/python -m bench.search

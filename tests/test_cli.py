@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import pared
 from pared import cli
+from pared.errors import ConfigError
 
 
 def factory() -> nn.Module:
@@ -168,7 +170,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             "error: pared fit: --curve goes with none of --workspace, --confirm and --dry-run",
         ),
         (["inspect", "missing.pt"], "missing.pt"),
-        (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep exclude each other"),
+        (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep contradict each other"),
     ],
 )
 def test_errors_are_shown_without_a_traceback(
@@ -239,3 +241,28 @@ def test_inspect_reads_as_much_as_it_is_told(
     assert run(monkeypatch, "inspect", str(tmp_path / "net.pt"), "--json", *{option} - {"--json"}) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [finding["kind"] for finding in shown["findings"]] == kinds
+
+
+def test_inspect_reads_as_deep_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(factory().state_dict(), tmp_path / "plain.safetensors")
+    asked = []
+    inspect = pared.inspect
+
+    def noting(path: Path, **options: Any) -> pared.Ledger:
+        asked.append(options)
+        return inspect(path, **options)
+
+    monkeypatch.setattr(pared, "inspect", noting)
+    for flags in ([], ["--quick"], ["--deep"]):
+        assert run(monkeypatch, "inspect", str(tmp_path), *flags) == 0
+    assert asked == [{}, {"depth": "quick"}, {"depth": "deep"}]
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", str(tmp_path), "--quick", "--deep") == 2
+    assert capsys.readouterr().err == (
+        "error: pared inspect: --quick and --deep contradict each other\n  Pass one of them, or neither.\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        inspect(tmp_path, depth="deeper")
+    assert str(error.value) == "inspect: 'deeper' is no depth\n  Pass one of quick, default, deep."

@@ -103,7 +103,7 @@ def test_headers_alone_tell_some_kinds(case: str, tmp_path: Path, monkeypatch: p
     state, kinds, _ = CASES[case]
     path = saved(state(), tmp_path)
     monkeypatch.setattr(Listing, "array", lambda *_: pytest.fail("read numbers"))
-    seen = {finding.kind: finding.nbytes for finding in found(path, "quick")}
+    seen = {finding.kind: finding.nbytes for finding in found(path, depth="quick")}
     assert seen == pytest.approx(kinds if kinds.keys() <= BY_HEADERS or case in BY_NAMES else {}, rel=0.03)
 
 
@@ -114,7 +114,7 @@ BY_NAMES = ("an average of the model beside it", "doubles")
 def test_a_second_model_is_known_by_its_name_too(tmp_path: Path) -> None:
     """What is counted then is what `pared compress` would leave out."""
     state = CASES["the float and the int8 half of INC's wrapper"][0]()
-    (finding,) = found(saved(state, tmp_path), "quick")
+    (finding,) = found(saved(state, tmp_path), depth="quick")
     assert finding.kind == "two-copies"
     assert all(name.startswith("_model.") for name in finding.names)
 

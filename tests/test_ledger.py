@@ -181,7 +181,7 @@ def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
         ledger.inspect({"a": torch.ones(2)})
     assert str(wrong.value) == (
         "inspect: expected a path or a torch.nn.Module, got dict\n"
-        "  Save a state dict with torch.save and pass its path, or pass the model."
+        "  Pass the path of a file or of a folder, or the model."
     )
 
 

@@ -193,16 +193,21 @@ def expand_file(
 
 @app.command("inspect")
 def inspect_file(
-    path: Annotated[Path, typer.Argument(help="Any file or folder with tensors in it, or an artifact.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of them."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page for a browser to this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read headers alone.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Read all numbers, however many.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all numbers, not 1 GB of them at most.")] = False,
 ) -> None:
     """Show what takes the bytes of a file, and why it is larger than it should be; nothing in it is executed."""
     if quick and deep:
-        raise ConfigError("--quick and --deep exclude each other", where="pared inspect", remedy="Pass one of them.")
-    ledger = pared.inspect(path, "quick" if quick else "deep" if deep else "default")
+        raise ConfigError(
+            "--quick and --deep contradict each other", where="pared inspect", remedy="Pass one of them, or neither."
+        )
+    ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
     if html is not None:
         page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich import box
 from rich.table import Table
@@ -139,15 +139,15 @@ class Ledger:
             yield from ("", "These come from evenly spread rows, 1 GB of them; --deep reads everything.")
 
 
-def inspect(target: object, depth: Depth = "default") -> Ledger:
-    """Account for every byte of a file, or of a model in memory.
+def inspect(target: object, *, depth: Depth = "default") -> Ledger:
+    """Account for every byte of a file, of a folder or of a model in memory, and find out why it is so large.
 
-    Nothing in a file is executed, and torch is not imported. Numbers of tensors are read to find out why a file is
-    larger than it should be.
+    Nothing in a file is executed, and torch is not imported.
 
     Args:
-        target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
-            dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+        target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
+            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF, NumPy or Keras; of a folder of
+            such files; or a `torch.nn.Module`.
         depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
             all of them.
 
@@ -156,8 +156,12 @@ def inspect(target: object, depth: Depth = "default") -> Ledger:
         CorruptError: its bytes contradict themselves.
         UnsafeError: loading it would run code, or inflate without bound.
         VersionError: a newer version wrote the artifact.
-        ConfigError: the target is neither a path nor a module.
+        ConfigError: the target is neither a path nor a module, or the depth is none.
     """
+    if depth not in get_args(Depth):
+        raise ConfigError(
+            f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
+        )
     if isinstance(target, str | os.PathLike):
         return _of_path(Path(target), depth)
     torch = sys.modules.get("torch")
@@ -166,7 +170,7 @@ def inspect(target: object, depth: Depth = "default") -> Ledger:
     raise ConfigError(
         f"expected a path or a torch.nn.Module, got {type(target).__name__}",
         where="inspect",
-        remedy="Save a state dict with torch.save and pass its path, or pass the model.",
+        remedy="Pass the path of a file or of a folder, or the model.",
     )
 
 

@@ -10,11 +10,13 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from pared.container.allowance import Allowance
 from pared.errors import ConfigError, FileError
 
 
@@ -47,6 +49,11 @@ class File:
     data: memoryview
     stream: BinaryIO
     path: Path | None = None
+
+    @cached_property
+    def allowance(self) -> Allowance:
+        """The memory that reading it may take: whoever makes something of it for each of its parts, counts that."""
+        return Allowance(self.where, len(self.data))
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO, Final
 
-from pared.container.allowance import Allowance
 from pared.container.checks import DAMAGED
 from pared.container.files import File
 from pared.errors import CorruptError
@@ -110,7 +109,7 @@ class _Bounded:
 
     def __init__(self, file: File) -> None:
         self.stream = file.stream
-        self.allowance = Allowance(file.where, len(file.data))
+        self.allowance = file.allowance
         self.seek, self.tell = file.stream.seek, file.stream.tell
 
     def read(self, length: int = -1) -> bytes:

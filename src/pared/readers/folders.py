@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from pared import container
-from pared.container import Place
+from pared.container import Allowance, Place
 from pared.errors import FileError
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
@@ -30,6 +30,7 @@ _MAIN: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors", "ada
                 "pytorch_model.bin", "adapter_model.bin", "best_model.pt")  # fmt: skip
 _INC: Final = ("best_configure.yaml", "best_configure.json", "qconfig.json", "quantize_config.json")
 _MOST_FILES: Final = 10_000
+_NBYTES_PER_BYTE: Final = 16  # of Python's objects, for each byte of an index at most
 
 
 def list_folder(folder: Path, files: ExitStack) -> Listing:
@@ -121,6 +122,7 @@ def _index(path: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """The file of each tensor, as an index says."""
     at = Place(str(path))
     with container.open_file(path) as file:
+        Allowance(str(path), sum(sizes.values())).take(_NBYTES_PER_BYTE * len(file.data))
         top = at.mapping(at.json(bytes(file.data), "it"), "it")
     placed = at.mapping(top.get("weight_map"), "its 'weight_map'")
     for tensor, name in placed.items():

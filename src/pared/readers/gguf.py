@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from pared.container import Allowance, File, Place
+from pared.container import File, Place
 from pared.readers.listing import Held, Listing, Note, Storage, unknown
 
 _MAGIC: Final = b"GGUF"
@@ -88,7 +88,7 @@ def read_gguf(file: File) -> Listing:
     if not 0 < alignment <= 1 << 20:
         reader.at.fail("its alignment is none")
     metadata = reader.position
-    allowance = Allowance(file.where, len(file.data))
+    allowance = file.allowance
     found = []
     for _ in range(tensors):
         allowance.take(_HELD_NBYTES)

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from pared.container import Allowance, File, Place
+from pared.container import File, Place
 from pared.readers.hdf5_headers import (
     DATASPACE,
     DATATYPE,
@@ -53,7 +53,7 @@ def read_hdf5(file: File) -> Listing:
         CorruptError: it contradicts itself.
         UnsafeError: it has more objects than its size allows.
     """
-    source = Bytes(file.data, Place(file.where), Allowance(file.where, len(file.data)))
+    source = Bytes(file.data, Place(file.where), file.allowance)
     tensors: list[Held] = []
     storages: dict[str, Storage] = {}
     spans: set[tuple[int, int]] = set()

@@ -67,7 +67,7 @@ def read_npy(file: File) -> Listing:
     notes = {"(header)": Note(header.nbytes)}
     behind = len(file.data) - header.nbytes
     if header.dtype == "O":
-        allowance = Allowance(file.where, len(file.data))
+        allowance = file.allowance
         found = read_pickle(file.data[header.nbytes :], HARMLESS, file.where, allowance)
         return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.foreign)
     if header.content != behind:
@@ -88,7 +88,7 @@ def read_npz(file: File, archive: Archive) -> Listing:
         CorruptError: an array contradicts itself, or the archive.
         UnsafeError: there are more of them than the file's size allows.
     """
-    allowance = Allowance(file.where, len(file.data))
+    allowance = file.allowance
     tensors: list[Held] = []
     storages: dict[str, Storage] = {}
     notes: dict[str, Note] = {}

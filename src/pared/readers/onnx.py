@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from pared.container import Allowance, File, Place
+from pared.container import File, Place
 from pared.errors import UnsafeError
 from pared.readers.listing import Listing, Note
 from pared.readers.onnx_tensors import Tensors, outside_path, text_of
@@ -41,7 +41,7 @@ def read_onnx(file: File) -> Listing:
         UnsafeError: it has more tensors or nesting than its size allows.
     """
     at = Place(file.where)
-    tensors = Tensors(file, Allowance(file.where, len(file.data)))
+    tensors = Tensors(file, file.allowance)
     for number, value in _messages(file.data, at):
         if number == _MODEL_GRAPH:
             _graph(value, tensors, 0)

@@ -49,7 +49,7 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
         UnsafeError: reading it would take memory without bound.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
-    allowance = Allowance(file.where, len(file.data))
+    allowance = file.allowance
     configs = [name for name in members if name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS)]
     programs = {_program(name) for name in configs}
     tensors: list[Held] = []

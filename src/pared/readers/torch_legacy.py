@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from pared.container import Allowance, File, Place
+from pared.container import File, Place
 from pared.pickles import Node, Persistent, Pickle, read_pickle
 from pared.readers.listing import Listing, Note, Storage, unknown
 from pared.readers.torch_names import BITS, HARMLESS
@@ -31,7 +31,7 @@ def read_torch_legacy(file: File) -> Listing:
         UnsafeError: its pickle cannot be understood, or would take memory without bound.
     """
     at = Place(file.where)
-    allowance = Allowance(file.where, len(file.data))
+    allowance = file.allowance
     position, pickles = len(_MAGIC), []
     for _ in ("version", "system", "content", "keys"):
         pickles.append(read_pickle(file.data[position:], HARMLESS, file.where, allowance))

@@ -23,7 +23,7 @@ from pared.readers.torch_names import (
 )
 
 _DEEPEST: Final = 100
-_STEP_NBYTES: Final = 250  # beside its name
+_STEP_NBYTES: Final = 300  # beside its name
 _HELD_NBYTES: Final = 1000
 # What a module keeps its parts in; their names are no part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
@@ -73,9 +73,10 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         if id(node) in entered and not again:
             continue
         entered.add(id(node))
-        inside = list(_inside(step, node, arguments))
-        for inner in inside:
+        inside = []
+        for inner in _inside(step, node, arguments):
             allowance.take(_STEP_NBYTES + len(inner.name))
+            inside.append(inner)
             if step.depth == _DEEPEST:
                 raise UnsafeError(
                     "its pickle nests containers deeper than any state dict",

@@ -37,7 +37,7 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
         UnsafeError: its pickle cannot be understood, or would take memory without bound.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
-    allowance = Allowance(file.where, len(file.data))
+    allowance = file.allowance
     listing = _described(file, members, PICKLE, "data/", allowance)
     if _CONSTANTS not in members:
         return replace(listing, kind="a torch file")

@@ -1,0 +1,55 @@
+"""Starts the processes that read damaged files, and says which file broke what."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+from tests.fuzz.bases import BASES
+from tests.fuzz.damage import damaged
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def started(folder: Path, count: int, seconds: float) -> Iterator[dict[str, Future[str]]]:
+    """Fuzz all readers, as many at a time as there are cores.
+
+    Args:
+        folder: an empty directory.
+        count: of damaged files for each reader.
+        seconds: that one file may take.
+
+    Returns:
+        by kind, what went wrong; "" if nothing did.
+    """
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield {kind: pool.submit(fuzz, folder / kind.replace(" ", "-"), kind, count, seconds) for kind in BASES}
+
+
+def fuzz(folder: Path, kind: str, count: int, seconds: float, first: int = 0) -> str:
+    """What went wrong with one kind; "" if nothing did."""
+    folder.mkdir()
+    bases = BASES[kind]()
+    for i, base in enumerate(bases):
+        (folder / f"base{i}").write_bytes(base)
+    (folder / "data").write_bytes(bytes(range(16)))  # what a model may refer to
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.child"]
+    arguments = [str(folder), kind, str(first), str(count), str(seconds)]
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    if done.returncode == 0:
+        return ""
+    current = folder / "current"
+    if not current.exists():
+        return done.stderr
+    number = int(current.read_text() or 0)
+    random = Random(f"{kind}/{number}")
+    (folder / "broken").write_bytes(damaged(random.choice(bases), random))
+    return f"{kind}, file {number}, kept as {folder / 'broken'}\n{done.stderr[-4000:]}"
