@@ -583,6 +583,15 @@ def test_pickled_modules(tmp_path: Path) -> None:
     assert sqnr(model(torch.ones(1, 8))[0], small(torch.ones(1, 8))[0]) > 25
 
 
+def test_of_several_models_one_has_to_be_named(tmp_path: Path) -> None:
+    for name in ("unet", "vae"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        saved({"w": drawn(4, 4)}, tmp_path / "both" / name / "weights.pt")
+    with pytest.raises(FileError, match=r"holds several models: unet/weights\.pt, vae/weights\.pt"):
+        pared.compress(tmp_path / "both", tmp_path / "out")
+    pared.compress(tmp_path / "both" / "unet", tmp_path / "out")
+
+
 def test_a_tensor_that_repeats_itself_without_end(tmp_path: Path) -> None:
     source = saved({"w": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "m.pt")
     with pytest.raises(UnsafeError, match=r"w: repeats 4 bytes until they are 4,398,046,511,104"):

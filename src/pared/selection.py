@@ -162,6 +162,16 @@ def _not_of_a_model(one: _Named) -> _Verdict | None:
     return None
 
 
+def file_of(held: Held) -> str | None:
+    """The file of a folder that a tensor is in, where its name says so.
+
+    >>> file_of(Held("unet/model.safetensors/w", "float32", (2,), 8, "w"))
+    'unet/model.safetensors'
+    """
+    found = _IN_FILE.match(held.name)
+    return found[1] if found else None
+
+
 def _main_file(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
     """Of a folder's files the one, or the shards, whose tensors have plain names."""
     plain = {name for name, _ in named if not _IN_FILE.match(name)}
