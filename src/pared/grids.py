@@ -62,7 +62,7 @@ def magnitudes(matrix: Array, dtype: str, threads: int = 1) -> Steps:
     found = np.zeros(len(matrix), np.float32)
     for (rows, _), largest in _shared(look, matrix, threads):  # a long row has several tiles
         np.maximum(found[rows], largest, out=found[rows])
-    return found
+    return np.abs(found)  # of a row of zeros it is 0, not -0
 
 
 def finest_steps(largest: Steps, codes: CodeType) -> Steps:

@@ -54,9 +54,9 @@ def find_lattice(array: Array, dtype: str, bits: float) -> Lattice | None:
         dtype: of its numbers, one of `FLOATING`.
         bits: the most that a code may take.
 
-    >>> weights = np.array([[3, -7, 127], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)
+    >>> weights = np.array([[3, -7, 8], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)
     >>> find_lattice(weights, "float32", 8).codes.tolist()
-    [[3, -7, 127], [1, 2, 100]]
+    [[3, -7, 8], [1, 2, 100]]
     """
     for view in _views(array.shape):
         for largest in _promising(array, dtype, view, bits):

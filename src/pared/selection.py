@@ -80,6 +80,8 @@ _TRAINING: Final = re.compile(
 _MOMENTS: Final = re.compile(r".*[/.](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta)$")
 # Before the names of a folder's tensors that are not in its main file.
 _IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckpt|pt2|onnx|gguf|npz|npy|h5|keras))/")
+# Where a pickled LSTM or GRU holds its weights a second time.
+_AGAIN: Final = re.compile(r"(.*[./])?_flat_weights/\d+$")
 # The attributes of a module through which a pickle reaches its tensors.
 _ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 # What wrappers put before every name: DataParallel and its kin, torch.compile.
@@ -127,7 +129,9 @@ def _divided(named: Sequence[_Named], judge: Callable[[_Named], _Verdict | None]
         if verdict is None:
             kept.append(one)
         else:
-            left.append(LeftOut(one[1].name, one[1].nbytes, *verdict))
+            because, kind = verdict
+            nbytes = 0 if kind == "duplicate" else one[1].nbytes  # the first name has its bytes
+            left.append(LeftOut(one[1].name, nbytes, because, kind))
     return kept
 
 
@@ -151,9 +155,21 @@ def _not_of_a_model(one: _Named) -> _Verdict | None:
         return "it holds no numbers (a tensor on the meta device)", "ballast"
     if (nested and _TRAINING.match(top)) or _MOMENTS.match(name):
         return "the state of an optimizer, which only training needs", "optimizer-state"
+    if _AGAIN.match(name):
+        return "the weights of a recurrent layer, which its pickle names a second time", "duplicate"
     if re.match(r"(?i)(.*_)?rng_state", top):
         return "the state of random numbers, which only training needs", "optimizer-state"
     return None
+
+
+def file_of(held: Held) -> str | None:
+    """The file of a folder that a tensor is in, where its name says so.
+
+    >>> file_of(Held("unet/model.safetensors/w", "float32", (2,), 8, "w"))
+    'unet/model.safetensors'
+    """
+    found = _IN_FILE.match(held.name)
+    return found[1] if found else None
 
 
 def _main_file(named: list[_Named], left: list[LeftOut]) -> list[_Named]:

@@ -111,6 +111,7 @@ def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
         attribute: the tensor's name within the module; only `weight` may differ from the default.
         shape: the tensor's shape.
 
+    >>> from torch import nn
     >>> view_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (4, 3, 3, 3)).row_sizes
     (2, 3)
     """

@@ -34,7 +34,7 @@ from pared.errors import ConfigError, FileError, UnsafeError
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
 from pared.readers import ELEMENTS, Listing
-from pared.selection import Kept, LeftOut, select
+from pared.selection import Kept, LeftOut, file_of, select
 from pared.sizes import parse_size
 from pared.version import __version__
 
@@ -314,6 +314,10 @@ def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
             "holds no weights of a model",
             where=listing.where,
             remedy="Pass the file or folder that has the state dict.",
+        )
+    if len(files := {name for one in kept if (name := file_of(one.held))}) > 1:
+        raise FileError(
+            f"holds several models: {', '.join(sorted(files)[:3])}", where=listing.where, remedy="Pass one of them."
         )
     for one in kept:
         storage = listing.storages[one.held.storage or ""]
