@@ -126,9 +126,10 @@ class _Stream:
 
     def readline(self) -> bytes:
         """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
-        piece = bytes(self.data[self.position : self.position + 64])
-        if b"\n" not in piece:
-            piece = bytes(self.data[self.position : self.position + self._LONGEST_LINE])
+        length, piece = 64, b""
+        while b"\n" not in piece and len(piece) < min(length, len(self.data) - self.position):
+            piece = bytes(self.data[self.position : self.position + length])
+            length = min(4 * length, self._LONGEST_LINE)
         return self._next(piece.find(b"\n") + 1 or len(piece))
 
     def _next(self, length: int) -> bytes:

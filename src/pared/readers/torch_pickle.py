@@ -25,6 +25,7 @@ from pared.readers.torch_names import (
 _DEEPEST: Final = 100
 _STEP_NBYTES: Final = 300  # beside its name
 _HELD_NBYTES: Final = 1000
+_PAIR_NBYTES: Final = 16  # of an object's state: a module that has many places is looked through at each
 # What a module keeps its parts in; their names are no part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _SCRIPTED: Final = "__torch__."
@@ -69,6 +70,8 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         if call in REBUILD or call == REBUILD_META:
             allowance.take(_HELD_NBYTES)
             yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+        allowance.take(_PAIR_NBYTES * len(node.states))
+        allowance.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
         if id(node) in entered and not again:
             continue
