@@ -134,6 +134,16 @@ def test_what_would_fill_the_memory_is_unsafe(kind: str) -> None:
     assert error.value.what == "reading it would take more memory than four times its size and 64 MiB"
 
 
+def test_a_large_module_in_very_many_places_is_unsafe() -> None:
+    """A module that holds another twice, thirty deep, and each has a state that takes long to look through."""
+    module = b"cm\nM\n)\x81}(" + b"".join(b"M%sN" % struct.pack("<H", i) for i in range(3000))
+    program = b"\x80\x02" + module + b"X\x08\0\0\0_modules}ubq\1"
+    for _ in range(30):
+        program += module + b"X\x08\0\0\0_modules}(X\1\0\0\0ah\1X\1\0\0\0bh\1uubq\1"
+    with pytest.raises(UnsafeError):
+        bounded(archive(program + b"."))
+
+
 def test_laughter_by_doubling_ends() -> None:
     """Sixty-four nested pairs of the same thing: 2^64 of them if anything unfolded them."""
     program = b"\x80\x02]q\0" + b"h\0h\0\x86q\0" * 64 + b"."
@@ -198,6 +208,7 @@ def test_deep_nesting_is_refused(kind: str) -> None:
 
 
 PROTOCOL = {
+    "a large shape of few numbers": b"\x08\x0a\x3a\x0c\x2a\x0a\x08\x80\x80\x80\x80\x40\x10\x03\x28\x01",
     "a number without end": b"\x08\x0a\x28" + b"\xff" * 11,
     "a group": b"\x08\x0a\x3a\x06\x0b\x13\x0b\x0c\x14\x0c",
     "a field beyond the end": b"\x08\x0a\x3a\xff\xff\xff\xff\x7f",

@@ -8,18 +8,24 @@ and the arguments. Names whose code would run if the file were loaded are collec
 
 from __future__ import annotations
 
+import io
 import pickletools
 import sys
 import warnings
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from pared.container import DAMAGED, Allowance
 from pared.errors import CorruptError, UnsafeError
 
+_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any allowance
 _MOST_FOREIGN: Final = 1000  # names beyond these are not collected
-_NODE_NBYTES: Final = 320  # of a node with its empty lists, and of its places in others
+_NODE_NBYTES: Final = 192  # of a node with a list of a few things
+_NAME_NBYTES: Final = 256  # beside its characters
+_MEMO_NBYTES: Final = 128  # of a place in the memo
+_PAIR_NBYTES: Final = 72
+_STACK_NBYTES: Final = 24  # of a place on the stack, and in whatever takes it from there
 _MOST_BYTES_PER_CHARACTER: Final = 5  # of a text: its bytes, and up to four for each character
 
 
@@ -45,16 +51,16 @@ class Node:
 
     call: Name | Node | None = None
     arguments: Sequence[object] = ()
-    values: list[object] = field(default_factory=list)
-    pairs: list[tuple[object, object]] = field(default_factory=list)
-    states: list[object] = field(default_factory=list)
+    values: Sequence[object] = ()
+    pairs: Sequence[tuple[object, object]] = ()
+    states: Sequence[object] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Persistent:
     """A reference to something outside the pickle; for torch, to a storage."""
 
-    fields: list[object]
+    fields: Sequence[object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +98,13 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
     [('epoch', 3)]
     """
     machine = _Machine(harmless, where, allowance)
-    stream = _Stream(memoryview(data), allowance)
+    stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), allowance)
     try:
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             machine.run(stream)
-        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.position)
+        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
     except (UnsafeError, MemoryError):
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -110,7 +116,7 @@ def _shown(text: str) -> str:
 
 
 class _Stream:
-    """The bytes of a pickle, as `pickletools` reads them; what is long is allowed first."""
+    """The bytes of a large pickle, as `pickletools` reads them; what is long is allowed first."""
 
     _LONGEST_LINE: Final = 1 << 20
 
@@ -122,13 +128,15 @@ class _Stream:
     def read(self, length: int) -> bytes:
         length = max(0, min(length, len(self.data) - self.position))
         self.allowance.take(length * _MOST_BYTES_PER_CHARACTER)
+        self.allowance.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
         return self._next(length)
 
     def readline(self) -> bytes:
         """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
-        piece = bytes(self.data[self.position : self.position + 64])
-        if b"\n" not in piece:
-            piece = bytes(self.data[self.position : self.position + self._LONGEST_LINE])
+        length, piece = 64, b""
+        while b"\n" not in piece and len(piece) < min(length, len(self.data) - self.position):
+            piece = bytes(self.data[self.position : self.position + length])
+            length = min(4 * length, self._LONGEST_LINE)
         return self._next(piece.find(b"\n") + 1 or len(piece))
 
     def _next(self, length: int) -> bytes:
@@ -153,13 +161,12 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
 
-    def run(self, stream: _Stream) -> None:
+    def run(self, stream: io.BytesIO | _Stream) -> None:
         for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it only reads and tells
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
-            # What goes on the stack is a number, a text or a node. A mark, a name and a memo's place cost less.
-            self.allowance.take(_NODE_NBYTES if argument is None else 64 + sys.getsizeof(argument))
+            self.allowance.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
             action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
@@ -218,23 +225,32 @@ class _Machine:
         self.push(Node(values=self.pop_to_mark()))
 
     def dict_from_mark(self, _: object) -> None:
-        self.push(Node(pairs=_pairs(self.pop_to_mark())))
+        items = self.pop_to_mark()
+        self.push(Node())
+        self.add_pairs(_pairs(items))
 
     def append(self, _: object) -> None:
         value = self.pop()
-        self.top().values.append(value)
+        self.add_values([value])
 
     def append_from_mark(self, _: object) -> None:
-        values = self.pop_to_mark()
-        self.top().values.extend(values)
+        self.add_values(self.pop_to_mark())
 
     def set_item(self, _: object) -> None:
         value, key = self.pop(), self.pop()
-        self.top().pairs.append((key, value))
+        self.add_pairs([(key, value)])
 
     def set_items_from_mark(self, _: object) -> None:
-        pairs = _pairs(self.pop_to_mark())
-        self.top().pairs.extend(pairs)
+        self.add_pairs(_pairs(self.pop_to_mark()))
+
+    def add_values(self, values: list[object]) -> None:
+        node = self.top()
+        node.values = _longer(node.values, values)
+
+    def add_pairs(self, pairs: list[tuple[object, object]]) -> None:
+        self.allowance.take(_PAIR_NBYTES * len(pairs))
+        node = self.top()
+        node.pairs = _longer(node.pairs, pairs)
 
     def top(self) -> Node:
         node = self.pop_node()
@@ -282,7 +298,8 @@ class _Machine:
 
     def set_state(self, _: object) -> None:
         state = self.pop()
-        self.top().states.append(state)
+        node = self.top()
+        node.states = _longer(node.states, [state])
 
     def persistent(self, _: object) -> None:
         reference = Persistent(self.pop_node().values)
@@ -291,6 +308,14 @@ class _Machine:
 
     def nothing(self, _: object) -> None:
         pass
+
+
+def _longer(known: Sequence[Any], more: list[Any]) -> list[Any]:
+    """A list grows in place; most nodes have none."""
+    if not isinstance(known, list):
+        return more
+    known += more
+    return known
 
 
 def _pairs(values: list[object]) -> list[tuple[object, object]]:
@@ -346,4 +371,17 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "INST": _Machine.call_named_from_mark,
     "BUILD": _Machine.set_state,
     "BINPERSID": _Machine.persistent,
+}
+
+# The bytes that an instruction takes, beside its argument.
+_COSTS: Final[dict[str, int]] = {
+    **dict.fromkeys(
+        (
+            *("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST"),
+            *("FROZENSET", "DICT", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD", "BINPERSID"),
+        ),
+        _NODE_NBYTES,
+    ),
+    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), _NAME_NBYTES),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _MEMO_NBYTES),
 }

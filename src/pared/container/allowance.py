@@ -40,5 +40,9 @@ class Allowance:
             raise UnsafeError(
                 "reading it would take more memory than four times its size and 64 MiB",
                 where=self.where,
-                remedy="Do not use this file: it is made to fill the memory.",
+                remedy="It has very many small parts, or is made to fill the memory: find out which before using it.",
             )
+
+    def give(self, nbytes: int) -> None:
+        """Count memory that is free again."""
+        self.left += nbytes

@@ -19,7 +19,7 @@ _MAGIC: Final = b"PK\x03\x04"
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, length of name, of extra field
 _ENCRYPTED: Final = 1
 _UTF8: Final = 0x800
-_ENTRY_NBYTES: Final = 24  # of Python's objects, for each byte of the directory at most
+_ENTRY_NBYTES: Final = 16  # of Python's objects, for each byte of the directory at most
 
 # What the standard library raises on damaged directories.
 _ZIP_ERRORS: Final = (

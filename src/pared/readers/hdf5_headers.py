@@ -6,6 +6,7 @@ no file is endless.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -15,10 +16,12 @@ from pared.container import Allowance, Place
 UNDEFINED: Final = (1 << 64) - 1
 # The types of messages in an object's header.
 DATASPACE, LINK_INFO, DATATYPE, LINK, LAYOUT, CONTINUATION, SYMBOL_TABLE = 0x01, 0x02, 0x03, 0x06, 0x08, 0x10, 0x11
+_WANTED: Final = frozenset((DATASPACE, LINK_INFO, DATATYPE, LINK, LAYOUT, SYMBOL_TABLE))
 _SHARED: Final = 0x02
 _HARD: Final = 0
 _LONGEST_NAME: Final = 4096
 _MESSAGE_NBYTES: Final = 300
+_NAME_NBYTES: Final = 250  # beside its characters, with what is made of it
 _LEVELS: Final = 8  # of a tree; each has at least twice as many nodes as the one above it
 
 
@@ -87,7 +90,7 @@ class Bytes:
         return self._decoded(self.piece(position, size))
 
     def _decoded(self, raw: bytes) -> str:
-        self.allowance.take(len(raw))
+        self.allowance.take(_NAME_NBYTES + len(raw))
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -95,7 +98,7 @@ class Bytes:
 
 
 def messages(source: Bytes, address: int) -> list[Message]:
-    """The messages in the header of the object at an address."""
+    """The messages in the header of the object at an address, as far as they are known here."""
     source.once("header", address)
     if source.piece(address, 4) == b"OHDR":
         return list(_messages_2(source, address))
@@ -118,7 +121,8 @@ def _messages_1(source: Bytes, address: int) -> Iterator[Message]:
             message = _message(source, kind, position + 8, length, flags)
             if kind == CONTINUATION:
                 blocks.append(_continuation(source, message))
-            yield message
+            if kind in _WANTED:
+                yield message
             position += 8 + length
 
 
@@ -142,7 +146,8 @@ def _messages_2(source: Bytes, address: int) -> Iterator[Message]:
                 begin, size = _continuation(source, message)
                 source.expect(begin, b"OCHK")
                 blocks.append((begin + 4, max(0, size - 8)))
-            yield message
+            if kind in _WANTED:
+                yield message
             position += head + length
 
 
@@ -197,7 +202,10 @@ def tree_leaves(source: Bytes, root: int, key: int) -> Iterator[int]:
         level = source.number(node + 5, 1)
         if level >= above:
             source.at.fail(f"the tree at byte {root:,} is none")
-        places = [node + 24 + key + i * (8 + key) for i in range(source.number(node + 6, 2))]
+        count, step = source.number(node + 6, 2), 8 + key
+        begin = node + 24 + key
+        source.piece(begin, max(0, count * step - key))  # all of them are in the file
+        places = range(begin, begin + count * step, step)
         if level:
             waiting += [(source.number(place, 8), level) for place in reversed(places)]
         else:
@@ -279,6 +287,7 @@ class _Heap:
         self.length_width = _width(min(self.largest, source.number(address + 10, 4)))
         root, rows = source.number(address + 132, 8), source.number(address + 140, 2)
         self.blocks = list(self._direct(root, rows))
+        self.begins = [begin for begin, _, _ in self.blocks]
 
     def _direct(self, root: int, rows: int) -> Iterator[tuple[int, int, int]]:
         """Where each direct block begins in the heap's space, its size, and its address."""
@@ -303,7 +312,7 @@ class _Heap:
         if self.source.number(identifier, 1) & 0x30:
             self.source.at.fail("a link in it is kept in an unusual way")
         offset = self.source.number(identifier + 1, self.offset_width)
-        block = next(((begin, at) for begin, size, at in self.blocks if begin <= offset < begin + size), None)
-        if block is None:
+        begin, size, address = self.blocks[max(0, bisect(self.begins, offset) - 1)] if self.blocks else (0, 0, 0)
+        if not begin <= offset < begin + size:
             self.source.at.fail("a link in it is not where it should be")
-        return block[1] + offset - block[0]
+        return address + offset - begin

@@ -20,7 +20,7 @@ from pared.readers.torch_names import HARMLESS
 _MAGIC: Final = b"\x93NUMPY"
 _LENGTHS: Final = {1: struct.Struct("<H"), 2: struct.Struct("<I"), 3: struct.Struct("<I")}  # by version
 _LARGEST_HEADER: Final = 10_000  # NumPy's own limit
-_HELD_NBYTES: Final = 2000
+_HELD_NBYTES: Final = 1400
 _HEADER: Final = re.compile(
     r"\{ ?'descr': ('[^'\\]{1,20}'|\[.*\]|\(.*\)), ?'fortran_order': (True|False), ?'shape': \(([\d ,]*)\),? ?\}\s*"
 )

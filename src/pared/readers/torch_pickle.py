@@ -23,8 +23,10 @@ from pared.readers.torch_names import (
 )
 
 _DEEPEST: Final = 100
+_VISIT_NBYTES: Final = 48  # never given back, so that visits end
 _STEP_NBYTES: Final = 300  # beside its name
-_HELD_NBYTES: Final = 1000
+_HELD_NBYTES: Final = 700
+_PAIR_NBYTES: Final = 16  # of an object's state: a module that has many places is looked through at each
 # What a module keeps its parts in; their names are no part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _SCRIPTED: Final = "__torch__."
@@ -62,20 +64,24 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         allowance: for names and tensors, which may be far longer than the pickle.
     """
     waiting = [_Step("", root)] if isinstance(root, Node) else []
+    allowance.take(_STEP_NBYTES)
     entered: set[int] = set()
     while waiting:
         step = waiting.pop()
+        allowance.give(_STEP_NBYTES + len(step.name))
         node, call, arguments = _resolved(step.node)
         if call in REBUILD or call == REBUILD_META:
-            allowance.take(_HELD_NBYTES)
+            allowance.take(_HELD_NBYTES + len(step.name))
             yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+        allowance.take(_PAIR_NBYTES * len(node.states))
+        allowance.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
         if id(node) in entered and not again:
             continue
         entered.add(id(node))
         inside = []
         for inner in _inside(step, node, arguments):
-            allowance.take(_STEP_NBYTES + len(inner.name))
+            allowance.take(_STEP_NBYTES + len(inner.name) + _VISIT_NBYTES)
             inside.append(inner)
             if step.depth == _DEEPEST:
                 raise UnsafeError(
@@ -213,7 +219,7 @@ def _at_least(values: Sequence[object], least: int, at: Place) -> Sequence[objec
     return values if len(values) >= least else at.fail("its description in the pickle is incomplete")
 
 
-def _values(value: object, at: Place) -> list[object]:
+def _values(value: object, at: Place) -> Sequence[object]:
     return value.values if isinstance(value, Node) else at.fail("its sizes or strides are no list")
 
 
