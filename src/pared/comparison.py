@@ -247,12 +247,11 @@ class Comparison:
         shown = [pair for pair in self.pairs if not pair.identical or pair.note or pair.by != "name"][:most]
         if not shown:
             return
-        table = new_table("tensor", "format", "bytes", "bytes in B", "ratio", "SQNR dB", "max err", "of max", "1-cos")
+        table = new_table("tensor", "format", "bytes", "bytes in B", "SQNR dB", "max err", "1-cos")
         notes = Notes()
         for pair in shown:
             format = " → ".join(dict.fromkeys(pair.formats))
-            ratio = f"{pair.ratio:.3f}" if pair.nbytes[0] else ""
-            cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes), ratio]
+            cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes)]
             add_row(table, [*cells, *_figures(pair.likeness)])
         yield from drawn(table)
         yield from notes.lines()
@@ -280,7 +279,7 @@ class Comparison:
         steepest = sorted(self.layers, key=lambda layer: (layer.name != self.parts, -layer.drop))[:most]
         shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
         for layer in shown:
-            sqnr, error, _, apart = _figures(layer.likeness)
+            sqnr, error, apart = _figures(layer.likeness)
             drop = f"{layer.drop:.1f}" if layer.drop >= 1 else ""
             mark = "parts here" if layer.name == self.parts else ""
             name = _label(layer) + notes.mark(layer.note)
@@ -323,14 +322,13 @@ def _words(likeness: Likeness) -> str:
     return f"SQNR {_level(likeness.sqnr)}, 1 - cosine {_apart(likeness.cosine)}, {error}"
 
 
-def _figures(likeness: Likeness | None) -> tuple[str, str, str, str]:
-    """SQNR, the largest error, the same as a share, and what the cosine lacks to 1."""
+def _figures(likeness: Likeness | None) -> tuple[str, str, str]:
+    """SQNR, the largest error, and what the cosine lacks to 1."""
     if likeness is None:
-        return "differs", "", "", ""
+        return "differs", "", ""
     if likeness.same:
-        return "equal", "", "", ""
-    error, relative = f"{likeness.error:.1e}", f"{likeness.relative_error:.1e}"
-    return _decibels(likeness.sqnr), error, relative, _apart(likeness.cosine)
+        return "equal", "", ""
+    return _decibels(likeness.sqnr), f"{likeness.error:.1e}", _apart(likeness.cosine)
 
 
 def _decibels(sqnr: float) -> str:
