@@ -217,6 +217,14 @@ def test_doubled_keys_in_a_safetensors_header_are_refused() -> None:
         bounded(_safetensors(f'{{"a":{entry},"a":{entry}}}'.encode()) + b"\0")
 
 
+def test_names_in_errors_cannot_move_the_cursor() -> None:
+    header = json.dumps({"a\x1b[2J\n\u202eb": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    with pytest.raises(CorruptError) as error:
+        bounded(_safetensors(header) + b"\0")
+    assert all(line.isprintable() for line in str(error.value).splitlines())
+    assert str(error.value).startswith(r"file: a\x1b[2J\n\u202eb: its offsets ")
+
+
 @pytest.mark.parametrize("name", ["a/data.pkl", "w.npy"])
 def test_members_that_inflate_a_thousandfold_take_no_memory(name: str) -> None:
     """100 MB of zeros in 100 kB: a pickle like this is refused, an array is listed without its numbers."""

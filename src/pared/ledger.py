@@ -16,10 +16,10 @@ from rich.table import Table
 
 from pared import container, readers
 from pared.container import Entry, Records
-from pared.errors import ConfigError
+from pared.errors import ConfigError, printable
 from pared.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers import Held, Listing, Storage
-from pared.tables import WIDTH, Notes, add_row, drawn, printable
+from pared.tables import WIDTH, Notes, add_row, drawn
 
 
 @dataclass(frozen=True)
