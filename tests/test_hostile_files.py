@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pared import container, readers
 from pared.errors import CorruptError, UnsafeError
 from pared.readers import Listing
-from tests.fuzz.bases import BASES
+from tests.fuzz.bases import BASES, saved
 from tests.fuzz.driver import started
 
 FILES = 10_000
@@ -138,6 +139,18 @@ def test_laughter_by_doubling_ends() -> None:
     """Sixty-four nested pairs of the same thing: 2^64 of them if anything unfolded them."""
     program = b"\x80\x02]q\0" + b"h\0h\0\x86q\0" * 64 + b"."
     assert bounded(archive(program)).tensors == ()
+
+
+def test_modules_that_hold_each_other_twice_end_soon() -> None:
+    """Each place of a module is listed; of thousands of them, in a file of five kilobytes, nobody waits for the end."""
+    module: torch.nn.Module = torch.nn.Linear(2, 2)
+    for _ in range(12):
+        outer = torch.nn.Module()
+        outer.a, outer.b, module = module, module, outer
+    with pytest.raises(UnsafeError):
+        bounded(saved(module))
+    many = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(8, 2)] * 12)
+    assert len(bounded(saved(many)).tensors) == 12 * 12
 
 
 HUGE = {

@@ -40,5 +40,6 @@ class Allowance:
             raise UnsafeError(
                 "reading it would take more memory than four times its size and 64 MiB",
                 where=self.where,
-                remedy="Do not use this file: it is made to fill the memory.",
+                remedy="Do not use this file, unless you know who made it: it describes far more than it holds. If you "
+                "do: save it anew as fewer and larger tensors, or as .safetensors.",
             )

@@ -24,6 +24,9 @@ from pared.readers.torch_names import (
 
 _DEEPEST: Final = 100
 _STEP_NBYTES: Final = 300  # beside its name
+# What is in a module that was looked into before takes no more memory, but time: modules that hold each other twice
+# unfold to any number. So much is taken for each step, and few are left.
+_AGAIN_NBYTES: Final = 3000
 _HELD_NBYTES: Final = 1000
 # What a module keeps its parts in; their names are no part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
@@ -70,12 +73,13 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
             allowance.take(_HELD_NBYTES)
             yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
-        if id(node) in entered and not again:
+        known = id(node) in entered
+        if known and not again:
             continue
         entered.add(id(node))
         inside = []
         for inner in _inside(step, node, arguments):
-            allowance.take(_STEP_NBYTES + len(inner.name))
+            allowance.take((_AGAIN_NBYTES if known else _STEP_NBYTES) + len(inner.name))
             inside.append(inner)
             if step.depth == _DEEPEST:
                 raise UnsafeError(
