@@ -49,6 +49,7 @@ def test_shards_are_one_listing(tmp_path: Path) -> None:
             assert array.tolist() == WEIGHTS[held.name].tolist()
         assert {"(config.json)", "(1_Pooling/config.json)", "(model.safetensors.index.json)"} < listing.notes.keys()
     ledger = pared.inspect(tmp_path)
+    assert set(ledger.by_format()) == {"float32", "header", "file"}
     assert sum(row.nbytes for row in ledger.rows) == ledger.nbytes == total(tmp_path)
 
 

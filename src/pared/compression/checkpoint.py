@@ -179,8 +179,7 @@ def run(
 
 def _nbytes(listing: Listing) -> int:
     """The bytes of the files that hold tensors."""
-    others = sum(note.nbytes for name, note in listing.notes.items() if ":" not in name)
-    return listing.nbytes - others if "folder" in listing.kind else listing.nbytes
+    return listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file)
 
 
 class _Work:

@@ -62,7 +62,9 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     _check_index(placed, listings, folder)
     parts = [_of_file(name, listing, name in plain) for name, listing in listings.items()]
     taken = {*listings, *_beside(listings)}
-    others = {f"({name})": Note(size, unread.get(name, "")) for name, size in sizes.items() if name not in taken}
+    others = {
+        f"({name})": Note(size, unread.get(name, ""), file=True) for name, size in sizes.items() if name not in taken
+    }
     return Listing(
         tensors=tuple(held for part in parts for held in part.tensors),
         storages={key: storage for part in parts for key, storage in part.storages.items()},
