@@ -149,6 +149,18 @@ def test_exported_programs_are_listed(tmp_path: Path) -> None:
     assert listing.notes["(sample inputs)"].ballast
 
 
+def test_pickles_in_exported_programs_are_no_ballast(tmp_path: Path) -> None:
+    """Subclasses of tensors are saved as pickles: nobody looks into those here, but they are no waste."""
+    torch.export.save(torch.export.export(nn.Linear(200, 200), (torch.ones(1, 200),)), tmp_path / "plain.pt2")
+    with zipfile.ZipFile(tmp_path / "plain.pt2") as plain, zipfile.ZipFile(tmp_path / "a.pt2", "w") as archive:
+        for name in plain.namelist():
+            archive.writestr(name, plain.read(name).replace(b'"use_pickle": false', b'"use_pickle": true'))
+    ledger = pared.inspect(tmp_path / "a.pt2")
+    assert ledger.by_format()["objects"] == 4 * (200 * 200 + 200)
+    assert ledger.findings == ()
+    check_sum(tmp_path / "a.pt2")
+
+
 def test_packages_of_several_programs_have_prefixes(tmp_path: Path) -> None:
     from torch.export.pt2_archive._package import package_pt2
 
