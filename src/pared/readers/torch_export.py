@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
@@ -11,7 +10,7 @@ from pared import container
 from pared.container import Allowance, Archive, File, Member, Place
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.torch_names import BITS
-from pared.readers.torch_pickle import packed
+from pared.readers.torch_pickle import view_of
 
 _WEIGHTS: Final = "data/weights/"
 _CONSTANTS: Final = "data/constants/"
@@ -121,15 +120,7 @@ def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at:
     shape = at.shape([_int(size, at) for size in at.sequence(fields.get("sizes"), "its sizes")], "sizes")
     stride = tuple(at.whole(_int(s, at), "a stride") for s in at.sequence(fields.get("strides"), "its strides"))
     offset = at.whole(_int(fields.get("storage_offset"), at), "its offset")
-    if len(stride) != len(shape):
-        at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
-    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (reach + 1) * BITS[kind] > 8 * members[path].nbytes:
-        at.fail(f"it reaches beyond its member, which has {members[path].nbytes:,} bytes")
-    plain = 0 in shape or stride == packed(shape)
-    nbytes = math.prod(shape) * BITS[kind] // 8
-    first = 0 if 0 in shape else offset * BITS[kind] // 8
-    return Held(name, kind, shape, nbytes, path, first, None if plain else stride)
+    return view_of(name, kind, shape, stride, offset, (path, members[path].nbytes), at)
 
 
 def _int(value: object, at: Place) -> object:
