@@ -127,6 +127,15 @@ def test_code_in_a_pickle_is_named(tmp_path: Path) -> None:
     assert 0 < finding.nbytes < 10_000
 
 
+def test_a_quantized_model_that_was_pickled_is_not_to_be_compressed_again(tmp_path: Path) -> None:
+    small = pared.fit(network(), quiet=True)
+    (finding,) = found(saved(small, tmp_path))
+    assert (finding.kind, finding.bytes_after) == ("executable-pickle", None)
+    assert "it is a quantized model already" in finding.remedy.lower()
+    torch.load(tmp_path / "model.pt", weights_only=False).save(tmp_path / "small")
+    assert pared.inspect(tmp_path / "small").findings == ()
+
+
 def test_pickles_in_a_folder_are_judged_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     why_bigger.save({"w": WEIGHT, "images": b"x" * 10**5, "model": network()}, tmp_path / "pytorch_model.bin")

@@ -140,9 +140,9 @@ class Ledger:
 
 
 def inspect(target: object, *, depth: Depth = "default") -> Ledger:
-    """Account for every byte of a file, of a folder or of a model in memory, and find out why it is so large.
+    """Account for every byte of a file, of a folder or of a model in memory; find out why files are so large.
 
-    Nothing in a file is executed, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported. A model in memory has no findings: they are about files.
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,

@@ -18,6 +18,11 @@ _MOSTLY: Final = 0.25
 # What mends what `pared compress` cannot.
 _NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
 _OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
+# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it.
+_OURS: Final = "pared.model._revive"
+_SAVE: Final = (
+    "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it without code."
+)
 _PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 
@@ -26,7 +31,9 @@ def executable_pickle(case: Case) -> Iterator[Cause]:
     foreign = case.listing.foreign
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
-        yield Cause(foreign, sum(_pickles(case.listing).values()), f"loading it would run {shown}", always=True)
+        nbytes = sum(_pickles(case.listing).values())
+        remedy = _SAVE if _OURS in foreign else ""
+        yield Cause(foreign, nbytes, f"loading it would run {shown}", remedy, always=True)
 
 
 def ballast(case: Case) -> Iterator[Cause]:
