@@ -57,6 +57,16 @@ def total(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def test_a_variant_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    shards(tmp_path)
+    variant = "model.fp16-00001-of-00001.safetensors"
+    safetensors.torch.save_file({k: v.half() for k, v in WEIGHTS.items()}, tmp_path / variant)
+    (tmp_path / "model.fp16.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(WEIGHTS, variant)})
+    )
+    assert sorted(names(tmp_path)) == sorted([*WEIGHTS, *(f"{variant}/{name}" for name in WEIGHTS)])
+
+
 def test_a_shard_that_is_missing_is_an_error(tmp_path: Path) -> None:
     shards(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

@@ -48,7 +48,8 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         CorruptError: a file contradicts itself, or the index names what is not there.
     """
     sizes = _sizes(folder)
-    index = next((name for name in sizes if name.endswith(_INDEX) and "/" not in name), None)
+    indexes = (name for name in sizes if name.endswith(_INDEX) and "/" not in name)
+    index = min(indexes, key=len, default=None)  # variants have longer names: model.fp16.safetensors.index.json
     placed = {} if index is None else _index(folder / index, sizes)
     named = [name for name in sizes if PurePosixPath(name).suffix in SUFFIXES or name in placed.values()]
     listings, unread = _listings(folder, named, set(placed.values()), files)
