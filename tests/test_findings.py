@@ -127,6 +127,32 @@ def test_code_in_a_pickle_is_named(tmp_path: Path) -> None:
     assert 0 < finding.nbytes < 10_000
 
 
+def test_a_quantized_model_that_was_pickled_is_not_to_be_compressed_again(tmp_path: Path) -> None:
+    small = pared.fit(network(), quiet=True)
+    (finding,) = found(saved(small, tmp_path))
+    assert (finding.kind, finding.bytes_after) == ("executable-pickle", None)
+    assert "it is a quantized model already" in finding.remedy.lower()
+    torch.load(tmp_path / "model.pt", weights_only=False).save(tmp_path / "small")
+    assert "grid int8" in pared.inspect(tmp_path / "small").by_format()
+
+
+def test_pickles_in_a_folder_are_judged_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    why_bigger.save({"w": WEIGHT, "images": b"x" * 10**5, "model": network()}, tmp_path / "pytorch_model.bin")
+    seen = {finding.kind: finding.nbytes for finding in found(tmp_path)}
+    assert seen["executable-pickle"] > 100_000
+    why_bigger.save({"w": WEIGHT, "images": b"x" * 10**5}, tmp_path / "pytorch_model.bin")
+    (finding,) = found(tmp_path)
+    assert (finding.kind, finding.names) == ("ballast", ("(pytorch_model.bin: pickle)",))
+    assert finding.nbytes == pytest.approx(100_000, rel=0.03)
+
+
+def test_a_view_that_repeats_numbers_has_the_bytes_that_the_file_has(tmp_path: Path) -> None:
+    state = {"a": torch.zeros(1, 100).expand(200, 100), "b": torch.rand(100, dtype=torch.float64).expand(50, 100)}
+    for finding in found(saved({**state, "c": WEIGHT}, tmp_path)):
+        assert finding.nbytes <= 1200
+
+
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same causes are seen in a tenth of the rows; no more is read."""
     state = {

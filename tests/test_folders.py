@@ -49,11 +49,22 @@ def test_shards_are_one_listing(tmp_path: Path) -> None:
             assert array.tolist() == WEIGHTS[held.name].tolist()
         assert {"(config.json)", "(1_Pooling/config.json)", "(model.safetensors.index.json)"} < listing.notes.keys()
     ledger = pared.inspect(tmp_path)
+    assert set(ledger.by_format()) == {"float32", "header", "file"}
     assert sum(row.nbytes for row in ledger.rows) == ledger.nbytes == total(tmp_path)
 
 
 def total(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_variant_is_not_taken_for_the_model(tmp_path: Path) -> None:
+    shards(tmp_path)
+    variant = "model.fp16-00001-of-00001.safetensors"
+    safetensors.torch.save_file({k: v.half() for k, v in WEIGHTS.items()}, tmp_path / variant)
+    (tmp_path / "model.fp16.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(WEIGHTS, variant)})
+    )
+    assert sorted(names(tmp_path)) == sorted([*WEIGHTS, *(f"{variant}/{name}" for name in WEIGHTS)])
 
 
 def test_a_shard_that_is_missing_is_an_error(tmp_path: Path) -> None:

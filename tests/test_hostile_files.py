@@ -16,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pared import container, readers
 from pared.errors import CorruptError, UnsafeError
 from pared.readers import Listing
-from tests.fuzz.bases import BASES
+from tests.fuzz.bases import BASES, saved
 from tests.fuzz.driver import started
 
 FILES = 10_000
@@ -150,6 +151,18 @@ def test_laughter_by_doubling_ends() -> None:
     assert bounded(archive(program)).tensors == ()
 
 
+def test_modules_that_hold_each_other_twice_end_soon() -> None:
+    """Each place of a module is listed; of thousands of them, in a file of five kilobytes, nobody waits for the end."""
+    module: torch.nn.Module = torch.nn.Linear(2, 2)
+    for _ in range(12):
+        outer = torch.nn.Module()
+        outer.a, outer.b, module = module, module, outer
+    with pytest.raises(UnsafeError):
+        bounded(saved(module))
+    many = torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(8, 2)] * 12)
+    assert len(bounded(saved(many)).tensors) == 12 * 12
+
+
 HUGE = {
     "a long number": b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
     "bytes": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f\x01.",
@@ -226,6 +239,14 @@ def test_doubled_keys_in_a_safetensors_header_are_refused() -> None:
     entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
     with pytest.raises(CorruptError, match="an object has the same key twice"):
         bounded(_safetensors(f'{{"a":{entry},"a":{entry}}}'.encode()) + b"\0")
+
+
+def test_names_in_errors_cannot_move_the_cursor() -> None:
+    header = json.dumps({"a\x1b[2J\n\u202eb": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    with pytest.raises(CorruptError) as error:
+        bounded(_safetensors(header) + b"\0")
+    assert all(line.isprintable() for line in str(error.value).splitlines())
+    assert str(error.value).startswith(r"file: a\x1b[2J\n\u202eb: its offsets ")
 
 
 @pytest.mark.parametrize("name", ["a/data.pkl", "w.npy"])

@@ -448,6 +448,10 @@ OTHERS = {
         "a tar archive, as torch wrote before version 0.1.10",
     ),
     "text": (b"hello", "of a kind unknown here"),
+    "another order": (
+        replaced(STATE, byteorder=b"big"),
+        "a torch file of a machine that puts the highest byte first",
+    ),
 }
 
 

@@ -57,11 +57,12 @@ def opened(browser: webdriver.Chrome, path: Path) -> Iterator[webdriver.Chrome]:
 
 
 def requests(browser: webdriver.Chrome) -> set[str]:
-    """What was asked for since the log was last read."""
+    """What pages asked for since the log was last read; the browser's own, which it begins with, do not count."""
     entries = browser.get_log("performance")  # type: ignore[no-untyped-call]  # selenium's
     messages = [json.loads(entry["message"])["message"] for entry in entries]
-    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    return {url for url in sent if not url.startswith("data:")}
+    sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    urls = {one["request"]["url"] for one in sent if not one["documentURL"].startswith("chrome://")}
+    return {url for url in urls if not url.startswith("data:")}
 
 
 def prefer(browser: webdriver.Chrome, theme: str) -> None:

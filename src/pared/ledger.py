@@ -16,10 +16,10 @@ from rich.table import Table
 
 from pared import container, readers
 from pared.container import Entry, Records
-from pared.errors import ConfigError
+from pared.errors import ConfigError, printable
 from pared.findings import Depth, Finding, find, is_sampled, megabytes
-from pared.readers import Held, Listing, Storage
-from pared.tables import WIDTH, Notes, add_row, drawn, printable
+from pared.readers import Held, Listing, Note, Storage
+from pared.tables import WIDTH, Notes, add_row, drawn
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class Ledger:
             command = remedy.startswith("pared ")  # to be copied in one piece
             yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
         if self.sampled:
-            yield from ("", "These come from evenly spread rows, 1 GB of them; --deep reads everything.")
+            yield from ("", "Judged by evenly spread rows, 1 GB of them; --deep reads everything.")
 
 
 def inspect(target: object, *, depth: Depth = "default") -> Ledger:
-    """Account for every byte of a file, of a folder or of a model in memory, and find out why it is so large.
+    """Account for every byte of a file, of a folder or of a model in memory; find out why files are so large.
 
-    Nothing in a file is executed, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported. A model in memory has no findings: they are about files.
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
@@ -239,10 +239,20 @@ def _of_listing(listing: Listing) -> Ledger:
     rows = [_row(held, tenants, listing.storages) for held in listing.tensors]
     unused = {key: s.nbytes for key, s in listing.storages.items() if key not in tenants and s.nbytes}
     rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
-    rows += [Row(name, None, name.strip("()"), note.nbytes, note.because) for name, note in listing.notes.items()]
+    notes = {name: note for name, note in listing.notes.items() if note.nbytes}
+    rows += [Row(name, None, _what(name, note), note.nbytes, note.because) for name, note in notes.items()]
     pieces = {"(container)": listing.nbytes - sum(row.nbytes for row in rows)}
     elements = sum(_distinct(group, listing.storages[key].nbytes) for key, group in tenants.items())
     return Ledger(listing.where, listing.nbytes, (*rows, *_others(pieces)), elements)
+
+
+def _what(name: str, note: Note) -> str:
+    """What a note is about, whichever file of a folder that is in.
+
+    >>> _what("(model.safetensors: header)", Note(8)), _what("(config.json)", Note(8, file=True))
+    ('header', 'file')
+    """
+    return "file" if note.file else name.strip("()").rpartition(": ")[2]
 
 
 def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:

@@ -105,7 +105,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
             warnings.simplefilter("ignore", DeprecationWarning)
             machine.run(stream)
         return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
-    except (UnsafeError, MemoryError):
+    except UnsafeError:  # which is a ValueError too
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where, remedy=DAMAGED) from error

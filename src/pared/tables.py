@@ -12,17 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pared.errors import printable
+
 WIDTH: Final = 100  # in columns
 
 _LEFT: Final = ("format", "class", "only in", "shape", "")
 _MOST_WIDTHS: Final[Mapping[str, int]] = {"format": 11, "class": 12, "shape": 20}
-
-
-def printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def new_table(first: str, *others: str) -> Table:

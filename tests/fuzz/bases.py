@@ -1,6 +1,7 @@
 """Small sound files of every kind that is read, written by the formats' own libraries."""
 
 import io
+import json
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -175,6 +176,21 @@ def without_debug(file: bytes) -> bytes:
     return stream.getvalue()
 
 
+SHARDS = {f"model-{i}-of-00002.safetensors": {name: torch.ones(2)} for i, name in (("00001", "w"), ("00002", "b"))}
+
+
+def index() -> bytes:
+    """The index of a folder of shards."""
+    placed = {name: file for file, tensors in SHARDS.items() for name in tensors}
+    return json.dumps({"metadata": {"total_size": 16}, "weight_map": placed}).encode()
+
+
+# What stands beside the damaged file: what a model of ONNX may refer to, and the shards of a folder.
+BESIDE: dict[str, bytes] = {
+    "data": bytes(range(16)),
+    **{f"model/{name}": safetensors.torch.save(tensors) for name, tensors in SHARDS.items()},
+}
+
 BASES: dict[str, Callable[[], list[bytes]]] = {
     "artifact.pt": lambda: [as_pt(*artifact())],
     "artifact.safetensors": lambda: [as_safetensors(*artifact())],
@@ -191,4 +207,5 @@ BASES: dict[str, Callable[[], list[bytes]]] = {
     "npz": lambda: [arrays(np.savez), arrays(np.savez_compressed)],
     "HDF5": lambda: [written(partial(write_hdf5, dense=dense)) for dense in (False, True)],
     "Keras": lambda: [keras()],
+    "folder": lambda: [index()],
 }

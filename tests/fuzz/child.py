@@ -27,9 +27,8 @@ PER_BYTE = 4
 PROMISED = 64 << 20  # beside that, as docs/security.md has it
 CONSTANT = 1 << 20  # beside it in truth: exceptions with their tracebacks, Python's own caches
 MEASURED = 8  # one in so many files is measured to the byte, which takes thrice the time
-READ_ALL = (
-    1 << 16
-)  # arrays up to so many bytes are read whole; of others, which may be views of few bytes, two elements
+# Arrays up to so many bytes are read whole; of others, which may be views of few bytes, two elements.
+READ_ALL = 1 << 16
 
 # Whatever would run code, or look elsewhere.
 FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "code.")
@@ -74,6 +73,10 @@ def look(file: bytes, kind: str, folder: Path) -> None:
             (folder / "model.onnx").write_bytes(file)
             with readers.open_listing(folder / "model.onnx") as listing:
                 check(listing)
+        elif kind == "folder":
+            (folder / "model" / "model.safetensors.index.json").write_bytes(file)
+            with readers.open_listing(folder / "model") as listing:
+                check(listing)
         else:
             with container.open_file(file, "file") as opened:
                 check(readers.list_tensors(opened))
@@ -115,9 +118,9 @@ def watch(folder: Path) -> list[str]:
     found: list[str] = []
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open":
+        if event in ("open", "os.walk", "os.scandir"):
             if not str(arguments[0]).startswith(str(folder)):
-                found.append(f"open {arguments[0]!r}")
+                found.append(f"{event} {arguments[0]!r}")
         elif event.startswith(FORBIDDEN):
             found.append(f"{event} {arguments!r:.200}")
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
-from tests.fuzz.bases import BASES
+from tests.fuzz.bases import BASES, BESIDE
 from tests.fuzz.damage import damaged
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,9 @@ def fuzz(folder: Path, kind: str, count: int, seconds: float, first: int = 0) ->
     bases = BASES[kind]()
     for i, base in enumerate(bases):
         (folder / f"base{i}").write_bytes(base)
-    (folder / "data").write_bytes(bytes(range(16)))  # what a model may refer to
+    for name, content in BESIDE.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.child"]
     arguments = [str(folder), kind, str(first), str(count), str(seconds)]
     paths = os.pathsep.join([str(ROOT), *sys.path])

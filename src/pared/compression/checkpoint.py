@@ -30,7 +30,7 @@ from pared.container import (
     write_atomic,
     write_torch,
 )
-from pared.errors import ConfigError, FileError, UnsafeError
+from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
 from pared.readers import ELEMENTS, Listing
@@ -76,7 +76,7 @@ class Outcome:
 
     def __str__(self) -> str:
         """What was left out and why, a line for each reason; what was copied; and the figures in the last line."""
-        return "\n".join((*self._notes(), self._figures()))
+        return "\n".join(map(printable, (*self._notes(), self._figures())))
 
     def _notes(self) -> Iterator[str]:
         reasons = Counter(left.because for left in self.left_out)
@@ -179,8 +179,7 @@ def run(
 
 def _nbytes(listing: Listing) -> int:
     """The bytes of the files that hold tensors."""
-    others = sum(note.nbytes for name, note in listing.notes.items() if ":" not in name)
-    return listing.nbytes - others if "folder" in listing.kind else listing.nbytes
+    return listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file)
 
 
 class _Work:

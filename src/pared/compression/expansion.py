@@ -27,7 +27,7 @@ from pared.container import (
     write_atomic,
 )
 from pared.decoding import decode
-from pared.errors import ConfigError, FileError
+from pared.errors import ConfigError, FileError, printable
 from pared.parallel import each
 from pared.progress import bytes_done
 from pared.readers import Array
@@ -76,7 +76,7 @@ class Expanded:
         figures = (
             f"{self.source_nbytes:,} -> {self.nbytes:,} bytes, {self.seconds:.1f} s, {speed:.0f} MB/s: {self.path}"
         )
-        return "\n".join((*lines, figures))
+        return "\n".join(map(printable, (*lines, figures)))
 
 
 def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = True) -> Path:

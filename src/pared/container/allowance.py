@@ -40,7 +40,8 @@ class Allowance:
             raise UnsafeError(
                 "reading it would take more memory than four times its size and 64 MiB",
                 where=self.where,
-                remedy="It has very many small parts, or is made to fill the memory: find out which before using it.",
+                remedy="Do not use this file, unless you know who made it: it describes far more than it holds. If you "
+                "do: save it anew as fewer and larger tensors, or as .safetensors.",
             )
 
     def give(self, nbytes: int) -> None:

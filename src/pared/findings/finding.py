@@ -143,9 +143,9 @@ class Case:
         return groups
 
     def stored(self, held: Held) -> int:
-        """The bytes of a tensor in the file: of its numbers, unless the file has them coded."""
+        """The bytes of a tensor in the file: of its numbers, unless the file has them coded, or once for many."""
         storage = self.listing.storages[held.storage or ""]
-        return storage.nbytes if storage.coded else held.nbytes
+        return storage.nbytes if storage.coded else min(held.nbytes, storage.nbytes)
 
     def unexplained(self) -> list[Look]:
         """What was seen in the tensors that no finding is about yet."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from pared.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
-from pared.readers import Held, Storage
+from pared.readers import Held, Listing, Storage
 
 # A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
 # kind: images, tables, logs.
@@ -17,16 +18,22 @@ _MOSTLY: Final = 0.25
 # What mends what `pared compress` cannot.
 _NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
 _OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
-_PICKLE: Final = "(pickle)"
+# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it.
+_OURS: Final = "pared.model._revive"
+_SAVE: Final = (
+    "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it without code."
+)
+_PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 
 def executable_pickle(case: Case) -> Iterator[Cause]:
     """Code that loading the file would import, and may run."""
     foreign = case.listing.foreign
     if foreign:
-        pickle = case.listing.notes.get(_PICKLE)
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
-        yield Cause(foreign, 0 if pickle is None else pickle.nbytes, f"loading it would run {shown}", always=True)
+        nbytes = sum(_pickles(case.listing).values())
+        remedy = _SAVE if _OURS in foreign else ""
+        yield Cause(foreign, nbytes, f"loading it would run {shown}", remedy, always=True)
 
 
 def ballast(case: Case) -> Iterator[Cause]:
@@ -41,15 +48,20 @@ def ballast(case: Case) -> Iterator[Cause]:
             pieces[name] = note.nbytes
             reasons.append(f"{name}: {note.because}" if note.because else name)
     needed = _PICKLED_NBYTES * (1 + len(case.listing.tensors))
-    pickle = case.listing.notes.get(_PICKLE)
-    if pickle is not None and not pickle.ballast and pickle.nbytes > 2 * needed:
-        pieces[_PICKLE] = pickle.nbytes - needed
+    pickles = _pickles(case.listing)
+    if sum(pickles.values()) > 2 * needed:
+        pieces[max(pickles, key=lambda name: pickles[name])] = sum(pickles.values()) - needed
         reasons.append("its pickle holds data that are no tensors")
     for left in case.selection.left_out:
         if left.kind == "ballast" and left.nbytes:
             pieces[left.name] = left.nbytes
             reasons.append(left.because)
     yield Cause(tuple(pieces), sum(pieces.values()), "; ".join(dict.fromkeys(reasons)))
+
+
+def _pickles(listing: Listing) -> dict[str, int]:
+    """The bytes of the pickle, or of those in a folder's files, by the names of their notes."""
+    return {name: note.nbytes for name, note in listing.notes.items() if _PICKLE.search(name)}
 
 
 def view_of_larger_storage(case: Case) -> Iterator[Cause]:

@@ -48,7 +48,8 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         CorruptError: a file contradicts itself, or the index names what is not there.
     """
     sizes = _sizes(folder)
-    index = next((name for name in sizes if name.endswith(_INDEX) and "/" not in name), None)
+    indexes = (name for name in sizes if name.endswith(_INDEX) and "/" not in name)
+    index = min(indexes, key=len, default=None)  # variants have longer names: model.fp16.safetensors.index.json
     placed = {} if index is None else _index(folder / index, sizes)
     named = [name for name in sizes if PurePosixPath(name).suffix in SUFFIXES or name in placed.values()]
     listings, unread = _listings(folder, named, set(placed.values()), files)
@@ -62,7 +63,9 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     _check_index(placed, listings, folder)
     parts = [_of_file(name, listing, name in plain) for name, listing in listings.items()]
     taken = {*listings, *_beside(listings)}
-    others = {f"({name})": Note(size, unread.get(name, "")) for name, size in sizes.items() if name not in taken}
+    others = {
+        f"({name})": Note(size, unread.get(name, ""), file=True) for name, size in sizes.items() if name not in taken
+    }
     return Listing(
         tensors=tuple(held for part in parts for held in part.tensors),
         storages={key: storage for part in parts for key, storage in part.storages.items()},

@@ -118,6 +118,8 @@ def _dataset(source: Bytes, name: str, found: list[Message], at: Place) -> tuple
     data = _layout(source, by_kind[LAYOUT].begin, len(shape), at)
     if data is None:
         return Held(name, dtype, shape, nbytes, None), None, 1
+    if by_kind[DATATYPE].shared:
+        nbytes = data.nbytes
     if data.plain and data.nbytes != nbytes:
         at.fail(f"it has {data.nbytes:,} bytes where its shape needs {nbytes:,}")
     return Held(name, dtype, shape, nbytes, f"at {data.begin}"), data, size if swapped else 1
@@ -131,7 +133,7 @@ def _shape(source: Bytes, begin: int, at: Place) -> tuple[int, ...]:
 
 def _type(source: Bytes, message: Message) -> tuple[str, int, bool]:
     """The type in torch's words where it has one, the bytes of an element, and whether the highest comes first."""
-    if message.shared:
+    if message.shared:  # it is an object of its own, which no writer of weights makes
         return "(named type)", 0, False
     kind, flags = source.number(message.begin, 1) & 15, source.number(message.begin + 1, 3)
     size = source.number(message.begin + 4, 4)

@@ -68,11 +68,13 @@ class Note:
         nbytes: that it takes.
         because: why, where that needs words.
         ballast: whether the model needs none of it.
+        file: whether it is a whole file, of a folder.
     """
 
     nbytes: int
     because: str = ""
     ballast: bool = False
+    file: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Listing:
     Args:
         tensors: in the file's own order.
         storages: by key; storages of no tensor included.
-        notes: what else has a size worth a name, by that name in parentheses: "(header)".
+        notes: what else has a size worth a name, by that name in parentheses: "(header)", of a folder
+            "(model.safetensors: header)" and "(config.json)".
         foreign: the functions and classes that loading would import, beyond what tensors need: "os.system".
         where: the path, or another name for messages.
         nbytes: of all the files together.

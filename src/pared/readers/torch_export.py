@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from pared import container
 from pared.container import Allowance, Archive, File, Member, Place
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.torch_names import BITS
-from pared.readers.torch_pickle import packed
+from pared.readers.torch_pickle import view_of
 
 _WEIGHTS: Final = "data/weights/"
 _CONSTANTS: Final = "data/constants/"
 _CONFIGS: Final = ("_weights_config.json", "_constants_config.json")
 _MODELS: Final = "models/"
 _SAMPLES: Final = "data/sample_inputs/"
+_OBJECTS: Final = "tensors of other classes and objects, as pickles: not looked into"
 _JSON_NBYTES: Final = 24  # of Python's objects, for each byte of JSON at most
 _HELD_NBYTES: Final = 1000
 
@@ -53,19 +53,27 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
     configs = [name for name in members if name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS)]
     programs = {_program(name) for name in configs}
     tensors: list[Held] = []
+    pickled: set[str] = set()
     for name in configs:
         prefix = f"{_program(name)}/" if len(programs) > 1 else ""
-        tensors += _tensors(file, members, name, prefix, allowance)
+        for tensor, path, entry in _entries(file, members, name, allowance):
+            # Subclasses of tensors and custom objects are files of torch, or pickles, inside this one.
+            if entry.get("use_pickle"):
+                pickled.add(path)
+            else:
+                at = Place(f"{file.where}: {tensor}")
+                tensors.append(_held(prefix + tensor, entry.get("tensor_meta"), path, members, at))
     payloads = {
         name: member
         for name, member in members.items()
-        if name.startswith((_WEIGHTS, _CONSTANTS)) and name not in configs and member.plain
+        if name.startswith((_WEIGHTS, _CONSTANTS)) and name not in {*configs, *pickled} and member.plain
     }
     return Listing(
         tensors=tuple(tensors),
         storages={name: Storage(member.stored, partial(_content, file, member)) for name, member in payloads.items()},
         notes={
             "(graph)": _note(members, _MODELS),
+            "(objects)": Note(sum(members[path].stored for path in pickled if path in members), _OBJECTS),
             "(configuration)": Note(sum(members[name].stored for name in configs)),
             "(sample inputs)": _note(members, _SAMPLES, "the inputs it was exported with: nothing needs them"),
         },
@@ -87,9 +95,10 @@ def _content(file: File, member: Member) -> memoryview:
     return file.data[member.offset : member.end]
 
 
-def _tensors(
-    file: File, members: Mapping[str, Member], config: str, prefix: str, allowance: Allowance
-) -> Iterator[Held]:
+def _entries(
+    file: File, members: Mapping[str, Member], config: str, allowance: Allowance
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """The names in a configuration, where each is in the archive, and what is said of it."""
     at = Place(f"{file.where}: {config}")
     allowance.take(_JSON_NBYTES * members[config].stored)
     top = at.mapping(at.json(container.checked_content(file, members[config]), "it"), "it")
@@ -97,11 +106,8 @@ def _tensors(
     for name, value in at.mapping(top.get("config"), "its 'config'").items():
         allowance.take(_HELD_NBYTES)
         entry = at.mapping(value, f"its entry {name[:80]!r}")
-        # Subclasses of tensors and custom objects are files of torch inside this one.
-        if not entry.get("use_pickle"):
-            tensor = Place(f"{file.where}: {at.text(name, 'the name of a tensor')}")
-            path = f"{folder}/{tensor.text(entry.get('path_name'), 'its path')}"
-            yield _held(prefix + name, entry.get("tensor_meta"), path, members, tensor)
+        path = at.text(entry.get("path_name"), f"the path of {at.text(name, 'the name of a tensor')[:80]!r}")
+        yield name, f"{folder}/{path}", entry
 
 
 def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at: Place) -> Held:
@@ -114,15 +120,7 @@ def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at:
     shape = at.shape([_int(size, at) for size in at.sequence(fields.get("sizes"), "its sizes")], "sizes")
     stride = tuple(at.whole(_int(s, at), "a stride") for s in at.sequence(fields.get("strides"), "its strides"))
     offset = at.whole(_int(fields.get("storage_offset"), at), "its offset")
-    if len(stride) != len(shape):
-        at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
-    reach = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    if 0 not in shape and (reach + 1) * BITS[kind] > 8 * members[path].nbytes:
-        at.fail(f"it reaches beyond its member, which has {members[path].nbytes:,} bytes")
-    plain = 0 in shape or stride == packed(shape)
-    nbytes = math.prod(shape) * BITS[kind] // 8
-    first = 0 if 0 in shape else offset * BITS[kind] // 8
-    return Held(name, kind, shape, nbytes, path, first, None if plain else stride)
+    return view_of(name, kind, shape, stride, offset, (path, members[path].nbytes), at)
 
 
 def _int(value: object, at: Place) -> object:

@@ -10,7 +10,7 @@ from typing import Final
 from pared.container import File, Place
 from pared.pickles import Node, Persistent, Pickle, read_pickle
 from pared.readers.listing import Listing, Note, Storage, unknown
-from pared.readers.torch_names import BITS, HARMLESS
+from pared.readers.torch_names import BIG_ENDIAN, BITS, HARMLESS
 from pared.readers.torch_pickle import storage_of, tensors_of
 
 _MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
@@ -38,7 +38,7 @@ def read_torch_legacy(file: File) -> Listing:
         position += pickles[-1].nbytes
     _, system, content, keys = pickles
     if isinstance(system.root, Node) and ("little_endian", False) in system.root.pairs:
-        raise unknown(file, "a torch file of a machine that puts the highest byte first")
+        raise unknown(file, BIG_ENDIAN)
     storages = dict(_storages(file, position, keys.root, _kinds(content, at), at))
     sizes = {key: storage.nbytes for key, storage in storages.items()}
     return Listing(

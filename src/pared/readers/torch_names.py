@@ -15,6 +15,9 @@ BITS: Final[Mapping[str, int]] = {
     "float4_e2m1fn_x2": 8, "qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,
 }  # fmt: skip
 
+# What a file is whose numbers are the other way round.
+BIG_ENDIAN: Final = "a torch file of a machine that puts the highest byte first"
+
 # The type of the elements in each of torch's classes of storage.
 STORAGES: Final[Mapping[str, str]] = {
     "torch.FloatStorage": "float32", "torch.DoubleStorage": "float64", "torch.HalfStorage": "float16",

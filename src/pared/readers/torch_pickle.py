@@ -25,6 +25,9 @@ from pared.readers.torch_names import (
 _DEEPEST: Final = 100
 _VISIT_NBYTES: Final = 48  # never given back, so that visits end
 _STEP_NBYTES: Final = 300  # beside its name
+# What is in a module that was looked into before takes no more memory, but time: modules that hold each other twice
+# unfold to any number. So much is taken for each step, and few are left.
+_AGAIN_NBYTES: Final = 3000
 _HELD_NBYTES: Final = 700
 _PAIR_NBYTES: Final = 16  # of an object's state: a module that has many places is looked through at each
 # What a module keeps its parts in; their names are no part of the names in its state dict.
@@ -76,12 +79,13 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         allowance.take(_PAIR_NBYTES * len(node.states))
         allowance.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
-        if id(node) in entered and not again:
+        known = id(node) in entered
+        if known and not again:
             continue
         entered.add(id(node))
         inside = []
         for inner in _inside(step, node, arguments):
-            allowance.take(_STEP_NBYTES + len(inner.name) + _VISIT_NBYTES)
+            allowance.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
             inside.append(inner)
             if step.depth == _DEEPEST:
                 raise UnsafeError(
@@ -163,30 +167,45 @@ def _held(name: str, call: str, arguments: Sequence[object], sizes: Mapping[str,
     nbytes = _checked_size(reference, sizes, key, kind, at)
     if call == REBUILD_WITH_TYPE:
         kind = _element_type(_at_least(arguments, 7, at)[6], at)
-    shape = _shape(size, at)
-    strides = [at.whole(step, "a stride") for step in _values(stride, at)]
-    if len(strides) != len(shape):
-        at.fail(f"it has {len(shape)} sizes and {len(strides)} strides")
-    first = at.whole(offset, "its offset") + shift
-    reach = first + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if 0 not in shape and (reach + 1) * BITS[kind] > 8 * nbytes:
-        at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
+    strides = tuple(at.whole(step, "a stride") for step in _values(stride, at))
+    return view_of(name, kind, _shape(size, at), strides, at.whole(offset, "its offset") + shift, (key, nbytes), at)
+
+
+def view_of(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    first: int,
+    storage: tuple[str, int],
+    at: Place,
+) -> Held:
+    """A tensor that is a view of a storage.
+
+    Args:
+        name: of it.
+        dtype: of its elements, one of `BITS`.
+        shape: of it.
+        stride: between neighbours in each dimension, in elements.
+        first: the place of its first element in the storage, in elements.
+        storage: its key and its bytes.
+        at: for messages.
+
+    Raises:
+        CorruptError: it is not within the storage.
+    """
+    key, nbytes = storage
+    bits = BITS[dtype]
+    if len(stride) != len(shape):
+        at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
+    reach = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     # An empty tensor may say what it likes of its strides and offset.
-    plain = 0 in shape or tuple(strides) == packed(shape)
-    return Held(
-        name,
-        kind,
-        shape,
-        -(-math.prod(shape) * BITS[kind] // 8),
-        key,
-        0 if 0 in shape else first * BITS[kind] // 8,
-        None if plain else tuple(strides),
-    )
-
-
-def packed(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of a tensor without gaps, in C order."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    empty = 0 in shape
+    if not empty and (reach + 1) * bits > 8 * nbytes:
+        at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
+    plain = empty or stride == tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    offset = 0 if empty else first * bits // 8
+    return Held(name, dtype, shape, -(-math.prod(shape) * bits // 8), key, offset, None if plain else stride)
 
 
 def storage_of(reference: object, at: Place) -> tuple[str, str, int]:

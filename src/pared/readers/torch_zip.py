@@ -14,13 +14,15 @@ from typing import Final
 from pared import container
 from pared.container import PICKLE, Allowance, Archive, File, Member
 from pared.pickles import read_pickle
-from pared.readers.listing import Held, Listing, Note, Storage
-from pared.readers.torch_names import HARMLESS
+from pared.readers.listing import Held, Listing, Note, Storage, unknown
+from pared.readers.torch_names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch_pickle import tensors_of
 
 _CONSTANTS: Final = "constants.pkl"
 _CODE: Final = "code/"  # of TorchScript, with what a debugger needs behind each file of it
 _DEBUG: Final = ".debug_pkl"
+_EXTRA: Final = "extra/"  # what the author of a TorchScript archive has put into it
+_BYTE_ORDER: Final = "byteorder"
 _SCRIPTED: Final = "__torch__."  # the classes of TorchScript, whose code is in the archive and is never run here
 
 
@@ -33,10 +35,14 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
         folder: of what torch wrote.
 
     Raises:
+        FileError: it was written on a machine that puts the highest byte first.
         CorruptError: it contradicts itself.
         UnsafeError: its pickle cannot be understood, or would take memory without bound.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
+    order = members.get(_BYTE_ORDER)
+    if order is not None and bytes(_content(file, order)[:3]) == b"big":
+        raise unknown(file, BIG_ENDIAN)
     allowance = file.allowance
     listing = _described(file, members, PICKLE, "data/", allowance)
     if _CONSTANTS not in members:
@@ -75,5 +81,10 @@ def _code(members: Mapping[str, Member]) -> dict[str, Note]:
     debug = sum(member.stored for member in code if member.name.endswith(_DEBUG))
     return {
         "(code)": Note(sum(member.stored for member in code) - debug),
+        "(extra)": Note(
+            sum(member.stored for name, member in members.items() if name.startswith(_EXTRA)),
+            "files that were saved with it: the model itself needs none of them",
+            ballast=True,
+        ),
         "(debug)": Note(debug, "where in its source each instruction comes from: nothing needs it", ballast=True),
     }

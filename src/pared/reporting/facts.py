@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from pared import container
+from pared.errors import printable
 from pared.ledger import Ledger, Row
 from pared.outcome import Curve, Outcome, Point
 from pared.reporting.treemap import Tile
-from pared.tables import printable
 
 _FAMILIES: Final[Mapping[str, str]] = {
     "grid int8": "codes",

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from pared.container import write_atomic
+from pared.errors import printable
 from pared.ledger import Row
 from pared.reporting import charts
 from pared.reporting.drawing import Picture, bytes_in_words, require_library
 from pared.reporting.facts import FLOATS, Facts, family_of, tiles
 from pared.reporting.treemap import SIDES
 from pared.reporting.treemap import draw as draw_treemap
-from pared.tables import printable
 
 REPORT: Final = "report.html"  # beside an artifact
 _MOST_ROWS: Final = 5_000  # of the table: what a browser shows without delay
