@@ -205,10 +205,16 @@ def test_a_tied_tensor_that_one_side_stores_once_is_explained() -> None:
     assert found.alone[0].note == "the same numbers as embed, which both have"
 
 
+def transposed(out: int, columns: int) -> nn.Module:
+    """A layer whose output channels are its columns."""
+    layer: nn.Module = Conv1D(out, columns)  # type: ignore[no-untyped-call]  # transformers
+    return layer
+
+
 @pytest.mark.parametrize("form", ["file", "in memory"])
 def test_the_state_dict_of_a_quantized_model_is_compared_by_value(form: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Conv1D(48, 48), Conv1D(96, 48), nn.Linear(96, 96))  # squares of both kinds
+    model = nn.Sequential(*(transposed(n, 48) for n in (48, 96)), nn.Linear(96, 96))  # squares of both kinds
     model.append(copy.deepcopy(model[2]))
     model[3].weight = model[2].weight
     q = pared.fit(model)

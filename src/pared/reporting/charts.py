@@ -74,14 +74,7 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
             second.set(xscale="log", ylabel="score")
         for one, quantity in zip(page.figure.axes, ("damage", "score"), strict=False):
             if chosen is not None and getattr(chosen, quantity) is not None:
-                marker: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 13,
-                    "markerfacecolor": "none",
-                    "markeredgewidth": 2.2,
-                }
-                value = getattr(chosen, quantity)
-                one.plot([chosen.nbytes], [value], color=colour("float"), ls="none", label="chosen", **marker)
+                _ring(one, chosen.nbytes, getattr(chosen, quantity))
             _bytes_across(one, "bytes of the file")
             _plain_powers(one)
             one.legend(loc="best")
