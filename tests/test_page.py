@@ -244,7 +244,14 @@ def test_a_missing_library_is_named_with_its_cure(
 
 
 def test_what_an_artifact_says_of_its_outcome_is_checked() -> None:
-    for data in ({"score": HOSTILE}, {"confirmation": {"score": [], "baseline": 0.0, "loss": 0.0}}, {"blame": [1]}):
+    for data in (
+        {"score": HOSTILE},
+        {"score": 10**400},
+        {"met": 0.5},
+        {"confirmation": {"score": [], "baseline": 0.0, "loss": 0.0}},
+        {"confirmation": {"score": 1.0, "baseline": None, "loss": 0.0}},
+        {"blame": [1]},
+    ):
         with pytest.raises(CorruptError, match="makes no sense"):
             Outcome.from_json(data)
 

@@ -124,7 +124,8 @@ def _affordable(step: Steps, target: Target) -> bool:
 def _steps(matrix: Array, dtype: str, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
     if target.level is not None:
         step = steps_at_level(target.level, finest_steps(largest, "int16"))
-        kind: CodeType = "int8" if (largest <= (CODE_LIMITS["int8"] + 0.5) * step).all() else "int16"
+        with np.errstate(over="ignore"):  # of a step so large, no code is
+            kind: CodeType = "int8" if (largest <= (CODE_LIMITS["int8"] + 0.5) * step).all() else "int16"
         return kind, step
     kind = "int8" if target.bits <= INT8_BITS else "int16"
     finest = finest_steps(largest, kind)
