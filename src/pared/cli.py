@@ -216,6 +216,8 @@ def inspect_file(
     if html is not None:
         page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
+    if html is not None:
+        typer.echo(f"written: {html}", err=as_json)
 
 
 @app.command()
