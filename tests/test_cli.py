@@ -54,6 +54,26 @@ def test_fit_writes_a_model_that_loads(
     assert loaded.met
 
 
+def test_a_page_is_not_written_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(factory().state_dict(), tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    assert run(monkeypatch, "inspect", str(tmp_path / "a.pt"), "--html", str(tmp_path / "a.pt")) == 2
+    assert "a.pt: is the file itself" in capsys.readouterr().err
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_errors_do_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"\x1b[2J": torch.full((4, 4), torch.nan)}, tmp_path / "a.pt")
+    assert run(monkeypatch, "compress", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out")) == 2
+    shown = capsys.readouterr().err
+    assert r"error: \x1b[2J: holds NaN (16 of 16 numbers" in shown
+    assert "\x1b" not in shown
+
+
 def test_without_the_drawing_libraries_all_but_the_page_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

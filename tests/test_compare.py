@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import Comparison, PostTrainingQuantConfig
@@ -202,6 +203,31 @@ def test_a_tied_tensor_that_one_side_stores_once_is_explained() -> None:
     found = pared.compare({"embed": table, "head": table}, {"embed": table.clone()})
     assert [(one.name, one.nbytes) for one in found.alone] == [("head", 0)]
     assert found.alone[0].note == "the same numbers as embed, which both have"
+
+
+def transposed(out: int, columns: int) -> nn.Module:
+    """A layer whose output channels are its columns."""
+    layer: nn.Module = Conv1D(out, columns)  # type: ignore[no-untyped-call]  # transformers
+    return layer
+
+
+@pytest.mark.parametrize("form", ["file", "in memory"])
+def test_the_state_dict_of_a_quantized_model_is_compared_by_value(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(transposed(n, 48) for n in (48, 96)), nn.Linear(96, 96))  # squares of both kinds
+    model.append(copy.deepcopy(model[2]))
+    model[3].weight = model[2].weight
+    q = pared.fit(model)
+    state = q.state_dict() if form == "in memory" else saved(q.state_dict(), tmp_path / "q.pt")
+    same = pared.compare(q, state)
+    assert same.equal == len(same.pairs) == 8
+    assert same.alone == ()
+    for found in (pared.compare(model, state), pared.compare(state, model)):
+        weights = [pair for pair in found.pairs if pair.name.endswith("weight")]
+        assert all(pair.likeness is not None and pair.likeness.sqnr > 38 for pair in weights)
+        assert {pair.formats for pair in weights} <= {("float32", "grid int8"), ("grid int8", "float32")}
+        tied = next(pair for pair in weights if pair.name == "3.weight")
+        assert tied.nbytes == (0, 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor.*", "ignore:.*quantized.*")

@@ -512,6 +512,14 @@ def test_a_damaged_journal_is_not_believed(
     assert done.resumed < 6
 
 
+def test_two_runs_do_not_write_to_one_place(tmp_path: Path) -> None:
+    source = saved(layers(), tmp_path / "m.pt")
+    with Journal(tmp_path / "out", {}), pytest.raises(FileError, match="out: another run writes to this directory"):
+        pared.compress(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    pared.compress(source, tmp_path / "out")
+
+
 # --- the command line, and what is not imported
 
 
@@ -528,6 +536,15 @@ def test_the_commands_say_what_they_did(tmp_path: Path) -> None:
     found = runner.invoke(app, ["expand", str(tmp_path / "out"), "-o", str(tmp_path / "big.safetensors")])
     assert found.output.strip().endswith(str(tmp_path / "big.safetensors"))
     assert runner.invoke(app, ["compress", str(source), "-o", str(tmp_path / "q"), "-q"]).output == ""
+
+
+def test_names_do_not_steer_the_terminal(tmp_path: Path) -> None:
+    state = {"model": {"w": drawn(4, 4), "v\x1b[2J": drawn(4, 4)}, "optimizer\x1b[31m": {"m": torch.ones(3)}}
+    source = saved(state, tmp_path / "m.pt")
+    runner = CliRunner()
+    found = runner.invoke(app, ["compress", str(source), "-o", str(tmp_path / "out")])
+    assert r"left out: optimizer\x1b[31m/m, 12 bytes" in found.output
+    assert "\x1b" not in found.output
 
 
 def test_torch_is_not_imported(tmp_path: Path) -> None:
@@ -549,6 +566,21 @@ def test_a_damaged_artifact_does_not_expand(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="checksum"):
         pared.expand(path, tmp_path / "big.safetensors")
     assert not (tmp_path / "big.safetensors").exists()
+
+
+def test_a_name_that_the_format_keeps_for_itself_is_told(tmp_path: Path) -> None:
+    path = pared.compress(saved({"__metadata__": drawn(4, 4)}, tmp_path / "m.pt"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="__metadata__: is a name that .safetensors files keep for themselves"):
+        pared.expand(path, tmp_path / "big.safetensors")
+
+
+@pytest.mark.parametrize("scale", [1e36, 1e-30])
+def test_very_large_and_very_small_numbers_fit_a_size(scale: float, tmp_path: Path) -> None:
+    source = {"few rows": drawn(8, 3000) * scale, "rows": drawn(40, 300) * scale}
+    for size in (4500, 30_000):
+        found = there_and_back(source, tmp_path, max_size=size)
+        for name, tensor in source.items():
+            assert sqnr(tensor / scale, found[name] / scale) > (0 if size == 4500 else 33)
 
 
 def test_complex128_is_told(tmp_path: Path) -> None:

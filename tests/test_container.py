@@ -324,7 +324,7 @@ LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a range that is none": (
         top(modules={"a": {"mode": "static", "low": 1, "high": 2}}),
-        "file: module 'a' has a range that does not hold zero",
+        "file: module 'a' has a range that does not hold zero, or more than float32 does",
     ),
     "a range where none belongs": (
         top(modules={"a": {"mode": "dynamic", "low": 0}}),

@@ -233,7 +233,7 @@ def test_models_are_left_as_they_were(failing: str) -> None:
     a, b = (broken if failing == mark else copy.deepcopy(model) for mark in "AB")
     a.train()
     b[1].eval()
-    before = [(m.training for m in one.modules()) for one in (a, b)]
+    before = [[m.training for m in one.modules()] for one in (a, b)]
     state = copy.deepcopy(a.state_dict())
     own = a.register_forward_hook(lambda *_: None)
     if failing == "A":
@@ -244,7 +244,7 @@ def test_models_are_left_as_they_were(failing: str) -> None:
             pared.compare(a, b, batches)
     else:
         pared.compare(a, b, batches)
-    assert [list(flags) for flags in before] == [[m.training for m in one.modules()] for one in (a, b)]
+    assert before == [[m.training for m in one.modules()] for one in (a, b)]
     assert (hooks_of(a), hooks_of(b)) == (1, 0)
     assert all(torch.equal(state[name], tensor) for name, tensor in a.state_dict().items())
     own.remove()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import formats, grids
+from pared import grids
 from pared.compression.rates import steps_at_level, steps_at_rate
 from pared.entropy import cost
 from pared.lattices import find_lattice
@@ -58,12 +58,6 @@ def test_narrowing_is_that_of_torch(values: list[float]) -> None:
 def test_nan_stays_nan() -> None:
     bits = torch.from_numpy(grids.narrowed(np.array([np.nan], np.float32), "bfloat16").view(np.int16))
     assert bits.view(torch.bfloat16).isnan().all()
-
-
-@given(st.lists(st.floats(allow_nan=False, width=32)))
-def test_float16_survives_as_with_torch(values: list[float]) -> None:
-    wide = np.array(values, np.float32)
-    assert grids.survives_float16(wide) == formats.survives_float16(torch.from_numpy(wide))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5.5, 7, 10, 14])

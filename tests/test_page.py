@@ -15,7 +15,7 @@ from torch import nn
 import pared
 from pared.errors import ConfigError, CorruptError
 from pared.ledger import Ledger, Row
-from pared.outcome import Outcome
+from pared.outcome import Curve, Outcome, Point
 from pared.reporting import charts, facts, page
 from pared.reporting.drawing import LIGHT, Sheet, sheet
 from pared.reporting.treemap import SIDES, Tile, lay_out
@@ -244,7 +244,14 @@ def test_a_missing_library_is_named_with_its_cure(
 
 
 def test_what_an_artifact_says_of_its_outcome_is_checked() -> None:
-    for data in ({"score": HOSTILE}, {"confirmation": {"score": [], "baseline": 0.0, "loss": 0.0}}, {"blame": [1]}):
+    for data in (
+        {"score": HOSTILE},
+        {"score": 10**400},
+        {"met": 0.5},
+        {"confirmation": {"score": [], "baseline": 0.0, "loss": 0.0}},
+        {"confirmation": {"score": 1.0, "baseline": None, "loss": 0.0}},
+        {"blame": [1]},
+    ):
         with pytest.raises(CorruptError, match="makes no sense"):
             Outcome.from_json(data)
 
@@ -294,6 +301,19 @@ def test_a_title_belongs_to_each_mark() -> None:
         drawn.name(line, ["one", "two", html.escape("<three>")])
         text = drawn.picture("three marks").standalone()
     assert re.findall(r"<title>(.*?)</title>", text) == ["one", "two", "&amp;lt;three&amp;gt;"]
+
+
+def test_models_without_damage_have_a_place_on_the_curve() -> None:
+    points = (Point(1.0, 0.0, 900, 1.0), Point(1.0, 1e-3, 500, 0.9))
+    for curve in (Curve(points, 1.0), Curve(points[:1])):
+        text = curve.to_svg()
+        assert "900 bytes, damage 0<" in text
+
+
+def test_the_widest_range_is_drawn() -> None:
+    widest = float(torch.finfo(torch.float32).max)
+    one = {"mode": "static", "low": -widest, "high": widest}
+    assert "from -3.403e+38 to 3.403e+38" in page.render(replace(full(), activations={"blocks.0": one}))
 
 
 def test_no_tick_is_named_in_the_language_of_formulas() -> None:

@@ -1,14 +1,16 @@
 """Which tensors of a file are the model: names, copies, and what only training needs."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from pared import container, readers
+from pared import container, readers, selection
 from pared.readers import Held, Listing
 from pared.selection import Selection, select
 
@@ -91,6 +93,38 @@ def test_of_two_copies_the_float_one_is_the_model() -> None:
     found = saved(state)
     assert names(found) == [("w",)]
     assert kinds(found) == {"_model.w": "two-copies", "_model.scale": "two-copies"}
+
+
+@pytest.mark.parametrize("name", ["upscaler", "gradient_net", "amplifier", "learning", "optics"])
+def test_a_model_whose_name_only_sounds_like_training_is_kept(name: str) -> None:
+    found = saved({name: nn.Linear(2, 2).state_dict(), "grad_scaler": {"scale": torch.ones(1)}})
+    assert names(found) == [("weight",), ("bias",)]
+    assert kinds(found) == {"grad_scaler/scale": "optimizer-state"}
+
+
+def test_slashes_in_a_file_without_dictionaries_are_part_of_a_name(tmp_path: Path) -> None:
+    state = {"bert/a/kernel": torch.ones(2, 2), "gradient/kernel": torch.ones(3)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        with readers.open_listing(place) as listing:
+            found = select(listing)
+        assert names(found) == [(name,) for name in state]
+        assert found.left_out == ()
+
+
+def test_what_is_not_alike_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experts of a model have one shape: each is compared with its copies, not with all others."""
+    compared: list[tuple[str, str]] = []
+    equal = selection._equal
+
+    def counted(listing: Listing, one: Held, other: Held) -> bool:
+        compared.append((one.name, other.name))
+        return equal(listing, one, other)
+
+    monkeypatch.setattr(selection, "_equal", counted)
+    state = {f"{i}": torch.full((64, 64), float(i)) for i in range(20)}
+    assert len(saved(state | {"again": state["3"].clone()}).kept) == 20
+    assert compared == [("again", "3")]
 
 
 def test_tied_tensors_are_kept_once() -> None:

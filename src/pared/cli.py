@@ -21,6 +21,7 @@ from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, ParedError
 from pared.reporting import facts, page
 from pared.reporting.drawing import require_library
+from pared.tables import printable
 
 if TYPE_CHECKING:
     from pared.outcome import Curve
@@ -176,7 +177,7 @@ def compress_file(
     _show_log(verbose)
     done = checkpoint.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
     if not quiet:
-        typer.echo(done)
+        typer.echo(_harmless(done))
 
 
 @app.command("expand")
@@ -188,7 +189,7 @@ def expand_file(
     """Turn an artifact back into floats, as a .safetensors file."""
     done = expansion.run(path, output, quiet=quiet)
     if not quiet:
-        typer.echo(done)
+        typer.echo(_harmless(done))
 
 
 @app.command("inspect")
@@ -207,10 +208,16 @@ def inspect_file(
         raise ConfigError(
             "--quick and --deep contradict each other", where="pared inspect", remedy="Pass one of them, or neither."
         )
+    if html is not None:
+        require_library()
+        if html.exists() and html.samefile(path):
+            raise ConfigError("is the file itself", where=str(html), remedy="Choose another place for the page.")
     ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
     if html is not None:
         page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
+    if html is not None:
+        typer.echo(f"written: {html}", err=as_json)
 
 
 @app.command()
@@ -228,6 +235,11 @@ def compare(
 def _given(**options: Any) -> dict[str, Any]:
     """The options that the user gave: the others keep the defaults of the configuration."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _harmless(text: object) -> str:
+    """Lines that may hold names from files, without what would steer a terminal."""
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 def _size(text: str | None) -> int | str | None:
@@ -303,7 +315,7 @@ def main() -> None:
     try:
         app()
     except ParedError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(_harmless(f"error: {error}"), err=True)
         if error.__cause__ is not None:
             logging.getLogger("pared").info("caused by", exc_info=error.__cause__)
         raise SystemExit(2) from None

@@ -134,7 +134,7 @@ def _compared(match: Match) -> Pair:
             **found,
         )
 
-    arrays = a.read(), b.read()
+    arrays = _read(a, b)
     if arrays[0] is None or arrays[1] is None:
         return row("" if a.note or b.note else "its numbers cannot be read", likeness=None)
     if (a.note or b.note) and a.dtype != b.dtype:
@@ -145,6 +145,25 @@ def _compared(match: Match) -> Pair:
     likeness = measure(x, y, (a.dtype, b.dtype))
     same_bits = a.dtype == b.dtype and not layout and likeness.same and identical(x, y)
     return row(f"{layout} in B" if layout else "", likeness=likeness, identical=same_bits)
+
+
+def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
+    """The numbers of both; where steps of codes may belong to rows or to columns, what is nearer to the other side."""
+    x, y = a.read(), b.read()
+    if x is not None and y is not None and x.shape == y.shape:
+        if a.by_columns is not None and b.by_columns is None:
+            x = _nearer(y, b.dtype, x, a.by_columns())
+        elif b.by_columns is not None and a.by_columns is None:
+            y = _nearer(x, a.dtype, y, b.by_columns())
+    return x, y
+
+
+def _nearer(given: Array, dtype: str, by_rows: Array, by_columns: Array | None) -> Array:
+    """Which of two readings of codes correlates with what the other side has."""
+    if by_columns is None:
+        return by_rows
+    wanted = sampled(given, dtype)
+    return max((by_rows, by_columns), key=lambda found: correlation(wanted, sampled(found, "float32")))
 
 
 def _aligned(a: Array, b: Array, match: Match) -> tuple[Array, Array, Layout]:

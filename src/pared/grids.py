@@ -6,7 +6,7 @@ A matrix here is a NumPy array of two dimensions with one step for each row, of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeVar
 
@@ -19,7 +19,10 @@ from pared.readers import ELEMENTS, Array, as_floats
 from pared.streams import Steps
 
 CodeType = Literal["int8", "int16"]
-LIMITS: Final[dict[CodeType, int]] = {"int8": 127, "int16": 32767}
+CODE_LIMITS: Final[Mapping[str, int]] = {"int8": 127, "int16": 32767}  # magnitudes of codes: every grid is symmetric
+
+# float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
+_FLOAT16_ERROR: Final = 2.0**-11
 
 # A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.
 _SMALLEST_STEP: Final = np.finfo(np.float32).tiny
@@ -71,7 +74,7 @@ def finest_steps(largest: Steps, codes: CodeType) -> Steps:
     >>> finest_steps(np.array([1.27, 0], np.float32), "int8").tolist()
     [0.009999999776482582, 0.0]
     """
-    step = largest / np.float32(LIMITS[codes])
+    step = largest / np.float32(CODE_LIMITS[codes])
     return np.where(step >= _SMALLEST_STEP, step, np.float32(0))
 
 
@@ -94,7 +97,7 @@ def encode(matrix: Array, dtype: str, step: Steps, codes: CodeType, threads: int
     found = np.empty(matrix.shape, codes)
     with np.errstate(divide="ignore"):
         inverse = np.where(step > 0, np.float32(1) / step, np.float32(0))[:, None]
-    limit = np.float32(LIMITS[codes])
+    limit = np.float32(CODE_LIMITS[codes])
 
     def round_(tile: _Tile) -> None:
         block = as_floats(matrix[tile], dtype).astype(np.float32, copy=False)
@@ -142,7 +145,7 @@ def survives_float16(values: Array) -> bool:
     wide = values.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         error = abs(wide.astype(np.float16).astype(np.float64) - wide)
-        return bool((error <= 2.0**-11 * abs(wide)).all())
+        return bool((error <= _FLOAT16_ERROR * abs(wide)).all())
 
 
 def refuse_damaged(array: Array, dtype: str, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,12 +119,16 @@ class Outcome:
 
 def _check_numbers(outcome: Outcome) -> None:
     """Raise TypeError for what a file may say instead of a number."""
-    for one in filter(None, (outcome, outcome.confirmation)):
-        for name, value in vars(one).items():
-            if name not in ("confirmation", *_NOT_KEPT) and not isinstance(value, float | int | None):
-                raise TypeError(f"{name} is {value!r}")
     if outcome.trials or outcome.blame:
         raise TypeError("it holds trials or blame, which no artifact keeps")
+    if outcome.met not in (None, True, False):
+        raise TypeError("met is neither true nor false")
+    seen = outcome.confirmation
+    needed = () if seen is None else (seen.score, seen.baseline, seen.loss)
+    others = (outcome.score, outcome.baseline, outcome.gap, None if seen is None else seen.standard_error)
+    for value in (*needed, *(value for value in others if value is not None)):
+        if not isinstance(value, float | int) or abs(value) > sys.float_info.max:
+            raise TypeError("one of its figures is no number")
 
 
 @dataclass(frozen=True)

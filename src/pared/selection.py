@@ -8,6 +8,7 @@ numbers compared. Nothing here uses torch.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -74,8 +75,9 @@ _MODELS: Final = (
 )  # fmt: skip
 # Entries, at the top of a checkpoint, of what only training needs.
 _TRAINING: Final = re.compile(
-    r"(?i)optim|(.*_)?opt(_state.*)?$|(.*_)?optim|.*optimizer|.*scheduler|.*scaler|amp$|(.*_)?rng|random_state|grad"
+    r"(?i)(.*_)?optim|(.*_)?opt(_state.*)?$|.*optimizer|.*scheduler|(.*_|grad|loss)?scaler|amp$|grad(s|_.*|ients?)?$"
 )
+_RANDOM: Final = re.compile(r"(?i)(.*_)?rng(_|$)|random_state")
 # What optimizers keep for each weight, whatever the dictionary is called.
 _MOMENTS: Final = re.compile(r".*[/.](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta)$")
 # Before the names of a folder's tensors that are not in its main file.
@@ -94,6 +96,7 @@ _BUFFERS: Final = re.compile(r"(.*\.)?(running_mean|running_var|num_batches_trac
 # Numbers are compared of tensors of so many bytes and more: small ones are often equal by chance (all ones, all zeros).
 _COMPARED: Final = 1 << 14
 _BLOCK: Final = 1 << 22  # bytes compared at a time
+_FIRST: Final = 1024  # numbers that tell most tensors apart
 
 _Named = tuple[str, Held]
 _Verdict = tuple[str, str]  # why a tensor is left out, and the kind
@@ -113,10 +116,12 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
     ([('w',)], ['optimizer-state'])
     """
     left: list[LeftOut] = []
-    named = [(_path(held.name), held) for held in listing.tensors]
+    named = [(held.name if listing.flat else _path(held.name), held) for held in listing.tensors]
     named = _divided(named, _not_of_a_model, left)
-    named = _main_file(named, left)
-    named = _innermost(named, left)
+    if not listing.flat:
+        named = _divided(named, _for_training, left)
+        named = _main_file(named, left)
+        named = _innermost(named, left)
     named = _one_copy(named, left)
     return Selection(tuple(_together(listing, named, compare, left)), tuple(left))
 
@@ -150,15 +155,22 @@ def _path(name: str) -> str:
 def _not_of_a_model(one: _Named) -> _Verdict | None:
     """What is no part of a model, whatever stands beside it."""
     name, held = one
-    top, nested, _ = name.partition("/")
     if held.storage is None:
         return "it holds no numbers (a tensor on the meta device)", "ballast"
-    if (nested and _TRAINING.match(top)) or _MOMENTS.match(name):
+    if _MOMENTS.match(name):
         return "the state of an optimizer, which only training needs", "optimizer-state"
     if _AGAIN.match(name):
         return "the weights of a recurrent layer, which its pickle names a second time", "duplicate"
-    if re.match(r"(?i)(.*_)?rng_state", top):
+    return None
+
+
+def _for_training(one: _Named) -> _Verdict | None:
+    """What a checkpoint keeps beside its model, to go on with training."""
+    top, nested, _ = one[0].partition("/")
+    if _RANDOM.match(top):
         return "the state of random numbers, which only training needs", "optimizer-state"
+    if nested and _TRAINING.match(top):
+        return "the state of an optimizer, which only training needs", "optimizer-state"
     return None
 
 
@@ -237,13 +249,13 @@ def _together(listing: Listing, named: Sequence[_Named], compare: bool, left: li
     """Tensors with the same numbers, under all their names: tied ones, and those of which the file has copies."""
     kept: list[Kept] = []
     places: dict[object, int] = {}
-    forms: dict[object, list[int]] = {}
+    forms: dict[object, list[int]] = {}  # which of the tensors that are kept may have the numbers of another
     for name, held in named:
         place = (held.storage, held.offset, held.dtype, held.shape, held.stride)
-        alike = forms.setdefault((held.dtype, held.shape), [])
+        alike = forms.setdefault(_form(listing, held), []) if compare else []
         twin = places.get(place) if held.nbytes else None
         tied = twin is not None
-        if twin is None and compare:
+        if twin is None:
             twin = next((i for i in alike if _equal(listing, held, kept[i].held)), None)
         if twin is None:
             twin = len(kept)
@@ -262,19 +274,25 @@ def _kind(name: str, held: Held) -> Literal["parameter", "buffer"]:
     return "parameter" if held.dtype in FLOATING and not _BUFFERS.match(name) else "buffer"
 
 
+def _form(listing: Listing, held: Held) -> object:
+    """What tensors with the same numbers have in common: type, shape and a checksum of the first ones.
+
+    Nothing, where it is not worth finding out, or where strides of 0 make much of little.
+    """
+    large = held.nbytes >= _COMPARED and len(held.shape) > 1 and 0 not in (held.stride or ())
+    array = listing.array(held) if large and held.dtype in FLOATING else None
+    return object() if array is None else (held.dtype, held.shape, zlib.crc32(array[0].flat[:_FIRST]))
+
+
 def _equal(listing: Listing, one: Held, other: Held) -> bool:
-    """Whether two tensors of equal type and shape have the same bits, so far as it is worth finding out."""
-    if one.nbytes < _COMPARED or len(one.shape) < 2 or one.dtype not in FLOATING:
-        return False
+    """Whether two tensors of equal type and shape have the same bits."""
     arrays = listing.array(one), listing.array(other)
     if arrays[0] is None or arrays[1] is None:
         return False
     first, second = (_bits(array) for array in arrays if array is not None)
     rows = max(1, _BLOCK * len(first) // one.nbytes)
     starts = range(0, len(first), rows)
-    return np.array_equal(first[0], second[0]) and all(
-        np.array_equal(first[start : start + rows], second[start : start + rows]) for start in starts
-    )
+    return all(np.array_equal(first[start : start + rows], second[start : start + rows]) for start in starts)
 
 
 def _bits(array: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,8 @@ class Piece:
         read: gives the numbers, mapped where that is possible; None where there are none that can be read.
         place: equal for two pieces with the same numbers in memory or file.
         note: what a reader has to know about the numbers.
+        by_columns: of a square of codes, which does not say whether its steps belong to rows, as `read` takes it, or to
+            columns: the numbers if it is columns.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Piece:
     read: Callable[[], Array | None]
     place: object = None
     note: str = ""
+    by_columns: Callable[[], Array | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,34 +144,20 @@ def _of_records(records: Records) -> Source:
 
 # --- another file, or a folder
 
-_STEP: Final = "_step"  # behind the name of a tensor of codes, in state dicts of quantized models
-_CODES: Final = ("int8", "int16")
 # Types of codes whose scales stand elsewhere.
 _SCALED: Final = ("qint8", "quint8", "qint32")
 
 
 def _of_listing(listing: Listing) -> Source:
-    by_name = {held.name: held for held in listing.tensors}
     pieces: list[Piece] = []
     seen: set[object] = set()
     for held in listing.tensors:
-        step = by_name.get(f"{held.name}{_STEP}")
         place = (held.storage, held.offset, held.shape, held.stride) if held.storage is not None else None
         nbytes = 0 if place in seen else held.nbytes
         seen |= {place} - {None}
-        if held.dtype in _CODES and step is not None and step.dtype == "float32":
-            piece = _of_codes(listing, held, step)
-        elif held.name.endswith(_STEP) and _has_codes(by_name.get(held.name.removesuffix(_STEP))):
-            continue  # it is counted with its codes
-        else:
-            read = functools.partial(listing.array, held)
-            piece = Piece(held.name, held.dtype, held.shape, held.dtype, nbytes, read, place, _note(held))
-        pieces.append(piece)
-    return Source(listing.where, listing.nbytes, tuple(pieces))
-
-
-def _has_codes(held: Held | None) -> bool:
-    return held is not None and held.dtype in _CODES
+        read = functools.partial(listing.array, held)
+        pieces.append(Piece(held.name, held.dtype, held.shape, held.dtype, nbytes, read, place, _note(held)))
+    return Source(listing.where, listing.nbytes, tuple(_decoded(pieces)))
 
 
 def _note(held: Held) -> str:
@@ -179,25 +168,46 @@ def _note(held: Held) -> str:
     return "" if held.dtype in ELEMENTS else f"{held.dtype}: numbers in blocks, which are not read"
 
 
-def _of_codes(listing: Listing, held: Held, step: Held) -> Piece:
-    """Codes and steps, as the state dict of a quantized model has them: `value = step[row] * code`."""
-    dimensions = [i for i, n in enumerate(held.shape) if step.shape == (n,)] if step.shape else []
-    shape = tuple(n if i in dimensions[:1] else 1 for i, n in enumerate(held.shape))
-    known = not step.shape or bool(dimensions)
+# --- codes and steps, as the state dict of a quantized model has them
 
-    def read() -> Array | None:
-        codes, steps = listing.array(held), listing.array(step)
-        if codes is None or steps is None:
-            return None
-        spread = steps.reshape(shape)
-        return codes.astype("f4") * spread
+_STEP: Final = "_step"  # behind the name of a tensor of codes
+_CODES: Final = ("int8", "int16")
 
-    if not known:
+
+def _decoded(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Codes and their steps as one piece: `value = step[row] * code`."""
+    by_name = {piece.name: piece for piece in pieces}
+    steps = {
+        piece.name: step
+        for piece in pieces
+        if piece.dtype in _CODES and (step := by_name.get(f"{piece.name}{_STEP}")) and step.dtype == "float32"
+    }
+    taken = {step.name for step in steps.values()}
+    for piece in pieces:
+        if piece.name in steps:
+            yield _of_codes(piece, steps[piece.name])
+        elif piece.name not in taken:
+            yield piece
+
+
+def _of_codes(codes: Piece, step: Piece) -> Piece:
+    joined = replace(codes, nbytes=codes.nbytes + step.nbytes)
+    rows = [i for i, n in enumerate(codes.shape) if step.shape == (n,)]
+    if step.shape and not rows:
         note = "codes, whose steps do not say which rows they belong to: they compare with codes only"
-        plain = functools.partial(listing.array, held)
-        return Piece(held.name, held.dtype, held.shape, held.dtype, held.nbytes, plain, held.storage, note)
-    nbytes = held.nbytes + step.nbytes
-    return Piece(held.name, "float32", held.shape, f"grid {held.dtype}", nbytes, read, held.storage)
+        return replace(joined, note=note)
+    reads = [functools.partial(_on_grid, codes, step, row) for row in rows or (None,)]
+    by_columns = reads[1] if len(reads) > 1 else None
+    return replace(joined, dtype="float32", format=f"grid {codes.dtype}", read=reads[0], by_columns=by_columns)
+
+
+def _on_grid(codes: Piece, step: Piece, row: int | None) -> Array | None:
+    numbers, steps = codes.read(), step.read()
+    if numbers is None or steps is None:
+        return None
+    values: Array = numbers.astype("f4")
+    values *= steps.reshape([n if i == row else 1 for i, n in enumerate(codes.shape)])
+    return values
 
 
 # --- tensors in memory
@@ -218,7 +228,7 @@ def _of_tensors(name: str, tensors: Mapping[str, Any]) -> Source:
         note = "on the meta device: it holds no numbers" if tensor.is_meta else ""
         read = functools.partial(array_of, tensor)
         pieces.append(Piece(str(key), decoded, tuple(tensor.shape), dtype, nbytes, read, place, note))
-    return Source(name, sum(piece.nbytes for piece in pieces), tuple(pieces))
+    return Source(name, sum(piece.nbytes for piece in pieces), tuple(_decoded(pieces)))
 
 
 def _place_of(tensor: Any) -> object:

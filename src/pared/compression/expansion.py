@@ -162,6 +162,12 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
                 remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
             )
         for name in entry.names:
+            if name in tensors:  # the format's own word: names of tensors are different already
+                raise ConfigError(
+                    "is a name that .safetensors files keep for themselves",
+                    where=f"{where}: {name}",
+                    remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
+                )
             span = [end, end + entry.source_nbytes]
             tensors[name] = {"dtype": _TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
             end = span[1]

@@ -8,7 +8,9 @@ counts from the moment its line is complete; its bytes are compared with their c
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from typing import Any, BinaryIO, Final, Self
 from pared.compression.entries import entry_of
 from pared.compression.packing import Packed
 from pared.container import Entry, Place, open_file, parse_entry, write_atomic, writing_to
-from pared.errors import CorruptError, UnsafeError
+from pared.errors import CorruptError, FileError, UnsafeError
 from pared.selection import Kept
 
 FOLDER: Final = ".pared-compress"
@@ -35,7 +37,7 @@ class Journal:
         depends: what the work depends on, as plain data; other work in the folder is thrown away.
 
     Raises:
-        FileError: the folder cannot be read or written.
+        FileError: the folder cannot be read or written, or another process is at work in it.
     """
 
     def __init__(self, directory: Path, depends: Mapping[str, Any]) -> None:
@@ -44,17 +46,27 @@ class Journal:
         self._depends = dict(depends)
         self._journal: BinaryIO | None = None
         self._data: BinaryIO | None = None
+        self.plan: dict[str, Any] | None = None
         with writing_to(directory):
-            lines = self._lines()
-            head = _parsed(lines[0]) if lines else {}
-            self.plan: dict[str, Any] | None = head.get("plan") if head.get("depends") == self._depends else None
-            if self.plan is not None:
-                self._resume(lines)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)
+            try:
+                self._take_over()
+            except BaseException:
+                self.__exit__()
+                raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+        if self._lock is not None:
+            os.close(self._lock)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()  # nothing was begun
+
+    def _close(self) -> None:
         for file in (self._journal, self._data):
             if file is not None:
                 file.close()
@@ -66,11 +78,10 @@ class Journal:
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Forget what is done, and begin with another plan."""
-        self.__exit__()
+        self._close()
         self.entries, self.plan = [], dict(plan)
         head = json.dumps({"depends": self._depends, "plan": self.plan}).encode() + b"\n"
         with writing_to(self.folder.parent):
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / _DATA).write_bytes(b"")
             write_atomic(self.folder / _JOURNAL, lambda file: file.write(head))
             self._open()
@@ -108,7 +119,7 @@ class Journal:
 
     def remove(self) -> None:
         """Take the folder away."""
-        self.__exit__()
+        self._close()
         with writing_to(self.folder.parent):
             shutil.rmtree(self.folder)
 
@@ -116,6 +127,14 @@ class Journal:
         # Without buffers of our own: what is written is with the system, whatever becomes of the process.
         self._journal = (self.folder / _JOURNAL).open("ab", buffering=0)
         self._data = (self.folder / _DATA).open("ab", buffering=0)
+
+    def _take_over(self) -> None:
+        """What an earlier run left, if it was the same work."""
+        lines = self._lines()
+        head = _parsed(lines[0]) if lines else {}
+        if head.get("depends") == self._depends:
+            self.plan = head.get("plan")
+            self._resume(lines)
 
     def _lines(self) -> list[bytes]:
         path = self.folder / _JOURNAL
@@ -144,6 +163,28 @@ class Journal:
             return parse_entry(_parsed(line), self.end, Place(str(self.folder / _JOURNAL)))
         except (CorruptError, UnsafeError):
             return None  # a line that was torn: its tensor is done again
+
+
+def _locked(folder: Path) -> int | None:
+    """Hold a folder for this process, as long as it lives and until the descriptor is closed.
+
+    Two runs that add to one journal would make an artifact of bytes that belong to neither.
+    """
+    if sys.platform == "win32":
+        return None  # no directory can be opened there
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise FileError(
+            "another run writes to this directory",
+            where=str(folder.parent),
+            remedy="Wait until it has ended, or choose another directory.",
+        ) from error
+    return descriptor
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -15,17 +15,24 @@ from typing import Final
 import numpy as np
 
 from pared.compression.rates import steps_at_level, steps_at_rate
-from pared.grids import LIMITS, CodeType, encode, finest_steps, magnitudes, narrowed, refuse_damaged, survives_float16
+from pared.grids import (
+    CODE_LIMITS,
+    CodeType,
+    encode,
+    finest_steps,
+    magnitudes,
+    narrowed,
+    refuse_damaged,
+    survives_float16,
+)
 from pared.lattices import find_lattice
 from pared.readers import FLOATING, Array, as_floats
 from pared.streams import Part, Steps, encode_codes, encode_steps, matrix_of
-from pared.views import View
+from pared.views import View, plain_view
 
 INT8_BITS: Final = 8.0
 FLOAT_BITS: Final = 16.0
 
-# A step takes four bytes: rows shorter than this would spend more on steps than on int8 codes.
-_SHORTEST_ROW: Final = 4
 # float16 has 2^-24 between its smallest numbers: too coarse where weights are smaller than this as a rule.
 _SMALLEST_HALF: Final = 2.0**-14
 _LARGEST_HALF: Final = 65504.0
@@ -91,7 +98,7 @@ def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) 
         return _exact(array, f"{dtype} is kept exactly")
     if not goes_on_grid(dtype, array.shape):
         return _flat(array, dtype, name)
-    view = _view(array.shape)
+    view = plain_view(array.shape)
     matrix = matrix_of(array, view)
     largest = magnitudes(matrix, dtype, threads)
     if not np.isfinite(largest).all():
@@ -114,15 +121,11 @@ def _affordable(step: Steps, target: Target) -> bool:
     return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
-def _view(shape: tuple[int, ...]) -> View:
-    short = math.prod(shape) < shape[0] * _SHORTEST_ROW
-    return View(shape, () if short else (0,))
-
-
 def _steps(matrix: Array, dtype: str, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
     if target.level is not None:
         step = steps_at_level(target.level, finest_steps(largest, "int16"))
-        kind: CodeType = "int8" if (largest <= (LIMITS["int8"] + 0.5) * step).all() else "int16"
+        with np.errstate(over="ignore"):  # of a step so large, no code is
+            kind: CodeType = "int8" if (largest <= (CODE_LIMITS["int8"] + 0.5) * step).all() else "int16"
         return kind, step
     kind = "int8" if target.bits <= INT8_BITS else "int16"
     finest = finest_steps(largest, kind)

@@ -42,7 +42,7 @@ def steps_at_level(level: float, finest: Steps) -> Steps:
     [0.5, 0.0, 0.75]
     """
     if len(finest) < _MIXED:
-        step = np.maximum(finest, np.float32(2.0 ** (level / _OCTAVE)))
+        step = np.maximum(finest, np.float32(2.0 ** (min(level, STEP_INDEXES[-1]) / _OCTAVE)))
     else:
         mixed = np.floor(level + np.arange(len(finest)) * _GOLDEN % 1).astype(np.int64)
         step = np.maximum(scale(np.clip(mixed, STEP_INDEXES[0], STEP_INDEXES[-1])), ceiling(finest))

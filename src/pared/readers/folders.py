@@ -74,6 +74,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         where=str(folder),
         nbytes=sum(sizes.values()),
         kind=_kind(sizes, index),
+        flat=plain == listings.keys() and all(listing.flat for listing in listings.values()),
     )
 
 

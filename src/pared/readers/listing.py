@@ -91,6 +91,7 @@ class Listing:
         nbytes: of all the files together.
         kind: what was read, in words: "a .safetensors file", "a Hugging Face folder".
         beside: the files beside it that hold some of its numbers, as paths relative to its folder.
+        flat: whether the file has no dictionaries within others, so that a slash in a name is a part of it.
     """
 
     tensors: tuple[Held, ...]
@@ -101,6 +102,7 @@ class Listing:
     nbytes: int = 0
     kind: str = ""
     beside: tuple[str, ...] = ()
+    flat: bool = False
 
     def array(self, held: Held) -> Array | None:
         """The numbers of a tensor, mapped where the file has them plainly; see `ELEMENTS` for their types.

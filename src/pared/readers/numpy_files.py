@@ -109,7 +109,7 @@ def read_npz(file: File, archive: Archive) -> Listing:
         storages[name] = _storage(file, member, header, allowance)
         headers += header.nbytes if member.plain else 0
     notes["(headers)"] = Note(headers)
-    return Listing(tuple(tensors), storages, notes, tuple(sorted(foreign)), kind="a NumPy .npz archive")
+    return Listing(tuple(tensors), storages, notes, tuple(sorted(foreign)), kind="a NumPy .npz archive", flat=True)
 
 
 def _storage(file: File, member: Member, header: _Header, allowance: Allowance) -> Storage:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH: Final = 960  # pixels
+_NO_DAMAGE: Final = 1e-12  # less counts as none, in tables too
 _DAMAGE: Final = "damage (share of the output's energy)"
 MOST_BARS: Final = 40  # of a chart that has a line for each layer
 _LINE: Final = 20  # pixels
@@ -62,7 +63,7 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
     with sheet("trade-off", WIDTH, 340) as page:
         first = axes(page.figure, 1, panels, 1)
         by_size = sorted(points, key=lambda point: -point.nbytes)
-        first.plot([p.nbytes for p in by_size], [p.damage for p in by_size], color=colour("muted"), linewidth=1.4)
+        first.plot([p.nbytes for p in by_size], [_height(p, "damage") for p in by_size], color=colour("muted"), linewidth=1.4)
         _marks(page, first, [point for point in by_size if point.score is None], "damage", "planned")
         _marks(page, first, scored, "damage", "tried")
         first.set(xscale="log", yscale="log", ylabel=_DAMAGE)
@@ -74,18 +75,17 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
             second.set(xscale="log", ylabel="score")
         for one, quantity in zip(page.figure.axes, ("damage", "score"), strict=False):
             if chosen is not None and getattr(chosen, quantity) is not None:
-                marker: dict[str, Any] = {
-                    "marker": "o",
-                    "markersize": 13,
-                    "markerfacecolor": "none",
-                    "markeredgewidth": 2.2,
-                }
-                value = getattr(chosen, quantity)
-                one.plot([chosen.nbytes], [value], color=colour("float"), ls="none", label="chosen", **marker)
+                _ring(one, chosen.nbytes, _height(chosen, quantity))
             _bytes_across(one, "bytes of the file")
             _plain_powers(one)
             one.legend(loc="best")
         return page.picture(_trade_off_in_words(by_size, chosen))
+
+
+def _height(point: Point, quantity: str) -> float:
+    """Where a point is drawn: a log scale has no place for a damage of 0."""
+    value: float = getattr(point, quantity)
+    return max(value, _NO_DAMAGE) if quantity == "damage" else value
 
 
 def _ring(panel: Axes, x: float, y: float) -> None:
@@ -103,7 +103,8 @@ def _marks(
     style: dict[str, Any] = {"linestyle": "none", "clip_on": False, "color": colour("muted"), "marker": "o"}
     if label == "tried":
         style |= {"color": colour("codes"), "marker": "s", "markersize": 7}
-    (drawn,) = panel.plot([point.nbytes for point in points], values, label=label, **style)
+    heights = [_height(point, quantity) for point in points]
+    (drawn,) = panel.plot([point.nbytes for point in points], heights, label=label, **style)
     page.name(drawn, [f"{p.nbytes:,} bytes, {quantity} {v:.4g}" for p, v in zip(points, values, strict=True)])
 
 
