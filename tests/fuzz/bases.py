@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -73,7 +74,9 @@ def checkpoint() -> dict[str, object]:
 def scripted() -> bytes:
     """A TorchScript archive."""
     stream = io.BytesIO()
-    torch.jit.save(torch.jit.trace(Pair(), torch.ones(1, 3)), stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch makes no more of them, and files of them stay
+        torch.jit.save(torch.jit.trace(Pair(), torch.ones(1, 3)), stream)
     return stream.getvalue()
 
 
