@@ -18,10 +18,9 @@ from rich.logging import RichHandler
 import pared
 from pared.compression import checkpoint, expansion
 from pared.container import make_directory, write_atomic
-from pared.errors import ConfigError, ParedError
+from pared.errors import ConfigError, ParedError, printable
 from pared.reporting import facts, page
 from pared.reporting.drawing import require_library
-from pared.tables import printable
 
 if TYPE_CHECKING:
     from pared.outcome import Curve
