@@ -63,7 +63,9 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
     with sheet("trade-off", WIDTH, 340) as page:
         first = axes(page.figure, 1, panels, 1)
         by_size = sorted(points, key=lambda point: -point.nbytes)
-        first.plot([p.nbytes for p in by_size], [_height(p, "damage") for p in by_size], color=colour("muted"), linewidth=1.4)
+        first.plot(
+            [p.nbytes for p in by_size], [_height(p, "damage") for p in by_size], color=colour("muted"), linewidth=1.4
+        )
         _marks(page, first, [point for point in by_size if point.score is None], "damage", "planned")
         _marks(page, first, scored, "damage", "tried")
         first.set(xscale="log", yscale="log", ylabel=_DAMAGE)
