@@ -310,6 +310,11 @@ def test_models_without_damage_have_a_place_on_the_curve() -> None:
         assert "900 bytes, damage 0<" in text
 
 
+def test_the_summary_of_a_file_counts_what_is_there() -> None:
+    rows = (Row("w", (1,), "float32", 4), Row("(header)", None, "header", 2))
+    assert '<p class="lead">6 B, tensors: 1.</p>' in page.render(facts.Facts(Ledger("f", 6, rows, 1)))
+
+
 def test_the_widest_range_is_drawn() -> None:
     widest = float(torch.finfo(torch.float32).max)
     one = {"mode": "static", "low": -widest, "high": widest}

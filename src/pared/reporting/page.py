@@ -125,7 +125,9 @@ def _summary(facts: Facts) -> str:
     """In a sentence, for the browser's preview and for a reader who reads no further."""
     ledger = facts.ledger
     if not ledger.original_nbytes:
-        return f"{bytes_in_words(ledger.nbytes)} in {len(ledger.rows):,} rows, each with its reason."
+        tensors = sum(row.shape is not None for row in ledger.rows)
+        found = f"; findings: {len(ledger.findings)}" if ledger.findings else ""
+        return f"{bytes_in_words(ledger.nbytes)}, tensors: {tensors:,}{found}."
     factor = ledger.original_nbytes / max(1, ledger.nbytes)
     size = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
     return f"{bytes_in_words(ledger.original_nbytes)} became {bytes_in_words(ledger.nbytes)}: {size}."
