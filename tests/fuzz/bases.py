@@ -2,7 +2,6 @@
 
 import io
 import json
-import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -59,10 +58,8 @@ def checkpoint() -> dict[str, object]:
     optimizer = torch.optim.Adam(module.parameters())
     module(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch makes no more of them, and files of them stay
-        scales, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-        codes = torch.quantize_per_channel(torch.ones(2, 2), scales, zeros, 0, torch.qint8)
+    scales, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    codes = torch.quantize_per_channel(torch.ones(2, 2), scales, zeros, 0, torch.qint8)
     return {
         "model": module.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -74,9 +71,7 @@ def checkpoint() -> dict[str, object]:
 def scripted() -> bytes:
     """A TorchScript archive."""
     stream = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch makes no more of them, and files of them stay
-        torch.jit.save(torch.jit.trace(Pair(), torch.ones(1, 3)), stream)
+    torch.jit.save(torch.jit.trace(Pair(), torch.ones(1, 3)), stream)
     return stream.getvalue()
 
 
