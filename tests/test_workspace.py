@@ -16,7 +16,7 @@ import pared
 from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantConfig, Rule
 from pared import model as quantized
 from pared.evaluate import Score
-from pared.reporting import Confirmation, Outcome, Trial
+from pared.outcome import Confirmation, Outcome, Trial
 from pared.search import Judge, search
 from pared.workspace import Workspace
 from tests import workspace_child

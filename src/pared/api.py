@@ -19,12 +19,12 @@ from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
 from pared.container import as_path
 from pared.contents import Contents, Stored
-from pared.curve import Curve
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
 from pared.install import Memory
 from pared.layers import weights_of
+from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
@@ -286,9 +286,9 @@ def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> Module
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
             it is left as it is.
-        memory: "small" keeps every weight in codes and decodes it whenever it is read: a third of the memory of float
-            weights at most, for the milliseconds that `q_model.report()` tells. "fast" decodes once, and packs what
-            runs in int8.
+        memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
+            are asked for): a third of the memory of float weights at most, for the milliseconds that
+            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8.
 
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was

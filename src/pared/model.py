@@ -17,16 +17,18 @@ from typing import Any, Final, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pared import artifact, ledger, reporting
-from pared.contents import Contents, Stored, match
+from pared import artifact, ledger
+from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import Keeper, detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
+from pared.outcome import Outcome
 from pared.plan import Decision
 from pared.profile import ENGINE_FILE, Profile, Running
-from pared.reporting import Outcome
+from pared.reporting import lines, page, text
+from pared.reporting.drawing import require_library
 from pared.tensors import (
     check_unquantized,
     clone_structure,
@@ -171,8 +173,8 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     record = record_of(model)
     contents = contents_of(model)
     path = artifact.write(contents, directory, kind=container, verify=verify)
-    text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
-    artifact.write_beside(path, DEPLOY, text)
+    deploy = text.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
+    artifact.write_beside(path, DEPLOY, deploy)
     artifact.write_beside(path, ENGINE_FILE, record.profile.to_json())
     return path
 
@@ -182,15 +184,35 @@ def nbytes(model: nn.Module) -> int:
     return len(artifact.to_bytes(contents_of(model)))
 
 
-def text_report(model: nn.Module) -> str:
-    """What each tensor became, its bytes and why, as text of 100 columns."""
+def report(model: nn.Module, *, html: str | Path | None = None) -> str:
+    """What each tensor became, its bytes and why.
+
+    Args:
+        model: made by `fit` or `load`.
+        html: also write it as a page for a browser, with pictures, to this file: one file that fetches nothing.
+
+    Returns:
+        the report as text of 100 columns.
+
+    Raises:
+        ConfigError: `html`, and the drawing libraries are not installed: `pip install 'pared[report]'`.
+        FileError: the page cannot be written.
+        ModelError: the model's weights were changed after compression, or it is no quantized model.
+    """
     record = record_of(model)
+    if html is not None:
+        require_library()
+    contents = contents_of(model)
+    found = ledger.of_artifact_bytes(artifact.to_bytes(contents), where=type(model).__name__)
+    if html is not None:
+        facts = lines.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
+        page.write(facts, html)
     note = (
         f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"
         if record.memory == "small"
         else ""
     )
-    return reporting.text(ledger_of(model), contents_of(model), record.outcome, record.running, note)
+    return text.report(found, contents, record.outcome, record.running, note)
 
 
 def _decoding_ms(model: nn.Module) -> float:
@@ -214,7 +236,7 @@ def ledger_of(model: nn.Module) -> ledger.Ledger:
 # the functions of `pared` with the same names work for every model.
 _FACE: Final[Mapping[str, Any]] = {
     "save": save,
-    "report": text_report,
+    "report": report,
     "nbytes": property(nbytes),
     "met": property(lambda self: record_of(self).outcome.met),
     "score": property(lambda self: record_of(self).outcome.score),
@@ -225,9 +247,9 @@ _FACE: Final[Mapping[str, Any]] = {
 }
 
 
-def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
+def plan_of(model: nn.Module) -> tuple[lines.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
-    return reporting.lines(contents_of(model), record_of(model).running)
+    return lines.lines(contents_of(model), record_of(model).running)
 
 
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
@@ -265,6 +287,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
     check_unquantized(model)
+    contents = completed(model, contents)
     pairs = match(model, contents)
     running = running_of(model, contents, profile, memory)
     in_codes = held_in_codes(model, pairs, contents, running, memory)
@@ -281,10 +304,10 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
         keep_freed_memory()
         leave_fast_paths(clone)
     _refuse_meta(clone)
-    lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
+    known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(lines, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
+    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
     clone.__dict__[_RECORD] = record

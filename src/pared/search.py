@@ -19,7 +19,7 @@ from torch import nn
 from pared import model as quantized
 from pared.config import AccuracyCriterion
 from pared.evaluate import EvalFunc, Score, compare, confirm, evaluate, strain
-from pared.reporting import Outcome, Trial
+from pared.outcome import Outcome, Trial
 from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
