@@ -74,6 +74,13 @@ ORDER = [
     "reporting",
     "keeper",
     "install",
+    "export.signature",
+    "export.capture",
+    "export.layout",
+    "export.codes",
+    "export.fold",
+    "export.rewrite",
+    "export",
     "model",
     "registration",
     # work
@@ -83,6 +90,7 @@ ORDER = [
     "curve",
     "workshop",
     # face
+    "engines",
     "forecast",
     "api",
     "cli",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from pared.ledger import Ledger, Row, inspect
-    from pared.model import save
+    from pared.model import export, save
     from pared.model import text_report as report
     from pared.registration import register
 
@@ -48,7 +48,7 @@ _HOMES = {
         "VersionError",
     ),
     "pared.ledger": ("Ledger", "Row", "inspect"),
-    "pared.model": ("save", "text_report"),
+    "pared.model": ("export", "save", "text_report"),
     "pared.registration": ("register",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -72,6 +72,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "estimate",
+    "export",
     "fit",
     "inspect",
     "load",

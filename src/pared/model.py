@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pared import artifact, ledger, reporting
 from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
+from pared.export import Dynamic, Exported, export_onnx
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import Keeper, detach
 from pared.kernels.machine import keep_freed_memory
@@ -177,6 +178,36 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     return path
 
 
+def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic = True) -> Exported:
+    """Write a quantized model as ONNX: integer codes and their steps, standard operators, no class of its own needed.
+
+    Weights are int8 (or int16) initializers with a `DequantizeLinear`; a layer that runs in static int8 also has its
+    input on the calibrated grid, as `QuantizeLinear` and `DequantizeLinear`; all others have integer weights only.
+    Which layers these are is taken from the artifact, not from what is fastest on this machine.
+
+    Args:
+        model: made by `fit` or `load`.
+        path: of the file, `model.onnx` for instance; or a directory, where `pared.load(..., engine="onnxruntime")` and
+            `engine="openvino"` find it beside the artifact: save first, then export.
+        inputs: one batch, as in `calib_dataloader`: a tensor, a tuple of arguments, or a dict of keyword arguments.
+            Arguments that are no tensors are fixed to their values.
+        dynamic: which dimensions of the inputs may vary. True: all that the model allows; False: none; or, by
+            argument, what `torch.export.export` takes as `dynamic_shapes`.
+
+    Raises:
+        ModelError: torch.export cannot capture the float model, or it is no quantized model.
+        ConfigError: the packages are not installed: pip install 'pared[onnx]'.
+        CalibrationError: the inputs do not fit the model's forward.
+        FileError: the file cannot be written.
+    """
+    contents = contents_of(model)
+    empty = skeleton_of(model)
+    numbers: dict[int, Tensor] = {}
+    for stored, tensors in match(empty, contents):  # one object for all that are tied: one copy in the file
+        numbers |= dict.fromkeys(map(id, tensors), _like(stored.coded.decode(), tensors[0]))
+    return export_onnx(clone_structure(empty, numbers).eval(), contents, path, inputs, dynamic)
+
+
 def nbytes(model: nn.Module) -> int:
     """The size in bytes of the `best_model.pt` that `save` writes."""
     return len(artifact.to_bytes(contents_of(model)))
@@ -214,6 +245,7 @@ def ledger_of(model: nn.Module) -> ledger.Ledger:
 # the functions of `pared` with the same names work for every model.
 _FACE: Final[Mapping[str, Any]] = {
     "save": save,
+    "export": export,
     "report": text_report,
     "nbytes": property(nbytes),
     "met": property(lambda self: record_of(self).outcome.met),

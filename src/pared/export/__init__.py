@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from pared.container import as_path, make_directory
 from pared.calls import bind
-from pared.contents import Contents, Stored
-from pared.errors import ConfigError, FileError
-from pared.export.capture import Dynamic, capture
+from pared.container import as_path, make_directory
+from pared.contents import Contents
+from pared.errors import ConfigError
+from pared.export.capture import Dynamic, capture, shape_of
 from pared.export.rewrite import rewrite
 from pared.export.signature import SIGNATURE, Outputs, Signature
 from pared.formats import Grid
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 
 ONNX_FILE: Final = "model.onnx"  # beside the artifact
 _INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB; beyond this the numbers get a file of their own
-_BATCH_MOST: Final = 1
 
 
 @dataclass(frozen=True)
@@ -97,15 +95,11 @@ def export_onnx(
     for name, because in found.floats.items():
         log.warning("%s is in %s as floats: %s", name, path.name, because)
     graph = captured.model.graph
-    shapes = [{value.name: _shape(value) for value in values} for values in (graph.inputs, graph.outputs)]
+    shapes = [{value.name: shape_of(value) for value in values} for values in (graph.inputs, graph.outputs)]
     for name, shape in shapes[0].items():
         if dynamic is True and shape and not any(isinstance(size, str) for size in shape):
             log.warning("the model fixes the shape of %s: %s", name, list(shape))
     return Exported(path, nbytes, shapes[0], shapes[1], found.coded, found.floats, found.activations)
-
-
-def _shape(value: Any) -> Any:
-    return None if value.shape is None else tuple(n if isinstance(n, int) else str(n) for n in value.shape)
 
 
 def _write(model: Any, path: Path) -> int:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pared.errors import ConfigError, ModelError
-from pared.export.signature import Signature, signature_of, tensors_of
+from pared.export.signature import Input, Signature, output_names, signature_of, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,19 @@ def capture(
     if not tensors_of(outputs):
         raise ModelError("gives no tensors", where=type(model).__name__, remedy="Export a model that does.")
     program = _program(_Flat(model, call), tensors_of(call), _dimensions(call, dynamic, signature))
-    graph_model = _translated(program, signature, len(tensors_of(outputs)))
+    graph_model = _translated(program, signature)
     _tidy(graph_model, weights)
-    return Captured(graph_model, signature)
+    tensors = zip(graph_model.graph.inputs, tensors_of(call), strict=True)
+    inputs = {value.name: Input.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
+    return Captured(graph_model, replace(signature, inputs=inputs))
+
+
+def shape_of(value: Any) -> tuple[int | str, ...] | None:
+    """The shape of a graph's value, with names for what may vary; None where it is not known."""
+    if value.shape is None:
+        return None
+    sizes = (str(n) if n is not None else "?" for n in value.shape)  # a fixed size may stand there as text
+    return tuple(int(size) if size.isdecimal() else size for size in sizes)
 
 
 def _ordered(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -145,18 +155,25 @@ def _program(flat: _Flat, tensors: list[Tensor], dimensions: list[Any]) -> Any:
             raise _refusal(flat.model, error) from error
 
 
-def _translated(program: Any, signature: Signature, outputs: int) -> Any:
+def _translated(program: Any, signature: Signature) -> Any:
     names = [name for argument in signature.arguments for name in argument.inputs]
+    outputs = [name if name not in names else f"{name}_out" for name in output_names(signature.outputs)]
     with _quiet(), torch.no_grad():
         try:
             made = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=OPSET, input_names=names
+                program,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=outputs,
             )
         except Exception as error:
             raise _refusal(None, error) from error
     assert made is not None, "it is given no file to write to"
     found = made.model
-    assert len(found.graph.outputs) == outputs, "_Flat gives tensors only"
+    assert len(found.graph.outputs) == len(outputs), "_Flat gives tensors only"
     for value in list(found.graph.initializers.values()):
         if value.name.startswith(_PREFIX):
             value.name = value.name.removeprefix(_PREFIX)
@@ -183,6 +200,9 @@ def _tidy(model: Any, weights: Container[str]) -> None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
     PassManager([passes.InlinePass()])(model)
+    for node in list(model.graph):
+        if node.op_type == "Gemm" and node.inputs[1].name in weights:
+            _as_matmul(node)
     fold_constants_ir(model, onnx_shape_inference=True, should_fold=should_fold)
     PassManager(
         [
@@ -195,6 +215,30 @@ def _tidy(model: Any, weights: Container[str]) -> None:
             passes.NameFixPass(),
         ]
     )(model)
+
+
+def _as_matmul(node: Any) -> None:
+    """A product with a bias as two nodes: runtimes have int8 products for `MatMul`, and hardly any for `Gemm`."""
+    import onnx_ir as ir
+
+    options = {name: attribute.value for name, attribute in node.attributes.items()}
+    if options.get("transA") or options.get("alpha", 1.0) != 1.0 or options.get("beta", 1.0) != 1.0:
+        return
+    data, weight, *bias = node.inputs
+    made = []
+    if options.get("transB"):
+        made.append(ir.node("Transpose", [weight], {"perm": [1, 0]}))
+        weight = made[-1].outputs[0]
+    made.append(ir.node("MatMul", [data, weight], metadata_props=dict(node.metadata_props)))
+    if bias and bias[0] is not None:
+        made.append(ir.node("Add", [made[-1].outputs[0], bias[0]]))
+    old, new = node.outputs[0], made[-1].outputs[0]
+    for one in made:
+        one.outputs[0].type = old.type
+    new.shape, new.name = old.shape, old.name
+    node.prepend(made)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    node.graph.remove(node, safe=True)
 
 
 @contextlib.contextmanager

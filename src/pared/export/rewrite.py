@@ -29,6 +29,8 @@ _PRODUCTS: Final[dict[str, dict[int, int]]] = {
     "ConvTranspose": {1: 0},
 }
 
+_AT_LOAD: Final = {"GRU", "LSTM", "RNN"}  # both runtimes decode these weights once, when the file is loaded
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -116,8 +118,11 @@ class _Rewriter:
         value = self._constant(f"{weight.name}.codes", codes) if bake else weight.value
         axes, found = along(steps)
         near = None if bake else weight.value.producer()
-        if len(axes) > 1:  # no operator has steps along two dimensions
-            floats = self._node("Cast", [value], {"to": _ir().DataType.FLOAT}, after=near)
+        if len(axes) > 1 or any(node.op_type in _AT_LOAD for node, _ in uses):  # no operator has steps along two axes
+            # By way of int32: a cast from int8 is kept for kernels on codes, which recurrent layers do not have, and
+            # OpenVINO then finds no weight.
+            whole = self._node("Cast", [value], {"to": _ir().DataType.INT32}, after=near)
+            floats = self._node("Cast", [whole], {"to": _ir().DataType.FLOAT}, after=whole.producer())
             out = self._node("Mul", [floats, self._constant(f"{weight.name}.steps", found)], after=floats.producer())
         else:
             scale = self._constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ConfigError
+from pared.formats import RAW_TYPES, dtype_name
 
 SIGNATURE: Final = "pared.signature"  # the key of the file's metadata
 
@@ -55,6 +56,45 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Input:
+    """One tensor that the graph takes.
+
+    Args:
+        dtype: its type, "int64" for instance.
+        shape: a number for each dimension that is fixed, a name for each that may vary.
+        example: its shape at the export.
+        low, high: the least and the greatest value at the export.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    example: tuple[int, ...]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tensor: Tensor, shape: tuple[int | str, ...]) -> Input:
+        """What the example shows."""
+        low, high = (float(end) for end in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+        return cls(dtype_name(tensor.dtype), shape, tuple(tensor.shape), low, high)
+
+    def misfit(self, tensor: Tensor) -> str:
+        """Why a tensor cannot be this input; empty if it can."""
+        found = dtype_name(tensor.dtype)
+        fixed = zip(self.shape, tensor.shape, strict=False)
+        if found == self.dtype and tensor.dim() == len(self.shape) and all(a in (b, str(a)) for a, b in fixed):
+            return ""
+        return f"{found} {list(tensor.shape)}, and was exported as {self.dtype} {list(self.shape)}"
+
+    def sample(self, seed: int = 0) -> Tensor:
+        """Random numbers like those of the example."""
+        chance = torch.Generator().manual_seed(seed)
+        numbers = self.low + (self.high - self.low) * torch.rand(self.example, generator=chance, dtype=torch.float64)
+        dtype = RAW_TYPES[self.dtype]
+        return (numbers if dtype.is_floating_point else numbers.round()).to(dtype)
+
+
+@dataclass(frozen=True)
 class Signature:
     """The calling convention.
 
@@ -62,11 +102,13 @@ class Signature:
         arguments: those that the export was called with, in the order of `forward`.
         parameters: the names of all that `forward` takes by place.
         outputs: the structure of the outputs, as `describe` gives it.
+        inputs: the graph's inputs.
     """
 
     arguments: tuple[Argument, ...]
     parameters: tuple[str, ...]
     outputs: Any
+    inputs: Mapping[str, Input] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As it stands in the file."""
@@ -77,7 +119,11 @@ class Signature:
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
         data = json.loads(text)
         arguments = (Argument(one["name"], tuple(one["inputs"]), one["value"]) for one in data["arguments"])
-        return cls(tuple(arguments), tuple(data["parameters"]), data["outputs"])
+        inputs = {
+            name: Input(**{**one, "shape": tuple(one["shape"]), "example": tuple(one["example"])})
+            for name, one in data["inputs"].items()
+        }
+        return cls(tuple(arguments), tuple(data["parameters"]), data["outputs"], inputs)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """The graph's inputs for a call.
@@ -101,6 +147,10 @@ class Signature:
         unknown = sorted(name for name, value in given.items() if value is not None)
         if unknown:
             raise _misfit(f"was exported without {', '.join(unknown)}", where, self)
+        for name, tensor in found.items():
+            wrong = self.inputs[name].misfit(tensor)
+            if wrong:
+                raise _misfit(f"{name} is {wrong}", where, self)
         return found
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
@@ -147,6 +197,22 @@ def _named(
         else:
             found.append((name, value))
     return found
+
+
+def output_names(structure: Any, prefix: str = "") -> list[str]:
+    """A name for each tensor of a structure: keys and places, from outside to inside.
+
+    >>> output_names(describe({"a": torch.zeros(1), "b": (None, torch.zeros(1))})), output_names(0)
+    (['a', 'b_1'], ['output'])
+    """
+    if isinstance(structure, int):
+        return [prefix or "output"]
+    kind, parts = next(iter(structure.items()))
+    if kind == "value":
+        return []
+    pairs = parts.items() if kind == "names" else enumerate(parts)
+    names = ((f"{prefix}_{key}" if prefix else key if kind == "names" else f"output_{key}", one) for key, one in pairs)
+    return [found for name, one in names for found in output_names(one, name)]
 
 
 def tensors_of(values: Any) -> list[Tensor]:
