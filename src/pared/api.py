@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from pared.config import PostTrainingQuantConfig
 from pared.container import as_path
 from pared.contents import Contents, Stored
 from pared.curve import Curve
+from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
@@ -279,38 +280,78 @@ def _checksum(values: Any) -> str:
     return f"{total:08x}"
 
 
-def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> ModuleT:
+@overload
+def load(
+    path: str | Path, model: ModuleT, *, memory: Memory = "fast", engine: Literal["torch"] = "torch"
+) -> ModuleT: ...
+
+
+@overload
+def load(
+    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+) -> nn.Module: ...
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+) -> nn.Module:
     """Load a quantized model.
 
     Args:
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
-            it is left as it is.
+            it is left as it is. Only PyTorch needs it.
         memory: "small" keeps every weight in codes and decodes it whenever it is read: a third of the memory of float
             weights at most, for the milliseconds that `q_model.report()` tells. "fast" decodes once, and packs what
-            runs in int8.
+            runs in int8. Only for PyTorch.
+        engine: what runs it. "onnxruntime" and "openvino" run the `model.onnx` that `q_model.export(directory, inputs)`
+            wrote beside the artifact, with as many threads as PyTorch has; "auto" times what is installed, PyTorch too
+            if there is a `model`, on inputs like those of the export, and takes the fastest.
 
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
-        measured on an equal machine; else all that the artifact allows.
+        measured on an equal machine; else all that the artifact allows. With another engine, a
+        `pared.engines.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
 
     Raises:
-        FileError: there is no artifact there, or it cannot be read.
+        ConfigError: an option is none that there is, `model` is missing, or the engine's package is.
+        FileError: there is no artifact there, or it cannot be read; or no export, or one of another artifact.
         CorruptError, UnsafeError, VersionError: its bytes contradict themselves, would inflate without bound, or were
             written by a newer version.
         MismatchError: it belongs to another architecture.
+        ModelError: the engine cannot run the exported graph.
     """
+    _check_choice("memory", memory, get_args(Memory))
+    _check_choice("engine", engine, get_args(Engine))
+    if engine in SESSIONS:
+        return open_runner(path, engine)
+    loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
+    if engine == "torch":
+        assert loaded is not None
+        return loaded
+    found, times = fastest(loaded, path)
+    if isinstance(found, Runner):
+        found.engine_ms = times
+    else:
+        quantized.record_of(found).engine_ms = times
+    return found
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
+            where="pared.load",
+            remedy="Choose one of them.",
+        )
+
+
+def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}",
             where="pared.load",
             remedy="Pass an instance of the architecture: pared.load(directory, model=build_model()).",
-        )
-    if memory not in get_args(Memory):
-        raise ConfigError(
-            f"memory={memory!r} is not one of {', '.join(map(repr, get_args(Memory)))}",
-            where="pared.load",
-            remedy="Choose one of them.",
         )
     check_modules(model)
     check_registered(model)

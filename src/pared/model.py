@@ -58,6 +58,7 @@ class Record:
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
         curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
+        engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
     """
 
     tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
@@ -69,6 +70,7 @@ class Record:
     memory: Memory = "fast"
     outcome: Outcome = field(default_factory=Outcome)
     curve: Any = None
+    engine_ms: Mapping[str, float] = field(default_factory=dict)
 
 
 def record_of(model: nn.Module) -> Record:
@@ -254,6 +256,8 @@ _FACE: Final[Mapping[str, Any]] = {
     "trials": property(lambda self: record_of(self).outcome.trials),
     "plan": property(lambda self: plan_of(self)),
     "curve": curve_of,
+    "engine": property(lambda _self: "torch"),
+    "engine_ms": property(lambda self: record_of(self).engine_ms),
 }
 
 

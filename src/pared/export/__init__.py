@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,33 @@ from typing import Any, Final
 
 from torch import nn
 
+from pared import artifact
 from pared.calls import bind
 from pared.container import as_path, make_directory
 from pared.contents import Contents
-from pared.errors import ConfigError
+from pared.errors import ConfigError, FileError
 from pared.export.capture import Dynamic, capture, shape_of
 from pared.export.rewrite import rewrite
 from pared.export.signature import SIGNATURE, Outputs, Signature
 from pared.formats import Grid
 from pared.version import __version__
 
-__all__ = ["ONNX_FILE", "SIGNATURE", "Dynamic", "Exported", "Outputs", "Signature", "export_onnx", "need"]
+__all__ = [
+    "ARTIFACT",
+    "ONNX_FILE",
+    "SIGNATURE",
+    "Dynamic",
+    "Exported",
+    "Outputs",
+    "Signature",
+    "checksum_beside",
+    "export_onnx",
+    "need",
+]
 
 log = logging.getLogger(__name__)
 
+ARTIFACT: Final = "pared.artifact"  # the key, in the file's metadata, of the checksum of the artifact beside it
 ONNX_FILE: Final = "model.onnx"  # beside the artifact
 _INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB; beyond this the numbers get a file of their own
 
@@ -78,7 +92,9 @@ def export_onnx(
     Args:
         floats: the float model with the weights that the codes stand for.
         contents: codes, steps, and how layers treat their inputs.
-        path, inputs, dynamic: see `pared.export`.
+        path: see `pared.export`.
+        inputs: see there.
+        dynamic: see there.
     """
     for package in ("onnx", "onnxscript"):
         need(package, "onnx")
@@ -91,15 +107,26 @@ def export_onnx(
     found = rewrite(captured.model, contents)
     captured.model.producer_name, captured.model.producer_version = "pared", __version__
     captured.model.metadata_props[SIGNATURE] = captured.signature.to_json()
+    captured.model.metadata_props[ARTIFACT] = checksum_beside(path)
     nbytes = _write(captured.model, path)
     for name, because in found.floats.items():
         log.warning("%s is in %s as floats: %s", name, path.name, because)
     graph = captured.model.graph
-    shapes = [{value.name: shape_of(value) for value in values} for values in (graph.inputs, graph.outputs)]
-    for name, shape in shapes[0].items():
+    shapes = {name: one.shape for name, one in captured.signature.inputs.items()}
+    for name, shape in shapes.items():
         if dynamic is True and shape and not any(isinstance(size, str) for size in shape):
             log.warning("the model fixes the shape of %s: %s", name, list(shape))
-    return Exported(path, nbytes, shapes[0], shapes[1], found.coded, found.floats, found.activations)
+    outputs = {value.name: shape_of(value) for value in graph.outputs}
+    return Exported(path, nbytes, shapes, outputs, found.coded, found.floats, found.activations)
+
+
+def checksum_beside(path: Path) -> str:
+    """The checksum of the artifact in the same directory; empty if there is none."""
+    try:
+        file = artifact.find(path.parent)
+    except FileError:
+        return ""
+    return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
 def _write(model: Any, path: Path) -> int:

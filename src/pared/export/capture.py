@@ -60,7 +60,8 @@ def capture(
 
     Args:
         model: in eval mode, weights as the graph shall hold them.
-        args, kwargs: an example call.
+        args: of an example call.
+        kwargs: of the same call.
         dynamic: True: every dimension of the inputs that the model allows; False: none; or what
             `torch.export.export` takes as `dynamic_shapes`, by argument.
         weights: the names of the tensors whose codes take their place later: nothing that comes from them is folded.
@@ -91,7 +92,9 @@ def shape_of(value: Any) -> tuple[int | str, ...] | None:
     return tuple(int(size) if size.isdecimal() else size for size in sizes)
 
 
-def _ordered(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _ordered(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keyword arguments in the order of `forward`: graphs have their inputs in this order."""
     order = list(inspect.signature(model.forward).parameters)
     return args, dict(sorted(kwargs.items(), key=lambda one: order.index(one[0]) if one[0] in order else len(order)))
@@ -118,7 +121,9 @@ def _doubled(model: nn.Module, call: Any) -> Any:
     try:
         _outputs(model, twice)
     except ModelError as error:  # its first dimension counts no samples
-        log.info("the example has one sample, and the model takes no two (%s): the first dimension is fixed", error.what)
+        log.info(
+            "the example has one sample, and the model takes no two (%s): the first dimension is fixed", error.what
+        )
         return call
     return twice
 
@@ -172,11 +177,10 @@ def _translated(program: Any, signature: Signature) -> Any:
         except Exception as error:
             raise _refusal(None, error) from error
     assert made is not None, "it is given no file to write to"
-    found = made.model
+    found: Any = made.model
     assert len(found.graph.outputs) == len(outputs), "_Flat gives tensors only"
     for value in list(found.graph.initializers.values()):
-        if value.name.startswith(_PREFIX):
-            value.name = value.name.removeprefix(_PREFIX)
+        value.name = (value.name or "").removeprefix(_PREFIX)
     return found
 
 
@@ -207,7 +211,7 @@ def _tidy(model: Any, weights: Container[str]) -> None:
     PassManager(
         [
             passes.RemoveUnusedNodesPass(),
-            passes.RemoveUnusedFunctionsPass(),
+            passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # onnx_ir's
             passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
             passes.LiftSubgraphInitializersToMainGraphPass(),
             passes.CommonSubexpressionEliminationPass(),

@@ -111,7 +111,5 @@ def numpy_of(tensor: Tensor) -> Array:
     if plain.dtype is torch.bfloat16:
         import ml_dtypes
 
-        found: Array = plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return found
-    found = plain.numpy()
-    return found
+        return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return plain.numpy()

@@ -49,9 +49,11 @@ def fold_of(uses: Sequence[tuple[Any, int]], codes: Array) -> Fold | None:
         return None
     found = [constant(value) for value in norm.inputs[1:5]]
     bias = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(())
-    if any(one is None for one in found) or bias is None or len(found[0]) != codes.shape[axis]:
+    if bias is None or any(one is None for one in found):
         return None
     gain, shift, mean, variance = (one.astype(np.float64) for one in found if one is not None)
+    if len(gain) != codes.shape[axis]:
+        return None  # groups: a row of the weight is not an output channel
     epsilon = norm.attributes["epsilon"].value if "epsilon" in norm.attributes else 1e-5
     scale = gain / np.sqrt(variance + epsilon)
     if not scale.all():

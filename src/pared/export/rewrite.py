@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
-from torch import Tensor
 
-from pared.contents import Contents, Stored
+from pared.contents import Contents
 from pared.export.codes import Weight, find_weights, numpy_of
 from pared.export.fold import Fold, fold_of
 from pared.export.layout import Array, along
 from pared.formats import Float, Grid, dtype_name
 from pared.kernels.machine import FULL_LEVELS
-from pared.layers import Activation
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,9 @@ class _Rewriter:
     quantized: dict[object, Any] = field(default_factory=dict)
 
     def run(self) -> None:
-        ends = [weight for weight in self.weights.values() if weight.uses(self.weights) or weight.value.is_graph_output()]
+        ends = [
+            weight for weight in self.weights.values() if weight.uses(self.weights) or weight.value.is_graph_output()
+        ]
         baked = {id(end) for end in ends if _is_whole(end, ends)}
         for end in ends:
             uses = end.uses(self.weights)
@@ -150,7 +150,10 @@ class _Rewriter:
         key = (id(source), scale, zero_point)
         if key not in self.quantized:
             name = f"{owner}.input"
-            grid = [self._constant(f"{name}.step", np.float32(scale)), self._constant(f"{name}.zero", np.uint8(zero_point))]
+            grid = [
+                self._constant(f"{name}.step", np.float32(scale)),
+                self._constant(f"{name}.zero", np.uint8(zero_point)),
+            ]
             floats = self._cast(source, "float32", near=node)
             codes = self._node("QuantizeLinear", [floats, *grid], near=node)
             out = self._node("DequantizeLinear", [codes, *grid], near=node)
@@ -159,7 +162,7 @@ class _Rewriter:
         self.static.add(owner)
 
     def _owner(self, weight: Weight, node: Any) -> str:
-        """The module whose product this is: the one in whose forward the exporter met it, of those that own the weight."""
+        """The module whose product this is: of those that own the weight, the one in whose forward it was met."""
         owners = [n.rpartition(".")[0] for one in weight.sources for n in one.names]
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         inside = {str(scope).removeprefix("model").removeprefix(".") for scope in scopes}
@@ -233,7 +236,9 @@ class _Rewriter:
         for one in self.contents.tensors:
             if isinstance(one.coded.format, Grid) and one.name not in self.coded:
                 named = any(name in self.graph.initializers for name in one.names)
-                floats[one.name] = "the graph computes with it in a way of its own" if named else "not used by the graph"
+                floats[one.name] = (
+                    "the graph computes with it in a way of its own" if named else "not used by the graph"
+                )
         activations = {
             name: "static" if name in self.static else "float"
             for name, one in self.contents.activations.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -147,15 +148,39 @@ class Signature:
         unknown = sorted(name for name, value in given.items() if value is not None)
         if unknown:
             raise _misfit(f"was exported without {', '.join(unknown)}", where, self)
+        sizes: dict[int | str, int] = {}
         for name, tensor in found.items():
             wrong = self.inputs[name].misfit(tensor)
             if wrong:
                 raise _misfit(f"{name} is {wrong}", where, self)
+            for dimension, size in zip(self.inputs[name].shape, tensor.shape, strict=True):
+                if sizes.setdefault(dimension, size) != size:
+                    raise _misfit(f"{name} has size {size} where another input has {sizes[dimension]}", where, self)
         return found
+
+    def sample(self) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments like those of the example: random numbers of the same shapes, within the same range."""
+        values = {}
+        for argument in self.arguments:
+            tensors = tuple(self.inputs[name].sample(i) for i, name in enumerate(argument.inputs))
+            values[argument.name] = (tensors[0] if len(tensors) == 1 else tensors) if tensors else _literal(argument)
+        places = [name for name, known in zip(self.parameters, values, strict=False) if name == known]
+        return [values.pop(name) for name in places], values
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The outputs in their structure."""
         return _rebuild(self.outputs, tensors)
+
+
+def _literal(argument: Argument) -> Any:
+    try:
+        return ast.literal_eval(argument.value)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"was {argument.value} at the export, which cannot be made again from its text",
+            where=argument.name,
+            remedy='Choose an engine yourself: "auto" has to call the model.',
+        ) from error
 
 
 def _misfit(what: str, where: str, signature: Signature) -> ConfigError:
@@ -170,7 +195,8 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     (Argument(name='input', inputs=('input',), value=''),)
     """
     called = inspect.signature(model.forward)
-    arguments, used = [], set()
+    arguments: list[Argument] = []
+    used: set[str] = set()
     for name, value in _named(called, args, kwargs):
         count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
         inputs = (name,) if count == 1 else tuple(f"{name}_{i}" for i in range(count))
@@ -183,9 +209,7 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     return Signature(tuple(arguments), tuple(places), describe(outputs))
 
 
-def _named(
-    called: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[tuple[str, Any]]:
+def _named(called: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Each argument under a name; those of `*args` are numbered."""
     found: list[tuple[str, Any]] = []
     for name, value in called.bind_partial(*args, **kwargs).arguments.items():
@@ -211,8 +235,8 @@ def output_names(structure: Any, prefix: str = "") -> list[str]:
     if kind == "value":
         return []
     pairs = parts.items() if kind == "names" else enumerate(parts)
-    names = ((f"{prefix}_{key}" if prefix else key if kind == "names" else f"output_{key}", one) for key, one in pairs)
-    return [found for name, one in names for found in output_names(one, name)]
+    before = f"{prefix}_" if prefix else "" if kind == "names" else "output_"
+    return [found for key, one in pairs for found in output_names(one, f"{before}{key}")]
 
 
 def tensors_of(values: Any) -> list[Tensor]:
