@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
-from pared.export import ARTIFACT, ONNX_FILE, SIGNATURE, Signature, checksum_beside, need
+from pared.exporting import ARTIFACT, ONNX_FILE, SIGNATURE, Signature, checksum_beside, need
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Runner(nn.Module):
     """An exported model in a runtime of its own, without the Python class; made by `pared.load(..., engine=...)`.
 
     It is called like the model, on the CPU, with the arguments of the export, and gives its outputs in their structure:
-    a class with named fields becomes `pared.export.Outputs`. It holds no parameters.
+    a class with named fields becomes `pared.exporting.Outputs`. It holds no parameters.
 
     Attributes:
         engine: "onnxruntime" or "openvino".

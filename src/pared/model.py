@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pared import artifact, ledger, reporting
 from pared.contents import Contents, Stored, match
 from pared.errors import MismatchError, ModelError
-from pared.export import Dynamic, Exported, export_onnx
+from pared.exporting import Dynamic, Exported, export_onnx
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import Keeper, detach
 from pared.kernels.machine import keep_freed_memory

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pared.errors import ConfigError, ModelError
-from pared.export.signature import Input, Signature, output_names, signature_of, tensors_of
+from pared.exporting.signature import Input, Signature, output_names, signature_of, tensors_of
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from pared.contents import Contents
-from pared.export.codes import Weight, find_weights, numpy_of
-from pared.export.fold import Fold, fold_of
-from pared.export.layout import Array, along
+from pared.exporting.codes import Weight, find_weights, numpy_of
+from pared.exporting.fold import Fold, fold_of
+from pared.exporting.layout import Array, along
 from pared.formats import Float, Grid, dtype_name
 from pared.kernels.machine import FULL_LEVELS
 

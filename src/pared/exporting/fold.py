@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pared.export.layout import Array, constant
+from pared.exporting.layout import Array, constant
 
 _OUTPUTS: Final = {"Conv": 0, "ConvTranspose": 1}  # the weight's dimension that counts output channels
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pared.contents import Contents, Stored
-from pared.export.layout import Array, move, moved
+from pared.exporting.layout import Array, move, moved
 from pared.formats import Grid
 from pared.views import first_dimension
 

@@ -18,9 +18,9 @@ from pared.calls import bind
 from pared.container import as_path, make_directory
 from pared.contents import Contents
 from pared.errors import ConfigError, FileError
-from pared.export.capture import Dynamic, capture, shape_of
-from pared.export.rewrite import rewrite
-from pared.export.signature import SIGNATURE, Outputs, Signature
+from pared.exporting.capture import Dynamic, capture, shape_of
+from pared.exporting.rewrite import rewrite
+from pared.exporting.signature import SIGNATURE, Outputs, Signature
 from pared.formats import Grid
 from pared.version import __version__
 
