@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from examples import dual_path, g2p, minilm, mnist
+from examples import g2p, minilm, mnist
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
 import pared
-from pared import AccuracyCriterion, ModelError, PostTrainingQuantConfig, Rule
+from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.exporting import Exported
 from pared.model import assemble, contents_of, skeleton_of
 from pared.profile import Profile, this_machine
@@ -83,7 +84,7 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8)), (6, 5, 64)),
     "convolutions": (convolutions, (4, 3, 16, 16)),
     "tied": (Tied, (4, 7)),
@@ -100,7 +101,7 @@ def batch_of(name: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 def fitted(model: nn.Module, approach: str, batches: list[Any]) -> nn.Module:
     """At 8 bits, every layer in int8 that may be, whatever is faster here: an export does not depend on that."""
-    conf = PostTrainingQuantConfig(approach=approach, quant_level=0)  # type: ignore[arg-type]  # a parameter
+    conf = PostTrainingQuantConfig(approach=approach, quant_level=0)
     q = pared.fit(model.eval(), conf, batches, quiet=True)
     return assemble(skeleton_of(q), contents_of(q), Profile(this_machine()))
 
@@ -141,14 +142,24 @@ def check_bytes(q: nn.Module, exported: Exported) -> None:
     kept = sum(4 * math.prod(one.coded.shape) for one in tensors if "codes" not in one.coded.parts)
     held = bytes_by_type(exported.path)
     assert exported.floats == {}
-    assert sum(held.get(kind, 0) for kind in _CODES) == codes
+    # Vectors on grids may have gone into the weight before them, with a batch normalization.
+    assert 0.995 * codes <= sum(held.get(kind, 0) for kind in _CODES) <= codes
     # A transposed convolution of several groups has steps along two dimensions, each repeated once for every input.
     assert sum(held.get(kind, 0) for kind in _FLOATS) <= 2 * steps + kept + 4096
     assert exported.nbytes == exported.path.stat().st_size <= codes + 2 * steps + kept + 60_000
 
 
-@pytest.mark.parametrize("approach", ["static", "dynamic", "weight_only"])
-@pytest.mark.parametrize("name", CASES)
+RUNS = {
+    "linear": ("static", "dynamic", "weight_only"),
+    "convolutions": ("static", "weight_only"),
+    "tied": ("static", "dynamic"),
+    "lstm": ("dynamic",),
+    "gru": ("weight_only",),
+    "encoder": ("dynamic",),
+}
+
+
+@pytest.mark.parametrize(("name", "approach"), [(name, one) for name, found in RUNS.items() for one in found])
 def test_both_runtimes_give_what_the_model_gives(name: str, approach: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, shape = CASES[name]
@@ -196,9 +207,7 @@ def test_a_batch_norm_goes_into_the_steps(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 16, 16)
     q = fitted(convolutions(), "static", [x])
-    nodes = collections.Counter(
-        node.op_type for node in onnx.load(str(pared.export(q, tmp_path, x).path)).graph.node
-    )
+    nodes = collections.Counter(node.op_type for node in onnx.load(str(pared.export(q, tmp_path, x).path)).graph.node)
     assert nodes["BatchNormalization"] == 0
     assert nodes["QuantizeLinear"] > 0
 
@@ -210,7 +219,7 @@ def test_tied_weights_stand_in_the_file_once_and_rows_are_gathered_in_codes(tmp_
     graph = onnx.load(str(pared.export(q, tmp_path, ids).path)).graph
     kinds = {one.name: one.data_type for one in graph.initializer}
     tables = [node for node in graph.node if node.op_type == "Gather" and kinds.get(node.input[0]) == TensorProto.INT8]
-    assert [node.input[0] for node in tables] == ["table.weight"]
+    assert [node.input[0] for node in tables] in (["table.weight"], ["last.weight"])  # two names of one tensor
 
 
 def test_int16_codes_are_in_the_file_as_they_are(tmp_path: Path) -> None:
@@ -244,22 +253,23 @@ def test_a_fixed_export_has_the_shapes_of_the_example(tmp_path: Path) -> None:
     q = pared.fit(nn.Linear(64, 8), quiet=True)
     assert pared.export(q, tmp_path, torch.randn(3, 64), dynamic=False).inputs == {"input": (3, 64)}
     rows = {"input": {0: torch.export.Dim("rows")}}
-    assert pared.export(q, tmp_path, torch.randn(3, 64), dynamic=rows).inputs == {"input": ("rows", 64)}
+    found = pared.export(q, tmp_path, torch.randn(3, 64), dynamic=rows).inputs["input"]
+    assert isinstance(found[0], str)
+    assert found[1] == 64
     with pytest.raises(pared.ConfigError, match="names x, which the example inputs do not have"):
         pared.export(q, tmp_path, torch.randn(3, 64), dynamic={"x": {}})
 
 
 def test_one_sample_is_enough_for_a_dynamic_batch(tmp_path: Path) -> None:
     q = pared.fit(nn.Linear(64, 8), quiet=True)
-    assert pared.export(q, tmp_path, torch.randn(1, 64)).inputs == {"input": ("s95", 64)} or isinstance(
-        pared.export(q, tmp_path, torch.randn(1, 64)).inputs["input"][0], str
-    )
+    exported = pared.export(q, tmp_path, torch.randn(1, 64))
+    assert isinstance(exported.inputs["input"][0], str)
+    assert in_onnxruntime(exported.path, {"input": torch.randn(5, 64)})[0].shape == (5, 8)
 
 
-def test_digits_by_search(tmp_path: Path) -> None:
-    model, batches = mnist.load(), mnist.calibration(50)
-    conf = PostTrainingQuantConfig(accuracy_criterion=AccuracyCriterion(tolerable_loss=0.01, criterion="absolute"))
-    q = pared.fit(model, conf, batches, mnist.score, quiet=True)
+def test_digits_below_8_bits(tmp_path: Path) -> None:
+    batches = mnist.calibration(50)
+    q = pared.fit(mnist.load(), PostTrainingQuantConfig(max_size=60_000), batches, quiet=True)
     exported = q.export(tmp_path, batches[0])
     check_bytes(q, exported)
     with torch.inference_mode():
@@ -270,31 +280,38 @@ def test_digits_by_search(tmp_path: Path) -> None:
         assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.95
 
 
-@pytest.mark.parametrize("approach", ["static", "dynamic"])
-def test_minilm(approach: str, tmp_path: Path) -> None:
-    model, batches = minilm.load(), minilm.calibration(8)
-    conf = PostTrainingQuantConfig(approach=approach, quant_level=0)  # type: ignore[arg-type]  # a parameter
-    q = pared.fit(model, conf, batches, quiet=True)
+def test_minilm(tmp_path: Path) -> None:
+    batches = minilm.calibration(8)
+    q = pared.fit(minilm.load(), PostTrainingQuantConfig(approach="static", quant_level=0), batches, quiet=True)
     q.save(tmp_path)
     exported = q.export(tmp_path, batches[0])
     check_bytes(q, exported)
-    assert set(exported.activations.values()) == {"static" if approach == "static" else "float"}
+    assert set(exported.activations.values()) == {"static"}
     other = minilm.tokenize(minilm.documents()[:3], 40)  # another batch, another length
     wanted = minilm.embed(q, minilm.documents()[:8])
     for engine in ("onnxruntime", "openvino"):
-        runner = pared.load(tmp_path, engine=engine)  # type: ignore[call-overload]  # a literal, in a loop
+        runner = pared.load(tmp_path, engine=engine)
         assert runner(**other).last_hidden_state.shape == (3, 40, 384)
         found = minilm.embed(runner, minilm.documents()[:8])
-        # Static ranges cost that much themselves, if the model runs its layers in another kernel here.
-        assert minilm.distance(found, wanted) < (0.02 if approach == "static" else 0.002)
+        # Static ranges cost that much themselves, where the model runs its layers in another kernel here.
+        assert minilm.distance(found, wanted) < 0.02
 
 
-@pytest.mark.parametrize(("example", "reason"), [(dual_path, "data-dependent"), (g2p, "")], ids=["dual_path", "g2p"])
-def test_a_model_that_cannot_be_captured_says_why(example: Any, reason: str, tmp_path: Path) -> None:
-    q = pared.fit(example.load(), quiet=True)
-    with pytest.raises(ModelError, match="cannot be exported: ") as caught:
-        pared.export(q, tmp_path, example.calibration(4)[0])
-    assert reason in str(caught.value)
+class Hesitant(nn.Linear):
+    """A value decides which way it goes, as in examples/dual_path.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        peak = float(x.abs().max())
+        return super().forward(x / peak if peak > 1 else x)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"), [(lambda: Hesitant(64, 8), torch.randn(3, 64)), (g2p.load, g2p.calibration(4)[0])], ids=str
+)
+def test_a_model_that_cannot_be_captured_says_why(make: Any, batch: Any, tmp_path: Path) -> None:
+    q = pared.fit(make(), quiet=True)
+    with pytest.raises(ModelError, match="cannot be exported: .*data-dependent") as caught:
+        pared.export(q, tmp_path, batch)
     assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
 

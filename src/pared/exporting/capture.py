@@ -22,6 +22,12 @@ log = logging.getLogger(__name__)
 OPSET: Final = 21  # the first whose DequantizeLinear takes int16
 _PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
 
+_SPEAKERS: Final = (
+    "torch.onnx",
+    "torch.onnx._internal.exporter._registration",
+    "torch._export.non_strict_utils",  # the file's inputs show what is fixed
+)
+
 Dynamic = bool | Mapping[str, Any]
 
 
@@ -248,7 +254,7 @@ def _as_matmul(node: Any) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter says of packages that are not installed, and of its own deprecated parts."""
-    speakers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    speakers = [logging.getLogger(name) for name in _SPEAKERS]
     levels = [one.level for one in speakers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
