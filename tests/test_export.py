@@ -281,7 +281,7 @@ def test_digits_below_8_bits(tmp_path: Path) -> None:
 
 
 def test_minilm(tmp_path: Path) -> None:
-    batches = minilm.calibration(8)
+    batches = minilm.calibration(8, 64)
     q = pared.fit(minilm.load(), PostTrainingQuantConfig(approach="static", quant_level=0), batches, quiet=True)
     q.save(tmp_path)
     exported = q.export(tmp_path, batches[0])
@@ -306,12 +306,17 @@ class Hesitant(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("make", "batch"), [(lambda: Hesitant(64, 8), torch.randn(3, 64)), (g2p.load, g2p.calibration(4)[0])], ids=str
+    ("make", "batch", "reason"),
+    [
+        (lambda: Hesitant(64, 8), lambda: torch.randn(3, 64), "data-dependent"),
+        (g2p.load, lambda: g2p.calibration(4)[0], "FakeTensor"),  # packed sequences
+    ],
+    ids=["hesitant", "g2p"],
 )
-def test_a_model_that_cannot_be_captured_says_why(make: Any, batch: Any, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_captured_says_why(make: Any, batch: Any, reason: str, tmp_path: Path) -> None:
     q = pared.fit(make(), quiet=True)
-    with pytest.raises(ModelError, match="cannot be exported: .*data-dependent") as caught:
-        pared.export(q, tmp_path, batch)
+    with pytest.raises(ModelError, match=f"cannot be exported: .*{reason}") as caught:
+        pared.export(q, tmp_path, batch())
     assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
 
