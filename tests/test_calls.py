@@ -101,7 +101,7 @@ def test_a_callable_calls_the_model_itself() -> None:
 
 
 def test_an_error_of_the_model_names_the_batch_and_keeps_its_cause() -> None:
-    with pytest.raises(CalibrationError, match="calibration batch 1: the model raised RuntimeError") as error:
+    with pytest.raises(CalibrationError, match="calib_dataloader: batch 1: the model raised RuntimeError") as error:
         calls.run(nn.Linear(2, 2), [torch.zeros(1, 2), torch.zeros(1, 3)], 10)
     assert isinstance(error.value.__cause__, RuntimeError)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import pared
 from pared import cli
+from pared.errors import ConfigError
 
 
 def factory() -> nn.Module:
@@ -47,8 +49,60 @@ def test_fit_writes_a_model_that_loads(
     assert "criterion met" in shown
     assert "0.weight" in shown
     assert f"written: {tmp_path / 'out' / 'best_model.pt'}" in shown
+    assert "criterion" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     loaded = pared.load(tmp_path / "out", model=factory())
     assert loaded.met
+
+
+def test_a_page_is_not_written_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(factory().state_dict(), tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    assert run(monkeypatch, "inspect", str(tmp_path / "a.pt"), "--html", str(tmp_path / "a.pt")) == 2
+    assert "a.pt: is the file itself" in capsys.readouterr().err
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_errors_do_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"\x1b[2J": torch.full((4, 4), torch.nan)}, tmp_path / "a.pt")
+    assert run(monkeypatch, "compress", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out")) == 2
+    shown = capsys.readouterr().err
+    assert r"error: \x1b[2J: holds NaN (16 of 16 numbers" in shown
+    assert "\x1b" not in shown
+
+
+def test_without_the_drawing_libraries_all_but_the_page_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "-o", str(tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "0.weight" in shown.out
+    assert "no report.html" in shown.err
+    assert "pip install 'pared[report]'" in shown.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model.pt", "deploy.yaml", "engine.json"]
+
+
+def test_a_curve_that_cannot_be_drawn_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(f"{HERE}.factory", lambda: pytest.fail("built"))
+    assert run(monkeypatch, "fit", f"{HERE}:factory", "--curve", "-o", str(tmp_path / "new")) == 2
+    assert "pip install 'pared[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_writes_a_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(factory().state_dict(), tmp_path / "float.pt")
+    assert run(monkeypatch, "inspect", str(tmp_path / "float.pt"), "--json", "--html", str(tmp_path / "a.html")) == 0
+    assert json.loads(capsys.readouterr().out)["file"].endswith("float.pt")
+    assert ">0.weight<" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
 def test_a_search_is_recorded_and_goes_on(
@@ -136,6 +190,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             "error: pared fit: --curve goes with none of --workspace, --confirm and --dry-run",
         ),
         (["inspect", "missing.pt"], "missing.pt"),
+        (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep contradict each other"),
     ],
 )
 def test_errors_are_shown_without_a_traceback(
@@ -191,3 +246,43 @@ def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
 def test_the_module_is_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout == f"pared {pared.__version__}\n"
+
+
+@pytest.mark.parametrize(("option", "kinds"), [("--quick", []), ("--deep", ["duplicate"]), ("--json", ["duplicate"])])
+def test_inspect_reads_as_much_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    kinds: list[str],
+) -> None:
+    weight = torch.randn(100, 100)
+    torch.save({"a": weight, "b": weight.clone()}, tmp_path / "net.pt")
+    assert run(monkeypatch, "inspect", str(tmp_path / "net.pt"), "--json", *{option} - {"--json"}) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [finding["kind"] for finding in shown["findings"]] == kinds
+
+
+def test_inspect_reads_as_deep_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(factory().state_dict(), tmp_path / "plain.safetensors")
+    asked = []
+    inspect = pared.inspect
+
+    def noting(path: Path, **options: Any) -> pared.Ledger:
+        asked.append(options)
+        return inspect(path, **options)
+
+    monkeypatch.setattr(pared, "inspect", noting)
+    for flags in ([], ["--quick"], ["--deep"]):
+        assert run(monkeypatch, "inspect", str(tmp_path), *flags) == 0
+    assert asked == [{}, {"depth": "quick"}, {"depth": "deep"}]
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", str(tmp_path), "--quick", "--deep") == 2
+    assert capsys.readouterr().err == (
+        "error: pared inspect: --quick and --deep contradict each other\n  Pass one of them, or neither.\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        inspect(tmp_path, depth="deeper")
+    assert str(error.value) == "inspect: 'deeper' is no depth\n  Pass one of quick, default, deep."

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
-from pared.config import INC_EQUIVALENTS, parse_size
+from pared.config import INC_EQUIVALENTS
+from pared.sizes import parse_size
 
 
 def test_an_unknown_option_names_the_nearest_one() -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pared import container, entropy
-from pared.container import Entry, Index, Part, Records
+from pared.container import Entry, Index, Part, Records, write_torch
 from pared.entropy import Coding
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError, VersionError
 from tests.mutations import mutations
@@ -324,7 +324,7 @@ LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a range that is none": (
         top(modules={"a": {"mode": "static", "low": 1, "high": 2}}),
-        "file: module 'a' has a range that does not hold zero",
+        "file: module 'a' has a range that does not hold zero, or more than float32 does",
     ),
     "a range where none belongs": (
         top(modules={"a": {"mode": "dynamic", "low": 0}}),
@@ -984,3 +984,44 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FileError) as error, container.open_records(tmp_path / name):
             pass
         assert error.value.what == what
+
+
+def record(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("index", "data"), [(1, 0), (5, 100), (200, 64), (300, 70_000), (70_000, 300)])
+def test_our_writer_writes_what_torch_writes(index: int, data: int) -> None:
+    records = [bytes(i % 251 for i in range(size)) for size in (index, data)]
+    theirs, ours = io.BytesIO(), io.BytesIO()
+    torch.save({"index": record(records[0]), "data": record(records[1])}, theirs)
+    write_torch(ours, records[0], (records[1][:10], records[1][10:]), data)
+    assert ours.getvalue() == theirs.getvalue()
+    ours.seek(0)
+    loaded = torch.load(ours, weights_only=True)
+    assert [loaded[key].numpy().tobytes() for key in ("index", "data")] == records
+
+
+class Counted(io.RawIOBase):
+    """A stream that keeps only the beginning and the end of what is written, and how much it was."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.small: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, piece: Any) -> int:
+        self.size += len(piece)
+        if len(piece) < 1 << 20:
+            self.small.append(bytes(piece))
+        return len(piece)
+
+
+def test_beyond_four_gibibytes_sizes_have_64_bits() -> None:
+    block, stream = bytes(1 << 26), Counted()
+    write_torch(stream, b"index", (block for _ in range(65)), 65 << 26)
+    directory = b"".join(stream.small).split(b"PK\x01\x02", 1)[1]
+    assert (65 << 26).to_bytes(8, "little") in directory
+    assert stream.size > 65 << 26

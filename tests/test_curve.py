@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError
-from pared.curve import Curve, Point, trace
+from pared.curve import trace
+from pared.outcome import Curve, Point
 from pared.search import Judge, Offer
 from tests.workshop import Probe, Synthetic, damage_of
 
@@ -100,22 +101,29 @@ sizes = st.integers(1, 10**12)
 scores = st.floats(-1e6, 1e6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(sizes, st.floats(1e-12, 1.0), scores), min_size=1, max_size=12), scores)
-def test_every_point_is_drawn_inside_its_panel(rows: list[tuple[int, float, float]], baseline: float) -> None:
+def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, float]], baseline: float) -> None:
     curve = Curve(tuple(Point(1e-9, damage, nbytes, score) for nbytes, damage, score in rows), baseline)
-    panels = ET.fromstring(curve.to_svg()).findall(f"{SVG}g")
-    assert len(panels) == 2
-    for panel in panels:
-        circles = panel.findall(f"{SVG}circle")
-        assert len(circles) == len(rows)
-        assert all(70 <= float(c.get("cx", "")) <= 460 and 20 <= float(c.get("cy", "")) <= 312 for c in circles)
-        labels = [text.text or "" for text in panel.findall(f"{SVG}text")]
-        assert any(re.fullmatch(r"[\d.e+]+ (B|kB|MB|GB)", label) for label in labels), "bytes are named on the axis"
+    root = ET.fromstring(curve.to_svg())
+    width, height = float(root.get("width", "")), float(root.get("height", ""))
+    marks = [use for use in root.iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
+    assert len(marks) == 2 * len(rows), "in a panel for the damage and in one for the score"
+    assert all(0 <= float(m.get("x", "")) <= width and 0 <= float(m.get("y", "")) <= height for m in marks)
 
 
 def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
-    (panel,) = ET.fromstring(trace(Synthetic(), Probe()).to_svg()).findall(f"{SVG}g")
-    places = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in panel.findall(f"{SVG}circle")]
+    found = trace(Synthetic(), Probe())
+    marks = [use for use in ET.fromstring(found.to_svg()).iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
+    places = [(float(use.get("x", "")), float(use.get("y", ""))) for use in marks]
+    assert len(places) == len(found.points)
     assert places == sorted(places, reverse=True), "from the lower right to the upper left"
     assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)
+
+
+def test_the_picture_names_bytes_and_is_the_same_each_time() -> None:
+    curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
+    texts = [text.text or "" for text in ET.fromstring(curve.to_svg()).iter(f"{SVG}text")]
+    assert any(re.fullmatch(r"[\d.e+]+ (B|kB|MB|GB)", text) for text in texts)
+    assert curve.to_svg() == curve.to_svg()
+    assert "var(" not in curve.to_svg(), "a file of its own has no style sheet"

@@ -5,7 +5,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, EvaluationError
 from pared.evaluate import Score, compare, confirm, evaluate, strain
-from pared.reporting import Confirmation
+from pared.outcome import Confirmation
 
 
 @pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])

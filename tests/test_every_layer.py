@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule, candidates, sensitivity, stats, tryout
@@ -38,6 +39,23 @@ class Functional(nn.Module):
         x = F.linear(F.embedding(ids, self.table), self.linear).tanh() @ self.matmul / 5
         x = torch.einsum("bti,hio->bhto", x, self.einsum).mean(-1)
         return F.conv1d(x, self.conv, padding=1)
+
+
+class Filters(nn.Module):
+    """Raw filters, transformers' layer, and a weight that is divided by its largest singular value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plane = nn.Parameter(torch.randn(6, 2, 3, 3) / 4)
+        self.volume = nn.Parameter(torch.randn(4, 6, 2, 2, 2) / 7)
+        self.mix = Conv1D(16, 8)  # type: ignore[no-untyped-call]  # transformers'
+        self.bounded = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(x, self.plane, padding=1).relu()
+        x = F.conv3d(x[:, :, None].expand(-1, -1, 2, -1, -1), self.volume).flatten(2).transpose(1, 2)
+        out: Tensor = self.bounded(self.mix(torch.cat([x, -x], -1)).tanh())
+        return out
 
 
 class Cells(nn.Module):
@@ -112,6 +130,7 @@ def features(*shape: int) -> Callable[[int], Tensor]:
 # Of each network the modules that run in int8 where that is fastest.
 NETWORKS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], set[str]]] = {
     "functional": (Functional, ids, set()),
+    "filters": (Filters, features(3, 2, 5, 6), set()),
     "cells": (Cells, ids, {"lstm", "gru", "rnn"}),
     "recurrent": (Recurrent, features(4, 9, 16), {"lstm", "gru"}),
     "spatial": (Spatial, features(2, 2, 5, 4, 3), {"up1"}),

@@ -3,7 +3,9 @@
 import copy
 import inspect
 import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -424,6 +426,52 @@ def test_a_loud_sample_does_not_drown_a_quiet_one(make: Callable[[], nn.Module],
         x = nn.utils.rnn.pack_padded_sequence(x, [5, 9], enforce_sorted=False) if packed else x
         states = [tensors(one(x)[1])[0][:, 0] for one in (layer, counterpart)]
         assert snr(*states) > 30
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loud_state_does_not_drown_a_quiet_one(make: type[Any], packed: bool) -> None:
+    torch.manual_seed(0)
+    layer = make(12, 16).eval().requires_grad_(False)
+    counterpart = counterpart_of(layer, "dynamic")
+    cell, pair = issubclass(make, nn.RNNCellBase), make in (nn.LSTM, nn.LSTMCell)
+    if cell and packed:
+        pytest.skip("cells take no packed sequences")
+    state = torch.randn(2, 16).clamp(-0.9, 0.9)
+    state[1] *= 1000
+    state = state if cell else state[None]
+    x: Any = torch.randn(2, 12).clamp(-2, 2) if cell else torch.randn(4, 2, 12).clamp(-2, 2)
+    x = nn.utils.rnn.pack_padded_sequence(x, [4, 4]) if packed else x
+    outputs = [tensors(one(x, (state, state) if pair else state))[0] for one in (layer, counterpart)]
+    outputs = [one.reshape(-1, 2, 16)[:, 0] for one in outputs]
+    assert snr(outputs[0], outputs[1]) > 30
+
+
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_integers_are_refused_as_the_float_layer_refuses_them(make: type[Any]) -> None:
+    counterpart = counterpart_of(make(8, 8).eval().requires_grad_(False), "dynamic")
+    with pytest.raises((RuntimeError, ValueError), match="dtype"):
+        counterpart(torch.ones(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_eight_threads_at_first_use_give_what_one_gives(name: str) -> None:
+    _, counterpart, args, kwargs = build(name, "dynamic")
+    expected = tensors(copy.deepcopy(counterpart)(*args, **kwargs))
+    start = threading.Barrier(8)
+
+    def call() -> list[Tensor]:
+        start.wait()
+        with torch.inference_mode():
+            return tensors(counterpart(*args, **kwargs))
+
+    engine = torch.backends.quantized.engine
+    with ThreadPoolExecutor(8) as pool:
+        found = [one.result() for one in [pool.submit(call) for _ in range(8)]]
+    assert all(torch.equal(*pair) for one in found for pair in zip(one, expected, strict=True))
+    assert torch.backends.quantized.engine == engine
+    # What was packed in inference mode serves outside of it.
+    assert all(map(torch.equal, tensors(counterpart(*args, **kwargs)), expected))
 
 
 def test_inputs_of_any_nesting_get_gradients() -> None:

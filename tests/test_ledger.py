@@ -83,9 +83,9 @@ def test_an_artifact(kind: Any, name: str, tmp_path: Path) -> None:
     assert ledger.inspect(tmp_path) == ledger.inspect(str(tmp_path / name)) == found
     assert found == ledger.of_artifact_bytes(file, str(tmp_path / name))
     assert found.rows == (
-        Row("w", (3, 4), "grid int8", 24),
-        Row("b", (5,), "float16", 10, "one dimension; also c"),
-        Row("d", (512,), "int64", 4096, "kept"),
+        Row("w", (3, 4), "grid int8", 24, original=("float32", 48)),
+        Row("b", (5,), "float16", 10, "one dimension; also c", original=("float32", 20)),
+        Row("d", (512,), "int64", 4096, "kept", original=("int64", 4096)),
         Row("(padding)", None, "padding", 30),
         Row("(index)", None, "index", len(index)),
         Row("(container)", None, "container", len(file) - len(index) - len(data)),
@@ -172,8 +172,8 @@ def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
     with pytest.raises(FileError) as error:
         ledger.inspect(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}: holds neither best_model.pt nor best_model.safetensors\n"
-        "  Pass the directory that save wrote, or the path of a file."
+        f"{tmp_path}: holds no file of weights\n"
+        "  Pass the directory that save wrote, a Hugging Face folder, or the path of a file."
     )
     with pytest.raises(FileError, match="cannot be read: No such file or directory"):
         ledger.inspect(tmp_path / "missing")
@@ -181,14 +181,14 @@ def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
         ledger.inspect({"a": torch.ones(2)})
     assert str(wrong.value) == (
         "inspect: expected a path or a torch.nn.Module, got dict\n"
-        "  Save a state dict with torch.save and pass its path, or pass the model."
+        "  Pass the path of a file or of a folder, or the model."
     )
 
 
 def test_json() -> None:
     found = ledger.of_artifact_bytes(as_safetensors(*artifact()), "a").to_json()
     assert json.loads(json.dumps(found)) == found
-    assert set(found) == {"file", "bytes", "rows", "findings"}
+    assert set(found) == {"file", "bytes", "rows", "findings", "sampled"}
     assert found["rows"][0] == {"name": "w", "shape": [3, 4], "format": "grid int8", "bytes": 24, "bits": 16.0}
     assert found["rows"][-1]["shape"] is None
     assert found["findings"] == []
@@ -227,7 +227,7 @@ def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert len([line for line in shown.stdout.splitlines() if line.isdecimal()]) == 5
+    assert len([line for line in shown.stdout.splitlines() if line.isdecimal()]) == 6
 
 
 shapes = st.lists(st.integers(0, 3), max_size=3).map(tuple)

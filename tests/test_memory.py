@@ -11,7 +11,7 @@ from examples import dual_path
 from torch import Tensor, nn
 
 import pared
-from pared import ConfigError, PostTrainingQuantConfig
+from pared import ConfigError, PostTrainingQuantConfig, Rule
 from pared.layers import Counterpart
 
 
@@ -106,3 +106,21 @@ def test_a_table_is_read_by_rows(tmp_path: Path) -> None:
     small: Any = pared.load(tmp_path, model=nn.Sequential(nn.Embedding(4096, 16)), memory="small")
     assert {line.kernel for line in small.plan} == {"int8 gather"}
     assert torch.allclose(small(torch.tensor([4, 4095])), table(torch.tensor([4, 4095])), atol=0.02)
+
+
+@pytest.mark.parametrize("make", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_table_is_never_decoded_whole(make: Any, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    conf = PostTrainingQuantConfig(approach="weight_only", rules=[Rule("*", bits=bits)])
+    q = pared.fit(nn.Sequential(make(512, 16)), conf)
+    pared.save(q, tmp_path)
+    small: Any = pared.load(tmp_path, model=nn.Sequential(make(512, 16)), memory="small")
+    ids = torch.randint(0, 512, (3, 5))
+    expected = q(ids)
+
+    def whole(*_: object) -> Tensor:
+        raise AssertionError("the table was decoded")
+
+    monkeypatch.setattr(Counterpart, "pared_decode", whole)
+    assert torch.equal(small(ids), expected)

@@ -8,9 +8,13 @@ import pytest
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    names: dict[str, object] = {}  # the later ones go on where the earlier ones ended
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "out" / "readme" / "best_model.pt").is_file()
-    assert "the output layer" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "the output layer" in shown
+    assert "4 in both, 4 equal" in shown  # of the comparison

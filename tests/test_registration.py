@@ -182,6 +182,37 @@ def test_what_a_layer_does_not_have_is_refused_by_fit(arguments: dict[str, Any],
     assert str(error.value) == words
 
 
+def test_the_last_registration_holds_and_models_made_before_keep_theirs() -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    pared.register(Twice, rows={"second": 1}, int8=["first"])
+    before = pared.fit(model, EIGHT, BATCHES)
+    expected = before(BATCHES[0])
+    pared.register(Twice)
+    after = pared.fit(model, EIGHT, BATCHES)
+    assert {line.kernel for line in after.plan} == {"float"}
+    assert after.state_dict()["second_step"].shape != (32,)
+    assert torch.equal(before(BATCHES[0]), expected)
+    pared.register(Twice, rows={"second": 1}, int8=["first"])
+    assert torch.equal(copy.deepcopy(before)(BATCHES[0]), expected)
+
+
+def test_a_subclass_is_what_its_base_was_registered_as_until_it_says_otherwise() -> None:
+    class Thrice(Twice):
+        pass
+
+    torch.manual_seed(0)
+    model = Thrice()
+    pared.register(Twice, rows={"second": 1}, int8=["first"])
+    q = pared.fit(model, EIGHT, BATCHES)
+    assert {line.name: line.kernel.split()[0] for line in q.plan} == {"first": "int8", "second": "float"}
+    assert q.state_dict()["second_step"].shape == (32,)
+    pared.register(Thrice, rows={"second": 0})
+    q = pared.fit(model, EIGHT, BATCHES)
+    assert {line.name: line.kernel.split()[0] for line in q.plan} == {"first": "int8", "second": "float"}
+    assert q.state_dict()["second_step"].numel() == 96
+
+
 def test_a_built_in_layer_keeps_its_kernels() -> None:
     before = LAYERS[nn.Linear]
     pared.register(nn.Linear, rows={"weight": 0})

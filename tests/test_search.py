@@ -12,7 +12,8 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, EvaluationError
 from pared import model as quantized
-from pared.reporting import Outcome, Trial
+from pared.outcome import Outcome, Trial
+from pared.record import record_of
 from pared.search import Judge, Offer, search
 from tests.workshop import Probe, Synthetic, damage_of
 
@@ -38,7 +39,7 @@ def find(law: Law, workshop: Synthetic | None = None, **options: object) -> Outc
 
 
 def outcome_of(model: nn.Module) -> Outcome:
-    return quantized.record_of(model).outcome
+    return record_of(model).outcome
 
 
 def best(outcome: Outcome) -> Trial:
@@ -184,7 +185,7 @@ def test_an_unreachable_goal_gives_the_best_model_the_gap_and_who_is_to_blame(to
     assert outcome.met is False
     assert outcome.gap == pytest.approx(0.03 - tolerable_loss)
     assert outcome.blame == (("encoder.weight", 0.75), ("decoder.weight", 0.25))
-    report = quantized.text_report(model)
+    report = quantized.report(model)
     assert "NOT met" in report
     assert "most of the damage: encoder.weight 75%, decoder.weight 25%" in report
     assert max(map(len, report.splitlines())) <= 100

@@ -13,7 +13,11 @@ from pared.version import __version__
 
 if TYPE_CHECKING:
     from pared.api import fit, load, trade_off
+    from pared.comparison import Comparison
+    from pared.compression.checkpoint import compress
+    from pared.compression.expansion import expand
     from pared.config import AccuracyCriterion, PostTrainingQuantConfig, Rule
+    from pared.contrast import compare
     from pared.errors import (
         CalibrationError,
         ConfigError,
@@ -27,13 +31,16 @@ if TYPE_CHECKING:
         VersionError,
     )
     from pared.ledger import Ledger, Row, inspect
-    from pared.model import export, save
-    from pared.model import text_report as report
+    from pared.model import export, report, save
     from pared.registration import register
 
 _HOMES = {
     "pared.api": ("fit", "load", "trade_off"),
+    "pared.compression.checkpoint": ("compress",),
+    "pared.compression.expansion": ("expand",),
     "pared.forecast": ("Estimate", "estimate"),
+    "pared.comparison": ("Comparison",),
+    "pared.contrast": ("compare",),
     "pared.config": ("AccuracyCriterion", "PostTrainingQuantConfig", "Rule"),
     "pared.errors": (
         "CalibrationError",
@@ -48,7 +55,7 @@ _HOMES = {
         "VersionError",
     ),
     "pared.ledger": ("Ledger", "Row", "inspect"),
-    "pared.model": ("export", "save", "text_report"),
+    "pared.model": ("export", "report", "save"),
     "pared.registration": ("register",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -56,6 +63,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AccuracyCriterion",
     "CalibrationError",
+    "Comparison",
     "ConfigError",
     "CorruptError",
     "Estimate",
@@ -71,7 +79,10 @@ __all__ = [
     "UnsafeError",
     "VersionError",
     "__version__",
+    "compare",
+    "compress",
     "estimate",
+    "expand",
     "export",
     "fit",
     "inspect",
@@ -85,10 +96,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Fetch a public name from its module, at its first use."""
-    source = {"report": "text_report"}.get(name, name)
-    if source not in _HOME_OF:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'pared' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[source]), source)
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

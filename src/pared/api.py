@@ -19,16 +19,17 @@ from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
 from pared.container import as_path
 from pared.contents import Contents, Stored
-from pared.curve import Curve
 from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
 from pared.install import Memory
 from pared.layers import weights_of
+from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
+from pared.record import record_of, set_outcome
 from pared.registration import check_registered
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
@@ -111,7 +112,7 @@ def fit(
         found = search.search(
             compressor, stats.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
         )
-    quantized.record_of(found).curve = curve.trace(compressor, model).scored(quantized.record_of(found).outcome)
+    record_of(found).curve = curve.trace(compressor, model).scored(record_of(found).outcome)
     timed: ModuleT = job.timed(found)
     return timed
 
@@ -212,7 +213,7 @@ class _Job:
             else:
                 offer = compressor.offer_bytes(self.max_size)
             built: nn.Module = compressor.build(offer)
-            quantized.record_of(built).curve = curve.trace(compressor, self.model)
+            record_of(built).curve = curve.trace(compressor, self.model)
             return built
 
     def _eight_bits(self) -> nn.Module:
@@ -241,10 +242,10 @@ class _Job:
         with self.stages.stage("timing layers"):
             candidates = find_candidates(self.model, contents.tensors, self.seen.inputs)
             profile = time_layers(candidates, contents.activations)
-        record = quantized.record_of(found)
+        record = record_of(found)
         final = quantized.assemble(self.model, contents, profile)
-        quantized.set_outcome(final, record.outcome)
-        quantized.record_of(final).curve = record.curve
+        set_outcome(final, record.outcome)
+        record_of(final).curve = record.curve
         return final
 
     def fingerprint(self) -> dict[str, str]:
@@ -301,9 +302,9 @@ def load(
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
             it is left as it is. Only PyTorch needs it.
-        memory: "small" keeps every weight in codes and decodes it whenever it is read: a third of the memory of float
-            weights at most, for the milliseconds that `q_model.report()` tells. "fast" decodes once, and packs what
-            runs in int8. Only for PyTorch.
+        memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
+            are asked for): a third of the memory of float weights at most, for the milliseconds that
+            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
         engine: what runs it. "onnxruntime" and "openvino" run the `model.onnx` that `q_model.export(directory, inputs)`
             wrote beside the artifact, with as many threads as PyTorch has; "auto" times what is installed, PyTorch too
             if there is a `model`, on inputs like those of the export, and takes the fastest.
@@ -333,7 +334,7 @@ def load(
     if isinstance(found, Runner):
         found.engine_ms = times
     else:
-        quantized.record_of(found).engine_ms = times
+        record_of(found).engine_ms = times
     return found
 
 

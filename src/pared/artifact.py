@@ -6,12 +6,10 @@ import functools
 import io
 import logging
 import math
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +18,14 @@ from pared.container import (
     FILE_NAMES,
     Entry,
     Index,
-    Part,
     Records,
     as_path,
     make_directory,
     open_records,
     parse_index,
-    start_of,
     write_atomic,
     write_safetensors,
+    write_torch,
 )
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, FileError
@@ -39,8 +36,6 @@ from pared.plan import Decision
 from pared.views import View
 
 log = logging.getLogger(__name__)
-
-_DAMAGED: Final = "Fetch the file again; it is damaged."
 
 
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
@@ -64,28 +59,16 @@ def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     if kind == "safetensors":
         write_safetensors(file, index, bytes(data))
     else:
-        # Through a file object: torch names the archive's folder after a path, which would get into the bytes.
-        torch.save({"index": _record(index), "data": _record(bytes(data))}, file)
-
-
-def _record(data: bytes) -> Tensor:
-    return (
-        torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)) if data else torch.empty(0, dtype=torch.uint8)
-    )
+        write_torch(file, index, (bytes(data),), len(data))
 
 
 def _entry(stored: Stored, encoded: Mapping[str, streams.Part], data: bytearray) -> Entry:
     """Append a tensor's streams to the data, and describe them."""
     coded = stored.coded
-    parts: dict[str, Part] = {}
-    crc32 = 0
-    for name, part in encoded.items():
-        start = start_of(len(data), len(part.payload))
-        data.extend(bytes(start - len(data)))
-        data.extend(part.payload)
-        crc32 = zlib.crc32(part.payload, crc32)
-        checksum = crc32 if len(parts) == len(encoded) - 1 else None
-        parts[name] = Part(start, len(part.payload), checksum, part.coding, part.rows, part.base)
+    parts = streams.placed(encoded, len(data))
+    for part, piece in zip(parts.values(), encoded.values(), strict=True):
+        data.extend(bytes(part.offset - len(data)))
+        data.extend(piece.payload)
     return Entry(
         names=stored.names,
         kind=stored.kind,
@@ -135,31 +118,17 @@ def _streams(stored: Stored) -> dict[str, streams.Part]:
 
 
 def _stored(data: memoryview, entry: Entry) -> Stored:
-    payloads = _payloads(entry, data)
+    found = streams.parts_of(entry, data)
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None
     try:
-        parts = format.parts(payloads, entry.shape, view)
+        parts = format.parts(found, entry.shape, view)
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
     treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
     kind: Any = entry.kind  # the index has been checked
     return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
-
-
-def _payloads(entry: Entry, data: memoryview) -> dict[str, streams.Part]:
-    """The bytes of a tensor's parts, compared with their checksums."""
-    found, crc32 = {}, 0
-    for name, part in entry.parts.items():
-        payload = data[part.offset : part.end]
-        crc32 = zlib.crc32(payload, crc32)
-        if part.crc32 is not None:
-            if crc32 != part.crc32:
-                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=_DAMAGED)
-            crc32 = 0
-        found[name] = streams.Part(payload, part.coding, part.rows, part.base)
-    return found
 
 
 def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:

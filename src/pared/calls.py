@@ -16,7 +16,7 @@ from pared.errors import CalibrationError, ParedError
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
 
 
-def run(model: nn.Module, calibration: Calibration, limit: int) -> int:
+def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "calib_dataloader") -> int:
     """Call the model on the calibration data, once, without gradients.
 
     Args:
@@ -24,6 +24,7 @@ def run(model: nn.Module, calibration: Calibration, limit: int) -> int:
         calibration: an iterable of batches, each a tensor, a tuple or list of arguments, or a dict of keyword
             arguments; or a callable that is given the model and calls it.
         limit: stop reading batches when this many samples were seen.
+        name: what the caller's argument is called, for messages.
 
     Returns:
         the number of samples seen: first dimensions of the first tensors, added up.
@@ -36,30 +37,30 @@ def run(model: nn.Module, calibration: Calibration, limit: int) -> int:
     try:
         with torch.no_grad():
             if callable(calibration) and not isinstance(calibration, nn.Module):
-                _guarded(lambda: calibration(model), "calib_dataloader(model)")
+                _guarded(lambda: calibration(model), f"{name}(model)")
             else:
-                _read(model, calibration, limit, counter)
+                _read(model, calibration, limit, counter, name)
     finally:
         handle.remove()
     if counter.calls == 0:
         raise CalibrationError(
             "the calibration data are empty: the model was never called",
-            where="calib_dataloader",
+            where=name,
             remedy="Pass an iterable with at least one batch (an exhausted generator gives none), or a callable that "
             "calls the model.",
         )
     return counter.samples
 
 
-def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCounter) -> None:
+def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCounter, name: str) -> None:
     if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping, str, bytes)):
         raise CalibrationError(
             f"expected an iterable of batches or a callable, got {type(calibration).__name__}",
-            where="calib_dataloader",
+            where=name,
             remedy="Put a single batch into a list: [batch].",
         )
     for index, batch in enumerate(calibration):
-        where = f"calibration batch {index}"
+        where = f"{name}: batch {index}"
         args, kwargs = bind(model, batch, where)
         _guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
         if counter.samples >= limit:

@@ -16,11 +16,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
+from pared.compression import checkpoint, expansion
 from pared.container import make_directory, write_atomic
-from pared.errors import ConfigError, ParedError
+from pared.errors import ConfigError, ParedError, printable
+from pared.reporting import facts, page
+from pared.reporting.drawing import require_library
 
 if TYPE_CHECKING:
-    from pared.curve import Curve
+    from pared.outcome import Curve
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",
@@ -97,6 +100,8 @@ def fit(
         criterion="absolute" if absolute else None,
         higher_is_better=False if lower_is_better else None,
     )
+    if curve:
+        require_library()
     if output is not None and not dry_run:
         make_directory(output)  # before hours of work, not after
     conf = pared.PostTrainingQuantConfig(
@@ -129,9 +134,20 @@ def fit(
         return
     small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), workspace=workspace, quiet=quiet)
     path = pared.save(small, output)
+    text = _reported(small, output / page.REPORT)
     if not quiet:
-        typer.echo(pared.report(small))
+        typer.echo(text)
         typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
+
+
+def _reported(model: Any, html: Path) -> str:
+    """The report as text; the page is written where the libraries that draw it are installed."""
+    try:
+        require_library()
+    except ConfigError as error:
+        typer.echo(f"no {html.name}: {error}", err=True)
+        return pared.report(model)
+    return pared.report(model, html=html)
 
 
 def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
@@ -143,19 +159,86 @@ def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
         typer.echo(f"\nwritten: {output / 'curve.json'}, {output / 'curve.svg'}")
 
 
+@app.command("compress")
+def compress_file(
+    path: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors or .pt file, or a Hugging Face folder.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to write.")],
+    bits: Annotated[
+        float | None, typer.Option(help="Bits that each weight takes; 8 by default, 16 for float16.")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(help='The most bytes the file may take, "12MB" for instance.')] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
+) -> None:
+    """Compress a checkpoint without the model's code; a run that was killed goes on where it stopped."""
+    _show_log(verbose)
+    done = checkpoint.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
+    if not quiet:
+        typer.echo(_harmless(done))
+
+
+@app.command("expand")
+def expand_file(
+    path: Annotated[Path, typer.Argument(help="An artifact, or the directory that it is in.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors file, or a directory.")],
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
+) -> None:
+    """Turn an artifact back into floats, as a .safetensors file."""
+    done = expansion.run(path, output, quiet=quiet)
+    if not quiet:
+        typer.echo(_harmless(done))
+
+
 @app.command("inspect")
 def inspect_file(
-    path: Annotated[Path, typer.Argument(help="An artifact, a .safetensors file or a .pt state dict.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    path: Annotated[
+        Path,
+        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of them."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write a page for a browser to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Read headers alone.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all numbers, not 1 GB of them at most.")] = False,
 ) -> None:
-    """Show what takes the bytes of a file; nothing in it is executed."""
-    ledger = pared.inspect(path)
+    """Show what takes the bytes of a file, and why it is larger than it should be; nothing in it is executed."""
+    if quick and deep:
+        raise ConfigError(
+            "--quick and --deep contradict each other", where="pared inspect", remedy="Pass one of them, or neither."
+        )
+    if html is not None:
+        require_library()
+        if html.exists() and html.samefile(path):
+            raise ConfigError("is the file itself", where=str(html), remedy="Choose another place for the page.")
+    ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
+    if html is not None:
+        page.write(facts.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
+    if html is not None:
+        typer.echo(f"written: {html}", err=as_json)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference: a file or folder of weights, or an artifact.")],
+    b: Annotated[Path, typer.Argument(help="What is compared to it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor, instead of tables.")] = False,
+    most: Annotated[int | None, typer.Option(min=1, help="How many rows a table has; the worst come first.")] = None,
+) -> None:
+    """Show how two models differ, tensor by tensor; the exit status is 0 however much they do."""
+    found = pared.compare(a, b)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else found.render(**_given(most=most)))
 
 
 def _given(**options: Any) -> dict[str, Any]:
     """The options that the user gave: the others keep the defaults of the configuration."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _harmless(text: object) -> str:
+    """Lines that may hold names from files, without what would steer a terminal."""
+    return "\n".join(map(printable, str(text).split("\n")))
 
 
 def _size(text: str | None) -> int | str | None:
@@ -231,7 +314,7 @@ def main() -> None:
     try:
         app()
     except ParedError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(_harmless(f"error: {error}"), err=True)
         if error.__cause__ is not None:
             logging.getLogger("pared").info("caused by", exc_info=error.__cause__)
         raise SystemExit(2) from None

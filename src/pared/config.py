@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, TypeVar, get_args
@@ -12,6 +11,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from torch import nn
 
 from pared.errors import ConfigError
+from pared.sizes import parse_size
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ INC_EQUIVALENTS: Final[Mapping[str, str]] = {
     "ni_workload_name": "Leave it out: nothing depends on it.",
     "objective": "Leave it out: the smallest file that meets the criterion is the objective.",
     "strategy": "Leave it out: there is one search.",
+    "strategy_kwargs": "Leave it out: there is one search.",
 }
 
 
@@ -246,28 +247,3 @@ class PostTrainingQuantConfig:
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.max_size is not None:
             object.__setattr__(self, "max_size", parse_size(self.max_size))
-
-
-_UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes from a number or from a number with a unit.
-
-    Raises:
-        ConfigError: anything else.
-
-    >>> parse_size("12MB"), parse_size("12 MiB"), parse_size(1000)
-    (12000000, 12582912, 1000)
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B)\s*", size, re.IGNORECASE) if isinstance(size, str) else None
-    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if nbytes == 0:
-        raise ConfigError(
-            f"{size!r} is no size",
-            where="max_size",
-            remedy='Use bytes (12000000), "12MB" (10^6) or "12MiB" (2^20).',
-        )
-    return nbytes

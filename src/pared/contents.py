@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from pared.errors import MismatchError
-from pared.formats import Coded
+from pared.formats import Coded, Raw, dtype_name
 from pared.layers import Activation
 from pared.plan import Decision
 from pared.tensors import find_tensors
@@ -86,6 +86,31 @@ def match(model: nn.Module, contents: Contents) -> list[tuple[Stored, list[Tenso
         objects = found.setdefault(id(stored), (stored, []))[1]
         objects.extend(slot.objects)
     return list(found.values())
+
+
+def completed(model: nn.Module, contents: Contents) -> Contents:
+    """Contents with what a checkpoint leaves to the model.
+
+    That is which tensors are buffers, further names of those that are tied, and buffers in no state dict. What was made
+    from a model holds all of this already.
+
+    Args:
+        model: of the right architecture; on the CPU, or on the meta device if it has no such buffers.
+        contents: of an artifact.
+    """
+    held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
+    tensors = list(contents.tensors)
+    for slot in find_tensors(model):
+        missing = tuple(name for name in slot.names if name not in held)
+        places = {held[name] for name in slot.names if name in held}
+        if len(places) == 1:
+            (place,) = places
+            tensors[place] = replace(tensors[place], names=(*tensors[place].names, *missing), kind=slot.kind)
+        elif not places and not slot.persistent and not slot.tensor.is_meta:
+            coded = Raw(dtype_name(slot.tensor.dtype)).encode(slot.tensor)
+            because = "a buffer that the state dict leaves out"
+            tensors.append(Stored(slot.names, slot.kind, coded, Decision(slot.name, "exact", None, because)))
+    return replace(contents, tensors=tuple(tensors))
 
 
 def _refuse_difference(wanted: set[str], held: set[str]) -> None:

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    r"""Text from a file, without what would move a terminal's cursor or change its colours.
+
+    >>> print(printable("a\x1b[2J"))
+    a\x1b[2J
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class ParedError(ValueError):
     """Base of all errors that `pared` raises on purpose.
 
@@ -21,7 +32,8 @@ class ParedError(ValueError):
         self.where = where
         self.remedy = remedy
         head = f"{where}: {what}" if where else what
-        super().__init__(f"{head}\n  {remedy}")
+        # Names come from files, and errors are shown in terminals.
+        super().__init__(f"{printable(head)}\n  {printable(remedy)}")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle through the keyword arguments (the default would pass the finished text)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pared.config import AccuracyCriterion
 from pared.errors import EvaluationError
-from pared.reporting import Confirmation
+from pared.outcome import Confirmation
 
 EvalFunc = Callable[[nn.Module], Any]
 

@@ -20,12 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pared import grids
 from pared.errors import CorruptError
+from pared.grids import CODE_LIMITS, CodeType
 from pared.streams import Part, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.views import View, first_dimension
-
-# float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
-FLOAT16_ERROR: Final = 2.0**-11
 
 
 @final
@@ -88,9 +87,6 @@ class Format(ABC):
         """A short name for tables."""
 
 
-CODE_LIMITS: Final = {"int8": 127, "int16": 32767}
-
-
 @final
 @dataclass(frozen=True)
 class Grid(Format):
@@ -106,7 +102,7 @@ class Grid(Format):
     """
 
     tag: ClassVar[str] = "grid"
-    codes: Literal["int8", "int16"] = "int8"
+    codes: CodeType = "int8"
 
     @property
     def limit(self) -> int:
@@ -283,9 +279,7 @@ def survives_float16(tensor: Tensor) -> bool:
     >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
     (True, False)
     """
-    wide = tensor.detach().double()
-    error = (wide.to(torch.float16).double() - wide).abs()
-    return bool((error <= FLOAT16_ERROR * wide.abs()).all())
+    return grids.survives_float16(tensor.detach().cpu().double().numpy())
 
 
 def log_step(step: Tensor) -> Tensor:

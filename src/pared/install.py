@@ -12,7 +12,7 @@ from pared.contents import Contents, Stored
 from pared.errors import MismatchError
 from pared.formats import Coded
 from pared.keeper import Keeper, attach
-from pared.layers import Counterpart, layer_of, stand_in, weights_of
+from pared.layers import Activation, Counterpart, layer_of, stand_in, weights_of
 from pared.profile import Profile, Running
 from pared.tensors import held_elsewhere
 
@@ -91,9 +91,16 @@ def install(
         if isinstance(module, Counterpart):  # a shared module is met under each of its names
             continue
         here = running.get(owner, Running("float32"))
-        activation = contents.activations[owner] if here.kernel != "float32" else None
+        activation = contents.activations[owner] if here.kernel != "float32" else _lookup(module, coded_by_attribute)
         stand_in(module, coded_by_attribute, activation, in_bfloat16=here.kernel == "bfloat16")
     return keepers
+
+
+def _lookup(module: nn.Module, coded: Mapping[str, Coded]) -> Activation | None:
+    """A table that stays in codes is read by rows, which gives the same floats as decoding all of it."""
+    layer, weights = layer_of(module), weights_of(module)
+    is_table = layer is not None and layer.modes == ("gather",) and weights == tuple(coded)
+    return Activation("gather", weights=weights) if is_table else None
 
 
 def _check(model: nn.Module, contents: Contents) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError
-from pared.formats import CODE_LIMITS, Coded, Float, Grid, Raw, dtype_name, survives_float16
+from pared.formats import Coded, Float, Grid, Raw, dtype_name, survives_float16
+from pared.grids import CODE_LIMITS
 from pared.tensors import registered
 from pared.views import View, view_of
 

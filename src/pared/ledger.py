@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, get_args
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from pared import container, readers
 from pared.container import Entry, Records
-from pared.errors import ConfigError, FileError
-from pared.readers import Held, Listing, Storage
-
-WIDTH: Final = 100  # of the text, in columns
+from pared.errors import ConfigError, printable
+from pared.findings import Depth, Finding, find, is_sampled, megabytes
+from pared.readers import Held, Listing, Note, Storage
+from pared.tables import WIDTH, Notes, add_row, drawn
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,7 @@ class Row:
         format: a short name of what one number is: "grid int8", "float32".
         nbytes: in the file; 0 for a tensor whose numbers an earlier row already counts.
         because: the reason for the format, or for the bytes.
+        original: the type and the bytes of its numbers in the source; None where no source is known.
     """
 
     name: str
@@ -42,6 +40,7 @@ class Row:
     format: str
     nbytes: int
     because: str = ""
+    original: tuple[str, int] | None = None
 
     @property
     def elements(self) -> int:
@@ -68,6 +67,8 @@ class Ledger:
         rows: tensors first, in the file's order, then what is no tensor.
         elements: how many numbers the tensors have; what several names share counts once.
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
+        findings: why a file is larger than it should be, what takes most first.
+        sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
     """
 
     file: str
@@ -75,6 +76,8 @@ class Ledger:
     rows: tuple[Row, ...]
     elements: int
     original_nbytes: int | None = None
+    findings: tuple[Finding, ...] = ()
+    sampled: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -100,48 +103,74 @@ class Ledger:
             }
             for row in self.rows
         ]
-        return {"file": self.file, "bytes": self.nbytes, "rows": rows, "findings": []}
+        findings = [finding.to_json() for finding in self.findings]
+        found = {"findings": findings, "sampled": self.sampled}
+        return {"file": self.file, "bytes": self.nbytes, "rows": rows, **found}
 
     def render(self) -> str:
-        """The ledger as text of 100 columns: the totals, then a line for each row."""
-        return "\n".join((*self._totals(), *draw(self.rows)))
+        """The ledger as text of 100 columns: the totals, the findings, then a line for each row."""
+        return "\n".join((*self._totals(), *self._findings(), *draw(self.rows)))
 
     def __str__(self) -> str:
         return self.render()
 
     def _totals(self) -> Iterator[str]:
-        yield from textwrap.wrap(_printable(self.file), WIDTH)
+        yield from textwrap.wrap(printable(self.file), WIDTH)
         ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
         yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
         for format, nbytes in self.by_format().items():
-            yield f"  {_printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+            yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+
+    def _findings(self) -> Iterator[str]:
+        """A line or two for each finding, and once for all that it mends each remedy."""
+        for remedy, after in dict.fromkeys((finding.remedy, finding.bytes_after) for finding in self.findings):
+            yield ""
+            for finding in self.findings:
+                if finding.remedy == remedy:
+                    share = f"{100 * finding.nbytes / max(self.nbytes, 1):.0f} %"
+                    mark = f"{finding.kind:<23}{megabytes(finding.nbytes):>9}{share:>6}  "
+                    yield from textwrap.wrap(
+                        printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
+                    )
+            mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
+            command = remedy.startswith("pared ")  # to be copied in one piece
+            yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
+        if self.sampled:
+            yield from ("", "Judged by evenly spread rows, 1 GB of them; --deep reads everything.")
 
 
-def inspect(target: object) -> Ledger:
-    """Account for every byte of a file, or of a model in memory.
+def inspect(target: object, *, depth: Depth = "default") -> Ledger:
+    """Account for every byte of a file, of a folder or of a model in memory; find out why files are so large.
 
-    Nothing in a file is executed, no tensor is read, and torch is not imported.
+    Nothing in a file is executed, and torch is not imported. A model in memory has no findings: they are about files.
 
     Args:
-        target: the path of an artifact, or of the directory that `save` wrote; of a `.safetensors` file; of a state
-            dict or checkpoint that `torch.save` wrote; or a `torch.nn.Module`.
+        target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
+            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF, NumPy or Keras; of a folder of
+            such files; or a `torch.nn.Module`.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all of them.
 
     Raises:
         FileError: the file cannot be read, or is of another kind.
         CorruptError: its bytes contradict themselves.
         UnsafeError: loading it would run code, or inflate without bound.
         VersionError: a newer version wrote the artifact.
-        ConfigError: the target is neither a path nor a module.
+        ConfigError: the target is neither a path nor a module, or the depth is none.
     """
+    if depth not in get_args(Depth):
+        raise ConfigError(
+            f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
+        )
     if isinstance(target, str | os.PathLike):
-        return _of_path(Path(target))
+        return _of_path(Path(target), depth)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
         return _of_model(target)
     raise ConfigError(
         f"expected a path or a torch.nn.Module, got {type(target).__name__}",
         where="inspect",
-        remedy="Save a state dict with torch.save and pass its path, or pass the model.",
+        remedy="Pass the path of a file or of a folder, or the model.",
     )
 
 
@@ -156,30 +185,27 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
         return _of_records(records)
 
 
-def _of_path(path: Path) -> Ledger:
-    if path.is_dir():
-        path = _artifact_in(path)
-    with container.open_file(path) as file:
-        records = container.records_of(file)
-        if records is not None:
-            return _of_records(records)
-        return _of_listing(readers.list_tensors(file), file.where, len(file.data))
+def _of_path(path: Path, depth: Depth) -> Ledger:
+    for file_path in _candidates(path):
+        with container.open_file(file_path) as file:
+            records = container.records_of(file)
+            if records is not None:
+                return _of_records(records)
+    with readers.open_listing(path) as listing:
+        findings = find(listing, str(path), depth)
+        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth))
 
 
-def _artifact_in(directory: Path) -> Path:
-    for name in container.FILE_NAMES.values():
-        if (directory / name).is_file():
-            return directory / name
-    raise FileError(
-        f"holds neither {' nor '.join(container.FILE_NAMES.values())}",
-        where=str(directory),
-        remedy="Pass the directory that save wrote, or the path of a file.",
-    )
+def _candidates(path: Path) -> list[Path]:
+    """The files that may be an artifact of ours."""
+    if not path.is_dir():
+        return [path]
+    return [path / name for name in container.FILE_NAMES.values() if (path / name).is_file()]
 
 
 def _of_records(records: Records) -> Ledger:
     entries = container.parse_index(records).entries
-    rows = [Row(entry.name, entry.shape, entry.label, entry.nbytes, _reason(entry)) for entry in entries]
+    rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
     pieces = {
         "(padding)": len(records.data) - sum(row.nbytes for row in rows),
         "(index)": len(records.index),
@@ -204,7 +230,7 @@ def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
     return (Row(name, None, name.strip("()"), nbytes) for name, nbytes in pieces.items() if nbytes)
 
 
-def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
+def _of_listing(listing: Listing) -> Ledger:
     """The bytes of each storage are counted with the first tensor that is kept in it."""
     tenants: dict[str, list[Held]] = {}
     for held in listing.tensors:
@@ -213,10 +239,20 @@ def _of_listing(listing: Listing, file: str, nbytes: int) -> Ledger:
     rows = [_row(held, tenants, listing.storages) for held in listing.tensors]
     unused = {key: s.nbytes for key, s in listing.storages.items() if key not in tenants and s.nbytes}
     rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
-    rows += [Row(name, None, name.strip("()"), note.nbytes, note.because) for name, note in listing.notes.items()]
-    pieces = {"(container)": nbytes - sum(row.nbytes for row in rows)}
+    notes = {name: note for name, note in listing.notes.items() if note.nbytes}
+    rows += [Row(name, None, _what(name, note), note.nbytes, note.because) for name, note in notes.items()]
+    pieces = {"(container)": listing.nbytes - sum(row.nbytes for row in rows)}
     elements = sum(_distinct(group, listing.storages[key].nbytes) for key, group in tenants.items())
-    return Ledger(file, nbytes, (*rows, *_others(pieces)), elements)
+    return Ledger(listing.where, listing.nbytes, (*rows, *_others(pieces)), elements)
+
+
+def _what(name: str, note: Note) -> str:
+    """What a note is about, whichever file of a folder that is in.
+
+    >>> _what("(model.safetensors: header)", Note(8)), _what("(config.json)", Note(8, file=True))
+    ('header', 'file')
+    """
+    return "file" if note.file else name.strip("()").rpartition(": ")[2]
 
 
 def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:
@@ -230,7 +266,7 @@ def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[st
     if others:
         more = f" and {len(others) - 1} more" if others[1:] else ""
         because = f"its storage is also that of {others[0].name}{more}"
-    elif nbytes > held.nbytes:
+    elif nbytes > held.nbytes and not storages[held.storage].coded:
         because = f"a view of {held.nbytes:,} bytes that keeps a storage of {nbytes:,}"
     return Row(held.name, held.shape, held.dtype, nbytes, because)
 
@@ -248,28 +284,7 @@ def _of_model(model: Any) -> Ledger:
     if own is not None:
         found: Ledger = own(model)
         return found
-    tensors, storages = [], {}
-    parameters, buffers = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
-    for name, tensor in (*parameters, *buffers):
-        nbytes = tensor.numel() * tensor.element_size()
-        key = None
-        if not tensor.is_meta:
-            key, storages_nbytes = _storage_of(tensor, nbytes)
-            storages[key] = Storage(storages_nbytes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors.append(Held(name, dtype, tuple(tensor.shape), nbytes, key))
-    return _of_listing(
-        Listing(tuple(tensors), storages), type(model).__name__, sum(s.nbytes for s in storages.values())
-    )
-
-
-def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int]:
-    """What tells a tensor's storage from others, and its bytes; sparse and opaque tensors hide theirs."""
-    try:
-        storage = tensor.untyped_storage()
-        return f"at {storage.data_ptr() or id(tensor)}", storage.nbytes()
-    except (NotImplementedError, RuntimeError):
-        return f"of {id(tensor)}", nbytes
+    return _of_listing(readers.list_model(model))
 
 
 def draw(
@@ -282,10 +297,8 @@ def draw(
         kernels: what runs with each tensor, by name; None: no such column.
         damages: what each tensor costs, as a share of the output's energy; None: no such column.
     """
-    notes: dict[str, int] = {}
-    for row in rows:
-        if row.because:
-            notes.setdefault(row.because, len(notes) + 1)
+    notes = Notes()
+    explained = any(row.because for row in rows)
     table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
     table.add_column("tensor", overflow="fold", ratio=1)
     table.add_column("shape", overflow="fold", max_width=14)
@@ -294,7 +307,7 @@ def draw(
     table.add_column("bytes", justify="right")
     if damages is not None:
         table.add_column("damage", justify="right")
-    for name in (*(["runs"] if kernels is not None else []), *(["why"] if notes else [])):
+    for name in (*(["runs"] if kernels is not None else []), *(["why"] if explained else [])):
         table.add_column(name, justify="right" if name == "why" else "left")
     for row in rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
@@ -302,24 +315,10 @@ def draw(
         cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
         cells += [_damage(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
-        cells += [f"[{notes[row.because]}]" if row.because else ""] if notes else []
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
-    with console.capture() as capture:
-        console.print(table)
-    return [*(line.rstrip() for line in capture.get().splitlines()), *_footnotes(notes)]
+        cells += [notes.mark(row.because).strip()] if explained else []
+        add_row(table, cells)
+    return [*drawn(table), *notes.lines()]
 
 
 def _damage(damage: float | None) -> str:
     return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"
-
-
-def _footnotes(notes: Mapping[str, int]) -> Iterator[str]:
-    for because, number in notes.items():
-        mark = f" [{number}] "
-        yield from textwrap.wrap(_printable(because), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark))
-
-
-def _printable(text: str) -> str:
-    """Text from a file, without what would move a terminal's cursor or change its colours."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

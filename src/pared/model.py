@@ -10,24 +10,25 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pared import artifact, ledger, reporting
-from pared.contents import Contents, Stored, match
+from pared import artifact, ledger
+from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.exporting import Dynamic, Exported, export_onnx
 from pared.install import Memory, held_in_codes, install, running_of
-from pared.keeper import Keeper, detach
+from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
-from pared.plan import Decision
-from pared.profile import ENGINE_FILE, Profile, Running
-from pared.reporting import Outcome
+from pared.outcome import Outcome
+from pared.profile import ENGINE_FILE, Profile
+from pared.record import RECORD, Record, curve_of, record_of, set_outcome
+from pared.reporting import lines, page, text
+from pared.reporting.drawing import require_library
 from pared.tensors import (
     check_unquantized,
     clone_structure,
@@ -42,71 +43,6 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 DEPLOY: Final = "deploy.yaml"
-_RECORD: Final = "_pared"
-
-
-@dataclass(eq=False)
-class Record:
-    """What a quantized model knows about itself.
-
-    Args:
-        tensors: of each tensor its names, kind and decision; its numbers are in the modules.
-        keepers: for each tensor that is held as floats, by first name.
-        activations, provenance: as they stand in the artifact.
-        profile: which kernels are fastest here.
-        running: what each module that may run in int8 runs in.
-        memory: "fast" or "small", see `pared.load`.
-        outcome: how the search went.
-        curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
-        engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
-    """
-
-    tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
-    keepers: Mapping[str, Keeper]
-    activations: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    profile: Profile
-    running: Mapping[str, Running]
-    memory: Memory = "fast"
-    outcome: Outcome = field(default_factory=Outcome)
-    curve: Any = None
-    engine_ms: Mapping[str, float] = field(default_factory=dict)
-
-
-def record_of(model: nn.Module) -> Record:
-    """The record of a quantized model.
-
-    Raises:
-        ModelError: the model was not made by `fit` or `load`.
-    """
-    record = model.__dict__.get(_RECORD)
-    if not isinstance(record, Record):
-        raise ModelError(
-            f"{type(model).__name__} is not a quantized model",
-            remedy="Pass what pared.fit or pared.load returned.",
-        )
-    return record
-
-
-def set_outcome(model: nn.Module, outcome: Outcome) -> None:
-    """Say how the search went."""
-    record_of(model).outcome = outcome
-
-
-def curve_of(model: nn.Module) -> Any:
-    """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
-
-    Raises:
-        ModelError: the model was loaded, or made without measuring what steps cost.
-    """
-    found = record_of(model).curve
-    if found is None:
-        raise ModelError(
-            "has no trade-off curve: it was loaded, or made at 8 bits without a search",
-            where=type(model).__name__,
-            remedy="Use pared.trade_off(model, conf, calib_dataloader, eval_func) with the float model.",
-        )
-    return found
 
 
 class Quantized(nn.Module):
@@ -174,8 +110,8 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     record = record_of(model)
     contents = contents_of(model)
     path = artifact.write(contents, directory, kind=container, verify=verify)
-    text = reporting.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
-    artifact.write_beside(path, DEPLOY, text)
+    deploy = text.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
+    artifact.write_beside(path, DEPLOY, deploy)
     artifact.write_beside(path, ENGINE_FILE, record.profile.to_json())
     return path
 
@@ -215,15 +151,35 @@ def nbytes(model: nn.Module) -> int:
     return len(artifact.to_bytes(contents_of(model)))
 
 
-def text_report(model: nn.Module) -> str:
-    """What each tensor became, its bytes and why, as text of 100 columns."""
+def report(model: nn.Module, *, html: str | Path | None = None) -> str:
+    """What each tensor became, its bytes and why.
+
+    Args:
+        model: made by `fit` or `load`.
+        html: also write it as a page for a browser, with pictures, to this file: one file that fetches nothing.
+
+    Returns:
+        the report as text of 100 columns.
+
+    Raises:
+        ConfigError: `html`, and the drawing libraries are not installed: `pip install 'pared[report]'`.
+        FileError: the page cannot be written.
+        ModelError: the model's weights were changed after compression, or it is no quantized model.
+    """
     record = record_of(model)
+    if html is not None:
+        require_library()
+    contents = contents_of(model)
+    found = ledger.of_artifact_bytes(artifact.to_bytes(contents), where=type(model).__name__)
+    if html is not None:
+        facts = lines.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
+        page.write(facts, html)
     note = (
         f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"
         if record.memory == "small"
         else ""
     )
-    return reporting.text(ledger_of(model), contents_of(model), record.outcome, record.running, note)
+    return text.report(found, contents, record.outcome, record.running, note)
 
 
 def _decoding_ms(model: nn.Module) -> float:
@@ -248,7 +204,7 @@ def ledger_of(model: nn.Module) -> ledger.Ledger:
 _FACE: Final[Mapping[str, Any]] = {
     "save": save,
     "export": export,
-    "report": text_report,
+    "report": report,
     "nbytes": property(nbytes),
     "met": property(lambda self: record_of(self).outcome.met),
     "score": property(lambda self: record_of(self).outcome.score),
@@ -261,9 +217,9 @@ _FACE: Final[Mapping[str, Any]] = {
 }
 
 
-def plan_of(model: nn.Module) -> tuple[reporting.Line, ...]:
+def plan_of(model: nn.Module) -> tuple[lines.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
-    return reporting.lines(contents_of(model), record_of(model).running)
+    return lines.lines(contents_of(model), record_of(model).running)
 
 
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
@@ -301,6 +257,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
     check_unquantized(model)
+    contents = completed(model, contents)
     pairs = match(model, contents)
     running = running_of(model, contents, profile, memory)
     in_codes = held_in_codes(model, pairs, contents, running, memory)
@@ -317,13 +274,13 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
         keep_freed_memory()
         leave_fast_paths(clone)
     _refuse_meta(clone)
-    lines = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
+    known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(lines, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
+    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
-    clone.__dict__[_RECORD] = record
+    clone.__dict__[RECORD] = record
     return clone
 
 
@@ -389,7 +346,7 @@ def _refuse_edited(model: nn.Module, record: Record) -> None:
 def skeleton_of(model: nn.Module) -> nn.Module:
     """An empty float model of the original class, on the meta device."""
     empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
-    del empty.__dict__[_RECORD]
+    del empty.__dict__[RECORD]
     empty.__class__ = next(base for base in type(empty).__mro__ if Quantized not in base.__mro__)
     for module in empty.modules():
         detach(module)

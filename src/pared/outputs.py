@@ -89,8 +89,17 @@ def leaves_of(output: Any) -> list[Leaf]:
         if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and logits.shape[-1] > 1:
             return [Leaf(logits, is_logits=True)]
         output = {key: value for key, value in output.items() if key not in _BY_PRODUCTS}
-    tensors = [leaf for leaf in tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
-    return [Leaf(tensor) for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return [Leaf(tensor) for tensor in tensors_of(output)]
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The floating tensors, empty ones left out, in whatever a module is given or gives.
+
+    >>> [tuple(found.shape) for found in tensors_of({"a": (torch.zeros(2), None), "b": torch.tensor([1])})]
+    [(2,)]
+    """
+    tensors = [leaf for leaf in tree_leaves(_plain(value)) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
 
 
 def _plain(output: Any) -> Any:

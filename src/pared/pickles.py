@@ -2,19 +2,31 @@
 
 A pickle is a program for a machine with a stack, and some of its instructions call whatever they name. The machine
 here has no instruction that imports or calls anything: where Python would call a function, it writes down the name
-and the arguments. It takes only names that its user calls harmless; any other is refused, since its code would run
-if the file were loaded. The standard library's `pickletools` cuts the bytes into instructions.
+and the arguments. Names whose code would run if the file were loaded are collected. The standard library's
+`pickletools` cuts the bytes into instructions.
 """
 
 from __future__ import annotations
 
+import io
 import pickletools
+import sys
 import warnings
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from pared.container import DAMAGED, Allowance
 from pared.errors import CorruptError, UnsafeError
+
+_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any allowance
+_MOST_FOREIGN: Final = 1000  # names beyond these are not collected
+_NODE_NBYTES: Final = 192  # of a node with a list of a few things
+_NAME_NBYTES: Final = 256  # beside its characters
+_MEMO_NBYTES: Final = 128  # of a place in the memo
+_PAIR_NBYTES: Final = 72
+_STACK_NBYTES: Final = 24  # of a place on the stack, and in whatever takes it from there
+_MOST_BYTES_PER_CHARACTER: Final = 5  # of a text: its bytes, and up to four for each character
 
 
 @dataclass(frozen=True)
@@ -24,76 +36,137 @@ class Name:
     path: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Node:
     """Something that holds other things; compared by identity, so that deep ones cost nothing.
 
     Args:
-        call: what would be called to make it; None for a plain tuple, list, set or dict.
+        call: what would be called to make it, a node where the pickle makes that itself; None for a plain tuple,
+            list, set or dict.
         arguments: of the call.
-        values: elements, and the state that the object would be given.
+        values: elements.
         pairs: the keys and values of a dict.
+        states: what the object would be given for its attributes.
     """
 
-    call: Name | None = None
+    call: Name | Node | None = None
     arguments: Sequence[object] = ()
-    values: list[object] = field(default_factory=list)
-    pairs: list[tuple[object, object]] = field(default_factory=list)
+    values: Sequence[object] = ()
+    pairs: Sequence[tuple[object, object]] = ()
+    states: Sequence[object] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Persistent:
     """A reference to something outside the pickle; for torch, to a storage."""
 
-    fields: list[object]
+    fields: Sequence[object]
 
 
-def read_pickle(data: bytes, harmless: Container[str], where: str) -> object:
-    """What a pickle describes: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+@dataclass(frozen=True, eq=False)
+class Pickle:
+    """What a pickle describes.
 
     Args:
-        data: the pickle.
-        harmless: the paths of the names it may refer to.
+        root: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+        foreign: the names it refers to that its reader does not know as harmless, each once.
+        references: all that it refers to outside itself.
+        nbytes: up to its end.
+    """
+
+    root: object
+    foreign: tuple[str, ...]
+    references: tuple[Persistent, ...]
+    nbytes: int
+
+
+def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, allowance: Allowance) -> Pickle:
+    """What a pickle describes; nothing that it names is imported or called.
+
+    Args:
+        data: the pickle, and maybe more behind it.
+        harmless: the paths of the names that need not be mentioned.
         where: the file's name, for messages.
+        allowance: the memory that it may take.
 
     Raises:
-        UnsafeError: it refers to another name, or uses instructions that need code to be understood.
+        UnsafeError: it uses instructions that need code to be understood, or takes more than it may.
         CorruptError: it is malformed.
 
     >>> import pickle
-    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file").pairs
+    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file", Allowance("file", 100)).root.pairs
     [('epoch', 3)]
     """
-    machine = _Machine(harmless, where)
+    machine = _Machine(harmless, where, allowance)
+    stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), allowance)
     try:
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            machine.run(data)
-        return machine.pop()
-    except (UnsafeError, MemoryError):
+            machine.run(stream)
+        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
+    except UnsafeError:  # which is a ValueError too
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(
-            f"its pickle is malformed: {error}", where=where, remedy="Fetch the file again; it is damaged."
-        ) from error
+        raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where, remedy=DAMAGED) from error
+
+
+def _shown(text: str) -> str:
+    return text[:160].encode("unicode_escape").decode("ascii")
+
+
+class _Stream:
+    """The bytes of a large pickle, as `pickletools` reads them; what is long is allowed first."""
+
+    _LONGEST_LINE: Final = 1 << 20
+
+    def __init__(self, data: memoryview, allowance: Allowance) -> None:
+        self.data = data
+        self.allowance = allowance
+        self.position = 0
+
+    def read(self, length: int) -> bytes:
+        length = max(0, min(length, len(self.data) - self.position))
+        self.allowance.take(length * _MOST_BYTES_PER_CHARACTER)
+        self.allowance.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
+        return self._next(length)
+
+    def readline(self) -> bytes:
+        """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
+        length, piece = 64, b""
+        while b"\n" not in piece and len(piece) < min(length, len(self.data) - self.position):
+            piece = bytes(self.data[self.position : self.position + length])
+            length = min(4 * length, self._LONGEST_LINE)
+        return self._next(piece.find(b"\n") + 1 or len(piece))
+
+    def _next(self, length: int) -> bytes:
+        piece = bytes(self.data[self.position : self.position + length])
+        self.position += length
+        return piece
+
+    def tell(self) -> int:
+        return self.position
 
 
 class _Machine:
     """The stack, the marks in it, and the memo."""
 
-    def __init__(self, harmless: Container[str], where: str) -> None:
+    def __init__(self, harmless: Container[str], where: str, allowance: Allowance) -> None:
         self.harmless = harmless
         self.where = where
+        self.allowance = allowance
+        self.foreign: set[str] = set()
+        self.references: list[Persistent] = []
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
 
-    def run(self, data: bytes) -> None:
-        for opcode, argument, _ in pickletools.genops(data):
+    def run(self, stream: io.BytesIO | _Stream) -> None:
+        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it only reads and tells
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
+            self.allowance.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
             action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
@@ -152,23 +225,32 @@ class _Machine:
         self.push(Node(values=self.pop_to_mark()))
 
     def dict_from_mark(self, _: object) -> None:
-        self.push(Node(pairs=_pairs(self.pop_to_mark())))
+        items = self.pop_to_mark()
+        self.push(Node())
+        self.add_pairs(_pairs(items))
 
     def append(self, _: object) -> None:
         value = self.pop()
-        self.top().values.append(value)
+        self.add_values([value])
 
     def append_from_mark(self, _: object) -> None:
-        values = self.pop_to_mark()
-        self.top().values.extend(values)
+        self.add_values(self.pop_to_mark())
 
     def set_item(self, _: object) -> None:
         value, key = self.pop(), self.pop()
-        self.top().pairs.append((key, value))
+        self.add_pairs([(key, value)])
 
     def set_items_from_mark(self, _: object) -> None:
-        pairs = _pairs(self.pop_to_mark())
-        self.top().pairs.extend(pairs)
+        self.add_pairs(_pairs(self.pop_to_mark()))
+
+    def add_values(self, values: list[object]) -> None:
+        node = self.top()
+        node.values = _longer(node.values, values)
+
+    def add_pairs(self, pairs: list[tuple[object, object]]) -> None:
+        self.allowance.take(_PAIR_NBYTES * len(pairs))
+        node = self.top()
+        node.pairs = _longer(node.pairs, pairs)
 
     def top(self) -> Node:
         node = self.pop_node()
@@ -185,9 +267,8 @@ class _Machine:
 
     def named(self, module: str, attribute: str) -> Name:
         path = f"{module}.{attribute}"
-        if path not in self.harmless:
-            shown = path[:80].encode("unicode_escape").decode("ascii")
-            self.refuse(f"loading it would run code of {shown}")
+        if path not in self.harmless and len(self.foreign) < _MOST_FOREIGN:
+            self.foreign.add(_shown(path))
         return Name(path)
 
     def call(self, _: object) -> None:
@@ -207,20 +288,34 @@ class _Machine:
         self.name(argument)
         self.push(Node(self.callee(self.pop()), arguments))
 
-    def callee(self, value: object) -> Name:
-        if not isinstance(value, Name):
-            self.refuse("loading it would call something that it makes itself")
+    def callee(self, value: object) -> Name | Node:
+        # Before torch 1.6, a class came with its source code, as a reference to something outside.
+        if isinstance(value, Persistent):
+            value = next((part for part in value.fields if isinstance(part, Name)), None)
+        if not isinstance(value, Name | Node):
+            raise TypeError("it calls a plain value")
         return value
 
     def set_state(self, _: object) -> None:
         state = self.pop()
-        self.top().values.append(state)
+        node = self.top()
+        node.states = _longer(node.states, [state])
 
     def persistent(self, _: object) -> None:
-        self.push(Persistent(self.pop_node().values))
+        reference = Persistent(self.pop_node().values)
+        self.references.append(reference)
+        self.push(reference)
 
     def nothing(self, _: object) -> None:
         pass
+
+
+def _longer(known: Sequence[Any], more: list[Any]) -> list[Any]:
+    """A list grows in place; most nodes have none."""
+    if not isinstance(known, list):
+        return more
+    known += more
+    return known
 
 
 def _pairs(values: list[object]) -> list[tuple[object, object]]:
@@ -276,4 +371,17 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "INST": _Machine.call_named_from_mark,
     "BUILD": _Machine.set_state,
     "BINPERSID": _Machine.persistent,
+}
+
+# The bytes that an instruction takes, beside its argument.
+_COSTS: Final[dict[str, int]] = {
+    **dict.fromkeys(
+        (
+            *("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST"),
+            *("FROZENSET", "DICT", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD", "BINPERSID"),
+        ),
+        _NODE_NBYTES,
+    ),
+    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), _NAME_NBYTES),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _MEMO_NBYTES),
 }

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pared.config import Rule
 from pared.errors import ConfigError
-from pared.formats import CODE_LIMITS, Coded, Float, Raw, dtype_name, survives_float16
+from pared.formats import Coded, Float, Raw, dtype_name, survives_float16
+from pared.grids import CODE_LIMITS
 from pared.sensitivity import TensorStats
 from pared.solvers import nearest
 from pared.tensors import Slot

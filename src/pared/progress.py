@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 _PATIENCE = 1.0
 
@@ -47,3 +55,30 @@ class Stages:
             timer.join()
             self._progress.stop()
             self._progress.remove_task(task)
+
+
+@contextmanager
+def bytes_done(description: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes on standard error, once a second has passed; gives the function that is told of each advance.
+
+    Args:
+        description: stands before the bar.
+        total: bytes in all.
+        quiet: show nothing; also the case where standard error is no terminal.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    task = bar.add_task(description, total=total)
+    timer = threading.Timer(_PATIENCE, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda nbytes: bar.advance(task, nbytes)
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pared import entropy
 from pared.feedback import Factor, factor, feedback
-from pared.formats import CODE_LIMITS, log_step
+from pared.formats import log_step
+from pared.grids import CODE_LIMITS
 from pared.sensitivity import Layout, TensorStats
 from pared.streams import encode_codes
 from pared.views import View

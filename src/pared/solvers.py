@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pared import entropy
-from pared.formats import CODE_LIMITS, Coded, Grid
+from pared.formats import Coded, Grid
+from pared.grids import CODE_LIMITS
 from pared.views import View
 
 # A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.

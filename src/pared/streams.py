@@ -7,6 +7,7 @@ would start threads of its own in each thread that writes or reads.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -14,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pared import entropy
-from pared.container import STEP_INDEXES
+from pared import container, entropy
+from pared.container import STEP_INDEXES, Entry
 from pared.entropy import Codes
 from pared.errors import CorruptError, ParedError
 from pared.views import View
@@ -41,6 +42,44 @@ class Part:
     base: int | None = None
 
 
+def placed(parts: Mapping[str, Part], end: int, factor: float = 1.0) -> dict[str, container.Part]:
+    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
+
+    Args:
+        parts: in their order.
+        end: of the part before.
+        factor: by which their bytes are more than these.
+    """
+    found, crc32 = {}, 0
+    for i, (name, part) in enumerate(parts.items()):
+        length = round(len(part.payload) * factor)
+        start = container.start_of(end, length)
+        crc32 = zlib.crc32(part.payload, crc32)
+        checksum = crc32 if i == len(parts) - 1 else None
+        found[name] = container.Part(start, length, checksum, part.coding, part.rows, part.base)
+        end = start + length
+    return found
+
+
+def parts_of(entry: Entry, data: memoryview) -> dict[str, Part]:
+    """The parts of a tensor of an artifact, compared with their checksums.
+
+    Raises:
+        CorruptError: they do not match.
+    """
+    found, crc32 = {}, 0
+    for name, part in entry.parts.items():
+        payload = data[part.offset : part.end]
+        crc32 = zlib.crc32(payload, crc32)
+        if part.crc32 is not None:
+            if crc32 != part.crc32:
+                remedy = "Fetch the file again; it is damaged."
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
+            crc32 = 0
+        found[name] = Part(payload, part.coding, part.rows, part.base)
+    return found
+
+
 # --- codes
 
 # How many classes of rows there may be.
@@ -48,16 +87,19 @@ _CLASSES: Final = (2, 4, 8)
 # What a class costs beside its codes, about, in bytes: its place in the index; the tables of its last block.
 _INDEX_PRICE: Final = 24
 _TABLE_PRICE: Final = 40
+# Of a large matrix, so many codes tell whether classes pay.
+_ENOUGH: Final = 1 << 17
 # Rows are sorted by spread and then divided between classes in so many groups.
 _GROUPS: Final = 64
 
 
-def encode_codes(codes: Codes, view: View) -> dict[str, Part]:
+def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Part]:
     """Codes as one stream, or as a stream for each class of rows where that is smaller.
 
     Args:
         codes: int8 or int16, of the tensor's shape.
         view: what its rows are.
+        threads: at most so many at work; 1 where tensors, not the chunks of one, are shared out.
 
     Returns:
         "codes"; or "classes" with the class of each row, and "codes 0", "codes 1", ... with the rows of each class, one
@@ -66,19 +108,38 @@ def encode_codes(codes: Codes, view: View) -> dict[str, Part]:
     >>> sorted(encode_codes(np.eye(4, dtype=np.int8), View((4, 4), (0,))))
     ['codes']
     """
-    whole = _encoded(codes)
-    if not whole.payload:
-        return {"codes": whole}
-    matrix = _matrix(codes, view)
+    matrix = matrix_of(codes, view)
+    if matrix.size <= 2 * _ENOUGH:
+        return _smaller(matrix, codes, 1, threads)
+    part = matrix[:: -(-matrix.size // _ENOUGH)]
+    parts = None
+    if "classes" in _smaller(part, part, matrix.size / max(1, part.size), 1):
+        parts = _by_classes(matrix, threads)
+    return parts or {"codes": _encoded(codes, threads)}
+
+
+def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, Part]:
+    """Codes, of which a matrix is a view, as one stream or by classes: what is smaller, of so many times as many."""
+    whole = {"codes": _encoded(codes, threads)}
+    parts = _by_classes(matrix, threads) if whole["codes"].payload else None
+    if parts is None:
+        return whole
+    more = len(parts) - 2  # streams than one
+    fixed = _TABLE_PRICE * more
+    price = (sum(len(part.payload) for part in parts.values()) - fixed) * weight + fixed + _INDEX_PRICE * (more + 1)
+    return parts if price < len(whole["codes"].payload) * weight else whole
+
+
+def _by_classes(matrix: Codes, threads: int) -> dict[str, Part] | None:
+    """A stream for each class of rows; None where one class for all is likely to be the smallest."""
     classes = _classify(matrix)
     if classes is None:
-        return {"codes": whole}
+        return None
     parts = {"classes": _encoded(classes)}
     for number in range(int(classes.max()) + 1):
         rows = matrix[classes == number]
-        parts[f"codes {number}"] = replace(_encoded(rows), rows=len(rows))
-    price = sum(len(part.payload) for part in parts.values()) + _INDEX_PRICE * (len(parts) - 1)
-    return parts if price < len(whole.payload) else {"codes": whole}
+        parts[f"codes {number}"] = replace(_encoded(rows, threads), rows=len(rows))
+    return parts
 
 
 def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
@@ -103,11 +164,11 @@ def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, 
     for number, rows in enumerate(sizes):
         chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
         matrix[classes == number] = chosen.reshape(rows, view.n_columns)
-    return _restored(matrix, shape, view)
+    return restored(matrix, shape, view)
 
 
-def _encoded(codes: Codes) -> Part:
-    stream = entropy.encode(codes, threads=1)  # tensors, not chunks, are shared out
+def _encoded(codes: Codes, threads: int = 1) -> Part:
+    stream = entropy.encode(codes, threads)
     return Part(stream.payload, stream.coding)
 
 
@@ -115,13 +176,13 @@ def _decoded(part: Part, count: int, kind: DTypeLike) -> Codes:
     return entropy.decode(part.payload, part.coding, count, kind, threads=1)
 
 
-def _matrix(codes: Codes, view: View) -> Codes:
-    """`View.matrix`, without torch."""
+def matrix_of(codes: Codes, view: View) -> Codes:
+    """`View.matrix`, of an array."""
     return codes.reshape(view.split).transpose(*view.rows, *view.columns).reshape(view.n_rows, view.n_columns)
 
 
-def _restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
-    """`View.restore`, without torch."""
+def restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
+    """`View.restore`, of an array."""
     order = (*view.rows, *view.columns)
     moved = matrix.reshape([view.split[i] for i in order]).transpose(np.argsort(order))
     return np.ascontiguousarray(moved).reshape(shape)
@@ -199,12 +260,12 @@ _ZERO: Final = -128  # the difference of a step of zero
 
 def ceiling(step: Steps) -> Steps:
     """The least step on the scale that is not below each step; see `formats.log_step`."""
-    if not ((step >= 0) & (step <= _steps(np.array(_HIGHEST)))).all():
+    if not ((step >= 0) & (step <= scale(np.array(_HIGHEST)))).all():
         raise ParedError(
-            f"a step is negative, NaN or above {float(_steps(np.array(_HIGHEST))):.3g}",
+            f"a step is negative, NaN or above {float(scale(np.array(_HIGHEST))):.3g}",
             remedy="Give steps that float32 can hold.",
         )
-    raised = _steps(np.maximum(_indexes(step), _LOWEST))
+    raised = scale(np.maximum(_indexes(step), _LOWEST))
     return np.where(step > 0, raised, np.float32(0))
 
 
@@ -217,7 +278,7 @@ def encode_steps(step: Steps) -> Part:
     plain = Part(step.astype("<f4").tobytes())
     some = step[step > 0]
     indexes = np.clip(_indexes(some), _LOWEST, _HIGHEST)
-    on_scale = (_steps(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
+    on_scale = (scale(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
     if not step.size or not on_scale or (some.size and np.ptp(indexes) > 2 * _REACH):
         return plain
     # The median makes the differences small; all have to be within reach.
@@ -242,7 +303,7 @@ def decode_steps(part: Part, count: int) -> Steps:
     indexes = np.where(zero, 0, differences.astype(np.int64) + part.base)
     if ((indexes < _LOWEST) | (indexes > _HIGHEST)).any():
         raise _corrupt("a step is beyond the scale of steps")
-    return np.where(zero, np.float32(0), _steps(indexes))
+    return np.where(zero, np.float32(0), scale(indexes))
 
 
 def _indexes(step: Steps) -> NDArray[np.int64]:
@@ -251,7 +312,12 @@ def _indexes(step: Steps) -> NDArray[np.int64]:
     return np.searchsorted(_OCTAVE, 2 * mantissa) + 8 * (exponent.astype(np.int64) - 1)
 
 
-def _steps(indexes: NDArray[np.int64]) -> Steps:
+def scale(indexes: NDArray[np.int64]) -> Steps:
+    """The steps of the scale with these indexes, which are members of `STEP_INDEXES`: 2^(k / 8).
+
+    >>> scale(np.array([0, 8, -8])).tolist()
+    [1.0, 2.0, 0.5]
+    """
     scaled: NDArray[Any] = np.ldexp(_OCTAVE[indexes % 8], indexes // 8)
     return scaled.astype(np.float32, copy=False)
 

@@ -111,6 +111,7 @@ def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
         attribute: the tensor's name within the module; only `weight` may differ from the default.
         shape: the tensor's shape.
 
+    >>> from torch import nn
     >>> view_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (4, 3, 3, 3)).row_sizes
     (2, 3)
     """
@@ -123,6 +124,13 @@ def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
             special = VIEWS.get(f"{cls.__module__}.{cls.__qualname__}")
             if special is not None:
                 view = special(module, shape)
-    if math.prod(shape) < view.n_rows * _SHORTEST_ROW:
-        return single_row(shape)
-    return view
+    return _long_enough(view, shape)
+
+
+def plain_view(shape: tuple[int, ...]) -> View:
+    """The view of a tensor of which nothing but the shape is known."""
+    return _long_enough(first_dimension(shape), shape)
+
+
+def _long_enough(view: View, shape: tuple[int, ...]) -> View:
+    return view if math.prod(shape) >= view.n_rows * _SHORTEST_ROW else single_row(shape)

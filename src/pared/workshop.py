@@ -19,7 +19,8 @@ from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError
-from pared.formats import CODE_LIMITS, Coded, Grid, survives_float16
+from pared.formats import Coded, Grid, survives_float16
+from pared.grids import CODE_LIMITS
 from pared.layers import Activation
 from pared.plan import Decision, Plan, Treatment
 from pared.profile import Profile, this_machine

@@ -18,8 +18,8 @@ from pared import model as quantized
 from pared.container import make_directory, write_atomic
 from pared.errors import ConfigError, FileError
 from pared.evaluate import Score
+from pared.outcome import Trial
 from pared.profile import profile_beside
-from pared.reporting import Trial
 
 log = logging.getLogger(__name__)
 

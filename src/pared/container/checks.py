@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -85,8 +86,8 @@ class Place:
         return value
 
     def number(self, value: object, what: str) -> float:
-        """A finite number."""
-        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < math.inf:
+        """A finite number, which a float can hold."""
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             self.fail(f"{what} is no finite number")
         return value
 

@@ -101,6 +101,8 @@ def kind_of(file: File) -> str:
     head = bytes(file.data[:128])
     if is_zip(file) and b"/data.pkl" in head:
         return "a torch file"
+    if bytes(file.data[257:262]) == b"ustar":
+        return "a tar archive, as torch wrote before version 0.1.10"
     return next((kind for magic, kind in _KINDS if head.startswith(magic)), "of a kind unknown here")
 
 

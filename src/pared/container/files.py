@@ -10,9 +10,13 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
+from pared.container.allowance import Allowance
 from pared.errors import ConfigError, FileError
 
 
@@ -38,11 +42,18 @@ class File:
         where: its name, for messages.
         data: all its bytes, mapped into memory rather than read.
         stream: the same bytes as a seekable stream.
+        path: where it is; None for bytes in memory.
     """
 
     where: str
     data: memoryview
     stream: BinaryIO
+    path: Path | None = None
+
+    @cached_property
+    def allowance(self) -> Allowance:
+        """The memory that reading it may take: whoever makes something of it for each of its parts, counts that."""
+        return Allowance(self.where, len(self.data))
 
 
 @contextmanager
@@ -67,7 +78,7 @@ def open_file(source: bytes | str | os.PathLike[str], where: str = "") -> Iterat
     stream, mapped = _map(path, where or str(path))
     data = memoryview(mapped)
     try:
-        yield File(where or str(path), data, stream)
+        yield File(where or str(path), data, stream, path)
     finally:
         stream.close()
         # Whoever still holds a view of the data keeps the map alive; it then closes with the last view.
@@ -95,6 +106,26 @@ def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
         raise FileError(f"cannot be read: {why}", where=where, remedy="Check the path and its permissions.") from error
 
 
+def forget(view: memoryview) -> None:
+    """Give back the memory of a mapped file's pages that were read through a view; they are read again when needed.
+
+    Args:
+        view: of a file's data; of other memory nothing is given back.
+    """
+    mapped = view.obj
+    if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not view.nbytes:
+        return
+    start = _address(view) - _address(memoryview(mapped))
+    first = start + -start % mmap.PAGESIZE  # the page before may be another's too
+    if start + view.nbytes > first:
+        mapped.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address
+
+
 def make_directory(directory: Path) -> None:
     """Make a directory if it is missing, and see that files can be written there: a check before work begins.
 
@@ -102,24 +133,26 @@ def make_directory(directory: Path) -> None:
         FileError: they cannot.
     """
     probe = directory / _temporary_name()
-    with _writing_to(directory):
+    with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink()
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name beside it, and rename it when every byte is on the disk.
+def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Path | None = None) -> None:
+    """Write a file under a temporary name, and rename it when every byte is on the disk.
 
     Args:
         path: of the file; its directory is made if it is missing.
         write: called once with the open file; if it raises, no trace is left and the old file still stands.
+        within: where the temporary file is, on the same file system; default: beside the file. Only there is it left
+            if the process is killed.
 
     Raises:
         FileError: the directory cannot be written.
     """
-    temporary = path.with_name(_temporary_name())
-    with _writing_to(path.parent):
+    temporary = (within or path.parent) / _temporary_name()
+    with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as stream:
@@ -138,7 +171,8 @@ def _temporary_name() -> str:
 
 
 @contextmanager
-def _writing_to(directory: Path) -> Iterator[None]:
+def writing_to(directory: Path) -> Iterator[None]:
+    """Turn what the system says about a place that cannot be written into an error of ours."""
     try:
         yield
     except OSError as error:

@@ -34,6 +34,8 @@ _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 # The range that each mode of an int8 counterpart has.
 _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dynamic": (), "gather": ()}
 
+_LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
+
 # What an index may take, inflated: more than any model needs, less than hurts.
 _LARGEST_TEXT: Final = 64 << 20
 _LEAST_TEXT: Final = 1 << 20
@@ -80,6 +82,15 @@ def _index(text: bytes, data: memoryview, at: Place) -> Index:
     _check_names(entries, at)
     check_data(entries, data, at)
     return Index(tuple(entries), modules, at.mapping(top["provenance"], "provenance"))
+
+
+def parse_entry(value: object, end: int, at: Place) -> Entry:
+    """One entry of an index of the version that is written, whose first part stands behind one that ends there.
+
+    Raises:
+        CorruptError, UnsafeError: as for a whole index.
+    """
+    return _entry(value, VERSION, end, at)
 
 
 def _version(version: object, at: Place) -> int:
@@ -150,8 +161,8 @@ def _module(name: str, value: object, at: Place) -> dict[str, Any]:
     if not weights or len(set(weights)) < len(weights):
         at.fail(f"{what} names its weights twice or not at all")
     low, high = (at.number(known.get(key, 0), f"the {key} of {what}") for key in ("low", "high"))
-    if not low <= 0 <= high:
-        at.fail(f"{what} has a range that does not hold zero")
+    if not -_LARGEST_FLOAT <= low <= 0 <= high <= _LARGEST_FLOAT:
+        at.fail(f"{what} has a range that does not hold zero, or more than float32 does")
     return known
 
 

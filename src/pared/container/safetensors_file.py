@@ -14,6 +14,7 @@ from pared.container.files import File
 from pared.container.index import ALIGNMENT
 
 _LENGTH: Final = struct.Struct("<Q")
+_NBYTES_PER_BYTE: Final = 32  # of Python's objects, for each byte of the header at most
 _LARGEST_HEADER: Final = 100_000_000  # as in the safetensors library
 
 # The bits of one element, by the type's name in the file.
@@ -68,11 +69,13 @@ def read_header(file: File) -> Header:
 
     Raises:
         CorruptError: it contradicts itself or the size of the file.
+        UnsafeError: it is too long for so small a file.
     """
     at = Place(file.where)
     nbytes = _LENGTH.size + _LENGTH.unpack_from(file.data)[0]
     if nbytes > len(file.data):
         at.fail(f"its header has {nbytes:,} bytes, and the file {len(file.data):,}: it is truncated")
+    file.allowance.take(_NBYTES_PER_BYTE * nbytes)
     top = at.mapping(at.json(bytes(file.data[_LENGTH.size : nbytes]), "its header"), "its header")
     metadata = at.mapping(top.pop("__metadata__", {}), "its metadata")
     for key, value in metadata.items():

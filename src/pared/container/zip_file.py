@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import BinaryIO, Final
 
 from pared.container.checks import DAMAGED
 from pared.container.files import File
@@ -19,6 +19,7 @@ _MAGIC: Final = b"PK\x03\x04"
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, length of name, of extra field
 _ENCRYPTED: Final = 1
 _UTF8: Final = 0x800
+_ENTRY_NBYTES: Final = 16  # of Python's objects, for each byte of the directory at most
 
 # What the standard library raises on damaged directories.
 _ZIP_ERRORS: Final = (
@@ -27,7 +28,7 @@ _ZIP_ERRORS: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """One member of a zip archive.
 
@@ -39,6 +40,7 @@ class Member:
         nbytes: of its content, inflated.
         crc32: of its content, inflated, as the archive has it; nobody has compared it yet.
         plain: whether it is neither compressed nor encrypted.
+        deflated: whether it is compressed by the usual method, and not encrypted.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Member:
     nbytes: int
     crc32: int
     plain: bool
+    deflated: bool = False
 
     @property
     def end(self) -> int:
@@ -81,8 +84,9 @@ def read_archive(file: File) -> Archive:
     Raises:
         CorruptError: the archive contradicts itself.
     """
+    stream: BinaryIO = _Bounded(file)  # type: ignore[assignment]  # zipfile needs no more of it
     try:
-        with zipfile.ZipFile(file.stream) as archive:
+        with zipfile.ZipFile(stream) as archive:
             infos, directory, comment = archive.infolist(), archive.start_dir, archive.comment
     except _ZIP_ERRORS as error:
         raise CorruptError(
@@ -100,6 +104,23 @@ def read_archive(file: File) -> Archive:
     return Archive(tuple(members), directory, comment)
 
 
+class _Bounded:
+    """The file as a stream for `zipfile`, which reads a directory whole and makes large objects of its entries."""
+
+    def __init__(self, file: File) -> None:
+        self.stream = file.stream
+        self.allowance = file.allowance
+        self.seek, self.tell = file.stream.seek, file.stream.tell
+
+    def read(self, length: int = -1) -> bytes:
+        here = self.tell()
+        whole = self.seek(0, 2)
+        self.seek(here)
+        wanted = whole - here if length < 0 else min(length, whole - here)
+        self.allowance.take(wanted * _ENTRY_NBYTES)
+        return self.stream.read(wanted)
+
+
 def _member(file: File, info: zipfile.ZipInfo) -> Member:
     start, whole = info.header_offset, len(file.data)
     if not 0 <= start <= whole - _LOCAL_HEADER.size:
@@ -110,6 +131,7 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
     listed = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
     if (magic, method, name) != (_MAGIC, info.compress_type, listed):
         raise _corrupt(file, f"its member {info.filename!r} and the archive's directory contradict each other")
+    encrypted = bool((flags | info.flag_bits) & _ENCRYPTED)
     stored_plain = method == zipfile.ZIP_STORED
     if stored_plain and info.compress_size != info.file_size:
         raise _corrupt(file, f"its member {info.filename!r} has two sizes")
@@ -120,7 +142,8 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
         stored=info.compress_size,
         nbytes=info.file_size,
         crc32=info.CRC,
-        plain=stored_plain and not (flags | info.flag_bits) & _ENCRYPTED,
+        plain=stored_plain and not encrypted,
+        deflated=method == zipfile.ZIP_DEFLATED and not encrypted,
     )
 
 
@@ -135,6 +158,34 @@ def checked_content(file: File, member: Member) -> bytes:
     content = bytes(file.data[member.offset : member.end])
     if zlib.crc32(content) != member.crc32:
         raise _corrupt(file, f"the checksum of its member {member.name!r} does not match")
+    return content
+
+
+def inflated(file: File, member: Member, most: int | None = None) -> bytes:
+    """The content of a member that is plain or deflated.
+
+    Args:
+        file: the archive.
+        member: one of its members.
+        most: so many bytes from the beginning, unchecked; None: all, compared with its size and checksum.
+
+    Raises:
+        CorruptError: it is damaged, or neither plain nor deflated.
+    """
+    if member.plain:
+        return checked_content(file, member) if most is None else bytes(file.data[member.offset : member.end][:most])
+    if not member.deflated:
+        raise _corrupt(file, f"its member {member.name!r} is encrypted, or compressed by an unusual method")
+    stored = file.data[member.offset : member.end]
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        if most is not None:
+            return inflate.decompress(stored[: 2 * most], most)
+        content = inflate.decompress(stored, member.nbytes + 1)
+    except zlib.error as error:
+        raise _corrupt(file, f"its member {member.name!r} cannot be inflated ({error})") from error
+    if len(content) != member.nbytes or zlib.crc32(content) != member.crc32:
+        raise _corrupt(file, f"the size or the checksum of its member {member.name!r} does not match")
     return content
 
 

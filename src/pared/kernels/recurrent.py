@@ -7,10 +7,11 @@ on one grid of their own range: a state lies within (-1, 1) and needs no calibra
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ from pared.kernels.machine import FULL_LEVELS, levels_for
 from pared.kernels.machine import available as products_available
 
 Kind = Literal["lstm", "gru"]
+
+# Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took
+# 0.90 to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both, up to 1.8.
+_ENGINES: Final = ("onednn", "fbgemm")
+_engine_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +69,21 @@ def pack(weights: Weights) -> Any:
         torch.zeros(len(codes), device="cpu") if bias is None else bias.detach().float().contiguous()
         for codes, bias in zip(weights.codes, weights.biases, strict=True)
     ]
-    packed = [
-        torch.ops.quantized.linear_prepack(_as_quantized(codes, steps), bias)
-        for codes, steps, bias in zip(weights.codes, weights.steps, floats, strict=True)
-    ]
+    packed = [_pack_product(*one) for one in zip(weights.codes, weights.steps, floats, _ENGINES, strict=True)]
     narrow = weights.levels < FULL_LEVELS
     return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *floats, narrow)
+
+
+def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor, engine: str) -> Any:
+    """A weight in an engine's own form: PyTorch asks a global setting for which, and the form remembers it."""
+    weight = _as_quantized(codes, steps)
+    with _engine_lock:
+        before = torch.backends.quantized.engine
+        torch.backends.quantized.engine = engine
+        try:
+            return torch.ops.quantized.linear_prepack(weight, bias)
+        finally:
+            torch.backends.quantized.engine = before
 
 
 def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -
         return NotImplemented
     if isinstance(x, PackedSequence):
         return _packed_sequence(module, x, hx)
-    if x.dim() not in (2, 3) or not x.numel():
+    if x.dim() not in (2, 3) or not x.numel() or not x.is_floating_point():
         return NotImplemented
     batched, first = x.dim() == 3, module.batch_first and x.dim() == 3
     data = (x if batched else x[:, None]).float()
@@ -64,7 +64,7 @@ def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -
 
 def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
     data, sizes, order, back = x
-    if not data.numel():
+    if not data.numel() or not data.is_floating_point():
         return NotImplemented
     state = _states(module, hx, data, int(sizes[0]), True)
     if state is NotImplemented or not _share_a_grid(_peaks(data, sizes)):
@@ -94,7 +94,7 @@ def _share_a_grid(peaks: Tensor) -> bool:
 def _peaks(data: Tensor, sizes: Tensor) -> Tensor:
     """The largest magnitude of each sequence of a packed batch."""
     first = sizes.cumsum(0) - sizes
-    sample = torch.arange(len(data)) - torch.repeat_interleave(first, sizes)
+    sample = torch.arange(len(data), device=data.device) - torch.repeat_interleave(first, sizes)
     return data.new_zeros(int(sizes[0])).scatter_reduce(0, sample, data.abs().amax(1), "amax")
 
 
@@ -104,7 +104,10 @@ def _all_packed(module: Any) -> list[Any]:
 
 
 def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> Any:
-    """The first states in float32, (layers * directions, batch, hidden); what does not fit is for the float layer."""
+    """The first states in float32, (layers * directions, batch, hidden); what does not fit is for the float layer.
+
+    States that these layers give lie within (-1, 1); those that a caller makes need not, and share a grid as well.
+    """
     lstm = _kind(module) == "lstm"
     directions = 2 if module.bidirectional else 1
     shape = (module.num_layers * directions, batch, module.hidden_size)
@@ -116,7 +119,7 @@ def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> An
     found = [(one if batched else one[:, None]).float().contiguous() for one in given]
     if len(found) != (2 if lstm else 1) or not all(one.shape == shape and one.sum().isfinite() for one in found):
         return NotImplemented
-    return found
+    return found if _share_a_grid(found[0].abs().amax((0, 2)).clamp(min=1.0)) else NotImplemented
 
 
 def _as_given(dtype: torch.dtype, out: Tensor, last: Sequence[Tensor]) -> tuple[Tensor, Any]:
@@ -130,14 +133,16 @@ def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
     batched = x.dim() == 2
     lstm = _kind(module) == "lstm"
     given = [] if hx is None else (list(hx) if lstm else [hx])
-    if x.dim() not in (1, 2) or not x.numel() or x.shape[-1] != module.input_size:
+    if x.dim() not in (1, 2) or not x.numel() or not x.is_floating_point() or x.shape[-1] != module.input_size:
         return NotImplemented
     data = x if batched else x[None]
     zero = torch.zeros(len(data), module.hidden_size, device=x.device)
     state = [(one if batched else one[None]).float() for one in given] or [zero] * (2 if lstm else 1)
     if any(one.shape != zero.shape or not one.sum().isfinite() for one in state):
         return NotImplemented
-    if not _share_a_grid(data.float().abs().amax(1)):
+    # States of these layers lie within (-1, 1); those that a caller makes need not.
+    peaks = (data.float().abs().amax(1), state[0].abs().amax(1).clamp(min=1.0))
+    if not all(map(_share_a_grid, peaks)):
         return NotImplemented
     sequence = [one[None].contiguous() for one in (data.float(), *state)]
     _, *last = recurrent.run(_kind(module), sequence[0], sequence[1:], [_packed(module, "")], 1)
@@ -149,7 +154,7 @@ def plain_cell_forward(module: Any, input: Tensor, hx: Tensor | None = None) -> 
     """What `nn.RNNCell.forward` gives."""
     x = input
     hidden = x.new_zeros(*x.shape[:-1], module.hidden_size) if hx is None else hx
-    if x.dim() not in (1, 2) or hidden.shape != (*x.shape[:-1], module.hidden_size):
+    if not x.is_floating_point() or x.dim() not in (1, 2) or hidden.shape != (*x.shape[:-1], module.hidden_size):
         return NotImplemented
     total = linear_product(module, "weight_ih", x, module.bias_ih) + linear_product(
         module, "weight_hh", hidden, module.bias_hh

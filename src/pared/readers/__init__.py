@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
 from pared import container
-from pared.container import File
-from pared.readers.listing import ELEMENTS, FLOATING, Array, Held, Listing, Note, Storage, as_floats, unknown
-from pared.readers.safetensors import read_safetensors
-from pared.readers.torch_zip import read_torch_zip
+from pared.readers.folders import list_folder
+from pared.readers.kinds import list_tensors
+from pared.readers.listing import ELEMENTS, FLOATING, Array, Held, Listing, Note, Storage, as_floats
+from pared.readers.live import list_model
 
-__all__ = ["ELEMENTS", "FLOATING", "Array", "Held", "Listing", "Note", "Storage", "as_floats", "list_tensors"]
+__all__ = [
+    "ELEMENTS",
+    "FLOATING",
+    "Array",
+    "Held",
+    "Listing",
+    "Note",
+    "Storage",
+    "as_floats",
+    "list_model",
+    "list_tensors",
+    "open_listing",
+]
 
 
-def list_tensors(file: File) -> Listing:
-    """The tensors of a file that is no artifact of ours.
+@contextmanager
+def open_listing(path: Path) -> Iterator[Listing]:
+    """The tensors of a file or of a folder; their numbers can be read as long as it is open.
+
+    Args:
+        path: of the file or the folder.
 
     Raises:
-        FileError: it is of a kind that cannot be listed.
+        FileError: it cannot be read, or is of a kind that cannot be listed.
         CorruptError: it contradicts itself.
-        UnsafeError: loading it would run code.
+        UnsafeError: it cannot be understood without running code, or would take memory without bound.
     """
-    if container.is_safetensors(file):
-        return read_safetensors(file)
-    if container.is_zip(file):
-        return read_torch_zip(file, container.read_archive(file))
-    raise unknown(file, container.kind_of(file))
+    with ExitStack() as files:
+        if path.is_dir():
+            yield list_folder(path, files)
+        else:
+            yield list_tensors(files.enter_context(container.open_file(path)))

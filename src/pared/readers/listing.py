@@ -51,10 +51,13 @@ class Storage:
         nbytes: that it takes in the file.
         content: gives the numbers' bytes when it is called, inflated where the file has them compressed; None where
             there is no way to them.
+        coded: whether the file has the numbers compressed or otherwise coded, so that `nbytes` tells nothing of how
+            many there are.
     """
 
     nbytes: int
     content: Callable[[], memoryview] | None = None
+    coded: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ class Note:
         nbytes: that it takes.
         because: why, where that needs words.
         ballast: whether the model needs none of it.
+        file: whether it is a whole file, of a folder.
     """
 
     nbytes: int
     because: str = ""
     ballast: bool = False
+    file: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,25 @@ class Listing:
     Args:
         tensors: in the file's own order.
         storages: by key; storages of no tensor included.
-        notes: what else has a size worth a name, by that name in parentheses: "(header)".
+        notes: what else has a size worth a name, by that name in parentheses: "(header)", of a folder
+            "(model.safetensors: header)" and "(config.json)".
         foreign: the functions and classes that loading would import, beyond what tensors need: "os.system".
+        where: the path, or another name for messages.
+        nbytes: of all the files together.
+        kind: what was read, in words: "a .safetensors file", "a Hugging Face folder".
+        beside: the files beside it that hold some of its numbers, as paths relative to its folder.
+        flat: whether the file has no dictionaries within others, so that a slash in a name is a part of it.
     """
 
     tensors: tuple[Held, ...]
     storages: Mapping[str, Storage] = field(default_factory=dict)
     notes: Mapping[str, Note] = field(default_factory=dict)
     foreign: tuple[str, ...] = ()
+    where: str = ""
+    nbytes: int = 0
+    kind: str = ""
+    beside: tuple[str, ...] = ()
+    flat: bool = False
 
     def array(self, held: Held) -> Array | None:
         """The numbers of a tensor, mapped where the file has them plainly; see `ELEMENTS` for their types.
@@ -95,7 +111,8 @@ class Listing:
             held: one of `tensors`.
 
         Returns:
-            an array of the tensor's shape; None where the file has no numbers for it, or has them in blocks.
+            an array of the tensor's shape, which strides of 0 may make far larger than its storage; None where the
+            file has no numbers for it, has them in blocks, or so compressed that inflating them would fill the memory.
 
         Raises:
             CorruptError: they cannot be read.
@@ -151,6 +168,5 @@ def unknown(file: File, kind: str) -> FileError:
     return FileError(
         f"is {kind}, which pared cannot look into yet",
         where=file.where,
-        remedy="Pass an artifact of pared, a .safetensors file, or a state dict that torch.save wrote; torch.load "
-        "and torch.save turn older torch files into one.",
+        remedy="Pass a file of torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of such files.",
     )

@@ -33,7 +33,7 @@ def read_safetensors(file: File) -> Listing:
         span.name: Storage(span.end - span.begin, partial(_content, file, span.begin, span.end))
         for span in header.spans
     }
-    return Listing(tensors, storages, {"(header)": Note(header.nbytes)})
+    return Listing(tensors, storages, {"(header)": Note(header.nbytes)}, flat=True)
 
 
 def _content(file: File, begin: int, end: int) -> memoryview:

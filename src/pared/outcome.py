@@ -1,0 +1,207 @@
+"""What came of a search: the models it tried, how it ended, and the trade-off between bytes, damage and score."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pared.errors import CorruptError
+from pared.reporting import charts
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The result on data that the search has not seen.
+
+    Args:
+        score: of the quantized model.
+        baseline: of the float model.
+        loss: in the unit of the criterion's tolerable loss.
+        standard_error: of the loss, paired over samples; None where the score was a single number.
+    """
+
+    score: float
+    baseline: float
+    loss: float
+    standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model that was built and evaluated.
+
+    Args:
+        price: damage per byte at which its plan is optimal.
+        damage: predicted: the expected share of the output's energy that is lost.
+        nbytes: of its `best_model.pt`.
+        score: what `eval_func` gave.
+        loss: in the unit of the criterion's tolerable loss; negative for a gain.
+        met: whether the criterion was met, on unseen data too where there are any.
+        seconds: of building and evaluating.
+        standard_error: of the loss, paired over samples; None where the score was a single number.
+        unseen: the result on data that the search has not seen, where there are any.
+    """
+
+    price: float
+    damage: float
+    nbytes: int
+    score: float
+    loss: float
+    met: bool
+    seconds: float
+    standard_error: float | None = None
+    unseen: Confirmation | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            TypeError: a field is missing, or there is one too many.
+
+        >>> trial = Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0, 0.01, Confirmation(0.9, 1.0, 0.1))
+        >>> Trial.from_json(asdict(trial)) == trial
+        True
+        """
+        unseen = data.get("unseen")
+        return cls(**{**data, "unseen": Confirmation(**unseen) if unseen else None})
+
+
+_NOT_KEPT = ("trials", "blame")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the search went.
+
+    Args:
+        met: whether the criterion was met; None if nothing was evaluated.
+        score: of the returned model.
+        baseline: of the float model.
+        gap: by how much the tolerable loss was exceeded; 0 if it was met.
+        confirmation: on unseen data, where there were any.
+        trials: every model that was evaluated, in order.
+        blame: of a model that does not meet the criterion: the tensors or activations that cost most, each with its
+            share of the damage.
+    """
+
+    met: bool | None = None
+    score: float | None = None
+    baseline: float | None = None
+    gap: float | None = None
+    confirmation: Confirmation | None = None
+    trials: tuple[Trial, ...] = ()
+    blame: tuple[tuple[str, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What an artifact keeps: no trials, whose seconds depend on a clock, and no blame, which may be long."""
+        return {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_KEPT}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptError: the data are not what `to_json` gives.
+        """
+        try:
+            confirmation = data.get("confirmation")
+            found = cls(**{**data, "confirmation": Confirmation(**confirmation) if confirmation else None})
+            _check_numbers(found)
+        except (TypeError, AttributeError) as error:
+            raise CorruptError(
+                f"the recorded outcome makes no sense ({error})", remedy="Fetch the file again; it is damaged."
+            ) from error
+        return found
+
+
+def _check_numbers(outcome: Outcome) -> None:
+    """Raise TypeError for what a file may say instead of a number."""
+    if outcome.trials or outcome.blame:
+        raise TypeError("it holds trials or blame, which no artifact keeps")
+    if outcome.met not in (None, True, False):
+        raise TypeError("met is neither true nor false")
+    seen = outcome.confirmation
+    needed = () if seen is None else (seen.score, seen.baseline, seen.loss)
+    others = (outcome.score, outcome.baseline, outcome.gap, None if seen is None else seen.standard_error)
+    for value in (*needed, *(value for value in others if value is not None)):
+        if not isinstance(value, float | int) or abs(value) > sys.float_info.max:
+            raise TypeError("one of its figures is no number")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of the curve.
+
+    Args:
+        price: the damage per byte at which its plan is optimal.
+        damage: predicted: the expected share of the output's energy that is lost.
+        nbytes: of `best_model.pt`: planned; of the file itself where the model was built for its score.
+        score: None where nothing was evaluated.
+        seconds: of building and evaluating.
+    """
+
+    price: float
+    damage: float
+    nbytes: int
+    score: float | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points from the largest file to the smallest.
+
+    Args:
+        points: at least one.
+        baseline: the score of the float model; None where nothing was evaluated.
+
+    >>> print(Curve((Point(1e-9, 1e-4, 2_000_000), Point(1e-8, 1e-3, 1_500_000))))
+             bytes     damage     damage/byte        score    seconds
+         2,000,000     0.0001           1e-09                     0.0
+         1,500,000      0.001           1e-08                     0.0
+    """
+
+    points: tuple[Point, ...]
+    baseline: float | None = None
+
+    def __str__(self) -> str:
+        """A table, a line per point."""
+        found = [f"{'bytes':>14} {'damage':>10} {'damage/byte':>15} {'score':>12} {'seconds':>10}"]
+        for point in self.points:
+            score = "" if point.score is None else f"{point.score:.6g}"
+            found.append(
+                f"{point.nbytes:>14,} {point.damage:>10.3g} {point.price:>15.3g} {score:>12} {point.seconds:>10.1f}"
+            )
+        if self.baseline is not None:
+            found.append(f"{'float model':>14} {'0':>10} {'':>15} {self.baseline:>12.6g}")
+        return "\n".join(found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for `json.dumps`."""
+        return {"baseline": self.baseline, "points": [asdict(point) for point in self.points]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Curve:
+        """The inverse of `to_json`.
+
+        >>> curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.5),), 0.6)
+        >>> Curve.from_json(curve.to_json()) == curve
+        True
+        """
+        return cls(tuple(Point(**point) for point in data["points"]), data["baseline"])
+
+    def scored(self, outcome: Outcome) -> Curve:
+        """With the models that a search has scored."""
+        trials = [Point(t.price, t.damage, t.nbytes, t.score, t.seconds) for t in outcome.trials]
+        return Curve(tuple(sorted((*self.points, *trials), key=lambda point: -point.nbytes)), outcome.baseline)
+
+    def to_svg(self) -> str:
+        """A picture: damage, and score where there is one, against bytes; bytes and damage on log scales.
+
+        Raises:
+            ConfigError: the drawing library is not installed.
+        """
+        return charts.trade_off(self.points, self.baseline).standalone()

@@ -1,0 +1,186 @@
+"""`.npy` and `.npz` files. The header of an array is a Python literal; it is matched here, never evaluated."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+
+from pared import container
+from pared.container import Allowance, Archive, File, Member, Place
+from pared.pickles import read_pickle
+from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.torch_names import HARMLESS
+
+_MAGIC: Final = b"\x93NUMPY"
+_LENGTHS: Final = {1: struct.Struct("<H"), 2: struct.Struct("<I"), 3: struct.Struct("<I")}  # by version
+_LARGEST_HEADER: Final = 10_000  # NumPy's own limit
+_HELD_NBYTES: Final = 1400
+_HEADER: Final = re.compile(
+    r"\{ ?'descr': ('[^'\\]{1,20}'|\[.*\]|\(.*\)), ?'fortran_order': (True|False), ?'shape': \(([\d ,]*)\),? ?\}\s*"
+)
+_DESCR: Final = re.compile(r"'([<>|=]?)([biufcSUVOMm?])(\d{0,5})(?:\[\w+\])?'")
+_WORDS: Final = {"i": "int", "u": "uint", "f": "float", "c": "complex"}
+_OBJECTS: Final = "Python objects, as a pickle"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What an array says about itself: its dtype in torch's words where it has one, or in NumPy's; "O" for objects."""
+
+    dtype: str
+    item: int
+    shape: tuple[int, ...]
+    fortran: bool
+    swapped: bool
+    nbytes: int
+
+    @property
+    def content(self) -> int:
+        """Bytes of the numbers."""
+        return math.prod(self.shape) * self.item
+
+    def held(self, name: str, storage: str) -> Held:
+        strides = tuple(math.prod(self.shape[:i]) for i in range(len(self.shape)))
+        stride = strides if self.fortran and len(self.shape) > 1 and self.content else None
+        return Held(name, self.dtype, self.shape, self.content, storage, 0, stride)
+
+
+def is_npy(file: File) -> bool:
+    """Whether the file begins as a NumPy array."""
+    return bytes(file.data[: len(_MAGIC)]) == _MAGIC
+
+
+def read_npy(file: File) -> Listing:
+    """The array of a `.npy` file, under the name "array".
+
+    Raises:
+        CorruptError: its header contradicts itself, or the size of the file.
+    """
+    at = Place(file.where)
+    header = _header(bytes(file.data[: _LARGEST_HEADER + 12]), at)
+    notes = {"(header)": Note(header.nbytes)}
+    behind = len(file.data) - header.nbytes
+    if header.dtype == "O":
+        allowance = file.allowance
+        found = read_pickle(file.data[header.nbytes :], HARMLESS, file.where, allowance)
+        return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.foreign)
+    if header.content != behind:
+        at.fail(f"its numbers take {header.content:,} bytes, and behind its header there are {behind:,}")
+    content = partial(_numbers, partial(_view, file, header.nbytes, len(file.data)), header)
+    return Listing((header.held("array", "array"),), {"array": Storage(header.content, content)}, notes)
+
+
+def is_npz(archive: Archive) -> bool:
+    """Whether an archive holds nothing but NumPy arrays."""
+    return bool(archive.members) and all(member.name.endswith(".npy") for member in archive.members)
+
+
+def read_npz(file: File, archive: Archive) -> Listing:
+    """The arrays of a `.npz` archive; compressed ones are inflated when their numbers are asked for.
+
+    Raises:
+        CorruptError: an array contradicts itself, or the archive.
+        UnsafeError: there are more of them than the file's size allows.
+    """
+    allowance = file.allowance
+    tensors: list[Held] = []
+    storages: dict[str, Storage] = {}
+    notes: dict[str, Note] = {}
+    foreign: set[str] = set()
+    headers = 0
+    for member in archive.members:
+        allowance.take(_HELD_NBYTES)
+        name = member.name.removesuffix(".npy")
+        at = Place(f"{file.where}: {name}")
+        header = _header(container.inflated(file, member, most=_LARGEST_HEADER + 12), at)
+        if header.dtype == "O":
+            notes[f"({name})"] = Note(member.stored, _OBJECTS)
+            foreign |= _foreign(file, member, header.nbytes, allowance)
+            continue
+        if header.nbytes + header.content != member.nbytes:
+            at.fail(f"it takes {header.nbytes + header.content:,} bytes, and its member has {member.nbytes:,}")
+        tensors.append(header.held(name, name))
+        storages[name] = _storage(file, member, header, allowance)
+        headers += header.nbytes if member.plain else 0
+    notes["(headers)"] = Note(headers)
+    return Listing(tuple(tensors), storages, notes, tuple(sorted(foreign)), kind="a NumPy .npz archive", flat=True)
+
+
+def _storage(file: File, member: Member, header: _Header, allowance: Allowance) -> Storage:
+    if member.plain:
+        view = partial(_view, file, member.offset + header.nbytes, member.end)
+        return Storage(header.content, partial(_numbers, view, header))
+    # Twice: pieces are joined when all are inflated.
+    affordable = allowance.affords(2 * member.nbytes)
+    content = partial(_numbers, partial(_inflated, file, member, header.nbytes), header) if affordable else None
+    return Storage(member.stored, content, coded=True)
+
+
+def _foreign(file: File, member: Member, start: int, allowance: Allowance) -> set[str]:
+    """What the objects of an array would import."""
+    allowance.take(2 * member.nbytes)
+    content = memoryview(container.inflated(file, member))
+    return set(read_pickle(content[start:], HARMLESS, file.where, allowance).foreign)
+
+
+def _view(file: File, begin: int, end: int) -> memoryview:
+    return file.data[begin:end]
+
+
+def _inflated(file: File, member: Member, start: int) -> memoryview:
+    return memoryview(container.inflated(file, member))[start:]
+
+
+def _numbers(view: partial[memoryview], header: _Header) -> memoryview:
+    """The numbers with their lowest byte first."""
+    content = view()
+    if not header.swapped:
+        return content
+    half = header.item // 2 if header.dtype.startswith("complex") else header.item
+    return np.frombuffer(content, f">u{half}").astype(f"<u{half}").view(np.uint8).data
+
+
+def _header(head: bytes, at: Place) -> _Header:
+    """The header of an array, of which the first bytes are given."""
+    version = head[6] if head.startswith(_MAGIC) and len(head) > 12 else 0
+    if version not in _LENGTHS:
+        at.fail("it is no NumPy array of a known version")
+    start = 8 + _LENGTHS[version].size
+    nbytes = start + _LENGTHS[version].unpack_from(head, 8)[0]
+    if nbytes > len(head):
+        at.fail("its header is truncated, or longer than NumPy writes them")
+    found = _HEADER.fullmatch(head[start:nbytes].decode("latin-1"))
+    if found is None:
+        at.fail("its header is not as NumPy writes them")
+    descr, fortran, sizes = found.groups()
+    shape = at.shape(
+        [int(size) if len(size) < 20 else -1 for size in sizes.replace(" ", "").split(",") if size], "shape"
+    )
+    dtype, item, order = _dtype(descr, at)
+    return _Header(dtype, item, shape, fortran == "True", order == ">" and dtype in _SWAPPED, nbytes)
+
+
+_SWAPPED: Final = frozenset(f"{word}{8 * size}" for word in _WORDS.values() for size in (2, 4, 8, 16))
+
+
+def _dtype(descr: str, at: Place) -> tuple[str, int, str]:
+    """The dtype in words, the bytes of one element, and their order."""
+    found = _DESCR.fullmatch(descr)
+    if found is None:
+        # Several fields in one element: NumPy itself knows how many bytes that takes, but would have to evaluate it.
+        at.fail("its elements have several fields, which no weights have")
+    order, kind, digits = found.groups()
+    size = int(digits or 1)
+    if kind == "O":
+        return "O", 1, order
+    if kind in "b?":
+        return "bool", 1, order
+    if kind in _WORDS and size in (1, 2, 4, 8, 16):
+        return f"{_WORDS[kind]}{8 * size}", size, order
+    return descr.strip("'"), 4 * size if kind == "U" else 8 if kind in "mM" else size, order

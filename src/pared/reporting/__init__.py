@@ -1,0 +1,1 @@
+"""Reports for people: text for the terminal, `deploy.yaml`, and a page for the browser."""

@@ -1,0 +1,1 @@
+"""Readers under files that are damaged on purpose: `python -m tests.fuzz N` (`make fuzz N=...`)."""

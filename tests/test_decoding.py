@@ -1,0 +1,88 @@
+"""The tensors of an artifact without torch: bit for bit those that torch gets."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pared import artifact, container, decoding, grids
+from pared.contents import Contents, Stored
+from pared.errors import CorruptError
+from pared.formats import Coded, Float, Grid, Raw, log_step
+from pared.plan import Decision
+from pared.views import View
+from tests.golden import make
+
+
+def bits_of(tensor: Tensor) -> bytes:
+    flat = tensor.contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def checked(contents: Contents, data: bytes) -> None:
+    with container.open_records(data) as records:
+        entries = container.parse_index(records).entries
+        for stored, entry in zip(contents.tensors, entries, strict=True):
+            array = decoding.decode(entry, records.data)
+            assert array.shape == stored.coded.shape
+            assert array.tobytes() == bits_of(stored.coded.decode())
+
+
+def contents_of(coded: Coded) -> Contents:
+    return Contents((Stored(("w",), "parameter", coded, Decision("w", "grid", None, "")),))
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_golden_contents_are_decoded_as_torch_decodes_them(kind: str) -> None:
+    contents = make.contents()
+    checked(contents, artifact.to_bytes(contents, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("codes", ["int8", "int16"])
+@pytest.mark.parametrize(
+    "view",
+    [View((6, 8, 3), (0,)), View((6, 8, 3), (1,)), View((6, 8, 3), ()), View((2, 3, 8, 3), (0, 2))],
+    ids=["rows", "columns", "single", "groups"],
+)
+def test_grids_of_every_view(dtype: torch.dtype, codes: Any, view: View) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 8, 3).mul(torch.logspace(-3, 3, 6)[:, None, None]).to(dtype)
+    step = log_step(torch.rand(view.row_sizes) + 0.01)
+    for steps in (step, torch.rand(view.row_sizes)):
+        contents = contents_of(Grid(codes).encode(weight, steps, view))
+        checked(contents, artifact.to_bytes(contents))
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_floats_in_every_type_of_every_source(source: torch.dtype, stored: Any) -> None:
+    values = torch.tensor([0.1, -0.0, 1e-7, 7e4, float("inf"), 1.00390625, 1.01171875]).to(source)
+    contents = contents_of(Float(stored).encode(values))
+    checked(contents, artifact.to_bytes(contents))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int64", "float64", "complex64", "bfloat16"])
+def test_raw(dtype: str) -> None:
+    contents = contents_of(Raw(dtype).encode(torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))))
+    checked(contents, artifact.to_bytes(contents))
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
+def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
+    bits = grids.narrowed(np.array(values, np.float32), "bfloat16")
+    assert bits.tobytes() == bits_of(torch.tensor(values, dtype=torch.float32).to(torch.bfloat16))
+
+
+def test_a_flipped_bit_is_found() -> None:
+    contents = contents_of(Raw("float32").encode(torch.ones(4)))
+    with container.open_records(artifact.to_bytes(contents)) as records:
+        (entry,) = container.parse_index(records).entries
+        data = bytearray(records.data)
+        data[0] ^= 1
+        with pytest.raises(CorruptError, match="w: the checksum of its numbers does not match"):
+            decoding.decode(entry, memoryview(data))
