@@ -17,7 +17,7 @@ from pared import artifact, calls, curve, plan, search, sensitivity, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
-from pared.container import as_path
+from pared.container import as_path, find_artifact
 from pared.contents import Contents, Stored
 from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
@@ -356,6 +356,6 @@ def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.M
         )
     check_modules(model)
     check_registered(model)
-    file = artifact.find(path)
+    file = find_artifact(as_path(path, "load"))
     contents = artifact.read(file)
     return quantized.assemble(model, contents, profile_beside(file), memory)

@@ -13,9 +13,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from pared import artifact
 from pared.calls import bind
-from pared.container import as_path, make_directory
+from pared.container import as_path, find_artifact, make_directory
 from pared.contents import Contents
 from pared.errors import ConfigError, FileError
 from pared.exporting.capture import Dynamic, capture, shape_of
@@ -123,7 +122,7 @@ def export_onnx(
 def checksum_beside(path: Path) -> str:
     """The checksum of the artifact in the same directory; empty if there is none."""
     try:
-        file = artifact.find(path.parent)
+        file = find_artifact(path.parent)
     except FileError:
         return ""
     return f"{zlib.crc32(file.read_bytes()):08x}"
