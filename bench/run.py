@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -53,34 +53,43 @@ def in_child(task: str, *arguments: str) -> Any:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def resident() -> int:
-    """Bytes of this process in memory; what the C library keeps of freed memory is given back first."""
+Pages = Literal["all", "own"]
+
+
+def resident(pages: Pages = "all") -> int:
+    """Bytes of this process in memory; what the C library keeps of freed memory is given back first.
+
+    "own" leaves out pages of files, such as those of PyTorch's libraries, that a first call touches with any model.
+    """
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+    if pages == "own":
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return 1024 * int(status["RssAnon"].split()[0])
     return psutil.Process().memory_info().rss
 
 
-def memory(make: Callable[[], nn.Module]) -> int:
+def memory(make: Callable[[], nn.Module], pages: Pages) -> int:
     """Bytes that a model takes once it has been called, so that packed weights count."""
     batch = minilm.calibration(8)[0]
     skeleton, load = minilm.skeleton(), pared.load  # both import what they need
     with torch.inference_mode():
         nn.Linear(64, 64)(torch.zeros(64, 64))  # threads and kernels' own tables
-        before = resident()
+        before = resident(pages)
         model = make()
         model(**batch)
-        taken = resident() - before
+        taken = resident(pages) - before
     del model, skeleton, load
     return taken
 
 
-def memory_float() -> int:
-    return memory(minilm.load)
+def memory_float(pages: Pages = "all") -> int:
+    return memory(minilm.load, pages)
 
 
-def memory_pared(directory: str, kind: Memory = "fast") -> int:
-    return memory(lambda: pared.load(directory, model=minilm.skeleton(), memory=kind))
+def memory_pared(directory: str, kind: Memory = "fast", pages: Pages = "all") -> int:
+    return memory(lambda: pared.load(directory, model=minilm.skeleton(), memory=kind), pages)
 
 
 def import_seconds() -> float:

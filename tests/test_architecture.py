@@ -123,6 +123,14 @@ ORDER = [
     "reporting.text",
     "keeper",
     "install",
+    "exporting.signature",
+    "exporting.capture",
+    "exporting.layout",
+    "exporting.codes",
+    "exporting.fold",
+    "exporting.rewrite",
+    "exporting",
+    "record",
     "model",
     "registration",
     # work
@@ -136,6 +144,7 @@ ORDER = [
     "comparison",
     "divergence",
     # face
+    "engines",
     "forecast",
     "contrast",
     "api",

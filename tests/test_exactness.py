@@ -211,7 +211,7 @@ def test_what_cannot_be_read_is_refused_by_fit_and_load(make: Callable[[], nn.Mo
     "call",
     [
         lambda q: pared.save(q, 3),
-        lambda q: pared.load(3, model=nn.Linear(2, 2)),
+        lambda q: pared.load(3, model=nn.Linear(2, 2)),  # type: ignore[call-overload]  # on purpose
         lambda q: pared.fit(nn.Linear(2, 2), eval_func=lambda _: 1.0, workspace=3),
     ],
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
-from pared.model import record_of
+from pared.record import record_of
 
 X = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[i : i + 32] for i in range(0, 256, 32)]

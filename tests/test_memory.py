@@ -96,7 +96,7 @@ def test_the_report_tells_what_it_costs(tmp_path: Path) -> None:
 
 def test_an_unknown_choice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="memory='tiny' is not one of 'fast', 'small'"):
-        pared.load(tmp_path, model=nn.Linear(2, 2), memory="tiny")
+        pared.load(tmp_path, model=nn.Linear(2, 2), memory="tiny")  # type: ignore[call-overload]  # on purpose
 
 
 def test_a_table_is_read_by_rows(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pared
 from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.layers import Counterpart
-from pared.model import record_of
+from pared.record import record_of
 
 
 class Padded(nn.Conv2d):

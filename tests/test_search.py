@@ -13,6 +13,7 @@ from torch import nn
 from pared import AccuracyCriterion, ConfigError, EvaluationError
 from pared import model as quantized
 from pared.outcome import Outcome, Trial
+from pared.record import record_of
 from pared.search import Judge, Offer, search
 from tests.workshop import Probe, Synthetic, damage_of
 
@@ -38,7 +39,7 @@ def find(law: Law, workshop: Synthetic | None = None, **options: object) -> Outc
 
 
 def outcome_of(model: nn.Module) -> Outcome:
-    return quantized.record_of(model).outcome
+    return record_of(model).outcome
 
 
 def best(outcome: Outcome) -> Trial:

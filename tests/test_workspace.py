@@ -17,6 +17,7 @@ from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantCo
 from pared import model as quantized
 from pared.evaluate import Score
 from pared.outcome import Confirmation, Outcome, Trial
+from pared.record import record_of
 from pared.search import Judge, search
 from pared.workspace import Workspace
 from tests import workspace_child
@@ -28,7 +29,7 @@ TRIAL = Trial(1e-9, 1e-3, 25_000, 0.5, 0.25, False, 1.5, 0.01, Confirmation(0.4,
 
 
 def outcome_of(model: nn.Module) -> Outcome:
-    return quantized.record_of(model).outcome
+    return record_of(model).outcome
 
 
 def timeless(outcome: Outcome) -> Outcome:

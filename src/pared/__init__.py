@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         VersionError,
     )
     from pared.ledger import Ledger, Row, inspect
-    from pared.model import report, save
+    from pared.model import export, report, save
     from pared.registration import register
 
 _HOMES = {
@@ -55,7 +55,7 @@ _HOMES = {
         "VersionError",
     ),
     "pared.ledger": ("Ledger", "Row", "inspect"),
-    "pared.model": ("report", "save"),
+    "pared.model": ("export", "report", "save"),
     "pared.registration": ("register",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -83,6 +83,7 @@ __all__ = [
     "compress",
     "estimate",
     "expand",
+    "export",
     "fit",
     "inspect",
     "load",

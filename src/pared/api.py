@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import nn
@@ -17,8 +17,9 @@ from pared import artifact, calls, curve, plan, search, sensitivity, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates, time_layers
 from pared.config import PostTrainingQuantConfig
-from pared.container import as_path
+from pared.container import as_path, find_artifact
 from pared.contents import Contents, Stored
+from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
@@ -28,6 +29,7 @@ from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
+from pared.record import record_of, set_outcome
 from pared.registration import check_registered
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
@@ -110,7 +112,7 @@ def fit(
         found = search.search(
             compressor, stats.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
         )
-    quantized.record_of(found).curve = curve.trace(compressor, model).scored(quantized.record_of(found).outcome)
+    record_of(found).curve = curve.trace(compressor, model).scored(record_of(found).outcome)
     timed: ModuleT = job.timed(found)
     return timed
 
@@ -211,7 +213,7 @@ class _Job:
             else:
                 offer = compressor.offer_bytes(self.max_size)
             built: nn.Module = compressor.build(offer)
-            quantized.record_of(built).curve = curve.trace(compressor, self.model)
+            record_of(built).curve = curve.trace(compressor, self.model)
             return built
 
     def _eight_bits(self) -> nn.Module:
@@ -240,10 +242,10 @@ class _Job:
         with self.stages.stage("timing layers"):
             candidates = find_candidates(self.model, contents.tensors, self.seen.inputs)
             profile = time_layers(candidates, contents.activations)
-        record = quantized.record_of(found)
+        record = record_of(found)
         final = quantized.assemble(self.model, contents, profile)
-        quantized.set_outcome(final, record.outcome)
-        quantized.record_of(final).curve = record.curve
+        set_outcome(final, record.outcome)
+        record_of(final).curve = record.curve
         return final
 
     def fingerprint(self) -> dict[str, str]:
@@ -279,41 +281,81 @@ def _checksum(values: Any) -> str:
     return f"{total:08x}"
 
 
-def load(path: str | Path, model: ModuleT, *, memory: Memory = "fast") -> ModuleT:
+@overload
+def load(
+    path: str | Path, model: ModuleT, *, memory: Memory = "fast", engine: Literal["torch"] = "torch"
+) -> ModuleT: ...
+
+
+@overload
+def load(
+    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+) -> nn.Module: ...
+
+
+def load(
+    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+) -> nn.Module:
     """Load a quantized model.
 
     Args:
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
-            it is left as it is.
+            it is left as it is. Only PyTorch needs it.
         memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
             are asked for): a third of the memory of float weights at most, for the milliseconds that
-            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8.
+            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
+        engine: what runs it. "onnxruntime" and "openvino" run the `model.onnx` that `q_model.export(directory, inputs)`
+            wrote beside the artifact, with as many threads as PyTorch has; "auto" times what is installed, PyTorch too
+            if there is a `model`, on inputs like those of the export, and takes the fastest.
 
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
-        measured on an equal machine; else all that the artifact allows.
+        measured on an equal machine; else all that the artifact allows. With another engine, a
+        `pared.engines.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
 
     Raises:
-        FileError: there is no artifact there, or it cannot be read.
+        ConfigError: an option is none that there is, `model` is missing, or the engine's package is.
+        FileError: there is no artifact there, or it cannot be read; or no export, or one of another artifact.
         CorruptError, UnsafeError, VersionError: its bytes contradict themselves, would inflate without bound, or were
             written by a newer version.
         MismatchError: it belongs to another architecture.
+        ModelError: the engine cannot run the exported graph.
     """
+    _check_choice("memory", memory, get_args(Memory))
+    _check_choice("engine", engine, get_args(Engine))
+    if engine in SESSIONS:
+        return open_runner(path, engine)
+    loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
+    if engine == "torch":
+        assert loaded is not None
+        return loaded
+    found, times = fastest(loaded, path)
+    if isinstance(found, Runner):
+        found.engine_ms = times
+    else:
+        record_of(found).engine_ms = times
+    return found
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
+            where="pared.load",
+            remedy="Choose one of them.",
+        )
+
+
+def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}",
             where="pared.load",
             remedy="Pass an instance of the architecture: pared.load(directory, model=build_model()).",
         )
-    if memory not in get_args(Memory):
-        raise ConfigError(
-            f"memory={memory!r} is not one of {', '.join(map(repr, get_args(Memory)))}",
-            where="pared.load",
-            remedy="Choose one of them.",
-        )
     check_modules(model)
     check_registered(model)
-    file = artifact.find(path)
+    file = find_artifact(as_path(path, "load"))
     contents = artifact.read(file)
     return quantized.assemble(model, contents, profile_beside(file), memory)

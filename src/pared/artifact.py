@@ -28,7 +28,7 @@ from pared.container import (
     write_torch,
 )
 from pared.contents import Contents, Stored
-from pared.errors import ConfigError, CorruptError, FileError
+from pared.errors import ConfigError, CorruptError
 from pared.formats import RAW_TYPES, Coded, dtype_name
 from pared.layers import Activation
 from pared.parallel import each
@@ -182,22 +182,3 @@ def write_beside(path: Path, name: str, content: bytes | str) -> None:
     """Write a file next to an artifact, atomically."""
     data = content.encode() if isinstance(content, str) else content
     write_atomic(path.with_name(name), lambda file: file.write(data))
-
-
-def find(path: str | Path) -> Path:
-    """The artifact in a directory, or the file itself.
-
-    Raises:
-        FileError: there is none.
-    """
-    path = as_path(path, "load")
-    if path.is_file():
-        return path
-    for name in FILE_NAMES.values():
-        if (path / name).is_file():
-            return path / name
-    raise FileError(
-        "there is no artifact here",
-        where=str(path),
-        remedy=f"Pass the directory that save wrote, or the file ({' or '.join(FILE_NAMES.values())}).",
-    )

@@ -10,9 +10,8 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,14 @@ from torch import Tensor, nn
 from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
+from pared.exporting import Dynamic, Exported, export_onnx
 from pared.install import Memory, held_in_codes, install, running_of
-from pared.keeper import Keeper, detach
+from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
 from pared.outcome import Outcome
-from pared.plan import Decision
-from pared.profile import ENGINE_FILE, Profile, Running
+from pared.profile import ENGINE_FILE, Profile
+from pared.record import RECORD, Record, curve_of, record_of, set_outcome
 from pared.reporting import lines, page, text
 from pared.reporting.drawing import require_library
 from pared.tensors import (
@@ -43,69 +43,6 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 DEPLOY: Final = "deploy.yaml"
-_RECORD: Final = "_pared"
-
-
-@dataclass(eq=False)
-class Record:
-    """What a quantized model knows about itself.
-
-    Args:
-        tensors: of each tensor its names, kind and decision; its numbers are in the modules.
-        keepers: for each tensor that is held as floats, by first name.
-        activations, provenance: as they stand in the artifact.
-        profile: which kernels are fastest here.
-        running: what each module that may run in int8 runs in.
-        memory: "fast" or "small", see `pared.load`.
-        outcome: how the search went.
-        curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
-    """
-
-    tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
-    keepers: Mapping[str, Keeper]
-    activations: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    profile: Profile
-    running: Mapping[str, Running]
-    memory: Memory = "fast"
-    outcome: Outcome = field(default_factory=Outcome)
-    curve: Any = None
-
-
-def record_of(model: nn.Module) -> Record:
-    """The record of a quantized model.
-
-    Raises:
-        ModelError: the model was not made by `fit` or `load`.
-    """
-    record = model.__dict__.get(_RECORD)
-    if not isinstance(record, Record):
-        raise ModelError(
-            f"{type(model).__name__} is not a quantized model",
-            remedy="Pass what pared.fit or pared.load returned.",
-        )
-    return record
-
-
-def set_outcome(model: nn.Module, outcome: Outcome) -> None:
-    """Say how the search went."""
-    record_of(model).outcome = outcome
-
-
-def curve_of(model: nn.Module) -> Any:
-    """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
-
-    Raises:
-        ModelError: the model was loaded, or made without measuring what steps cost.
-    """
-    found = record_of(model).curve
-    if found is None:
-        raise ModelError(
-            "has no trade-off curve: it was loaded, or made at 8 bits without a search",
-            where=type(model).__name__,
-            remedy="Use pared.trade_off(model, conf, calib_dataloader, eval_func) with the float model.",
-        )
-    return found
 
 
 class Quantized(nn.Module):
@@ -179,6 +116,36 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     return path
 
 
+def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic = True) -> Exported:
+    """Write a quantized model as ONNX: integer codes and their steps, standard operators, no class of its own needed.
+
+    Weights are int8 (or int16) initializers with a `DequantizeLinear`; a layer that runs in static int8 also has its
+    input on the calibrated grid, as `QuantizeLinear` and `DequantizeLinear`; all others have integer weights only.
+    Which layers these are is taken from the artifact, not from what is fastest on this machine.
+
+    Args:
+        model: made by `fit` or `load`.
+        path: of the file, `model.onnx` for instance; or a directory, where `pared.load(..., engine="onnxruntime")` and
+            `engine="openvino"` find it beside the artifact: save first, then export.
+        inputs: one batch, as in `calib_dataloader`: a tensor, a tuple of arguments, or a dict of keyword arguments.
+            Arguments that are no tensors are fixed to their values.
+        dynamic: which dimensions of the inputs may vary. True: all that the model allows; False: none; or, by
+            argument, what `torch.export.export` takes as `dynamic_shapes`.
+
+    Raises:
+        ModelError: torch.export cannot capture the float model, or it is no quantized model.
+        ConfigError: the packages are not installed: pip install 'pared[onnx]'.
+        CalibrationError: the inputs do not fit the model's forward.
+        FileError: the file cannot be written.
+    """
+    contents = contents_of(model)
+    empty = skeleton_of(model)
+    numbers: dict[int, Tensor] = {}
+    for stored, tensors in match(empty, contents):  # one object for all that are tied: one copy in the file
+        numbers |= dict.fromkeys(map(id, tensors), _like(stored.coded.decode(), tensors[0]))
+    return export_onnx(clone_structure(empty, numbers).eval(), contents, path, inputs, dynamic)
+
+
 def nbytes(model: nn.Module) -> int:
     """The size in bytes of the `best_model.pt` that `save` writes."""
     return len(artifact.to_bytes(contents_of(model)))
@@ -236,6 +203,7 @@ def ledger_of(model: nn.Module) -> ledger.Ledger:
 # the functions of `pared` with the same names work for every model.
 _FACE: Final[Mapping[str, Any]] = {
     "save": save,
+    "export": export,
     "report": report,
     "nbytes": property(nbytes),
     "met": property(lambda self: record_of(self).outcome.met),
@@ -244,6 +212,8 @@ _FACE: Final[Mapping[str, Any]] = {
     "trials": property(lambda self: record_of(self).outcome.trials),
     "plan": property(lambda self: plan_of(self)),
     "curve": curve_of,
+    "engine": property(lambda _self: "torch"),
+    "engine_ms": property(lambda self: record_of(self).engine_ms),
 }
 
 
@@ -310,7 +280,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
-    clone.__dict__[_RECORD] = record
+    clone.__dict__[RECORD] = record
     return clone
 
 
@@ -376,7 +346,7 @@ def _refuse_edited(model: nn.Module, record: Record) -> None:
 def skeleton_of(model: nn.Module) -> nn.Module:
     """An empty float model of the original class, on the meta device."""
     empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
-    del empty.__dict__[_RECORD]
+    del empty.__dict__[RECORD]
     empty.__class__ = next(base for base in type(empty).__mro__ if Quantized not in base.__mro__)
     for module in empty.modules():
         detach(module)

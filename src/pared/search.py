@@ -20,6 +20,7 @@ from pared import model as quantized
 from pared.config import AccuracyCriterion
 from pared.evaluate import EvalFunc, Score, compare, confirm, evaluate, strain
 from pared.outcome import Outcome, Trial
+from pared.record import set_outcome
 from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ def search(
         blamed = tuple(workshop.blame(Offer(best.price, best.damage, best.nbytes)))[:_BLAMED]
         outcome = replace(outcome, blame=blamed)
         log.warning("the criterion is not met: %.4g too much was lost; the best model is returned", outcome.gap)
-    quantized.set_outcome(held, outcome)
+    set_outcome(held, outcome)
     return held
 
 
@@ -232,7 +233,7 @@ def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _R
         standard_error=seen.standard_error,
         unseen=unseen,
     )
-    quantized.set_outcome(model, _outcome(trial, criterion, references))  # it is in the file, and takes bytes of it
+    set_outcome(model, _outcome(trial, criterion, references))  # it is in the file, and takes bytes of it
     return model, replace(trial, nbytes=quantized.nbytes(model))
 
 

@@ -116,7 +116,7 @@ def _is_state(target: object) -> bool:
 
 @contextmanager
 def _open_path(path: Path) -> Iterator[Source]:
-    saved = next((path / name for name in container.FILE_NAMES.values() if (path / name).is_file()), path)
+    saved = container.artifact_in(path)
     if saved.is_dir():
         with readers.open_listing(path) as listing:
             yield _of_listing(listing)

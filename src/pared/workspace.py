@@ -15,7 +15,7 @@ from torch import nn
 
 from pared import artifact
 from pared import model as quantized
-from pared.container import make_directory, write_atomic
+from pared.container import find_artifact, make_directory, write_atomic
 from pared.errors import ConfigError, FileError
 from pared.evaluate import Score
 from pared.outcome import Trial
@@ -112,7 +112,7 @@ class Workspace:
             number: of the trial, counted from 0.
             skeleton: gives structure and class.
         """
-        file = artifact.find(self._place(number))
+        file = find_artifact(self._place(number))
         return quantized.assemble(skeleton, artifact.read(file), profile_beside(file))
 
     def _place(self, number: int) -> Path:

@@ -22,6 +22,7 @@ from pared.container import (
     ITEM_SIZES,
     Index,
     Records,
+    artifact_in,
     as_path,
     make_directory,
     open_file,
@@ -295,7 +296,7 @@ def _check_places(source: Path, output: Path) -> None:
     target = output / FILE_NAMES["pt"]
     if source.exists() and (source.resolve() == output.resolve() or source.resolve() == target.resolve()):
         raise ConfigError("is the source itself", where=str(output), remedy="Choose another directory to write to.")
-    artifact = next((source / name for name in FILE_NAMES.values() if (source / name).is_file()), source)
+    artifact = artifact_in(source)
     if artifact.is_file():
         with open_file(artifact) as file:
             if records_of(file) is not None:

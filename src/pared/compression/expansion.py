@@ -16,10 +16,10 @@ import numpy as np
 
 from pared.compression import companions
 from pared.container import (
-    FILE_NAMES,
     Entry,
     Records,
     as_path,
+    find_artifact,
     forget,
     make_directory,
     open_records,
@@ -27,7 +27,7 @@ from pared.container import (
     write_atomic,
 )
 from pared.decoding import decode
-from pared.errors import ConfigError, FileError, printable
+from pared.errors import ConfigError, printable
 from pared.parallel import each
 from pared.progress import bytes_done
 from pared.readers import Array
@@ -103,7 +103,7 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
 def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = False) -> Expanded:
     """What `expand` does, and what it came to."""
     began = time.perf_counter()
-    source, place = _find(as_path(path, "expand")), as_path(output, "expand")
+    source, place = find_artifact(as_path(path, "expand")), as_path(output, "expand")
     folder = place.parent if place.suffix == ".safetensors" else place
     target = place if place.suffix == ".safetensors" else place / WEIGHTS
     if target.resolve() == source.resolve():
@@ -135,19 +135,6 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
         tied=tuple(name for entry in entries for name in entry.names[1:]),
         tied_nbytes=nbytes - sum(entry.source_nbytes for entry in entries),
         copied=names,
-    )
-
-
-def _find(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    for name in FILE_NAMES.values():
-        if (path / name).is_file():
-            return path / name
-    raise FileError(
-        "there is no artifact here",
-        where=str(path),
-        remedy=f"Pass the directory that compress or save wrote, or the file ({' or '.join(FILE_NAMES.values())}).",
     )
 
 

@@ -2,7 +2,7 @@
 
 from pared.container.allowance import Allowance
 from pared.container.checks import DAMAGED, Place
-from pared.container.envelope import FILE_NAMES, Records, kind_of, open_records, records_of
+from pared.container.envelope import FILE_NAMES, Records, artifact_in, find_artifact, kind_of, open_records, records_of
 from pared.container.files import File, as_path, forget, make_directory, open_file, write_atomic, writing_to
 from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
 from pared.container.parse import parse_entry, parse_index
@@ -38,8 +38,10 @@ __all__ = [
     "Part",
     "Place",
     "Records",
+    "artifact_in",
     "as_path",
     "checked_content",
+    "find_artifact",
     "forget",
     "inflated",
     "is_safetensors",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from pared.container.checks import DAMAGED
@@ -69,6 +70,31 @@ class Records:
     nbytes: int
     index: bytes
     data: memoryview
+
+
+def artifact_in(path: Path) -> Path:
+    """The artifact in a directory; the path itself where there is none, or where it is no directory.
+
+    >>> artifact_in(Path("model.pt")).name
+    'model.pt'
+    """
+    return next((path / name for name in FILE_NAMES.values() if (path / name).is_file()), path)
+
+
+def find_artifact(path: Path) -> Path:
+    """The artifact in a directory, or the file itself.
+
+    Raises:
+        FileError: there is none.
+    """
+    found = artifact_in(path)
+    if found.is_file():
+        return found
+    raise FileError(
+        "there is no artifact here",
+        where=str(path),
+        remedy=f"Pass the directory that save or compress wrote, or the file ({' or '.join(FILE_NAMES.values())}).",
+    )
 
 
 @contextmanager

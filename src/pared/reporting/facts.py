@@ -164,7 +164,7 @@ def of_file(path: Path, ledger: Ledger) -> Facts:
     Raises:
         FileError: the file cannot be read, or is damaged.
     """
-    artifact = next((path / n for n in container.FILE_NAMES.values() if (path / n).is_file()), path)
+    artifact = container.artifact_in(path)
     if not artifact.is_file():
         return Facts(ledger)
     with container.open_file(artifact) as file:

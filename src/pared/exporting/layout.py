@@ -1,0 +1,118 @@
+"""Operators that only move numbers: what becomes of codes, and of the step that each has, on the way to a product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def constant(value: Any) -> Array | None:
+    """The numbers of a value that is known before the graph runs."""
+    if value is None or value.const_value is None:
+        return None
+    found: Array = value.const_value.numpy()
+    return found
+
+
+def _attribute(node: Any, name: str, otherwise: Any = None) -> Any:
+    return node.attributes[name].value if name in node.attributes else otherwise
+
+
+def _transpose(node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
+    return [data[0].transpose(_attribute(node, "perm"))]
+
+
+def _reshape(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
+    sizes = [int(n) for n in rest[0]]
+    if not _attribute(node, "allowzero", 0):
+        sizes = [data[0].shape[i] if n == 0 else n for i, n in enumerate(sizes)]
+    return [data[0].reshape(sizes)]
+
+
+def _unsqueeze(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
+    return [np.expand_dims(data[0], tuple(int(n) for n in rest[0].reshape(-1)))]
+
+
+def _squeeze(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
+    return [data[0].squeeze(tuple(int(n) for n in rest[0].reshape(-1)) if rest else None)]
+
+
+def _slice(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
+    starts, ends = rest[0], rest[1]
+    axes = rest[2] if len(rest) > 2 else np.arange(len(starts))
+    steps = rest[3] if len(rest) > 3 else np.ones(len(starts), np.int64)
+    where = [slice(None)] * data[0].ndim
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step <= 0:
+            raise NotImplementedError("a slice from the end")
+        where[int(axis)] = slice(int(start), int(end), int(step))
+    return [data[0][tuple(where)]]
+
+
+def _concat(node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
+    return [np.concatenate(data, _attribute(node, "axis"))]
+
+
+def _split(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
+    axis, count = _attribute(node, "axis", 0), len(node.outputs)
+    if rest:
+        return np.split(data[0], np.cumsum(rest[0])[:-1], axis)
+    size = -(-data[0].shape[axis] // count)
+    return np.split(data[0], [size * i for i in range(1, count)], axis)
+
+
+def _identity(_node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
+    return [data[0]]
+
+
+# By operator: its outputs, from the numbers that it moves and its constant inputs.
+MOVES: Final[dict[str, Callable[[Any, Sequence[Array], Sequence[Array]], list[Array]]]] = {
+    "Concat": _concat,
+    "Identity": _identity,
+    "Reshape": _reshape,
+    "Slice": _slice,
+    "Split": _split,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+}
+
+
+def moved(node: Any) -> int:
+    """How many of a node's first inputs it moves; 0 if it does something else, or not the same at each call."""
+    if node.op_type not in MOVES or node.domain not in ("", "ai.onnx"):
+        return 0
+    count = len(node.inputs) if node.op_type == "Concat" else 1
+    return count if all(constant(value) is not None for value in node.inputs[count:]) else 0
+
+
+def move(node: Any, data: Sequence[Array]) -> list[Array]:
+    """The outputs of a node of which `moved` said that it only moves numbers.
+
+    Raises:
+        NotImplementedError: in a way that is not in the table.
+    """
+    rest = [found for value in node.inputs[len(data) :] if (found := constant(value)) is not None]
+    return MOVES[node.op_type](node, data, rest)
+
+
+def along(steps: Array) -> tuple[tuple[int, ...], Array]:
+    """The dimensions along which a step for each number differs, and the steps without the others (of size 1 there).
+
+    >>> axes, found = along(np.broadcast_to(np.array([[1.0], [2.0]]), (2, 3)))
+    >>> axes, found.tolist()
+    ((0,), [[1.0], [2.0]])
+    """
+    axes = []
+    for axis in range(steps.ndim):
+        first = steps.take([0], axis)
+        if steps.shape[axis] > 1 and steps.strides[axis] and bool((first != steps).any()):
+            axes.append(axis)
+        else:
+            steps = first
+    return tuple(axes), steps
