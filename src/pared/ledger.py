@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from rich import box
 from rich.table import Table
@@ -20,6 +20,9 @@ from pared.errors import ConfigError, printable
 from pared.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers import Held, Listing, Note, Storage
 from pared.tables import WIDTH, Notes, add_row, drawn
+
+_NOTHING_FOUND: Final = "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."
+_NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, numbers are read too."
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Ledger:
         original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
         findings: why a file is larger than it should be, what takes most first.
         sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
+        depth: how much was read to find them; None where none were looked for.
     """
 
     file: str
@@ -78,6 +82,7 @@ class Ledger:
     original_nbytes: int | None = None
     findings: tuple[Finding, ...] = ()
     sampled: bool = False
+    depth: Depth | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -135,6 +140,8 @@ class Ledger:
             mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
             command = remedy.startswith("pared ")  # to be copied in one piece
             yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
+        if self.depth is not None and not self.findings:
+            yield from ("", _NOTHING_FOUND if self.depth != "quick" else _NOTHING_IN_HEADERS)
         if self.sampled:
             yield from ("", "Judged by evenly spread rows, 1 GB of them; --deep reads everything.")
 
@@ -193,7 +200,7 @@ def _of_path(path: Path, depth: Depth) -> Ledger:
                 return _of_records(records)
     with readers.open_listing(path) as listing:
         findings = find(listing, str(path), depth)
-        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth))
+        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth), depth=depth)
 
 
 def _candidates(path: Path) -> list[Path]:
