@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pared import artifact, calls, curve, plan, search, sensitivity, stats
+from pared import artifact, calls, curve, plan, search, sensitivity, speed, stats
 from pared import model as quantized
-from pared.candidates import choose_activations, find_candidates, time_layers
+from pared.candidates import choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.container import as_path, find_artifact
 from pared.contents import Contents, Stored
@@ -235,18 +235,12 @@ class _Job:
         return built
 
     def timed(self, found: Any) -> Any:
-        """The same model with each layer on the kernel that is fastest here."""
+        """The same model, in the form that is fastest here."""
         contents = quantized.contents_of(found)
         if not contents.activations or self.seen is None:
             return found
-        with self.stages.stage("timing layers"):
-            candidates = find_candidates(self.model, contents.tensors, self.seen.inputs)
-            profile = time_layers(candidates, contents.activations)
-        record = record_of(found)
-        final = quantized.assemble(self.model, contents, profile)
-        set_outcome(final, record.outcome)
-        record_of(final).curve = record.curve
-        return final
+        with self.stages.stage("timing"):
+            return speed.kept(found, speed.tuned(self.model, contents, self.seen))
 
     def fingerprint(self) -> dict[str, str]:
         """What a search depends on, as far as it can be told."""

@@ -7,9 +7,10 @@ original modules run unchanged; hooks let `state_dict` give their codes, recover
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -20,6 +21,7 @@ from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.exporting import Dynamic, Exported, export_onnx
+from pared.graphs import Halved, Server
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
@@ -234,10 +236,22 @@ def _refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object)
     )
 
 
+def _forward(modules: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a model's own class, where nothing faster answers; with its signature."""
+
+    @functools.wraps(modules)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found = record_of(self).server.serve(self, args, kwargs, modules)
+        return modules(self, *args, **kwargs) if found is NotImplemented else found
+
+    return forward
+
+
 def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
     if (base, face) not in _CLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         offered = {name: _FACE[name] for name in sorted(face)}
+        offered["forward"] = _forward(base.forward)
         if hasattr(base, "save_pretrained"):
             offered["save_pretrained"] = _refuse_save_pretrained
         _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
@@ -277,11 +291,25 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
+    server = _server(profile, memory)
+    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome, server)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
+
+
+def _server(profile: Profile, memory: Memory) -> Server:
+    """What answers calls in place of the modules."""
+    if memory == "small" or profile.whole == "float32":
+        return Server(outline_of)
+    return Halved(outline_of) if profile.whole == "bfloat16" else Server(outline_of, profile.graphs)
+
+
+def modules_of(model: nn.Module) -> Callable[..., Any]:
+    """The forward of the model's own class."""
+    found: Callable[..., Any] = next(b for b in type(model).__mro__ if not issubclass(b, Quantized)).forward
+    return found
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
@@ -345,12 +373,21 @@ def _refuse_edited(model: nn.Module, record: Record) -> None:
 
 def skeleton_of(model: nn.Module) -> nn.Module:
     """An empty float model of the original class, on the meta device."""
-    empty = clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
-    del empty.__dict__[RECORD]
-    empty.__class__ = next(base for base in type(empty).__mro__ if Quantized not in base.__mro__)
-    for module in empty.modules():
+    return _float_form(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
+def outline_of(model: nn.Module) -> nn.Module:
+    """A float model of the original class with the same tensors; those that are held in codes are on the meta device."""
+    return _float_form(model, lambda tensor: tensor)
+
+
+def _float_form(model: nn.Module, content: Callable[[Tensor], Tensor]) -> nn.Module:
+    found = clone_structure(model, content)
+    del found.__dict__[RECORD]
+    found.__class__ = next(base for base in type(found).__mro__ if Quantized not in base.__mro__)
+    for module in found.modules():
         detach(module)
         if isinstance(module, Counterpart):
             restore(module)
-    rejoin_fast_paths(empty)
-    return empty
+    rejoin_fast_paths(found)
+    return found

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import platform
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 from pared.stats import Call
+from pared.ways import Argument, text_of
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,10 @@ _LEAST_RUNS: Final = 7
 _MOST_RUNS: Final = 200
 _SECONDS: Final = 0.06
 _WARM_UP: Final = 2
+_HOPELESS: Final = 1.5  # times the fastest: what is slower after the warm-up and a run is timed no more
+
+# What is not float32 in modules, the default, has to be faster by this: else it is noise, or not worth its rounding.
+_WORTH: Final = 0.9
 
 
 Kernel = Literal["float32", "bfloat16", "int8"]
@@ -49,15 +57,45 @@ class Timing:
 
     @property
     def kernel(self) -> Kernel:
-        """The fastest.
+        """The fastest, if it is faster than float32 by a tenth at least.
 
-        >>> Timing((1, 2), 3.0, 2.0, 2.5).kernel
-        'bfloat16'
+        >>> Timing((1, 2), 3.0, 2.0, 2.5).kernel, Timing((1, 2), 3.0, 3.5, 2.9).kernel
+        ('bfloat16', 'float32')
         """
-        best = min(self.float32_ms, self.bfloat16_ms, self.int8_ms)
-        if self.float32_ms == best:
-            return "float32"
-        return "bfloat16" if self.bfloat16_ms == best else "int8"
+        best: Kernel = "bfloat16" if self.bfloat16_ms < self.int8_ms else "int8"
+        return best if min(self.bfloat16_ms, self.int8_ms) <= _WORTH * self.float32_ms else "float32"
+
+
+@dataclass(frozen=True)
+class CallTiming:
+    """The measured times of one call of the whole model.
+
+    Args:
+        arguments: of the call, without their numbers.
+        float32_ms: the best of several runs of the float model, in milliseconds.
+        bfloat16_ms: of a copy in bfloat16, from and to float32; None if there is none.
+        modules_ms: of the quantized model, each layer with its own kernel.
+        graph_ms: of its graph; None if there is none.
+        because: why something is None.
+    """
+
+    arguments: tuple[Argument, ...]
+    float32_ms: float
+    bfloat16_ms: float | None
+    modules_ms: float
+    graph_ms: float | None
+    because: str = ""
+
+    @property
+    def way(self) -> str:
+        """The way of calling."""
+        return text_of(self.arguments)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CallTiming:
+        """The inverse of `dataclasses.asdict`."""
+        arguments = tuple(Argument(**{**one, "shape": tuple(one["shape"])}) for one in data["arguments"])
+        return cls(**{**data, "arguments": arguments})
 
 
 @dataclass(frozen=True)
@@ -74,11 +112,13 @@ class Profile:
 
     machine: Mapping[str, Any]
     layers: Mapping[str, Timing] = field(default_factory=dict)
+    calls: tuple[CallTiming, ...] = ()
 
     def to_json(self) -> str:
         """The text of `engine.json`."""
         layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
-        return json.dumps({"machine": dict(self.machine), "layers": layers}, indent=1)
+        calls = [asdict(timing) for timing in self.calls]
+        return json.dumps({"machine": dict(self.machine), "layers": layers, "calls": calls}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
@@ -87,7 +127,36 @@ class Profile:
         layers = {
             name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
         }
-        return cls(dict(data["machine"]), layers)
+        calls = tuple(CallTiming.from_json(one) for one in data.get("calls", ()))
+        return cls(dict(data["machine"]), layers, calls)
+
+    @property
+    def graphs(self) -> tuple[tuple[Argument, ...], ...]:
+        """The calls, one for each way of calling, in which a graph is faster than modules by a tenth at least."""
+        found = {}
+        for way in dict.fromkeys(one.way for one in self.calls):
+            own = [one for one in self.calls if one.way == way]
+            ratios = [one.graph_ms / one.modules_ms for one in own if one.graph_ms is not None]
+            if len(ratios) == len(own) and statistics.geometric_mean(ratios) <= _WORTH:
+                found[way] = max((one.arguments for one in own), key=_numbers)
+        return tuple(found.values())
+
+    @property
+    def whole(self) -> Kernel:
+        """What the whole model runs in: "int8" (each layer as it is fastest) if that beats float by a tenth at least.
+
+        Over the calls that were measured, by the geometric mean; int8 if none was.
+        """
+        if not self.calls:
+            return "int8"
+        served = {text_of(arguments) for arguments in self.graphs}
+        int8 = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
+        half = [one.bfloat16_ms or math.inf for one in self.calls]
+        float32 = [one.float32_ms for one in self.calls]
+        ours, theirs = (_mean_ratio(times, float32) for times in (int8, half))
+        if min(ours, theirs) > _WORTH:
+            return "float32"
+        return "int8" if ours <= theirs else "bfloat16"
 
     def running(self, module: str, reason: str = "") -> Running:
         """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.
@@ -101,9 +170,19 @@ class Profile:
         """
         if reason:
             return Running("float32", reason)
+        if self.whole != "int8":
+            return Running("float32", f"the whole model was faster in {self.whole} here")
         timing = self.layers.get(module)
         kernel = "int8" if timing is None else timing.kernel
         return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")
+
+
+def _mean_ratio(times: list[float], others: list[float]) -> float:
+    return statistics.geometric_mean(a / b for a, b in zip(times, others, strict=True)) if times else math.inf
+
+
+def _numbers(arguments: tuple[Argument, ...]) -> int:
+    return sum(math.prod(one.shape) for one in arguments if one.dtype)
 
 
 def this_machine() -> dict[str, Any]:
@@ -131,18 +210,28 @@ def measure(
         call: what each is called with; None: random numbers of the shape and the type.
     """
     call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
-    best = dict.fromkeys(layers, float("inf"))
+    forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
+    times = fastest_ms(forms)
+    return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
+
+
+def fastest_ms(forms: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+    """The shortest time of each of several functions, in milliseconds; they run in turns, without gradients."""
+    best = dict.fromkeys(forms, math.inf)
     with torch.inference_mode():
         begin = time.perf_counter()
         for attempt in range(_WARM_UP + _MOST_RUNS):
-            for kernel, layer in layers.items():
+            least = min(best.values())
+            for form, run in forms.items():
+                if attempt > _WARM_UP and best[form] > _HOPELESS * least:
+                    continue
                 start = time.perf_counter()
-                layer(*call.args, **call.kwargs)
+                run()
                 if attempt >= _WARM_UP:
-                    best[kernel] = min(best[kernel], time.perf_counter() - start)
+                    best[form] = min(best[form], time.perf_counter() - start)
             if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:
                 break
-    return Timing(shape, *(1e3 * best[kernel] for kernel in ("float32", "bfloat16", "int8")))
+    return {form: 1e3 * seconds for form, seconds in best.items()}
 
 
 def profile_beside(artifact: Path) -> Profile:

@@ -82,6 +82,16 @@ class Geometry:
             padding = 0
         return cls(_each(stride, dimensions), _each(padding, dimensions), spread, groups, trailing)
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The zeros before and after each dimension of space, the last one first.
+
+        >>> Geometry.of((3, 4), padding="same").sides
+        (1, 2, 1, 1)
+        """
+        ends = zip(reversed(self.padding), reversed(self.trailing), strict=True)
+        return tuple(zeros for before, more in ends for zeros in (before, before + more))
+
 
 @dataclass(frozen=True, eq=False)
 class Packed:
@@ -257,7 +267,7 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
     codes = quantize(batch, scale, zero_point, packed.levels)
     moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
     if zero_point or any(moves.trailing):
-        codes, padding = _pad(codes, moves, zero_point), (0,) * len(padding)
+        codes, padding = pad_codes(codes, moves.sides, zero_point), (0,) * len(padding)
     if zero_point:
         # The kernel is not told of the zero point: it would arrange the whole weight anew at every call.
         shift = packed.sums * (-scale * zero_point)
@@ -288,12 +298,16 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
     return (out.squeeze(0) if x.dim() < batch.dim() else out).to(x.dtype)
 
 
-def _pad(codes: Tensor, geometry: Geometry, zero_point: int) -> Tensor:
-    """The codes with the code of zero around them, in the kernel's own layout."""
+def pad_codes(codes: Tensor, sides: Sequence[int], zero_point: int) -> Tensor:
+    """The codes with the code of zero around them, in the kernel's own layout.
+
+    Args:
+        codes: uint8 of shape (batch, in, space...).
+        sides: how many before and after each dimension of space, the last one first.
+        zero_point: the code of zero.
+    """
     if layout := _CHANNELS_LAST.get(codes.dim() - 2):
         codes = codes.contiguous(memory_format=layout)
-    ends = zip(reversed(geometry.padding), reversed(geometry.trailing), strict=True)
-    sides = [zeros for before, more in ends for zeros in (before, before + more)]
     return F.pad(codes, sides, value=zero_point) if any(sides) else codes
 
 

@@ -9,6 +9,7 @@ activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,13 +107,38 @@ def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     floats = _floats(x, packed)
     if not floats.numel():
         return _without_input(x, packed, bias)
-    codes, scale, zero_point = quantize_rows(floats.reshape(-1, packed.inputs), packed.levels)
-    out = _product(codes, 1.0, 0, packed, None)
+    return product_of_rows(rows_of(floats, packed.levels), packed, bias).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Rows(NamedTuple):
+    """An input, each row on a grid of its own: several products may share it.
+
+    Args:
+        codes: uint8 of shape (rows, in).
+        scale, zero_point: float32 of shape (rows, 1).
+        leading: the shape of the input without its last dimension.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    leading: tuple[int, ...]
+
+
+def rows_of(x: Tensor, levels: int) -> Rows:
+    """What `dynamic` makes of its input: float32 of shape (..., in), of one number at least."""
+    return Rows(*quantize_rows(x.reshape(-1, x.shape[-1]), levels), tuple(x.shape[:-1]))
+
+
+def product_of_rows(rows: Rows, packed: Packed, bias: Tensor | None) -> Tensor:
+    """What `dynamic` computes, in float32 of shape (..., out)."""
+    out = _product(rows.codes, 1.0, 0, packed, None)
     # The kernel knows one zero point for all rows: each row's own comes off here. In place: new memory is
     # slow.
-    out.addcmul_(zero_point, packed.sums, value=-1.0)
+    out.addcmul_(rows.zero_point, packed.sums, value=-1.0)
     bias = float_bias(bias)
-    return _like(x, out.mul_(scale) if bias is None else torch.addcmul(bias, out, scale, out=out))
+    out = out.mul_(rows.scale) if bias is None else torch.addcmul(bias, out, rows.scale, out=out)
+    return out.view(*rows.leading, out.shape[-1])
 
 
 def reference(

@@ -72,7 +72,7 @@ class WeightHandle(torch.Tensor):
         if func in KERNELS and len(args) > 1 and isinstance(args[1], WeightHandle) and _is_input(func, args[0]):
             owner, attribute = args[1].owner, args[1].attribute
             if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(func, 0),)):
-                return _run(func, owner, attribute, args[0], *args[2:], **(kwargs or {}))
+                return run_kernel(func, owner, attribute, args[0], *args[2:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():  # else the result would be a handle too
             return func(*args, **(kwargs or {}))
 
@@ -159,7 +159,7 @@ class Counterpart(nn.Module):
         if self.pared_activation is None or not self._pared_serves(args, kwargs):
             return super().forward(*args, **kwargs)
         if self._pared_plain and len(args) == 1 and not kwargs and _is_input(F.linear, args[0]):
-            return _run(F.linear, self, "weight", args[0], self._parameters["bias"])
+            return run_kernel(F.linear, self, "weight", args[0], self._parameters["bias"])
         if self._pared_forward is not None and self.pared_in_bfloat16:
             return _in_bfloat16(self, args, kwargs)
         run = functools.partial(self._pared_forward, self) if self._pared_forward is not None else super().forward
@@ -174,7 +174,7 @@ class Counterpart(nn.Module):
 
     def _pared_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
-        if torch.compiler.is_compiling() or _is_traced() or _is_transformed():
+        if not is_ordinary_call():
             return False
         if not self.pared_codes(next(iter(self.pared_views))).is_cpu:
             return False
@@ -339,14 +339,12 @@ def _tell_of_device(device: torch.device) -> None:
     log.warning("int8 kernels are CPU only: on %s the layers run on floats, decoded from the codes", device)
 
 
-def _is_traced() -> bool:
-    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # torch's
-    return traced
-
-
-def _is_transformed() -> bool:
-    """Whether a transformation of functions (`torch.func.vmap`, `jvp`) or forward-mode differentiation is at work."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+def is_ordinary_call() -> bool:
+    """Whether this is no capture of a graph and no transformation of functions: packed weights are opaque to both."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
+        return False
+    # `torch.func.vmap`, `jvp`, or forward-mode differentiation.
+    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
 
 
 def _is_input(func: Callable[..., Any], x: object) -> bool:
@@ -354,7 +352,9 @@ def _is_input(func: Callable[..., Any], x: object) -> bool:
     return type(x) is Tensor and (x.is_floating_point() or func in (F.embedding, F.embedding_bag))
 
 
-def _run(func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+def run_kernel(
+    func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor, *rest: Any, **named: Any
+) -> Tensor:
     """A product of one of the owner's weights, by the kernel that was found to be fastest."""
     if not owner.pared_in_bfloat16:
         return KERNELS[func](owner, attribute, x, *rest, **named)

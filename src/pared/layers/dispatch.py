@@ -34,11 +34,26 @@ def _activation(owner: Owner) -> Activation:
     return owner.pared_activation
 
 
-def linear_product(owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The counterpart of `F.linear`."""
-    packed = owner.pared_packed(
+def packed_linear(owner: Owner, attribute: str) -> linear.Packed:
+    """A weight of `F.linear` as its kernel wants it."""
+    packed: linear.Packed = owner.pared_packed(
         attribute, lambda: linear.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute))
     )
+    return packed
+
+
+def packed_filter(owner: Owner, attribute: str, geometry: Geometry) -> conv.Packed:
+    """A convolution's weight as its kernel wants it."""
+    packed: conv.Packed = owner.pared_packed(
+        (attribute, geometry),
+        lambda: conv.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute), geometry),
+    )
+    return packed
+
+
+def linear_product(owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The counterpart of `F.linear`."""
+    packed = packed_linear(owner, attribute)
     activation = _activation(owner)
     if activation.mode == "dynamic":
         return linear.dynamic(x, packed, bias)
@@ -49,11 +64,8 @@ def _convolution(
     owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None, *moves: Any, **named_moves: Any
 ) -> Tensor:
     """The counterpart of `F.conv1d`, `F.conv2d` and `F.conv3d`: stride, padding, dilation and groups are `moves`."""
-    codes = owner.pared_codes(attribute)
-    geometry = Geometry.of(codes.shape[2:], *moves, **named_moves)
-    packed = owner.pared_packed(
-        (attribute, geometry), lambda: conv.pack(codes, owner.pared_row_steps(attribute), geometry)
-    )
+    geometry = Geometry.of(owner.pared_codes(attribute).shape[2:], *moves, **named_moves)
+    packed = packed_filter(owner, attribute, geometry)
     activation = _activation(owner)
     if activation.mode == "dynamic":
         return conv.dynamic(x, packed, bias)

@@ -1,0 +1,78 @@
+"""A graph that is being worked on: operators, and the values that they refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+# What can stand in the code of a graph; all else is referred to.
+_WRITTEN: Final = (fx.Node, bool, int, float, str, type(None), tuple, list, torch.dtype)
+
+
+class Draft:
+    """A graph and its values: tensors, packed weights, counterparts.
+
+    Args:
+        graph: values are its `get_attr` nodes.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.values: dict[str, Any] = {}
+        self._names: dict[int, str] = {}
+
+    def value(self, held: object) -> fx.Node:
+        """A node that gives a value, at the place where nodes are inserted."""
+        name = self._names.setdefault(id(held), f"value_{len(self._names)}")
+        self.values[name] = held  # which keeps it alive, and its id its own
+        return self.graph.get_attr(name)
+
+    def held(self, node: object) -> Any:
+        """The value that a node gives; None for None.
+
+        Raises:
+            KeyError: it gives what is computed.
+        """
+        if node is None:
+            return None
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            raise KeyError(node)
+        return self.values[str(node.target)]
+
+    def calls(self, *targets: object) -> Iterator[fx.Node]:
+        """The nodes that call one of these, in order; the graph may be changed on the way."""
+        yield from [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]
+
+    def before(self, node: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A new node in front of another; arguments that are tensors or other objects become values."""
+        with self.graph.inserting_before(node):
+            return self.graph.call_function(target, tuple(self._given(one) for one in args), kwargs)
+
+    def _given(self, argument: Any) -> Any:
+        return argument if isinstance(argument, _WRITTEN) else self.value(argument)
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Give what used a node another one, which takes over what is known of its output."""
+        new.meta = {**old.meta, **new.meta}
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def tidy(self) -> None:
+        """Drop what nobody uses."""
+        self.graph.eliminate_dead_code()
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        self.values = {name: held for name, held in self.values.items() if name in used}
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that uses another."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def rank_of(node: object) -> int:
+    """How many dimensions a node's tensor has; -1 if it gives none."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dim() if isinstance(value, Tensor) else -1

@@ -1,0 +1,112 @@
+"""A graph that runs in place of a model's modules, for calls of one way of calling."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from pared.graphs.capture import Captured, Size, capture
+from pared.graphs.draft import Draft
+from pared.graphs.fusion import fuse, simplify
+from pared.graphs.products import place, share, take_apart
+from pared.ways import Argument, Bound
+
+log = logging.getLogger(__name__)
+
+
+class Graph:
+    """A model's call as operators, int8 products joined with what surrounds them.
+
+    It refers to the model's own tensors and packed weights, and holds few numbers of its own.
+
+    Args:
+        model: the quantized model, whose weights and kernels it takes.
+        skeleton: a float model of the same architecture, whose numbers are not read.
+        arguments: of an example call; sizes may vary where the model allows it.
+
+    Raises:
+        ModelError: it cannot be captured, and why.
+    """
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module, arguments: Sequence[Argument]) -> None:
+        captured = capture(skeleton, arguments)
+        self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
+        self._outputs: TreeSpec = captured.outputs
+        self.module = compiled(captured, model)
+
+    def fits(self, bound: Bound) -> bool:
+        """Whether the sizes of the inputs are such as it was captured for, and none is empty."""
+        known: dict[str, int] = {}
+        tensors = [value for value in bound.values() if type(value) is Tensor]
+        for tensor, sizes in zip(tensors, self._sizes, strict=True):
+            for given, size in zip(tensor.shape, sizes, strict=True):
+                if size.fixed is not None:
+                    if given != size.fixed:
+                        return False
+                elif not given or given > size.most or known.setdefault(size.symbol, given) != given:
+                    return False
+                elif 1 < given < size.least:
+                    return False
+        return True
+
+    def __call__(self, bound: Bound) -> Any:
+        """What the model returns."""
+        tensors = [value for value in bound.values() if type(value) is Tensor]
+        return tree_unflatten(self.module(*tensors), self._outputs)
+
+
+def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
+    """The operators as a module, whose inputs are the call's tensors, products of codes in place of float ones."""
+    graph = fx.Graph()
+    output = graph.graph_copy(captured.graph, copies := {})
+    graph.output(output)
+    draft = Draft(graph)
+    by_name = {str(old.name): new for old, new in copies.items()}
+    for name, constant in captured.constants.items():
+        _give(draft, by_name[name], constant)
+    simplify(draft)
+    place(draft, model, {by_name[name]: tensor for name, tensor in captured.tensors.items()})
+    take_apart(draft)
+    share(draft)
+    fuse(draft)
+    _keep_layout(draft)
+    draft.tidy()
+    return _module(draft)
+
+
+def _give(draft: Draft, placeholder: fx.Node, value: Tensor) -> None:
+    with draft.graph.inserting_before(placeholder):
+        placeholder.replace_all_uses_with(draft.value(value))
+    draft.graph.erase_node(placeholder)
+
+
+def _keep_layout(draft: Draft) -> None:
+    """Outputs that the modules give in contiguous memory are given so: users may look at them as they like."""
+    (output,) = (node for node in draft.graph.nodes if node.op == "output")
+    found = []
+    for one in output.args[0]:
+        value = one.meta.get("val") if isinstance(one, fx.Node) else None
+        if isinstance(value, Tensor) and value.is_contiguous():
+            one = draft.before(output, torch.ops.aten.contiguous.default, one)
+        found.append(one)
+    output.args = (found,)
+
+
+def _module(draft: Draft) -> fx.GraphModule:
+    # Values are plain attributes: packed weights are no tensors that a module could register.
+    module = fx.GraphModule(_Values(draft.values), draft.graph)
+    module.__dict__.update(draft.values)
+    return module
+
+
+class _Values(nn.Module):
+    """Where a graph's references are looked up while it is made into a module."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.__dict__.update(values)

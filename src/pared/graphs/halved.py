@@ -1,0 +1,60 @@
+"""A model in bfloat16, where that is faster than all else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from pared.graphs.serving import Server, Skeleton, wants_gradients
+from pared.layers.counterpart import is_ordinary_call
+from pared.layers.halves import cast_floats
+from pared.tensors import clone_structure, refresh_recurrent
+
+
+def halved(model: nn.Module) -> Callable[..., Any]:
+    """A copy of a float model in bfloat16, as a function from and to float32.
+
+    Args:
+        model: in eval mode; it is left as it is.
+    """
+    copied = clone_structure(model, lambda tensor: cast_floats(tensor.detach(), torch.bfloat16)).eval()
+    refresh_recurrent(copied)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = cast_floats((args, kwargs), torch.bfloat16)
+        return cast_floats(copied(*args, **kwargs), torch.float32)
+
+    return run
+
+
+class Halved(Server):
+    """Answers all ordinary calls with a copy in bfloat16, made at the first.
+
+    Args:
+        skeleton: gives a float model of the same architecture and class, all of whose numbers are there.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        super().__init__(skeleton)
+        self._run: Callable[..., Any] | None = None
+        self._making = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Halved:
+        """A copied model makes its own."""
+        return Halved(self._skeleton)
+
+    def serve(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+        """See `Server.serve`."""
+        if model.training or not is_ordinary_call() or wants_gradients(model, (args, kwargs)):
+            return NotImplemented
+        with self._making:
+            if self._run is None:
+                self._run = halved(self._skeleton(model))
+        return self._run(*args, **kwargs)

@@ -1,0 +1,175 @@
+"""Products of weights in codes take the place of float ones in a graph, first as modules would compute them.
+
+A static product is then taken apart into the quantization of its input and the kernel itself, so that both can be
+joined with their neighbours (`fusion`); a dynamic one into the rows' quantization and the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pared.graphs.draft import Draft, rank_of
+from pared.kernels.activation import quantize
+from pared.kernels.conv import Geometry, pad_codes
+from pared.kernels.linear import product_of_rows, rows_of
+from pared.layers import Counterpart
+from pared.layers.counterpart import run_kernel
+from pared.layers.dispatch import OUTPUTS, packed_filter, packed_linear
+
+_ATEN: Final = torch.ops.aten
+# The operators of a graph and the functions of modules that they come from: the arguments after the weight are alike.
+_FUNCTIONS: Final[Mapping[object, Callable[..., Tensor]]] = {
+    _ATEN.linear.default: F.linear,
+    _ATEN.conv1d.default: F.conv1d,
+    _ATEN.conv1d.padding: F.conv1d,
+    _ATEN.conv2d.default: F.conv2d,
+    _ATEN.conv2d.padding: F.conv2d,
+    _ATEN.conv3d.default: F.conv3d,
+    _ATEN.conv3d.padding: F.conv3d,
+    _ATEN.conv_transpose1d.default: F.conv_transpose1d,
+    _ATEN.conv_transpose2d.input: F.conv_transpose2d,
+    _ATEN.embedding.default: F.embedding,
+}
+_CONVOLUTIONS: Final = (F.conv1d, F.conv2d, F.conv3d)
+QLINEAR: Final = torch.ops.onednn.qlinear_pointwise.default
+QCONVS: Final = tuple(getattr(torch.ops.onednn, f"qconv{n}d_pointwise").default for n in (1, 2, 3))
+
+
+def quantize_rows_of_memory(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
+    """The codes of a linear layer's input, which its kernel wants in contiguous memory."""
+    return quantize(x.contiguous(), scale, zero_point, levels)
+
+
+def place(draft: Draft, model: nn.Module, tensors: Mapping[fx.Node, str]) -> None:
+    """Let products run on codes where the model's own modules do.
+
+    Args:
+        draft: as captured; the placeholders of tensors are replaced by values.
+        model: the quantized model.
+        tensors: the dotted names of tensors, by placeholder.
+    """
+    for placeholder, name in tensors.items():
+        for node in list(placeholder.users):
+            counterpart = _owner(node, placeholder, name, model)
+            if counterpart is not None:
+                _place(draft, node, counterpart, name.rpartition(".")[2])
+    for placeholder, name in tensors.items():
+        if placeholder.users:
+            with draft.graph.inserting_before(placeholder):
+                placeholder.replace_all_uses_with(draft.value(_floats(model, name)))
+        draft.graph.erase_node(placeholder)
+
+
+def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Counterpart | None:
+    """The counterpart in whose own forward a product of its weight stands."""
+    function = _FUNCTIONS.get(node.target)
+    place = 0 if function is F.embedding else 1
+    if function is None or len(node.args) <= place or node.args[place] is not weight:
+        return None
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    inner = path.partition("@")[0].removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
+    owner, attribute = model.get_submodule(inner), name.rpartition(".")[2]
+    if not isinstance(owner, Counterpart) or owner.pared_activation is None or attribute not in owner.pared_views:
+        return None
+    if owner._pared_forward is not None or owner is not model.get_submodule(name.rpartition(".")[0]):
+        return None
+    return owner if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(function, 0),)) else None
+
+
+def _floats(model: nn.Module, name: str) -> Tensor:
+    """A tensor of the model itself, or decoded if it is held in codes."""
+    module, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(module)
+    if isinstance(owner, Counterpart) and attribute in owner.pared_views:
+        return owner.pared_decode(attribute)
+    found: Tensor = owner._parameters[attribute] if attribute in owner._parameters else owner._buffers[attribute]
+    return found.detach()
+
+
+def _place(draft: Draft, node: fx.Node, owner: Counterpart, attribute: str) -> None:
+    function = _FUNCTIONS[node.target]
+    weight = 0 if function is F.embedding else 1
+    args = [one for i, one in enumerate(node.args) if i != weight]
+    draft.replace(node, draft.before(node, run_kernel, function, owner, attribute, *args, **node.kwargs))
+
+
+def take_apart(draft: Draft) -> None:
+    """Split products into quantization and kernel where the input's rank is the usual one."""
+    for node in draft.calls(run_kernel):
+        function, held = (draft.held(one) for one in node.args[:2])
+        attribute, x, *rest = node.args[2:]
+        value = x.meta.get("val")
+        if held.pared_in_bfloat16 or value is None or value.dtype is not torch.float32:
+            continue
+        activation = held.pared_activation
+        assert activation is not None, "it runs on codes"
+        if function is F.linear and rank_of(x) > 1:
+            (_static_linear if activation.mode == "static" else _dynamic_linear)(draft, node, held, attribute, x, *rest)
+        elif function in _CONVOLUTIONS and activation.mode == "static":
+            geometry = Geometry.of(held.pared_codes(attribute).shape[2:], *rest[1:], **node.kwargs)
+            if rank_of(x) == len(geometry.stride) + 2:
+                _static_convolution(draft, node, held, attribute, x, geometry, rest[0] if rest else None)
+
+
+def _bias(draft: Draft, bias: Any) -> Tensor | None:
+    found = draft.held(bias)
+    return None if found is None else found.float()
+
+
+def _static_linear(
+    draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node, bias: Any = None
+) -> None:
+    packed = packed_linear(owner, attribute)
+    scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
+    codes = draft.before(node, quantize_rows_of_memory, x, scale, zero_point, packed.levels)
+    weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
+    after = (1.0, 0, torch.float32, "none", [], "")
+    draft.replace(node, draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *after))
+
+
+def _dynamic_linear(
+    draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node, bias: Any = None
+) -> None:
+    packed = packed_linear(owner, attribute)
+    rows = draft.before(node, rows_of, x, packed.levels)
+    draft.replace(node, draft.before(node, product_of_rows, rows, packed, _bias(draft, bias)))
+
+
+def _static_convolution(
+    draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node, geometry: Geometry, bias: Any
+) -> None:
+    packed = packed_filter(owner, attribute, geometry)
+    scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
+    codes, padding = draft.before(node, quantize, x, scale, zero_point, packed.levels), geometry.padding
+    if zero_point or any(geometry.trailing):
+        codes, padding = draft.before(node, pad_codes, codes, geometry.sides, zero_point), (0,) * len(padding)
+    shift = packed.sums * (-scale * zero_point)
+    given = _bias(draft, bias)
+    total = shift if given is None else shift + given
+    weight = (packed.weight, packed.step, packed.zeros, total)
+    moves = (geometry.stride, padding, geometry.dilation, geometry.groups)
+    after = (1.0, 0, torch.float32, "none", [], "")
+    kernel = QCONVS[len(geometry.stride) - 1]
+    made = draft.before(node, kernel, codes, scale, 0, *weight, *moves, *after)
+    made.meta["filter"] = (owner, attribute, geometry)
+    draft.replace(node, made)
+
+
+def share(draft: Draft) -> None:
+    """Quantize the same input once, whoever multiplies it."""
+    known: dict[object, fx.Node] = {}
+    for node in draft.calls(quantize, quantize_rows_of_memory, rows_of):
+        key = (node.target, *node.args)
+        if key in known:
+            draft.replace(node, known[key])
+        else:
+            known[key] = node
+
+
+__all__ = ["QCONVS", "QLINEAR", "place", "quantize_rows_of_memory", "share", "take_apart"]

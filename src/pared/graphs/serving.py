@@ -1,0 +1,202 @@
+"""Which calls of a quantized model something else than its modules answers: a graph, or a copy in bfloat16."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from pared.errors import ModelError
+from pared.graphs.graph import Graph
+from pared.ways import Argument, Bound, bind, parameters_of, way_of
+from pared.layers import Counterpart
+from pared.layers.counterpart import is_ordinary_call
+
+log = logging.getLogger(__name__)
+
+# The share of the output's energy in which a graph and the modules may differ: joined operators round elsewhere, and one
+# code more or less grows on the way. What is wrong differs by far more.
+_TOLERANCE: Final = 1e-2
+
+Skeleton = Callable[[nn.Module], nn.Module]
+
+
+class Server:
+    """The graphs of a model, each made at the first call that it serves.
+
+    At that call, and at the first with other dimensions of size 1, the modules run as well, and a graph that does not
+    give what they give is dropped.
+
+    Args:
+        skeleton: gives a float model of the same architecture and class, whose numbers are not read.
+        wanted: an example call for every way of calling that a graph is to serve.
+    """
+
+    def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
+        self._skeleton = skeleton
+        self.wanted = tuple(tuple(arguments) for arguments in wanted)
+        self._ways = {_way(arguments): arguments for arguments in self.wanted}
+        self._graphs: dict[object, _Served] = {}
+        self._lock = threading.RLock()
+        self._names: tuple[str, ...] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Server:
+        """A copied model makes its own: a graph refers to the tensors of one."""
+        return Server(self._skeleton, self.wanted)
+
+    def serve(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+        """What the model returns for a call; NotImplemented if the modules have to answer.
+
+        Args:
+            model: the quantized model.
+            args: of the call.
+            kwargs: of the call.
+            modules: its own forward.
+        """
+        if not self._ways or not is_ordinary_call() or torch.is_autocast_enabled("cpu"):
+            return NotImplemented
+        if self._names is None:
+            self._names = parameters_of(model)
+        bound = bind(self._names, args, kwargs)
+        arguments = None if bound is None else self._ways.get(way_of(bound))
+        if bound is None or arguments is None or wants_gradients(model, bound):
+            return NotImplemented
+        served = self._graphs.get(way_of(bound))
+        if served is None or not served.is_current():
+            served = self._made(model, way_of(bound), arguments)
+        return served.run(bound, lambda: modules(model, *args, **kwargs))
+
+    def _made(self, model: nn.Module, way: object, arguments: Sequence[Argument]) -> _Served:
+        with self._lock:
+            found = self._graphs.get(way)
+            if found is None or not found.is_current():
+                found = self._graphs[way] = _Served(model, self._skeleton(model), arguments)
+        return found
+
+    def reason(self, bound: Bound) -> str:
+        """Why no graph serves a call that one should, in words; empty if one does."""
+        served = self._graphs.get(way_of(bound))
+        return "" if served is None else served.reason
+
+
+def _way(arguments: Sequence[Argument]) -> object:
+    return way_of({one.name: one.example() for one in arguments})
+
+
+class _Served:
+    """A graph beside the modules that it stands for; without a graph, and with a reason, if there can be none."""
+
+    def __init__(self, model: nn.Module, skeleton: nn.Module, arguments: Sequence[Argument]) -> None:
+        self.graph: Graph | None = None
+        self.reason = ""
+        self._watch = _Watch(model)
+        self._checked: set[tuple[bool, ...]] = set()
+        self._lock = threading.Lock()
+        try:
+            self.graph = Graph(model, skeleton, arguments)
+        except ModelError as error:
+            self._drop(error.what)
+
+    def is_current(self) -> bool:
+        return self._watch.is_current()
+
+    def run(self, bound: Bound, modules: Callable[[], Any]) -> Any:
+        graph = self.graph
+        if graph is None or not graph.fits(bound) or not self._watch.is_undisturbed():
+            return NotImplemented
+        ones = tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)
+        if ones in self._checked:
+            return graph(bound)
+        with self._lock:
+            return self._check(graph, bound, ones, modules())
+
+    def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
+        try:
+            same = agree(graph(bound), expected)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what operators raise of a wrong shape
+            self._drop(f"the graph cannot take such inputs ({type(error).__name__}: {error})")
+            return expected
+        if same:
+            self._checked.add(ones)
+        else:
+            self._drop("the graph does not give what the modules give")
+        return expected
+
+    def _drop(self, reason: str) -> None:
+        self.graph, self.reason = None, reason
+        log.info("the modules run, without a graph: %s", reason)
+
+
+class _Watch:
+    """What a graph takes for granted about the modules that it stands for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules = list(model.modules())
+        self._children = [(m._modules, name, child) for m in self._modules for name, child in m._modules.items()]
+        held = [(d, name, t) for m in self._modules for d in (m._parameters, m._buffers) for name, t in d.items()]
+        self._tensors = [(d, name, t, _version(t)) for d, name, t in held if t is not None]
+        counterparts = [one for one in self._modules if isinstance(one, Counterpart)]
+        self._packed = [(one, one._pared_packed) for one in counterparts]
+
+    def is_current(self) -> bool:
+        """Whether all numbers are the same: packed weights, and tensors that were not written to."""
+        return all(one._pared_packed is packed for one, packed in self._packed) and all(
+            held.get(name) is tensor and _version(tensor) == version for held, name, tensor, version in self._tensors
+        )
+
+    def is_undisturbed(self) -> bool:
+        """Whether all modules are where they were, in eval mode, and nobody listens to one of them but the first."""
+        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]  # torch's
+            return False
+        if any(children.get(name) is not child for children, name, child in self._children):
+            return False
+        root = self._model
+        return not any(
+            one.training or ((one._forward_hooks or one._forward_pre_hooks) and one is not root)
+            for one in self._modules
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 where that is not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def wants_gradients(model: nn.Module, given: object) -> bool:
+    """Whether a call has to be differentiated: what packs weights cannot be."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(one, Tensor) and one.requires_grad for one in (*tree_leaves(given), *model.parameters()))
+
+
+def agree(found: object, expected: object, tolerance: float = _TOLERANCE) -> bool:
+    """Whether two outputs are the same but for rounding: floats by their energy, all else exactly.
+
+    >>> agree([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0001])]), agree(torch.ones(2), torch.ones(3))
+    (True, False)
+    """
+    ours, structure = tree_flatten(found)
+    theirs, their_structure = tree_flatten(expected)
+    return structure == their_structure and all(_agree(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+
+
+def _agree(found: object, expected: object, tolerance: float) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return type(found) is type(expected) and found == expected
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return False
+    ours, theirs = found[finite].double(), expected[finite].double()
+    return bool((ours - theirs).square().sum() <= tolerance * theirs.square().sum())
+

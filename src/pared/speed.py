@@ -1,0 +1,148 @@
+"""What is fastest on this machine: each layer's kernel, graph or modules, int8 or float. Nothing of it changes the file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pared import model as quantized
+from pared.candidates import find_candidates, time_layers
+from pared.contents import Contents
+from pared.graphs import Server, agree, halved
+from pared.profile import CallTiming, fastest_ms
+from pared.record import record_of
+from pared.stats import Call, Statistics, shadow
+from pared.ways import arguments_of, bind, parameters_of, text_of
+
+log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_MOST_WAYS: Final = 3  # of calling that are measured
+_HALF_LOSS: Final = 1e-3  # of the output's energy: as much as `fit` loses unasked
+
+
+def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
+    """The quantized model, with what was measured to be fastest here.
+
+    Args:
+        model: the float model; it is left as it is.
+        contents: of the artifact.
+        seen: of calibration: its calls are made again.
+    """
+    candidates = find_candidates(model, contents.tensors, seen.inputs)
+    profile = time_layers(candidates, contents.activations)
+    by_layers = quantized.assemble(model, contents, profile)
+    profile = replace(profile, calls=time_calls(model, by_layers, seen.calls))
+    return quantized.assemble(model, contents, profile)
+
+
+def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
+    """Time the whole model in all of its forms.
+
+    Args:
+        model: the float model.
+        by_layers: the quantized one, without graphs.
+        calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
+            first sample of that by itself.
+    """
+    outright = shadow(model)
+    names = parameters_of(model)
+    return tuple(_time(outright, by_layers, call, names) for call in chosen(calls, names))
+
+
+def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
+    """The calls that are timed: of each way of calling the largest, the smallest, and a single sample."""
+    ways: dict[object, list[Call]] = {}
+    for call in calls:
+        bound = bind(names, call.args, call.kwargs)
+        ways.setdefault(None if bound is None else text_of(arguments_of(bound)), []).append(call)
+    found = []
+    for way in list(ways.values())[:_MOST_WAYS]:
+        largest, smallest = max(way, key=_numbers), min(way, key=_numbers)
+        found += [largest, *([smallest] if _numbers(smallest) < _numbers(largest) else []), *_single(smallest)]
+    return found
+
+
+def _numbers(call: Call) -> int:
+    return sum(one.numel() for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor))
+
+
+def _single(call: Call) -> list[Call]:
+    """The first sample of a call, if all of its tensors count as many."""
+    tensors = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor)]
+    if any(one.dim() == 0 for one in tensors) or len({len(one) for one in tensors}) != 1 or len(tensors[0]) < 2:
+        return []
+
+    def first(value: object) -> object:
+        return value[:1] if isinstance(value, Tensor) else value
+
+    return [Call(tuple(map(first, call.args)), {name: first(value) for name, value in call.kwargs.items()})]
+
+
+def _time(model: nn.Module, by_layers: nn.Module, call: Call, names: Sequence[str]) -> CallTiming:
+    forms: dict[str, Callable[[], Any]] = {
+        "float32": lambda: model(*call.args, **call.kwargs),
+        "modules": lambda: by_layers(*call.args, **call.kwargs),
+    }
+    reasons = []
+    for name, form in (("bfloat16", _in_bfloat16(model, call)), ("graph", _as_graph(by_layers, call, names))):
+        if isinstance(form, str):
+            reasons.append(f"no {name}: {form}")
+        else:
+            forms[name] = form
+    times: Mapping[str, float] = fastest_ms(forms)
+    bound = bind(names, call.args, call.kwargs)
+    return CallTiming(
+        () if bound is None else arguments_of(bound),
+        times["float32"],
+        times.get("bfloat16"),
+        times["modules"],
+        times.get("graph"),
+        "; ".join(reasons),
+    )
+
+
+def _in_bfloat16(model: nn.Module, call: Call) -> Callable[[], Any] | str:
+    """The call in bfloat16; or why it is no choice."""
+    with torch.inference_mode():
+        expected = model(*call.args, **call.kwargs)
+        try:
+            run = halved(model)
+            found = run(*call.args, **call.kwargs)
+        except Exception as error:  # whatever the model's code raises in another type: the reason is told
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not agree(found, expected, _HALF_LOSS):
+        return "it is too far from float32"
+    return lambda: run(*call.args, **call.kwargs)
+
+
+def _as_graph(by_layers: nn.Module, call: Call, names: Sequence[str]) -> Callable[[], Any] | str:
+    """The call as a graph; or why there is none."""
+    bound = bind(names, call.args, call.kwargs)
+    if bound is None:
+        return "an argument is neither a tensor nor a constant"
+    modules = quantized.modules_of(by_layers)
+    server = Server(quantized.outline_of, [arguments_of(bound)])
+
+    def run() -> Any:
+        return server.serve(by_layers, call.args, dict(call.kwargs), modules)
+
+    with torch.inference_mode():
+        run()  # makes it, and compares
+        if run() is NotImplemented:
+            return server.reason(bound)
+    return run
+
+
+def kept(old: nn.Module, new: ModuleT) -> ModuleT:
+    """A newly assembled model with what is known of an old one."""
+    known, record = record_of(old), record_of(new)
+    record.outcome, record.curve = known.outcome, known.curve
+    return new
+
