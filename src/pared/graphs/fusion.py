@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, fx
 
 from pared.graphs.draft import Draft, only_user, rank_of
-from pared.graphs.products import QCONVS, QLINEAR, quantize_rows_of_memory
+from pared.graphs.products import PLAIN, QCONVS, QLINEAR, quantize_rows_of_memory
 from pared.kernels import conv
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
 from pared.kernels.machine import FULL_LEVELS
+from pared.kernels.patches import channels_first
 from pared.layers.dispatch import packed_filter
 
 _ATEN: Final = torch.ops.aten
 _KERNELS: Final = (QLINEAR, *QCONVS)
-# The last six arguments of every kernel: scale, zero point and type of the output, and what is applied before.
-_AFTER: Final = 6
-_PLAIN: Final = (1.0, 0, torch.float32, "none", [], "")
-
-_ORDINARY: Final = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default)
+_AFTER: Final = len(PLAIN)
+_NORMS: Final = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default)
+# A convolution in float32 that can apply an activation.
+FLOAT_CONV: Final = torch.ops.mkldnn._convolution_pointwise.default
 
 
 def simplify(draft: Draft) -> None:
@@ -49,61 +49,102 @@ def _skip(draft: Draft, node: fx.Node) -> None:
 
 def fuse(draft: Draft) -> None:
     """All rules, in the order in which one makes room for the next."""
-    for node in draft.calls(*_ORDINARY):
+    for node in draft.calls(_ATEN.conv2d.default):
+        _lay_out(draft, node)
+    for node in draft.calls(*_NORMS):
         _fold_norm(draft, node)
     for node in draft.calls(*_ACTIVATIONS):
         _take_in(draft, node)
     for node in draft.calls(quantize):
         _lift(draft, node)
+    for node in draft.calls(pad_codes, _ATEN.pad.default):
+        _pad_inside(draft, node)
     for node in draft.calls(quantize, quantize_rows_of_memory):
         _give_codes(draft, node)
+    for node in draft.calls(FLOAT_CONV):
+        _pack(draft, node)
 
 
 def _plain_kernel(node: Any) -> bool:
-    """Whether a node is an int8 kernel that gives plain floats."""
-    return isinstance(node, fx.Node) and node.target in _KERNELS and tuple(node.args[-_AFTER:]) == _PLAIN
+    """Whether a node is a kernel that gives plain floats, to which it has applied nothing yet."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target is FLOAT_CONV:
+        return tuple(node.args[-3:]) == PLAIN[-3:]
+    return node.target in _KERNELS and tuple(node.args[-_AFTER:]) == PLAIN
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """An image in the layout in which convolutions are fast; it is copied if it has another."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _lay_out(draft: Draft, node: fx.Node) -> None:
+    """A float convolution of images runs on channels-last memory, and can then take in what follows it."""
+    x, weight, *rest = node.args
+    bias, stride, padding, dilation, groups = [*rest, *(None, [1, 1], [0, 0], [1, 1], 1)[len(rest) :]]
+    if rank_of(x) != 4 or not _is_float(x) or not _is_held(weight) or (bias is not None and not _is_held(bias)):
+        return
+    image = draft.before(node, channels_last, x)
+    moves = [list(moved) * (2 // len(moved)) for moved in (padding, stride, dilation)]  # type: ignore[arg-type]  # lists
+    draft.replace(node, draft.before(node, FLOAT_CONV, image, weight, bias, *moves, groups, *PLAIN[-3:]))
+
+
+def _is_float(node: Any) -> bool:
+    return node.meta["val"].dtype is torch.float32
+
+
+def _is_held(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
-    """`norm(step * sums + bias)` is `(step * gain) * sums + (bias * gain + shift)`; where a gain is negative, the codes
-    change their sign instead of the step.
-    """
-    x, weight, bias, mean, variance, *rest = node.args
-    out, epsilon = node, rest[1]
-    if node.target is _ORDINARY[0]:
-        if rest[0]:  # training
-            return
-        epsilon = rest[2]
-    else:
+    """A batch norm after a convolution is a gain and a shift of its channels: they go into its weight and its bias."""
+    x, *parts = node.args[:5]
+    out = node
+    if node.target is not _ATEN.batch_norm.default:
         first = only_user(node)
         if first is None or first.target is not operator.getitem or first.args[1] != 0:
             return
         out = first
-    if not _plain_kernel(x) or only_user(x) is not node or x.target is QLINEAR or mean is None or variance is None:
+    elif node.args[5]:  # training
         return
-    known = [draft.held(one) for one in (weight, bias, mean, variance)]
-    gain = (known[3].double() + epsilon).rsqrt()
-    gain = gain if known[0] is None else gain * known[0].double()
-    shift = -known[2].double() * gain
-    shift = shift if known[1] is None else shift + known[1].double()
-    packed, step, total = _scaled(draft, x, gain)
-    made = draft.before(x, x.target, *x.args[:3], packed, step, x.args[5], (total * gain + shift).float(), *x.args[7:])
+    plain = _plain_kernel(x) and only_user(x) is node and x.target is not QLINEAR  # type: ignore[arg-type,union-attr]
+    if not plain or not isinstance(x, fx.Node) or None in parts[2:]:
+        return
+    weight, bias, mean, variance = (draft.held(one) for one in parts)
+    gain = (variance.double() + node.args[7 if out is node else 6]).rsqrt()
+    gain = gain if weight is None else gain * weight.double()
+    shift = -mean.double() * gain
+    made = _scaled(draft, x, gain, shift if bias is None else shift + bias.double())
     made.meta = {**x.meta, "val": out.meta.get("val", x.meta.get("val"))}
     out.replace_all_uses_with(made)
     for old in dict.fromkeys((out, node, x)):
         draft.graph.erase_node(old)
 
 
-def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The packed weight, the steps times the gain, and the bias as it was."""
+def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.Node:
+    """The convolution with each channel times the gain, plus the shift.
+
+    Of codes it is the steps that take the gain; where that is negative, the codes change their sign.
+    """
+    place = 2 if kernel.target is FLOAT_CONV else 6
+    bias = draft.held(kernel.args[place])
+    total = (shift if bias is None else bias.double() * gain + shift).float()
+    per_channel = gain.reshape(-1, 1, 1, 1)
+    if kernel.target is FLOAT_CONV:
+        weight = draft.held(kernel.args[1])
+        scaled = (weight.double() * per_channel).float().contiguous(memory_format=torch.channels_last)
+        return draft.before(kernel, FLOAT_CONV, kernel.args[0], scaled, total, *kernel.args[3:])
     owner, attribute, geometry = kernel.meta["filter"]
-    packed, total = packed_filter(owner, attribute, geometry), draft.held(kernel.args[6])
-    total = torch.zeros_like(gain) if total is None else total.double()
+    packed = packed_filter(owner, attribute, geometry)
     step = (packed.step.double() * gain.abs()).float()
     if bool((gain < 0).any()):
-        signs = torch.where(gain < 0, -1, 1).to(torch.int8).reshape(-1, *(1 for _ in geometry.stride), 1)
-        packed = conv.pack(owner.pared_codes(attribute) * signs, step, geometry)
-    return packed.weight, step, total
+        codes = owner.pared_codes(attribute)
+        signs = torch.where(gain < 0, -1, 1).to(torch.int8).reshape(-1, *(1 for _ in codes.shape[1:]))
+        packed = conv.pack(codes * signs, step, geometry)
+    given = (*kernel.args[:3], packed.weight, step, kernel.args[5], total, *kernel.args[7:])
+    return draft.before(kernel, kernel.target, *given)  # type: ignore[arg-type]  # an operator
 
 
 # What kernels can apply to their sums, from an operator's arguments after the input: name, numbers, algorithm.
@@ -120,17 +161,24 @@ _ACTIVATIONS: Final[dict[Any, Any]] = {
     _ATEN.leaky_relu.default: lambda slope=0.01: ("leaky_relu", [float(slope)], ""),
     _ATEN.tanh.default: lambda: ("tanh", [], ""),
 }
-# ... of which convolutions lack these, as long as PyTorch refuses them.
+# ... of which int8 convolutions lack these, as long as PyTorch refuses them.
 _LINEAR_ONLY: Final = ("gelu", "leaky_relu")
 
 
 def _take_in(draft: Draft, node: fx.Node) -> None:
     """An activation becomes part of the product that it alone is applied to."""
     x, *rest = node.args
+    if isinstance(x, fx.Node) and x.target is channels_first and only_user(x) is node:
+        node.args = (x.args[0], *rest)  # before the view
+        x.args = (node,)
+        node.replace_all_uses_with(x, delete_user_cb=lambda user: user is not x)
+        x.append(node)
+        node.append(x)
+        x = node.args[0]
     if not _plain_kernel(x) or only_user(x) is not node:  # type: ignore[arg-type]  # a node, says the first
         return
     after = _ACTIVATIONS[node.target](*rest, **node.kwargs)
-    if after is None or (x.target is not QLINEAR and after[0] in _LINEAR_ONLY):  # type: ignore[union-attr]  # a node
+    if after is None or (x.target in QCONVS and after[0] in _LINEAR_ONLY):  # type: ignore[union-attr]  # a node
         return
     x.args = (*x.args[:-3], *after)  # type: ignore[union-attr]  # a node
     _skip(draft, node)
@@ -147,9 +195,51 @@ def _lift(draft: Draft, node: fx.Node) -> None:
         draft.graph.erase_node(x)
 
 
+def _pad_inside(draft: Draft, node: fx.Node) -> None:
+    """A convolution pads by itself: with zeros, and as much before as behind."""
+    user = only_user(node)
+    if user is not None and user.target is channels_last:
+        user = only_user(user)
+    if user is None or user.target not in (FLOAT_CONV, *QCONVS) or not _pads_space(node):
+        return
+    if (node.target is pad_codes) != (user.target in QCONVS) or (node.target is pad_codes and node.args[2] != 0):
+        return
+    place = 3 if user.target is FLOAT_CONV else 8
+    sides = list(node.args[1]) + [0] * (2 * len(user.args[place]) - len(node.args[1]))  # type: ignore[arg-type]
+    before, behind = sides[0::2][::-1], sides[1::2][::-1]
+    if before != behind and not _widen(draft, user, before, behind):
+        return
+    padding = [a + b for a, b in zip(user.args[place], behind, strict=True)]  # type: ignore[arg-type]  # a list
+    user.args = (*user.args[:place], padding, *user.args[place + 1 :])
+    _skip(draft, node)
+
+
+def _pack(draft: Draft, node: fx.Node) -> None:
+    """A float convolution's weight in the kernel's own order, so that it is not arranged anew at every call."""
+    packed = torch.ops.mkldnn._reorder_convolution_weight(draft.held(node.args[1]), *node.args[3:7])
+    with draft.graph.inserting_before(node):
+        node.args = (node.args[0], draft.value(packed), *node.args[2:])
+
+
+def _widen(draft: Draft, kernel: fx.Node, before: list[int], behind: list[int]) -> bool:
+    """Make room for as many zeros before as behind, by taps of zero; whether that was done.
+
+    Padding floats takes a pass over memory, which costs more than the taps; padding codes hardly does.
+    """
+    more = [b - a for a, b in zip(before, behind, strict=True)]
+    if kernel.target is not FLOAT_CONV or min(more) < 0 or any(one != 1 for one in kernel.args[5]):  # type: ignore[union-attr]
+        return False
+    weight = torch.nn.functional.pad(draft.held(kernel.args[1]), [more[1], 0, more[0], 0])
+    with draft.graph.inserting_before(kernel):
+        kernel.args = (kernel.args[0], draft.value(weight), *kernel.args[2:])
+    return True
+
+
 def _pads_space(node: fx.Node) -> bool:
     """Whether zeros are put around dimensions of space only, and none are cut off."""
     _, sides, *rest = node.args
+    if node.target is pad_codes:
+        return True
     mode, value = [*rest, *("constant", None)[len(rest) :]]
     space = rank_of(node.args[0]) - 2
     counts = [isinstance(one, int) and one >= 0 for one in sides]  # type: ignore[union-attr]  # a list
@@ -161,7 +251,7 @@ def _give_codes(draft: Draft, node: fx.Node) -> None:
     x, scale, zero_point, levels = node.args
     if not isinstance(x, fx.Node) or x.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:
         return
-    if (node.target is quantize_rows_of_memory) != (x.target is QLINEAR) or x.args[-_AFTER:-3] != _PLAIN[:3]:
+    if (node.target is quantize_rows_of_memory) != (x.target is QLINEAR) or x.args[-_AFTER:-3] != PLAIN[:3]:
         return
     x.args = (*x.args[:-_AFTER], scale, zero_point, torch.uint8, *x.args[-3:])
     node.replace_all_uses_with(x)

@@ -17,6 +17,7 @@ from pared.graphs.draft import Draft, rank_of
 from pared.kernels.activation import quantize
 from pared.kernels.conv import Geometry, pad_codes
 from pared.kernels.linear import product_of_rows, rows_of
+from pared.kernels.patches import channels_first, patches_of
 from pared.layers import Counterpart
 from pared.layers.counterpart import run_kernel
 from pared.layers.dispatch import OUTPUTS, packed_filter, packed_linear
@@ -38,6 +39,9 @@ _FUNCTIONS: Final[Mapping[object, Callable[..., Tensor]]] = {
 _CONVOLUTIONS: Final = (F.conv1d, F.conv2d, F.conv3d)
 QLINEAR: Final = torch.ops.onednn.qlinear_pointwise.default
 QCONVS: Final = tuple(getattr(torch.ops.onednn, f"qconv{n}d_pointwise").default for n in (1, 2, 3))
+
+# The last arguments of every kernel: scale, zero point and type of its output, and what is applied before that.
+PLAIN: Final = (1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize_rows_of_memory(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
@@ -129,8 +133,7 @@ def _static_linear(
     scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
     codes = draft.before(node, quantize_rows_of_memory, x, scale, zero_point, packed.levels)
     weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
-    after = (1.0, 0, torch.float32, "none", [], "")
-    draft.replace(node, draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *after))
+    draft.replace(node, draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN))
 
 
 def _dynamic_linear(
@@ -147,16 +150,18 @@ def _static_convolution(
     packed = packed_filter(owner, attribute, geometry)
     scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
     codes, padding = draft.before(node, quantize, x, scale, zero_point, packed.levels), geometry.padding
-    if zero_point or any(geometry.trailing):
+    if any(geometry.sides) and (zero_point or any(geometry.trailing) or packed.taps):
         codes, padding = draft.before(node, pad_codes, codes, geometry.sides, zero_point), (0,) * len(padding)
     shift = packed.sums * (-scale * zero_point)
     given = _bias(draft, bias)
-    total = shift if given is None else shift + given
-    weight = (packed.weight, packed.step, packed.zeros, total)
+    weight = (packed.weight, packed.step, packed.zeros, shift if given is None else shift + given)
+    if packed.taps:
+        rows = draft.before(node, patches_of, codes, packed.taps, geometry.stride)
+        product = draft.before(node, QLINEAR, rows, scale, 0, *weight, *PLAIN)
+        draft.replace(node, draft.before(node, channels_first, product))
+        return
     moves = (geometry.stride, padding, geometry.dilation, geometry.groups)
-    after = (1.0, 0, torch.float32, "none", [], "")
-    kernel = QCONVS[len(geometry.stride) - 1]
-    made = draft.before(node, kernel, codes, scale, 0, *weight, *moves, *after)
+    made = draft.before(node, QCONVS[len(padding) - 1], codes, scale, 0, *weight, *moves, *PLAIN)
     made.meta["filter"] = (owner, attribute, geometry)
     draft.replace(node, made)
 
@@ -171,5 +176,3 @@ def share(draft: Draft) -> None:
         else:
             known[key] = node
 
-
-__all__ = ["QCONVS", "QLINEAR", "place", "quantize_rows_of_memory", "share", "take_apart"]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.errors import ModelError
+from pared.kernels import patches
 from pared.kernels.activation import Range, quantize, quantize_reference, tensor_range
 from pared.kernels.linear import check_step, float_bias
 from pared.kernels.machine import FULL_LEVELS, levels_for
@@ -106,6 +107,7 @@ class Packed:
         channels: of the input.
         channels_last: whether the plain codes were in channels-last memory.
         levels: the largest activation code that the filter allows.
+        taps: the filter's size, if it is multiplied with patches (`pared.kernels.patches`); else empty.
     """
 
     weight: Tensor
@@ -116,6 +118,7 @@ class Packed:
     channels: int
     channels_last: bool
     levels: int
+    taps: tuple[int, ...] = ()
 
 
 def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
@@ -142,19 +145,9 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
         )
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
+    by_patches = patches.pays(codes.shape, geometry.dilation, geometry.groups)
     return Packed(
-        # As for inputs with the zero point 0, which all are made to have.
-        weight=torch.ops.onednn.qconv_prepack.default(
-            codes.contiguous(),
-            step,
-            1.0,
-            0,
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-            geometry.groups,
-            None,
-        ),
+        weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
         step=step,
         zeros=torch.zeros(len(step), dtype=torch.int32, device="cpu"),
         sums=(codes.flatten(1).sum(1).double() * step).float(),
@@ -162,7 +155,20 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
         channels=codes.shape[1] * geometry.groups,
         channels_last=_is_channels_last(codes),
         levels=levels_for(codes),
+        taps=tuple(codes.shape[2:]) if by_patches else (),
     )
+
+
+def _prepacked(codes: Tensor, step: Tensor, moves: Geometry) -> Tensor:
+    """For inputs with the zero point 0, which all are made to have."""
+    geometry = (moves.stride, moves.padding, moves.dilation, moves.groups)
+    packed: Tensor = torch.ops.onednn.qconv_prepack.default(codes.contiguous(), step, 1.0, 0, *geometry, None)
+    return packed
+
+
+def _prepacked_rows(codes: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(patches.rows_of_filter(codes), None)
+    return packed
 
 
 def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
@@ -266,31 +272,22 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
     scale, zero_point = span.grid(packed.levels)
     codes = quantize(batch, scale, zero_point, packed.levels)
     moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
-    if zero_point or any(moves.trailing):
+    if zero_point or any(moves.trailing) or packed.taps:
         codes, padding = pad_codes(codes, moves.sides, zero_point), (0,) * len(padding)
     if zero_point:
         # The kernel is not told of the zero point: it would arrange the whole weight anew at every call.
         shift = packed.sums * (-scale * zero_point)
         bias = shift if bias is None else shift.add_(bias)
-    out: Tensor = _kernel(len(padding))(
-        codes,
-        scale,
-        0,
-        packed.weight,
-        packed.step,
-        packed.zeros,
-        bias,
-        moves.stride,
-        padding,
-        moves.dilation,
-        moves.groups,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+    weight = (packed.weight, packed.step, packed.zeros, bias)
+    after = (1.0, 0, torch.float32, "none", [], "")
+    if packed.taps:
+        rows = patches.patches_of(codes, packed.taps, moves.stride)
+        if not rows.numel():
+            return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
+        out: Tensor = patches.channels_first(torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after))
+    else:
+        moved = (moves.stride, padding, moves.dilation, moves.groups)
+        out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *after)
     if out.dim() > batch.dim():  # an empty batch in one dimension of space comes back in the kernel's own two
         out = out.squeeze(2)
     if not (packed.channels_last or _is_channels_last(batch)):
