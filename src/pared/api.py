@@ -29,7 +29,7 @@ from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, profile_beside, this_machine
 from pared.progress import Stages
-from pared.record import record_of, set_outcome
+from pared.record import record_of
 from pared.registration import check_registered
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics

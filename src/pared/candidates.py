@@ -150,21 +150,58 @@ def _fits(coded: Coded) -> bool:
     return math.prod(coded.shape[1:]) <= _MOST_COLUMNS
 
 
+@dataclass(frozen=True, eq=False)
+class _Cost:
+    """The damage of each mode of a module's input."""
+
+    name: str
+    damage: Mapping[str, float]
+    activations: Sequence[Activation]
+
+    @property
+    def cheapest(self) -> Activation:
+        return min(self.activations, key=lambda one: self.damage[one.mode])
+
+    @property
+    def extra(self) -> float:
+        """What a static input costs beyond the cheapest."""
+        return self.damage.get("static", math.inf) - self.damage[self.cheapest.mode]
+
+
+def _within(costs: Sequence[_Cost], budget: float) -> dict[str, Activation]:
+    """As many modules as the budget allows, then as many static ones."""
+    chosen: dict[str, Activation] = {}
+    for one in sorted(costs, key=lambda one: (one.damage[one.cheapest.mode], one.name)):
+        budget -= one.damage[one.cheapest.mode]
+        if budget < 0:
+            return chosen
+        chosen[one.name] = one.cheapest
+    for one in sorted(costs, key=lambda one: (one.extra, one.name)):
+        budget -= one.extra
+        if budget < 0:
+            break
+        chosen[one.name] = next(found for found in one.activations if found.mode == "static")
+    return chosen
+
+
 def choose_activations(
     candidates: Sequence[Candidate], approach: Approach, noise: Mapping[str, InputNoise], budget: float
 ) -> dict[str, Activation]:
     """How each module's input is treated: the modules whose inputs cost least first, until the budget is spent.
 
+    With "auto" a module first gets the mode that costs less. What is left of the budget then buys static inputs, which
+    are faster: the products of an input share its quantization, and a product gives codes to the next at once.
+
     Args:
         candidates: modules that may run in int8.
-        approach: "static" and "dynamic" allow that mode only; "auto" takes for each module the one that costs less.
+        approach: "static" and "dynamic" allow that mode only; "auto" chooses for each module.
         noise: what rounding the input of each weight costs, by the weight's name; modules of which nothing is known
             cost nothing if the approach names their mode, and stay in float if it is "auto".
         budget: the damage that may be done in all; infinite for all modules that have the mode.
     """
     if approach == "weight_only":
         return {}
-    costs: list[tuple[float, str, Activation]] = []
+    costs: list[_Cost] = []
     chosen: dict[str, Activation] = {}
     products = {one.name for c in candidates if c.layer.modes != ("gather",) for one in c.tensors}
     for candidate in candidates:
@@ -179,12 +216,8 @@ def choose_activations(
         if not wanted or (known is None and approach == "auto"):
             continue
         found = [candidate.activation(mode) for mode in wanted]
-        costs += [min(((known.cost(a) if known else 0.0, candidate.name, a) for a in found), key=lambda one: one[0])]
-    for cost, name, activation in sorted(costs, key=lambda one: (one[0], one[1])):
-        budget -= cost
-        if budget < 0:
-            break
-        chosen[name] = activation
+        costs.append(_Cost(candidate.name, {a.mode: known.cost(a) if known else 0.0 for a in found}, found))
+    chosen |= _within(costs, budget)
     # A tied weight is in codes for all of its owners or for none.
     split = {one.name for candidate in candidates if candidate.name not in chosen for one in candidate.tensors}
     return {

@@ -308,8 +308,9 @@ def _server(profile: Profile, memory: Memory) -> Server:
 
 def modules_of(model: nn.Module) -> Callable[..., Any]:
     """The forward of the model's own class."""
-    found: Callable[..., Any] = next(b for b in type(model).__mro__ if not issubclass(b, Quantized)).forward
-    return found
+    own: Any = next(base for base in type(model).__mro__ if Quantized not in base.__mro__)
+    forward: Callable[..., Any] = own.forward
+    return forward
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
@@ -377,7 +378,7 @@ def skeleton_of(model: nn.Module) -> nn.Module:
 
 
 def outline_of(model: nn.Module) -> nn.Module:
-    """A float model of the original class with the same tensors; those that are held in codes are on the meta device."""
+    """A float model of the original class with the same tensors; those held in codes are on the meta device."""
     return _float_form(model, lambda tensor: tensor)
 
 

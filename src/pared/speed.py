@@ -1,4 +1,4 @@
-"""What is fastest on this machine: each layer's kernel, graph or modules, int8 or float. Nothing of it changes the file."""
+"""What is fastest on this machine: kernels of layers, graph or modules, int8 or float. No file depends on it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _in_bfloat16(model: nn.Module, call: Call) -> Callable[[], Any] | str:
         try:
             run = halved(model)
             found = run(*call.args, **call.kwargs)
-        except Exception as error:  # whatever the model's code raises in another type: the reason is told
+        except Exception as error:  # noqa: BLE001  # whatever the model raises in another type is told as the reason
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if not agree(found, expected, _HALF_LOSS):
         return "it is too far from float32"
@@ -145,4 +145,3 @@ def kept(old: nn.Module, new: ModuleT) -> ModuleT:
     known, record = record_of(old), record_of(new)
     record.outcome, record.curve = known.outcome, known.curve
     return new
-

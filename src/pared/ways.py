@@ -1,4 +1,4 @@
-"""Ways of calling a model: the names of its arguments, their types and ranks, and the values of those that are no tensors.
+"""Ways of calling a model: names, types and ranks of its arguments, and the values of those that are no tensors.
 
 A graph is made for one way of calling and serves no other.
 """

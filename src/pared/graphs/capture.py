@@ -14,8 +14,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from pared.errors import ModelError
-from pared.ways import Argument
 from pared.stats import without_fast_paths
+from pared.ways import Argument
 
 _PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
 _REMEDY: Final = "Nothing needs to be done: its modules run instead."
@@ -31,6 +31,12 @@ class Size:
     symbol: str = ""
     least: int = 0
     most: float = float("inf")
+
+    def allows(self, given: int) -> bool:
+        """Whether it may be so large; 1 is left to be tried, where sizes of 2 and more are known to work."""
+        if self.fixed is not None:
+            return given == self.fixed
+        return given == 1 or (given > 0 and self.least <= given <= self.most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +79,8 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
     """Capture a call.
 
     Args:
-        model: a float model in eval mode. The numbers of its weights are not read; those on the meta device are taken to
-            be on the CPU.
+        model: a float model in eval mode. The numbers of its weights are not read; those on the meta device are taken
+            to be on the CPU.
         arguments: of an example call, whose sizes may vary where the model allows it. A single sample is doubled,
             because a size of 1 would be taken for a constant.
 
@@ -104,9 +110,7 @@ def _doubled(arguments: Sequence[Argument]) -> list[Argument]:
     tensors = [one for one in arguments if one.dtype and one.shape]
     if not tensors or any(one.shape[0] != 1 for one in tensors):
         return list(arguments)
-    return [
-        Argument(one.name, one.dtype, (2, *one.shape[1:])) if one.dtype and one.shape else one for one in arguments
-    ]
+    return [Argument(one.name, one.dtype, (2, *one.shape[1:])) if one.dtype and one.shape else one for one in arguments]
 
 
 def _exported(flat: _Flat) -> Any:

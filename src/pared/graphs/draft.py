@@ -67,6 +67,11 @@ class Draft:
         self.values = {name: held for name, held in self.values.items() if name in used}
 
 
+def given_to(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a node: other nodes, and what stands in the graph's code."""
+    return node.args
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that uses another."""
     return next(iter(node.users)) if len(node.users) == 1 else None

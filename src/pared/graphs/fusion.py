@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from pared.graphs.draft import Draft, only_user, rank_of
+from pared.graphs.draft import Draft, given_to, only_user, rank_of
 from pared.graphs.products import PLAIN, QCONVS, QLINEAR, quantize_rows_of_memory
 from pared.kernels import conv
 from pared.kernels.activation import quantize
@@ -24,6 +24,9 @@ _ATEN: Final = torch.ops.aten
 _KERNELS: Final = (QLINEAR, *QCONVS)
 _AFTER: Final = len(PLAIN)
 _NORMS: Final = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default)
+# What `conv2d` takes after the weight, and `pad` after the sides, where it is not given.
+_MOVES: Final[tuple[Any, ...]] = (None, [1, 1], [0, 0], [1, 1], 1)
+_WITH_ZEROS: Final[tuple[Any, ...]] = ("constant", None)
 # A convolution in float32 that can apply an activation.
 FLOAT_CONV: Final = torch.ops.mkldnn._convolution_pointwise.default
 
@@ -31,7 +34,7 @@ FLOAT_CONV: Final = torch.ops.mkldnn._convolution_pointwise.default
 def simplify(draft: Draft) -> None:
     """Drop what does nothing in inference, and let operators take any layout of memory."""
     for node in draft.calls(_ATEN.dropout.default, _ATEN.dropout_.default, _ATEN.feature_dropout.default):
-        if not node.args[2]:
+        if not given_to(node)[2]:
             _skip(draft, node)
     for node in draft.calls(_ATEN.clone.default):
         if not node.kwargs:  # nothing writes to tensors here, so a copy is as good as the original
@@ -43,7 +46,7 @@ def simplify(draft: Draft) -> None:
 
 
 def _skip(draft: Draft, node: fx.Node) -> None:
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]  # a node
+    node.replace_all_uses_with(given_to(node)[0])
     draft.graph.erase_node(node)
 
 
@@ -70,8 +73,8 @@ def _plain_kernel(node: Any) -> bool:
     if not isinstance(node, fx.Node):
         return False
     if node.target is FLOAT_CONV:
-        return tuple(node.args[-3:]) == PLAIN[-3:]
-    return node.target in _KERNELS and tuple(node.args[-_AFTER:]) == PLAIN
+        return tuple(given_to(node)[-3:]) == PLAIN[-3:]
+    return node.target in _KERNELS and tuple(given_to(node)[-_AFTER:]) == PLAIN
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -81,12 +84,12 @@ def channels_last(x: Tensor) -> Tensor:
 
 def _lay_out(draft: Draft, node: fx.Node) -> None:
     """A float convolution of images runs on channels-last memory, and can then take in what follows it."""
-    x, weight, *rest = node.args
-    bias, stride, padding, dilation, groups = [*rest, *(None, [1, 1], [0, 0], [1, 1], 1)[len(rest) :]]
+    x, weight, *rest = given_to(node)
+    bias, stride, padding, dilation, groups = (*rest, *_MOVES[len(rest) :])
     if rank_of(x) != 4 or not _is_float(x) or not _is_held(weight) or (bias is not None and not _is_held(bias)):
         return
     image = draft.before(node, channels_last, x)
-    moves = [list(moved) * (2 // len(moved)) for moved in (padding, stride, dilation)]  # type: ignore[arg-type]  # lists
+    moves = [list(moved) * (2 // len(moved)) for moved in (padding, stride, dilation)]
     draft.replace(node, draft.before(node, FLOAT_CONV, image, weight, bias, *moves, groups, *PLAIN[-3:]))
 
 
@@ -100,20 +103,20 @@ def _is_held(node: Any) -> bool:
 
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
     """A batch norm after a convolution is a gain and a shift of its channels: they go into its weight and its bias."""
-    x, *parts = node.args[:5]
+    x, *parts = given_to(node)[:5]
     out = node
     if node.target is not _ATEN.batch_norm.default:
         first = only_user(node)
         if first is None or first.target is not operator.getitem or first.args[1] != 0:
             return
         out = first
-    elif node.args[5]:  # training
+    elif given_to(node)[5]:  # training
         return
-    plain = _plain_kernel(x) and only_user(x) is node and x.target is not QLINEAR  # type: ignore[arg-type,union-attr]
+    plain = _plain_kernel(x) and only_user(x) is node and x.target is not QLINEAR
     if not plain or not isinstance(x, fx.Node) or None in parts[2:]:
         return
     weight, bias, mean, variance = (draft.held(one) for one in parts)
-    gain = (variance.double() + node.args[7 if out is node else 6]).rsqrt()
+    gain = (variance.double() + given_to(node)[7 if out is node else 6]).rsqrt()
     gain = gain if weight is None else gain * weight.double()
     shift = -mean.double() * gain
     made = _scaled(draft, x, gain, shift if bias is None else shift + bias.double())
@@ -129,13 +132,13 @@ def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.No
     Of codes it is the steps that take the gain; where that is negative, the codes change their sign.
     """
     place = 2 if kernel.target is FLOAT_CONV else 6
-    bias = draft.held(kernel.args[place])
+    bias = draft.held(given_to(kernel)[place])
     total = (shift if bias is None else bias.double() * gain + shift).float()
     per_channel = gain.reshape(-1, 1, 1, 1)
     if kernel.target is FLOAT_CONV:
-        weight = draft.held(kernel.args[1])
+        weight = draft.held(given_to(kernel)[1])
         scaled = (weight.double() * per_channel).float().contiguous(memory_format=torch.channels_last)
-        return draft.before(kernel, FLOAT_CONV, kernel.args[0], scaled, total, *kernel.args[3:])
+        return draft.before(kernel, FLOAT_CONV, given_to(kernel)[0], scaled, total, *given_to(kernel)[3:])
     owner, attribute, geometry = kernel.meta["filter"]
     packed = packed_filter(owner, attribute, geometry)
     step = (packed.step.double() * gain.abs()).float()
@@ -143,8 +146,9 @@ def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.No
         codes = owner.pared_codes(attribute)
         signs = torch.where(gain < 0, -1, 1).to(torch.int8).reshape(-1, *(1 for _ in codes.shape[1:]))
         packed = conv.pack(codes * signs, step, geometry)
-    given = (*kernel.args[:3], packed.weight, step, kernel.args[5], total, *kernel.args[7:])
-    return draft.before(kernel, kernel.target, *given)  # type: ignore[arg-type]  # an operator
+    given = (*given_to(kernel)[:3], packed.weight, step, given_to(kernel)[5], total, *given_to(kernel)[7:])
+    assert callable(kernel.target), "an operator"
+    return draft.before(kernel, kernel.target, *given)
 
 
 # What kernels can apply to their sums, from an operator's arguments after the input: name, numbers, algorithm.
@@ -167,31 +171,31 @@ _LINEAR_ONLY: Final = ("gelu", "leaky_relu")
 
 def _take_in(draft: Draft, node: fx.Node) -> None:
     """An activation becomes part of the product that it alone is applied to."""
-    x, *rest = node.args
+    x, *rest = given_to(node)
     if isinstance(x, fx.Node) and x.target is channels_first and only_user(x) is node:
-        node.args = (x.args[0], *rest)  # before the view
+        node.args = (given_to(x)[0], *rest)  # before the view
         x.args = (node,)
         node.replace_all_uses_with(x, delete_user_cb=lambda user: user is not x)
         x.append(node)
         node.append(x)
-        x = node.args[0]
-    if not _plain_kernel(x) or only_user(x) is not node:  # type: ignore[arg-type]  # a node, says the first
+        x = given_to(node)[0]
+    if not _plain_kernel(x) or only_user(x) is not node:
         return
     after = _ACTIVATIONS[node.target](*rest, **node.kwargs)
-    if after is None or (x.target in QCONVS and after[0] in _LINEAR_ONLY):  # type: ignore[union-attr]  # a node
+    if after is None or (x.target in QCONVS and after[0] in _LINEAR_ONLY):
         return
-    x.args = (*x.args[:-3], *after)  # type: ignore[union-attr]  # a node
+    x.args = (*given_to(x)[:-3], *after)
     _skip(draft, node)
 
 
 def _lift(draft: Draft, node: fx.Node) -> None:
     """Codes instead of floats are padded with zeros."""
-    x, scale, zero_point, levels = node.args
+    x, scale, zero_point, levels = given_to(node)
     if not isinstance(x, fx.Node) or only_user(x) is not node:
         return
     if x.target is _ATEN.pad.default and _pads_space(x):
-        codes = draft.before(x, quantize, x.args[0], scale, zero_point, levels)
-        draft.replace(node, draft.before(node, pad_codes, codes, x.args[1], zero_point))
+        codes = draft.before(x, quantize, given_to(x)[0], scale, zero_point, levels)
+        draft.replace(node, draft.before(node, pad_codes, codes, given_to(x)[1], zero_point))
         draft.graph.erase_node(x)
 
 
@@ -202,23 +206,23 @@ def _pad_inside(draft: Draft, node: fx.Node) -> None:
         user = only_user(user)
     if user is None or user.target not in (FLOAT_CONV, *QCONVS) or not _pads_space(node):
         return
-    if (node.target is pad_codes) != (user.target in QCONVS) or (node.target is pad_codes and node.args[2] != 0):
+    if (node.target is pad_codes) != (user.target in QCONVS) or (node.target is pad_codes and given_to(node)[2] != 0):
         return
     place = 3 if user.target is FLOAT_CONV else 8
-    sides = list(node.args[1]) + [0] * (2 * len(user.args[place]) - len(node.args[1]))  # type: ignore[arg-type]
+    sides = list(given_to(node)[1]) + [0] * (2 * len(given_to(user)[place]) - len(given_to(node)[1]))
     before, behind = sides[0::2][::-1], sides[1::2][::-1]
     if before != behind and not _widen(draft, user, before, behind):
         return
-    padding = [a + b for a, b in zip(user.args[place], behind, strict=True)]  # type: ignore[arg-type]  # a list
-    user.args = (*user.args[:place], padding, *user.args[place + 1 :])
+    padding = [a + b for a, b in zip(given_to(user)[place], behind, strict=True)]
+    user.args = (*given_to(user)[:place], padding, *given_to(user)[place + 1 :])
     _skip(draft, node)
 
 
 def _pack(draft: Draft, node: fx.Node) -> None:
     """A float convolution's weight in the kernel's own order, so that it is not arranged anew at every call."""
-    packed = torch.ops.mkldnn._reorder_convolution_weight(draft.held(node.args[1]), *node.args[3:7])
+    packed = torch.ops.mkldnn._reorder_convolution_weight(draft.held(given_to(node)[1]), *given_to(node)[3:7])
     with draft.graph.inserting_before(node):
-        node.args = (node.args[0], draft.value(packed), *node.args[2:])
+        node.args = (given_to(node)[0], draft.value(packed), *given_to(node)[2:])
 
 
 def _widen(draft: Draft, kernel: fx.Node, before: list[int], behind: list[int]) -> bool:
@@ -227,32 +231,32 @@ def _widen(draft: Draft, kernel: fx.Node, before: list[int], behind: list[int]) 
     Padding floats takes a pass over memory, which costs more than the taps; padding codes hardly does.
     """
     more = [b - a for a, b in zip(before, behind, strict=True)]
-    if kernel.target is not FLOAT_CONV or min(more) < 0 or any(one != 1 for one in kernel.args[5]):  # type: ignore[union-attr]
+    if kernel.target is not FLOAT_CONV or min(more) < 0 or any(one != 1 for one in given_to(kernel)[5]):
         return False
-    weight = torch.nn.functional.pad(draft.held(kernel.args[1]), [more[1], 0, more[0], 0])
+    weight = torch.nn.functional.pad(draft.held(given_to(kernel)[1]), [more[1], 0, more[0], 0])
     with draft.graph.inserting_before(kernel):
-        kernel.args = (kernel.args[0], draft.value(weight), *kernel.args[2:])
+        kernel.args = (given_to(kernel)[0], draft.value(weight), *given_to(kernel)[2:])
     return True
 
 
 def _pads_space(node: fx.Node) -> bool:
     """Whether zeros are put around dimensions of space only, and none are cut off."""
-    _, sides, *rest = node.args
+    _, sides, *rest = given_to(node)
     if node.target is pad_codes:
         return True
-    mode, value = [*rest, *("constant", None)[len(rest) :]]
-    space = rank_of(node.args[0]) - 2
-    counts = [isinstance(one, int) and one >= 0 for one in sides]  # type: ignore[union-attr]  # a list
+    mode, value = (*rest, *_WITH_ZEROS[len(rest) :])
+    space = rank_of(given_to(node)[0]) - 2
+    counts = [isinstance(one, int) and one >= 0 for one in sides]
     return mode == "constant" and not value and space >= 1 and all(counts) and len(counts) <= 2 * space
 
 
 def _give_codes(draft: Draft, node: fx.Node) -> None:
     """A product gives codes at once, where its output is only ever quantized, and only so."""
-    x, scale, zero_point, levels = node.args
+    x, scale, zero_point, levels = given_to(node)
     if not isinstance(x, fx.Node) or x.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:
         return
-    if (node.target is quantize_rows_of_memory) != (x.target is QLINEAR) or x.args[-_AFTER:-3] != PLAIN[:3]:
+    if (node.target is quantize_rows_of_memory) != (x.target is QLINEAR) or given_to(x)[-_AFTER:-3] != PLAIN[:3]:
         return
-    x.args = (*x.args[:-_AFTER], scale, zero_point, torch.uint8, *x.args[-3:])
+    x.args = (*given_to(x)[:-_AFTER], scale, zero_point, torch.uint8, *given_to(x)[-3:])
     node.replace_all_uses_with(x)
     draft.graph.erase_node(node)

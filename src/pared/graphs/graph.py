@@ -45,12 +45,7 @@ class Graph:
         tensors = [value for value in bound.values() if type(value) is Tensor]
         for tensor, sizes in zip(tensors, self._sizes, strict=True):
             for given, size in zip(tensor.shape, sizes, strict=True):
-                if size.fixed is not None:
-                    if given != size.fixed:
-                        return False
-                elif not given or given > size.most or known.setdefault(size.symbol, given) != given:
-                    return False
-                elif 1 < given < size.least:
+                if not size.allows(given) or (size.symbol and known.setdefault(size.symbol, given) != given):
                     return False
         return True
 
@@ -63,7 +58,8 @@ class Graph:
 def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
     """The operators as a module, whose inputs are the call's tensors, products of codes in place of float ones."""
     graph = fx.Graph()
-    output = graph.graph_copy(captured.graph, copies := {})
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(captured.graph, copies)
     graph.output(output)
     draft = Draft(graph)
     by_name = {str(old.name): new for old, new in copies.items()}

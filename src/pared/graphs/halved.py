@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared.graphs.serving import Server, Skeleton, wants_gradients
+from pared.graphs.serving import Args, Server, Skeleton, wants_gradients
 from pared.layers.counterpart import is_ordinary_call
 from pared.layers.halves import cast_floats
 from pared.tensors import clone_structure, refresh_recurrent
@@ -50,8 +50,9 @@ class Halved(Server):
         """A copied model makes its own."""
         return Halved(self._skeleton)
 
-    def serve(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+    def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """See `Server.serve`."""
+        del modules
         if model.training or not is_ordinary_call() or wants_gradients(model, (args, kwargs)):
             return NotImplemented
         with self._making:

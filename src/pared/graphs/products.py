@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pared.graphs.draft import Draft, rank_of
+from pared.graphs.draft import Draft, given_to, rank_of
 from pared.kernels.activation import quantize
 from pared.kernels.conv import Geometry, pad_codes
 from pared.kernels.linear import product_of_rows, rows_of
@@ -21,6 +21,7 @@ from pared.kernels.patches import channels_first, patches_of
 from pared.layers import Counterpart
 from pared.layers.counterpart import run_kernel
 from pared.layers.dispatch import OUTPUTS, packed_filter, packed_linear
+from pared.tensors import registered
 
 _ATEN: Final = torch.ops.aten
 # The operators of a graph and the functions of modules that they come from: the arguments after the weight are alike.
@@ -41,7 +42,7 @@ QLINEAR: Final = torch.ops.onednn.qlinear_pointwise.default
 QCONVS: Final = tuple(getattr(torch.ops.onednn, f"qconv{n}d_pointwise").default for n in (1, 2, 3))
 
 # The last arguments of every kernel: scale, zero point and type of its output, and what is applied before that.
-PLAIN: Final = (1.0, 0, torch.float32, "none", [], "")
+PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize_rows_of_memory(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
@@ -73,7 +74,7 @@ def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Count
     """The counterpart in whose own forward a product of its weight stands."""
     function = _FUNCTIONS.get(node.target)
     place = 0 if function is F.embedding else 1
-    if function is None or len(node.args) <= place or node.args[place] is not weight:
+    if function is None or len(given_to(node)) <= place or given_to(node)[place] is not weight:
         return None
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
@@ -92,22 +93,21 @@ def _floats(model: nn.Module, name: str) -> Tensor:
     owner = model.get_submodule(module)
     if isinstance(owner, Counterpart) and attribute in owner.pared_views:
         return owner.pared_decode(attribute)
-    found: Tensor = owner._parameters[attribute] if attribute in owner._parameters else owner._buffers[attribute]
-    return found.detach()
+    return dict(registered(owner))[attribute].detach()
 
 
 def _place(draft: Draft, node: fx.Node, owner: Counterpart, attribute: str) -> None:
     function = _FUNCTIONS[node.target]
     weight = 0 if function is F.embedding else 1
-    args = [one for i, one in enumerate(node.args) if i != weight]
+    args = [one for i, one in enumerate(given_to(node)) if i != weight]
     draft.replace(node, draft.before(node, run_kernel, function, owner, attribute, *args, **node.kwargs))
 
 
 def take_apart(draft: Draft) -> None:
     """Split products into quantization and kernel where the input's rank is the usual one."""
     for node in draft.calls(run_kernel):
-        function, held = (draft.held(one) for one in node.args[:2])
-        attribute, x, *rest = node.args[2:]
+        function, held = (draft.held(one) for one in given_to(node)[:2])
+        attribute, x, *rest = given_to(node)[2:]
         value = x.meta.get("val")
         if held.pared_in_bfloat16 or value is None or value.dtype is not torch.float32:
             continue
@@ -116,7 +116,7 @@ def take_apart(draft: Draft) -> None:
         if function is F.linear and rank_of(x) > 1:
             (_static_linear if activation.mode == "static" else _dynamic_linear)(draft, node, held, attribute, x, *rest)
         elif function in _CONVOLUTIONS and activation.mode == "static":
-            geometry = Geometry.of(held.pared_codes(attribute).shape[2:], *rest[1:], **node.kwargs)
+            geometry = Geometry.of(held.pared_codes(attribute).shape[2:], *rest[1:], **dict[str, Any](node.kwargs))
             if rank_of(x) == len(geometry.stride) + 2:
                 _static_convolution(draft, node, held, attribute, x, geometry, rest[0] if rest else None)
 
@@ -170,9 +170,8 @@ def share(draft: Draft) -> None:
     """Quantize the same input once, whoever multiplies it."""
     known: dict[object, fx.Node] = {}
     for node in draft.calls(quantize, quantize_rows_of_memory, rows_of):
-        key = (node.target, *node.args)
+        key = (node.target, *given_to(node))
         if key in known:
             draft.replace(node, known[key])
         else:
             known[key] = node
-

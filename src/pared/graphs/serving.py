@@ -14,17 +14,18 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ModelError
 from pared.graphs.graph import Graph
-from pared.ways import Argument, Bound, bind, parameters_of, way_of
 from pared.layers import Counterpart
 from pared.layers.counterpart import is_ordinary_call
+from pared.ways import Argument, Bound, bind, parameters_of, way_of
 
 log = logging.getLogger(__name__)
 
-# The share of the output's energy in which a graph and the modules may differ: joined operators round elsewhere, and one
-# code more or less grows on the way. What is wrong differs by far more.
+# The share of the output's energy in which a graph and the modules may differ: joined operators round elsewhere, and
+# one code more or less grows on the way. What is wrong differs by far more.
 _TOLERANCE: Final = 1e-2
 
 Skeleton = Callable[[nn.Module], nn.Module]
+Args = tuple[Any, ...]
 
 
 class Server:
@@ -50,7 +51,7 @@ class Server:
         """A copied model makes its own: a graph refers to the tensors of one."""
         return Server(self._skeleton, self.wanted)
 
-    def serve(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+    def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """What the model returns for a call; NotImplemented if the modules have to answer.
 
         Args:
@@ -153,7 +154,7 @@ class _Watch:
 
     def is_undisturbed(self) -> bool:
         """Whether all modules are where they were, in eval mode, and nobody listens to one of them but the first."""
-        if torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]  # torch's
+        if torch_module._has_any_global_hook():
             return False
         if any(children.get(name) is not child for children, name, child in self._children):
             return False
@@ -199,4 +200,3 @@ def _agree(found: object, expected: object, tolerance: float) -> bool:
         return False
     ours, theirs = found[finite].double(), expected[finite].double()
     return bool((ours - theirs).square().sum() <= tolerance * theirs.square().sum())
-

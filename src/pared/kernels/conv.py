@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -279,12 +279,14 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
         shift = packed.sums * (-scale * zero_point)
         bias = shift if bias is None else shift.add_(bias)
     weight = (packed.weight, packed.step, packed.zeros, bias)
-    after = (1.0, 0, torch.float32, "none", [], "")
+    after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    out: Tensor
     if packed.taps:
         rows = patches.patches_of(codes, packed.taps, moves.stride)
         if not rows.numel():
             return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
-        out: Tensor = patches.channels_first(torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after))
+        products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after)
+        out = patches.channels_first(products)
     else:
         moved = (moves.stride, padding, moves.dilation, moves.groups)
         out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *after)
