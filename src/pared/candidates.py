@@ -56,6 +56,16 @@ class Candidate:
         """How many weights there are."""
         return sum(math.prod(one.coded.shape) for one in self.tensors)
 
+    @property
+    def passes(self) -> int:
+        """About how many numbers a dynamic input makes the module touch more than a static one, for each row.
+
+        Five times the input, to find the ranges and to round; four times the output: zero points come off, scales come
+        on, and what follows, an activation or the next layer's rounding, cannot join the product.
+        """
+        outputs, *inputs = self.tensors[0].coded.shape
+        return 5 * math.prod(inputs) + 4 * outputs
+
     def counterpart(self, activation: Activation, kernel: Kernel = "int8") -> nn.Module:
         """The module by itself, in int8 or in bfloat16."""
         alone = self.decoded()
@@ -152,11 +162,19 @@ def _fits(coded: Coded) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Cost:
-    """The damage of each mode of a module's input."""
+    """The damage of each mode of a module's input.
+
+    Args:
+        name: of the module.
+        damage: by mode.
+        activations: one for each mode.
+        passes: see `Candidate.passes`.
+    """
 
     name: str
     damage: Mapping[str, float]
     activations: Sequence[Activation]
+    passes: int = 1
 
     @property
     def cheapest(self) -> Activation:
@@ -176,10 +194,10 @@ def _within(costs: Sequence[_Cost], budget: float) -> dict[str, Activation]:
         if budget < 0:
             return chosen
         chosen[one.name] = one.cheapest
-    for one in sorted(costs, key=lambda one: (one.extra, one.name)):
+    for one in sorted(costs, key=lambda one: (one.extra / one.passes, one.name)):
+        if one.extra > budget:
+            continue
         budget -= one.extra
-        if budget < 0:
-            break
         chosen[one.name] = next(found for found in one.activations if found.mode == "static")
     return chosen
 
@@ -216,7 +234,8 @@ def choose_activations(
         if not wanted or (known is None and approach == "auto"):
             continue
         found = [candidate.activation(mode) for mode in wanted]
-        costs.append(_Cost(candidate.name, {a.mode: known.cost(a) if known else 0.0 for a in found}, found))
+        damage = {one.mode: known.cost(one) if known else 0.0 for one in found}
+        costs.append(_Cost(candidate.name, damage, found, candidate.passes))
     chosen |= _within(costs, budget)
     # A tied weight is in codes for all of its owners or for none.
     split = {one.name for candidate in candidates if candidate.name not in chosen for one in candidate.tensors}

@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -108,17 +108,26 @@ class Running:
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured choices of kernels, and the machine they hold for."""
+    """Measured choices of kernels, and the machine they hold for.
+
+    Args:
+        machine: see `this_machine`.
+        layers: the times of each layer by itself, by name.
+        calls: of the whole model.
+        together: the whole model was faster with every layer in int8 that may be, whatever is fastest for each alone.
+    """
 
     machine: Mapping[str, Any]
     layers: Mapping[str, Timing] = field(default_factory=dict)
     calls: tuple[CallTiming, ...] = ()
+    together: bool = False
 
     def to_json(self) -> str:
         """The text of `engine.json`."""
         layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
         calls = [asdict(timing) for timing in self.calls]
-        return json.dumps({"machine": dict(self.machine), "layers": layers, "calls": calls}, indent=1)
+        data = {"machine": dict(self.machine), "together": self.together, "layers": layers, "calls": calls}
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
@@ -128,7 +137,7 @@ class Profile:
             name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
         }
         calls = tuple(CallTiming.from_json(one) for one in data.get("calls", ()))
-        return cls(dict(data["machine"]), layers, calls)
+        return cls(dict(data["machine"]), layers, calls, bool(data.get("together", False)))
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
@@ -137,7 +146,7 @@ class Profile:
         for way in dict.fromkeys(one.way for one in self.calls):
             own = [one for one in self.calls if one.way == way]
             ratios = [one.graph_ms / one.modules_ms for one in own if one.graph_ms is not None]
-            if len(ratios) == len(own) and statistics.geometric_mean(ratios) <= _WORTH:
+            if len(ratios) == len(own) and math.exp(statistics.mean(math.log(one) for one in ratios)) <= _WORTH:
                 found[way] = max((one.arguments for one in own), key=_numbers)
         return tuple(found.values())
 
@@ -149,14 +158,17 @@ class Profile:
         """
         if not self.calls:
             return "int8"
-        served = {text_of(arguments) for arguments in self.graphs}
-        int8 = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
-        half = [one.bfloat16_ms or math.inf for one in self.calls]
-        float32 = [one.float32_ms for one in self.calls]
-        ours, theirs = (_mean_ratio(times, float32) for times in (int8, half))
-        if min(ours, theirs) > _WORTH:
+        half = _mean(one.bfloat16_ms / one.float32_ms if one.bfloat16_ms else math.inf for one in self.calls)
+        if min(self.share, half) > _WORTH:
             return "float32"
-        return "int8" if ours <= theirs else "bfloat16"
+        return "int8" if self.share <= half else "bfloat16"
+
+    @property
+    def share(self) -> float:
+        """The time that the calls take in int8, by graphs where these serve, as a share of float32's."""
+        served = {text_of(arguments) for arguments in self.graphs}
+        times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
+        return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
 
     def running(self, module: str, reason: str = "") -> Running:
         """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.
@@ -173,12 +185,12 @@ class Profile:
         if self.whole != "int8":
             return Running("float32", f"the whole model was faster in {self.whole} here")
         timing = self.layers.get(module)
-        kernel = "int8" if timing is None else timing.kernel
+        kernel = "int8" if timing is None or self.together else timing.kernel
         return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")
 
 
-def _mean_ratio(times: list[float], others: list[float]) -> float:
-    return statistics.geometric_mean(a / b for a, b in zip(times, others, strict=True)) if times else math.inf
+def _mean(ratios: Iterable[float]) -> float:
+    return math.exp(statistics.mean(math.log(one) for one in ratios))
 
 
 def _numbers(arguments: tuple[Argument, ...]) -> int:

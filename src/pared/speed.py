@@ -14,7 +14,7 @@ from pared import model as quantized
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
 from pared.graphs import Server, agree, halved
-from pared.profile import CallTiming, fastest_ms
+from pared.profile import CallTiming, Profile, fastest_ms
 from pared.record import record_of
 from pared.stats import Call, Statistics, shadow
 from pared.ways import arguments_of, bind, parameters_of, text_of
@@ -37,9 +37,16 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     """
     candidates = find_candidates(model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
+    found = [_timed(model, contents, profile, seen)]
+    if any(timing.kernel != "int8" for timing in profile.layers.values()):
+        # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
+        found.append(_timed(model, contents, replace(profile, together=True), seen))
+    return quantized.assemble(model, contents, min(found, key=lambda one: one.share))
+
+
+def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statistics) -> Profile:
     by_layers = quantized.assemble(model, contents, profile)
-    profile = replace(profile, calls=time_calls(model, by_layers, seen.calls))
-    return quantized.assemble(model, contents, profile)
+    return replace(profile, calls=time_calls(model, by_layers, seen.calls))
 
 
 def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
