@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pared.version import __version__
 
 if TYPE_CHECKING:
-    from pared.api import fit, load, trade_off
+    from pared.api import fit, load, trade_off, tune_speed
     from pared.comparison import Comparison
     from pared.compression.checkpoint import compress
     from pared.compression.expansion import expand
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pared.registration import register
 
 _HOMES = {
-    "pared.api": ("fit", "load", "trade_off"),
+    "pared.api": ("fit", "load", "trade_off", "tune_speed"),
     "pared.compression.checkpoint": ("compress",),
     "pared.compression.expansion": ("expand",),
     "pared.forecast": ("Estimate", "estimate"),
@@ -91,6 +91,7 @@ __all__ = [
     "report",
     "save",
     "trade_off",
+    "tune_speed",
 ]
 
 

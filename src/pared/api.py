@@ -18,7 +18,7 @@ from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.container import as_path, find_artifact
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Stored, completed
 from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
@@ -27,7 +27,7 @@ from pared.install import Memory
 from pared.layers import weights_of
 from pared.outcome import Curve
 from pared.perturbation import perturb
-from pared.profile import Profile, profile_beside, this_machine
+from pared.profile import ENGINE_FILE, Profile, profile_beside, this_machine
 from pared.progress import Stages
 from pared.record import record_of
 from pared.registration import check_registered
@@ -280,6 +280,36 @@ def _checksum(values: Any) -> str:
     return f"{total:08x}"
 
 
+def tune_speed(
+    path: str | Path, model: ModuleT, calib_dataloader: calls.Calibration, *, calibration_sampling_size: int = 100
+) -> ModuleT:
+    """Measure anew what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
+
+    `fit` does this by itself. It is worth repeating on another machine, with other threads, or where calls are of other
+    sizes than those that `fit` saw.
+
+    Args:
+        path: the directory that `save` wrote, or the artifact itself.
+        model: the architecture, as for `load`.
+        calib_dataloader: calls of the sizes that matter, as for `fit`; their numbers decide nothing.
+        calibration_sampling_size: how many samples are read.
+
+    Returns:
+        the quantized model, as `load` gives it from now on.
+
+    Raises:
+        ParedError: as `load`, and as `fit` for the calibration data.
+    """
+    _check_model(model, "pared.tune_speed")
+    file = find_artifact(as_path(path, "tune_speed"))
+    contents = artifact.read(file)
+    floats = quantized.decoded(model, completed(model, contents))
+    seen = stats.collect(floats, calib_dataloader, calibration_sampling_size)
+    found: ModuleT = speed.tuned(floats, contents, seen)
+    artifact.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
+    return found
+
+
 @overload
 def load(
     path: str | Path, model: ModuleT, *, memory: Memory = "fast", engine: Literal["torch"] = "torch"
@@ -346,15 +376,20 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         )
 
 
-def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
+def _check_model(model: nn.Module | None, where: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model is a {type(model).__name__}",
-            where="pared.load",
-            remedy="Pass an instance of the architecture: pared.load(directory, model=build_model()).",
+            where=where,
+            remedy=f"Pass an instance of the architecture: {where}(directory, model=build_model()).",
         )
     check_modules(model)
     check_registered(model)
+    return model
+
+
+def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
+    model = _check_model(model, "pared.load")
     file = find_artifact(as_path(path, "load"))
     contents = artifact.read(file)
     return quantized.assemble(model, contents, profile_beside(file), memory)

@@ -14,6 +14,7 @@ from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
 from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
+from pared.layers.activation import Mode
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
@@ -172,7 +173,7 @@ class _Cost:
     """
 
     name: str
-    damage: Mapping[str, float]
+    damage: Mapping[Mode, float]
     activations: Sequence[Activation]
     passes: int = 1
 

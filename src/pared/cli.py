@@ -140,6 +140,10 @@ def fit(
         typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
 
 
+def _record_of(model: Any) -> Any:
+    return importlib.import_module("pared.record").record_of(model)  # only now: it needs torch
+
+
 def _reported(model: Any, html: Path) -> str:
     """The report as text; the page is written where the libraries that draw it are installed."""
     try:
@@ -157,6 +161,23 @@ def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
     if not quiet:
         typer.echo(found)
         typer.echo(f"\nwritten: {output / 'curve.json'}, {output / 'curve.svg'}")
+
+
+@app.command("tune-speed")
+def tune_speed(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where a quantized model was saved.")],
+    model: Annotated[str, typer.Option(metavar="PKG.MOD:FACTORY", help="A function that returns the architecture.")],
+    calib: Annotated[
+        str, typer.Option(metavar="PKG.MOD:OBJ", help="Batches of the sizes that matter, or a function that calls it.")
+    ],
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
+) -> None:
+    """Measure anew which kernels are fastest on this machine; the model's file stays as it is."""
+    _show_log(verbose)
+    found = pared.tune_speed(directory, _made(model), _batches(calib))
+    if not quiet:
+        typer.echo("\n".join(_record_of(found).profile.summary()) or "none of its layers may run in int8")
 
 
 @app.command("compress")

@@ -141,11 +141,15 @@ def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic 
         FileError: the file cannot be written.
     """
     contents = contents_of(model)
-    empty = skeleton_of(model)
+    return export_onnx(decoded(skeleton_of(model), contents), contents, path, inputs, dynamic)
+
+
+def decoded(model: ModuleT, contents: Contents) -> ModuleT:
+    """A float model of the same architecture, in eval mode, with the numbers that the contents stand for."""
     numbers: dict[int, Tensor] = {}
-    for stored, tensors in match(empty, contents):  # one object for all that are tied: one copy in the file
+    for stored, tensors in match(model, contents):  # one object for all that are tied
         numbers |= dict.fromkeys(map(id, tensors), _like(stored.coded.decode(), tensors[0]))
-    return export_onnx(clone_structure(empty, numbers).eval(), contents, path, inputs, dynamic)
+    return clone_structure(model, numbers).eval()
 
 
 def nbytes(model: nn.Module) -> int:
@@ -176,12 +180,13 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if html is not None:
         facts = lines.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
         page.write(facts, html)
-    note = (
-        f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"
-        if record.memory == "small"
-        else ""
+    small = record.memory == "small"
+    notes = (
+        [f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"]
+        if small
+        else record.profile.summary()
     )
-    return text.report(found, contents, record.outcome, record.running, note)
+    return text.report(found, contents, record.outcome, record.running, notes)
 
 
 def _decoding_ms(model: nn.Module) -> float:

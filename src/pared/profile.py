@@ -91,6 +91,18 @@ class CallTiming:
         """The way of calling."""
         return text_of(self.arguments)
 
+    def __str__(self) -> str:
+        """One line, for people."""
+        sizes = ", ".join(f"{one.name} {' x '.join(map(str, one.shape))}" for one in self.arguments if one.dtype)
+        times = {
+            "float32": self.float32_ms,
+            "bfloat16": self.bfloat16_ms,
+            "int8 by modules": self.modules_ms,
+            "by a graph": self.graph_ms,
+        }
+        shown = ", ".join(f"{name} {ms:.3g}" for name, ms in times.items() if ms is not None)
+        return f"{sizes or 'a call'}: {shown} ms" + (f" ({self.because})" if self.because else "")
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CallTiming:
         """The inverse of `dataclasses.asdict`."""
@@ -169,6 +181,17 @@ class Profile:
         served = {text_of(arguments) for arguments in self.graphs}
         times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
         return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
+
+    def summary(self) -> list[str]:
+        """What runs, and the times that decided it, as lines for people."""
+        if not self.calls:
+            return []
+        chosen = {
+            "int8": "in int8, as a graph" if self.graphs else "in int8, layer by layer",
+            "float32": "in float32: nothing else was faster by a tenth",
+            "bfloat16": "in bfloat16, which was faster than int8",
+        }[self.whole]
+        return [f"runs {chosen} (measured on this machine):", *(f"  {one}" for one in self.calls)]
 
     def running(self, module: str, reason: str = "") -> Running:
         """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.

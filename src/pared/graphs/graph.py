@@ -52,7 +52,7 @@ class Graph:
     def __call__(self, bound: Bound) -> Any:
         """What the model returns."""
         tensors = [value for value in bound.values() if type(value) is Tensor]
-        return tree_unflatten(self.module(*tensors), self._outputs)
+        return tree_unflatten(self.module.forward(*tensors), self._outputs)
 
 
 def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:

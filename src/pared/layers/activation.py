@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pared.kernels.activation import Range
 
+Mode = Literal["static", "dynamic", "gather"]
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -24,7 +26,7 @@ class Activation:
     Activation(mode='static', low=-1.0, high=2.0, weights=('weight',))
     """
 
-    mode: Literal["static", "dynamic", "gather"]
+    mode: Mode
     low: float = 0.0
     high: float = 0.0
     weights: tuple[str, ...] = ("weight",)

@@ -16,8 +16,10 @@ from pared.reporting.lines import lines
 from pared.tables import WIDTH
 
 
-def report(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], note: str = "") -> str:
-    """The report of a quantized model: totals, scores, a note, and a row per tensor."""
+def report(
+    ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], notes: Sequence[str] = ()
+) -> str:
+    """The report of a quantized model: totals, scores, notes, and a row per tensor."""
     found = {line.name: line for line in lines(contents, running)}
     rows = [
         replace(row, because=_both(found[row.name].because, row.because)) if row.name in found else row
@@ -25,9 +27,11 @@ def report(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mappin
     ]
     kernels = {line.name: line.kernel for line in found.values() if line.kernel != "float"}
     damages = {line.name: line.damage for line in found.values() if line.damage is not None}
-    return "\n".join(
-        (*_summary(ledger, outcome), *([note] if note else []), *draw(rows, kernels or None, damages or None))
-    )
+    return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *draw(rows, kernels or None, damages or None)))
+
+
+def _wrapped(notes: Sequence[str]) -> list[str]:
+    return [line for note in notes for line in textwrap.wrap(note, WIDTH, subsequent_indent="    ")]
 
 
 def _both(reason: str, stored: str) -> str:
