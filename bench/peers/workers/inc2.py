@@ -44,9 +44,13 @@ class Static(Peer):
     needs = "model class"
     excluded: tuple[str, ...] = ()
 
+    def prepare(self, task: Task) -> nn.Module:
+        model = task.subject.load()
+        self.expected = task.subject.watch(model)
+        return model
+
     def compress(self, task: Task, prepared: nn.Module) -> Any:
         subject, calls = task.subject, task.subject.calls()
-        reference = subject.load()
         conf = PostTrainingQuantConfig(
             approach="static",
             calibration_sampling_size=[sum(map(_samples, calls))],
@@ -59,7 +63,7 @@ class Static(Peer):
                 prepared,
                 conf,
                 calib_dataloader=_Loader(calls),
-                eval_func=lambda model: subject.judge(model, reference).score,
+                eval_func=lambda model: subject.judge(subject.watch(model), self.expected).score,
             )
         )
 
@@ -82,6 +86,9 @@ class StaticWithoutBfloat16(Static):
 
 class Dynamic(Static):
     settings = "`approach='dynamic'`"
+
+    def prepare(self, task: Task) -> nn.Module:
+        return task.subject.load()
 
     def compress(self, task: Task, prepared: nn.Module) -> Any:  # noqa: ARG002  # it takes no data
         return _checked(quantization.fit(prepared, PostTrainingQuantConfig(approach="dynamic")))
