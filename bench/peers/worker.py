@@ -88,7 +88,8 @@ class Worker:
             found = handle(**request)
         except Exception as error:  # noqa: BLE001  # whatever a tool raises is a row of the table
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-            found = {"error": f"{type(error).__name__}: {lines[0]}", "at": do}
+            line = lines[0].replace(f"{self.folder}{os.sep}", "")  # which machine it was is nobody's business
+            found = {"error": f"{type(error).__name__}: {line}", "at": do}
             traceback.print_exc(file=sys.stderr)
         said = {"settings": self.peer.settings, "needs": self.peer.needs}
         return {**found, **said, "notes": list(dict.fromkeys(self.task.notes))}

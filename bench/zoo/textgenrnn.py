@@ -96,7 +96,7 @@ def _windows(text: str, most: int) -> Tensor:
 
 def contexts(part: data.Part, seed: int) -> Tensor:
     """What the model reads of the documents of a part, int64 (windows, context)."""
-    return torch.cat([_windows(text, _PREDICTED) for text in documents(part, seed)])[:, :-1]
+    return torch.cat([_windows(text, _PREDICTED) for text in documents(part, seed)])[:, :-1].contiguous()
 
 
 def documents(part: data.Part, seed: int) -> list[str]:
@@ -112,7 +112,7 @@ def calibration(seed: int) -> list[Tensor]:
 def read(model: nn.Module, texts: Sequence[str]) -> Tensor:
     """Logits of the first `_PREDICTED` characters of each text, of which there must be as many: (windows, 465)."""
     windows = torch.cat([_windows(text, _PREDICTED) for text in texts])
-    return torch.cat([model(batch[:, :-1]).float() for batch in windows.split(_BATCH)])
+    return torch.cat([model(batch[:, :-1].contiguous()).float() for batch in windows.split(_BATCH)])
 
 
 def bits(logits: Tensor, texts: Sequence[str]) -> Scores:
