@@ -24,7 +24,8 @@ from PIL import Image
 T = TypeVar("T")
 Part = Literal["calibration", "search", "test"]
 
-FOLDER = Path(os.environ.get("PARED_BENCH_DATA", "out/data"))
+VARIABLE = "PARED_BENCH_DATA"
+FOLDER = Path(os.environ.get(VARIABLE, "out/data"))
 DEBIAN = FOLDER / "deb" / "usr" / "share"
 
 _LEAST_PARAGRAPH = 200  # characters: shorter ones are captions, lists and scraps of markup

@@ -91,7 +91,7 @@ def draw(found: Mapping[str, Any]) -> None:
         for i, what in enumerate(("fit", "load")):
             grown = [max((one[f"{what}_peak"] - one[f"{what}_before"]) / 1e9, 1e-3) for one in known]
             right.plot(across, grown, f"C{i}o{style}", label=f"{what}, {threads} threads")
-        right.plot(across, [4 * one / 1e9 for one in across], "k:", label="the floats themselves")
+    right.plot(across, [4 * one / 1e9 for one in across], "k:", label="the floats themselves")
     left.set(xlabel="parameters", ylabel="seconds", xscale="log", yscale="log")
     right.set(xlabel="parameters", ylabel="GB, what the process grew by", xscale="log", yscale="log")
     for axes in (left, right):

@@ -13,6 +13,7 @@ import platform
 import shutil
 import statistics
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -72,7 +73,7 @@ class Field:
         except subprocess.CalledProcessError as error:
             row.errors.append(f"install: pip ended with code {error.returncode}")
             return
-        limit = self.options.timeout
+        limit, start = self.options.timeout, time.monotonic()
         came = row.take(worker.hear(_START, "start"))
         came = came and row.take(worker.ask(limit, "compress")) and row.take(worker.ask(limit, "judge"))
         if came:
@@ -80,8 +81,7 @@ class Field:
             self.alive.append((row, worker))
         else:
             worker.end()
-        for error in row.errors:
-            print(f"  {error}", flush=True)
+        print(f"  {time.monotonic() - start:.0f} s", *row.errors, sep="\n  ", flush=True)
 
     def converse(self, family: Family, peer: str, log: str) -> Conversation:
         folder, threads = FOLDER / self.subject / peer, self.options.threads

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from bench import data
 from bench.peers import environments
 from bench.peers.families import Family
 
@@ -21,7 +22,8 @@ class Conversation:
     def __init__(
         self, family: Family, peer: str, subject: str, folder: Path, threads: int, *, log: str, smallest: int | None
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        litter = folder.absolute() / "litter"  # tools leave files where they are started, and not all say so
+        litter.mkdir(parents=True, exist_ok=True)
         command = [str(environments.python(family.environment)), "-m", "bench.peers.worker", family.module, peer]
         command += [subject, str(folder.absolute()), "--threads", str(threads)]
         command += [] if smallest is None else ["--smallest", str(smallest)]
@@ -32,7 +34,8 @@ class Conversation:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environments.variables(family.environment, threads),
+            cwd=litter,
+            env={**environments.variables(family.environment, threads), data.VARIABLE: str(data.FOLDER.absolute())},
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

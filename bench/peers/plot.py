@@ -49,4 +49,5 @@ def _panel(axes: Any, rows: Sequence[Row], of: Any) -> None:
         axes.annotate(row.peer, (x, at), fontsize=7, xytext=(4, 3), textcoords="offset points", color=color)
     axes.set_xscale("log")
     axes.set_yscale("linear" if decibels else "log")
+    axes.margins(x=0.15)  # room for the last names
     axes.grid(alpha=0.3)

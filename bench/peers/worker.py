@@ -22,21 +22,24 @@ import torch
 from torch import nn
 
 from bench.peers import subjects
+from bench.peers.families import BASELINE
 from bench.peers.peer import Peer, Task
 from bench.peers.subjects.subject import Judgement
 from bench.search import peak_memory
 
 _PAUSE = 0.05  # seconds between engines in one process, whose threads may wait for work by spinning
+_OUTPUTS, _SEEN = "outputs.pt", "seen.pt"
 _RELOADED = 1e-3  # of the output's peak: more is another model
 
 
 class Worker:
     """Args:
-    outputs: where the outputs on the timed inputs are kept for the process that reloads.
+    folder: for the outputs on the timed inputs, for the process that reloads, and for what judges the model; beside it
+        is that of FP32, which comes first.
     """
 
-    def __init__(self, peer: Peer, task: Task, outputs: Path) -> None:
-        self.peer, self.task, self.outputs = peer, task, outputs
+    def __init__(self, peer: Peer, task: Task, folder: Path) -> None:
+        self.peer, self.task, self.folder = peer, task, folder
         self.shapes = task.subject.shapes()
         self._compressed: Any = None
         self.model: nn.Module
@@ -56,13 +59,15 @@ class Worker:
         """Of the model as it is after compression."""
         self.model = self.peer.module(self.task, self._compressed)
         self.reference = self.task.subject.load()
-        torch.save({name: run(self.model).float() for name, run in self.shapes.items()}, self.outputs)
-        found: Judgement = self.task.subject.judge(self.model, self.reference)
+        torch.save({name: run(self.model).float() for name, run in self.shapes.items()}, self.folder / _OUTPUTS)
+        seen = self.task.subject.watch(self.model)
+        torch.save(seen, self.folder / _SEEN)
+        found: Judgement = self.task.subject.judge(seen, torch.load(self.folder.parent / BASELINE / _SEEN))
         return asdict(found)
 
     def reload(self) -> dict[str, Any]:
         """How far the outputs of what is read from the files are from those of the process that wrote them."""
-        model, expected = self.peer.reload(self.task), torch.load(self.outputs)
+        model, expected = self.peer.reload(self.task), torch.load(self.folder / _OUTPUTS)
         got = {name: run(model).float() for name, run in self.shapes.items()}
         off = max(float((got[name] - y).abs().max() / y.abs().max()) for name, y in expected.items())
         return {"off": off, "right": off <= _RELOADED}
@@ -83,7 +88,8 @@ class Worker:
             found = handle(**request)
         except Exception as error:  # noqa: BLE001  # whatever a tool raises is a row of the table
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-            found = {"error": f"{type(error).__name__}: {lines[0]}", "at": do}
+            line = lines[0].replace(f"{self.folder}{os.sep}", "")  # which machine it was is nobody's business
+            found = {"error": f"{type(error).__name__}: {line}", "at": do}
             traceback.print_exc(file=sys.stderr)
         said = {"settings": self.peer.settings, "needs": self.peer.needs}
         return {**found, **said, "notes": list(dict.fromkeys(self.task.notes))}
@@ -133,7 +139,7 @@ def main() -> None:
             if worker is None:
                 peer = importlib.import_module(f"bench.peers.workers.{options.module}").PEERS[options.peer]
                 task = Task(subjects.find(options.subject), *folders, options.threads, options.smallest)
-                worker = Worker(peer, task, options.folder / "outputs.pt")
+                worker = Worker(peer, task, options.folder)
             found = worker.answer(json.loads(line))
         answers.write(json.dumps(found) + "\n")
         answers.flush()

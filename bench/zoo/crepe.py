@@ -128,10 +128,15 @@ def calibration(capacity: Capacity, seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _accuracies(capacity: Capacity, model: nn.Module, part: str, seed: int) -> Scores:
-    """Per tone: the share of its frames that are within 50 cents."""
-    frames, pitches = _tones(capacity, part, seed)
-    likely = torch.cat([model(batch).float() for batch in frames.flatten(0, 1).split(capacity.batch)])
+def hear(capacity: Capacity, model: nn.Module, part: str, seed: int) -> Tensor:
+    """What the model says of all frames of a part, float32 (frames, 360)."""
+    frames = _tones(capacity, part, seed)[0].flatten(0, 1)
+    return torch.cat([model(batch).float() for batch in frames.split(capacity.batch)])
+
+
+def accuracies(capacity: Capacity, likely: Tensor, part: str, seed: int) -> Scores:
+    """Per tone: the share of its frames that are within 50 cents, by what a model says of them."""
+    _, pitches = _tones(capacity, part, seed)
     around = (likely.argmax(1, keepdim=True) + torch.arange(-4, 5)).clamp(0, _BINS - 1)
     weights = likely.gather(1, around).double()
     cents = (weights * (_CENTS_PER_BIN * around + _FIRST_CENTS)).sum(1) / weights.sum(1)
@@ -141,11 +146,11 @@ def _accuracies(capacity: Capacity, model: nn.Module, part: str, seed: int) -> S
 
 
 def scores(capacity: Capacity, model: nn.Module, part: data.Part, seed: int) -> Scores:
-    return _accuracies(capacity, model, part, seed)
+    return accuracies(capacity, hear(capacity, model, part, seed), part, seed)
 
 
 def metrics(capacity: Capacity, model: nn.Module, seed: int) -> dict[str, float]:
-    accuracy = _accuracies(capacity, model, "noisier", seed).mean()
+    accuracy = accuracies(capacity, hear(capacity, model, "noisier", seed), "noisier", seed).mean()
     return {f"raw pitch accuracy at {_NOISIER} dB": float(accuracy)}
 
 

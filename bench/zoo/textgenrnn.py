@@ -96,10 +96,10 @@ def _windows(text: str, most: int) -> Tensor:
 
 def contexts(part: data.Part, seed: int) -> Tensor:
     """What the model reads of the documents of a part, int64 (windows, context)."""
-    return torch.cat([_windows(text, _PREDICTED) for text in _documents(part, seed)])[:, :-1]
+    return torch.cat([_windows(text, _PREDICTED) for text in documents(part, seed)])[:, :-1].contiguous()
 
 
-def _documents(part: data.Part, seed: int) -> list[str]:
+def documents(part: data.Part, seed: int) -> list[str]:
     texts = [text for text in data.news() if len(text) > 2 * (_CONTEXT + _PREDICTED)]
     return dict(zip(_DOCUMENTS, data.deal(texts, list(_DOCUMENTS.values()), seed), strict=True))[part]
 
@@ -109,23 +109,29 @@ def calibration(seed: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def bits(model: nn.Module, texts: Sequence[str], most: int = _PREDICTED) -> Scores:
-    """Bits per character of the first `most` characters of each text, of which there must be as many."""
-    windows = torch.cat([_windows(text, most) for text in texts])
-    logits = torch.cat([model(batch[:, :-1]).float() for batch in windows.split(_BATCH)])
+def read(model: nn.Module, texts: Sequence[str]) -> Tensor:
+    """Logits of the first `_PREDICTED` characters of each text, of which there must be as many: (windows, 465)."""
+    windows = torch.cat([_windows(text, _PREDICTED) for text in texts])
+    return torch.cat([model(batch[:, :-1].contiguous()).float() for batch in windows.split(_BATCH)])
+
+
+def bits(logits: Tensor, texts: Sequence[str]) -> Scores:
+    """Bits per character of each text, by a model's logits."""
+    windows = torch.cat([_windows(text, _PREDICTED) for text in texts])
     nats = nn.functional.cross_entropy(logits.double(), windows[:, -1], reduction="none")
-    result: Scores = (nats.reshape(len(texts), most).mean(1) / math.log(2)).numpy()
+    result: Scores = (nats.reshape(len(texts), _PREDICTED).mean(1) / math.log(2)).numpy()
     return result
 
 
 def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
-    return bits(model, _documents(part, seed))
+    texts = documents(part, seed)
+    return bits(read(model, texts), texts)
 
 
 def metrics(model: nn.Module, seed: int) -> dict[str, float]:  # noqa: ARG001  # the texts are the same for all seeds
     return {
-        "bits per character on Lee": float(bits(model, minilm.documents()).mean()),
-        "bits per character on Wikipedia": float(bits(model, data.passages(_PASSAGES)).mean()),
+        f"bits per character on {name}": float(bits(read(model, texts), texts).mean())
+        for name, texts in (("Lee", minilm.documents()), ("Wikipedia", data.passages(_PASSAGES)))
     }
 
 

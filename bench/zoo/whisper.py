@@ -240,13 +240,33 @@ def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
     """Nats of each prompt's transcript and its end, over the mean number of tokens, so that the mean is per token."""
     expected = [torch.tensor(_tokens(clip.text)) for clip in _prompts(part, seed)]
     logits = (row for batch in _batches(part, seed) for row in model(**batch).logits.float())
-    first = len(_start()) - 1  # the place that predicts the first word
     nats = [
-        float(nn.functional.cross_entropy(row[first : first + len(tokens)], tokens, reduction="sum"))
+        float(nn.functional.cross_entropy(_predicting(row, tokens), tokens, reduction="sum"))
         for row, tokens in zip(logits, expected, strict=True)
     ]
     result: Scores = np.array(nats) / np.mean([len(tokens) for tokens in expected])
     return result
+
+
+def _predicting(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Those that predict these tokens, of all that the model reads from its start on."""
+    first = len(_start()) - 1  # the place that predicts the first word
+    return logits[first : first + len(tokens)]
+
+
+@torch.no_grad()
+def hear(model: nn.Module, seed: int, most: int) -> Tensor:
+    """Log probabilities where the first prompts of the test set are predicted, float32 (tokens of all, vocabulary)."""
+    found = []
+    for clip in _prompts("test", seed)[:most]:
+        logits = model(**_batch([clip])).logits[0].float()
+        found.append(_predicting(logits, torch.tensor(_tokens(clip.text))).log_softmax(-1))
+    return torch.cat(found)
+
+
+def said(seed: int, most: int) -> Tensor:
+    """The tokens that `hear` predicts, int64."""
+    return torch.tensor([token for clip in _prompts("test", seed)[:most] for token in _tokens(clip.text)])
 
 
 def clips(seed: int) -> tuple[Clip, Clip]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from bench.peers.subjects.subject import Judgement, Subject, decibels, join_single, randomized, single
@@ -36,11 +35,12 @@ def shapes() -> Mapping[str, Callable[[nn.Module], Tensor]]:
     return {f"{n} frame{'s' * (n > 1)}": functools.partial(_run, _frames()[:n].contiguous()) for n in _BATCHES}
 
 
-@torch.no_grad()
-def judge(model: nn.Module, reference: nn.Module) -> Judgement:
-    batches = _frames()[: 4 * FULL.batch].split(FULL.batch)
-    got, expected = (torch.cat([network(batch).float() for batch in batches]) for network in (model, reference))
-    return Judgement(float(crepe.scores(FULL, model, "test", _SEED).mean()), decibels(got, expected))
+def watch(model: nn.Module) -> Tensor:
+    return crepe.hear(FULL, model, "test", _SEED)
+
+
+def judge(got: Tensor, expected: Tensor) -> Judgement:
+    return Judgement(float(crepe.accuracies(FULL, got, "test", _SEED).mean()), decibels(got, expected))
 
 
 SUBJECT = Subject(
@@ -51,6 +51,7 @@ SUBJECT = Subject(
     parts=single(calls, {0: "frames"}),
     joined=join_single,
     shapes=shapes,
+    watch=watch,
     judge=judge,
     score="raw pitch accuracy",
     higher_is_better=True,

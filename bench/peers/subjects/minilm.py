@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from examples import minilm
 from torch import Tensor, nn
 
@@ -63,9 +62,11 @@ def shapes() -> Mapping[str, Callable[[nn.Module], Tensor]]:
     return {f"{n} x {_TOKENS} tokens": functools.partial(_run, cut[n]) for n in _BATCHES}
 
 
-@torch.no_grad()
-def judge(model: nn.Module, reference: nn.Module) -> Judgement:
-    got, expected = (minilm.embed(network, minilm.documents()) for network in (model, reference))
+def watch(model: nn.Module) -> Tensor:
+    return minilm.embed(model, minilm.documents())
+
+
+def judge(got: Tensor, expected: Tensor) -> Judgement:
     return Judgement(minilm.spearman(got), minilm.distance(got, expected))
 
 
@@ -77,6 +78,7 @@ SUBJECT = Subject(
     parts=_parts,
     joined=lambda runs: _Joined(runs["model"]),
     shapes=shapes,
+    watch=watch,
     judge=judge,
     score="Spearman with people",
     higher_is_better=True,

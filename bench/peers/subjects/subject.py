@@ -53,9 +53,10 @@ class Subject:
         blank: the same class with random weights, for tools that cannot reload without it.
         calls: calibration, as `pared.fit` takes it.
         parts: of a float model; calibrated only if asked, since that may need the model to run.
-        joined: a model that `judge` and `shapes` can call, from its parts in another engine.
+        joined: a model that `watch` and `shapes` can call, from its parts in another engine.
         shapes: what is timed: by name, a function of a model that gives a tensor.
-        judge: a model beside FP32.
+        watch: what judging needs to see of a model, a tensor; run once over data that calibrate nothing.
+        judge: what was seen, beside what was seen of FP32.
         score, fidelity: what `Judgement` holds.
         transformer: tools that ask are told so.
     """
@@ -67,7 +68,8 @@ class Subject:
     parts: Callable[[nn.Module], Mapping[str, Part]]
     joined: Callable[[Mapping[str, Run]], nn.Module]
     shapes: Callable[[], Mapping[str, Callable[[nn.Module], Tensor]]]
-    judge: Callable[[nn.Module, nn.Module], Judgement]
+    watch: Callable[[nn.Module], Tensor]
+    judge: Callable[[Tensor, Tensor], Judgement]
     score: str
     higher_is_better: bool
     fidelity: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from bench.peers.subjects.subject import Judgement, Subject, decibels, join_single, randomized, single
@@ -13,7 +12,6 @@ from bench.zoo import textgenrnn as zoo
 
 _BATCHES = (64, 1)
 _SEED = 0
-_COMPARED = 500  # contexts
 
 
 @functools.cache
@@ -27,19 +25,18 @@ def _run(x: Tensor, model: nn.Module) -> Tensor:
 
 
 @functools.cache
-def _contexts() -> Tensor:
-    return zoo.contexts("test", _SEED)[:_COMPARED].contiguous()
-
-
-@functools.cache
 def shapes() -> Mapping[str, Callable[[nn.Module], Tensor]]:
-    return {f"{n} x 40 characters": functools.partial(_run, _contexts()[:n].contiguous()) for n in _BATCHES}
+    contexts = zoo.contexts("test", _SEED)
+    return {f"{n} x 40 characters": functools.partial(_run, contexts[:n].contiguous()) for n in _BATCHES}
 
 
-@torch.no_grad()
-def judge(model: nn.Module, reference: nn.Module) -> Judgement:
-    bits = float(zoo.scores(model, "test", _SEED).mean())
-    return Judgement(bits, decibels(model(_contexts()).float(), reference(_contexts())))
+def watch(model: nn.Module) -> Tensor:
+    return zoo.read(model, zoo.documents("test", _SEED))
+
+
+def judge(got: Tensor, expected: Tensor) -> Judgement:
+    bits = zoo.bits(got, zoo.documents("test", _SEED))
+    return Judgement(float(bits.mean()), decibels(got, expected))
 
 
 SUBJECT = Subject(
@@ -50,6 +47,7 @@ SUBJECT = Subject(
     parts=single(calls, {0: "texts"}),
     joined=join_single,
     shapes=shapes,
+    watch=watch,
     judge=judge,
     score="bits per character",
     higher_is_better=False,

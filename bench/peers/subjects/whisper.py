@@ -24,6 +24,7 @@ _NEW = [f"new_{kind}_{i}" for i in range(_LAYERS) for kind in ("key", "value")]
 _CROSS = [f"cross_{kind}_{i}" for i in range(_LAYERS) for kind in ("key", "value")]
 _HEADS, _HEAD = 6, 64
 _RECORDINGS = 8  # that calibrate a decoder's step, each with its whole transcript but for the last token
+_JUDGED = 40  # prompts
 _PREFIX = 4  # tokens that a step has read before, in calibration
 
 
@@ -132,9 +133,14 @@ def shapes() -> Mapping[str, Callable[[nn.Module], Tensor]]:
     }
 
 
-def judge(model: nn.Module, reference: nn.Module) -> Judgement:  # noqa: ARG001  # the truth judges, not FP32
-    errors = zoo.metrics(model, _SEED)["word error rate"]
-    return Judgement(errors, float(zoo.scores(model, "test", _SEED).mean()))
+def watch(model: nn.Module) -> Tensor:
+    return zoo.hear(model, _SEED, _JUDGED)
+
+
+def judge(got: Tensor, expected: Tensor) -> Judgement:
+    nats = nn.functional.nll_loss(got, zoo.said(_SEED, _JUDGED))
+    divergence = nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
+    return Judgement(float(nats), float(divergence))
 
 
 SUBJECT = Subject(
@@ -145,10 +151,11 @@ SUBJECT = Subject(
     parts=_parts,
     joined=_Joined,
     shapes=shapes,
+    watch=watch,
     judge=judge,
-    score="word error rate",
+    score="nats per token",
     higher_is_better=False,
-    fidelity="nats per token",
+    fidelity="KL, nat",
     transformer=True,
     entries=lambda model: (model, model.get_encoder()),  # type: ignore[operator]  # it has one
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from bench.peers.peer import Peer, Task
 
 _TRIALS = 100
+_UNPICKLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # its load is older than Torch's default, and its files hold classes
 
 
 class _Loader:
@@ -41,12 +43,16 @@ def _checked(model: Any) -> Any:
 
 class Static(Peer):
     settings = f"`approach='static'`, eval_func is the score, loss of 1 % relative, {_TRIALS} trials"
-    needs = "model class"
+    needs = f"model class, `{_UNPICKLE}`"
     excluded: tuple[str, ...] = ()
+
+    def prepare(self, task: Task) -> nn.Module:
+        model = task.subject.load()
+        self.expected = task.subject.watch(model)
+        return model
 
     def compress(self, task: Task, prepared: nn.Module) -> Any:
         subject, calls = task.subject, task.subject.calls()
-        reference = subject.load()
         conf = PostTrainingQuantConfig(
             approach="static",
             calibration_sampling_size=[sum(map(_samples, calls))],
@@ -59,7 +65,7 @@ class Static(Peer):
                 prepared,
                 conf,
                 calib_dataloader=_Loader(calls),
-                eval_func=lambda model: subject.judge(model, reference).score,
+                eval_func=lambda model: subject.judge(subject.watch(model), self.expected).score,
             )
         )
 
@@ -71,6 +77,7 @@ class Static(Peer):
         return model
 
     def reload(self, task: Task) -> nn.Module:
+        os.environ[_UNPICKLE] = "1"
         model: nn.Module = load(str(task.folder), task.subject.blank())
         return model
 
@@ -82,6 +89,9 @@ class StaticWithoutBfloat16(Static):
 
 class Dynamic(Static):
     settings = "`approach='dynamic'`"
+
+    def prepare(self, task: Task) -> nn.Module:
+        return task.subject.load()
 
     def compress(self, task: Task, prepared: nn.Module) -> Any:  # noqa: ARG002  # it takes no data
         return _checked(quantization.fit(prepared, PostTrainingQuantConfig(approach="dynamic")))

@@ -66,6 +66,7 @@ class RoundToNearest(Peer):
         compressed.save(str(task.folder))
 
     def reload(self, task: Task) -> nn.Module:
+        task.notes.append("`load` fills quantized layers only; all others stay as the given model has them")
         model: nn.Module = load(str(task.folder), original_model=_nameless(task.subject.blank()))
         return model
 

@@ -84,7 +84,7 @@ class Weights8(AsItComes):
 
 
 class Weights4(AsItComes):
-    settings = f"`nncf.compress_weights`: int4 symmetric, groups of {_GROUP}, all layers, AWQ, scale estimation"
+    settings = f"`nncf.compress_weights`: int4 symmetric, groups <= {_GROUP}, all layers, AWQ, scale estimation"
 
     def convert(self, task: Task, part: Part, model: Any) -> Any:  # noqa: ARG002  # no setting depends on the task
         return nncf.compress_weights(
@@ -96,6 +96,9 @@ class Weights4(AsItComes):
             awq=True,
             scale_estimation=True,
             subset_size=len(part.calls),
+            advanced_parameters=nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST  # where a row is no multiple of the groups
+            ),
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,14 +37,12 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]  # it has no types
 
 def _pre_processed(task: Task, file: Path) -> Path:
     """As ONNX Runtime asks for before quantization."""
-    file = file.resolve()
     ready = file.with_suffix(".ready.onnx")
-    with contextlib.chdir(file.parent):  # where it leaves files of numbers
-        try:
-            quant_pre_process(file, ready)
-        except Exception as error:  # noqa: BLE001  # it raises a plain Exception, and says to do without
-            task.notes.append(f"pre-processed without symbolic shapes ({error})")
-            quant_pre_process(file, ready, skip_symbolic_shape=True)
+    try:
+        quant_pre_process(file, ready)
+    except Exception as error:  # noqa: BLE001  # it raises a plain Exception, and says to do without
+        task.notes.append(f"pre-processed without symbolic shapes ({error})")
+        quant_pre_process(file, ready, skip_symbolic_shape=True)
     return ready
 
 
