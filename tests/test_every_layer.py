@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import pared
-from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule, candidates, sensitivity, stats, tryout
+from pared import (
+    AccuracyCriterion,
+    ConfigError,
+    PostTrainingQuantConfig,
+    Rule,
+    candidates,
+    sensitivity,
+    speed,
+    stats,
+    tryout,
+)
 from pared.profile import Timing
 from pared.tensors import find_tensors
 from pared.views import view_of
@@ -149,6 +159,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], set[str]]] =
 @pytest.fixture
 def int8_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
 
 
 def build(name: str) -> tuple[nn.Module, list[Tensor]]:
@@ -280,7 +291,7 @@ def test_finer_is_only_as_fine_as_needed() -> None:
     assert line.bits is not None
     assert 8 < line.bits < 12
     assert line.damage is not None
-    assert 2e-5 < line.damage <= 1e-4
+    assert 2e-4 < line.damage <= 1e-3
     assert 0.3 < lost(model, q, batches) / line.damage < 3
 
 
@@ -339,6 +350,7 @@ def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
 
 def test_layers_of_pytorch_run_in_int8_however_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
 
     class Called(nn.Module):
         def __init__(self) -> None:

@@ -196,7 +196,7 @@ def _within(costs: Sequence[_Cost], budget: float) -> dict[str, Activation]:
             return chosen
         chosen[one.name] = one.cheapest
     for one in sorted(costs, key=lambda one: (one.extra / one.passes, one.name)):
-        if one.extra > budget:
+        if "static" not in one.damage or one.extra > budget:
             continue
         budget -= one.extra
         chosen[one.name] = next(found for found in one.activations if found.mode == "static")

@@ -177,7 +177,7 @@ class Profile:
 
     @property
     def share(self) -> float:
-        """The time that the calls take in int8, by graphs where these serve, as a share of float32's."""
+        """The time that the calls take in int8, as a share of float32's; 1 if none was timed."""
         served = {text_of(arguments) for arguments in self.graphs}
         times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
         return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
@@ -213,7 +213,9 @@ class Profile:
 
 
 def _mean(ratios: Iterable[float]) -> float:
-    return math.exp(statistics.mean(math.log(one) for one in ratios))
+    """The geometric mean; 1 of nothing."""
+    logarithms = [math.log(one) for one in ratios]
+    return math.exp(statistics.mean(logarithms)) if logarithms else 1.0
 
 
 def _numbers(arguments: tuple[Argument, ...]) -> int:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.errors import ModelError
-from pared.kernels import patches
 from pared.kernels.activation import Range, quantize, quantize_reference, tensor_range
 from pared.kernels.linear import check_step, float_bias
 from pared.kernels.machine import FULL_LEVELS, levels_for
+from pared.kernels.patches import channels_first, patches_of, pays, rows_of_filter
 
 _FLOAT_CONVOLUTIONS: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SPACE: Final = ("depth", "height", "width")
@@ -145,7 +145,7 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
         )
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
-    by_patches = patches.pays(codes.shape, geometry.dilation, geometry.groups)
+    by_patches = pays(codes.shape, geometry.dilation, geometry.groups)
     return Packed(
         weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
         step=step,
@@ -167,7 +167,7 @@ def _prepacked(codes: Tensor, step: Tensor, moves: Geometry) -> Tensor:
 
 
 def _prepacked_rows(codes: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(patches.rows_of_filter(codes), None)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(rows_of_filter(codes), None)
     return packed
 
 
@@ -282,11 +282,11 @@ def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, spa
     after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     out: Tensor
     if packed.taps:
-        rows = patches.patches_of(codes, packed.taps, moves.stride)
+        rows = patches_of(codes, packed.taps, moves.stride)
         if not rows.numel():
             return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
         products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after)
-        out = patches.channels_first(products)
+        out = channels_first(products)
     else:
         moved = (moves.stride, padding, moves.dilation, moves.groups)
         out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *after)
