@@ -119,14 +119,14 @@ class _Served:
 
     def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
         try:
-            same = agree(graph(bound), expected)
+            found = graph(bound)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # what operators raise of a wrong shape
             self._drop(f"the graph cannot take such inputs ({type(error).__name__}: {error})")
             return expected
-        if same:
+        if agree(found, expected):
             self._checked.add(ones)
-        else:
-            self._drop("the graph does not give what the modules give")
+            return found  # as at every later call
+        self._drop("the graph does not give what the modules give")
         return expected
 
     def _drop(self, reason: str) -> None:

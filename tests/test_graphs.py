@@ -1,0 +1,391 @@
+"""Graphs that run in place of modules: they give what the modules give, and serve the calls that they were made for."""
+
+import copy
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pared
+from pared import PostTrainingQuantConfig
+from pared import model as quantized
+from pared.errors import ModelError
+from pared.graphs import Server, agree
+from pared.graphs.capture import capture
+from pared.graphs.fusion import FLOAT_CONV
+from pared.graphs.graph import Graph
+from pared.graphs.products import QCONVS, QLINEAR
+from pared.kernels.activation import quantize
+from pared.kernels.conv import pad_codes
+from pared.kernels.linear import product_of_rows
+from pared.layers.counterpart import run_kernel
+from pared.profile import Profile, this_machine
+from pared.record import record_of
+from pared.ways import Argument, arguments_of, bind, parameters_of
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+class Attention(nn.Module):
+    """A transformer's layer: a shared input, an activation between two products, residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2000, 64)
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        self.norm, self.last = nn.LayerNorm(64), nn.LayerNorm(64)
+        self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        x = self.table(ids)
+        q, k, v = (layer(x).unflatten(-1, (4, 16)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        x = self.norm(x + self.o(attended))
+        out = self.last(x + self.narrow(F.gelu(self.wide(x))))
+        return {"hidden": out * scale, "pooled": out.mean(1)}
+
+
+class Images(nn.Module):
+    """Convolutions with all that may join them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16)
+        self.deep, self.deep_norm = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16)
+        self.project = nn.Conv2d(16, 16, 1)
+        self.long = nn.Conv2d(16, 8, (1, 3), padding="same")
+        self.head = nn.Linear(8, 10)
+        for norm in (self.stem_norm, self.deep_norm):
+            nn.init.normal_(norm.weight, generator=GENERATOR)  # some gains are negative
+            nn.init.normal_(norm.bias, generator=GENERATOR)
+            norm.running_mean = torch.randn(16, generator=GENERATOR)
+            norm.running_var = torch.rand(16, generator=GENERATOR) + 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem_norm(self.stem(F.pad(x, (0, 1, 0, 1)))))
+        x = x + self.project(F.silu(self.deep_norm(self.deep(x))))
+        x = F.relu(self.long(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Sound(nn.Module):
+    """One channel and long filters, and an operator that writes to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.next = nn.Conv1d(1, 32, 128, 16), nn.Conv1d(32, 16, 3, padding=1)
+        self.up = nn.ConvTranspose1d(16, 8, 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.next(self.patches(x).relu_())).tanh_()
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Callable[[], nn.Module]
+    call: Callable[[int, int], dict[str, Tensor]]
+
+
+CASES = {
+    "attention": Case(
+        Attention,
+        lambda n, size: {"ids": torch.randint(0, 2000, (n, size), generator=torch.Generator().manual_seed(size))},
+    ),
+    "images": Case(
+        Images, lambda n, size: {"x": torch.randn(n, 3, 2 * size, size, generator=torch.Generator().manual_seed(n))}
+    ),
+    "sound": Case(
+        Sound, lambda n, size: {"x": torch.randn(n, 1, 32 * size, generator=torch.Generator().manual_seed(n))}
+    ),
+}
+SIZES = [(4, 24), (2, 17), (1, 24), (7, 24)]
+
+
+def assembled(case: Case, mode: str = "static", kernel: str = "int8") -> tuple[nn.Module, nn.Module]:
+    """The float model, and the quantized one with every layer on one kernel, whatever is fastest."""
+    torch.manual_seed(0)
+    model = case.model().eval()
+    conf = PostTrainingQuantConfig(approach=mode, quant_level=0)  # type: ignore[arg-type]  # one of its choices
+    found = pared.fit(model, conf, [case.call(4, 24)], quiet=True)
+    timing = pared.profile.Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
+    contents = quantized.contents_of(found)
+    profile = Profile(this_machine(), dict.fromkeys(contents.activations, timing))
+    return model, quantized.assemble(model, contents, profile)
+
+
+def graph_of(model: nn.Module, call: dict[str, Any]) -> Graph:
+    return Graph(model, quantized.outline_of(model), arguments_of(bound_of(model, call)))
+
+
+def bound_of(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:
+    found = bind(parameters_of(model), (), call)
+    assert found is not None
+    return found
+
+
+def targets(graph: Graph) -> list[object]:
+    return [node.target for node in graph.module.graph.nodes if node.op == "call_function"]
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return list(value.values()) if isinstance(value, dict) else [value]
+
+
+@pytest.mark.parametrize("kernel", ["int8", "bfloat16", "float32"])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_gives_what_the_modules_give_at_every_size(name: str, mode: str, kernel: str) -> None:
+    case = CASES[name]
+    _, q = assembled(case, mode, kernel)
+    graph = graph_of(q, case.call(4, 24))
+    with torch.no_grad():
+        for n, size in SIZES:
+            call = case.call(n, size)
+            expected, found = q(**call), graph(bound_of(q, call))
+            assert type(found) is type(expected)
+            for ours, theirs in zip(leaves(found), leaves(expected), strict=True):
+                assert ours.shape == theirs.shape
+                assert ours.is_contiguous() == theirs.is_contiguous()
+                assert (ours - theirs).square().sum() <= 2e-3 * theirs.square().sum()
+
+
+def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once() -> None:
+    case = CASES["attention"]
+    _, q = assembled(case)
+    found = graph_of(q, case.call(4, 24))
+    operators = targets(found)
+    assert operators.count(QLINEAR) == 6
+    assert torch.ops.aten.gelu.default not in operators
+    quantizations = [one for one in operators if getattr(one, "__name__", "") == "quantize_rows_of_memory"]
+    assert len(quantizations) == 3, "q, k and v share one, and the narrow layer needs none"
+    wide = next(node for node in found.module.graph.nodes if node.target is QLINEAR and torch.uint8 in node.args)
+    assert "gelu" in wide.args
+    with torch.no_grad():
+        assert torch.equal(found(bound_of(q, case.call(4, 24)))["hidden"], q(**case.call(4, 24))["hidden"])
+
+
+def test_dynamic_rows_are_rounded_once_for_all_that_multiply_them() -> None:
+    case = CASES["attention"]
+    _, q = assembled(case, "dynamic")
+    operators = targets(graph_of(q, case.call(4, 24)))
+    assert operators.count(product_of_rows) == 6
+    assert sum(getattr(one, "__name__", "") == "rows_of" for one in operators) == 4
+
+
+def test_norms_activations_and_padding_join_convolutions() -> None:
+    case = CASES["images"]
+    _, q = assembled(case)
+    operators = targets(graph_of(q, case.call(4, 24)))
+    assert sum(one in QCONVS for one in operators) == 4
+    for joined in (torch.ops.aten.batch_norm.default, torch.ops.aten.silu.default, torch.ops.aten.relu.default):
+        assert joined not in operators
+    assert torch.ops.aten.pad.default not in operators
+    assert operators.count(pad_codes) >= 1
+    assert operators.count(quantize) <= 4
+
+
+def test_float_convolutions_take_them_in_too() -> None:
+    case = CASES["images"]
+    _, q = assembled(case, kernel="float32")
+    found = graph_of(q, case.call(4, 24))
+    operators = targets(found)
+    assert operators.count(FLOAT_CONV) >= 3
+    assert torch.ops.aten.batch_norm.default not in operators
+    assert torch.ops.aten.pad.default not in operators
+    with torch.no_grad():
+        floats = q(**case.call(4, 24))
+        assert torch.allclose(found(bound_of(q, case.call(4, 24))), floats, atol=1e-5)
+
+
+def test_long_filters_of_one_channel_run_as_products_of_patches() -> None:
+    case = CASES["sound"]
+    _, q = assembled(case)
+    operators = targets(graph_of(q, case.call(4, 24)))
+    assert QLINEAR in operators
+    assert run_kernel in operators, "the transposed convolution runs as its module does"
+
+
+def served(q: nn.Module, call: dict[str, Any]) -> Server:
+    """The model with a graph for a way of calling."""
+    server = Server(quantized.outline_of, [arguments_of(bound_of(q, call))])
+    record_of(q).server = server
+    return server
+
+
+@pytest.fixture(name="pair")
+def _pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, list[str]]:
+    """A model whose calls have a graph, and a list that says which calls the graph answered."""
+    case = CASES["attention"]
+    _, q = assembled(case)
+    served(q, case.call(4, 24))
+    answered: list[str] = []
+    plain = Graph.__call__
+
+    def noted(self: Graph, bound: dict[str, Any]) -> Any:
+        answered.append("graph")
+        return plain(self, bound)
+
+    monkeypatch.setattr(Graph, "__call__", noted)
+    with torch.no_grad():
+        q(**CASES["attention"].call(4, 24))  # the first call compares
+    answered.clear()
+    return q, answered
+
+
+IDS = CASES["attention"].call(2, 9)["ids"]
+
+
+def test_a_graph_serves_its_way_of_calling_whatever_the_sizes(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    with torch.no_grad():
+        q(IDS)
+        q(ids=IDS)
+        q(ids=IDS[:, :5])
+    assert answered == ["graph"] * 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: q(IDS, None),
+        lambda q: q(IDS, scale=2.0),
+        lambda q: q(IDS.int()),
+        lambda q: q(IDS, torch.zeros(9, 9)),
+        lambda q: q.train()(IDS),
+        lambda q: q.last.register_forward_hook(lambda *_: None) and q(IDS),
+        lambda q: setattr(q, "last", nn.Identity()) or q(IDS),
+        lambda q: q(IDS.as_subclass(Marked)),
+    ],
+    ids=["argument", "constant", "type", "mask", "training", "hook", "exchanged", "subclass"],
+)
+def test_all_other_calls_are_for_the_modules(pair: tuple[nn.Module, list[str]], call: Callable[[Any], Any]) -> None:
+    q, answered = pair
+    with torch.no_grad():
+        call(q)
+    assert answered == []
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_autocast_and_gradients_are_for_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        q(IDS)
+    q.last.weight.requires_grad_(True)
+    q(IDS)["hidden"].sum().backward()
+    assert q.last.weight.grad is not None
+    assert answered == []
+
+
+def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
+    q, _ = pair
+    with torch.no_grad():
+        q.last.bias.add_(1.0)
+        after = q(IDS)["hidden"]
+        q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
+        later = q(IDS)["hidden"]
+        record_of(q).server = Server(quantized.outline_of)
+        assert torch.equal(later, q(IDS)["hidden"])
+    assert not torch.equal(after, later)
+
+
+def test_a_graph_that_differs_from_the_modules_is_dropped(pair: tuple[nn.Module, list[str]], monkeypatch: Any) -> None:
+    q, _ = pair
+    monkeypatch.setattr(Graph, "__call__", lambda self, bound: {"hidden": torch.zeros(1), "pooled": torch.zeros(1)})
+    server = served(q, {"ids": IDS})
+    with torch.no_grad():
+        expected = quantized.modules_of(q)(q, IDS)
+        for _ in range(2):
+            assert torch.equal(q(IDS)["hidden"], expected["hidden"])
+    assert server.reason(bound_of(q, {"ids": IDS})) == "the graph does not give what the modules give"
+
+
+def test_copies_and_pickles_make_graphs_of_their_own(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    twin = copy.deepcopy(q)
+    with torch.no_grad():
+        assert torch.equal(twin(IDS)["hidden"], q(IDS)["hidden"])
+        twin(IDS)
+        twin.last.bias.add_(1.0)
+        assert not torch.equal(twin(IDS)["hidden"], q(IDS)["hidden"])
+    assert answered.count("graph") > 2
+
+
+def test_eight_threads_share_a_graph(pair: tuple[nn.Module, list[str]]) -> None:
+    q, _ = pair
+    served(q, {"ids": IDS})
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            found.extend(q(IDS)["hidden"] for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 160
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(Branching, "torch.export cannot capture it"), (Counting, "changes buffers or inputs")],
+)
+def test_what_cannot_be_captured_says_why(model: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        capture(model().eval(), [Argument("x", "float32", (4, 8))])
+
+
+def test_outputs_agree_by_structure_and_energy() -> None:
+    one = {"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor([1, 2])}
+    assert agree(one, {"a": torch.tensor([1.001, float("nan")]), "b": torch.tensor([1, 2])})
+    assert not agree(one, {"a": one["a"], "b": torch.tensor([1, 3])})
+    assert not agree(one, {"a": torch.tensor([1.0, 1.0]), "b": one["b"]})
+    assert not agree(one, one["a"])
+    assert not agree(torch.zeros(2), torch.zeros(2).double())
+
+
+def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
+    case = CASES["attention"]
+    model, q = assembled(case)
+    arguments = arguments_of(bound_of(q, case.call(4, 24)))
+    timing = pared.profile.CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
+    profile = replace(record_of(q).profile, calls=(timing,))
+    fast = quantized.assemble(model, quantized.contents_of(q), profile)
+    loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
+    assert record_of(loaded).server.wanted == (arguments,)
+    assert "runs in int8, as a graph" in pared.report(loaded)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
+    assert record_of(loaded).server.reason(bound_of(q, case.call(2, 9))) == ""
