@@ -110,7 +110,7 @@ def assembled(case: Case, mode: str = "static", kernel: str = "int8") -> tuple[n
     """The float model, and the quantized one with every layer on one kernel, whatever is fastest."""
     torch.manual_seed(0)
     model = case.model().eval()
-    conf = PostTrainingQuantConfig(approach=mode, quant_level=0)  # type: ignore[arg-type]  # one of its choices
+    conf = PostTrainingQuantConfig(approach=mode, quant_level=0)
     found = pared.fit(model, conf, [case.call(4, 24)], quiet=True)
     timing = pared.profile.Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
     contents = quantized.contents_of(found)
@@ -258,7 +258,7 @@ def test_a_graph_serves_its_way_of_calling_whatever_the_sizes(pair: tuple[nn.Mod
         lambda q: q(IDS, torch.zeros(9, 9)),
         lambda q: q.train()(IDS),
         lambda q: q.last.register_forward_hook(lambda *_: None) and q(IDS),
-        lambda q: setattr(q, "last", nn.Identity()) or q(IDS),
+        lambda q: q._modules.update(last=nn.Identity()) or q(IDS),
         lambda q: q(IDS.as_subclass(Marked)),
     ],
     ids=["argument", "constant", "type", "mask", "training", "hook", "exchanged", "subclass"],

@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from pared.errors import ModelError
+from pared.layers.counterpart import CAPTURING
 from pared.stats import without_fast_paths
 from pared.ways import Argument
 
@@ -117,7 +118,7 @@ def _exported(flat: _Flat) -> Any:
     tensors = tuple(value for value in flat._call.values() if type(value) is Tensor)
     dimensions = tuple(dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors)
     levels = {name: logging.getLogger(name).level for name in _SPEAKERS}
-    with warnings.catch_warnings(), without_fast_paths(), torch.no_grad():
+    with CAPTURING, warnings.catch_warnings(), without_fast_paths(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own deprecated parts
         try:
             for name in _SPEAKERS:

@@ -33,6 +33,9 @@ from pared.views import View
 log = logging.getLogger(__name__)
 
 
+CAPTURING = threading.RLock()  # held while a graph of a quantized model is captured
+
+
 class _Running(threading.local):
     """The counterpart whose forward this thread is in."""
 
@@ -341,6 +344,11 @@ def _tell_of_device(device: torch.device) -> None:
 
 def is_ordinary_call() -> bool:
     """Whether this is no capture of a graph and no transformation of functions: packed weights are opaque to both."""
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    if torch.compiler.is_compiling():
+        with CAPTURING:  # a capture in another thread says so to all threads: this one's call is an ordinary one
+            pass
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
         return False
     # `torch.func.vmap`, `jvp`, or forward-mode differentiation.
