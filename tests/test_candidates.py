@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import CalibrationError, PostTrainingQuantConfig, candidates, speed
+from pared import CalibrationError, PostTrainingQuantConfig, candidates
 from pared.contents import Stored
 from pared.plan import encode, make_plan
 from pared.profile import Profile, Timing, measure, this_machine
@@ -44,7 +44,6 @@ def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Let every measurement come out the same way."""
     times = [1.0 if name == kernel else 2.0 for name in ("float32", "bfloat16", "int8")]
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
-    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
 
 
 def kernels(model: nn.Module) -> dict[str, str]:

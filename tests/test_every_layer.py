@@ -19,7 +19,6 @@ from pared import (
     Rule,
     candidates,
     sensitivity,
-    speed,
     stats,
     tryout,
 )
@@ -159,7 +158,6 @@ NETWORKS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], set[str]]] =
 @pytest.fixture
 def int8_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
-    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
 
 
 def build(name: str) -> tuple[nn.Module, list[Tensor]]:
@@ -350,7 +348,6 @@ def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
 
 def test_layers_of_pytorch_run_in_int8_however_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
-    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
 
     class Called(nn.Module):
         def __init__(self) -> None:

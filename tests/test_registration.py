@@ -12,7 +12,7 @@ from examples import custom_layer
 from torch import Tensor, nn
 
 import pared
-from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule, candidates, speed
+from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule, candidates
 from pared.layers import LAYERS, Counterpart
 from pared.profile import Timing
 from pared.views import OWN_ROWS
@@ -23,7 +23,6 @@ def _tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     layers, rows = dict(LAYERS), dict(OWN_ROWS)
     # int8 is taken to be the fastest everywhere, so that it runs.
     monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
-    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
     yield
     for table, before in ((LAYERS, layers), (OWN_ROWS, rows)):
         table.clear()
@@ -236,7 +235,6 @@ def test_layers_of_different_sizes_are_timed_apart(monkeypatch: pytest.MonkeyPat
         return Timing(shape, 3.0, 2.0, 1.0)
 
     monkeypatch.setattr(candidates, "measure", measure)
-    monkeypatch.setattr(speed, "time_calls", lambda *_: ())  # layers decide
     pared.register(Wide, int8=["weight"])
 
     class Net(nn.Module):

@@ -1,0 +1,160 @@
+"""What runs is what was measured to be fastest: on tuned models, by hand-made measurements, and for real."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from examples import minilm
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import pared
+from pared import ConfigError, PostTrainingQuantConfig, speed
+from pared import model as quantized
+from pared.graphs import Halved
+from pared.profile import CallTiming, Profile, Timing, this_machine
+from pared.record import record_of
+from pared.stats import Call
+from pared.ways import Argument
+
+STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)
+WAY = (Argument("input", "float32", (64, 64)),)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+
+
+def batches() -> list[Tensor]:
+    return [torch.randn(64, 64, generator=torch.Generator().manual_seed(0))]
+
+
+def timed(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Profile:
+    return Profile(this_machine(), calls=(CallTiming(WAY, float32, bfloat16, modules, graph),))
+
+
+@pytest.mark.parametrize(
+    ("times", "whole", "graphs"),
+    [
+        ((4.0, 3.0, 2.0, 1.0), "int8", 1),
+        ((4.0, 3.0, 2.0, 1.9), "int8", 0),  # a graph has to be faster by a tenth
+        ((4.0, None, 3.9, None), "float32", 0),  # and so has int8
+        ((4.0, None, 3.9, 3.0), "int8", 1),
+        ((4.0, 2.0, 3.0, None), "bfloat16", 0),
+        ((4.0, 3.8, 5.0, 4.5), "float32", 1),
+    ],
+)
+def test_what_replaces_the_default_is_faster_by_a_tenth(times: Any, whole: str, graphs: int) -> None:
+    profile = timed(*times)
+    assert profile.whole == whole
+    assert len(profile.graphs) == graphs
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
+    large, small = CallTiming(WAY, 9.0, None, 4.0, 2.0), CallTiming(WAY, 2.0, None, 1.0, 3.0)
+    assert Profile({}, calls=(large,)).graphs == (WAY,)
+    assert Profile({}, calls=(large, small)).graphs == ()
+    other = replace(small, arguments=(Argument("input", "int64", (2,)),))
+    assert Profile({}, calls=(large, other)).graphs == (WAY,), "other ways are judged by themselves"
+
+
+def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
+    q = pared.fit(network(), STATIC, batches(), quiet=True)
+    contents = quantized.contents_of(q)
+    slow = quantized.assemble(network(), contents, timed(1.0, None, 2.0, 3.0))
+    assert {line.kernel for line in slow.plan} == {"float"}
+    assert "runs in float32: nothing else was faster by a tenth" in pared.report(slow)
+    one, other = pared.save(q, tmp_path / "a"), pared.save(slow, tmp_path / "b")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_bfloat16_answers_where_it_is_fastest() -> None:
+    model = network()
+    contents = quantized.contents_of(pared.fit(model, STATIC, batches(), quiet=True))
+    half = quantized.assemble(model, contents, timed(3.0, 1.0, 2.0, 2.0))
+    assert isinstance(record_of(half).server, Halved)
+    x = batches()[0]
+    with torch.no_grad():
+        found, floats = half(x), quantized.modules_of(half)(half, x)
+        assert found.dtype == torch.float32
+        assert 0 < (found - floats).square().sum() < 1e-3 * floats.square().sum()
+        assert torch.equal(half.train()(x), floats), "elsewhere its modules run"
+    assert "runs in bfloat16" in pared.report(half)
+
+
+def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    slow_alone = Timing((64, 64), 1.0, 2.0, 1.5)
+    monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), {"0": slow_alone, "2": slow_alone}))
+
+    def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any) -> tuple[CallTiming, ...]:
+        kernels = [line.kernel for line in quantized.plan_of(by_layers) if line.name in ("0.weight", "2.weight")]
+        return (CallTiming(WAY, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
+
+    monkeypatch.setattr(speed, "time_calls", time_calls)
+    q = pared.fit(model, STATIC, batches(), quiet=True)
+    assert record_of(q).profile.together
+    assert [line.kernel for line in q.plan if line.name == "0.weight"] == ["int8 static"]
+
+
+def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample() -> None:
+    calls = [Call((torch.zeros(n, 3),), {}) for n in (4, 9, 2)] + [Call((), {"x": torch.zeros(5, 3), "flag": True})]
+    found = speed.chosen(calls, ("x",))
+    shapes = [tuple((*call.args, *call.kwargs.values())[0].shape) for call in found]
+    assert shapes == [(9, 3), (2, 3), (1, 3), (5, 3), (1, 3)]
+    assert found[3].kwargs["flag"] is True
+
+
+@pytest.mark.whole_models_are_timed
+def test_tune_speed_writes_what_it_measured_and_leaves_the_file(tmp_path: Path) -> None:
+    path = pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
+    before = path.read_bytes()
+    (tmp_path / "engine.json").unlink()
+    tuned = pared.tune_speed(tmp_path, network(), [torch.randn(32, 64)])
+    assert path.read_bytes() == before
+    data = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    assert [call["arguments"][0]["shape"] for call in data["calls"]] == [[32, 64], [1, 64]]
+    assert all(call["float32_ms"] > 0 and call["modules_ms"] > 0 and call["graph_ms"] > 0 for call in data["calls"])
+    loaded = pared.load(tmp_path, model=network())
+    assert record_of(loaded).profile == record_of(tuned).profile
+    with torch.no_grad():
+        assert torch.equal(loaded(batches()[0]), tuned(batches()[0]))
+
+
+def test_tune_speed_refuses_what_load_refuses(tmp_path: Path) -> None:
+    pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
+    with pytest.raises(ConfigError, match="pared.tune_speed: model is a str"):
+        pared.tune_speed(tmp_path, "network", batches())  # type: ignore[type-var]  # that is the point
+
+
+@pytest.mark.whole_models_are_timed
+def test_the_command_line_tunes(tmp_path: Path) -> None:
+    from pared.cli import app
+
+    pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
+    options = ["--model", "tests.test_speed:network", "--calib", "tests.test_speed:batches"]
+    result = CliRunner().invoke(app, ["tune-speed", str(tmp_path), *options])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("runs in ")
+    assert "input 64 x 64: float32 " in result.output
+
+
+@pytest.mark.whole_models_are_timed
+def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
+    model = minilm.load()
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), minilm.calibration()[:3], quiet=True)
+    calls = record_of(q).profile.calls
+    assert {one.way for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
+    assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
+    # Whatever was fastest here in this moment: as a graph it is the same model.
+    graph = quantized.assemble(model, quantized.contents_of(q), timed(1.0, None, 1.0, None))
+    record_of(graph).server = type(record_of(q).server)(quantized.outline_of, [calls[0].arguments])
+    texts = minilm.documents()[:16]
+    expected = minilm.embed(model, texts)
+    assert minilm.distance(minilm.embed(graph, texts), expected) < 0.005
+    assert minilm.distance(minilm.embed(q, texts), expected) < 0.005
