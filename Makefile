@@ -19,7 +19,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-scaling docs results
+.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling docs results
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,11 +78,15 @@ bench-peers: $(VENV)/.bench-search  ## ours beside other tools (hours; PEERS=ort
 	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)"
 	$(BIN)/python -m bench.report
 
+bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; wants an idle machine)
+	$(BIN)/python -m bench.graphs
+	$(BIN)/python -m bench.report
+
 bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples and threads (an hour; LIMIT=1e8: no larger models)
 	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
 	$(BIN)/python -m bench.report
 
-results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-scaling docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling docs  ## all of these, and the documents (hours)
 
 docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compress, damage, figures, layers, page, run, scaling, scaling_report, search
+from bench import compress, damage, figures, graphs, layers, page, run, scaling, scaling_report, search
 from bench.ablation import __main__ as ablation
 from bench.markdown import markdown
 from bench.peers import __main__ as peers
@@ -288,6 +288,7 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench-damage": (damage.RESULTS, gate),
     "make bench-ablation": (ablation.RESULTS, refinements),
     "make bench-peers": (peers.RESULTS, tables.whole),
+    "make bench-graphs": (graphs.RESULTS, graphs.table),
     "make bench-scaling": (scaling.RESULTS, scaling_report.whole),
 }
 
