@@ -366,6 +366,24 @@ def test_what_cannot_be_captured_says_why(model: Callable[[], nn.Module], reason
         capture(model().eval(), [Argument("x", "float32", (4, 8))])
 
 
+class Copying(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.layer(x)
+        return x.clone(), y, y.clone()
+
+
+def test_copies_that_are_given_back_are_copies() -> None:
+    q = pared.fit(Copying().eval(), PostTrainingQuantConfig(approach="static", quant_level=0), [torch.ones(4, 8)])
+    x = torch.ones(4, 8)
+    with torch.no_grad():
+        mine, one, two = graph_of(q, {"x": x})({"x": x})
+    assert len({tensor.data_ptr() for tensor in (x, mine, one, two)}) == 4
+
+
 def test_outputs_agree_by_structure_and_energy() -> None:
     one = {"a": torch.tensor([1.0, float("nan")]), "b": torch.tensor([1, 2])}
     assert agree(one, {"a": torch.tensor([1.001, float("nan")]), "b": torch.tensor([1, 2])})

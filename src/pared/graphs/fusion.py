@@ -37,7 +37,8 @@ def simplify(draft: Draft) -> None:
         if not given_to(node)[2]:
             _skip(draft, node)
     for node in draft.calls(_ATEN.clone.default):
-        if not node.kwargs:  # nothing writes to tensors here, so a copy is as good as the original
+        # Nothing writes to tensors here, so a copy is as good as the original; but users may write to outputs.
+        if not node.kwargs and all(user.op != "output" for user in node.users):
             _skip(draft, node)
     for node in draft.calls(_ATEN._assert_tensor_metadata.default):
         draft.graph.erase_node(node)  # the types of inputs are what graphs are chosen by
@@ -166,7 +167,7 @@ _ACTIVATIONS: Final[dict[Any, Any]] = {
     _ATEN.tanh.default: lambda: ("tanh", [], ""),
 }
 # ... of which int8 convolutions lack these, as long as PyTorch refuses them.
-_LINEAR_ONLY: Final = ("gelu", "leaky_relu")
+_LINEAR_ONLY: Final = ("gelu", "leaky_relu", "tanh")
 
 
 def _take_in(draft: Draft, node: fx.Node) -> None:
@@ -179,7 +180,7 @@ def _take_in(draft: Draft, node: fx.Node) -> None:
         x.append(node)
         node.append(x)
         x = given_to(node)[0]
-    if not _plain_kernel(x) or only_user(x) is not node:
+    if not _plain_kernel(x) or only_user(x) is not node or any(isinstance(one, fx.Node) for one in rest):
         return
     after = _ACTIVATIONS[node.target](*rest, **node.kwargs)
     if after is None or (x.target in QCONVS and after[0] in _LINEAR_ONLY):
