@@ -17,7 +17,7 @@ from pared.graphs import Server, agree, halved
 from pared.profile import CallTiming, Profile, fastest_ms
 from pared.record import record_of
 from pared.stats import Call, Statistics, shadow
-from pared.ways import arguments_of, bind, parameters_of, text_of
+from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,11 @@ def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) ->
     """
     outright = shadow(model)
     names = parameters_of(model)
-    return tuple(_time(outright, by_layers, call, names) for call in chosen(calls, names))
+    found = chosen(calls, names)
+    bound = [bind(names, call.args, call.kwargs) for call in found]
+    ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
+    server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
+    return tuple(_time(outright, by_layers, call, one, server) for call, one in zip(found, bound, strict=True))
 
 
 def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
@@ -92,19 +96,18 @@ def _single(call: Call) -> list[Call]:
     return [Call(tuple(map(first, call.args)), {name: first(value) for name, value in call.kwargs.items()})]
 
 
-def _time(model: nn.Module, by_layers: nn.Module, call: Call, names: Sequence[str]) -> CallTiming:
+def _time(model: nn.Module, by_layers: nn.Module, call: Call, bound: Bound | None, server: Server) -> CallTiming:
     forms: dict[str, Callable[[], Any]] = {
         "float32": lambda: model(*call.args, **call.kwargs),
         "modules": lambda: by_layers(*call.args, **call.kwargs),
     }
     reasons = []
-    for name, form in (("bfloat16", _in_bfloat16(model, call)), ("graph", _as_graph(by_layers, call, names))):
+    for name, form in (("bfloat16", _in_bfloat16(model, call)), ("graph", _as_graph(by_layers, call, bound, server))):
         if isinstance(form, str):
             reasons.append(f"no {name}: {form}")
         else:
             forms[name] = form
     times: Mapping[str, float] = fastest_ms(forms)
-    bound = bind(names, call.args, call.kwargs)
     return CallTiming(
         () if bound is None else arguments_of(bound),
         times["float32"],
@@ -129,13 +132,11 @@ def _in_bfloat16(model: nn.Module, call: Call) -> Callable[[], Any] | str:
     return lambda: run(*call.args, **call.kwargs)
 
 
-def _as_graph(by_layers: nn.Module, call: Call, names: Sequence[str]) -> Callable[[], Any] | str:
+def _as_graph(by_layers: nn.Module, call: Call, bound: Bound | None, server: Server) -> Callable[[], Any] | str:
     """The call as a graph; or why there is none."""
-    bound = bind(names, call.args, call.kwargs)
     if bound is None:
         return "an argument is neither a tensor nor a constant"
     modules = quantized.modules_of(by_layers)
-    server = Server(quantized.outline_of, [arguments_of(bound)])
 
     def run() -> Any:
         return server.serve(by_layers, call.args, dict(call.kwargs), modules)
