@@ -47,7 +47,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # The damage that rounding the inputs of layers may do at 8 bits, the price of int8 kernels: a tenth of a percent, as
 # for the search, would leave layers in float and most inputs to the slower dynamic mode. Making every input static
 # costs MiniLM three times as much.
-_INPUTS_AT_EIGHT_BITS: Final = 5e-3
+_INPUTS_AT_EIGHT_BITS: Final = 4e-3
 
 
 def fit(
