@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _MOST_WAYS: Final = 3  # of calling that are measured
+_WORTH_TRYING: Final = 0.1  # of the layers' time has to be in float32 for them to be tried all in int8
 _HALF_LOSS: Final = 1e-3  # of the output's energy: as much as `fit` loses unasked
 
 
@@ -38,10 +39,17 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     candidates = find_candidates(model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
     found = [_timed(model, contents, profile, seen)]
-    if any(timing.kernel != "int8" for timing in profile.layers.values()):
+    if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
         found.append(_timed(model, contents, replace(profile, together=True), seen))
     return quantized.assemble(model, contents, min(found, key=lambda one: one.share))
+
+
+def _left(profile: Profile) -> float:
+    """The share of the layers' time, in float32, of those that are not fastest in int8."""
+    total = sum(timing.float32_ms for timing in profile.layers.values())
+    left = sum(timing.float32_ms for timing in profile.layers.values() if timing.kernel != "int8")
+    return left / total if total else 0.0
 
 
 def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statistics) -> Profile:
