@@ -140,7 +140,7 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     options = ["--model", "tests.test_speed:network", "--calib", "tests.test_speed:batches"]
     result = CliRunner().invoke(app, ["tune-speed", str(tmp_path), *options])
     assert result.exit_code == 0, result.output
-    assert result.output.startswith("runs in ")
+    assert result.output.startswith("runs ")
     assert "input 64 x 64: float32 " in result.output
 
 

@@ -177,7 +177,7 @@ def tune_speed(
     _show_log(verbose)
     found = pared.tune_speed(directory, _made(model), _batches(calib))
     if not quiet:
-        typer.echo("\n".join(_record_of(found).profile.summary()) or "none of its layers may run in int8")
+        typer.echo("\n".join(_record_of(found).profile.summary()))
 
 
 @app.command("compress")

@@ -97,8 +97,8 @@ class CallTiming:
         times = {
             "float32": self.float32_ms,
             "bfloat16": self.bfloat16_ms,
-            "int8 by modules": self.modules_ms,
-            "by a graph": self.graph_ms,
+            "quantized by layers": self.modules_ms,
+            "as a graph": self.graph_ms,
         }
         shown = ", ".join(f"{name} {ms:.3g}" for name, ms in times.items() if ms is not None)
         return f"{sizes or 'a call'}: {shown} ms" + (f" ({self.because})" if self.because else "")
@@ -164,7 +164,7 @@ class Profile:
 
     @property
     def whole(self) -> Kernel:
-        """What the whole model runs in: "int8" (each layer as it is fastest) if that beats float by a tenth at least.
+        """What the whole model runs in: "int8" (each layer in its own kernel) if that beats float by a tenth at least.
 
         Over the calls that were measured, by the geometric mean; int8 if none was.
         """
@@ -187,7 +187,7 @@ class Profile:
         if not self.calls:
             return []
         chosen = {
-            "int8": "in int8, as a graph" if self.graphs else "in int8, layer by layer",
+            "int8": "as a graph, each layer in its own kernel" if self.graphs else "layer by layer",
             "float32": "in float32: nothing else was faster by a tenth",
             "bfloat16": "in bfloat16, which was faster than int8",
         }[self.whole]
