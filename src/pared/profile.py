@@ -107,6 +107,9 @@ class CallTiming:
     def from_json(cls, data: dict[str, Any]) -> CallTiming:
         """The inverse of `dataclasses.asdict`."""
         arguments = tuple(Argument(**{**one, "shape": tuple(one["shape"])}) for one in data["arguments"])
+        for name, ms in data.items():
+            if name.endswith("_ms") and ms is not None and not 0 < ms < math.inf:
+                raise ValueError(f"{name} is {ms}")
         return cls(**{**data, "arguments": arguments})
 
 
@@ -158,7 +161,7 @@ class Profile:
         for way in dict.fromkeys(one.way for one in self.calls):
             own = [one for one in self.calls if one.way == way]
             ratios = [one.graph_ms / one.modules_ms for one in own if one.graph_ms is not None]
-            if len(ratios) == len(own) and math.exp(statistics.mean(math.log(one) for one in ratios)) <= _WORTH:
+            if len(ratios) == len(own) and _mean(ratios) <= _WORTH:
                 found[way] = max((one.arguments for one in own), key=_numbers)
         return tuple(found.values())
 

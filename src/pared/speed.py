@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import torch
@@ -18,8 +18,6 @@ from pared.profile import CallTiming, Profile, fastest_ms
 from pared.record import record_of
 from pared.stats import Call, Statistics, shadow
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
-
-log = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -72,7 +70,8 @@ def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) ->
     bound = [bind(names, call.args, call.kwargs) for call in found]
     ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
     server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
-    return tuple(_time(outright, by_layers, call, one, server) for call, one in zip(found, bound, strict=True))
+    forms = _Forms(outright, halved(outright), by_layers, server)
+    return tuple(forms.time(call, one) for call, one in zip(found, bound, strict=True))
 
 
 def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
@@ -104,56 +103,51 @@ def _single(call: Call) -> list[Call]:
     return [Call(tuple(map(first, call.args)), {name: first(value) for name, value in call.kwargs.items()})]
 
 
-def _time(model: nn.Module, by_layers: nn.Module, call: Call, bound: Bound | None, server: Server) -> CallTiming:
-    forms: dict[str, Callable[[], Any]] = {
-        "float32": lambda: model(*call.args, **call.kwargs),
-        "modules": lambda: by_layers(*call.args, **call.kwargs),
-    }
-    reasons = []
-    for name, form in (("bfloat16", _in_bfloat16(model, call)), ("graph", _as_graph(by_layers, call, bound, server))):
-        if isinstance(form, str):
-            reasons.append(f"no {name}: {form}")
-        else:
-            forms[name] = form
-    times: Mapping[str, float] = fastest_ms(forms)
-    return CallTiming(
-        () if bound is None else arguments_of(bound),
-        times["float32"],
-        times.get("bfloat16"),
-        times["modules"],
-        times.get("graph"),
-        "; ".join(reasons),
-    )
+@dataclass(frozen=True, eq=False)
+class _Forms:
+    """A model in all of its forms: in float32, in bfloat16, by layers, and as graphs."""
 
+    float32: nn.Module
+    bfloat16: Callable[..., Any]
+    by_layers: nn.Module
+    server: Server
 
-def _in_bfloat16(model: nn.Module, call: Call) -> Callable[[], Any] | str:
-    """The call in bfloat16; or why it is no choice."""
-    with torch.inference_mode():
-        expected = model(*call.args, **call.kwargs)
-        try:
-            run = halved(model)
-            found = run(*call.args, **call.kwargs)
-        except Exception as error:  # noqa: BLE001  # whatever the model raises in another type is told as the reason
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if not agree(found, expected, _HALF_LOSS):
-        return "it is too far from float32"
-    return lambda: run(*call.args, **call.kwargs)
+    def time(self, call: Call, bound: Bound | None) -> CallTiming:
+        found = {"bfloat16": self._in_bfloat16(call), "graph": self._as_graph(call, bound)}
+        forms = {name: form for name, form in found.items() if not isinstance(form, str)} | {
+            "float32": partial(self.float32, *call.args, **call.kwargs),
+            "modules": partial(self.by_layers, *call.args, **call.kwargs),
+        }
+        times = fastest_ms(forms)
+        return CallTiming(
+            () if bound is None else arguments_of(bound),
+            times["float32"],
+            times.get("bfloat16"),
+            times["modules"],
+            times.get("graph"),
+            "; ".join(f"no {name}: {form}" for name, form in found.items() if isinstance(form, str)),
+        )
 
+    def _in_bfloat16(self, call: Call) -> Callable[[], Any] | str:
+        """The call in bfloat16; or why it is no choice."""
+        run = partial(self.bfloat16, *call.args, **call.kwargs)
+        with torch.inference_mode():
+            expected = self.float32(*call.args, **call.kwargs)
+            try:
+                found = run()
+            except Exception as error:  # noqa: BLE001  # whatever the model raises in another type is told as the reason
+                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return run if agree(found, expected, _HALF_LOSS) else "it is too far from float32"
 
-def _as_graph(by_layers: nn.Module, call: Call, bound: Bound | None, server: Server) -> Callable[[], Any] | str:
-    """The call as a graph; or why there is none."""
-    if bound is None:
-        return "an argument is neither a tensor nor a constant"
-    modules = quantized.modules_of(by_layers)
-
-    def run() -> Any:
-        return server.serve(by_layers, call.args, dict(call.kwargs), modules)
-
-    with torch.inference_mode():
-        run()  # makes it, and compares
-        if run() is NotImplemented:
-            return server.reason(bound)
-    return run
+    def _as_graph(self, call: Call, bound: Bound | None) -> Callable[[], Any] | str:
+        """The call as a graph; or why there is none."""
+        if bound is None:
+            return "an argument is neither a tensor nor a constant"
+        modules = quantized.modules_of(self.by_layers)
+        run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
+        with torch.inference_mode():
+            run()  # makes it, and compares
+            return self.server.reason(bound) if run() is NotImplemented else run
 
 
 def kept(old: nn.Module, new: ModuleT) -> ModuleT:

@@ -32,6 +32,19 @@ class Argument:
     shape: tuple[int, ...] = ()
     value: bool | float | str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse what no tensor has: `engine.json` may say anything."""
+        known = not self.dtype or isinstance(getattr(torch, self.dtype, None), torch.dtype)
+        if not known or not all(type(size) is int and size >= 0 for size in self.shape):
+            raise ValueError(f"no tensor is {self.dtype} {self.shape}")
+
+    @property
+    def way(self) -> tuple[object, ...]:
+        """What `way_of` says of it."""
+        if self.dtype:
+            return self.name, getattr(torch, self.dtype), len(self.shape)
+        return self.name, type(self.value), self.value
+
     @property
     def kind(self) -> str:
         """What two calls must share to be of one way.
@@ -56,12 +69,12 @@ def parameters_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound | None:
-    """The arguments by name; None where some have none, or are neither plain tensors on the CPU nor constants.
+    """The arguments by name; None where some have none or two, or are neither plain tensors on the CPU nor constants.
 
     >>> list(bind(("x", "scale"), (torch.zeros(1),), {"scale": 2.0}))
     ['scale', 'x']
     """
-    if len(args) > len(names):
+    if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
         return None
     bound = dict(zip(names, args, strict=False)) | dict(kwargs)
     for value in bound.values():

@@ -90,9 +90,9 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
     """
     _materialize(model)
     structures: list[TreeSpec] = []
-    flat = _Flat(model, {one.name: one.example() for one in _doubled(arguments)}, structures.append)
     try:
-        program = _exported(flat)
+        call = {one.name: one.example() for one in _doubled(arguments)}
+        program = _exported(_Flat(model, call, structures.append))
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"torch.export cannot capture it: {reason}", where="graph", remedy=_REMEDY) from error

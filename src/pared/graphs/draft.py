@@ -30,17 +30,13 @@ class Draft:
         self.values[name] = held  # which keeps it alive, and its id its own
         return self.graph.get_attr(name)
 
-    def held(self, node: object) -> Any:
-        """The value that a node gives; None for None.
+    def holds(self, *nodes: object) -> bool:
+        """Whether these are values, or None, and nothing that is computed."""
+        return all(node is None or (isinstance(node, fx.Node) and node.op == "get_attr") for node in nodes)
 
-        Raises:
-            KeyError: it gives what is computed.
-        """
-        if node is None:
-            return None
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
-            raise KeyError(node)
-        return self.values[str(node.target)]
+    def held(self, node: Any) -> Any:
+        """The value that a node gives, which `holds` says; None for None."""
+        return None if node is None else self.values[str(node.target)]
 
     def calls(self, *targets: object) -> Iterator[fx.Node]:
         """The nodes that call one of these, in order; the graph may be changed on the way."""

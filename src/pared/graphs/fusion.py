@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from pared.graphs.draft import Draft, given_to, only_user, rank_of
-from pared.graphs.products import PLAIN, QCONVS, QLINEAR, quantize_rows_of_memory
+from pared.graphs.products import PLAIN, QCONVS, QLINEAR, quantize_contiguous
 from pared.kernels import conv
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
-from pared.kernels.machine import FULL_LEVELS
+from pared.kernels.machine import FULL_LEVELS, operator_of
 from pared.kernels.patches import channels_first
 from pared.layers.dispatch import packed_filter
 
@@ -28,7 +28,7 @@ _NORMS: Final = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_tra
 _MOVES: Final[tuple[Any, ...]] = (None, [1, 1], [0, 0], [1, 1], 1)
 _WITH_ZEROS: Final[tuple[Any, ...]] = ("constant", None)
 # A convolution in float32 that can apply an activation.
-FLOAT_CONV: Final = torch.ops.mkldnn._convolution_pointwise.default
+FLOAT_CONV: Final = operator_of("mkldnn", "_convolution_pointwise")
 
 
 def simplify(draft: Draft) -> None:
@@ -63,7 +63,7 @@ def fuse(draft: Draft) -> None:
         _lift(draft, node)
     for node in draft.calls(pad_codes, _ATEN.pad.default):
         _pad_inside(draft, node)
-    for node in draft.calls(quantize, quantize_rows_of_memory):
+    for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
     for node in draft.calls(FLOAT_CONV):
         _pack(draft, node)
@@ -87,7 +87,7 @@ def _lay_out(draft: Draft, node: fx.Node) -> None:
     """A float convolution of images runs on channels-last memory, and can then take in what follows it."""
     x, weight, *rest = given_to(node)
     bias, stride, padding, dilation, groups = (*rest, *_MOVES[len(rest) :])
-    if rank_of(x) != 4 or not _is_float(x) or not _is_held(weight) or (bias is not None and not _is_held(bias)):
+    if FLOAT_CONV is None or rank_of(x) != 4 or not _is_float(x) or not draft.holds(weight, bias):
         return
     image = draft.before(node, channels_last, x)
     moves = [list(moved) * (2 // len(moved)) for moved in (padding, stride, dilation)]
@@ -96,10 +96,6 @@ def _lay_out(draft: Draft, node: fx.Node) -> None:
 
 def _is_float(node: Any) -> bool:
     return node.meta["val"].dtype is torch.float32
-
-
-def _is_held(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
@@ -114,7 +110,7 @@ def _fold_norm(draft: Draft, node: fx.Node) -> None:
     elif given_to(node)[5]:  # training
         return
     plain = _plain_kernel(x) and only_user(x) is node and x.target is not QLINEAR
-    if not plain or not isinstance(x, fx.Node) or None in parts[2:]:
+    if not plain or None in parts[2:] or not draft.holds(*parts):
         return
     weight, bias, mean, variance = (draft.held(one) for one in parts)
     gain = (variance.double() + given_to(node)[7 if out is node else 6]).rsqrt()
@@ -136,10 +132,11 @@ def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.No
     bias = draft.held(given_to(kernel)[place])
     total = (shift if bias is None else bias.double() * gain + shift).float()
     per_channel = gain.reshape(-1, 1, 1, 1)
+    assert callable(kernel.target), "an operator"
     if kernel.target is FLOAT_CONV:
         weight = draft.held(given_to(kernel)[1])
         scaled = (weight.double() * per_channel).float().contiguous(memory_format=torch.channels_last)
-        return draft.before(kernel, FLOAT_CONV, given_to(kernel)[0], scaled, total, *given_to(kernel)[3:])
+        return draft.before(kernel, kernel.target, given_to(kernel)[0], scaled, total, *given_to(kernel)[3:])
     owner, attribute, geometry = kernel.meta["filter"]
     packed = packed_filter(owner, attribute, geometry)
     step = (packed.step.double() * gain.abs()).float()
@@ -148,7 +145,6 @@ def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.No
         signs = torch.where(gain < 0, -1, 1).to(torch.int8).reshape(-1, *(1 for _ in codes.shape[1:]))
         packed = conv.pack(codes * signs, step, geometry)
     given = (*given_to(kernel)[:3], packed.weight, step, given_to(kernel)[5], total, *given_to(kernel)[7:])
-    assert callable(kernel.target), "an operator"
     return draft.before(kernel, kernel.target, *given)
 
 
@@ -256,7 +252,7 @@ def _give_codes(draft: Draft, node: fx.Node) -> None:
     x, scale, zero_point, levels = given_to(node)
     if not isinstance(x, fx.Node) or x.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:
         return
-    if (node.target is quantize_rows_of_memory) != (x.target is QLINEAR) or given_to(x)[-_AFTER:-3] != PLAIN[:3]:
+    if (node.target is quantize_contiguous) != (x.target is QLINEAR) or given_to(x)[-_AFTER:-3] != PLAIN[:3]:
         return
     x.args = (*given_to(x)[:-_AFTER], scale, zero_point, torch.uint8, *given_to(x)[-3:])
     node.replace_all_uses_with(x)

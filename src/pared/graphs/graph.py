@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ from pared.graphs.draft import Draft
 from pared.graphs.fusion import fuse, simplify
 from pared.graphs.products import place, share, take_apart
 from pared.ways import Argument, Bound
-
-log = logging.getLogger(__name__)
 
 
 class Graph:

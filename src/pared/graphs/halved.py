@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared.graphs.serving import Args, Server, Skeleton, wants_gradients
+from pared.graphs.serving import Args, Server, Skeleton, Watch, wants_gradients
 from pared.layers.counterpart import is_ordinary_call
 from pared.layers.halves import cast_floats
 from pared.tensors import clone_structure, refresh_recurrent
@@ -43,7 +43,7 @@ class Halved(Server):
 
     def __init__(self, skeleton: Skeleton) -> None:
         super().__init__(skeleton)
-        self._run: Callable[..., Any] | None = None
+        self._copy: tuple[Callable[..., Any], Watch] | None = None
         self._making = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Halved:
@@ -53,9 +53,10 @@ class Halved(Server):
     def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """See `Server.serve`."""
         del modules
-        if model.training or not is_ordinary_call() or wants_gradients(model, (args, kwargs)):
+        if not is_ordinary_call() or wants_gradients(model, (args, kwargs)):
             return NotImplemented
         with self._making:
-            if self._run is None:
-                self._run = halved(self._skeleton(model))
-        return self._run(*args, **kwargs)
+            if self._copy is None or not self._copy[1].is_current():
+                self._copy = halved(self._skeleton(model)), Watch(model)
+            run, watch = self._copy
+        return run(*args, **kwargs) if watch.is_undisturbed() else NotImplemented

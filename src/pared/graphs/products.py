@@ -17,6 +17,7 @@ from pared.graphs.draft import Draft, given_to, rank_of
 from pared.kernels.activation import quantize
 from pared.kernels.conv import Geometry, pad_codes
 from pared.kernels.linear import product_of_rows, rows_of
+from pared.kernels.machine import operator_of
 from pared.kernels.patches import channels_first, patches_of
 from pared.layers import Counterpart
 from pared.layers.counterpart import run_kernel
@@ -38,14 +39,15 @@ _FUNCTIONS: Final[Mapping[object, Callable[..., Tensor]]] = {
     _ATEN.embedding.default: F.embedding,
 }
 _CONVOLUTIONS: Final = (F.conv1d, F.conv2d, F.conv3d)
-QLINEAR: Final = torch.ops.onednn.qlinear_pointwise.default
-QCONVS: Final = tuple(getattr(torch.ops.onednn, f"qconv{n}d_pointwise").default for n in (1, 2, 3))
+# A build without them has no layer that runs on codes, either.
+QLINEAR: Final = operator_of("onednn", "qlinear_pointwise")
+QCONVS: Final = tuple(operator_of("onednn", f"qconv{n}d_pointwise") for n in (1, 2, 3))
 
 # The last arguments of every kernel: scale, zero point and type of its output, and what is applied before that.
 PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 
 
-def quantize_rows_of_memory(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
+def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """The codes of a linear layer's input, which its kernel wants in contiguous memory."""
     return quantize(x.contiguous(), scale, zero_point, levels)
 
@@ -78,11 +80,15 @@ def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Count
         return None
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    inner = path.partition("@")[0].removeprefix("L['self'].").removeprefix("model.").removeprefix("model")
-    owner, attribute = model.get_submodule(inner), name.rpartition(".")[2]
+    # What stands before the model's own names, and, where a module is called several times, after them.
+    inner = path.removeprefix("model").removeprefix(".").partition("@")[0]
+    home, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(home)
+    if inner != home and dict(model.named_modules(remove_duplicate=False)).get(inner) is not owner:
+        return None
     if not isinstance(owner, Counterpart) or owner.pared_activation is None or attribute not in owner.pared_views:
         return None
-    if owner._pared_forward is not None or owner is not model.get_submodule(name.rpartition(".")[0]):
+    if owner._pared_forward is not None:
         return None
     return owner if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(function, 0),)) else None
 
@@ -109,7 +115,7 @@ def take_apart(draft: Draft) -> None:
         function, held = (draft.held(one) for one in given_to(node)[:2])
         attribute, x, *rest = given_to(node)[2:]
         value = x.meta.get("val")
-        if held.pared_in_bfloat16 or value is None or value.dtype is not torch.float32:
+        if held.pared_in_bfloat16 or value is None or value.dtype is not torch.float32 or not draft.holds(*rest[:1]):
             continue
         activation = held.pared_activation
         assert activation is not None, "it runs on codes"
@@ -131,7 +137,7 @@ def _static_linear(
 ) -> None:
     packed = packed_linear(owner, attribute)
     scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
-    codes = draft.before(node, quantize_rows_of_memory, x, scale, zero_point, packed.levels)
+    codes = draft.before(node, quantize_contiguous, x, scale, zero_point, packed.levels)
     weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
     draft.replace(node, draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN))
 
@@ -169,7 +175,7 @@ def _static_convolution(
 def share(draft: Draft) -> None:
     """Quantize the same input once, whoever multiplies it."""
     known: dict[object, fx.Node] = {}
-    for node in draft.calls(quantize, quantize_rows_of_memory, rows_of):
+    for node in draft.calls(quantize, quantize_contiguous, rows_of):
         key = (node.target, *given_to(node))
         if key in known:
             draft.replace(node, known[key])

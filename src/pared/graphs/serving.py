@@ -42,7 +42,9 @@ class Server:
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
         self._skeleton = skeleton
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
-        self._ways = {_way(arguments): arguments for arguments in self.wanted}
+        self._ways: dict[object, tuple[Argument, ...]] = {
+            tuple(one.way for one in arguments): arguments for arguments in self.wanted
+        }
         self._graphs: dict[object, _Served] = {}
         self._lock = threading.RLock()
         self._names: tuple[str, ...] | None = None
@@ -65,12 +67,15 @@ class Server:
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        arguments = None if bound is None else self._ways.get(way_of(bound))
-        if bound is None or arguments is None or wants_gradients(model, bound):
+        if bound is None:
             return NotImplemented
-        served = self._graphs.get(way_of(bound))
+        way = way_of(bound)
+        arguments = self._ways.get(way)
+        if arguments is None or wants_gradients(model, bound):
+            return NotImplemented
+        served = self._graphs.get(way)
         if served is None or not served.is_current():
-            served = self._made(model, way_of(bound), arguments)
+            served = self._made(model, way, arguments)
         return served.run(bound, lambda: modules(model, *args, **kwargs))
 
     def _made(self, model: nn.Module, way: object, arguments: Sequence[Argument]) -> _Served:
@@ -86,26 +91,22 @@ class Server:
         return "" if served is None else served.reason
 
 
-def _way(arguments: Sequence[Argument]) -> object:
-    return way_of({one.name: one.example() for one in arguments})
-
-
 class _Served:
     """A graph beside the modules that it stands for; without a graph, and with a reason, if there can be none."""
 
     def __init__(self, model: nn.Module, skeleton: nn.Module, arguments: Sequence[Argument]) -> None:
         self.graph: Graph | None = None
         self.reason = ""
-        self._watch = _Watch(model)
+        self._watch = Watch(model)
         self._checked: set[tuple[bool, ...]] = set()
         self._lock = threading.Lock()
         try:
             self.graph = Graph(model, skeleton, arguments)
         except ModelError as error:
-            self._drop(error.what)
+            self.reason = error.what
 
     def is_current(self) -> bool:
-        return self._watch.is_current()
+        return self.graph is None or self._watch.is_current()
 
     def run(self, bound: Bound, modules: Callable[[], Any]) -> Any:
         graph = self.graph
@@ -131,11 +132,11 @@ class _Served:
 
     def _drop(self, reason: str) -> None:
         self.graph, self.reason = None, reason
-        log.info("the modules run, without a graph: %s", reason)
+        log.warning("the modules run from now on: %s", reason)
 
 
-class _Watch:
-    """What a graph takes for granted about the modules that it stands for."""
+class Watch:
+    """What stands for modules takes for granted about them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

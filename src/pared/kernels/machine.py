@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,16 @@ _OPERATORS: Final = (
     "qconv2d_pointwise",
     "qconv3d_pointwise",
 )
+
+
+def operator_of(namespace: str, name: str) -> Any:
+    """An operator of PyTorch; None where the build lacks it.
+
+    >>> operator_of("onednn", "no_such_operator") is None
+    True
+    """
+    packet = getattr(getattr(torch.ops, namespace), name, None)
+    return None if packet is None else packet.default
 
 
 @functools.cache

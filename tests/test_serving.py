@@ -1,0 +1,223 @@
+"""Which calls of a quantized model a graph answers, and that nothing else changes by it."""
+
+import copy
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import model as quantized
+from pared.graphs import Halved, Server
+from pared.graphs.graph import Graph
+from pared.profile import CallTiming
+from pared.record import record_of
+from pared.ways import arguments_of, bind
+from tests.test_graphs import CASES, assembled, bound_of
+
+
+def served(q: nn.Module, call: dict[str, Any]) -> Server:
+    """The model with a graph for a way of calling."""
+    server = Server(quantized.outline_of, [arguments_of(bound_of(q, call))])
+    record_of(q).server = server
+    return server
+
+
+@pytest.fixture(name="pair")
+def _pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, list[str]]:
+    """A model whose calls have a graph, and a list that says which calls the graph answered."""
+    case = CASES["attention"]
+    _, q = assembled(case)
+    served(q, case.call(4, 24))
+    answered: list[str] = []
+    plain = Graph.__call__
+
+    def noted(self: Graph, bound: dict[str, Any]) -> Any:
+        answered.append("graph")
+        return plain(self, bound)
+
+    monkeypatch.setattr(Graph, "__call__", noted)
+    with torch.no_grad():
+        q(**CASES["attention"].call(4, 24))  # the first call compares
+    answered.clear()
+    return q, answered
+
+
+IDS = CASES["attention"].call(2, 9)["ids"]
+
+
+def test_a_graph_serves_its_way_of_calling_whatever_the_sizes(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    with torch.no_grad():
+        q(IDS)
+        q(ids=IDS)
+        q(ids=IDS[:, :5])
+    assert answered == ["graph"] * 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: q(IDS, None),
+        lambda q: q(IDS, scale=2.0),
+        lambda q: q(IDS.int()),
+        lambda q: q(IDS, torch.zeros(9, 9)),
+        lambda q: q.train()(IDS),
+        lambda q: q.last.register_forward_hook(lambda *_: None) and q(IDS),
+        lambda q: q._modules.update(last=nn.Identity()) or q(IDS),
+        lambda q: q(IDS.as_subclass(Marked)),
+    ],
+    ids=["argument", "constant", "type", "mask", "training", "hook", "exchanged", "subclass"],
+)
+def test_all_other_calls_are_for_the_modules(pair: tuple[nn.Module, list[str]], call: Callable[[Any], Any]) -> None:
+    q, answered = pair
+    with torch.no_grad():
+        call(q)
+    assert answered == []
+
+
+class Marked(Tensor):
+    """A tensor of a class of its own."""
+
+
+def test_autocast_and_gradients_are_for_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        q(IDS)
+    q.last.weight.requires_grad_(True)
+    q(IDS)["hidden"].sum().backward()
+    assert q.last.weight.grad is not None
+    assert answered == []
+
+
+def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
+    q, _ = pair
+    with torch.no_grad():
+        q.last.bias.add_(1.0)
+        after = q(IDS)["hidden"]
+        q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
+        later = q(IDS)["hidden"]
+        record_of(q).server = Server(quantized.outline_of)
+        assert torch.equal(later, q(IDS)["hidden"])
+    assert not torch.equal(after, later)
+
+
+def test_a_graph_that_differs_from_the_modules_is_dropped(pair: tuple[nn.Module, list[str]], monkeypatch: Any) -> None:
+    q, _ = pair
+    monkeypatch.setattr(Graph, "__call__", lambda self, bound: {"hidden": torch.zeros(1), "pooled": torch.zeros(1)})
+    server = served(q, {"ids": IDS})
+    with torch.no_grad():
+        expected = quantized.modules_of(q)(q, IDS)
+        for _ in range(2):
+            assert torch.equal(q(IDS)["hidden"], expected["hidden"])
+    assert server.reason(bound_of(q, {"ids": IDS})) == "the graph does not give what the modules give"
+
+
+def test_copies_and_pickles_make_graphs_of_their_own(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    twin = copy.deepcopy(q)
+    with torch.no_grad():
+        assert torch.equal(twin(IDS)["hidden"], q(IDS)["hidden"])
+        twin(IDS)
+        twin.last.bias.add_(1.0)
+        assert not torch.equal(twin(IDS)["hidden"], q(IDS)["hidden"])
+    assert answered.count("graph") > 2
+
+
+def test_eight_threads_share_a_graph(pair: tuple[nn.Module, list[str]]) -> None:
+    q, _ = pair
+    served(q, {"ids": IDS})
+    found: list[Tensor] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            found.extend(q(IDS)["hidden"] for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 160
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
+    case = CASES["attention"]
+    model, q = assembled(case)
+    arguments = arguments_of(bound_of(q, case.call(4, 24)))
+    timing = CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
+    profile = replace(record_of(q).profile, calls=(timing,))
+    fast = quantized.assemble(model, quantized.contents_of(q), profile)
+    loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
+    assert record_of(loaded).server.wanted == (arguments,)
+    assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
+    assert record_of(loaded).server.reason(bound_of(q, case.call(2, 9))) == ""
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"arguments": [{"name": "ids", "dtype": "load", "shape": [1]}]},
+        {"arguments": [{"name": "ids", "dtype": "int64", "shape": [-1]}]},
+        {"arguments": [{"name": "ids", "dtype": "int64", "shape": ["1"]}]},
+        {"float32_ms": 0},
+        {"graph_ms": float("nan")},
+        {"modules_ms": "1"},
+    ],
+    ids=repr,
+)
+def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path, caplog: Any) -> None:
+    case = CASES["attention"]
+    _, q = assembled(case)
+    path = pared.save(q, tmp_path)
+    engine = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
+    good = {"arguments": [], "float32_ms": 2.0, "bfloat16_ms": None, "modules_ms": 1.0, "graph_ms": None}
+    (tmp_path / "engine.json").write_text(json.dumps(engine | {"calls": [good | damage]}), encoding="utf-8")
+    loaded = pared.load(path, model=case.model())
+    assert "engine.json cannot be read" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS)["hidden"], q(IDS)["hidden"])
+
+
+def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
+    q, answered = pair
+    (small,) = arguments_of(bound_of(q, {"ids": IDS}))
+    record_of(q).server = Server(quantized.outline_of, [[replace(small, shape=(10**9, 10**9))]])
+    with torch.no_grad():
+        assert torch.equal(q(IDS)["hidden"], quantized.modules_of(q)(q, IDS)["hidden"])
+    assert answered == []
+
+
+def test_an_argument_that_is_given_twice_is_an_error_of_python(pair: tuple[nn.Module, list[str]]) -> None:
+    q, _ = pair
+    assert bind(("ids",), (IDS,), {"ids": IDS}) is None
+    with pytest.raises(TypeError, match="multiple values"):
+        q(IDS, ids=IDS)
+
+
+def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple[nn.Module, list[str]]) -> None:
+    case = CASES["attention"]
+    model, q = assembled(case)
+    timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
+    profile = replace(record_of(q).profile, calls=(timing,))
+    q = quantized.assemble(model, quantized.contents_of(q), profile)
+    assert isinstance(record_of(q).server, Halved)
+    with torch.no_grad():
+        before = q(IDS)["hidden"]
+        assert not torch.equal(before, quantized.modules_of(q)(q, IDS)["hidden"])
+        q.last.bias.add_(1.0)
+        assert torch.allclose(q(IDS)["hidden"], before + 1, atol=0.05)
+        seen: list[Any] = []
+        q.last.register_forward_hook(lambda *_: seen.append(None))
+        assert torch.equal(q(IDS)["hidden"], quantized.modules_of(q)(q, IDS)["hidden"])
+    assert seen
