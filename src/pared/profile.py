@@ -30,7 +30,8 @@ _LEAST_RUNS: Final = 7
 _MOST_RUNS: Final = 200
 _SECONDS: Final = 0.06
 _WARM_UP: Final = 2
-_HOPELESS: Final = 1.5  # times the fastest: what is slower after the warm-up and a run is timed no more
+_HOPELESS: Final = 1.5  # times the fastest: what is slower is timed no more ...
+_FAIR_RUNS: Final = 3  # ... after so many runs: one alone may have been disturbed
 
 # What is not float32 in modules, the default, has to be faster by this: else it is noise, or not worth its rounding.
 _WORTH: Final = 0.9
@@ -263,7 +264,7 @@ def fastest_ms(forms: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
         for attempt in range(_WARM_UP + _MOST_RUNS):
             least = min(best.values())
             for form, run in forms.items():
-                if attempt > _WARM_UP and best[form] > _HOPELESS * least:
+                if attempt >= _WARM_UP + _FAIR_RUNS and best[form] > _HOPELESS * least:
                     continue
                 start = time.perf_counter()
                 run()
