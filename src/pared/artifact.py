@@ -6,7 +6,7 @@ import functools
 import io
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pared import formats, streams
 from pared.container import (
+    DAMAGED,
     FILE_NAMES,
     Entry,
     Index,
@@ -110,7 +111,20 @@ def _contents(records: Records) -> Contents:
     read_one = functools.partial(_stored, records.data)
     tensors = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
     activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
+    _check_outliers(tensors, activations)
     return Contents(tensors, activations, dict(index.provenance))
+
+
+def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:
+    """Refuse outliers that are no columns of the weight that they meet."""
+    shapes = {name: one.coded.shape for one in tensors for name in one.names}
+    for module, activation in activations.items():
+        for attribute in activation.weights if activation.outliers else ():
+            shape = shapes.get(f"{module}.{attribute}".removeprefix("."), ())
+            if len(shape) != 2 or any(column >= shape[1] for column, _ in activation.outliers):
+                raise CorruptError(
+                    f"outliers of its input are no columns of {attribute!r}", where=module or "the root", remedy=DAMAGED
+                )
 
 
 def _streams(stored: Stored) -> dict[str, streams.Part]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Final
 
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
 from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
-from pared.layers.activation import Mode
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
+from pared.ranges import COLUMNS_EACH
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
 from pared.tensors import clone_structure
@@ -23,8 +24,8 @@ from pared.tensors import clone_structure
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
-# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
-_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
+# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits, with its further columns.
+_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127) * COLUMNS_EACH // (COLUMNS_EACH + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +58,17 @@ class Candidate:
         """How many weights there are."""
         return sum(math.prod(one.coded.shape) for one in self.tensors)
 
-    @property
-    def passes(self) -> int:
-        """About how many numbers a dynamic input makes the module touch more than a static one, for each row.
+    def passes(self, activation: Activation) -> int:
+        """About how many numbers an input makes the module touch more than a plain static one, for each row.
 
-        Five times the input, to find the ranges and to round; four times the output: zero points come off, scales come
-        on, and what follows, an activation or the next layer's rounding, cannot join the product.
+        A dynamic one, five times the input, to find the ranges and to round, and four times the output: zero points
+        come off, scales come on, and what follows, an activation or the next layer's rounding, cannot join the product.
+        A static one with outliers, three times the input, to pick columns and to join them.
         """
         outputs, *inputs = self.tensors[0].coded.shape
-        return 5 * math.prod(inputs) + 4 * outputs
+        if activation.mode == "dynamic":
+            return 5 * math.prod(inputs) + 4 * outputs
+        return 3 * math.prod(inputs) if activation.outliers else 0
 
     def counterpart(self, activation: Activation, kernel: Kernel = "int8") -> nn.Module:
         """The module by itself, in int8 or in bfloat16."""
@@ -91,17 +94,20 @@ class Candidate:
         alone._forward_pre_hooks.clear()
         return alone
 
-    def activation(self, mode: str) -> Activation:
-        """How the input is treated in a mode; "static" takes the range of all that was seen."""
+    def options(self, mode: str) -> tuple[Activation, ...]:
+        """The ways to treat the input in a mode: a static range holds all that was seen, or leaves out columns."""
         weights = tuple(self.weights)
-        if mode == "static":
-            assert self.inputs is not None
-            return Activation("static", self.inputs.low, self.inputs.high, weights)
-        return Activation(mode, weights=weights)  # type: ignore[arg-type]  # the modes come from LAYERS
+        if mode != "static":
+            return (Activation(mode, weights=weights),)  # type: ignore[arg-type]  # the modes come from LAYERS
+        seen = self.inputs
+        assert seen is not None
+        plain = Activation("static", seen.low, seen.high, weights)
+        low, high, outliers = seen.narrowed
+        return (Activation("static", low, high, weights, outliers), plain) if outliers else (plain,)
 
     def activations(self, activation: Activation) -> dict[str, Activation]:
         """The same for each module that is concerned, by name."""
-        alone = Activation(activation.mode, activation.low, activation.high)
+        alone = replace(activation, weights=("weight",))
         return {self.name: activation} | {f"{self.name}.{part}".removeprefix("."): alone for part in self.parts}
 
     def noise(self, known: Mapping[str, InputNoise]) -> InputNoise | None:
@@ -162,45 +168,50 @@ def _fits(coded: Coded) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cost:
-    """The damage of each mode of a module's input.
+class _Option:
+    """A way to treat a module's input.
 
     Args:
         name: of the module.
-        damage: by mode.
-        activations: one for each mode.
+        damage: that it does.
         passes: see `Candidate.passes`.
+        activation: the way.
     """
 
     name: str
-    damage: Mapping[Mode, float]
-    activations: Sequence[Activation]
-    passes: int = 1
+    damage: float
+    passes: int
+    activation: Activation
 
-    @property
-    def cheapest(self) -> Activation:
-        return min(self.activations, key=lambda one: self.damage[one.mode])
-
-    @property
-    def extra(self) -> float:
-        """What a static input costs beyond the cheapest."""
-        return self.damage.get("static", math.inf) - self.damage[self.cheapest.mode]
+    def price(self, slower: _Option) -> float:
+        """What it costs to take this one instead, for each number that need not be touched."""
+        return (self.damage - slower.damage) / (slower.passes - self.passes)
 
 
-def _within(costs: Sequence[_Cost], budget: float) -> dict[str, Activation]:
-    """As many modules as the budget allows, then as many static ones."""
-    chosen: dict[str, Activation] = {}
-    for one in sorted(costs, key=lambda one: (one.damage[one.cheapest.mode], one.name)):
-        budget -= one.damage[one.cheapest.mode]
+def _within(modules: Sequence[Sequence[_Option]], budget: float) -> dict[str, Activation]:
+    """As many modules as the budget allows, each in the way that costs least; then faster ways, while any is left."""
+    chosen: dict[str, _Option] = {}
+    for options in sorted(modules, key=lambda options: (options[0].damage, options[0].name)):
+        budget -= options[0].damage
         if budget < 0:
-            return chosen
-        chosen[one.name] = one.cheapest
-    for one in sorted(costs, key=lambda one: (one.extra / one.passes, one.name)):
-        if "static" not in one.damage or one.extra > budget:
-            continue
-        budget -= one.extra
-        chosen[one.name] = next(found for found in one.activations if found.mode == "static")
-    return chosen
+            break
+        chosen[options[0].name] = options[0]
+    steps = [(fast.price(slow), fast.name, slow, fast) for options in modules for slow, fast in pairwise(options)]
+    for _, name, slow, fast in sorted(steps, key=lambda step: step[:2]):
+        # An infinite budget is no wish for damage.
+        if chosen.get(name) is slow and fast.damage - slow.damage <= budget < math.inf:
+            budget -= fast.damage - slow.damage
+            chosen[name] = fast
+    return {name: one.activation for name, one in chosen.items()}
+
+
+def _hull(options: Sequence[_Option]) -> list[_Option]:
+    """From the least damage on, each the next that saves passes at the lowest price: prices rise."""
+    found = [min(options, key=lambda one: (one.damage, one.passes))]
+    while faster := [one for one in options if one.passes < found[-1].passes]:
+        last = found[-1]
+        found.append(min(faster, key=lambda one: (one.price(last), one.passes)))
+    return found
 
 
 def choose_activations(
@@ -208,8 +219,9 @@ def choose_activations(
 ) -> dict[str, Activation]:
     """How each module's input is treated: the modules whose inputs cost least first, until the budget is spent.
 
-    With "auto" a module first gets the mode that costs less. What is left of the budget then buys static inputs, which
-    are faster: the products of an input share its quantization, and a product gives codes to the next at once.
+    A module first gets the way that costs least. What is left of the budget then buys faster ones: static inputs, for
+    the products of an input share its quantization, and a product gives codes to the next at once; and those without
+    outliers.
 
     Args:
         candidates: modules that may run in int8.
@@ -220,7 +232,7 @@ def choose_activations(
     """
     if approach == "weight_only":
         return {}
-    costs: list[_Cost] = []
+    costs: list[list[_Option]] = []
     chosen: dict[str, Activation] = {}
     products = {one.name for c in candidates if c.layer.modes != ("gather",) for one in c.tensors}
     for candidate in candidates:
@@ -229,14 +241,16 @@ def choose_activations(
             # A table that is multiplied with outside of any layer is better decoded once than at every call.
             multiplied = known is not None and not any(one.name in products for one in candidate.tensors)
             if candidate.size >= _LEAST_TABLE and not multiplied:
-                chosen[candidate.name] = candidate.activation("gather")
+                (chosen[candidate.name],) = candidate.options("gather")
             continue
         wanted = [mode for mode in modes if approach in ("auto", mode)]
         if not wanted or (known is None and approach == "auto"):
             continue
-        found = [candidate.activation(mode) for mode in wanted]
-        damage = {one.mode: known.cost(one) if known else 0.0 for one in found}
-        costs.append(_Cost(candidate.name, damage, found, candidate.passes))
+        found = [one for mode in wanted for one in candidate.options(mode)]
+        options = [
+            _Option(candidate.name, known.cost(one) if known else 0.0, candidate.passes(one), one) for one in found
+        ]
+        costs.append(_hull(options))
     chosen |= _within(costs, budget)
     # A tied weight is in codes for all of its owners or for none.
     split = {one.name for candidate in candidates if candidate.name not in chosen for one in candidate.tensors}
@@ -259,7 +273,16 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
         dtype = next(iter(candidate.weights.values())).coded.dtype
         shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
         own = tuple(tuple(one.shape) for one in (*candidate.module.parameters(), *candidate.module.buffers()))
-        key = (type(candidate.module), repr(candidate.module), own, seen.shape, shapes, dtype, activation.mode)
+        key = (
+            type(candidate.module),
+            repr(candidate.module),
+            own,
+            seen.shape,
+            shapes,
+            dtype,
+            activation.mode,
+            len(activation.outliers),
+        )
         if key not in known:
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
             forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pared import calls
 from pared.errors import CalibrationError
-from pared.layers import layer_of, weights_of
+from pared.kernels.outliers import Outliers
+from pared.layers import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
+from pared.ranges import narrowed
 from pared.tensors import ModuleT, clone_structure
 
 
@@ -29,7 +32,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputStats:
     """What one layer's input looked like.
 
@@ -38,12 +41,23 @@ class InputStats:
         high: the greatest value, or 0 if that is greater.
         shape: the shape of the call with the median number of elements: the one that timing uses.
         call: of layers that take more than one tensor, the largest call: timing makes it again.
+        lows, highs: the least and the greatest value of each number along the last dimension; only of layers whose
+            range may leave columns out.
     """
 
     low: float
     high: float
     shape: tuple[int, ...]
     call: Call | None = None
+    lows: Tensor | None = None
+    highs: Tensor | None = None
+
+    @functools.cached_property
+    def narrowed(self) -> tuple[float, float, Outliers]:
+        """The least and the greatest value that a range need hold which may leave columns out, and these columns."""
+        if self.lows is None or self.highs is None:
+            return self.low, self.high, ()
+        return narrowed(self.lows, self.highs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +90,12 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     """
     copied = shadow(model)
     collectors = {
-        name: _Collector(name, whole=layer.forward is not None, own=type(module).__module__.startswith("torch.nn."))
+        name: _Collector(
+            name,
+            whole=layer.forward is not None,
+            own=type(module).__module__.startswith("torch.nn."),
+            columns=has_columns(module),
+        )
         for name, module in copied.named_modules()
         if weights_of(module) and (layer := layer_of(module))
     }
@@ -155,12 +174,16 @@ class _Collector:
         name: of the layer.
         whole: remember its largest call, too.
         own: the layer is PyTorch's: its first tensor is its input, however it is called.
+        columns: remember the range of each number along the last dimension.
     """
 
-    def __init__(self, name: str, whole: bool, own: bool) -> None:
+    def __init__(self, name: str, whole: bool, own: bool, columns: bool) -> None:
         self._own = own
+        self._columns = columns
         self.name = name
         self.low = self.high = 0.0
+        self.lows: Tensor | None = None
+        self.highs: Tensor | None = None
         self.plain = True
         self.shapes: Counter[tuple[int, ...]] = Counter()
         self._whole = whole
@@ -185,7 +208,8 @@ class _Collector:
             self._largest, self._most = _owned(args, kwargs), size
         if not x.is_floating_point():
             return
-        low, high = (bound.item() for bound in torch.aminmax(x))
+        ends = self._ends(x)
+        low, high = float(ends[0].min()), float(ends[1].max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise CalibrationError(
                 f"its input holds {'NaN' if math.isnan(low) else 'Inf'} during calibration",
@@ -194,6 +218,16 @@ class _Collector:
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value, of each column where these are remembered."""
+        if not self._columns:
+            return torch.aminmax(x)
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+        lows, highs = rows.amin(0).float(), rows.amax(0).float()
+        self.lows = lows if self.lows is None else torch.minimum(self.lows, lows)
+        self.highs = highs if self.highs is None else torch.maximum(self.highs, highs)
+        return lows, highs
+
     def result(self) -> InputStats:
         by_size = sorted(self.shapes.elements(), key=lambda shape: (math.prod(shape), shape))
-        return InputStats(self.low, self.high, by_size[len(by_size) // 2], self._largest)
+        return InputStats(self.low, self.high, by_size[len(by_size) // 2], self._largest, self.lows, self.highs)

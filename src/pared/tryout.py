@@ -65,7 +65,8 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
         for attribute, one in weights.items():
             copied.get_submodule(name).get_parameter(attribute).copy_(one.coded.decode())
     expected = [_leaves(copied, call) for call in calls]
-    for name, activation in candidate.activations(candidate.activation("dynamic")).items():
+    (dynamic,) = candidate.options("dynamic")
+    for name, activation in candidate.activations(dynamic).items():
         stand_in(copied.get_submodule(name), {a: one.coded for a, one in held[name].items()}, activation)
     pairs = [
         list(zip(wanted, _leaves(copied, call), strict=False)) for wanted, call in zip(expected, calls, strict=True)

@@ -36,6 +36,8 @@ _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dyna
 
 _LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
 
+_MOST_FURTHER: Final = 1 << 16  # columns of one module: more than the sums of its kernels allow
+
 # What an index may take, inflated: more than any model needs, less than hurts.
 _LARGEST_TEXT: Final = 64 << 20
 _LEAST_TEXT: Final = 1 << 20
@@ -156,14 +158,28 @@ def _module(name: str, value: object, at: Place) -> dict[str, Any]:
     """How a counterpart treats its input; only a static one has a range, which holds zero."""
     what = f"module {at.text(name, 'the name of a module')!r}"
     mode = at.one_of(at.mapping(value, what).get("mode"), _MODES, f"the mode of {what}")
-    known = at.fields(value, what, ("mode", *_MODES[mode]), ("weights",))
+    more = ("weights", "outliers") if mode == "static" else ("weights",)
+    known = at.fields(value, what, ("mode", *_MODES[mode]), more)
     weights = [at.text(one, f"a weight of {what}") for one in at.sequence(known.get("weights", ["weight"]), what)]
     if not weights or len(set(weights)) < len(weights):
         at.fail(f"{what} names its weights twice or not at all")
     low, high = (at.number(known.get(key, 0), f"the {key} of {what}") for key in ("low", "high"))
     if not -_LARGEST_FLOAT <= low <= 0 <= high <= _LARGEST_FLOAT:
         at.fail(f"{what} has a range that does not hold zero, or more than float32 does")
+    _check_outliers(known.get("outliers", []), what, at)
     return known
+
+
+def _check_outliers(value: object, what: str, at: Place) -> None:
+    """Columns, each with how many ranges it goes beyond the first; which columns there are is for the weight to say."""
+    total = 0
+    for pair in at.sequence(value, f"the outliers of {what}"):
+        numbers = at.sequence(pair, f"an outlier of {what}")
+        if len(numbers) != 2 or any(type(one) is not int for one in numbers) or numbers[0] < 0 or numbers[1] == 0:
+            at.fail(f"an outlier of {what} is not a column and a number of ranges")
+        total += abs(numbers[1])
+    if total > _MOST_FURTHER:
+        at.refuse(f"{what} would get {total:,} further columns")
 
 
 def _check_names(entries: Iterable[Entry], at: Place) -> None:

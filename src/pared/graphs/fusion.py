@@ -6,14 +6,15 @@ Each rule looks at one operator and what it is applied to, and leaves the graph 
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
 from pared.graphs.draft import Draft, given_to, only_user, rank_of
-from pared.graphs.products import PLAIN, QCONVS, QLINEAR, quantize_contiguous
-from pared.kernels import conv
+from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
+from pared.kernels import conv, linear
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
 from pared.kernels.machine import FULL_LEVELS, operator_of
@@ -63,6 +64,8 @@ def fuse(draft: Draft) -> None:
         _lift(draft, node)
     for node in draft.calls(pad_codes, _ATEN.pad.default):
         _pad_inside(draft, node)
+    for node in draft.calls(codes_beyond):
+        _part(draft, node)
     for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
     for node in draft.calls(FLOAT_CONV):
@@ -245,6 +248,27 @@ def _pads_space(node: fx.Node) -> bool:
     space = rank_of(given_to(node)[0]) - 2
     counts = [isinstance(one, int) and one >= 0 for one in sides]
     return mode == "constant" and not value and space >= 1 and all(counts) and len(counts) <= 2 * space
+
+
+def _part(draft: Draft, node: fx.Node) -> None:
+    """Outliers are computed a second time, by a product of their own: the large one can then give codes at once."""
+    x, more = given_to(node)
+    others = [user for user in x.users if user is not node]
+    if x.target is not QLINEAR or [user.target for user in others] != [quantize_contiguous]:
+        return
+    found = draft.held(more)
+    columns, places = found.columns.unique(return_inverse=True)
+    owner, attribute = x.meta["linear"]
+    activation = owner.pared_activation
+    packed = linear.pack(
+        owner.pared_codes(attribute)[columns], owner.pared_row_steps(attribute)[columns], activation.outliers
+    )
+    bias = draft.held(given_to(x)[6])
+    weight = (packed.weight, packed.step, packed.zeros, None if bias is None else bias[columns])
+    part = draft.before(x, QLINEAR, *given_to(x)[:3], *weight, *given_to(x)[-_AFTER:])
+    part.meta = dict(x.meta)
+    node.replace_all_uses_with(draft.before(node, codes_beyond, part, replace(found, columns=places)))
+    draft.graph.erase_node(node)
 
 
 def _give_codes(draft: Draft, node: fx.Node) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from pared.graphs.draft import Draft, given_to, rank_of
 from pared.kernels.activation import quantize
 from pared.kernels.conv import Geometry, pad_codes
-from pared.kernels.linear import product_of_rows, rows_of
+from pared.kernels.linear import joined, product_of_rows, rows_of
 from pared.kernels.machine import operator_of
+from pared.kernels.outliers import Further, further
 from pared.kernels.patches import channels_first, patches_of
 from pared.layers import Counterpart
 from pared.layers.counterpart import run_kernel
@@ -50,6 +51,11 @@ PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """The codes of a linear layer's input, which its kernel wants in contiguous memory."""
     return quantize(x.contiguous(), scale, zero_point, levels)
+
+
+def codes_beyond(x: Tensor, more: Further) -> Tensor:
+    """The codes of a linear layer's further columns."""
+    return more.codes(x)
 
 
 def place(draft: Draft, model: nn.Module, tensors: Mapping[fx.Node, str]) -> None:
@@ -135,11 +141,17 @@ def _bias(draft: Draft, bias: Any) -> Tensor | None:
 def _static_linear(
     draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node, bias: Any = None
 ) -> None:
-    packed = packed_linear(owner, attribute)
-    scale, zero_point = owner.pared_activation.span.grid(packed.levels)  # type: ignore[union-attr]  # it has one
+    packed, activation = packed_linear(owner, attribute), owner.pared_activation
+    assert activation is not None, "it runs on codes"
+    scale, zero_point = activation.span.grid(packed.levels)
     codes = draft.before(node, quantize_contiguous, x, scale, zero_point, packed.levels)
+    if activation.outliers:
+        more = further(activation.outliers, activation.span, packed.levels)
+        codes = draft.before(node, joined, codes, draft.before(node, codes_beyond, x, more))
     weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
-    draft.replace(node, draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN))
+    made = draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN)
+    made.meta["linear"] = (owner, attribute)
+    draft.replace(node, made)
 
 
 def _dynamic_linear(
@@ -175,7 +187,7 @@ def _static_convolution(
 def share(draft: Draft) -> None:
     """Quantize the same input once, whoever multiplies it."""
     known: dict[object, fx.Node] = {}
-    for node in draft.calls(quantize, quantize_contiguous, rows_of):
+    for node in draft.calls(quantize, quantize_contiguous, rows_of, codes_beyond, joined):
         key = (node.target, *given_to(node))
         if key in known:
             draft.replace(node, known[key])

@@ -1,6 +1,6 @@
 """Activations as unsigned codes, `value = scale * (code - zero_point)` with codes 0..levels (255 or 127).
 
-Rounding is to the nearest code, halves to the even one. Adding `_ORIGIN` to a float32 does it: numbers of
+Rounding is to the nearest code, halves to the even one. Adding `ORIGIN` to a float32 does it: numbers of
 that size are 1 apart, so the sum is an integer whose lowest byte is the code. That is two to three times
 faster than rounding and converting, because PyTorch converts float32 to uint8 one number at a time, but
 int32 to uint8 in vectors. Scratch memory kept between calls, and working through the rows in pieces that
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pared.errors import CalibrationError
 
-_ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 apart; its lowest byte is 0
+ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 apart; its lowest byte is 0
 _TINY: Final = 1e-30  # the narrowest range: keeps scales and their reciprocals finite and normal in float32
 _LARGEST: Final = float(np.finfo(np.float32).max)
 
@@ -66,7 +66,7 @@ class Range:
 
 @functools.lru_cache(maxsize=4096)
 def _grid(low: float, high: float, levels: int) -> tuple[float, int]:
-    scale = _float32(max(high - low, _TINY) / levels)
+    scale = float32(max(high - low, _TINY) / levels)
     return scale, min(round(-low / scale), levels)
 
 
@@ -79,13 +79,13 @@ def quantize(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     [0, 0, 1, 2, 4]
     """
     # `rsub` is ORIGIN + zero_point + x / scale in one pass.
-    shifted = torch.rsub(x, _ORIGIN + zero_point, alpha=-_float32(1.0 / scale))
-    return shifted.clamp_(_ORIGIN, _ORIGIN + levels).view(torch.int32).to(torch.uint8)
+    shifted = torch.rsub(x, ORIGIN + zero_point, alpha=-float32(1.0 / scale))
+    return shifted.clamp_(ORIGIN, ORIGIN + levels).view(torch.int32).to(torch.uint8)
 
 
 def quantize_reference(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """What `quantize` computes, bit for bit, in plain float64."""
-    nearest = torch.round(x.double() * _float32(1.0 / scale) + zero_point)
+    nearest = torch.round(x.double() * float32(1.0 / scale) + zero_point)
     return nearest.clamp(0, levels).nan_to_num(0.0).to(torch.uint8)
 
 
@@ -101,9 +101,9 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     ([[0, 2, 254], [254, 254, 254]], [1.0], [2.0])
     """
     low, scale, inverse = _row_grids(x, levels)
-    origin = torch.rsub(low.mul_(inverse), _ORIGIN)
+    origin = torch.rsub(low.mul_(inverse), ORIGIN)
     codes = (x * inverse).add_(origin).view(torch.int32).to(torch.uint8)
-    return codes, scale, origin.sub_(_ORIGIN)
+    return codes, scale, origin.sub_(ORIGIN)
 
 
 def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,5 +135,5 @@ def tensor_range(x: Tensor) -> Range | None:
     return Range.of(low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     return float(np.float32(value))

@@ -24,6 +24,7 @@ from pared.kernels.activation import (
     quantize_rows_reference,
 )
 from pared.kernels.machine import FULL_LEVELS, levels_for
+from pared.kernels.outliers import Outliers, columns_of, further, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Packed:
         step: float32, one per output.
         zeros: the weight's zero points, all 0.
         sums: of each output's weights, float32.
-        inputs: the weight's width.
+        inputs: the weight's width, without further columns.
         levels: the largest activation code that it allows.
     """
 
@@ -47,15 +48,16 @@ class Packed:
     levels: int
 
 
-def pack(codes: Tensor, step: Tensor) -> Packed:
+def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> Packed:
     """A weight for `static` and `dynamic`.
 
     Args:
         codes: int8 of shape (out, in), within -127..127.
         step: float32 of shape (out,); zero makes a row of zeros.
+        outliers: of a static input.
 
     Raises:
-        ModelError: a shape or a type is not as said.
+        ModelError: a shape or a type is not as said, or an outlier is no column.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise ModelError(
@@ -63,17 +65,23 @@ def pack(codes: Tensor, step: Tensor) -> Packed:
             remedy="Pass the codes of a grid of int8 codes, one row per output.",
         )
     check_step(step, codes.shape[0])
+    if not all(0 <= column < codes.shape[1] for column in columns_of(outliers)):
+        raise ModelError(
+            f"an outlier's column is not one of {codes.shape[1]}",
+            remedy="Quantize the model anew: its weight has another shape than the one that was calibrated.",
+        )
+    whole = widened(codes, outliers)
     return Packed(
-        weight=torch.ops.onednn.qlinear_prepack.default(codes.contiguous(), None),
+        weight=torch.ops.onednn.qlinear_prepack.default(whole.contiguous(), None),
         step=step.detach().contiguous(),
         zeros=torch.zeros(len(codes), dtype=torch.int32, device="cpu"),
         sums=(codes.sum(1).double() * step.detach()).float(),
         inputs=codes.shape[1],
-        levels=levels_for(codes),
+        levels=levels_for(whole),
     )
 
 
-def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range, outliers: Outliers = ()) -> Tensor:
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
@@ -82,6 +90,7 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tenso
         packed: from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.
+        outliers: columns that leave it, as packed.
 
     Returns:
         The type of `x`, of shape (..., out).
@@ -95,8 +104,15 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tenso
         return _without_input(x, packed, bias)
     scale, zero_point = span.grid(packed.levels)
     codes = quantize(floats, scale, zero_point, packed.levels)
+    if outliers:
+        codes = joined(codes, further(outliers, span, packed.levels).codes(floats))
     out = _product(codes, scale, zero_point, packed, float_bias(bias))
     return out if x.dtype is torch.float32 and x.dim() > 1 else _like(x, out)
+
+
+def joined(codes: Tensor, more: Tensor) -> Tensor:
+    """The codes of all columns."""
+    return torch.cat([codes, more], -1)
 
 
 def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -148,6 +164,7 @@ def reference(
     bias: Tensor | None = None,
     *,
     span: Range | None = None,
+    outliers: Outliers = (),
     levels: int = FULL_LEVELS,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -159,6 +176,7 @@ def reference(
         step: as for `pack`.
         bias: as for `static`.
         span: the calibrated range; None gives each row its own.
+        outliers: columns that leave it.
         levels: the largest activation code.
         dtype: what products are summed in. float64 is exact; an exported graph may prefer float32.
 
@@ -171,7 +189,11 @@ def reference(
         centred, scale = row_codes.to(dtype) - row_zero_point, row_scale.to(dtype) * step
     else:
         size, zero_point = span.grid(levels)
-        centred = quantize_reference(x.float(), size, zero_point, levels).to(dtype) - zero_point
+        found = quantize_reference(x.float(), size, zero_point, levels)
+        if outliers:
+            found = joined(found, further(outliers, span, levels).codes_reference(x.float()))
+            codes = widened(codes, outliers)
+        centred = found.to(dtype) - zero_point
         scale = size * step.to(dtype)
     out = F.linear(centred, codes.to(dtype)) * scale
     return (out if bias is None else out + bias).to(x.dtype)

@@ -3,7 +3,7 @@
 from pared.layers.activation import Activation
 from pared.layers.attention import leave_fast_paths, rejoin_fast_paths
 from pared.layers.counterpart import Counterpart, restore, stand_in
-from pared.layers.registry import Layer, float_class, layer_of, weights_of
+from pared.layers.registry import Layer, float_class, has_columns, layer_of, weights_of
 from pared.layers.table import LAYERS
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Counterpart",
     "Layer",
     "float_class",
+    "has_columns",
     "layer_of",
     "leave_fast_paths",
     "rejoin_fast_paths",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pared.kernels.activation import Range
+from pared.kernels.outliers import Outliers
 
 Mode = Literal["static", "dynamic", "gather"]
 
@@ -21,15 +22,17 @@ class Activation:
         low: the least input seen in calibration, 0 at most; only for "static".
         high: the greatest, 0 at least; only for "static".
         weights: the module's attributes that stay in codes.
+        outliers: columns of the input that leave the range; only for "static".
 
-    >>> Activation.from_json(Activation("static", -1.0, 2.0).to_json())
-    Activation(mode='static', low=-1.0, high=2.0, weights=('weight',))
+    >>> Activation.from_json(Activation("static", -1.0, 2.0, outliers=((7, 2),)).to_json())
+    Activation(mode='static', low=-1.0, high=2.0, weights=('weight',), outliers=((7, 2),))
     """
 
     mode: Mode
     low: float = 0.0
     high: float = 0.0
     weights: tuple[str, ...] = ("weight",)
+    outliers: Outliers = ()
 
     @functools.cached_property
     def span(self) -> Range:
@@ -41,9 +44,12 @@ class Activation:
         data: dict[str, Any] = {"mode": self.mode}
         if self.mode == "static":
             data |= {"low": self.low, "high": self.high}
+        if self.outliers:
+            data["outliers"] = [list(one) for one in self.outliers]
         return data if self.weights == ("weight",) else {**data, "weights": list(self.weights)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Activation:
         """The inverse of `to_json`."""
-        return cls(**{**data, "weights": tuple(data.get("weights", ("weight",)))})
+        outliers = tuple((column, count) for column, count in data.get("outliers", ()))
+        return cls(**{**data, "weights": tuple(data.get("weights", ("weight",))), "outliers": outliers})

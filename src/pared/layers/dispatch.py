@@ -37,7 +37,10 @@ def _activation(owner: Owner) -> Activation:
 def packed_linear(owner: Owner, attribute: str) -> linear.Packed:
     """A weight of `F.linear` as its kernel wants it."""
     packed: linear.Packed = owner.pared_packed(
-        attribute, lambda: linear.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute))
+        attribute,
+        lambda: linear.pack(
+            owner.pared_codes(attribute), owner.pared_row_steps(attribute), _activation(owner).outliers
+        ),
     )
     return packed
 
@@ -57,7 +60,7 @@ def linear_product(owner: Owner, attribute: str, x: Tensor, bias: Tensor | None 
     activation = _activation(owner)
     if activation.mode == "dynamic":
         return linear.dynamic(x, packed, bias)
-    return linear.static(x, packed, bias, activation.span)
+    return linear.static(x, packed, bias, activation.span, activation.outliers)
 
 
 def _convolution(

@@ -25,6 +25,8 @@ class Layer:
             `F.linear`, a convolution or a table lookup there is served.
         reason: why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
         parts: children whose `weight` the forward uses without calling them.
+        columns: each number along the last dimension of its input meets a column of its weight, and nothing else: so a
+            static range may leave columns out (`kernels.outliers`).
     """
 
     weights: Callable[[Any], tuple[str, ...]]
@@ -32,6 +34,7 @@ class Layer:
     forward: Callable[..., Any] | None = None
     reason: Callable[[], str] = str
     parts: tuple[str, ...] = ()
+    columns: bool = False
 
     def missing(self) -> str:
         """Why its kernels cannot run here, in words; empty if they can. Looking up rows needs none."""
@@ -62,6 +65,14 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
     if layer.forward is not None and _own_rows(float_class(type(module)), found):
         return ()
     return found if all(module._parameters.get(attribute) is not None for attribute in found) else ()
+
+
+def has_columns(module: nn.Module) -> bool:
+    """Whether single columns of the module's input may leave its range."""
+    cls = float_class(type(module))
+    home = next((base for base in cls.__mro__ if base in LAYERS), None)
+    # A subclass with a forward of its own may give the product another input than its own.
+    return home is not None and LAYERS[home].columns and cls.forward is home.forward
 
 
 def _own_rows(cls: type[nn.Module], attributes: tuple[str, ...]) -> bool:

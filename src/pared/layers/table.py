@@ -36,7 +36,7 @@ _RECURRENT: Final = Layer(layer_weights, ("dynamic",), layer_forward, kernels.av
 
 LAYERS.update(
     {
-        nn.Linear: Layer(_one, _BOTH),
+        nn.Linear: Layer(_one, _BOTH, columns=True),
         nn.Conv1d: Layer(_one, _BOTH),
         nn.Conv2d: Layer(_one, _BOTH),
         nn.Conv3d: Layer(_one, _BOTH),
