@@ -22,7 +22,8 @@ def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
     """The narrowest range that takes a few further columns: one for every `COLUMNS_EACH` at most.
 
     Args:
-        lows, highs: the least and the greatest value of each column.
+        lows: the least value of each column.
+        highs: the greatest.
 
     Returns:
         The ends of the range, which holds zero, and the columns that leave it.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from pared.graphs.draft import Draft, given_to, only_user, rank_of
+from pared.graphs.merging import add_in_place, merge
 from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
 from pared.kernels import conv, linear
 from pared.kernels.activation import quantize
@@ -64,10 +65,13 @@ def fuse(draft: Draft) -> None:
         _lift(draft, node)
     for node in draft.calls(pad_codes, _ATEN.pad.default):
         _pad_inside(draft, node)
+    _share_masks(draft)
     for node in draft.calls(codes_beyond):
         _part(draft, node)
     for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
+    merge(draft)
+    add_in_place(draft)
     for node in draft.calls(FLOAT_CONV):
         _pack(draft, node)
 
@@ -248,6 +252,22 @@ def _pads_space(node: fx.Node) -> bool:
     space = rank_of(given_to(node)[0]) - 2
     counts = [isinstance(one, int) and one >= 0 for one in sides]
     return mode == "constant" and not value and space >= 1 and all(counts) and len(counts) <= 2 * space
+
+
+def as_floats(mask: Tensor) -> Tensor:
+    """What attention adds to its scores where it is given a mask of booleans."""
+    return torch.zeros(mask.shape).masked_fill_(mask.logical_not(), -torch.inf)
+
+
+def _share_masks(draft: Draft) -> None:
+    """A mask of booleans becomes floats once, not in every layer."""
+    known: dict[fx.Node, fx.Node] = {}
+    for node in draft.calls(_ATEN.scaled_dot_product_attention.default):
+        query, *_, mask = (*given_to(node), None)[:4]
+        if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool and _is_float(query):
+            if mask not in known:
+                known[mask] = draft.before(node, as_floats, mask)
+            node.args = (*given_to(node)[:3], known[mask], *given_to(node)[4:])
 
 
 def _part(draft: Draft, node: fx.Node) -> None:

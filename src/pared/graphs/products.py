@@ -188,7 +188,7 @@ def share(draft: Draft) -> None:
     """Quantize the same input once, whoever multiplies it."""
     known: dict[object, fx.Node] = {}
     for node in draft.calls(quantize, quantize_contiguous, rows_of, codes_beyond, joined):
-        key = (node.target, *given_to(node))
+        key = (node.target, *(one.target if draft.holds(one) and one else one for one in given_to(node)))
         if key in known:
             draft.replace(node, known[key])
         else:

@@ -136,4 +136,5 @@ def tensor_range(x: Tensor) -> Range | None:
 
 
 def float32(value: float) -> float:
+    """The nearest number of float32."""
     return float(np.float32(value))

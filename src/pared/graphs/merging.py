@@ -1,0 +1,72 @@
+"""Products of one input become one, and sums take the place of what they are made of."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from pared.graphs.draft import Draft, given_to, only_user
+from pared.graphs.products import PLAIN, QLINEAR
+from pared.kernels import linear
+from pared.layers import Counterpart
+
+_ATEN: Final = torch.ops.aten
+
+
+def merge(draft: Draft) -> None:
+    """Linear layers that multiply the same codes, as those of an attention, are one with all of their outputs.
+
+    A call of the kernel costs as much as a tenth of what it computes, or a third where there are few rows.
+    """
+    found: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in draft.calls(QLINEAR):
+        if tuple(given_to(node)[-len(PLAIN) :]) == PLAIN and "linear" in node.meta:
+            found[given_to(node)[:3]].append(node)
+    for nodes in found.values():
+        if len(nodes) > 1:
+            _merge(draft, nodes)
+
+
+def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
+    layers: list[tuple[Counterpart, str]] = [node.meta["linear"] for node in nodes]
+    codes = [owner.pared_codes(attribute) for owner, attribute in layers]
+    steps = [owner.pared_row_steps(attribute) for owner, attribute in layers]
+    activation = layers[0][0].pared_activation
+    assert activation is not None, "it runs on codes"
+    packed = linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
+    biases = [draft.held(given_to(node)[6]) for node in nodes]
+    bias = None
+    if any(one is not None for one in biases):
+        bias = torch.cat([torch.zeros(len(c)) if b is None else b for b, c in zip(biases, codes, strict=True)])
+    weight = (packed.weight, packed.step, packed.zeros, bias)
+    first = nodes[0]
+    whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
+    parts = draft.before(first, _ATEN.split_with_sizes.default, whole, [len(one) for one in codes], -1)
+    outputs = [draft.before(first, operator.getitem, parts, i) for i in range(len(nodes))]
+    for node, output in zip(nodes, outputs, strict=True):
+        draft.replace(node, output)
+
+
+def add_in_place(draft: Draft) -> None:
+    """A product that is only added to takes the sum: new memory is slow."""
+    for node in draft.calls(_ATEN.add.Tensor):
+        for one, other in (given_to(node), given_to(node)[::-1]):
+            if node.kwargs or not _is_free(one, node) or not _alike(node, one) or not _alike(node, other):
+                continue
+            node.target, node.args = _ATEN.add_.Tensor, (one, other)
+            break
+
+
+def _is_free(node: Any, user: fx.Node) -> bool:
+    """Whether a product is there for one user only."""
+    return isinstance(node, fx.Node) and node.target is QLINEAR and only_user(node) is user
+
+
+def _alike(one: fx.Node, other: Any) -> bool:
+    """Whether two nodes give tensors of the same shape and type."""
+    a, b = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (one, other))
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
