@@ -45,9 +45,10 @@ log = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # The damage that rounding the inputs of layers may do at 8 bits, the price of int8 kernels: a tenth of a percent, as
-# for the search, would leave layers in float and most inputs to the slower dynamic mode. Making every input static
-# costs MiniLM three times as much.
+# for the search, would leave layers in float and most inputs to the slower dynamic mode.
 _INPUTS_AT_EIGHT_BITS: Final = 4e-3
+# What inputs and steps of 8 bits cost need not be known as well as what a search spends bits by.
+_SAMPLES_AT_EIGHT_BITS: Final = 32
 
 
 def fit(
@@ -103,7 +104,8 @@ def fit(
     """
     conf = PostTrainingQuantConfig() if conf is None else conf
     directory = None if workspace is None else as_path(workspace, "workspace")
-    job = _Job.begin(model, conf, calib_dataloader, (eval_func, confirm_func), quiet)
+    at_eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
+    job = _Job.begin(model, conf, calib_dataloader, (eval_func, confirm_func), quiet, at_eight_bits)
     if eval_func is None:
         alone: ModuleT = job.timed(job.without_evaluation())
         return alone
@@ -167,6 +169,7 @@ class _Job:
     sensitivity: Sensitivity | None
     stages: Stages
     evaluated: bool
+    at_eight_bits: bool
 
     @classmethod
     def begin(
@@ -176,6 +179,7 @@ class _Job:
         calibration: calls.Calibration | None,
         functions: tuple[EvalFunc | None, EvalFunc | None],
         quiet: bool,
+        at_eight_bits: bool = False,
     ) -> _Job:
         check_supported(model)
         check_registered(model)
@@ -188,12 +192,13 @@ class _Job:
             with stages.stage("calibrating"):
                 seen = stats.collect(model, calibration, conf.calibration_sampling_size)
             with stages.stage("measuring what errors cost"):
-                measured = sensitivity.measure(model, seen.calls, seen.energies, conf.seed)
+                some = seen.some(_SAMPLES_AT_EIGHT_BITS) if at_eight_bits else seen
+                measured = sensitivity.measure(model, some.calls, some.energies, conf.seed, brief=at_eight_bits)
                 if measured is None:
-                    measured = perturb(model, seen.calls, conf.seed)
+                    measured = perturb(model, some.calls, conf.seed)
                 if conf.approach in ("auto", "dynamic"):
                     measured = replace(measured, inputs={**measured.inputs, **try_modules(model, slots, seen)})
-        return cls(model, conf, slots, seen, measured, stages, functions[0] is not None)
+        return cls(model, conf, slots, seen, measured, stages, functions[0] is not None, at_eight_bits)
 
     @property
     def max_size(self) -> int | None:
@@ -206,7 +211,7 @@ class _Job:
 
     def without_evaluation(self) -> nn.Module:
         """The model that the configuration alone decides."""
-        if self.max_size is None and (self.seen is None or self.conf.quant_level == 0):
+        if self.at_eight_bits or (self.max_size is None and self.seen is None):
             with self.stages.stage("rounding weights"):
                 return self._eight_bits()
         compressor = self.compressor()

@@ -26,12 +26,12 @@ ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
 # The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
 # busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
-_LEAST_RUNS: Final = 7
+_LEAST_RUNS: Final = 5
 _MOST_RUNS: Final = 200
 _SECONDS: Final = 0.06
-_WARM_UP: Final = 2
-_HOPELESS: Final = 1.5  # times the fastest: what is slower is timed no more ...
-_FAIR_RUNS: Final = 3  # ... after so many runs: one alone may have been disturbed
+_WARM_UP: Final = 1
+# Times the fastest, by the runs that a form had: what is slower is timed no more. One run may have been disturbed.
+_HOPELESS: Final = {2: 2.0, 3: 1.5}
 
 # What is not float32 in modules, the default, has to be faster by this: else it is noise, or not worth its rounding.
 _WORTH: Final = 0.9
@@ -157,12 +157,16 @@ class Profile:
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
-        """The calls, one for each way of calling, in which a graph is faster than modules by a tenth at least."""
+        """The calls, one for each way of calling, in which a graph is faster than modules.
+
+        By a tenth at least: on the whole, or in one of the calls and slower in none.
+        """
         found = {}
         for way in dict.fromkeys(one.way for one in self.calls):
             own = [one for one in self.calls if one.way == way]
             ratios = [one.graph_ms / one.modules_ms for one in own if one.graph_ms is not None]
-            if len(ratios) == len(own) and _mean(ratios) <= _WORTH:
+            faster = _mean(ratios) <= _WORTH or (min(ratios, default=1.0) <= _WORTH and max(ratios) <= 1.0)
+            if len(ratios) == len(own) and faster:
                 found[way] = max((one.arguments for one in own), key=_numbers)
         return tuple(found.values())
 
@@ -262,9 +266,9 @@ def fastest_ms(forms: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
     with torch.inference_mode():
         begin = time.perf_counter()
         for attempt in range(_WARM_UP + _MOST_RUNS):
-            least = min(best.values())
+            bound = _HOPELESS.get(min(attempt - _WARM_UP, max(_HOPELESS)), math.inf) * min(best.values())
             for form, run in forms.items():
-                if attempt >= _WARM_UP + _FAIR_RUNS and best[form] > _HOPELESS * least:
+                if best[form] > bound:
                     continue
                 start = time.perf_counter()
                 run()

@@ -133,7 +133,9 @@ class Sensitivity:
     inputs: Mapping[str, InputNoise] = field(default_factory=dict)
 
 
-def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int) -> Sensitivity | None:
+def measure(
+    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, *, brief: bool = False
+) -> Sensitivity | None:
     """Probe the recorded calls with gradients.
 
     Args:
@@ -141,6 +143,7 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
         calls: what calibration called it with.
         energies: of each floating output, over all calls; empty where there are no such outputs.
         seed: of the random directions.
+        brief: each call once, and no second moments: nothing is to be made up for.
 
     Returns:
         None where nothing can be differentiated: no floating number of the model's products leads to its weights, or a
@@ -149,11 +152,11 @@ def measure(model: nn.Module, calls: Sequence[Call], energies: Sequence[float], 
     if not any(slot.fits_grid for slot in find_tensors(model)):
         return Sensitivity({})
     try:
-        return _probed(model, calls, energies, seed, ("parameter", "buffer"))
+        return _probed(model, calls, energies, seed, ("parameter", "buffer"), brief)
     except RuntimeError as first:
         _refuse_exhausted(first)
         try:  # a buffer that the forward writes into cannot have a gradient
-            return _probed(model, calls, energies, seed, ("parameter",))
+            return _probed(model, calls, energies, seed, ("parameter",), brief)
         except RuntimeError as error:
             _refuse_exhausted(error)
             # The same calls ran before without gradients.
@@ -168,18 +171,18 @@ def _refuse_exhausted(error: RuntimeError) -> None:
 
 
 def _probed(
-    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, kinds: Sequence[str]
+    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, kinds: Sequence[str], brief: bool
 ) -> Sensitivity | None:
     copied = shadow(model)
-    pass_ = _Pass(copied, seed, kinds)
-    rounds = max(1, round(_PROBES / len(calls)))
+    pass_ = _Pass(copied, seed, kinds, moments=not brief)
+    rounds = 1 if brief else max(1, round(_PROBES / len(calls)))
     leaves_of_call = output_leaves if energies else last_products
     with torch.enable_grad():
         energies = energies or _energies(copied, calls)
         for turn in range(rounds):
             for i, call in enumerate(calls):
                 scaled = [(e or 1.0) * rounds for e in energies]
-                if len(calls) > 1:
+                if len(calls) > 1 or brief:
                     pass_.probe(leaves_of_call, call, scaled, unseen=i % 2 == 1)
                 else:
                     pass_.probe(leaves_of_call, call, scaled, unseen=turn % 2 == 1, half=turn % 2)
@@ -235,8 +238,9 @@ def _last(ends: list[Tensor]) -> list[Tensor]:
 class _Pass:
     """Gathers everything while gradients flow."""
 
-    def __init__(self, model: nn.Module, seed: int, kinds: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, seed: int, kinds: Sequence[str], *, moments: bool) -> None:
         self._model = model
+        self._wants_moments = moments
         self._generator = torch.Generator().manual_seed(seed)
         self.slots = [slot for slot in find_tensors(model) if slot.fits_grid and slot.kind in kinds]
         self._views = {slot.name: view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)) for slot in self.slots}
@@ -299,7 +303,7 @@ class _Pass:
             return
         _add(self._rows, name, rows)
         is_table = name in self._uses and name not in self._noise and name not in self._otherwise
-        if not is_table and self._views[name].rows:
+        if self._wants_moments and not is_table and self._views[name].rows:
             # A row of a table, or a bias, meets no inputs that could make up for each other's errors.
             blocks = self._layouts[name].blocks(gradient)
             moments = torch.bmm(blocks.transpose(1, 2), blocks)

@@ -23,6 +23,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _MOST_WAYS: Final = 3  # of calling that are measured
 _WORTH_TRYING: Final = 0.1  # of the layers' time has to be in float32 for them to be tried all in int8
+_FAR: Final = 2  # times as large, or as slow
 _HALF_LOSS: Final = 1e-3  # of the output's energy: as much as `fit` loses unasked
 
 
@@ -62,7 +63,7 @@ def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) ->
         model: the float model.
         by_layers: the quantized one, without graphs.
         calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
-            first sample of that by itself.
+            first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
     """
     outright = shadow(model)
     names = parameters_of(model)
@@ -71,11 +72,19 @@ def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) ->
     ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
     server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
     forms = _Forms(outright, halved(outright), by_layers, server)
-    return tuple(forms.time(call, one) for call, one in zip(found, bound, strict=True))
+    times: list[CallTiming] = []
+    for call, one in zip(found, bound, strict=True):
+        times.append(forms.time(call, one, in_bfloat16=not times or not _is_hopeless(times[0])))
+    return tuple(times)
+
+
+def _is_hopeless(timing: CallTiming) -> bool:
+    """Whether bfloat16 was so slow that it need not be tried again."""
+    return timing.bfloat16_ms is not None and timing.bfloat16_ms > _FAR * min(timing.float32_ms, timing.modules_ms)
 
 
 def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
-    """The calls that are timed: of each way of calling the largest, the smallest, and a single sample."""
+    """The calls that are timed: of each way of calling the largest, the smallest if far smaller, a single sample."""
     ways: dict[object, list[Call]] = {}
     for call in calls:
         bound = bind(names, call.args, call.kwargs)
@@ -83,7 +92,7 @@ def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
     found = []
     for way in list(ways.values())[:_MOST_WAYS]:
         largest, smallest = max(way, key=_numbers), min(way, key=_numbers)
-        found += [largest, *([smallest] if _numbers(smallest) < _numbers(largest) else []), *_single(smallest)]
+        found += [largest, *([smallest] if _FAR * _numbers(smallest) < _numbers(largest) else []), *_single(smallest)]
     return found
 
 
@@ -112,8 +121,9 @@ class _Forms:
     by_layers: nn.Module
     server: Server
 
-    def time(self, call: Call, bound: Bound | None) -> CallTiming:
-        found = {"bfloat16": self._in_bfloat16(call), "graph": self._as_graph(call, bound)}
+    def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming:
+        half = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
+        found = {"bfloat16": half, "graph": self._as_graph(call, bound)}
         forms = {name: form for name, form in found.items() if not isinstance(form, str)} | {
             "float32": partial(self.float32, *call.args, **call.kwargs),
             "modules": partial(self.by_layers, *call.args, **call.kwargs),

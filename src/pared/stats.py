@@ -7,7 +7,8 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -68,13 +69,28 @@ class Statistics:
         samples: how many were seen.
         inputs: of each layer that was called, by module name.
         calls: of the model, in order, until the limit of samples was reached.
-        energies: of each of the model's floating outputs, over these calls; empty where it returns no floats.
+        energies_of_calls: of each of the model's floating outputs, for each call; empty where it returns no floats.
     """
 
     samples: int
     inputs: Mapping[str, InputStats]
     calls: tuple[Call, ...] = ()
-    energies: tuple[float, ...] = ()
+    energies_of_calls: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def energies(self) -> tuple[float, ...]:
+        """Of each of the model's floating outputs, over all calls."""
+        return tuple(map(sum, zip_longest(*self.energies_of_calls, fillvalue=0.0)))
+
+    def some(self, samples: int) -> Statistics:
+        """The same with fewer calls, evenly spaced: of about so many samples."""
+        wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(self.samples, 1)))
+        places = [i * len(self.calls) // wanted for i in range(wanted)]
+        return replace(
+            self,
+            calls=tuple(self.calls[i] for i in places),
+            energies_of_calls=tuple(self.energies_of_calls[i] for i in places),
+        )
 
 
 def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Statistics:
@@ -108,7 +124,7 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
     inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
-    return Statistics(samples, inputs, tuple(recorder.calls), tuple(recorder.energies))
+    return Statistics(samples, inputs, tuple(recorder.calls), tuple(recorder.energies_of_calls))
 
 
 @contextlib.contextmanager
@@ -138,7 +154,7 @@ class _Recorder:
 
     def __init__(self, limit: int) -> None:
         self.calls: list[Call] = []
-        self.energies: list[float] = []
+        self.energies_of_calls: list[tuple[float, ...]] = []
         self._left = limit
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -146,10 +162,7 @@ class _Recorder:
             return
         self._left -= calls.samples_of(args, kwargs)
         self.calls.append(_owned(args, kwargs))
-        leaves = leaves_of(output)
-        self.energies += [0.0] * (len(leaves) - len(self.energies))
-        for i, leaf in enumerate(leaves):
-            self.energies[i] += leaf.energy()
+        self.energies_of_calls.append(tuple(leaf.energy() for leaf in leaves_of(output)))
 
 
 def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
