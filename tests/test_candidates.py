@@ -12,7 +12,7 @@ from pared.contents import Stored
 from pared.plan import encode, make_plan
 from pared.profile import Profile, Timing, measure, this_machine
 from pared.sensitivity import LEVELS, InputNoise
-from pared.stats import collect
+from pared.stats import InputStats, collect
 from pared.tensors import find_tensors
 
 
@@ -81,6 +81,25 @@ def test_the_cheapest_inputs_are_rounded_first_until_the_budget_is_spent() -> No
     assert set(candidates.choose_activations(found, "static", noise, float("inf"))) == {"0", "1", "2", "3"}
     assert candidates.choose_activations(found, "weight_only", noise, float("inf")) == {}
     assert candidates.choose_activations(found, "auto", {}, 1.0) == {}, "nothing is known of their inputs"
+
+
+def test_sums_of_products_stay_within_32_bits() -> None:
+    wide = 2**31 // (255 * 127)
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"most": nn.Linear(wide, 1), "more": nn.Linear(wide + 1, 1), "filter": nn.Conv1d(1024, 1, 64)}
+    )
+    slots = find_tensors(model)
+    stored = [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, make_plan(model, slots, ()), strict=True)]
+    rows = {"most": wide, "more": wide + 1}
+    inputs = {name: InputStats(-1.0, 9.0, (1, n), None, -torch.ones(n), torch.ones(n)) for name, n in rows.items()}
+    for one in inputs.values():
+        assert one.highs is not None
+        one.highs[3] = 9.0
+    inputs["filter"] = InputStats(-1.0, 1.0, (1, 1024, 64))
+    found = {one.name: one for one in candidates.find_candidates(model, stored, inputs)}
+    assert set(found) == {"most", "filter"}
+    assert [one.outliers for one in found["most"].options("static")] == [()], "there is no room for a further column"
 
 
 def test_a_layer_that_is_not_faster_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:

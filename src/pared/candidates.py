@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
+from pared.kernels.outliers import columns_of
 from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
-from pared.ranges import COLUMNS_EACH
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
 from pared.tensors import clone_structure
@@ -24,8 +24,8 @@ from pared.tensors import clone_structure
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
-# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits, with its further columns.
-_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127) * COLUMNS_EACH // (COLUMNS_EACH + 1)
+# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
+_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,10 @@ class Candidate:
         assert seen is not None
         plain = Activation("static", seen.low, seen.high, weights)
         low, high, outliers = seen.narrowed
-        return (Activation("static", low, high, weights, outliers), plain) if outliers else (plain,)
+        columns = math.prod(self.tensors[0].coded.shape[1:]) + len(columns_of(outliers))
+        if not outliers or columns > _MOST_COLUMNS:
+            return (plain,)
+        return Activation("static", low, high, weights, outliers), plain
 
     def activations(self, activation: Activation) -> dict[str, Activation]:
         """The same for each module that is concerned, by name."""

@@ -56,7 +56,7 @@ def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
             by_numbers = _by_numbers(by_name.values()) if by_numbers is None else by_numbers
             stored = by_numbers.get(_key(value.const_value.numpy()))
         if stored is not None:
-            known[id(value)] = Weight(value, (stored,), *_numbers(stored))
+            known[id(value)] = Weight(value, (stored,), *numbers_of(stored))
     for node in graph:
         count = moved(node)
         parts = [known.get(id(value)) for value in node.inputs[:count]]
@@ -78,7 +78,7 @@ def _add_moved(known: dict[int, Weight], node: Any, parts: list[Weight]) -> None
         known[id(output)] = Weight(output, sources, one, step)
 
 
-def _numbers(stored: Stored) -> tuple[Array, Array]:
+def numbers_of(stored: Stored) -> tuple[Array, Array]:
     """Codes, and a step for each, both of the tensor's shape. A step of zero would have no inverse in a runtime."""
     coded = stored.coded
     view = coded.view or first_dimension(coded.shape)

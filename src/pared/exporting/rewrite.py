@@ -11,11 +11,13 @@ from typing import Any, Final
 import numpy as np
 
 from pared.contents import Contents
-from pared.exporting.codes import Weight, find_weights, numpy_of
+from pared.exporting.codes import Weight, find_weights, numbers_of, numpy_of
 from pared.exporting.fold import Fold, fold_of
 from pared.exporting.layout import Array, along
 from pared.formats import Float, Grid, dtype_name
 from pared.kernels.machine import FULL_LEVELS
+from pared.kernels.outliers import further
+from pared.layers import Activation
 
 log = logging.getLogger(__name__)
 
@@ -145,21 +147,69 @@ class _Rewriter:
         other = _PRODUCTS.get(node.op_type, {}).get(place)
         if activation is None or activation.mode != "static" or other is None:
             return
+        if activation.outliers and not self._add_outliers(weight, node, other, owner, activation):
+            return
         source = node.inputs[other]
         scale, zero_point = activation.span.grid(FULL_LEVELS)
         key = (id(source), scale, zero_point)
         if key not in self.quantized:
-            name = f"{owner}.input"
-            grid = [
-                self._constant(f"{name}.step", np.float32(scale)),
-                self._constant(f"{name}.zero", np.uint8(zero_point)),
-            ]
             floats = self._cast(source, "float32", near=node)
-            codes = self._node("QuantizeLinear", [floats, *grid], near=node)
-            out = self._node("DequantizeLinear", [codes, *grid], near=node)
-            self.quantized[key] = self._cast(out, _dtype(weight), near=node)
+            self.quantized[key] = self._rounded(floats, activation, f"{owner}.input", weight, node)
         node.replace_input_with(other, self.quantized[key])
         self.static.add(owner)
+
+    def _rounded(self, floats: Any, activation: Activation, name: str, weight: Weight, node: Any) -> Any:
+        """Floats on the grid of an input, in the type that a weight reads as."""
+        scale, zero_point = activation.span.grid(FULL_LEVELS)
+        grid = [
+            self._constant(f"{name}.step", np.float32(scale)),
+            self._constant(f"{name}.zero", np.uint8(zero_point)),
+        ]
+        codes = self._node("QuantizeLinear", [floats, *grid], near=node)
+        return self._cast(self._node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
+
+    def _add_outliers(self, weight: Weight, node: Any, other: int, owner: str, activation: Activation) -> bool:
+        """Add what further columns carry, by a product of their own; whether that was possible.
+
+        A column's value less what the columns before carry, cut off at zero, is rounded to the grid of the input.
+        """
+        if other != 0 or len(weight.sources) > 1:
+            return False
+        more = further(activation.outliers, activation.span, FULL_LEVELS)
+        above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
+        name = f"{owner}.outliers"
+        constants = {
+            "columns": more.columns.numpy(),
+            "signs": np.where(above, 1, -1).astype(np.float32),
+            "before": np.abs(more.shift.numpy()) * np.float32(more.scale),
+        }
+        columns, signs, before = (self._constant(f"{name}.{key}", one) for key, one in constants.items())
+        floats = self._cast(node.inputs[other], "float32", near=node)
+        picked = self._node("Gather", [floats, columns], {"axis": -1}, near=node)
+        away = self._node("Mul", [picked, signs], near=node)  # from zero
+        left = self._node("Relu", [self._node("Sub", [away, before], near=node)], near=node)
+        left = self._node("Mul", [left, signs], near=node)
+        codes, steps = numbers_of(weight.sources[0])
+        held = [self._constant(f"{name}.codes", codes[:, more.columns.numpy()].T), self._steps(name, steps[:, 0], node)]
+        floats = self._node("DequantizeLinear", held, {"axis": 1}, near=node)
+        given = [self._rounded(left, activation, name, weight, node), self._cast(floats, _dtype(weight), near=node)]
+        out = node.outputs[0]
+        users = [(use.node, use.idx) for use in out.uses()]
+        total = self._node("Add", [out, self._node("MatMul", given, near=node)], after=node)
+        for user, place in users:
+            user.replace_input_with(place, total)
+        if out.is_graph_output():
+            self.graph.outputs[list(self.graph.outputs).index(out)] = total
+        total.shape, total.type = out.shape, out.type
+        return True
+
+    def _steps(self, name: str, steps: Array, node: Any) -> Any:
+        """Steps of outputs: those that the node's weight has already, if there are as many."""
+        decode = node.inputs[1].producer()
+        known = decode.inputs[1] if decode is not None and decode.op_type == "DequantizeLinear" else None
+        if known is not None and np.array_equal(known.const_value.numpy(), steps):
+            return known
+        return self._constant(f"{name}.steps", steps)
 
     def _owner(self, weight: Weight, node: Any) -> str:
         """The module whose product this is: of those that own the weight, the one in whose forward it was met."""
