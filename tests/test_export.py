@@ -143,9 +143,8 @@ def check_bytes(q: nn.Module, exported: Exported) -> None:
     held = bytes_by_type(exported.path)
     assert exported.floats == {}
     activations = contents_of(q).activations
-    further = sum(
-        abs(count) * len(q.get_submodule(name).bias) for name, one in activations.items() for _, count in one.outliers
-    )
+    outputs = {name: one.coded.shape[0] for one in tensors for name in one.names if one.coded.shape}
+    further = sum(abs(n) * outputs[f"{name}.weight"] for name, one in activations.items() for _, n in one.outliers)
     # Vectors on grids may have gone into the weight before them, with a batch normalization.
     assert 0.995 * codes <= sum(held.get(kind, 0) for kind in _CODES) <= codes + further
     # A transposed convolution of several groups has steps along two dimensions, each repeated once for every input.
