@@ -188,6 +188,18 @@ def test_bad_activations_name_the_layer(value: float, word: str) -> None:
     assert str(error.value).splitlines()[0] == f"tame: its input holds {word} during calibration"
 
 
+def test_some_calls_are_spaced_evenly_and_keep_their_energies() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    seen = collect(model, [torch.randn(4, 8) for _ in range(10)], 10**9)
+    assert len(seen.energies) == 1
+    assert seen.energies[0] == pytest.approx(sum(one for (one,) in seen.energies_of_calls))
+    some = seen.some(10)
+    assert [id(call) for call in some.calls] == [id(seen.calls[i]) for i in (0, 3, 6)]
+    assert some.energies_of_calls == tuple(seen.energies_of_calls[i] for i in (0, 3, 6))
+    assert seen.some(10**6).calls == seen.calls
+    assert len(seen.some(1).calls) == 1
+
+
 def test_statistics_are_bounded_and_right() -> None:
     model = nn.Sequential(nn.Linear(64, 8))
     batches = [torch.randn(4096, 64) for _ in range(6)]

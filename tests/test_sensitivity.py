@@ -228,6 +228,23 @@ def test_no_graph_is_kept() -> None:
         gc.enable()
 
 
+def test_a_brief_look_says_the_same_of_rows_and_inputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    seen = stats.collect(model, [torch.randn(64, 32) for _ in range(16)], 10**9)
+    whole = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    some = seen.some(256)
+    brief = sensitivity.measure(model, some.calls, some.energies, 0, brief=True)
+    assert whole is not None
+    assert brief is not None
+    for name, found in brief.tensors.items():
+        assert found.moments is None
+        assert float(found.rows.sum()) == pytest.approx(float(whole.tensors[name].rows.sum()), rel=0.5)
+    for name, noise in brief.inputs.items():
+        assert noise.total == pytest.approx(whole.inputs[name].total, rel=0.5)
+        assert noise.dynamic == pytest.approx(whole.inputs[name].dynamic, rel=0.5)
+
+
 def quantized_input(model: nn.Linear, x: Tensor, activation: Activation) -> float:
     """What rounding the input in this way does to the output, as a share of its energy."""
     if activation.mode == "static":

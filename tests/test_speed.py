@@ -61,6 +61,11 @@ def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
     large, small = CallTiming(WAY, 9.0, None, 4.0, 2.0), CallTiming(WAY, 2.0, None, 1.0, 3.0)
     assert Profile({}, calls=(large,)).graphs == (WAY,)
     assert Profile({}, calls=(large, small)).graphs == ()
+    assert Profile({}, calls=(large, replace(small, graph_ms=0.9))).graphs == (WAY,)
+    little = CallTiming(WAY, 9.0, None, 4.0, 3.9)
+    assert Profile({}, calls=(little, replace(small, graph_ms=0.9))).graphs == (WAY,), "a tenth in one, slower in none"
+    assert Profile({}, calls=(little, replace(small, graph_ms=0.95))).graphs == ()
+    assert Profile({}, calls=(replace(little, graph_ms=4.1), replace(small, graph_ms=0.89))).graphs == ()
     other = replace(small, arguments=(Argument("input", "int64", (2,)),))
     assert Profile({}, calls=(large, other)).graphs == (WAY,), "other ways are judged by themselves"
 
@@ -111,8 +116,8 @@ def test_one_disturbed_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
     def run(name: str, usual: float) -> None:
         runs[name] += 1
-        # The third run of the fast one is its first that counts.
-        clock[0] += 50.0 if (name, runs[name]) == ("fast", 3) else usual
+        # The second run of the fast one is its first that counts.
+        clock[0] += 50.0 if (name, runs[name]) == ("fast", 2) else usual
 
     times = fastest_ms({name: partial(run, name, usual) for name, usual in (("fast", 1.0), ("slow", 2.0))})
     assert times == {"fast": 1e3, "slow": 2e3}
