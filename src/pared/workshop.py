@@ -25,7 +25,7 @@ from pared.layers import Activation
 from pared.plan import Decision, Plan, Treatment
 from pared.profile import Profile, this_machine
 from pared.rounding import Codes, Curve, Target, make_target, solve, trace
-from pared.search import Offer
+from pared.search import DEFAULT_DAMAGE, Offer
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics
 from pared.tensors import Slot
@@ -216,7 +216,7 @@ class Compressor(Generic[ModuleT]):
             for slot, decision in zip(self._slots, self._plan, strict=True)
         ]
         numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
-        whole = len(artifact.to_bytes(self._contents(stored, math.inf)))
+        whole = len(artifact.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
         return whole - sum(len(part.payload) for part in numbers) - _GRID_ENTRY * len(empty)
 
     def _nbytes(self, choice: Choice) -> int:
