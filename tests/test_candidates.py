@@ -66,8 +66,7 @@ def test_inputs_whose_rounding_costs_too_much_stay_in_float(monkeypatch: pytest.
 def test_the_cheapest_inputs_are_rounded_first_until_the_budget_is_spent() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
-    slots = find_tensors(model)
-    stored = [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, make_plan(model, slots, ()), strict=True)]
+    stored = stored_of(model)
     inputs = collect(model, [torch.randn(4, 8)], 9).inputs
     found = candidates.find_candidates(model, stored, inputs)
     costs = {"0": (1.0, 5.0), "1": (9.0, 2.0), "2": (4.0, 8.0), "3": (99.0, 99.0)}  # of static and of dynamic
@@ -89,8 +88,7 @@ def test_sums_of_products_stay_within_32_bits() -> None:
     model = nn.ModuleDict(
         {"most": nn.Linear(wide, 1), "more": nn.Linear(wide + 1, 1), "filter": nn.Conv1d(1024, 1, 64)}
     )
-    slots = find_tensors(model)
-    stored = [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, make_plan(model, slots, ()), strict=True)]
+    stored = stored_of(model)
     rows = {"most": wide, "more": wide + 1}
     inputs = {name: InputStats(-1.0, 9.0, (1, n), None, -torch.ones(n), torch.ones(n)) for name, n in rows.items()}
     for one in inputs.values():
@@ -198,6 +196,32 @@ def test_some_calls_are_spaced_evenly_and_keep_their_energies() -> None:
     assert some.energies_of_calls == tuple(seen.energies_of_calls[i] for i in (0, 3, 6))
     assert seen.some(10**6).calls == seen.calls
     assert len(seen.some(1).calls) == 1
+    assert seen.some(10).samples == 12
+
+
+def test_some_calls_are_counted_by_their_own_samples() -> None:
+    def endless(model: nn.Module) -> None:
+        for _ in range(100):
+            model(torch.randn(4, 8))
+
+    seen = collect(nn.Sequential(nn.Linear(8, 8)), endless, 40)
+    assert (len(seen.calls), len(seen.some(10).calls)) == (10, 3)
+
+
+def test_outliers_have_to_be_worth_their_columns() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    for reach, ways in ((1.0, 1), (9.0, 2)):
+        x = torch.rand(32, 64)
+        x[3, 7] = reach
+        (found,) = candidates.find_candidates(model, stored_of(model), collect(model, [x], 99).inputs)
+        assert len(found.options("static")) == ways
+
+
+def stored_of(model: nn.Module) -> list[Stored]:
+    slots = find_tensors(model)
+    plan = make_plan(model, slots, ())
+    return [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, plan, strict=True)]
 
 
 def test_statistics_are_bounded_and_right() -> None:

@@ -206,6 +206,8 @@ def bytes_with(outliers: Any) -> bytes:
         ([[True, 1]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[1, 10**9]], "module 'first' would get 1,000,000,000 further columns"),
         ([[64, 1]], "outliers of its input are no columns of 'weight'"),
+        ([[1, 1], [1, 2]], "module 'first' has the outlier 1 twice"),
+        ([[1, 65]], "64 columns of 'weight' would get 65 further ones"),
     ],
 )
 def test_hostile_outliers_are_refused(outliers: Any, message: str) -> None:

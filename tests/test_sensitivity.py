@@ -234,7 +234,7 @@ def test_a_brief_look_says_the_same_of_rows_and_inputs() -> None:
     seen = stats.collect(model, [torch.randn(64, 32) for _ in range(16)], 10**9)
     whole = sensitivity.measure(model, seen.calls, seen.energies, 0)
     some = seen.some(256)
-    brief = sensitivity.measure(model, some.calls, some.energies, 0, brief=True)
+    brief = sensitivity.measure(model, some.calls, some.energies, 0, rounds=1)
     assert whole is not None
     assert brief is not None
     for name, found in brief.tensors.items():

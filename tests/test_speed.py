@@ -130,6 +130,7 @@ def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample()
     shapes = [tuple((*call.args, *call.kwargs.values())[0].shape) for call in found]
     assert shapes == [(9, 3), (2, 3), (1, 3), (5, 3), (1, 3)]
     assert found[3].kwargs["flag"] is True
+    assert len(speed.chosen([Call((torch.zeros(64),), {})], ("x",))) == 1, "a vector may be one sample, without a batch"
 
 
 @pytest.mark.whole_models_are_timed

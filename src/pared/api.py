@@ -47,8 +47,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 # The damage that rounding the inputs of layers may do at 8 bits, the price of int8 kernels: a tenth of a percent, as
 # for the search, would leave layers in float and most inputs to the slower dynamic mode.
 _INPUTS_AT_EIGHT_BITS: Final = 4e-3
-# What inputs and steps of 8 bits cost need not be known as well as what a search spends bits by.
-_SAMPLES_AT_EIGHT_BITS: Final = 32
+_SAMPLES_AT_EIGHT_BITS: Final = 32  # enough to know what inputs and steps of 8 bits cost
 
 
 def fit(
@@ -193,7 +192,8 @@ class _Job:
                 seen = stats.collect(model, calibration, conf.calibration_sampling_size)
             with stages.stage("measuring what errors cost"):
                 some = seen.some(_SAMPLES_AT_EIGHT_BITS) if at_eight_bits else seen
-                measured = sensitivity.measure(model, some.calls, some.energies, conf.seed, brief=at_eight_bits)
+                rounds = max(1, _SAMPLES_AT_EIGHT_BITS // max(some.samples, 2)) if at_eight_bits else None
+                measured = sensitivity.measure(model, some.calls, some.energies, conf.seed, rounds=rounds)
                 if measured is None:
                     measured = perturb(model, some.calls, conf.seed)
                 if conf.approach in ("auto", "dynamic"):

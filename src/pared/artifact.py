@@ -29,8 +29,9 @@ from pared.container import (
     write_torch,
 )
 from pared.contents import Contents, Stored
-from pared.errors import ConfigError, CorruptError
+from pared.errors import ConfigError, CorruptError, UnsafeError
 from pared.formats import RAW_TYPES, Coded, dtype_name
+from pared.kernels.linear import MOST_COLUMNS
 from pared.layers import Activation
 from pared.parallel import each
 from pared.plan import Decision
@@ -116,7 +117,7 @@ def _contents(records: Records) -> Contents:
 
 
 def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:
-    """Refuse outliers that are no columns of the weight that they meet."""
+    """Refuse outliers that are no columns of the weight that they meet, and more than it has room for."""
     shapes = {name: one.coded.shape for one in tensors for name in one.names}
     for module, activation in activations.items():
         for attribute in activation.weights if activation.outliers else ():
@@ -124,6 +125,13 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
             if len(shape) != 2 or any(column >= shape[1] for column, _ in activation.outliers):
                 raise CorruptError(
                     f"outliers of its input are no columns of {attribute!r}", where=module or "the root", remedy=DAMAGED
+                )
+            more = sum(abs(count) for _, count in activation.outliers)
+            if more > min(shape[1], MOST_COLUMNS - shape[1]):
+                raise UnsafeError(
+                    f"{shape[1]} columns of {attribute!r} would get {more} further ones",
+                    where=module or "the root",
+                    remedy="Do not use this file: no sound artifact says so.",
                 )
 
 

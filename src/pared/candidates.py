@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
+from pared.kernels.linear import MOST_COLUMNS
 from pared.kernels.outliers import columns_of
 from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
@@ -24,8 +25,8 @@ from pared.tensors import clone_structure
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
-# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
-_MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
+# What a range has to be narrower by, for its outliers to be worth their columns.
+_NARROWER: Final = 0.8
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,7 @@ class Candidate:
         plain = Activation("static", seen.low, seen.high, weights)
         low, high, outliers = seen.narrowed
         columns = math.prod(self.tensors[0].coded.shape[1:]) + len(columns_of(outliers))
-        if not outliers or columns > _MOST_COLUMNS:
+        if high - low > _NARROWER * (seen.high - seen.low) or columns > MOST_COLUMNS:
             return (plain,)
         return Activation("static", low, high, weights, outliers), plain
 
@@ -167,7 +168,7 @@ def _fits(coded: Coded) -> bool:
     """Whether the kernels take the weight: int8 codes, and so few columns that no sum leaves 32 bits."""
     if not isinstance(coded.format, Grid) or coded.format.codes != "int8":
         return False
-    return math.prod(coded.shape[1:]) <= _MOST_COLUMNS
+    return math.prod(coded.shape[1:]) <= MOST_COLUMNS
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +285,7 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
             shapes,
             dtype,
             activation.mode,
-            len(activation.outliers),
+            len(columns_of(activation.outliers)),
         )
         if key not in known:
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}

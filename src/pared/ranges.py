@@ -13,9 +13,9 @@ from pared.kernels.outliers import Outliers
 _SHARES: Final = tuple(2.0 ** (-i / 16) for i in range(97))
 
 
-# One further column for so many columns, at most: the product takes as much longer. More than a few gain little.
+# One further column for so many columns, at most: the product takes as much longer.
 COLUMNS_EACH: Final = 32
-_MOST: Final = 16
+_MOST: Final = 16  # in all: more gain little
 
 
 def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:

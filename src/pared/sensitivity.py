@@ -115,7 +115,7 @@ class InputNoise:
     dynamic: float
 
     def cost(self, activation: Activation) -> float:
-        """The damage of treating the input in this way; a static range is to hold all that was seen."""
+        """The damage of treating the input in this way; a static range and its outliers hold all that was seen."""
         if activation.mode == "static":
             return self.total * ((activation.high - activation.low) / LEVELS) ** 2 / 12
         return self.dynamic
@@ -134,7 +134,7 @@ class Sensitivity:
 
 
 def measure(
-    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, *, brief: bool = False
+    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, *, rounds: int | None = None
 ) -> Sensitivity | None:
     """Probe the recorded calls with gradients.
 
@@ -143,7 +143,8 @@ def measure(
         calls: what calibration called it with.
         energies: of each floating output, over all calls; empty where there are no such outputs.
         seed: of the random directions.
-        brief: each call once, and no second moments: nothing is to be made up for.
+        rounds: how often each call is probed, without second moments: enough where no error is to be made up for.
+            None: until there are about 16 probes, with moments.
 
     Returns:
         None where nothing can be differentiated: no floating number of the model's products leads to its weights, or a
@@ -152,11 +153,11 @@ def measure(
     if not any(slot.fits_grid for slot in find_tensors(model)):
         return Sensitivity({})
     try:
-        return _probed(model, calls, energies, seed, ("parameter", "buffer"), brief)
+        return _probed(model, calls, energies, seed, ("parameter", "buffer"), rounds)
     except RuntimeError as first:
         _refuse_exhausted(first)
         try:  # a buffer that the forward writes into cannot have a gradient
-            return _probed(model, calls, energies, seed, ("parameter",), brief)
+            return _probed(model, calls, energies, seed, ("parameter",), rounds)
         except RuntimeError as error:
             _refuse_exhausted(error)
             # The same calls ran before without gradients.
@@ -171,18 +172,23 @@ def _refuse_exhausted(error: RuntimeError) -> None:
 
 
 def _probed(
-    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, kinds: Sequence[str], brief: bool
+    model: nn.Module,
+    calls: Sequence[Call],
+    energies: Sequence[float],
+    seed: int,
+    kinds: Sequence[str],
+    wanted: int | None,
 ) -> Sensitivity | None:
     copied = shadow(model)
-    pass_ = _Pass(copied, seed, kinds, moments=not brief)
-    rounds = 1 if brief else max(1, round(_PROBES / len(calls)))
+    pass_ = _Pass(copied, seed, kinds, moments=wanted is None)
+    rounds = wanted or max(1, round(_PROBES / len(calls)))
     leaves_of_call = output_leaves if energies else last_products
     with torch.enable_grad():
         energies = energies or _energies(copied, calls)
         for turn in range(rounds):
             for i, call in enumerate(calls):
                 scaled = [(e or 1.0) * rounds for e in energies]
-                if len(calls) > 1 or brief:
+                if len(calls) > 1 or wanted:
                     pass_.probe(leaves_of_call, call, scaled, unseen=i % 2 == 1)
                 else:
                     pass_.probe(leaves_of_call, call, scaled, unseen=turn % 2 == 1, half=turn % 2)

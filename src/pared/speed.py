@@ -101,9 +101,9 @@ def _numbers(call: Call) -> int:
 
 
 def _single(call: Call) -> list[Call]:
-    """The first sample of a call, if all of its tensors count as many."""
+    """The first sample of a call, if all of its tensors count as many, and something in each."""
     tensors = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor)]
-    if any(one.dim() == 0 for one in tensors) or len({len(one) for one in tensors}) != 1 or len(tensors[0]) < 2:
+    if any(one.dim() < 2 for one in tensors) or len({len(one) for one in tensors}) != 1 or len(tensors[0]) < 2:
         return []
 
     def first(value: object) -> object:

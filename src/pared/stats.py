@@ -70,12 +70,14 @@ class Statistics:
         inputs: of each layer that was called, by module name.
         calls: of the model, in order, until the limit of samples was reached.
         energies_of_calls: of each of the model's floating outputs, for each call; empty where it returns no floats.
+        samples_of_calls: how many each call had.
     """
 
     samples: int
     inputs: Mapping[str, InputStats]
     calls: tuple[Call, ...] = ()
     energies_of_calls: tuple[tuple[float, ...], ...] = ()
+    samples_of_calls: tuple[int, ...] = ()
 
     @property
     def energies(self) -> tuple[float, ...]:
@@ -84,12 +86,14 @@ class Statistics:
 
     def some(self, samples: int) -> Statistics:
         """The same with fewer calls, evenly spaced: of about so many samples."""
-        wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(self.samples, 1)))
+        wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(sum(self.samples_of_calls), 1)))
         places = [i * len(self.calls) // wanted for i in range(wanted)]
         return replace(
             self,
+            samples=sum(self.samples_of_calls[i] for i in places),
             calls=tuple(self.calls[i] for i in places),
             energies_of_calls=tuple(self.energies_of_calls[i] for i in places),
+            samples_of_calls=tuple(self.samples_of_calls[i] for i in places),
         )
 
 
@@ -124,7 +128,13 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
     inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
-    return Statistics(samples, inputs, tuple(recorder.calls), tuple(recorder.energies_of_calls))
+    return Statistics(
+        samples,
+        inputs,
+        tuple(recorder.calls),
+        tuple(recorder.energies_of_calls),
+        tuple(recorder.samples_of_calls),
+    )
 
 
 @contextlib.contextmanager
@@ -155,12 +165,14 @@ class _Recorder:
     def __init__(self, limit: int) -> None:
         self.calls: list[Call] = []
         self.energies_of_calls: list[tuple[float, ...]] = []
+        self.samples_of_calls: list[int] = []
         self._left = limit
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self._left <= 0:
             return
-        self._left -= calls.samples_of(args, kwargs)
+        self.samples_of_calls.append(calls.samples_of(args, kwargs))
+        self._left -= self.samples_of_calls[-1]
         self.calls.append(_owned(args, kwargs))
         self.energies_of_calls.append(tuple(leaf.energy() for leaf in leaves_of(output)))
 

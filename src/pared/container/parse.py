@@ -36,7 +36,7 @@ _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dyna
 
 _LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
 
-_MOST_FURTHER: Final = 1 << 16  # columns of one module: more than the sums of its kernels allow
+_MOST_FURTHER: Final = 1 << 16  # columns of one module: no weight has room for more
 
 # What an index may take, inflated: more than any model needs, less than hurts.
 _LARGEST_TEXT: Final = 64 << 20
@@ -172,11 +172,15 @@ def _module(name: str, value: object, at: Place) -> dict[str, Any]:
 
 def _check_outliers(value: object, what: str, at: Place) -> None:
     """Columns, each with how many ranges it goes beyond the first; which columns there are is for the weight to say."""
-    total = 0
+    total, seen = 0, set()
     for pair in at.sequence(value, f"the outliers of {what}"):
         numbers = at.sequence(pair, f"an outlier of {what}")
         if len(numbers) != 2 or any(type(one) is not int for one in numbers) or numbers[0] < 0 or numbers[1] == 0:
             at.fail(f"an outlier of {what} is not a column and a number of ranges")
+        side = (numbers[0], numbers[1] > 0)
+        if side in seen:
+            at.fail(f"{what} has the outlier {numbers[0]} twice")
+        seen.add(side)
         total += abs(numbers[1])
     if total > _MOST_FURTHER:
         at.refuse(f"{what} would get {total:,} further columns")

@@ -28,7 +28,10 @@ class Draft:
         """A node that gives a value, at the place where nodes are inserted."""
         name = self._names.setdefault(id(held), f"value_{len(self._names)}")
         self.values[name] = held  # which keeps it alive, and its id its own
-        return self.graph.get_attr(name)
+        node = self.graph.get_attr(name)
+        if isinstance(held, Tensor):
+            node.meta["val"] = held
+        return node
 
     def holds(self, *nodes: object) -> bool:
         """Whether these are values, or None, and nothing that is computed."""
@@ -71,6 +74,12 @@ def given_to(node: fx.Node) -> tuple[Any, ...]:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that uses another."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def type_of(node: object) -> torch.dtype | None:
+    """The type of a node's tensor; None if it gives none."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def rank_of(node: object) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from pared.graphs.draft import Draft, given_to, only_user, rank_of
+from pared.graphs.draft import Draft, given_to, only_user, rank_of, type_of
 from pared.graphs.merging import add_in_place, merge
 from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
 from pared.kernels import conv, linear
@@ -94,15 +94,11 @@ def _lay_out(draft: Draft, node: fx.Node) -> None:
     """A float convolution of images runs on channels-last memory, and can then take in what follows it."""
     x, weight, *rest = given_to(node)
     bias, stride, padding, dilation, groups = (*rest, *_MOVES[len(rest) :])
-    if FLOAT_CONV is None or rank_of(x) != 4 or not _is_float(x) or not draft.holds(weight, bias):
+    if FLOAT_CONV is None or rank_of(x) != 4 or type_of(x) is not torch.float32 or not draft.holds(weight, bias):
         return
     image = draft.before(node, channels_last, x)
     moves = [list(moved) * (2 // len(moved)) for moved in (padding, stride, dilation)]
     draft.replace(node, draft.before(node, FLOAT_CONV, image, weight, bias, *moves, groups, *PLAIN[-3:]))
-
-
-def _is_float(node: Any) -> bool:
-    return node.meta["val"].dtype is torch.float32
 
 
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
@@ -256,7 +252,8 @@ def _pads_space(node: fx.Node) -> bool:
 
 def as_floats(mask: Tensor) -> Tensor:
     """What attention adds to its scores where it is given a mask of booleans."""
-    return torch.zeros(mask.shape).masked_fill_(mask.logical_not(), -torch.inf)
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def _share_masks(draft: Draft) -> None:
@@ -264,7 +261,7 @@ def _share_masks(draft: Draft) -> None:
     known: dict[fx.Node, fx.Node] = {}
     for node in draft.calls(_ATEN.scaled_dot_product_attention.default):
         query, *_, mask = (*given_to(node), None)[:4]
-        if isinstance(mask, fx.Node) and mask.meta["val"].dtype is torch.bool and _is_float(query):
+        if type_of(mask) is torch.bool and type_of(query) is torch.float32:
             if mask not in known:
                 known[mask] = draft.before(node, as_floats, mask)
             node.args = (*given_to(node)[:3], known[mask], *given_to(node)[4:])
@@ -276,6 +273,8 @@ def _part(draft: Draft, node: fx.Node) -> None:
     others = [user for user in x.users if user is not node]
     if x.target is not QLINEAR or [user.target for user in others] != [quantize_contiguous]:
         return
+    if given_to(others[0])[3] != FULL_LEVELS:
+        return  # no kernel gives codes of fewer levels
     found = draft.held(more)
     columns, places = found.columns.unique(return_inverse=True)
     owner, attribute = x.meta["linear"]
@@ -286,7 +285,6 @@ def _part(draft: Draft, node: fx.Node) -> None:
     bias = draft.held(given_to(x)[6])
     weight = (packed.weight, packed.step, packed.zeros, None if bias is None else bias[columns])
     part = draft.before(x, QLINEAR, *given_to(x)[:3], *weight, *given_to(x)[-_AFTER:])
-    part.meta = dict(x.meta)
     node.replace_all_uses_with(draft.before(node, codes_beyond, part, replace(found, columns=places)))
     draft.graph.erase_node(node)
 

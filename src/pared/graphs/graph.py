@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from pared.errors import ModelError
 from pared.graphs.capture import Captured, Size, capture
 from pared.graphs.draft import Draft
 from pared.graphs.fusion import fuse, simplify
@@ -19,7 +21,7 @@ from pared.ways import Argument, Bound
 class Graph:
     """A model's call as operators, int8 products joined with what surrounds them.
 
-    It refers to the model's own tensors and packed weights, and holds few numbers of its own.
+    It refers to the model's own tensors and packed weights; its own are those that norms were folded into.
 
     Args:
         model: the quantized model, whose weights and kernels it takes.
@@ -34,7 +36,15 @@ class Graph:
         captured = capture(skeleton, arguments)
         self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
         self._outputs: TreeSpec = captured.outputs
-        self.module = compiled(captured, model)
+        try:
+            self.module = compiled(captured, model)
+        except Exception as error:  # a rule that fails costs the graph, not the user's call; tests make graphs by hand
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"its graph cannot be put together ({type(error).__name__}: {reason})",
+                where="graph",
+                remedy="Nothing need be done: the modules run. Please report it.",
+            ) from error
 
     def fits(self, bound: Bound) -> bool:
         """Whether the sizes of the inputs are such as it was captured for, and none is empty."""
@@ -85,9 +95,23 @@ def _keep_layout(draft: Draft) -> None:
     for one in output.args[0]:
         value = one.meta.get("val") if isinstance(one, fx.Node) else None
         if isinstance(value, Tensor) and value.is_contiguous():
-            one = draft.before(output, torch.ops.aten.contiguous.default, one)
+            copied = torch.ops.aten.clone if _is_part(one) else torch.ops.aten.contiguous
+            one = draft.before(output, copied.default, one, memory_format=torch.contiguous_format)
         found.append(one)
     output.args = (found,)
+
+
+def _is_part(node: Any) -> bool:
+    """Whether a node looks at a part of a merged product: users write to outputs, and keep them."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is operator.getitem:
+            return True
+        if not isinstance(node.target, torch._ops.OpOverload) or not (
+            node.target.is_view or node.target is torch.ops.aten.reshape.default
+        ):
+            return False
+        node = node.args[0]
+    return False
 
 
 def _module(draft: Draft) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pared.graphs.draft import Draft, given_to, only_user
 from pared.graphs.products import PLAIN, QLINEAR
@@ -37,11 +38,15 @@ def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
     steps = [owner.pared_row_steps(attribute) for owner, attribute in layers]
     activation = layers[0][0].pared_activation
     assert activation is not None, "it runs on codes"
-    packed = linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
+    # The first layer keeps it, for other graphs of the same model.
+    key = ("merged", *((id(owner), attribute) for owner, attribute in layers))
+    packed: linear.Packed = layers[0][0].pared_packed(
+        key, lambda: linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
+    )
     biases = [draft.held(given_to(node)[6]) for node in nodes]
     bias = None
     if any(one is not None for one in biases):
-        bias = torch.cat([torch.zeros(len(c)) if b is None else b for b, c in zip(biases, codes, strict=True)])
+        bias = torch.cat([s.new_zeros(len(s)) if b is None else b for b, s in zip(biases, steps, strict=True)])
     weight = (packed.weight, packed.step, packed.zeros, bias)
     first = nodes[0]
     whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
@@ -69,4 +74,7 @@ def _is_free(node: Any, user: fx.Node) -> bool:
 def _alike(one: fx.Node, other: Any) -> bool:
     """Whether two nodes give tensors of the same shape and type."""
     a, b = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (one, other))
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.dim() != b.dim():
+        return False
+    # Sizes may be unknown: then nothing is said of them.
+    return all(statically_known_true(i == j) for i, j in zip(a.shape, b.shape, strict=True))

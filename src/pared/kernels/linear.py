@@ -9,7 +9,7 @@ activations.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from pared.kernels.activation import (
 )
 from pared.kernels.machine import FULL_LEVELS, levels_for
 from pared.kernels.outliers import Outliers, columns_of, further, widened
+
+# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
+MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +88,8 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range, outliers
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
-        x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, and NaN
-            reads as its low end.
+        x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, those of
+            outliers as many spans further out, and NaN reads as its low end.
         packed: from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.

@@ -44,15 +44,15 @@ class Further:
         """The codes of further columns, as uint8 of shape (..., further), of float32 of shape (..., in)."""
         picked = torch.gather(x, -1, self.columns.expand(*x.shape[:-1], -1))
         shifted = torch.rsub(picked, ORIGIN + self.zero_point, alpha=-float32(1.0 / self.scale))
-        # NaN has no code: it takes 0, as in `quantize`.
-        shifted.sub_(self.shift).clamp_(self.low, self.high).nan_to_num_(0.0)
+        # NaN has no code: the column itself takes 0, and nothing is left.
+        shifted.sub_(self.shift).clamp_(self.low, self.high).nan_to_num_(ORIGIN + self.zero_point)
         return shifted.view(torch.int32).to(torch.uint8)
 
     def codes_reference(self, x: Tensor) -> Tensor:
         """What `codes` computes, bit for bit, in plain float64."""
         nearest = torch.round(x[..., self.columns].double() * float32(1.0 / self.scale) + self.zero_point)
         least, most = self.low.double() - ORIGIN, self.high.double() - ORIGIN
-        return torch.clamp(nearest - self.shift, least, most).nan_to_num(0.0).to(torch.uint8)
+        return torch.clamp(nearest - self.shift, least, most).nan_to_num(self.zero_point).to(torch.uint8)
 
 
 def columns_of(outliers: Outliers) -> list[int]:
