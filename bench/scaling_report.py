@@ -80,22 +80,25 @@ def draw(found: Mapping[str, Any]) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
-    for threads, style in (("1", "--"), ("2", "-")):
+    colors = {"fit": "C0", "save": "C1", "load": "C2", "float32": "C3", "ours": "C4"}
+    for threads, style in (("1", "o--"), ("2", "o-")):
         known = [each[threads] for each in found["sizes"].values() if "error" not in each.get(threads, {"error": ""})]
         across = [one["parameters"] for one in known]
-        for i, what in enumerate(("fit", "save", "load")):
-            left.plot(across, [one[what] for one in known], f"C{i}o{style}", label=f"{what}, {threads} threads")
-        for i, name in enumerate(("float32", "ours"), 3):
+        named = threads == "2"
+        for what in ("fit", "save", "load"):
+            left.plot(across, [one[what] for one in known], style, color=colors[what], label=what if named else None)
+        for name in ("float32", "ours"):
             taken = [one[f"batch_{BATCH}"][name]["median"] / 1e3 for one in known]
-            left.plot(across, taken, f"C{i}o{style}", label=f"{name}, {BATCH} x {TOKENS}, {threads} threads")
-        for i, what in enumerate(("fit", "load")):
+            label = f"a call of {BATCH} x {TOKENS} tokens, {name}" if named else None
+            left.plot(across, taken, style, color=colors[name], label=label)
+        for what in ("fit", "load"):
             grown = [max((one[f"{what}_peak"] - one[f"{what}_before"]) / 1e9, 1e-3) for one in known]
-            right.plot(across, grown, f"C{i}o{style}", label=f"{what}, {threads} threads")
+            right.plot(across, grown, style, color=colors[what], label=what if named else None)
     right.plot(across, [4 * one / 1e9 for one in across], "k:", label="the floats themselves")
     left.set(xlabel="parameters", ylabel="seconds", xscale="log", yscale="log")
     right.set(xlabel="parameters", ylabel="GB, what the process grew by", xscale="log", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7, title="2 threads; dashed: 1", title_fontsize=7)
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})
