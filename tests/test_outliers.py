@@ -204,7 +204,7 @@ def bytes_with(outliers: Any) -> bytes:
         ([[-1, 1]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[1, 1.5]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[True, 1]], "an outlier of module 'first' is not a column and a number of ranges"),
-        ([[1, 10**9]], "module 'first' would get 1,000,000,000 further columns"),
+        ([[1, 10**9]], "64 columns of 'weight' would get 1,000,000,000 further ones"),
         ([[64, 1]], "outliers of its input are no columns of 'weight'"),
         ([[1, 1], [1, 2]], "module 'first' has the outlier 1 twice"),
         ([[1, 65]], "64 columns of 'weight' would get 65 further ones"),

@@ -129,7 +129,7 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
             more = sum(abs(count) for _, count in activation.outliers)
             if more > min(shape[1], MOST_COLUMNS - shape[1]):
                 raise UnsafeError(
-                    f"{shape[1]} columns of {attribute!r} would get {more} further ones",
+                    f"{shape[1]} columns of {attribute!r} would get {more:,} further ones",
                     where=module or "the root",
                     remedy="Do not use this file: no sound artifact says so.",
                 )

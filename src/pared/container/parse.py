@@ -36,8 +36,6 @@ _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dyna
 
 _LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
 
-_MOST_FURTHER: Final = 1 << 16  # columns of one module: no weight has room for more
-
 # What an index may take, inflated: more than any model needs, less than hurts.
 _LARGEST_TEXT: Final = 64 << 20
 _LEAST_TEXT: Final = 1 << 20
@@ -171,8 +169,8 @@ def _module(name: str, value: object, at: Place) -> dict[str, Any]:
 
 
 def _check_outliers(value: object, what: str, at: Place) -> None:
-    """Columns, each with how many ranges it goes beyond the first; which columns there are is for the weight to say."""
-    total, seen = 0, set()
+    """Columns, each with how many ranges it goes beyond the first; what there is room for is for the weight to say."""
+    seen = set()
     for pair in at.sequence(value, f"the outliers of {what}"):
         numbers = at.sequence(pair, f"an outlier of {what}")
         if len(numbers) != 2 or any(type(one) is not int for one in numbers) or numbers[0] < 0 or numbers[1] == 0:
@@ -181,9 +179,6 @@ def _check_outliers(value: object, what: str, at: Place) -> None:
         if side in seen:
             at.fail(f"{what} has the outlier {numbers[0]} twice")
         seen.add(side)
-        total += abs(numbers[1])
-    if total > _MOST_FURTHER:
-        at.refuse(f"{what} would get {total:,} further columns")
 
 
 def _check_names(entries: Iterable[Entry], at: Place) -> None:

@@ -21,7 +21,7 @@ from pared.ways import Argument, Bound
 class Graph:
     """A model's call as operators, int8 products joined with what surrounds them.
 
-    It refers to the model's own tensors and packed weights; its own are those that norms were folded into.
+    It refers to the model's own tensors and packed weights; its own are those of folded norms and of outliers.
 
     Args:
         model: the quantized model, whose weights and kernels it takes.
