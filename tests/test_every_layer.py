@@ -293,6 +293,21 @@ def test_finer_is_only_as_fine_as_needed() -> None:
     assert 0.3 < lost(model, q, batches) / line.damage < 3
 
 
+def test_what_floats_would_cost_most_may_do_more_damage() -> None:
+    def plan(columns: int) -> Any:
+        torch.manual_seed(0)
+        model = Uneven(nn.Linear(64, columns, bias=False), "weight", decades=1).eval()
+        with torch.no_grad():
+            model.inner.weight.mul_(1 + 20 * (torch.arange(64) == 0))
+        conf = PostTrainingQuantConfig(quant_level=0, approach="weight_only", calibration_sampling_size=4)
+        return pared.fit(model, conf, [torch.randn(4, 64)], quiet=True).plan
+
+    small, large = (next(line for line in plan(columns) if line.name == "inner.weight") for columns in (256, 1 << 16))
+    assert small.bits > 8
+    assert 1e-3 < large.damage < 1e-2
+    assert large.bits == 8, "it is all of the model's weights, four million"
+
+
 def test_strict_refuses_where_only_floats_are_fine_enough() -> None:
     torch.manual_seed(0)
     model = Uneven(nn.Linear(64, 48), "weight", decades=11).eval()

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import model as quantized
-from pared.graphs import Halved, Server
+from pared.graphs import Halved, Server, forward_of, serve, server_of
 from pared.graphs.graph import Graph
-from pared.profile import CallTiming
+from pared.profile import CallTiming, Whole
 from pared.record import record_of
 from pared.ways import arguments_of, bind
 from tests.test_graphs import CASES, assembled, bound_of
@@ -25,7 +25,7 @@ from tests.test_graphs import CASES, assembled, bound_of
 def served(q: nn.Module, call: dict[str, Any]) -> Server:
     """The model with a graph for a way of calling."""
     server = Server(quantized.outline_of, [arguments_of(bound_of(q, call))])
-    record_of(q).server = server
+    serve(q, server)
     return server
 
 
@@ -103,7 +103,7 @@ def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
         after = q(IDS)["hidden"]
         q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
         later = q(IDS)["hidden"]
-        record_of(q).server = Server(quantized.outline_of)
+        serve(q, Server(quantized.outline_of))
         assert torch.equal(later, q(IDS)["hidden"])
     assert not torch.equal(after, later)
 
@@ -113,7 +113,7 @@ def test_a_graph_that_differs_from_the_modules_is_dropped(pair: tuple[nn.Module,
     monkeypatch.setattr(Graph, "__call__", lambda self, bound: {"hidden": torch.zeros(1), "pooled": torch.zeros(1)})
     server = served(q, {"ids": IDS})
     with torch.no_grad():
-        expected = quantized.modules_of(q)(q, IDS)
+        expected = forward_of(q)(q, IDS)
         for _ in range(2):
             assert torch.equal(q(IDS)["hidden"], expected["hidden"])
     assert server.reason(bound_of(q, {"ids": IDS})) == "the graph does not give what the modules give"
@@ -153,15 +153,15 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     model, q = assembled(case)
     arguments = arguments_of(bound_of(q, case.call(4, 24)))
     timing = CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
-    profile = replace(record_of(q).profile, calls=(timing,))
+    profile = replace(record_of(q).profile, whole=Whole((timing,)))
     fast = quantized.assemble(model, quantized.contents_of(q), profile)
     loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
-    assert record_of(loaded).server.wanted == (arguments,)
+    assert server_of(loaded).wanted == (arguments,)
     assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
-    assert record_of(loaded).server.reason(bound_of(q, case.call(2, 9))) == ""
+    assert server_of(loaded).reason(bound_of(q, case.call(2, 9))) == ""
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path,
     path = pared.save(q, tmp_path)
     engine = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
     good = {"arguments": [], "float32_ms": 2.0, "bfloat16_ms": None, "modules_ms": 1.0, "graph_ms": None}
-    (tmp_path / "engine.json").write_text(json.dumps(engine | {"calls": [good | damage]}), encoding="utf-8")
+    (tmp_path / "engine.json").write_text(json.dumps(engine | {"calls": {"": [good | damage]}}), encoding="utf-8")
     loaded = pared.load(path, model=case.model())
     assert "engine.json cannot be read" in caplog.text
     with torch.no_grad():
@@ -192,9 +192,9 @@ def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path,
 def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     (small,) = arguments_of(bound_of(q, {"ids": IDS}))
-    record_of(q).server = Server(quantized.outline_of, [[replace(small, shape=(10**9, 10**9))]])
+    serve(q, Server(quantized.outline_of, [[replace(small, shape=(10**9, 10**9))]]))
     with torch.no_grad():
-        assert torch.equal(q(IDS)["hidden"], quantized.modules_of(q)(q, IDS)["hidden"])
+        assert torch.equal(q(IDS)["hidden"], forward_of(q)(q, IDS)["hidden"])
     assert answered == []
 
 
@@ -209,15 +209,15 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     case = CASES["attention"]
     model, q = assembled(case)
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
-    profile = replace(record_of(q).profile, calls=(timing,))
+    profile = replace(record_of(q).profile, whole=Whole((timing,)))
     q = quantized.assemble(model, quantized.contents_of(q), profile)
-    assert isinstance(record_of(q).server, Halved)
+    assert isinstance(server_of(q), Halved)
     with torch.no_grad():
         before = q(IDS)["hidden"]
-        assert not torch.equal(before, quantized.modules_of(q)(q, IDS)["hidden"])
+        assert not torch.equal(before, forward_of(q)(q, IDS)["hidden"])
         q.last.bias.add_(1.0)
         assert torch.allclose(q(IDS)["hidden"], before + 1, atol=0.05)
         seen: list[Any] = []
         q.last.register_forward_hook(lambda *_: seen.append(None))
-        assert torch.equal(q(IDS)["hidden"], quantized.modules_of(q)(q, IDS)["hidden"])
+        assert torch.equal(q(IDS)["hidden"], forward_of(q)(q, IDS)["hidden"])
     assert seen

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import pared
 from pared import ConfigError, PostTrainingQuantConfig, speed
 from pared import model as quantized
-from pared.graphs import Halved
-from pared.profile import CallTiming, Profile, Timing, fastest_ms, this_machine
+from pared.graphs import Halved, Server, forward_of, serve, server_of
+from pared.profile import CallTiming, Profile, Timing, Whole, fastest_ms, this_machine
 from pared.record import record_of
 from pared.stats import Call
 from pared.ways import Argument
@@ -36,7 +36,7 @@ def batches() -> list[Tensor]:
 
 
 def timed(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Profile:
-    return Profile(this_machine(), calls=(CallTiming(WAY, float32, bfloat16, modules, graph),))
+    return Profile(this_machine(), whole=Whole((CallTiming(WAY, float32, bfloat16, modules, graph),)))
 
 
 @pytest.mark.parametrize(
@@ -52,22 +52,22 @@ def timed(float32: float, bfloat16: float | None, modules: float, graph: float |
 )
 def test_what_replaces_the_default_is_faster_by_a_tenth(times: Any, whole: str, graphs: int) -> None:
     profile = timed(*times)
-    assert profile.whole == whole
-    assert len(profile.graphs) == graphs
+    assert profile.whole.kernel == whole
+    assert len(profile.whole.graphs) == graphs
     assert Profile.from_json(profile.to_json()) == profile
 
 
 def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
     large, small = CallTiming(WAY, 9.0, None, 4.0, 2.0), CallTiming(WAY, 2.0, None, 1.0, 3.0)
-    assert Profile({}, calls=(large,)).graphs == (WAY,)
-    assert Profile({}, calls=(large, small)).graphs == ()
-    assert Profile({}, calls=(large, replace(small, graph_ms=0.9))).graphs == (WAY,)
+    assert Whole((large,)).graphs == (WAY,)
+    assert Whole((large, small)).graphs == ()
+    assert Whole((large, replace(small, graph_ms=0.9))).graphs == (WAY,)
     little = CallTiming(WAY, 9.0, None, 4.0, 3.9)
-    assert Profile({}, calls=(little, replace(small, graph_ms=0.9))).graphs == (WAY,), "a tenth in one, slower in none"
-    assert Profile({}, calls=(little, replace(small, graph_ms=0.95))).graphs == ()
-    assert Profile({}, calls=(replace(little, graph_ms=4.1), replace(small, graph_ms=0.89))).graphs == ()
+    assert Whole((little, replace(small, graph_ms=0.9))).graphs == (WAY,), "a tenth in one, slower in none"
+    assert Whole((little, replace(small, graph_ms=0.95))).graphs == ()
+    assert Whole((replace(little, graph_ms=4.1), replace(small, graph_ms=0.89))).graphs == ()
     other = replace(small, arguments=(Argument("input", "int64", (2,)),))
-    assert Profile({}, calls=(large, other)).graphs == (WAY,), "other ways are judged by themselves"
+    assert Whole((large, other)).graphs == (WAY,), "other ways are judged by themselves"
 
 
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
     contents = quantized.contents_of(pared.fit(model, STATIC, batches(), quiet=True))
     half = quantized.assemble(model, contents, timed(3.0, 1.0, 2.0, 2.0))
-    assert isinstance(record_of(half).server, Halved)
+    assert isinstance(server_of(half), Halved)
     x = batches()[0]
     with torch.no_grad():
-        found, floats = half(x), quantized.modules_of(half)(half, x)
+        found, floats = half(x), forward_of(half)(half, x)
         assert found.dtype == torch.float32
         assert 0 < (found - floats).square().sum() < 1e-3 * floats.square().sum()
         assert torch.equal(half.train()(x), floats), "elsewhere its modules run"
@@ -141,8 +141,8 @@ def test_tune_speed_writes_what_it_measured_and_leaves_the_file(tmp_path: Path) 
     tuned = pared.tune_speed(tmp_path, network(), [torch.randn(32, 64)])
     assert path.read_bytes() == before
     data = json.loads((tmp_path / "engine.json").read_text(encoding="utf-8"))
-    assert [call["arguments"][0]["shape"] for call in data["calls"]] == [[32, 64], [1, 64]]
-    assert all(call["float32_ms"] > 0 and call["modules_ms"] > 0 and call["graph_ms"] > 0 for call in data["calls"])
+    assert [call["arguments"][0]["shape"] for call in data["calls"][""]] == [[32, 64], [1, 64]]
+    assert all(call["float32_ms"] > 0 and call["modules_ms"] > 0 and call["graph_ms"] > 0 for call in data["calls"][""])
     loaded = pared.load(tmp_path, model=network())
     assert record_of(loaded).profile == record_of(tuned).profile
     with torch.no_grad():
@@ -171,12 +171,12 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
 def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     model = minilm.load()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), minilm.calibration()[:3], quiet=True)
-    calls = record_of(q).profile.calls
+    calls = record_of(q).profile.whole.calls
     assert {one.way for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
     assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
     # Whatever was fastest here in this moment: as a graph it is the same model.
     graph = quantized.assemble(model, quantized.contents_of(q), timed(1.0, None, 1.0, None))
-    record_of(graph).server = type(record_of(q).server)(quantized.outline_of, [calls[0].arguments])
+    serve(graph, Server(quantized.outline_of, [calls[0].arguments]))
     texts = minilm.documents()[:16]
     expected = minilm.embed(model, texts)
     assert minilm.distance(minilm.embed(graph, texts), expected) < 0.005

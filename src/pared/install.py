@@ -33,7 +33,7 @@ def running_of(model: nn.Module, contents: Contents, profile: Profile, memory: M
 
 
 def _running(activation: Activation, missing: str, name: str, profile: Profile, memory: Memory) -> Running:
-    if activation.mode == "gather" and not missing and profile.whole != "bfloat16":
+    if activation.mode == "gather" and not missing:
         return Running("int8")  # looking up rows is as fast in codes, and takes a quarter of the memory
     if memory == "small" and activation.mode != "gather":
         return Running("float32", "memory is to stay small")

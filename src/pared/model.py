@@ -6,8 +6,6 @@ original modules run unchanged; hooks let `state_dict` give their codes, recover
 
 from __future__ import annotations
 
-import copy
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,13 +19,13 @@ from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.exporting import Dynamic, Exported, export_onnx
-from pared.graphs import Halved, Server
+from pared.graphs import Halved, Served, Server, release, serve
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
 from pared.outcome import Outcome
-from pared.profile import ENGINE_FILE, Profile
+from pared.profile import ENGINE_FILE, Profile, Whole
 from pared.record import RECORD, Record, curve_of, record_of, set_outcome
 from pared.reporting import lines, page, text
 from pared.reporting.drawing import require_library
@@ -36,7 +34,6 @@ from pared.tensors import (
     clone_structure,
     find_tensors,
     loose_tensors,
-    refresh_recurrent,
     registered,
 )
 
@@ -47,22 +44,8 @@ log = logging.getLogger(__name__)
 DEPLOY: Final = "deploy.yaml"
 
 
-class Quantized(nn.Module):
-    """Mixed in before the model's own class: how a quantized model is copied and pickled."""
-
-    def __deepcopy__(self: ModuleT, memo: dict[int, Any]) -> ModuleT:
-        """An independent quantized model; packed weights are made anew at first use."""
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(_state(self), memo))  # type: ignore[no-untyped-call]  # torch's
-        refresh_recurrent(clone)
-        return clone
-
-    def __copy__(self: ModuleT) -> ModuleT:
-        """A shallow copy that shares every tensor."""
-        clone = type(self).__new__(type(self))
-        clone.__dict__.update(self.__dict__)
-        return clone
+class Quantized(Served):
+    """Mixed in before the model's own class, which is served: how a quantized model is pickled."""
 
     def _pared_ledger(self) -> ledger.Ledger:
         """What `pared.inspect` shows of a quantized model: the artifact that `save` would write."""
@@ -78,12 +61,6 @@ class Quantized(nn.Module):
         if int(protocol) < 3:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return _revive, (skeleton_of(self), data, record.profile, record.outcome, record.memory)
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    if hasattr(module, "__getstate__"):  # every object has it from Python 3.11 on
-        return dict(module.__getstate__())
-    return dict(module.__dict__)
 
 
 def _revive(skeleton: nn.Module, data: bytes | Tensor, profile: Profile, outcome: Outcome, memory: Memory) -> nn.Module:
@@ -241,22 +218,10 @@ def _refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object)
     )
 
 
-def _forward(modules: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a model's own class, where nothing faster answers; with its signature."""
-
-    @functools.wraps(modules)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = record_of(self).server.serve(self, args, kwargs, modules)
-        return modules(self, *args, **kwargs) if found is NotImplemented else found
-
-    return forward
-
-
 def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
     if (base, face) not in _CLASSES:
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
         offered = {name: _FACE[name] for name in sorted(face)}
-        offered["forward"] = _forward(base.forward)
         if hasattr(base, "save_pretrained"):
             offered["save_pretrained"] = _refuse_save_pretrained
         _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
@@ -296,26 +261,28 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    server = _server(profile, memory)
-    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome, server)
+    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
     face = frozenset(name for name in _FACE if not hasattr(clone, name))
+    _serve(clone, profile, memory)
     clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
 
 
-def _server(profile: Profile, memory: Memory) -> Server:
-    """What answers calls in place of the modules."""
-    if memory == "small" or profile.whole == "float32":
+def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
+    """Let something faster answer the calls of the model and of its parts, where that was measured."""
+    modules = dict(model.named_modules())
+    parts = {} if memory == "small" or profile.whole.kernel == "float32" else profile.parts
+    for name, part in parts.items():
+        if name in modules and part.kernel != "float32":
+            serve(modules[name], _server(part))
+    serve(model, Server(outline_of) if memory == "small" else _server(profile.whole))
+
+
+def _server(whole: Whole) -> Server:
+    if whole.kernel == "float32":
         return Server(outline_of)
-    return Halved(outline_of) if profile.whole == "bfloat16" else Server(outline_of, profile.graphs)
-
-
-def modules_of(model: nn.Module) -> Callable[..., Any]:
-    """The forward of the model's own class."""
-    own: Any = next(base for base in type(model).__mro__ if Quantized not in base.__mro__)
-    forward: Callable[..., Any] = own.forward
-    return forward
+    return Halved(floats_of, whole.ways) if whole.kernel == "bfloat16" else Server(outline_of, whole.graphs)
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:
@@ -387,11 +354,25 @@ def outline_of(model: nn.Module) -> nn.Module:
     return _float_form(model, lambda tensor: tensor)
 
 
+def floats_of(model: nn.Module) -> nn.Module:
+    """A float model of the original class with the numbers that its codes stand for; the other tensors are the same."""
+    found = outline_of(model)
+    known: dict[int, nn.Parameter] = {}  # what is tied stays so
+    for name, own in model.named_modules():
+        for attribute in own.pared_views if isinstance(own, Counterpart) else ():
+            codes = id(own.pared_codes(attribute))
+            if codes not in known:
+                known[codes] = nn.Parameter(own.pared_decode(attribute), requires_grad=False)
+            found.get_submodule(name)._parameters[attribute] = known[codes]
+    return found
+
+
 def _float_form(model: nn.Module, content: Callable[[Tensor], Tensor]) -> nn.Module:
+    """The form of a quantized model, or of a part of one."""
     found = clone_structure(model, content)
-    del found.__dict__[RECORD]
-    found.__class__ = next(base for base in type(found).__mro__ if Quantized not in base.__mro__)
+    found.__dict__.pop(RECORD, None)
     for module in found.modules():
+        release(module)
         detach(module)
         if isinstance(module, Counterpart):
             restore(module)

@@ -101,30 +101,42 @@ def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *
     Raises:
         ConfigError: `strict`, and there is such a tensor.
     """
-    found = tuple(_finer(decision, slot, known) for decision, slot in zip(plan, slots, strict=True))
+    total = sum(slot.tensor.numel() for decision, slot in zip(plan, slots, strict=True) if decision.treatment == "grid")
+    found = tuple(
+        _finer(decision, slot, known, _allowed(slot.tensor.numel(), total))
+        for decision, slot in zip(plan, slots, strict=True)
+    )
     if strict:
         _refuse([(slot, new) for slot, old, new in zip(slots, plan, found, strict=True) if new != old])
     return found
 
 
 # The damage that a tensor may do alone at 8 bits: 30 dB below the output's energy. Finer codes run in float.
-_AT_EIGHT_BITS: Final = 1e-3
+_ALONE: Final = 1e-3
+# Of many weights that costs time and bytes that tell: of these all together may do 20 dB, shared out by their number.
+_MANY: Final = 1 << 22
+_TOGETHER: Final = 1e-2
 # How many times a step of int16 codes may be halved against int8's: 127 * 2^8 still fits.
 _MOST_HALVINGS: Final = 8
 _SAMPLED_ROWS: Final = 64
 
 
-def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats]) -> Decision:
+def _allowed(weights: int, of: int) -> float:
+    """The damage that a tensor of so many of a model's weights may do alone at 8 bits."""
+    return max(_ALONE, _TOGETHER * weights / of) if weights >= _MANY else _ALONE
+
+
+def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats], allowed: float) -> Decision:
     stats = known.get(slot.name)
     if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
         return decision
     matrix = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).matrix(slot.tensor.detach().float())
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12
-    if not _AT_EIGHT_BITS < damage < math.inf:
+    if not allowed < damage < math.inf:
         return replace(decision, damage=damage if damage < math.inf else None)
     because = f"at 8 bits it would do a damage of {damage:.2g}"
-    halvings = math.ceil(math.log(damage / _AT_EIGHT_BITS, 4))
+    halvings = math.ceil(math.log(damage / allowed, 4))
     # Each halving of the step costs a bit more than what 8 bits take when they are coded.
     coded = 8 * sample_cost(slot, decision, _SAMPLED_ROWS).nbytes / slot.tensor.numel()
     bits = max(coded + halvings, DEFAULT_BITS + 0.01)  # up to 8 bits there is no finer step than int8's

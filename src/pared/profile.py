@@ -9,7 +9,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -123,37 +123,14 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Measured choices of kernels, and the machine they hold for.
+class Whole:
+    """The measured calls of a model, or of a part of one, and what they say about all that it is made of.
 
     Args:
-        machine: see `this_machine`.
-        layers: the times of each layer by itself, by name.
-        calls: of the whole model.
-        together: the whole model was faster with every layer in int8 that may be, whatever is fastest for each alone.
+        calls: those that were timed; none if nothing was.
     """
 
-    machine: Mapping[str, Any]
-    layers: Mapping[str, Timing] = field(default_factory=dict)
     calls: tuple[CallTiming, ...] = ()
-    together: bool = False
-
-    def to_json(self) -> str:
-        """The text of `engine.json`."""
-        layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
-        calls = [asdict(timing) for timing in self.calls]
-        data = {"machine": dict(self.machine), "together": self.together, "layers": layers, "calls": calls}
-        return json.dumps(data, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Profile:
-        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
-        data = json.loads(text)
-        layers = {
-            name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
-        }
-        calls = tuple(CallTiming.from_json(one) for one in data.get("calls", ()))
-        return cls(dict(data["machine"]), layers, calls, bool(data.get("together", False)))
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
@@ -161,18 +138,24 @@ class Profile:
 
         By a tenth at least: on the whole, or in one of the calls and slower in none.
         """
-        found = {}
-        for way in dict.fromkeys(one.way for one in self.calls):
-            own = [one for one in self.calls if one.way == way]
-            ratios = [one.graph_ms / one.modules_ms for one in own if one.graph_ms is not None]
-            faster = _mean(ratios) <= _WORTH or (min(ratios, default=1.0) <= _WORTH and max(ratios) <= 1.0)
-            if len(ratios) == len(own) and faster:
-                found[way] = max((one.arguments for one in own), key=_numbers)
-        return tuple(found.values())
+        return tuple(arguments for own, arguments in self._ways if _is_worth_a_graph(own))
 
     @property
-    def whole(self) -> Kernel:
-        """What the whole model runs in: "int8" (each layer in its own kernel) if that beats float by a tenth at least.
+    def ways(self) -> tuple[tuple[Argument, ...], ...]:
+        """The largest calls, one for each way of calling."""
+        return tuple(arguments for _, arguments in self._ways)
+
+    @property
+    def _ways(self) -> list[tuple[list[CallTiming], tuple[Argument, ...]]]:
+        """The calls of each way, and the arguments of the largest."""
+        found: dict[str, list[CallTiming]] = {}
+        for one in self.calls:
+            found.setdefault(one.way, []).append(one)
+        return [(own, max((one.arguments for one in own), key=_numbers)) for own in found.values()]
+
+    @property
+    def kernel(self) -> Kernel:
+        """What all of it runs in: "int8" (each layer in its own kernel) if that beats float by a tenth at least.
 
         Over the calls that were measured, by the geometric mean; int8 if none was.
         """
@@ -190,19 +173,66 @@ class Profile:
         times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
         return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
 
-    def summary(self) -> list[str]:
-        """What runs, and the times that decided it, as lines for people."""
+    def summary(self, name: str = "") -> list[str]:
+        """What runs, and the times that decided it, as lines for people.
+
+        Args:
+            name: of the part.
+        """
         if not self.calls:
             return []
         chosen = {
             "int8": "as a graph, each layer in its own kernel" if self.graphs else "layer by layer",
             "float32": "in float32: nothing else was faster by a tenth",
             "bfloat16": "in bfloat16, which was faster than int8",
-        }[self.whole]
-        return [f"runs {chosen} (measured on this machine):", *(f"  {one}" for one in self.calls)]
+        }[self.kernel]
+        what = f"called by itself, {name} runs" if name else "runs"
+        return [f"{what} {chosen} (measured on this machine):", *(f"  {one}" for one in self.calls)]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured choices of kernels, and the machine they hold for.
+
+    Args:
+        machine: see `this_machine`.
+        layers: the times of each layer by itself, by name.
+        whole: of the model.
+        parts: of its parts that may be called by themselves, by name.
+        together: the whole model was faster with every layer in int8 that may be, whatever is fastest for each alone.
+    """
+
+    machine: Mapping[str, Any]
+    layers: Mapping[str, Timing] = field(default_factory=dict)
+    whole: Whole = field(default_factory=Whole)
+    parts: Mapping[str, Whole] = field(default_factory=dict)
+    together: bool = False
+
+    def to_json(self) -> str:
+        """The text of `engine.json`."""
+        layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
+        calls = {name: [asdict(timing) for timing in one.calls] for name, one in {"": self.whole, **self.parts}.items()}
+        data = {"machine": dict(self.machine), "together": self.together, "layers": layers, "calls": calls}
+        return json.dumps(data, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Profile:
+        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        data = json.loads(text)
+        layers = {
+            name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
+        }
+        parts = {name: Whole(tuple(map(CallTiming.from_json, calls))) for name, calls in data["calls"].items()}
+        return cls(dict(data["machine"]), layers, parts.pop("", Whole()), parts, bool(data.get("together", False)))
+
+    def summary(self) -> list[str]:
+        """What runs, and the times that decided it, as lines for people."""
+        return self.whole.summary() + [line for name, one in self.parts.items() for line in one.summary(name)]
 
     def running(self, module: str, reason: str = "") -> Running:
         """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.
+
+        What is fastest in bfloat16 as a whole has its layers beside that, for calls of other kinds.
 
         Args:
             module: its name.
@@ -213,11 +243,19 @@ class Profile:
         """
         if reason:
             return Running("float32", reason)
-        if self.whole != "int8":
-            return Running("float32", f"the whole model was faster in {self.whole} here")
+        around = [("the whole model", self.whole), *self.parts.items()]
+        for name, one in around:
+            if one.kernel == "float32" and (one is self.whole or module.startswith(f"{name}.")):
+                return Running("float32", f"{name} was faster in float32 here")
         timing = self.layers.get(module)
         kernel = "int8" if timing is None or self.together else timing.kernel
         return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")
+
+
+def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
+    ratios = [one.graph_ms / one.modules_ms for one in calls if one.graph_ms is not None]
+    faster = _mean(ratios) <= _WORTH or (min(ratios, default=1.0) <= _WORTH and max(ratios) <= 1.0)
+    return len(ratios) == len(calls) and faster
 
 
 def _mean(ratios: Iterable[float]) -> float:

@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 from torch import nn
 
 from pared.errors import ModelError
-from pared.graphs import Server
 from pared.install import Memory
 from pared.keeper import Keeper
 from pared.outcome import Outcome
@@ -31,7 +30,6 @@ class Record:
         running: what each module that may run in int8 runs in.
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
-        server: what answers calls in place of the modules, where that is faster.
         curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
         engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
     """
@@ -44,7 +42,6 @@ class Record:
     running: Mapping[str, Running]
     memory: Memory
     outcome: Outcome
-    server: Server
     curve: Any = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pared import model as quantized
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
-from pared.graphs import Server, agree, halved
-from pared.profile import CallTiming, Profile, fastest_ms
+from pared.graphs import Server, agree, forward_of, halved
+from pared.parts import find_parts
+from pared.profile import CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of
 from pared.stats import Call, Statistics, shadow
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
@@ -41,7 +42,7 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
         found.append(_timed(model, contents, replace(profile, together=True), seen))
-    return quantized.assemble(model, contents, min(found, key=lambda one: one.share))
+    return quantized.assemble(model, contents, min(found, key=lambda one: one.whole.share))
 
 
 def _left(profile: Profile) -> float:
@@ -52,26 +53,36 @@ def _left(profile: Profile) -> float:
 
 
 def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statistics) -> Profile:
+    """The profile with the times of the model's parts, and then those of the model, which is made of these."""
+    outright = shadow(model)
     by_layers = quantized.assemble(model, contents, profile)
-    return replace(profile, calls=time_calls(model, by_layers, seen.calls))
+    largest = max(seen.calls, key=_numbers, default=None)
+    parts = find_parts(outright, largest, profile.layers) if largest is not None else {}
+    if parts:
+        times = {
+            name: Whole(time_calls(outright.get_submodule(name), by_layers.get_submodule(name), [call]))
+            for name, call in parts.items()
+        }
+        profile = replace(profile, parts=times)
+        by_layers = quantized.assemble(model, contents, profile)
+    return replace(profile, whole=Whole(time_calls(outright, by_layers, seen.calls)))
 
 
 def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
     """Time the whole model in all of its forms.
 
     Args:
-        model: the float model.
-        by_layers: the quantized one, without graphs.
+        model: the float model in eval mode, or a part of it.
+        by_layers: the same, quantized, without a graph of its own.
         calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
             first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
     """
-    outright = shadow(model)
     names = parameters_of(model)
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
     ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
     server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
-    forms = _Forms(outright, halved(outright), by_layers, server)
+    forms = _Forms(model, halved(model), by_layers, server)
     times: list[CallTiming] = []
     for call, one in zip(found, bound, strict=True):
         times.append(forms.time(call, one, in_bfloat16=not times or not _is_hopeless(times[0])))
@@ -153,7 +164,7 @@ class _Forms:
         """The call as a graph; or why there is none."""
         if bound is None:
             return "an argument is neither a tensor nor a constant"
-        modules = quantized.modules_of(self.by_layers)
+        modules = forward_of(self.by_layers)
         run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
         with torch.inference_mode():
             run()  # makes it, and compares

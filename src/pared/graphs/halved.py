@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pared.graphs.serving import Args, Server, Skeleton, Watch, wants_gradients
-from pared.layers.counterpart import is_ordinary_call
+from pared.graphs.serving import Server, Skeleton, Watch
 from pared.layers.halves import cast_floats
 from pared.tensors import clone_structure, refresh_recurrent
+from pared.ways import Argument, Bound
 
 
 def halved(model: nn.Module) -> Callable[..., Any]:
@@ -35,28 +35,22 @@ def halved(model: nn.Module) -> Callable[..., Any]:
 
 
 class Halved(Server):
-    """Answers all ordinary calls with a copy in bfloat16, made at the first.
+    """Answers calls with a copy in bfloat16, made at the first.
 
     Args:
         skeleton: gives a float model of the same architecture and class, all of whose numbers are there.
+        wanted: an example call for every way of calling that is to be served.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        super().__init__(skeleton)
+    def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
+        super().__init__(skeleton, wanted)
         self._copy: tuple[Callable[..., Any], Watch] | None = None
         self._making = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Halved:
-        """A copied model makes its own."""
-        return Halved(self._skeleton)
-
-    def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
-        """See `Server.serve`."""
+    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         del modules
-        if not is_ordinary_call() or wants_gradients(model, (args, kwargs)):
-            return NotImplemented
         with self._making:
             if self._copy is None or not self._copy[1].is_current():
                 self._copy = halved(self._skeleton(model)), Watch(model)
             run, watch = self._copy
-        return run(*args, **kwargs) if watch.is_undisturbed() else NotImplemented
+        return run(**bound) if watch.is_undisturbed() else NotImplemented

@@ -36,7 +36,7 @@ class Server:
 
     Args:
         skeleton: gives a float model of the same architecture and class, whose numbers are not read.
-        wanted: an example call for every way of calling that a graph is to serve.
+        wanted: an example call for every way of calling that is to be served.
     """
 
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
@@ -51,7 +51,7 @@ class Server:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Server:
         """A copied model makes its own: a graph refers to the tensors of one."""
-        return Server(self._skeleton, self.wanted)
+        return type(self)(self._skeleton, self.wanted)
 
     def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """What the model returns for a call; NotImplemented if the modules have to answer.
@@ -62,21 +62,24 @@ class Server:
             kwargs: of the call.
             modules: its own forward.
         """
+        bound = self._bound(model, args, kwargs)
+        return NotImplemented if bound is None else self._answer(model, bound, lambda: modules(model, *args, **kwargs))
+
+    def _bound(self, model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Bound | None:
+        """The call's arguments, if it is one to be answered."""
         if not self._ways or not is_ordinary_call() or torch.is_autocast_enabled("cpu"):
-            return NotImplemented
+            return None
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        if bound is None:
-            return NotImplemented
+        return None if bound is None or way_of(bound) not in self._ways or wants_gradients(model, bound) else bound
+
+    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         way = way_of(bound)
-        arguments = self._ways.get(way)
-        if arguments is None or wants_gradients(model, bound):
-            return NotImplemented
         served = self._graphs.get(way)
         if served is None or not served.is_current():
-            served = self._made(model, way, arguments)
-        return served.run(bound, lambda: modules(model, *args, **kwargs))
+            served = self._made(model, way, self._ways[way])
+        return served.run(bound, modules)
 
     def _made(self, model: nn.Module, way: object, arguments: Sequence[Argument]) -> _Served:
         with self._lock:

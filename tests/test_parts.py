@@ -1,0 +1,244 @@
+"""Parts that are called by themselves: which they are, what answers them, and that nothing else changes."""
+
+import copy
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import PostTrainingQuantConfig
+from pared import model as quantized
+from pared.graphs import Halved, Server, forward_of, server_of
+from pared.parts import find_parts
+from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
+from pared.record import record_of
+from pared.stats import Call
+from pared.ways import Argument
+
+WAY = (Argument("x", "float32", (4, 64)),)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        encoded: Tensor = self.layers(x)
+        return encoded
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.small = Encoder(), nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, said: Tensor) -> Tensor:
+        answer: Tensor = self.decoder(self.encoder(x) + said) + self.small(said)
+        return answer
+
+
+class Hearing(nn.Module):
+    """What hears and answers: a caller may keep what was heard for several answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Body()
+
+    def forward(self, x: Tensor, said: Tensor) -> Tensor:
+        answer: Tensor = self.body(x, said)
+        return answer
+
+
+def model() -> Hearing:
+    torch.manual_seed(0)
+    return Hearing().eval()
+
+
+def call() -> Call:
+    generator = torch.Generator().manual_seed(1)
+    return Call((torch.randn(4, 64, generator=generator),), {"said": torch.randn(4, 64, generator=generator)})
+
+
+def timings(**ms: float) -> dict[str, Timing]:
+    return {name.replace("__", "."): Timing((4, 64), one, 2 * one, one / 2) for name, one in ms.items()}
+
+
+ALL = timings(body__encoder__layers__0=4.0, body__encoder__layers__2=3.0, body__decoder__0=2.0, body__small=1.0)
+
+
+def test_a_part_is_given_inputs_alone_and_is_neither_a_layer_nor_nearly_everything() -> None:
+    heard = call()
+    found = find_parts(model(), heard, ALL)
+    # The whole body takes all the time, the decoder is given what was computed, and `small` is a layer.
+    assert list(found) == ["body.encoder.layers"]
+    assert found["body.encoder.layers"].args[0] is heard.args[0]
+    small = ALL | timings(body__decoder__0=40.0)
+    assert find_parts(model(), heard, small) == {}, "the encoder takes too little of the time"
+    large = ALL | timings(body__encoder__layers__0=100.0)
+    assert find_parts(model(), heard, large) == {}, "the encoder is nearly everything"
+    assert find_parts(model(), heard, {}) == {}
+
+
+def test_what_is_called_twice_is_no_part() -> None:
+    class Twice(Hearing):
+        def forward(self, x: Tensor, said: Tensor) -> Tensor:
+            both: Tensor = self.body(x, said) + self.body.encoder(x)
+            return both
+
+    assert find_parts(Twice().eval(), call(), ALL) == {}
+
+
+def test_finding_leaves_no_hooks() -> None:
+    one = model()
+    find_parts(one, call(), ALL)
+    assert not any(module._forward_pre_hooks for module in one.modules())
+
+
+def timing(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Whole:
+    return Whole((CallTiming(WAY, float32, bfloat16, modules, graph),))
+
+
+@pytest.fixture(scope="module")
+def contents() -> Any:
+    config = PostTrainingQuantConfig(quant_level=0, approach="static")
+    heard = call()
+    q = pared.fit(model(), config, [{"x": heard.args[0], **heard.kwargs}], quiet=True)
+    return quantized.contents_of(q)
+
+
+def assembled(contents: Any, part: Whole, whole: Whole | None = None) -> Any:
+    profile = Profile(this_machine(), whole=whole or Whole(), parts={"body.encoder": part})
+    return quantized.assemble(model(), contents, profile)
+
+
+GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), timing(1.0, 2.0, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("part", [GRAPH, HALF], ids=["graph", "bfloat16"])
+def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whole) -> None:
+    q, plain, heard = assembled(contents, part), assembled(contents, Whole()), call()
+    encoder, x = q.body.encoder, heard.args[0]
+    assert isinstance(server_of(encoder), Halved if part is HALF else Server)
+    assert isinstance(encoder, Encoder)
+    asked: list[object] = []
+    answer = server_of(encoder).serve
+
+    def noted(*arguments: Any) -> Any:
+        asked.append(answer(*arguments))
+        return asked[-1]
+
+    server_of(encoder).serve = noted  # type: ignore[method-assign, assignment]  # to see what it answers
+    with torch.no_grad():
+        expected, whole = forward_of(encoder)(encoder, x), plain(*heard.args, **heard.kwargs)
+        encoder(x)  # makes what answers
+        found = encoder(x)
+        assert found is asked[-1]
+        assert 0 <= (found - expected).square().sum() < 1e-3 * expected.square().sum()
+        assert torch.equal(found, expected) is (part is GRAPH)
+        inside = q(*heard.args, **heard.kwargs)
+        assert len(asked) == 3
+        assert (inside - whole).square().sum() < 1e-3 * whole.square().sum()
+        assert asked[-1] is not NotImplemented
+        encoder(x.double().float()[None])
+        assert asked[-1] is NotImplemented, "of another rank"
+
+
+def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_path: Path) -> None:
+    q, plain = assembled(contents, HALF), assembled(contents, Whole())
+    assert pared.save(q, tmp_path / "a").read_bytes() == pared.save(plain, tmp_path / "b").read_bytes()
+    assert list(q.state_dict()) == list(plain.state_dict())
+    loaded = pared.load(tmp_path / "a", model=model())
+    assert isinstance(server_of(loaded.body.encoder), Halved)
+    assert record_of(loaded).profile == record_of(q).profile
+    floats = quantized.skeleton_of(q)
+    assert [type(one) for one in floats.modules()] == [type(one) for one in model().modules()]
+
+
+def test_copies_and_pickles_of_a_part(contents: Any) -> None:
+    q, x = assembled(contents, HALF), call().args[0]
+    with torch.no_grad():
+        expected = q.body.encoder(x)
+        copied = copy.deepcopy(q)
+        assert server_of(copied.body.encoder) is not server_of(q.body.encoder)
+        assert torch.equal(copied.body.encoder(x), expected)
+        assert torch.equal(copy.copy(q.body.encoder)(x), expected)
+        file = io.BytesIO()
+        torch.save(q.body.encoder, file)
+        file.seek(0)
+        alone = torch.load(file, weights_only=False)
+        assert type(alone) is Encoder
+        assert torch.equal(alone(x), forward_of(q.body.encoder)(q.body.encoder, x))
+
+
+def test_a_part_steps_back_for_hooks(contents: Any) -> None:
+    q, x = assembled(contents, HALF), call().args[0]
+    seen: list[Any] = []
+    q.body.encoder.layers[0].register_forward_hook(lambda *_: seen.append(None))
+    with torch.no_grad():
+        assert torch.equal(q.body.encoder(x), forward_of(q.body.encoder)(q.body.encoder, x))
+    assert len(seen) == 2
+
+
+def test_a_part_that_is_fastest_in_float_is_in_float(contents: Any) -> None:
+    q = assembled(contents, FLOAT)
+    running = {name: one.kernel for name, one in record_of(q).running.items()}
+    inside = {"body.encoder.layers.0", "body.encoder.layers.2"}
+    assert {name for name, kernel in running.items() if kernel == "float32"} == inside
+    assert record_of(q).running["body.encoder.layers.0"].because == "body.encoder was faster in float32 here"
+    assert "called by itself, body.encoder runs in float32" in pared.report(q)
+
+
+def test_a_model_that_is_fastest_in_float_has_no_parts(contents: Any) -> None:
+    q = assembled(contents, HALF, timing(1.0, 2.0, 3.0, 2.0))
+    assert {line.kernel for line in q.plan} == {"float"}
+    assert type(q.body.encoder) is Encoder
+
+
+def test_a_profile_of_parts_that_are_not_there_is_harmless(contents: Any) -> None:
+    profile = Profile(this_machine(), parts={"body.nothing": HALF})
+    q, heard = quantized.assemble(model(), contents, profile), call()
+    with torch.no_grad():
+        assert q(*heard.args, **heard.kwargs).shape == (4, 64)
+
+
+def test_a_profile_survives_json() -> None:
+    profile = Profile(this_machine(), ALL, GRAPH, {"body.encoder": HALF}, together=True)
+    assert Profile.from_json(profile.to_json()) == profile
+    assert replace(profile, parts={}) != profile
+
+
+def test_floats_of_a_quantized_model_keep_ties() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(1200, 64), nn.Linear(64, 1200, bias=False)
+            self.out.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.out(self.table(ids))
+            return logits
+
+    ids = torch.arange(40).view(4, 10)
+    q = pared.fit(Tied().eval(), PostTrainingQuantConfig(quant_level=0, approach="static"), [ids], quiet=True)
+    floats: Any = quantized.floats_of(q)
+    assert floats.out.weight is floats.table.weight
+    assert torch.equal(floats.out.weight, q.out.weight)
+    assert not torch.equal(floats.out.weight, torch.zeros(1))
+
+
+@pytest.mark.whole_models_are_timed
+def test_fit_times_parts() -> None:
+    heard = call()
+    batch = {"x": heard.args[0].repeat(64, 1), "said": heard.kwargs["said"].repeat(64, 1)}
+    q = pared.fit(model(), PostTrainingQuantConfig(quant_level=0), [batch], quiet=True)
+    layers = record_of(q).profile.layers
+    expected = find_parts(model(), Call((), batch), layers)
+    assert list(record_of(q).profile.parts) == list(expected)
+    for one in record_of(q).profile.parts.values():
+        assert {call.arguments[0].shape for call in one.calls} == {(256, 64), (1, 64)}
