@@ -3,6 +3,8 @@
 import pytest
 
 from pared import speed
+from pared.graphs import fusion
+from pared.kernels import patches
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +12,20 @@ def _layers_decide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Whole models are timed only in tests that are marked so: it takes seconds of each `fit`, and chance decides."""
     if request.node.get_closest_marker("whole_models_are_timed") is None:
         monkeypatch.setattr(speed, "time_calls", lambda *_: ())
+
+
+@pytest.fixture(autouse=True)
+def _no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs and kernels are as on most machines, whatever this one has."""
+    _set_tiles(monkeypatch, there=False)
+
+
+@pytest.fixture
+def tiles(_no_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs and kernels are as on a machine with tiles."""
+    _set_tiles(monkeypatch, there=True)
+
+
+def _set_tiles(monkeypatch: pytest.MonkeyPatch, *, there: bool) -> None:
+    monkeypatch.setattr(fusion, "has_tiles", lambda: there)
+    monkeypatch.setattr(patches, "has_tiles", lambda: there)

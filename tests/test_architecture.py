@@ -131,6 +131,7 @@ ORDER = [
     "graphs.draft",
     "graphs.products",
     "graphs.merging",
+    "graphs.attention",
     "graphs.fusion",
     "graphs.graph",
     "graphs.serving",

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from pared.kernels.machine import extensions
 from pared.stats import Call
 from pared.ways import Argument, text_of
 
@@ -273,6 +274,7 @@ def this_machine() -> dict[str, Any]:
     return {
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "extensions": extensions(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }

@@ -12,14 +12,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
+from pared.graphs.attention import halve, share_masks
 from pared.graphs.draft import Draft, given_to, only_user, rank_of, type_of
 from pared.graphs.merging import add_in_place, merge
 from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
 from pared.kernels import conv, linear
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
-from pared.kernels.machine import FULL_LEVELS, operator_of
-from pared.kernels.patches import channels_first
+from pared.kernels.machine import FULL_LEVELS, has_tiles, operator_of
+from pared.kernels.patches import channels_first, patches_of
 from pared.layers.dispatch import packed_filter
 
 _ATEN: Final = torch.ops.aten
@@ -65,13 +66,17 @@ def fuse(draft: Draft) -> None:
         _lift(draft, node)
     for node in draft.calls(pad_codes, _ATEN.pad.default):
         _pad_inside(draft, node)
-    _share_masks(draft)
+    share_masks(draft)
     for node in draft.calls(codes_beyond):
         _part(draft, node)
     for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
+    for node in draft.calls(patches_of):
+        _straighten(draft, node)
     merge(draft)
     add_in_place(draft)
+    if has_tiles():
+        halve(draft)
     for node in draft.calls(FLOAT_CONV):
         _pack(draft, node)
 
@@ -104,7 +109,7 @@ def _lay_out(draft: Draft, node: fx.Node) -> None:
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
     """A batch norm after a convolution is a gain and a shift of its channels: they go into its weight and its bias."""
     x, *parts = given_to(node)[:5]
-    out = node
+    kernel, out = _behind(x), node
     if node.target is not _ATEN.batch_norm.default:
         first = only_user(node)
         if first is None or first.target is not operator.getitem or first.args[1] != 0:
@@ -112,18 +117,37 @@ def _fold_norm(draft: Draft, node: fx.Node) -> None:
         out = first
     elif given_to(node)[5]:  # training
         return
-    plain = _plain_kernel(x) and only_user(x) is node and x.target is not QLINEAR
-    if not plain or None in parts[2:] or not draft.holds(*parts):
+    if only_user(x) is not node or not _plain_kernel(kernel) or None in parts[2:] or not draft.holds(*parts):
+        return
+    if kernel.target is QLINEAR and kernel is x:  # its channels are not what a norm takes for them
         return
     weight, bias, mean, variance = (draft.held(one) for one in parts)
     gain = (variance.double() + given_to(node)[7 if out is node else 6]).rsqrt()
     gain = gain if weight is None else gain * weight.double()
     shift = -mean.double() * gain
-    made = _scaled(draft, x, gain, shift if bias is None else shift + bias.double())
-    made.meta = {**x.meta, "val": out.meta.get("val", x.meta.get("val"))}
+    made = _scaled(draft, kernel, gain, shift if bias is None else shift + bias.double())
+    made.meta = {**kernel.meta}
+    if kernel is not x:
+        made = draft.before(x, channels_first, made)
+    made.meta["val"] = out.meta.get("val", x.meta.get("val"))
     out.replace_all_uses_with(made)
-    for old in dict.fromkeys((out, node, x)):
+    for old in dict.fromkeys((out, node, x, kernel)):
         draft.graph.erase_node(old)
+
+
+def _straighten(draft: Draft, node: fx.Node) -> None:
+    """Pixels of a product of pixels are its rows."""
+    x, *steps = given_to(node)
+    if x.target is channels_first and all(one == 1 for sizes in steps for one in sizes):
+        node.replace_all_uses_with(given_to(x)[0])
+        draft.graph.erase_node(node)
+
+
+def _behind(node: Any) -> Any:
+    """The product of patches whose channels a node puts first, or the node itself."""
+    if isinstance(node, fx.Node) and node.target is channels_first and only_user(given_to(node)[0]) is node:
+        return given_to(node)[0]
+    return node
 
 
 def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.Node:
@@ -250,23 +274,6 @@ def _pads_space(node: fx.Node) -> bool:
     return mode == "constant" and not value and space >= 1 and all(counts) and len(counts) <= 2 * space
 
 
-def as_floats(mask: Tensor) -> Tensor:
-    """What attention adds to its scores where it is given a mask of booleans."""
-    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return zeros.masked_fill_(mask.logical_not(), -torch.inf)
-
-
-def _share_masks(draft: Draft) -> None:
-    """A mask of booleans becomes floats once, not in every layer."""
-    known: dict[fx.Node, fx.Node] = {}
-    for node in draft.calls(_ATEN.scaled_dot_product_attention.default):
-        query, *_, mask = (*given_to(node), None)[:4]
-        if type_of(mask) is torch.bool and type_of(query) is torch.float32:
-            if mask not in known:
-                known[mask] = draft.before(node, as_floats, mask)
-            node.args = (*given_to(node)[:3], known[mask], *given_to(node)[4:])
-
-
 def _part(draft: Draft, node: fx.Node) -> None:
     """Outliers are computed a second time, by a product of their own: the large one can then give codes at once."""
     x, more = given_to(node)
@@ -292,10 +299,12 @@ def _part(draft: Draft, node: fx.Node) -> None:
 def _give_codes(draft: Draft, node: fx.Node) -> None:
     """A product gives codes at once, where its output is only ever quantized, and only so."""
     x, scale, zero_point, levels = given_to(node)
-    if not isinstance(x, fx.Node) or x.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:
+    kernel = _behind(x)
+    if not isinstance(x, fx.Node) or kernel.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:
         return
-    if (node.target is quantize_contiguous) != (x.target is QLINEAR) or given_to(x)[-_AFTER:-3] != PLAIN[:3]:
+    as_rows = kernel is x and kernel.target is QLINEAR
+    if (node.target is quantize_contiguous) != as_rows or given_to(kernel)[-_AFTER:-3] != PLAIN[:3]:
         return
-    x.args = (*given_to(x)[:-_AFTER], scale, zero_point, torch.uint8, *given_to(x)[-3:])
+    kernel.args = (*given_to(kernel)[:-_AFTER], scale, zero_point, torch.uint8, *given_to(kernel)[-3:])
     node.replace_all_uses_with(x)
     draft.graph.erase_node(node)

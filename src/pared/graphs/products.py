@@ -176,6 +176,7 @@ def _static_convolution(
     if packed.taps:
         rows = draft.before(node, patches_of, codes, packed.taps, geometry.stride)
         product = draft.before(node, QLINEAR, rows, scale, 0, *weight, *PLAIN)
+        product.meta["filter"] = (owner, attribute, geometry)
         draft.replace(node, draft.before(node, channels_first, product))
         return
     moves = (geometry.stride, padding, geometry.dilation, geometry.groups)

@@ -145,7 +145,7 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
         )
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
-    by_patches = pays(codes.shape, geometry.dilation, geometry.groups)
+    by_patches = pays(codes.shape, geometry.stride, geometry.dilation, geometry.groups)
     return Packed(
         weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
         step=step,

@@ -69,6 +69,17 @@ def exact_products() -> bool:
     return _largest_sums_are_right(FULL_LEVELS)
 
 
+def extensions() -> list[str]:
+    """What the processor has for products of codes or of bfloat16, as far as PyTorch says so."""
+    names = ("vnni", "avx512_bf16", "amx_tile")
+    return [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
+
+
+def has_tiles() -> bool:
+    """Whether products run on tiles (AMX): elsewhere those of bfloat16 are no faster than of float32."""
+    return "amx_tile" in extensions()
+
+
 def levels_for(codes: Tensor) -> int:
     """The largest activation code at which products with these int8 weight codes are exact: 255 or 127.
 
