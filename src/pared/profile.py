@@ -34,8 +34,9 @@ _WARM_UP: Final = 1
 # Times the fastest, by the runs that a form had: what is slower is timed no more. One run may have been disturbed.
 _HOPELESS: Final = {2: 2.0, 3: 1.5}
 
-# What is not float32 in modules, the default, has to be faster by this: else it is noise, or not worth its rounding.
-_WORTH: Final = 0.9
+# What is not the default, float32 in modules and each layer by itself, takes so much of its time at most: else the
+# difference is noise, or not worth the rounding.
+WORTH: Final = 0.9
 
 
 Kernel = Literal["float32", "bfloat16", "int8"]
@@ -65,7 +66,7 @@ class Timing:
         ('bfloat16', 'float32')
         """
         best: Kernel = "bfloat16" if self.bfloat16_ms < self.int8_ms else "int8"
-        return best if min(self.bfloat16_ms, self.int8_ms) <= _WORTH * self.float32_ms else "float32"
+        return best if min(self.bfloat16_ms, self.int8_ms) <= WORTH * self.float32_ms else "float32"
 
 
 @dataclass(frozen=True)
@@ -162,14 +163,23 @@ class Whole:
         """
         if not self.calls:
             return "int8"
-        half = _mean(one.bfloat16_ms / one.float32_ms if one.bfloat16_ms else math.inf for one in self.calls)
-        if min(self.share, half) > _WORTH:
+        if min(self._int8, self._bfloat16) > WORTH:
             return "float32"
-        return "int8" if self.share <= half else "bfloat16"
+        return "int8" if self._int8 <= self._bfloat16 else "bfloat16"
 
     @property
     def share(self) -> float:
-        """The time that the calls take in int8, as a share of float32's; 1 if none was timed."""
+        """The time that the calls take in what is fastest, as a share of float32's; 1 if none was timed."""
+        return min(self._int8, self._bfloat16, 1.0) if self.calls else 1.0
+
+    @property
+    def _bfloat16(self) -> float:
+        """The share of their time in bfloat16; infinite if there is none for one of them."""
+        return _mean(one.bfloat16_ms / one.float32_ms if one.bfloat16_ms else math.inf for one in self.calls)
+
+    @property
+    def _int8(self) -> float:
+        """The share of their time in int8."""
         served = {text_of(arguments) for arguments in self.graphs}
         times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
         return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
@@ -255,7 +265,7 @@ class Profile:
 
 def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
     ratios = [one.graph_ms / one.modules_ms for one in calls if one.graph_ms is not None]
-    faster = _mean(ratios) <= _WORTH or (min(ratios, default=1.0) <= _WORTH and max(ratios) <= 1.0)
+    faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
     return len(ratios) == len(calls) and faster
 
 

@@ -15,7 +15,7 @@ from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
 from pared.graphs import Server, agree, forward_of, halved
 from pared.parts import find_parts
-from pared.profile import CallTiming, Profile, Whole, fastest_ms
+from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of
 from pared.stats import Call, Statistics, shadow
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
@@ -38,11 +38,12 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     """
     candidates = find_candidates(model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
-    found = [_timed(model, contents, profile, seen)]
+    best = _timed(model, contents, profile, seen)
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
-        found.append(_timed(model, contents, replace(profile, together=True), seen))
-    return quantized.assemble(model, contents, min(found, key=lambda one: one.whole.share))
+        together = _timed(model, contents, replace(profile, together=True), seen)
+        best = together if together.whole.share <= WORTH * best.whole.share else best
+    return quantized.assemble(model, contents, best)
 
 
 def _left(profile: Profile) -> float:
