@@ -28,6 +28,7 @@ class Further:
     Args:
         columns: int64, of the input.
         shift: float32, a whole number: how many codes the columns before it account for.
+        origin: float32, the code of zero less `shift`, beyond `ORIGIN`.
         low, high: float32, the codes that it may take, beyond `ORIGIN`: from the zero point to an end of the grid.
         scale: of the grid, which all columns share.
         zero_point: of the grid.
@@ -35,6 +36,7 @@ class Further:
 
     columns: Tensor
     shift: Tensor
+    origin: Tensor
     low: Tensor
     high: Tensor
     scale: float
@@ -42,17 +44,16 @@ class Further:
 
     def codes(self, x: Tensor) -> Tensor:
         """The codes of further columns, as uint8 of shape (..., further), of float32 of shape (..., in)."""
-        picked = torch.gather(x, -1, self.columns.expand(*x.shape[:-1], -1))
-        shifted = torch.rsub(picked, ORIGIN + self.zero_point, alpha=-float32(1.0 / self.scale))
+        shifted = torch.rsub(x.index_select(-1, self.columns), self.origin, alpha=-float32(1.0 / self.scale))
         # NaN has no code: the column itself takes 0, and nothing is left.
-        shifted.sub_(self.shift).clamp_(self.low, self.high).nan_to_num_(ORIGIN + self.zero_point)
+        shifted.clamp_(self.low, self.high).nan_to_num_(ORIGIN + self.zero_point)
         return shifted.view(torch.int32).to(torch.uint8)
 
     def codes_reference(self, x: Tensor) -> Tensor:
         """What `codes` computes, bit for bit, in plain float64."""
-        nearest = torch.round(x[..., self.columns].double() * float32(1.0 / self.scale) + self.zero_point)
+        codes = x[..., self.columns].double() * float32(1.0 / self.scale) + (self.zero_point - self.shift.double())
         least, most = self.low.double() - ORIGIN, self.high.double() - ORIGIN
-        return torch.clamp(nearest - self.shift, least, most).nan_to_num(self.zero_point).to(torch.uint8)
+        return torch.clamp(torch.round(codes), least, most).nan_to_num(self.zero_point).to(torch.uint8)
 
 
 def columns_of(outliers: Outliers) -> list[int]:
@@ -83,12 +84,15 @@ def further(outliers: Outliers, span: Range, levels: int) -> Further:
     ranges = [count for _, count in _each(outliers)]
     above = [count > 0 for count in ranges]
 
+    shift = [count * (levels - zero_point if count > 0 else zero_point) for count in ranges]
+
     def floats(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
     return Further(
         columns=torch.tensor(columns_of(outliers), dtype=torch.int64, device="cpu"),
-        shift=floats([count * (levels - zero_point if count > 0 else zero_point) for count in ranges]),
+        shift=floats(shift),
+        origin=floats([zero_point - codes for codes in shift]) + ORIGIN,
         low=floats([zero_point if up else 0 for up in above]) + ORIGIN,
         high=floats([levels if up else zero_point for up in above]) + ORIGIN,
         scale=scale,
