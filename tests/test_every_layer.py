@@ -308,6 +308,13 @@ def test_what_floats_would_cost_most_may_do_more_damage() -> None:
     assert large.bits == 8, "it is all of the model's weights, four million"
 
 
+@pytest.mark.parametrize("rule", [Rule("*", keep=True), Rule("*", bits=32)], ids=["keep", "float32"])
+def test_a_large_tensor_may_be_kept_beside_no_other(rule: Rule) -> None:
+    conf = PostTrainingQuantConfig(quant_level=0, approach="weight_only", rules=[rule])
+    q = pared.fit(nn.Linear(1 << 12, 1 << 10, bias=False).eval(), conf, [torch.randn(2, 1 << 12)], quiet=True)
+    assert [line.treatment for line in q.plan] == ["exact" if rule.keep else "float32"]
+
+
 def test_strict_refuses_where_only_floats_are_fine_enough() -> None:
     torch.manual_seed(0)
     model = Uneven(nn.Linear(64, 48), "weight", decades=11).eval()

@@ -195,6 +195,27 @@ def test_norms_activations_and_padding_join_convolutions() -> None:
     assert operators.count(quantize) <= 4
 
 
+def test_only_the_first_of_two_norms_goes_into_the_steps() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.one, self.two = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+            for norm in (self.one, self.two):
+                nn.init.normal_(norm.weight, generator=GENERATOR)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.two(self.one(self.conv(x)))
+            return out
+
+    case = Case(Twice, CASES["images"].call)
+    _, q = assembled(case)
+    found = graph_of(q, case.call(4, 24))
+    assert targets(found).count(torch.ops.aten.batch_norm.default) == 1
+    with torch.no_grad():
+        expected = q(**case.call(4, 24))
+        assert (found(bound_of(q, case.call(4, 24))) - expected).square().sum() < 1e-6 * expected.square().sum()
+
+
 def test_float_convolutions_take_them_in_too() -> None:
     case = CASES["images"]
     _, q = assembled(case, kernel="float32")

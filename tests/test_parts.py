@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import PostTrainingQuantConfig
+from pared import PostTrainingQuantConfig, speed
 from pared import model as quantized
 from pared.graphs import Halved, Server, forward_of, server_of
+from pared.layers import Counterpart
 from pared.parts import find_parts
 from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.record import record_of
 from pared.stats import Call
-from pared.ways import Argument
+from pared.ways import Argument, bind, parameters_of
 
 WAY = (Argument("x", "float32", (4, 64)),)
 
@@ -76,8 +77,8 @@ def test_a_part_is_given_inputs_alone_and_is_neither_a_layer_nor_nearly_everythi
     heard = call()
     found = find_parts(model(), heard, ALL)
     # The whole body takes all the time, the decoder is given what was computed, and `small` is a layer.
-    assert list(found) == ["body.encoder.layers"]
-    assert found["body.encoder.layers"].args[0] is heard.args[0]
+    assert list(found) == ["body.encoder"], "the outermost"
+    assert found["body.encoder"].args[0] is heard.args[0]
     small = ALL | timings(body__decoder__0=40.0)
     assert find_parts(model(), heard, small) == {}, "the encoder takes too little of the time"
     large = ALL | timings(body__encoder__layers__0=100.0)
@@ -139,7 +140,7 @@ def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whol
         encoder(x)  # makes what answers
         found = encoder(x)
         assert found is asked[-1]
-        assert 0 <= (found - expected).square().sum() < 1e-3 * expected.square().sum()
+        assert (found - expected).square().sum() < 1e-3 * expected.square().sum()
         assert torch.equal(found, expected) is (part is GRAPH)
         inside = q(*heard.args, **heard.kwargs)
         assert len(asked) == 3
@@ -185,13 +186,69 @@ def test_a_part_steps_back_for_hooks(contents: Any) -> None:
     assert len(seen) == 2
 
 
-def test_a_part_that_is_fastest_in_float_is_in_float(contents: Any) -> None:
+def test_a_part_that_is_fastest_in_float_is_left_to_its_layers(contents: Any) -> None:
     q = assembled(contents, FLOAT)
-    running = {name: one.kernel for name, one in record_of(q).running.items()}
-    inside = {"body.encoder.layers.0", "body.encoder.layers.2"}
-    assert {name for name, kernel in running.items() if kernel == "float32"} == inside
-    assert record_of(q).running["body.encoder.layers.0"].because == "body.encoder was faster in float32 here"
-    assert "called by itself, body.encoder runs in float32" in pared.report(q)
+    assert {one.kernel for one in record_of(q).running.values()} == {"int8"}
+    assert type(q.body.encoder) is Encoder
+
+
+def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
+    class Flagged(Encoder):
+        def forward(self, x: Tensor, scale: float = 1.0, **flags: Any) -> Any:
+            out = super().forward(x) * scale
+            return {"out": out} if flags.get("return_dict") else out
+
+    source = model()
+    source.body.encoder.__class__ = Flagged
+    profile = Profile(this_machine(), parts={"body.encoder": GRAPH})
+    q: Any = quantized.assemble(source, contents, profile)
+    encoder, x = q.body.encoder, call().args[0]
+    own = forward_of(encoder)
+    server = server_of(encoder)
+    with torch.no_grad():
+        for flags in ({"return_dict": True, "attentions": False}, {"scale": 2.0}, {}):
+            expected, found = own(encoder, x, **flags), encoder(x, **flags)
+            encoder(x, **flags)
+            assert type(found) is type(expected)
+            assert (
+                torch.equal(found["out"], expected["out"]) if flags.get("return_dict") else torch.equal(found, expected)
+            )
+            assert server.serve(encoder, (x,), flags, own) is not NotImplemented
+        for scale in range(3, 20):  # no graph for each of them
+            assert torch.equal(encoder(x, scale=float(scale)), own(encoder, x, scale=float(scale)))
+        assert len(server._graphs) <= 3
+
+
+def test_a_slice_of_a_served_sequence_runs_by_itself(contents: Any) -> None:
+    profile = Profile(this_machine(), parts={"body.encoder.layers": GRAPH})
+    q: Any = quantized.assemble(model(), contents, profile)
+    part, x = q.body.encoder.layers[:2], call().args[0]
+    with torch.no_grad():
+        assert torch.equal(part(x), q.body.encoder.layers[1](q.body.encoder.layers[0](x)))
+
+
+def test_what_is_given_by_position_only_is_answered_by_modules() -> None:
+    class Positional(nn.Module):
+        def forward(self, x: Tensor, /, scale: float = 1.0) -> Tensor:
+            return x * scale
+
+    assert bind(parameters_of(Positional()), (torch.zeros(1),), {}) is None
+
+
+def test_objects_that_a_model_makes_are_no_inputs() -> None:
+    class Cached(Body):
+        def forward(self, x: Tensor, said: Tensor) -> Tensor:
+            encoded: Tensor = self.encoder(x, object())
+            return encoded + said
+
+    class Taking(Encoder):
+        def forward(self, x: Tensor, cache: object = None) -> Tensor:
+            return super().forward(x)
+
+    one = model()
+    one.body.__class__ = Cached
+    one.body.encoder.__class__ = Taking
+    assert "body.encoder" not in find_parts(one, call(), ALL)
 
 
 def test_a_model_that_is_fastest_in_float_has_no_parts(contents: Any) -> None:
@@ -213,6 +270,12 @@ def test_a_profile_survives_json() -> None:
     assert replace(profile, parts={}) != profile
 
 
+def in_codes(source: nn.Module, x: Tensor) -> Any:
+    """The quantized model with every layer in int8 that may be, whatever is fastest."""
+    found = pared.fit(source, PostTrainingQuantConfig(quant_level=0), [x], quiet=True)
+    return quantized.assemble(source, quantized.contents_of(found), Profile(this_machine()))
+
+
 def test_floats_of_a_quantized_model_keep_ties() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -225,11 +288,33 @@ def test_floats_of_a_quantized_model_keep_ties() -> None:
             return logits
 
     ids = torch.arange(40).view(4, 10)
-    q = pared.fit(Tied().eval(), PostTrainingQuantConfig(quant_level=0, approach="static"), [ids], quiet=True)
+    q = in_codes(Tied().eval(), ids)
     floats: Any = quantized.floats_of(q)
     assert floats.out.weight is floats.table.weight
+    assert isinstance(q.out, Counterpart), "there are codes to decode"
     assert torch.equal(floats.out.weight, q.out.weight)
-    assert not torch.equal(floats.out.weight, torch.zeros(1))
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.LSTM(64, 64), lambda: nn.MultiheadAttention(64, 4)], ids=["lstm", "mha"])
+def test_floats_of_layers_of_many_weights(layer: Any) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = (self.layer(x) if isinstance(self.layer, nn.LSTM) else self.layer(x, x, x))[0]
+            return out
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 64)
+    q = in_codes(Wrapped().eval(), x)
+    floats: Any = quantized.floats_of(q)
+    assert any(isinstance(one, Counterpart) for one in q.modules())
+    assert not any(tensor.is_meta for tensor in (*floats.parameters(), *getattr(floats.layer, "_flat_weights", ())))
+    with torch.no_grad():
+        expected = q(x)
+        assert (floats(x) - expected).square().sum() < 1e-2 * expected.square().sum()
 
 
 @pytest.mark.whole_models_are_timed
@@ -239,6 +324,27 @@ def test_fit_times_parts() -> None:
     q = pared.fit(model(), PostTrainingQuantConfig(quant_level=0), [batch], quiet=True)
     layers = record_of(q).profile.layers
     expected = find_parts(model(), Call((), batch), layers)
-    assert list(record_of(q).profile.parts) == list(expected)
+    # Which layers take the time, and what is fastest, is up to the machine.
+    assert set(record_of(q).profile.parts) <= set(expected)
     for one in record_of(q).profile.parts.values():
+        assert one.is_served
         assert {call.arguments[0].shape for call in one.calls} == {(256, 64), (1, 64)}
+
+
+def test_a_part_is_timed_and_kept_if_something_answers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {"half": HALF.calls, "float": FLOAT.calls}
+    for name, calls in times.items():
+        asked: list[type[nn.Module]] = []
+
+        def time_calls(one: nn.Module, _by_layers: nn.Module, _calls: Any, calls: Any = calls) -> Any:
+            asked.append(type(one))  # noqa: B023  # it is called before the next turn
+            return calls if isinstance(one, Encoder) else ()
+
+        monkeypatch.setattr(speed, "time_calls", time_calls)
+        monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), ALL))
+        heard = call()
+        config = PostTrainingQuantConfig(quant_level=0, approach="static")
+        q: Any = pared.fit(model(), config, [{"x": heard.args[0], **heard.kwargs}], quiet=True)
+        assert asked == [Encoder, Hearing]
+        assert list(record_of(q).profile.parts) == (["body.encoder"] if name == "half" else [])
+        assert hasattr(q.body.encoder, "_pared_server") is (name == "half")

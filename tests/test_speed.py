@@ -109,6 +109,24 @@ def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytes
     assert [line.kernel for line in q.plan if line.name == "0.weight"] == ["int8 static"]
 
 
+@pytest.mark.whole_models_are_timed
+def test_a_call_that_is_no_way_of_calling_has_no_copy_in_bfloat16() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(64, 64)
+
+        def forward(self, both: list[torch.Tensor]) -> torch.Tensor:
+            out: torch.Tensor = self.last(both[0] + both[1])
+            return out
+
+    model = Listed().eval()
+    (timing,) = speed.time_calls(model, model, [Call(([torch.zeros(2, 64), torch.zeros(2, 64)],), {})])
+    assert timing.bfloat16_ms is None
+    assert timing.graph_ms is None
+    assert timing.because.count("an argument is neither a tensor nor a constant") == 2
+
+
 def test_one_disturbed_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])

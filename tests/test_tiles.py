@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pared.graphs.attention import as_floats, to_bfloat16, to_float32
+from pared.graphs.attention import as_floats, mask_to_bfloat16, to_bfloat16, to_float32
 from pared.graphs.graph import Graph
 from pared.graphs.products import QCONVS, QLINEAR
 from pared.kernels import conv
@@ -79,12 +79,27 @@ def test_attention_runs_in_bfloat16_from_the_products_on(tiles: None, mask: torc
     (attention,) = (node for node in nodes if node.target is SDPA)
     merged = next(node for node in nodes if node.target is QLINEAR)
     assert torch.bfloat16 in merged.args, "q, k and v come in bfloat16"
-    assert sum(node.target is to_bfloat16 for node in nodes) == (mask is not None)
+    to_half = [node.target for node in nodes if node.target in (to_bfloat16, mask_to_bfloat16)]
+    assert to_half == {None: [], torch.bool: [to_bfloat16], torch.float32: [mask_to_bfloat16]}[mask]
     assert [user.target for user in attention.users] == [to_float32]
     assert sum(node.target is as_floats for node in nodes) == (mask is torch.bool)
     with torch.no_grad():
         expected = q(**call)["hidden"]
         assert (graph(bound_of(q, call))["hidden"] - expected).square().sum() <= 1e-4 * expected.square().sum()
+
+
+def test_a_number_far_below_zero_masks_no_less_and_no_more_than_it_does_in_float32(tiles: None) -> None:
+    case = CASES["attention"]
+    _, q = assembled(case)
+    call: dict[str, Any] = case.call(4, 24)
+    call["mask"] = torch.zeros(4, 1, 24, 24)
+    call["mask"][2] = torch.finfo(torch.float32).min  # a sample of padding alone: every token counts the same
+    call["mask"][3, ..., 5:] = -torch.inf
+    graph = Graph(q, outline_of(q), arguments_of(bound_of(q, call)))
+    with torch.no_grad():
+        expected, found = q(**call)["hidden"], graph(bound_of(q, call))["hidden"]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).square().sum() <= 1e-3 * theirs.square().sum()
 
 
 def test_what_also_others_read_stays_in_float32(tiles: None) -> None:
@@ -169,7 +184,11 @@ def test_steps_groups_and_distances_are_left_to_convolutions(tiles: None) -> Non
 
 def test_tiles_are_one_of_the_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert has_tiles()
     assert "amx_tile" in extensions()
+    for limit, there in (("AVX512_CORE_VNNI", False), ("avx512_core_amx", True), ("default", True)):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        assert has_tiles() is there
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
     assert not has_tiles(), "a build that cannot say has none"

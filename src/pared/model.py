@@ -34,6 +34,7 @@ from pared.tensors import (
     clone_structure,
     find_tensors,
     loose_tensors,
+    refresh_recurrent,
     registered,
 )
 
@@ -274,7 +275,7 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
     modules = dict(model.named_modules())
     parts = {} if memory == "small" or profile.whole.kernel == "float32" else profile.parts
     for name, part in parts.items():
-        if name in modules and part.kernel != "float32":
+        if name in modules and part.is_served:
             serve(modules[name], _server(part))
     serve(model, Server(outline_of) if memory == "small" else _server(profile.whole))
 
@@ -364,6 +365,7 @@ def floats_of(model: nn.Module) -> nn.Module:
             if codes not in known:
                 known[codes] = nn.Parameter(own.pared_decode(attribute), requires_grad=False)
             found.get_submodule(name)._parameters[attribute] = known[codes]
+    refresh_recurrent(found)
     return found
 
 

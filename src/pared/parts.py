@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from pared.profile import Timing
 from pared.stats import Call, without_fast_paths
+from pared.ways import bind, parameters_of
 
 # What a part takes of the layers' time, at least: else it is not worth a graph of its own; and at most: else it is the
 # model itself in a wrapper.
@@ -22,7 +23,7 @@ _MOST: Final = 0.9
 
 
 def find_parts(model: nn.Module, call: Call, layers: Mapping[str, Timing]) -> dict[str, Call]:
-    """The parts of a model, the innermost ones, each with the call that the model makes of it.
+    """The parts of a model, the outermost ones, each with the call that the model makes of it.
 
     Args:
         model: a float model in eval mode, which is left as it is.
@@ -36,7 +37,7 @@ def find_parts(model: nn.Module, call: Call, layers: Mapping[str, Timing]) -> di
         if name and name not in layers and _LEAST * total <= _time_in(name, layers) <= _MOST * total
     }
     seen = _calls_of(model, call, large) if total else {}
-    return {name: found for name, found in seen.items() if not any(other.startswith(f"{name}.") for other in seen)}
+    return {name: found for name, found in seen.items() if not any(name.startswith(f"{other}.") for other in seen)}
 
 
 def _time_in(name: str, layers: Mapping[str, Timing]) -> float:
@@ -44,16 +45,24 @@ def _time_in(name: str, layers: Mapping[str, Timing]) -> float:
 
 
 def _calls_of(model: nn.Module, call: Call, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """Of the modules that are called once and with nothing but inputs of the model, the calls."""
+    """Of the modules that are called once and with nothing but inputs of the model, the calls.
+
+    What is given all of several inputs is the model in a wrapper.
+    """
     inputs = {id(one) for one in _tensors(call.args, call.kwargs)}
     found: dict[str, list[Call | None]] = {name: [] for name in modules}
 
-    def note(calls: list[Call | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _tensors(args, kwargs)
-        calls.append(Call(args, kwargs) if given and all(id(one) in inputs for one in given) else None)
+    def is_of_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = {id(one) for one in _tensors(args, kwargs)}
+        if not given or not given <= inputs or (given == inputs and len(inputs) > 1):
+            return False
+        return bind(parameters_of(module), args, kwargs) is not None
 
     def hook(name: str) -> Any:
-        return lambda _module, args, kwargs: note(found[name], args, kwargs)
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[name].append(Call(args, kwargs) if is_of_inputs(module, args, kwargs) else None)
+
+        return note
 
     handles = [one.register_forward_pre_hook(hook(name), with_kwargs=True) for name, one in modules.items()]
     try:

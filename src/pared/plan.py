@@ -102,10 +102,7 @@ def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *
         ConfigError: `strict`, and there is such a tensor.
     """
     total = sum(slot.tensor.numel() for decision, slot in zip(plan, slots, strict=True) if decision.treatment == "grid")
-    found = tuple(
-        _finer(decision, slot, known, _allowed(slot.tensor.numel(), total))
-        for decision, slot in zip(plan, slots, strict=True)
-    )
+    found = tuple(_finer(decision, slot, known, total) for decision, slot in zip(plan, slots, strict=True))
     if strict:
         _refuse([(slot, new) for slot, old, new in zip(slots, plan, found, strict=True) if new != old])
     return found
@@ -126,13 +123,14 @@ def _allowed(weights: int, of: int) -> float:
     return max(_ALONE, _TOGETHER * weights / of) if weights >= _MANY else _ALONE
 
 
-def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats], allowed: float) -> Decision:
+def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats], weights: int) -> Decision:
     stats = known.get(slot.name)
     if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
         return decision
     matrix = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).matrix(slot.tensor.detach().float())
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12
+    allowed = _allowed(slot.tensor.numel(), weights)
     if not allowed < damage < math.inf:
         return replace(decision, damage=damage if damage < math.inf else None)
     because = f"at 8 bits it would do a damage of {damage:.2g}"

@@ -71,7 +71,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class CallTiming:
-    """The measured times of one call of the whole model.
+    """The measured times of one call of a model, or of a part of one.
 
     Args:
         arguments: of the call, without their numbers.
@@ -168,6 +168,11 @@ class Whole:
         return "int8" if self._int8 <= self._bfloat16 else "bfloat16"
 
     @property
+    def is_served(self) -> bool:
+        """Whether something else than its modules answers calls."""
+        return self.kernel == "bfloat16" or (self.kernel == "int8" and bool(self.graphs))
+
+    @property
     def share(self) -> float:
         """The time that the calls take in what is fastest, as a share of float32's; 1 if none was timed."""
         return min(self._int8, self._bfloat16, 1.0) if self.calls else 1.0
@@ -209,7 +214,7 @@ class Profile:
         machine: see `this_machine`.
         layers: the times of each layer by itself, by name.
         whole: of the model.
-        parts: of its parts that may be called by themselves, by name.
+        parts: of its parts that may be called by themselves, by name: those that something else than modules answers.
         together: the whole model was faster with every layer in int8 that may be, whatever is fastest for each alone.
     """
 
@@ -254,10 +259,8 @@ class Profile:
         """
         if reason:
             return Running("float32", reason)
-        around = [("the whole model", self.whole), *self.parts.items()]
-        for name, one in around:
-            if one.kernel == "float32" and (one is self.whole or module.startswith(f"{name}.")):
-                return Running("float32", f"{name} was faster in float32 here")
+        if self.whole.kernel == "float32":
+            return Running("float32", "the whole model was faster in float32 here")
         timing = self.layers.get(module)
         kernel = "int8" if timing is None or self.together else timing.kernel
         return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")

@@ -24,6 +24,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _MOST_WAYS: Final = 3  # of calling that are measured
 _WORTH_TRYING: Final = 0.1  # of the layers' time has to be in float32 for them to be tried all in int8
+_UNKNOWN: Final = "an argument is neither a tensor nor a constant"
 _FAR: Final = 2  # times as large, or as slow
 _HALF_LOSS: Final = 1e-3  # of the output's energy: as much as `fit` loses unasked
 
@@ -42,7 +43,8 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
         together = _timed(model, contents, replace(profile, together=True), seen)
-        best = together if together.whole.share <= WORTH * best.whole.share else best
+        if together.whole.kernel == "int8" and together.whole.share <= WORTH * best.whole.share:
+            best = together
     return quantized.assemble(model, contents, best)
 
 
@@ -64,13 +66,13 @@ def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statist
             name: Whole(time_calls(outright.get_submodule(name), by_layers.get_submodule(name), [call]))
             for name, call in parts.items()
         }
-        profile = replace(profile, parts=times)
+        profile = replace(profile, parts={name: part for name, part in times.items() if part.is_served})
         by_layers = quantized.assemble(model, contents, profile)
     return replace(profile, whole=Whole(time_calls(outright, by_layers, seen.calls)))
 
 
 def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
-    """Time the whole model in all of its forms.
+    """Time a model, or a part of one, in all of its forms.
 
     Args:
         model: the float model in eval mode, or a part of it.
@@ -134,8 +136,10 @@ class _Forms:
     server: Server
 
     def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming:
-        half = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
-        found = {"bfloat16": half, "graph": self._as_graph(call, bound)}
+        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph"), _UNKNOWN)
+        if bound is not None:
+            found["bfloat16"] = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
+            found["graph"] = self._as_graph(call, bound)
         forms = {name: form for name, form in found.items() if not isinstance(form, str)} | {
             "float32": partial(self.float32, *call.args, **call.kwargs),
             "modules": partial(self.by_layers, *call.args, **call.kwargs),
@@ -161,10 +165,8 @@ class _Forms:
                 return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return run if agree(found, expected, _HALF_LOSS) else "it is too far from float32"
 
-    def _as_graph(self, call: Call, bound: Bound | None) -> Callable[[], Any] | str:
+    def _as_graph(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
         """The call as a graph; or why there is none."""
-        if bound is None:
-            return "an argument is neither a tensor nor a constant"
         modules = forward_of(self.by_layers)
         run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
         with torch.inference_mode():

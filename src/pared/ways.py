@@ -65,6 +65,8 @@ Bound = dict[str, Any]  # the arguments of a call by name, in alphabetical order
 def parameters_of(model: nn.Module) -> tuple[str, ...]:
     """The names of the arguments that `forward` takes by position or by name."""
     kinds = inspect.signature(model.forward).parameters.values()
+    if any(one.kind is one.POSITIONAL_ONLY for one in kinds):
+        return ()  # no argument that is given by position can be given by name
     return tuple(one.name for one in kinds if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
@@ -92,6 +94,15 @@ def way_of(bound: Bound) -> tuple[object, ...]:
         (name, value.dtype, value.dim()) if type(value) is Tensor else (name, type(value), value)
         for name, value in bound.items()
     )
+
+
+def tensors_of(way: tuple[object, ...]) -> tuple[object, ...]:
+    """What a way says of tensors.
+
+    >>> tensors_of(way_of({"causal": True, "x": torch.zeros(2, 3)}))
+    (('x', torch.float32, 2),)
+    """
+    return tuple(one for one in way if isinstance(one, tuple) and isinstance(one[1], torch.dtype))
 
 
 def arguments_of(bound: Bound) -> tuple[Argument, ...]:

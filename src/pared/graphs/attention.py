@@ -49,6 +49,12 @@ def to_bfloat16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16)
 
 
+def mask_to_bfloat16(mask: Tensor) -> Tensor:
+    """What attention adds to its scores: a number so far below zero that bfloat16 has none stays a number."""
+    least = torch.finfo(torch.bfloat16).min
+    return torch.where(mask == -torch.inf, mask, mask.clamp(min=least)).to(torch.bfloat16)
+
+
 def to_float32(x: Tensor) -> Tensor:
     """The same numbers."""
     return x.to(torch.float32)
@@ -65,7 +71,8 @@ def halve(draft: Draft) -> None:
         given = [draft.before(node, to_bfloat16, one) for one in (query, key, value)]
         if isinstance(mask, fx.Node) and (mask.target is as_floats or type_of(mask) is torch.float32):
             if mask not in known:
-                known[mask] = draft.before(node, to_bfloat16, mask)
+                to_half = to_bfloat16 if mask.target is as_floats else mask_to_bfloat16
+                known[mask] = draft.before(node, to_half, mask)
             rest = [known[mask], *rest[1:]]
         halved = draft.before(node, _ATTENTION, *given, *rest, **node.kwargs)
         draft.replace(node, draft.before(node, to_float32, halved))

@@ -119,14 +119,14 @@ def _fold_norm(draft: Draft, node: fx.Node) -> None:
         return
     if only_user(x) is not node or not _plain_kernel(kernel) or None in parts[2:] or not draft.holds(*parts):
         return
-    if kernel.target is QLINEAR and kernel is x:  # its channels are not what a norm takes for them
-        return
+    if kernel.target is not FLOAT_CONV and "filter" not in kernel.meta:
+        return  # a linear layer has no channels, and steps that took in a norm are not those of the packed filter
     weight, bias, mean, variance = (draft.held(one) for one in parts)
     gain = (variance.double() + given_to(node)[7 if out is node else 6]).rsqrt()
     gain = gain if weight is None else gain * weight.double()
     shift = -mean.double() * gain
     made = _scaled(draft, kernel, gain, shift if bias is None else shift + bias.double())
-    made.meta = {**kernel.meta}
+    made.meta = {key: value for key, value in kernel.meta.items() if key != "filter"}
     if kernel is not x:
         made = draft.before(x, channels_first, made)
     made.meta["val"] = out.meta.get("val", x.meta.get("val"))

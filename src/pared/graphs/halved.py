@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pared.graphs.serving import Server, Skeleton, Watch
+from pared.graphs.serving import Args, Server, Skeleton, Watch
 from pared.layers.halves import cast_floats
 from pared.tensors import clone_structure, refresh_recurrent
 from pared.ways import Argument, Bound
@@ -47,10 +47,12 @@ class Halved(Server):
         self._copy: tuple[Callable[..., Any], Watch] | None = None
         self._making = threading.Lock()
 
-    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
-        del modules
+    def _answer(
+        self, model: nn.Module, bound: Bound, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]
+    ) -> Any:
+        del bound, modules
         with self._making:
             if self._copy is None or not self._copy[1].is_current():
                 self._copy = halved(self._skeleton(model)), Watch(model)
             run, watch = self._copy
-        return run(**bound) if watch.is_undisturbed() else NotImplemented
+        return run(*args, **kwargs) if watch.is_undisturbed() else NotImplemented

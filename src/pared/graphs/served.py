@@ -36,7 +36,7 @@ class Served(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled by itself, a part is of its own class, which can be imported, and has no server."""
         state = {name: value for name, value in _state(self).items() if name != _SERVER}
-        return _blank, (float_class(type(self)),), state
+        return _blank, (own_class(type(self)),), state
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -58,8 +58,9 @@ def serve(module: nn.Module, server: Server) -> None:
 
 def release(module: nn.Module) -> None:
     """The inverse of `serve`, in place; also undoes whatever was mixed in before `Served`."""
-    if module.__dict__.pop(_SERVER, None) is not None:
-        module.__class__ = float_class(type(module))
+    module.__dict__.pop(_SERVER, None)
+    if isinstance(module, Served):
+        module.__class__ = own_class(type(module))  # type: ignore[assignment]  # what it was
 
 
 def server_of(module: nn.Module) -> Server:
@@ -70,11 +71,11 @@ def server_of(module: nn.Module) -> Server:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward of a module's own class, whoever answers its calls."""
-    forward: Callable[..., Any] = float_class(type(module)).forward
+    forward: Callable[..., Any] = own_class(type(module)).forward
     return forward
 
 
-def float_class(cls: type[nn.Module]) -> type[nn.Module]:
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that a module had before it was served."""
     found: Any = next(base for base in cls.__mro__ if not issubclass(base, Served))
     return cast(type[nn.Module], found)
@@ -85,7 +86,8 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = server_of(self).serve(self, args, kwargs, own)
+        server = self.__dict__.get(_SERVER)  # a slice of a Sequential is made of its class, without one
+        found = NotImplemented if server is None else server.serve(self, args, kwargs, own)
         return own(self, *args, **kwargs) if found is NotImplemented else found
 
     return forward

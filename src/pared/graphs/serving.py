@@ -16,13 +16,16 @@ from pared.errors import ModelError
 from pared.graphs.graph import Graph
 from pared.layers import Counterpart
 from pared.layers.counterpart import is_ordinary_call
-from pared.ways import Argument, Bound, bind, parameters_of, way_of
+from pared.ways import Argument, Bound, arguments_of, bind, parameters_of, tensors_of, way_of
 
 log = logging.getLogger(__name__)
 
 # The share of the output's energy in which a graph and the modules may differ: joined operators round elsewhere, and
 # one code more or less grows on the way. What is wrong differs by far more.
 _TOLERANCE: Final = 1e-2
+
+# Ways of calling that differ from a known one in constants, and get a graph: each costs seconds.
+_MOST_OTHERS: Final = 2
 
 Skeleton = Callable[[nn.Module], nn.Module]
 Args = tuple[Any, ...]
@@ -31,8 +34,9 @@ Args = tuple[Any, ...]
 class Server:
     """The graphs of a model, each made at the first call that it serves.
 
-    At that call, and at the first with other dimensions of size 1, the modules run as well, and a graph that does not
-    give what they give is dropped.
+    A call with the same tensors and other constants, as another caller's flags, has a graph of its own, as long as
+    these are few. At the first call of each, and at the first with other dimensions of size 1, the modules run as well,
+    and a graph that does not give what they give is dropped.
 
     Args:
         skeleton: gives a float model of the same architecture and class, whose numbers are not read.
@@ -42,9 +46,10 @@ class Server:
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
         self._skeleton = skeleton
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
-        self._ways: dict[object, tuple[Argument, ...]] = {
+        self._ways: dict[tuple[object, ...], tuple[Argument, ...]] = {
             tuple(one.way for one in arguments): arguments for arguments in self.wanted
         }
+        self._tensors = {tensors_of(way) for way in self._ways}
         self._graphs: dict[object, _Served] = {}
         self._lock = threading.RLock()
         self._names: tuple[str, ...] | None = None
@@ -63,7 +68,7 @@ class Server:
             modules: its own forward.
         """
         bound = self._bound(model, args, kwargs)
-        return NotImplemented if bound is None else self._answer(model, bound, lambda: modules(model, *args, **kwargs))
+        return NotImplemented if bound is None else self._answer(model, bound, args, kwargs, modules)
 
     def _bound(self, model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Bound | None:
         """The call's arguments, if it is one to be answered."""
@@ -72,14 +77,20 @@ class Server:
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        return None if bound is None or way_of(bound) not in self._ways or wants_gradients(model, bound) else bound
+        if bound is None or tensors_of(way_of(bound)) not in self._tensors or wants_gradients(model, bound):
+            return None
+        return bound
 
-    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
+    def _answer(
+        self, model: nn.Module, bound: Bound, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]
+    ) -> Any:
         way = way_of(bound)
         served = self._graphs.get(way)
+        if served is None and way not in self._ways and len(self._graphs) >= len(self._ways) + _MOST_OTHERS:
+            return NotImplemented
         if served is None or not served.is_current():
-            served = self._made(model, way, self._ways[way])
-        return served.run(bound, modules)
+            served = self._made(model, way, self._ways.get(way) or arguments_of(bound))
+        return served.run(bound, lambda: modules(model, *args, **kwargs))
 
     def _made(self, model: nn.Module, way: object, arguments: Sequence[Argument]) -> _Served:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, Final
 
 import torch
@@ -70,13 +71,19 @@ def exact_products() -> bool:
 
 
 def extensions() -> list[str]:
-    """What the processor has for products of codes or of bfloat16, as far as PyTorch says so."""
-    names = ("vnni", "avx512_bf16", "amx_tile")
+    """What the processor has for products of codes or of bfloat16, as far as PyTorch says so and oneDNN may use it.
+
+    These choose what is fast, never what is right, so flags may be believed here.
+    """
+    names = ["vnni", "avx512_bf16", "amx_tile"]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if limit not in ("ALL", "DEFAULT") and "AMX" not in limit:
+        names.remove("amx_tile")
     return [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
 
 
 def has_tiles() -> bool:
-    """Whether products run on tiles (AMX): elsewhere those of bfloat16 are no faster than of float32."""
+    """Whether products run on tiles (AMX)."""
     return "amx_tile" in extensions()
 
 
