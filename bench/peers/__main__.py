@@ -26,6 +26,7 @@ from bench.peers.conversation import Conversation
 from bench.peers.families import FAMILIES, FLOORS, OURS, Family
 from bench.peers.rows import Row, Timing
 from bench.run import OUT, THREADS, processor
+from pared.kernels.machine import extensions
 
 RESULTS = OUT / "peers.json"
 FOLDER = OUT / "peers"
@@ -125,7 +126,7 @@ def machine(threads: int) -> dict[str, Any]:
         "processor": processor(),
         "cores": psutil.cpu_count(),
         "memory": psutil.virtual_memory().total,
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": " ".join([torch.backends.cpu.get_cpu_capability(), *extensions()]),
         "system": platform.platform(),
         "python": platform.python_version(),
         "threads": threads,
