@@ -5,74 +5,84 @@ Such a part is known by what it is given: inputs of the model and nothing else, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pared.profile import Timing
+from pared.layers import layer_of
 from pared.stats import Call, without_fast_paths
 from pared.ways import bind, parameters_of
 
-# What a part takes of the layers' time, at least: else it is not worth a graph of its own; and at most: else it is the
+# What a part takes of the model's time, at least: else it is not worth a graph of its own; and at most: else it is the
 # model itself in a wrapper.
 _LEAST: Final = 0.2
 _MOST: Final = 0.9
 
 
-def find_parts(model: nn.Module, call: Call, layers: Mapping[str, Timing]) -> dict[str, Call]:
+def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
     """The parts of a model, the outermost ones, each with the call that the model makes of it.
 
     Args:
         model: a float model in eval mode, which is left as it is.
-        call: of the model; it is made again, if anything could be found.
-        layers: the times of the layers, by name.
+        call: of the model; it is made again.
     """
-    total = sum(timing.float32_ms for timing in layers.values())
-    large = {
-        name: module
+    watches = {
+        name: _Watch(call)
         for name, module in model.named_modules()
-        if name and name not in layers and _LEAST * total <= _time_in(name, layers) <= _MOST * total
+        if name and any(True for _ in module.children()) and layer_of(module) is None
     }
-    seen = _calls_of(model, call, large) if total else {}
-    return {name: found for name, found in seen.items() if not any(name.startswith(f"{other}.") for other in seen)}
-
-
-def _time_in(name: str, layers: Mapping[str, Timing]) -> float:
-    return sum(timing.float32_ms for layer, timing in layers.items() if layer.startswith(f"{name}."))
-
-
-def _calls_of(model: nn.Module, call: Call, modules: Mapping[str, nn.Module]) -> dict[str, Call]:
-    """Of the modules that are called once and with nothing but inputs of the model, the calls.
-
-    What is given all of several inputs is the model in a wrapper.
-    """
-    inputs = {id(one) for one in _tensors(call.args, call.kwargs)}
-    found: dict[str, list[Call | None]] = {name: [] for name in modules}
-
-    def is_of_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = {id(one) for one in _tensors(args, kwargs)}
-        if not given or not given <= inputs or (given == inputs and len(inputs) > 1):
-            return False
-        return bind(parameters_of(module), args, kwargs) is not None
-
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[name].append(Call(args, kwargs) if is_of_inputs(module, args, kwargs) else None)
-
-        return note
-
-    handles = [one.register_forward_pre_hook(hook(name), with_kwargs=True) for name, one in modules.items()]
+    if not watches:
+        return {}
+    handles = [handle for name, watch in watches.items() for handle in watch.over(model.get_submodule(name))]
     try:
-        if handles:
-            with torch.inference_mode(), without_fast_paths():
-                model(*call.args, **call.kwargs)
+        with torch.inference_mode(), without_fast_paths():
+            start = time.perf_counter()
+            model(*call.args, **call.kwargs)
+            total = time.perf_counter() - start
     finally:
         for handle in handles:
             handle.remove()
-    return {name: calls[0] for name, calls in found.items() if len(calls) == 1 and calls[0] is not None}
+    found = {
+        name: watch.calls[0]
+        for name, watch in watches.items()
+        if len(watch.calls) == 1 and watch.calls[0] is not None and _LEAST * total <= watch.seconds <= _MOST * total
+    }
+    return {name: one for name, one in found.items() if not any(name.startswith(f"{other}.") for other in found)}
+
+
+class _Watch:
+    """The calls that a model makes of one module, None for those with more than inputs, and how long they take.
+
+    Args:
+        call: of the model.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._inputs = {id(one) for one in _tensors(call.args, call.kwargs)}
+        self.calls: list[Call | None] = []
+        self.seconds = 0.0
+
+    def over(self, module: nn.Module) -> tuple[Any, Any]:
+        """Watch a module; the handles of the hooks."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls.append(Call(args, kwargs) if self._is_of_inputs(module, args, kwargs) else None)
+            self.seconds -= time.perf_counter()
+
+        def after(*_: object) -> None:
+            self.seconds += time.perf_counter()
+
+        return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
+
+    def _is_of_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = {id(one) for one in _tensors(args, kwargs)}
+        # What is given all of several inputs is the model in a wrapper.
+        if not given or not given <= self._inputs or (given == self._inputs and len(given) > 1):
+            return False
+        return bind(parameters_of(module), args, kwargs) is not None
 
 
 def _tensors(*values: object) -> list[Tensor]:

@@ -60,7 +60,7 @@ def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statist
     outright = shadow(model)
     by_layers = quantized.assemble(model, contents, profile)
     largest = max(seen.calls, key=_numbers, default=None)
-    parts = find_parts(outright, largest, profile.layers) if largest is not None else {}
+    parts = find_parts(outright, largest) if largest is not None else {}
     if parts:
         times = {
             name: Whole(time_calls(outright.get_submodule(name), by_layers.get_submodule(name), [call]))
