@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -39,10 +39,13 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     """
     candidates = find_candidates(model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
-    best = _timed(model, contents, profile, seen)
+    outright = shadow(model)
+    largest = max(seen.calls, key=_numbers, default=None)
+    parts = find_parts(outright, largest) if largest is not None else {}
+    best = _timed(outright, contents, profile, seen.calls, parts)
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
-        together = _timed(model, contents, replace(profile, together=True), seen)
+        together = _timed(outright, contents, replace(profile, together=True), seen.calls, parts)
         if together.whole.kernel == "int8" and together.whole.share <= WORTH * best.whole.share:
             best = together
     return quantized.assemble(model, contents, best)
@@ -55,20 +58,19 @@ def _left(profile: Profile) -> float:
     return left / total if total else 0.0
 
 
-def _timed(model: nn.Module, contents: Contents, profile: Profile, seen: Statistics) -> Profile:
+def _timed(
+    model: nn.Module, contents: Contents, profile: Profile, calls: Sequence[Call], parts: Mapping[str, Call]
+) -> Profile:
     """The profile with the times of the model's parts, and then those of the model, which is made of these."""
-    outright = shadow(model)
     by_layers = quantized.assemble(model, contents, profile)
-    largest = max(seen.calls, key=_numbers, default=None)
-    parts = find_parts(outright, largest) if largest is not None else {}
     if parts:
         times = {
-            name: Whole(time_calls(outright.get_submodule(name), by_layers.get_submodule(name), [call]))
+            name: Whole(time_calls(model.get_submodule(name), by_layers.get_submodule(name), [call]))
             for name, call in parts.items()
         }
         profile = replace(profile, parts={name: part for name, part in times.items() if part.is_served})
         by_layers = quantized.assemble(model, contents, profile)
-    return replace(profile, whole=Whole(time_calls(outright, by_layers, seen.calls)))
+    return replace(profile, whole=Whole(time_calls(model, by_layers, calls)))
 
 
 def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
