@@ -4,7 +4,7 @@ import pytest
 
 from pared import speed
 from pared.graphs import fusion
-from pared.kernels import patches
+from pared.kernels import linear, patches
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +29,4 @@ def tiles(_no_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
 def _set_tiles(monkeypatch: pytest.MonkeyPatch, *, there: bool) -> None:
     monkeypatch.setattr(fusion, "has_tiles", lambda: there)
     monkeypatch.setattr(patches, "has_tiles", lambda: there)
+    monkeypatch.setattr(linear, "has_tiles", lambda: there)

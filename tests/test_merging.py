@@ -12,6 +12,7 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared import model as quantized
 from pared.graphs.graph import Graph
+from pared.graphs.merging import ADDING
 from pared.graphs.products import QLINEAR
 from pared.kernels import machine
 from pared.profile import Profile, this_machine
@@ -86,11 +87,30 @@ class Picking(nn.Module):
         return out
 
 
+class Sums(nn.Module):
+    """Products that are added to what nobody needs any more, and to what is still needed: as it is, or as a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth, self.fifth = (nn.Linear(64, 64) for _ in range(5))
+        self.norm, self.other = nn.LayerNorm(64), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        given = x + self.first(x)
+        spent = self.norm(given)
+        read = spent + self.second(spent)
+        kept = self.other(read)
+        sums = self.third(kept) + kept
+        view = sums.transpose(0, 1)
+        return sums + self.fourth(sums) + view.transpose(0, 1), x.flip(0).t().t() + self.fifth(x.flip(0)) + kept
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]]]] = {
     "adapted": (lambda: Adapted(bias=False), lambda n: {"x": random(n, 64)}),
     "adapted with biases": (lambda: Adapted(bias=True), lambda n: {"x": random(n, 64)}),
     "chain": (Chain, lambda n: {"x": random(n, 64)}),
     "heads": (Heads, lambda n: {"x": random(n, 64)}),
+    "sums": (Sums, lambda n: {"x": random(n, 64)}),
     "masked": (Masked, lambda n: {"x": random(n, 8, 64)}),
     "picking": (Picking, lambda n: {"x": random(n, 64), "mask": torch.arange(n) % 3 == 0}),
 }
@@ -153,6 +173,15 @@ def test_products_of_one_input_are_merged_once_for_all_graphs() -> None:
         assert len(products) == 1
         packs.append(getattr(graph.module, str(products[0].args[3].target)))
     assert packs[0] is packs[1]
+
+
+def test_a_sum_takes_the_memory_of_what_is_read_for_the_last_time() -> None:
+    q, call = made("sums")
+    graph, _ = graph_of(q, call(64))
+    nodes = [node for node in graph.module.graph.nodes if node.target is ADDING]
+    how = [next(one for one in node.args if one in ("sum", "add")) for node in nodes]
+    assert how == ["add", "sum", "add", "add", "add"], "given, spent; kept, viewed and flipped are read once more"
+    assert not [node for node in graph.module.graph.nodes if node.target is QLINEAR]
 
 
 def test_outputs_are_no_parts_of_each_other() -> None:

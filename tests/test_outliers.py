@@ -14,6 +14,7 @@ import pared
 from pared import CorruptError, ModelError, PostTrainingQuantConfig
 from pared import model as quantized
 from pared.artifact import from_bytes, to_bytes
+from pared.kernels import linear
 from pared.kernels.activation import Range, quantize
 from pared.kernels.linear import pack, reference, static
 from pared.kernels.outliers import Outliers, columns_of, further
@@ -78,6 +79,22 @@ def test_a_layer_equals_its_reference(leading: tuple[int, ...], dtype: torch.dty
     assert (found.dtype, found.shape) == (dtype, (*leading, 33))
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, reference(x, codes, step, bias, span=span, levels=packed.levels), atol=0.1)
+
+
+@pytest.mark.parametrize(("there", "width"), [(False, 76), (True, 128)])
+def test_columns_are_filled_up_to_what_an_instruction_takes(
+    there: bool, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "has_tiles", lambda: there)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (33, 70), generator=generator).to(torch.int8)
+    step, outliers, span = torch.full((33,), 0.01), ((3, 2), (3, -1), (69, -2)), Range(-2.0, 3.0)
+    packed = pack(codes, step, outliers)
+    assert packed.width == width
+    assert pack(codes, step).width == 70, "what has no further columns need not be copied"
+    x = torch.randn(5, 70, generator=generator) * 2
+    expected = reference(x, codes, step, span=span, outliers=outliers, levels=packed.levels)
+    torch.testing.assert_close(static(x, packed, None, span, outliers), expected)
 
 
 def test_an_outlier_that_is_no_column_is_refused() -> None:

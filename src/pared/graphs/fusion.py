@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from pared.graphs.attention import halve, share_masks
 from pared.graphs.draft import Draft, given_to, only_user, rank_of, type_of
-from pared.graphs.merging import add_in_place, merge
+from pared.graphs.merging import merge, take_sums
 from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
 from pared.kernels import conv, linear
 from pared.kernels.activation import quantize
@@ -74,7 +74,7 @@ def fuse(draft: Draft) -> None:
     for node in draft.calls(patches_of):
         _straighten(draft, node)
     merge(draft)
-    add_in_place(draft)
+    take_sums(draft)
     if has_tiles():
         halve(draft)
     for node in draft.calls(FLOAT_CONV):

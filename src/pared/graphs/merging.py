@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pared.graphs.draft import Draft, given_to, only_user
-from pared.graphs.products import PLAIN, QLINEAR
+from pared.graphs.products import PLAIN, QLINEAR, codes_beyond, quantize_contiguous
 from pared.kernels import linear
+from pared.kernels.machine import operator_of
 from pared.layers import Counterpart
 
 _ATEN: Final = torch.ops.aten
+# A product that adds a tensor to its sums.
+ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")
+# Operators that give memory of their own, in the order of its dimensions; those that keep nothing of what they read.
+_GIVERS: Final = (QLINEAR, ADDING, _ATEN.layer_norm.default)
+_READERS: Final = (quantize_contiguous, codes_beyond, linear.rows_of, _ATEN.layer_norm.default)
 
 
 def merge(draft: Draft) -> None:
@@ -56,19 +63,37 @@ def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
         draft.replace(node, output)
 
 
-def add_in_place(draft: Draft) -> None:
-    """A product that is only added to takes the sum: new memory is slow."""
+def take_sums(draft: Draft) -> None:
+    """A product that is only added to something adds it by itself, before it writes its sums.
+
+    If nobody needs that something any more, the sums take its memory: new memory is slow.
+    """
+    places = {node: place for place, node in enumerate(draft.graph.nodes)}
     for node in draft.calls(_ATEN.add.Tensor):
-        for one, other in (given_to(node), given_to(node)[::-1]):
-            if node.kwargs or not _is_free(one, node) or not _alike(node, one) or not _alike(node, other):
+        for product, other in (given_to(node), given_to(node)[::-1]):
+            if node.kwargs or not _is_free(product, node) or not _alike(node, product) or not _alike(node, other):
                 continue
-            node.target, node.args = _ATEN.add_.Tensor, (one, other)
+            kept = other if other.target in _GIVERS else draft.before(node, _ATEN.contiguous.default, other)
+            how = "sum" if _is_spent(other, node, places) else "add"
+            *given, bias = given_to(product)[: -len(PLAIN)]
+            after = (*PLAIN[:3], 1.0, 0, how, 1.0, *PLAIN[3:])
+            draft.replace(node, draft.before(node, ADDING, *given, kept, bias, *after))
+            draft.graph.erase_node(product)
             break
 
 
 def _is_free(node: Any, user: fx.Node) -> bool:
-    """Whether a product is there for one user only."""
-    return isinstance(node, fx.Node) and node.target is QLINEAR and only_user(node) is user
+    """Whether a product is there for one user only, which gets its plain sums."""
+    if not isinstance(node, fx.Node) or node.target is not QLINEAR or only_user(node) is not user:
+        return False
+    return given_to(node)[-len(PLAIN) :] == PLAIN
+
+
+def _is_spent(node: fx.Node, user: fx.Node, places: Mapping[fx.Node, int]) -> bool:
+    """Whether the memory of a node is free after one of its users: all others have read it, and keep nothing of it."""
+    others = [one for one in node.users if one is not user]
+    read = all(one.target in _READERS and places.get(one, len(places)) < places[user] for one in others)
+    return node.target in _GIVERS and read
 
 
 def _alike(one: fx.Node, other: Any) -> bool:

@@ -147,7 +147,7 @@ def _static_linear(
     codes = draft.before(node, quantize_contiguous, x, scale, zero_point, packed.levels)
     if activation.outliers:
         more = further(activation.outliers, activation.span, packed.levels)
-        codes = draft.before(node, joined, codes, draft.before(node, codes_beyond, x, more))
+        codes = draft.before(node, joined, codes, draft.before(node, codes_beyond, x, more), packed.width)
     weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
     made = draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN)
     made.meta["linear"] = (owner, attribute)

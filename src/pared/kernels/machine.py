@@ -27,14 +27,14 @@ _OPERATORS: Final = (
 )
 
 
-def operator_of(namespace: str, name: str) -> Any:
+def operator_of(namespace: str, name: str, overload: str = "default") -> Any:
     """An operator of PyTorch; None where the build lacks it.
 
     >>> operator_of("onednn", "no_such_operator") is None
     True
     """
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    return None if packet is None else packet.default
+    return getattr(packet, overload, None)
 
 
 @functools.cache
