@@ -169,7 +169,7 @@ def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once() ->
     assert operators.count(QLINEAR) == 3, "one of q, k and v, and one more of the outliers that the narrow layer takes"
     assert operators.count(ADDING) == 2, "which add what went around the attention, and around the wide layer"
     assert torch.ops.aten.gelu.default not in operators
-    quantizations = [one for one in operators if getattr(one, "__name__", "") == "quantize_contiguous"]
+    quantizations = [one for one in operators if getattr(one, "__name__", "").startswith("quantize_contiguous")]
     assert len(quantizations) == 3, "q, k and v share one, and the narrow layer needs none"
     wide = next(node for node in found.module.graph.nodes if node.target is QLINEAR and torch.uint8 in node.args)
     assert "gelu" in wide.args

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from pared.graphs.attention import halve, share_masks
 from pared.graphs.draft import Draft, given_to, only_user, rank_of, type_of
 from pared.graphs.merging import merge, take_sums
-from pared.graphs.products import PLAIN, QCONVS, QLINEAR, codes_beyond, quantize_contiguous
+from pared.graphs.products import PLAIN, QCONVS, QLINEAR, joined, quantize_contiguous, quantize_contiguous_all
 from pared.kernels import conv, linear
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
@@ -67,7 +67,7 @@ def fuse(draft: Draft) -> None:
     for node in draft.calls(pad_codes, _ATEN.pad.default):
         _pad_inside(draft, node)
     share_masks(draft)
-    for node in draft.calls(codes_beyond):
+    for node in draft.calls(quantize_contiguous_all):
         _part(draft, node)
     for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
@@ -276,11 +276,8 @@ def _pads_space(node: fx.Node) -> bool:
 
 def _part(draft: Draft, node: fx.Node) -> None:
     """Outliers are computed a second time, by a product of their own: the large one can then give codes at once."""
-    x, more = given_to(node)
-    others = [user for user in x.users if user is not node]
-    if x.target is not QLINEAR or [user.target for user in others] != [quantize_contiguous]:
-        return
-    if given_to(others[0])[3] != FULL_LEVELS:
+    x, *grid, more, width = given_to(node)
+    if x.target is not QLINEAR or only_user(x) is not node or grid[-1] != FULL_LEVELS:
         return  # no kernel gives codes of fewer levels
     found = draft.held(more)
     columns, places = found.columns.unique(return_inverse=True)
@@ -292,8 +289,8 @@ def _part(draft: Draft, node: fx.Node) -> None:
     bias = draft.held(given_to(x)[6])
     weight = (packed.weight, packed.step, packed.zeros, None if bias is None else bias[columns])
     part = draft.before(x, QLINEAR, *given_to(x)[:3], *weight, *given_to(x)[-_AFTER:])
-    node.replace_all_uses_with(draft.before(node, codes_beyond, part, replace(found, columns=places)))
-    draft.graph.erase_node(node)
+    codes = draft.before(node, quantize_contiguous, x, *grid)
+    draft.replace(node, draft.before(node, joined, codes, part, replace(found, columns=places), width))
 
 
 def _give_codes(draft: Draft, node: fx.Node) -> None:

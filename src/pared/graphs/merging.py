@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pared.graphs.draft import Draft, given_to, only_user
-from pared.graphs.products import PLAIN, QLINEAR, codes_beyond, quantize_contiguous
+from pared.graphs.products import PLAIN, QLINEAR, quantize_contiguous, quantize_contiguous_all
 from pared.kernels import linear
 from pared.kernels.machine import operator_of
 from pared.layers import Counterpart
@@ -22,7 +22,7 @@ _ATEN: Final = torch.ops.aten
 ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")
 # Operators that give memory of their own, in the order of its dimensions; those that keep nothing of what they read.
 _GIVERS: Final = (QLINEAR, ADDING, _ATEN.layer_norm.default)
-_READERS: Final = (quantize_contiguous, codes_beyond, linear.rows_of, _ATEN.layer_norm.default)
+_READERS: Final = (quantize_contiguous, quantize_contiguous_all, linear.rows_of, _ATEN.layer_norm.default)
 
 
 def merge(draft: Draft) -> None:

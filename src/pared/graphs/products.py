@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from pared.graphs.draft import Draft, given_to, rank_of
 from pared.kernels.activation import quantize
 from pared.kernels.conv import Geometry, pad_codes
-from pared.kernels.linear import joined, product_of_rows, rows_of
+from pared.kernels.linear import product_of_rows, quantize_all, rows_of
 from pared.kernels.machine import operator_of
 from pared.kernels.outliers import Further, further
 from pared.kernels.patches import channels_first, patches_of
@@ -53,9 +53,18 @@ def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -
     return quantize(x.contiguous(), scale, zero_point, levels)
 
 
-def codes_beyond(x: Tensor, more: Further) -> Tensor:
-    """The codes of a linear layer's further columns."""
-    return more.codes(x)
+def quantize_contiguous_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Further, width: int) -> Tensor:
+    """The same, with further columns."""
+    return quantize_all(x.contiguous(), scale, zero_point, levels, more, width)
+
+
+def joined(codes: Tensor, x: Tensor, more: Further, width: int) -> Tensor:
+    """Codes that a product gave, with those of further columns."""
+    whole = codes.new_empty((*codes.shape[:-1], width))
+    inputs = codes.shape[-1]
+    whole[..., :inputs] = codes
+    more.codes(x, whole[..., inputs : inputs + len(more.columns)])
+    return whole
 
 
 def place(draft: Draft, model: nn.Module, tensors: Mapping[fx.Node, str]) -> None:
@@ -144,10 +153,12 @@ def _static_linear(
     packed, activation = packed_linear(owner, attribute), owner.pared_activation
     assert activation is not None, "it runs on codes"
     scale, zero_point = activation.span.grid(packed.levels)
-    codes = draft.before(node, quantize_contiguous, x, scale, zero_point, packed.levels)
+    grid = (scale, zero_point, packed.levels)
     if activation.outliers:
         more = further(activation.outliers, activation.span, packed.levels)
-        codes = draft.before(node, joined, codes, draft.before(node, codes_beyond, x, more), packed.width)
+        codes = draft.before(node, quantize_contiguous_all, x, *grid, more, packed.width)
+    else:
+        codes = draft.before(node, quantize_contiguous, x, *grid)
     weight = (packed.weight, packed.step, packed.zeros, _bias(draft, bias))
     made = draft.before(node, QLINEAR, codes, scale, zero_point, *weight, *PLAIN)
     made.meta["linear"] = (owner, attribute)
@@ -188,7 +199,7 @@ def _static_convolution(
 def share(draft: Draft) -> None:
     """Quantize the same input once, whoever multiplies it."""
     known: dict[object, fx.Node] = {}
-    for node in draft.calls(quantize, quantize_contiguous, rows_of, codes_beyond, joined):
+    for node in draft.calls(quantize, quantize_contiguous, quantize_contiguous_all, rows_of):
         key = (node.target, *(one.target if draft.holds(one) and one else one for one in given_to(node)))
         if key in known:
             draft.replace(node, known[key])

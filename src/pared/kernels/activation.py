@@ -70,8 +70,8 @@ def _grid(low: float, high: float, levels: int) -> tuple[float, int]:
     return scale, min(round(-low / scale), levels)
 
 
-def quantize(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
-    """The codes of `x` (float32, any shape and strides) as uint8, with its memory format.
+def quantize(x: Tensor, scale: float, zero_point: int, levels: int, out: Tensor | None = None) -> Tensor:
+    """The codes of `x` (float32, any shape and strides) as uint8: in `out`, or in new memory of the same format.
 
     Values beyond the grid, infinite ones too, take its nearest end. NaN has no code: it takes 0, unnoticed.
 
@@ -80,7 +80,8 @@ def quantize(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
     """
     # `rsub` is ORIGIN + zero_point + x / scale in one pass.
     shifted = torch.rsub(x, ORIGIN + zero_point, alpha=-float32(1.0 / scale))
-    return shifted.clamp_(ORIGIN, ORIGIN + levels).view(torch.int32).to(torch.uint8)
+    codes = shifted.clamp_(ORIGIN, ORIGIN + levels).view(torch.int32)
+    return codes.to(torch.uint8) if out is None else out.copy_(codes)
 
 
 def quantize_reference(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:

@@ -24,7 +24,7 @@ from pared.kernels.activation import (
     quantize_rows_reference,
 )
 from pared.kernels.machine import FULL_LEVELS, has_tiles, levels_for
-from pared.kernels.outliers import Outliers, columns_of, further, widened
+from pared.kernels.outliers import Further, Outliers, columns_of, further, widened
 
 # A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
 MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
@@ -112,9 +112,11 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range, outliers
     if not floats.numel():
         return _without_input(x, packed, bias)
     scale, zero_point = span.grid(packed.levels)
-    codes = quantize(floats, scale, zero_point, packed.levels)
+    grid = (scale, zero_point, packed.levels)
     if outliers:
-        codes = joined(codes, further(outliers, span, packed.levels).codes(floats), packed.width)
+        codes = quantize_all(floats, *grid, further(outliers, span, packed.levels), packed.width)
+    else:
+        codes = quantize(floats, *grid)
     out = _product(codes, scale, zero_point, packed, float_bias(bias))
     return out if x.dtype is torch.float32 and x.dim() > 1 else _like(x, out)
 
@@ -127,12 +129,15 @@ def filled_up(codes: Tensor) -> Tensor:
     return F.pad(codes, (0, -codes.shape[1] % (_TILE if has_tiles() else _WORD)))
 
 
-def joined(codes: Tensor, more: Tensor, width: int) -> Tensor:
-    """The codes of all columns; those that fill them up meet zeros, so they may be anything."""
-    inputs, end = codes.shape[-1], codes.shape[-1] + more.shape[-1]
-    whole = codes.new_empty((*codes.shape[:-1], width))
-    whole[..., :inputs] = codes
-    whole[..., inputs:end] = more
+def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Further, width: int) -> Tensor:
+    """The codes of all columns of float32 of shape (..., in).
+
+    Those that fill them up meet zeros, so they may be anything.
+    """
+    whole = torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device="cpu")
+    inputs = x.shape[-1]
+    quantize(x, scale, zero_point, levels, whole[..., :inputs])
+    more.codes(x, whole[..., inputs : inputs + len(more.columns)])
     return whole
 
 
