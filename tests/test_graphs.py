@@ -125,7 +125,7 @@ def forced(model: nn.Module, found: nn.Module, kernel: str) -> nn.Module:
 
 
 def graph_of(model: nn.Module, call: dict[str, Any]) -> Graph:
-    return Graph(model, quantized.outline_of(model), arguments_of(bound_of(model, call)))
+    return Graph(model, capture(quantized.outline_of(model), arguments_of(bound_of(model, call))))
 
 
 def bound_of(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:

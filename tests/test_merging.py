@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig
 from pared import model as quantized
+from pared.graphs.capture import capture
 from pared.graphs.graph import Graph
 from pared.graphs.merging import ADDING
 from pared.graphs.products import QLINEAR
@@ -138,7 +139,7 @@ def graph_of(model: nn.Module, call: dict[str, Tensor]) -> tuple[Graph, Callable
         assert found is not None
         return found
 
-    graph = Graph(model, quantized.outline_of(model), arguments_of(bound(call)))
+    graph = Graph(model, capture(quantized.outline_of(model), arguments_of(bound(call))))
     return graph, lambda call: graph(bound(call))
 
 

@@ -1,7 +1,9 @@
 """What runs is what was measured to be fastest: on tuned models, by hand-made measurements, and for real."""
 
+import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ConfigError, PostTrainingQuantConfig, speed
 from pared import model as quantized
-from pared.graphs import Halved, Server, forward_of, serve, server_of
+from pared.graphs import Captures, Halved, Server, capture, forward_of, serve, server_of
 from pared.profile import CallTiming, Profile, Timing, Whole, fastest_ms, this_machine
 from pared.record import record_of
 from pared.stats import Call
@@ -99,7 +101,7 @@ def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytes
     slow_alone = Timing((64, 64), 1.0, 2.0, 1.5)
     monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), {"0": slow_alone, "2": slow_alone}))
 
-    def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any) -> tuple[CallTiming, ...]:
+    def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any, _captures: Any) -> tuple[CallTiming, ...]:
         kernels = [line.kernel for line in quantized.plan_of(by_layers) if line.name in ("0.weight", "2.weight")]
         return (CallTiming(WAY, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
 
@@ -121,7 +123,7 @@ def test_a_call_that_is_no_way_of_calling_has_no_copy_in_bfloat16() -> None:
             return out
 
     model = Listed().eval()
-    (timing,) = speed.time_calls(model, model, [Call(([torch.zeros(2, 64), torch.zeros(2, 64)],), {})])
+    (timing,) = speed.time_calls(model, model, [Call(([torch.zeros(2, 64), torch.zeros(2, 64)],), {})], Captures())
     assert timing.bfloat16_ms is None
     assert timing.graph_ms is None
     assert timing.because.count("an argument is neither a tensor nor a constant") == 2
@@ -183,6 +185,32 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.startswith("runs ")
     assert "input 64 x 64: float32 " in result.output
+
+
+@pytest.mark.whole_models_are_timed
+def test_a_call_is_captured_once_whatever_is_timed_and_runs_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Sequence[Argument]] = []
+
+    unchanged = capture.capture
+
+    def counted(skeleton: nn.Module, arguments: Sequence[Argument]) -> capture.Captured:
+        made.append(arguments)
+        return unchanged(skeleton, arguments)
+
+    monkeypatch.setattr(capture, "capture", counted)
+    monkeypatch.setattr(speed, "_left", lambda _: 1.0)  # so that layers are also tried all in int8
+    monkeypatch.setattr(speed, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), [torch.randn(32, 64)], quiet=True)
+    assert record_of(q).profile.whole.kernel == "int8"
+    expected = forward_of(q)(q, torch.ones(3, 64))
+    assert torch.allclose(q(torch.ones(3, 64)), expected, atol=1e-3)
+    assert not server_of(q).reason({"input": torch.ones(3, 64)})
+    assert len(made) == 1
+    copied = copy.deepcopy(q)
+    copied(torch.ones(3, 64))
+    assert len(made) == 2, "a copy may be changed before it is called"
 
 
 @pytest.mark.whole_models_are_timed

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pared.graphs.attention import as_floats, mask_to_bfloat16, to_bfloat16, to_float32
+from pared.graphs.capture import capture
 from pared.graphs.graph import Graph
 from pared.graphs.products import QCONVS, QLINEAR
 from pared.kernels import conv
@@ -74,7 +75,7 @@ def test_attention_runs_in_bfloat16_from_the_products_on(tiles: None, mask: torc
         keep = torch.rand(4, 1, 24, 24, generator=torch.Generator().manual_seed(0)) < 0.8
         keep[..., 0] = True
         call["mask"] = keep if mask is torch.bool else torch.where(keep, 0.0, -1e4)
-    graph = Graph(q, outline_of(q), arguments_of(bound_of(q, call)))
+    graph = Graph(q, capture(outline_of(q), arguments_of(bound_of(q, call))))
     nodes = list(graph.module.graph.nodes)
     (attention,) = (node for node in nodes if node.target is SDPA)
     merged = next(node for node in nodes if node.target is QLINEAR)
@@ -95,7 +96,7 @@ def test_a_number_far_below_zero_masks_no_less_and_no_more_than_it_does_in_float
     call["mask"] = torch.zeros(4, 1, 24, 24)
     call["mask"][2] = torch.finfo(torch.float32).min  # a sample of padding alone: every token counts the same
     call["mask"][3, ..., 5:] = -torch.inf
-    graph = Graph(q, outline_of(q), arguments_of(bound_of(q, call)))
+    graph = Graph(q, capture(outline_of(q), arguments_of(bound_of(q, call))))
     with torch.no_grad():
         expected, found = q(**call)["hidden"], graph(bound_of(q, call))["hidden"]
     for ours, theirs in zip(found, expected, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pared import model as quantized
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
-from pared.graphs import Server, agree, forward_of, halved
+from pared.graphs import Captures, Served, Server, agree, forward_of, halved, server_of
 from pared.parts import find_parts
 from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of
@@ -42,13 +42,18 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     outright = shadow(model)
     largest = max(seen.calls, key=_numbers, default=None)
     parts = find_parts(outright, largest) if largest is not None else {}
-    best = _timed(outright, contents, profile, seen.calls, parts)
+    captures = {name: Captures() for name in ("", *parts)}
+    best = _timed(outright, contents, profile, seen.calls, parts, captures)
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
-        together = _timed(outright, contents, replace(profile, together=True), seen.calls, parts)
+        together = _timed(outright, contents, replace(profile, together=True), seen.calls, parts, captures)
         if together.whole.kernel == "int8" and together.whole.share <= WORTH * best.whole.share:
             best = together
-    return quantized.assemble(model, contents, best)
+    made = quantized.assemble(model, contents, best)
+    for name, known in captures.items():
+        if isinstance(module := made.get_submodule(name), Served):
+            server_of(module).captures = known
+    return made
 
 
 def _left(profile: Profile) -> float:
@@ -59,21 +64,28 @@ def _left(profile: Profile) -> float:
 
 
 def _timed(
-    model: nn.Module, contents: Contents, profile: Profile, calls: Sequence[Call], parts: Mapping[str, Call]
+    model: nn.Module,
+    contents: Contents,
+    profile: Profile,
+    calls: Sequence[Call],
+    parts: Mapping[str, Call],
+    captures: Mapping[str, Captures],
 ) -> Profile:
     """The profile with the times of the model's parts, and then those of the model, which is made of these."""
     by_layers = quantized.assemble(model, contents, profile)
     if parts:
         times = {
-            name: Whole(time_calls(model.get_submodule(name), by_layers.get_submodule(name), [call]))
+            name: Whole(time_calls(model.get_submodule(name), by_layers.get_submodule(name), [call], captures[name]))
             for name, call in parts.items()
         }
         profile = replace(profile, parts={name: part for name, part in times.items() if part.is_served})
         by_layers = quantized.assemble(model, contents, profile)
-    return replace(profile, whole=Whole(time_calls(model, by_layers, calls)))
+    return replace(profile, whole=Whole(time_calls(model, by_layers, calls, captures[""])))
 
 
-def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) -> tuple[CallTiming, ...]:
+def time_calls(
+    model: nn.Module, by_layers: nn.Module, calls: Sequence[Call], captures: Captures
+) -> tuple[CallTiming, ...]:
     """Time a model, or a part of one, in all of its forms.
 
     Args:
@@ -81,12 +93,14 @@ def time_calls(model: nn.Module, by_layers: nn.Module, calls: Sequence[Call]) ->
         by_layers: the same, quantized, without a graph of its own.
         calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
             first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
+        captures: of its architecture, which take up those that are made.
     """
     names = parameters_of(model)
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
     ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
     server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
+    server.captures = captures
     forms = _Forms(model, halved(model), by_layers, server)
     times: list[CallTiming] = []
     for call, one in zip(found, bound, strict=True):

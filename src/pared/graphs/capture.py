@@ -59,6 +59,26 @@ class Captured:
     outputs: TreeSpec
 
 
+class Captures:
+    """What was captured of one architecture: it takes a second or two, and serves all quantized models of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Argument, ...], Captured | ModelError] = {}
+
+    def of(self, skeleton: Callable[[], nn.Module], arguments: Sequence[Argument]) -> Captured:
+        """What `capture` gives, or raises, for a float model, which is made if that is not known."""
+        key = tuple(arguments)
+        if key not in self._known:
+            try:
+                self._known[key] = capture(skeleton(), arguments)
+            except ModelError as error:
+                self._known[key] = error
+        found = self._known[key]
+        if isinstance(found, ModelError):
+            raise found
+        return found
+
+
 class _Flat(nn.Module):
     """The model as a function of tensors that gives tensors."""
 

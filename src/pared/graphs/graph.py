@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from pared.errors import ModelError
-from pared.graphs.capture import Captured, Size, capture
+from pared.graphs.capture import Captured, Size
 from pared.graphs.draft import Draft
 from pared.graphs.fusion import fuse, simplify
 from pared.graphs.products import place, share, take_apart
-from pared.ways import Argument, Bound
+from pared.ways import Bound
 
 
 class Graph:
@@ -25,15 +25,13 @@ class Graph:
 
     Args:
         model: the quantized model, whose weights and kernels it takes.
-        skeleton: a float model of the same architecture, whose numbers are not read.
-        arguments: of an example call; sizes may vary where the model allows it.
+        captured: a call of a float model of the same architecture; it is left as it is.
 
     Raises:
-        ModelError: it cannot be captured, and why.
+        ModelError: it cannot be put together, and why.
     """
 
-    def __init__(self, model: nn.Module, skeleton: nn.Module, arguments: Sequence[Argument]) -> None:
-        captured = capture(skeleton, arguments)
+    def __init__(self, model: nn.Module, captured: Captured) -> None:
         self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
         self._outputs: TreeSpec = captured.outputs
         try:

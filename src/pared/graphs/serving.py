@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ModelError
+from pared.graphs.capture import Captured, Captures
 from pared.graphs.graph import Graph
 from pared.layers import Counterpart
 from pared.layers.counterpart import is_ordinary_call
@@ -44,6 +46,7 @@ class Server:
     """
 
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
+        self.captures = Captures()
         self._skeleton = skeleton
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
         self._ways: dict[tuple[object, ...], tuple[Argument, ...]] = {
@@ -96,7 +99,10 @@ class Server:
         with self._lock:
             found = self._graphs.get(way)
             if found is None or not found.is_current():
-                found = self._graphs[way] = _Served(model, self._skeleton(model), arguments)
+                if found is not None:
+                    self.captures = Captures()  # the model was changed: what it does may have been, too
+                skeleton = functools.partial(self._skeleton, model)
+                found = self._graphs[way] = _Served(model, lambda: self.captures.of(skeleton, arguments))
         return found
 
     def reason(self, bound: Bound) -> str:
@@ -108,14 +114,14 @@ class Server:
 class _Served:
     """A graph beside the modules that it stands for; without a graph, and with a reason, if there can be none."""
 
-    def __init__(self, model: nn.Module, skeleton: nn.Module, arguments: Sequence[Argument]) -> None:
+    def __init__(self, model: nn.Module, captured: Callable[[], Captured]) -> None:
         self.graph: Graph | None = None
         self.reason = ""
         self._watch = Watch(model)
         self._checked: set[tuple[bool, ...]] = set()
         self._lock = threading.Lock()
         try:
-            self.graph = Graph(model, skeleton, arguments)
+            self.graph = Graph(model, captured())
         except ModelError as error:
             self.reason = error.what
 
