@@ -18,8 +18,10 @@ import pared
 from bench.markdown import markdown
 from bench.run import OUT, THREADS
 from pared import PostTrainingQuantConfig
+from pared.graphs.capture import capture
 from pared.graphs.graph import Graph
-from pared.graphs.products import QLINEAR
+from pared.graphs.merging import ADDING
+from pared.graphs.products import QLINEAR, joined, quantize_contiguous_all
 from pared.kernels import linear
 from pared.kernels.linear import product_of_rows
 from pared.model import outline_of
@@ -36,15 +38,19 @@ class _Timed(fx.Interpreter):
         super().__init__(module)
         self.best: dict[fx.Node, float] = defaultdict(lambda: float("inf"))
         self.work: dict[fx.Node, int] = {}
+        self.columns: dict[Any, int] = {}  # of codes that are filled up with what meets zeros
 
     def run_node(self, n: fx.Node) -> Any:
         start = time.perf_counter()
         result = super().run_node(n)
         self.best[n] = min(self.best[n], time.perf_counter() - start)
-        if n.target in (QLINEAR, product_of_rows):
-            given = self.fetch_args_kwargs_from_env(n)[0][0]
-            codes: Tensor = given.codes if isinstance(given, linear.Rows) else given
-            self.work[n] = codes.numel() * result.shape[-1]
+        given = self.fetch_args_kwargs_from_env(n)[0]
+        if n.target in (quantize_contiguous_all, joined):
+            self.columns[n] = given[0].shape[-1] + len(given[-2].columns)
+        if n.target in (QLINEAR, ADDING, product_of_rows):
+            codes: Tensor = given[0].codes if isinstance(given[0], linear.Rows) else given[0]
+            columns = self.columns.get(n.args[0], codes.shape[-1])
+            self.work[n] = codes.numel() // codes.shape[-1] * columns * result.shape[-1]
         return result
 
 
@@ -75,7 +81,7 @@ def measured(approach: str) -> dict[str, Any]:
     inputs = minilm.tokenize(sorted(minilm.unseen(100), key=len)[-_BATCH:], _TOKENS)
     bound = bind(parameters_of(small), (), inputs)
     assert bound is not None
-    graph = Graph(small, outline_of(small), arguments_of(bound))
+    graph = Graph(small, capture(outline_of(small), arguments_of(bound)))
     timed = _Timed(graph.module)
     with torch.inference_mode():
         for _ in range(_ROUNDS):
