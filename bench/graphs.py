@@ -20,7 +20,7 @@ from bench.run import OUT, THREADS
 from pared import PostTrainingQuantConfig
 from pared.graphs.capture import capture
 from pared.graphs.graph import Graph
-from pared.graphs.merging import ADDING
+from pared.graphs.merging import product_and_sum
 from pared.graphs.products import QLINEAR, joined, quantize_contiguous_all
 from pared.kernels import linear
 from pared.kernels.linear import product_of_rows
@@ -47,7 +47,7 @@ class _Timed(fx.Interpreter):
         given = self.fetch_args_kwargs_from_env(n)[0]
         if n.target in (quantize_contiguous_all, joined):
             self.columns[n] = given[0].shape[-1] + len(given[-2].columns)
-        if n.target in (QLINEAR, ADDING, product_of_rows):
+        if n.target in (QLINEAR, product_and_sum, product_of_rows):
             codes: Tensor = given[0].codes if isinstance(given[0], linear.Rows) else given[0]
             columns = self.columns.get(n.args[0], codes.shape[-1])
             self.work[n] = codes.numel() // codes.shape[-1] * columns * result.shape[-1]

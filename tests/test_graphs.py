@@ -17,7 +17,7 @@ from pared.graphs import agree, fusion
 from pared.graphs.capture import capture
 from pared.graphs.fusion import FLOAT_CONV
 from pared.graphs.graph import Graph
-from pared.graphs.merging import ADDING
+from pared.graphs.merging import product_and_sum
 from pared.graphs.products import QCONVS, QLINEAR
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
@@ -167,7 +167,7 @@ def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once() ->
     operators = targets(found)
     assert all(layer.pared_activation.outliers for layer in (q.q, q.wide, q.narrow))
     assert operators.count(QLINEAR) == 3, "one of q, k and v, and one more of the outliers that the narrow layer takes"
-    assert operators.count(ADDING) == 2, "which add what went around the attention, and around the wide layer"
+    assert operators.count(product_and_sum) == 2, "which add what went around the attention, and around the wide layer"
     assert torch.ops.aten.gelu.default not in operators
     quantizations = [one for one in operators if getattr(one, "__name__", "").startswith("quantize_contiguous")]
     assert len(quantizations) == 3, "q, k and v share one, and the narrow layer needs none"

@@ -13,9 +13,9 @@ from pared import PostTrainingQuantConfig
 from pared import model as quantized
 from pared.graphs.capture import capture
 from pared.graphs.graph import Graph
-from pared.graphs.merging import ADDING
+from pared.graphs.merging import product_and_sum
 from pared.graphs.products import QLINEAR
-from pared.kernels import machine
+from pared.kernels import linear, machine
 from pared.profile import Profile, this_machine
 from pared.ways import arguments_of, bind, parameters_of
 
@@ -106,12 +106,28 @@ class Sums(nn.Module):
         return sums + self.fourth(sums) + view.transpose(0, 1), x.flip(0).t().t() + self.fifth(x.flip(0)) + kept
 
 
+class Late(nn.Module):
+    """What is added is read once more, later; and a product is added to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.norm, self.other = nn.LayerNorm(64), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        read = self.norm(x)
+        total = read + self.first(read)
+        twice = self.second(x)
+        return total, self.other(read), twice + twice
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]]]] = {
     "adapted": (lambda: Adapted(bias=False), lambda n: {"x": random(n, 64)}),
     "adapted with biases": (lambda: Adapted(bias=True), lambda n: {"x": random(n, 64)}),
     "chain": (Chain, lambda n: {"x": random(n, 64)}),
     "heads": (Heads, lambda n: {"x": random(n, 64)}),
     "sums": (Sums, lambda n: {"x": random(n, 64)}),
+    "late": (Late, lambda n: {"x": random(n, 64)}),
     "masked": (Masked, lambda n: {"x": random(n, 8, 64)}),
     "picking": (Picking, lambda n: {"x": random(n, 64), "mask": torch.arange(n) % 3 == 0}),
 }
@@ -176,13 +192,37 @@ def test_products_of_one_input_are_merged_once_for_all_graphs() -> None:
     assert packs[0] is packs[1]
 
 
-def test_a_sum_takes_the_memory_of_what_is_read_for_the_last_time() -> None:
-    q, call = made("sums")
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("sums", ["add", "sum", "add", "add", "add"]),  # an input; spent; needed later, as a view, not contiguous
+        ("late", ["add"]),  # read later
+        ("adapted", ["sum"]),  # another product
+    ],
+)
+def test_a_sum_takes_the_memory_of_what_is_read_for_the_last_time(name: str, how: list[str]) -> None:
+    q, call = made(name)
     graph, _ = graph_of(q, call(64))
-    nodes = [node for node in graph.module.graph.nodes if node.target is ADDING]
-    how = [next(one for one in node.args if one in ("sum", "add")) for node in nodes]
-    assert how == ["add", "sum", "add", "add", "add"], "given, spent; kept, viewed and flipped are read once more"
-    assert not [node for node in graph.module.graph.nodes if node.target is QLINEAR]
+    assert [node.args[-1] for node in graph.module.graph.nodes if node.target is product_and_sum] == how
+
+
+@pytest.mark.parametrize("how", ["sum", "add"])
+def test_products_and_sums_equal_their_reference(how: str) -> None:
+    codes = torch.randint(-127, 128, (24, 16), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    packed = linear.pack(codes, torch.full((24,), 0.01))
+    for leading in ((5,), (1,), (2, 3), (1, 1)):
+        x = torch.randint(0, 256, (*leading, 16), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+        wide = random(*leading, 96)
+        others = [wide[..., :24].contiguous()] if how == "sum" else [wide[..., :24], wide.flip(-1)[..., ::4]]
+        for other in others:
+            given, bias = other.clone(), torch.ones(24)
+            expected = F.linear((x.double() - 3) * 0.5, codes.double() * 0.01) + 1 + other.double()
+            product = (x, 0.5, 3, packed.weight, packed.step, packed.zeros, bias)
+            found = product_and_sum(*product, other, how)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(other, found if how == "sum" else given)
+    with pytest.raises(RuntimeError, match="are added to"):
+        product_and_sum(*product, torch.zeros(1, 24), how)
 
 
 def test_outputs_are_no_parts_of_each_other() -> None:

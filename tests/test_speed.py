@@ -1,6 +1,5 @@
 """What runs is what was measured to be fastest: on tuned models, by hand-made measurements, and for real."""
 
-import copy
 import json
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import pared
-from pared import ConfigError, PostTrainingQuantConfig, speed
+from pared import ConfigError, ModelError, PostTrainingQuantConfig, speed
 from pared import model as quantized
 from pared.graphs import Captures, Halved, Server, capture, forward_of, serve, server_of
 from pared.profile import CallTiming, Profile, Timing, Whole, fastest_ms, this_machine
@@ -188,9 +187,8 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole_models_are_timed
-def test_a_call_is_captured_once_whatever_is_timed_and_runs_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_is_captured_once_for_all_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Sequence[Argument]] = []
-
     unchanged = capture.capture
 
     def counted(skeleton: nn.Module, arguments: Sequence[Argument]) -> capture.Captured:
@@ -204,13 +202,51 @@ def test_a_call_is_captured_once_whatever_is_timed_and_runs_in_the_end(monkeypat
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), [torch.randn(32, 64)], quiet=True)
     assert record_of(q).profile.whole.kernel == "int8"
-    expected = forward_of(q)(q, torch.ones(3, 64))
-    assert torch.allclose(q(torch.ones(3, 64)), expected, atol=1e-3)
-    assert not server_of(q).reason({"input": torch.ones(3, 64)})
     assert len(made) == 1
-    copied = copy.deepcopy(q)
-    copied(torch.ones(3, 64))
-    assert len(made) == 2, "a copy may be changed before it is called"
+
+
+class Scaled(nn.Module):
+    """A head tied to its table, and a number that is no tensor."""
+
+    def __init__(self, tied: bool, scale: float) -> None:
+        super().__init__()
+        self.table, self.head, self.scale = nn.Embedding(64, 64), nn.Linear(64, 64, bias=False), scale
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor, k: float = 1) -> torch.Tensor:
+        if isinstance(k, float):
+            raise ValueError("only whole ones")
+        return self.head(self.table(ids)) * self.scale
+
+
+def test_captures_tell_apart_what_is_tied_and_types_and_keep_refusals() -> None:
+    captures = Captures()
+    ids = Argument("ids", "int64", (4, 8))
+    untied = captures(Scaled(tied=False, scale=2.0), [ids])
+    assert captures(Scaled(tied=False, scale=2.0), [ids]) is untied
+    tied = captures(Scaled(tied=True, scale=2.0), [ids])
+    assert len(tied.tensors) == 1
+    assert len(untied.tensors) == 2
+    captures(Scaled(tied=True, scale=2.0), [ids, Argument("k", value=1)])
+    for _ in range(2):
+        with pytest.raises(ModelError, match="only whole ones"):
+            captures(Scaled(tied=True, scale=2.0), [ids, Argument("k", value=1.0)])
+
+
+@pytest.mark.whole_models_are_timed
+def test_what_a_user_changes_before_the_first_call_counts() -> None:
+    torch.manual_seed(0)
+    q = pared.fit(
+        Scaled(tied=False, scale=2.0),
+        PostTrainingQuantConfig(quant_level=0),
+        [torch.arange(64).view(4, 16)],
+        quiet=True,
+    )
+    ids = torch.arange(8).view(1, 8)
+    before = forward_of(q)(q, ids)
+    q.scale = 2.1
+    torch.testing.assert_close(q(ids), before * 1.05)
 
 
 @pytest.mark.whole_models_are_timed

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pared import model as quantized
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
-from pared.graphs import Captures, Served, Server, agree, forward_of, halved, server_of
+from pared.graphs import Captures, Server, agree, forward_of, halved
 from pared.parts import find_parts
 from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of
@@ -49,11 +49,7 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, parts, captures)
         if together.whole.kernel == "int8" and together.whole.share <= WORTH * best.whole.share:
             best = together
-    made = quantized.assemble(model, contents, best)
-    for name, known in captures.items():
-        if isinstance(module := made.get_submodule(name), Served):
-            server_of(module).captures = known
-    return made
+    return quantized.assemble(model, contents, best)
 
 
 def _left(profile: Profile) -> float:
@@ -93,14 +89,13 @@ def time_calls(
         by_layers: the same, quantized, without a graph of its own.
         calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
             first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
-        captures: of its architecture, which take up those that are made.
+        captures: of its architecture.
     """
     names = parameters_of(model)
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
     ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
-    server = Server(quantized.outline_of, list(ways.values()))  # a graph for each way, made for its largest call
-    server.captures = captures
+    server = Server(quantized.outline_of, list(ways.values()), captures)  # a graph for each way, of its largest call
     forms = _Forms(model, halved(model), by_layers, server)
     times: list[CallTiming] = []
     for call, one in zip(found, bound, strict=True):

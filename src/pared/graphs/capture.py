@@ -60,17 +60,24 @@ class Captured:
 
 
 class Captures:
-    """What was captured of one architecture: it takes a second or two, and serves all quantized models of it."""
+    """`capture` for models of one architecture, which remembers: it takes a second or two.
+
+    It is for a moment in which nobody changes the models: their numbers may differ, and nothing else.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Argument, ...], Captured | ModelError] = {}
+        self._known: dict[object, Captured | ModelError] = {}
 
-    def of(self, skeleton: Callable[[], nn.Module], arguments: Sequence[Argument]) -> Captured:
-        """What `capture` gives, or raises, for a float model, which is made if that is not known."""
-        key = tuple(arguments)
+    def __call__(self, model: nn.Module, arguments: Sequence[Argument]) -> Captured:
+        """What `capture` gives or raises."""
+        places: dict[int, int] = {}  # what is tied is one tensor in a graph
+        tied = tuple(
+            places.setdefault(id(one), len(places)) for _, one in model.named_parameters(remove_duplicate=False)
+        )
+        key = (tied, *((one.way, one.shape) for one in arguments))
         if key not in self._known:
             try:
-                self._known[key] = capture(skeleton(), arguments)
+                self._known[key] = capture(model, arguments)
             except ModelError as error:
                 self._known[key] = error
         found = self._known[key]

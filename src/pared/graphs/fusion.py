@@ -40,7 +40,7 @@ def simplify(draft: Draft) -> None:
         if not given_to(node)[2]:
             _skip(draft, node)
     for node in draft.calls(_ATEN.clone.default):
-        # Nothing writes to tensors here, so a copy is as good as the original; but users may write to outputs.
+        # Nobody writes to what is still read, so a copy is as good as the original; but users may write to outputs.
         if not node.kwargs and all(user.op != "output" for user in node.users):
             _skip(draft, node)
     for node in draft.calls(_ATEN._assert_tensor_metadata.default):

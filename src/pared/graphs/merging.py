@@ -18,10 +18,30 @@ from pared.kernels.machine import operator_of
 from pared.layers import Counterpart
 
 _ATEN: Final = torch.ops.aten
-# A product that adds a tensor to its sums.
-ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")
-# Operators that give memory of their own, in the order of its dimensions; those that keep nothing of what they read.
-_GIVERS: Final = (QLINEAR, ADDING, _ATEN.layer_norm.default)
+_ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")
+
+
+def product_and_sum(
+    codes: Tensor,
+    scale: float,
+    zero_point: int,
+    weight: Any,
+    step: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    other: Tensor,
+    how: str,
+) -> Tensor:
+    """A product of codes, plus a tensor of its shape; "sum" writes it to that tensor's memory, "add" to new memory."""
+    if codes.shape[:-1] != other.shape[:-1]:  # the kernel believes it
+        raise RuntimeError(f"{tuple(codes.shape)} codes are added to {tuple(other.shape)}")
+    given = (codes, scale, zero_point, weight, step, zeros, other.contiguous(), bias)
+    found: Tensor = _ADDING(*given, *PLAIN[:3], 1.0, 0, how, 1.0, *PLAIN[3:])
+    return found
+
+
+# Operators that give contiguous memory that nobody else holds, and those that keep nothing of what they read.
+_GIVERS: Final = (QLINEAR, product_and_sum, _ATEN.layer_norm.default)
 _READERS: Final = (quantize_contiguous, quantize_contiguous_all, linear.rows_of, _ATEN.layer_norm.default)
 
 
@@ -71,13 +91,13 @@ def take_sums(draft: Draft) -> None:
     places = {node: place for place, node in enumerate(draft.graph.nodes)}
     for node in draft.calls(_ATEN.add.Tensor):
         for product, other in (given_to(node), given_to(node)[::-1]):
-            if node.kwargs or not _is_free(product, node) or not _alike(node, product) or not _alike(node, other):
+            if node.kwargs or product is other or not _is_free(product, node):
                 continue
-            kept = other if other.target in _GIVERS else draft.before(node, _ATEN.contiguous.default, other)
+            if not _alike(node, product) or not _alike(node, other):
+                continue
             how = "sum" if _is_spent(other, node, places) else "add"
-            *given, bias = given_to(product)[: -len(PLAIN)]
-            after = (*PLAIN[:3], 1.0, 0, how, 1.0, *PLAIN[3:])
-            draft.replace(node, draft.before(node, ADDING, *given, kept, bias, *after))
+            given = given_to(product)[: -len(PLAIN)]
+            draft.replace(node, draft.before(node, product_and_sum, *given, other, how))
             draft.graph.erase_node(product)
             break
 
@@ -92,7 +112,7 @@ def _is_free(node: Any, user: fx.Node) -> bool:
 def _is_spent(node: fx.Node, user: fx.Node, places: Mapping[fx.Node, int]) -> bool:
     """Whether the memory of a node is free after one of its users: all others have read it, and keep nothing of it."""
     others = [one for one in node.users if one is not user]
-    read = all(one.target in _READERS and places.get(one, len(places)) < places[user] for one in others)
+    read = all(one.target in _READERS and places[one] < places[user] for one in others)
     return node.target in _GIVERS and read
 
 

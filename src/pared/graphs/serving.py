@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ModelError
-from pared.graphs.capture import Captured, Captures
+from pared.graphs.capture import Captured, capture
 from pared.graphs.graph import Graph
 from pared.layers import Counterpart
 from pared.layers.counterpart import is_ordinary_call
@@ -30,6 +29,7 @@ _TOLERANCE: Final = 1e-2
 _MOST_OTHERS: Final = 2
 
 Skeleton = Callable[[nn.Module], nn.Module]
+Capture = Callable[[nn.Module, Sequence[Argument]], Captured]
 Args = tuple[Any, ...]
 
 
@@ -43,11 +43,13 @@ class Server:
     Args:
         skeleton: gives a float model of the same architecture and class, whose numbers are not read.
         wanted: an example call for every way of calling that is to be served.
+        captured: how a float model's call becomes a graph.
     """
 
-    def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
-        self.captures = Captures()
-        self._skeleton = skeleton
+    def __init__(
+        self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), captured: Capture = capture
+    ) -> None:
+        self._skeleton, self._captured = skeleton, captured
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
         self._ways: dict[tuple[object, ...], tuple[Argument, ...]] = {
             tuple(one.way for one in arguments): arguments for arguments in self.wanted
@@ -99,10 +101,7 @@ class Server:
         with self._lock:
             found = self._graphs.get(way)
             if found is None or not found.is_current():
-                if found is not None:
-                    self.captures = Captures()  # the model was changed: what it does may have been, too
-                skeleton = functools.partial(self._skeleton, model)
-                found = self._graphs[way] = _Served(model, lambda: self.captures.of(skeleton, arguments))
+                found = self._graphs[way] = _Served(model, lambda: self._captured(self._skeleton(model), arguments))
         return found
 
     def reason(self, bound: Bound) -> str:

@@ -39,11 +39,11 @@ class Packed:
 
     Args:
         weight: opaque to everything but the kernel.
-        width: the codes of an input that it takes, further columns and what fills them up included.
         step: float32, one per output.
         zeros: the weight's zero points, all 0.
         sums: of each output's weights, float32.
         inputs: the weight's width, without further columns.
+        width: the codes of a row that it takes, further columns and what fills them up included.
         levels: the largest activation code that it allows.
     """
 
