@@ -37,7 +37,7 @@ SAMPLED = 10**7  # the size at which the number of samples varies
 COUNTS = (8, 32, 128)
 THREADS = (1, 2)
 _ROUNDS = 9
-_NEEDED = 24  # bytes of memory for each parameter while a model is fitted, about
+_NEEDED = 22  # bytes of memory for each parameter while a model is fitted, about
 _SIDE, _COPIED = 2048, 256 << 20
 
 
@@ -175,12 +175,17 @@ def measure(limit: float) -> dict[str, Any]:
         "sizes": {},
         "samples": {},
     }
+    for samples in COUNTS if limit >= SAMPLED else ():
+        found["samples"][str(samples)] = in_child("fit", SAMPLED, samples, threads=max(THREADS))
     for size in sizes(limit):
         print(f"{size:.0e} parameters ...", flush=True)
         found["sizes"][str(size)] = one(size)
-    for samples in COUNTS if limit >= SAMPLED else ():
-        found["samples"][str(samples)] = in_child("fit", SAMPLED, samples, threads=max(THREADS))
+        write(found)  # the largest models take longest, and may be given up
     return found
+
+
+def write(found: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def one(size: int) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def main() -> None:
             print(json.dumps(TASKS[options.task](*options.arguments)))
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(measure(options.limit), indent=1) + "\n", encoding="utf-8")
+    write(measure(options.limit))
     print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
 
 
