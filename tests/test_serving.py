@@ -19,7 +19,7 @@ from pared.graphs.graph import Graph
 from pared.profile import CallTiming, Whole
 from pared.record import record_of
 from pared.ways import arguments_of, bind
-from tests.test_graphs import CASES, assembled, bound_of
+from tests.test_graphs import CASES, assembled, bound_of, leaves
 
 
 def served(q: nn.Module, call: dict[str, Any]) -> Server:
@@ -94,6 +94,28 @@ def test_all_other_calls_are_for_the_modules(pair: tuple[nn.Module, list[str]], 
 
 class Marked(Tensor):
     """A tensor of a class of its own."""
+
+
+@pytest.mark.parametrize("place", ["inside", "itself"])
+def test_hooks_are_called_once_a_call_and_with_numbers(place: str) -> None:
+    case = CASES["attention"]
+    _, q = assembled(case)
+    server = served(q, case.call(4, 24))
+    listened = q.last if place == "inside" else q
+    seen: list[str] = []
+
+    def after(_module: nn.Module, _args: Any, out: Any) -> None:
+        assert all(one.isfinite().all().item() for one in leaves(out))  # what has no numbers would raise
+        seen.append("after")
+
+    listened.register_forward_pre_hook(lambda *_: seen.append("before"))
+    listened.register_forward_hook(after)
+    with torch.no_grad():
+        for _ in range(2):
+            q(**case.call(4, 24))
+    assert seen == ["before", "after"] * 2
+    reason = server.reason(bound_of(q, case.call(4, 24)))
+    assert reason == ("a module inside has hooks" if place == "inside" else "")
 
 
 def test_autocast_and_gradients_are_for_the_modules(pair: tuple[nn.Module, list[str]]) -> None:

@@ -240,7 +240,9 @@ def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Mo
             where=f"Rule({rule.label})",
             remedy=f"It is called with a shape, a tuple; among the model's are: {', '.join(near)}.",
         )
-    hint = f"The nearest names are: {', '.join(near)}." if near else "The model has no named tensors."
+    known = near or sorted({name for slot in slots for name in slot.names})[:_SHAPES_SHOWN]
+    kind = "The nearest names are" if near else "Among the names of its tensors are"
+    hint = f"{kind}: {', '.join(known)}." if known else "The model has no tensors."
     return ConfigError("matches no tensor of the model", where=f"Rule({rule.label})", remedy=hint)
 
 

@@ -107,8 +107,8 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
     """Capture a call.
 
     Args:
-        model: a float model in eval mode. The numbers of its weights are not read; those on the meta device are taken
-            to be on the CPU.
+        model: a float model in eval mode, which is used up. The numbers of its weights are not read; those on the meta
+            device are taken to be on the CPU.
         arguments: of an example call, whose sizes may vary where the model allows it. A single sample is doubled,
             because a size of 1 would be taken for a constant.
 
@@ -116,6 +116,8 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
         ModelError: it cannot be captured, and why.
     """
     _materialize(model)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        hooks.clear()  # they run around the graph, as they run around the model's forward
     structures: list[TreeSpec] = []
     try:
         call = {one.name: one.example() for one in _doubled(arguments)}

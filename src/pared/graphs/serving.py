@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -94,6 +94,8 @@ class Server:
         if served is None and way not in self._ways and len(self._graphs) >= len(self._ways) + _MOST_OTHERS:
             return NotImplemented
         if served is None or not served.is_current():
+            if has_listeners(model):
+                return NotImplemented  # nor is a graph made: they would be called with what has no numbers
             served = self._made(model, way, self._ways.get(way) or arguments_of(bound))
         return served.run(bound, lambda: modules(model, *args, **kwargs))
 
@@ -107,7 +109,7 @@ class Server:
     def reason(self, bound: Bound) -> str:
         """Why no graph serves a call that one should, in words; empty if one does."""
         served = self._graphs.get(way_of(bound))
-        return "" if served is None else served.reason
+        return "a module inside has hooks" if served is None else served.reason
 
 
 class _Served:
@@ -178,11 +180,13 @@ class Watch:
             return False
         if any(children.get(name) is not child for children, name, child in self._children):
             return False
-        root = self._model
-        return not any(
-            one.training or ((one._forward_hooks or one._forward_pre_hooks) and one is not root)
-            for one in self._modules
-        )
+        return not any(one.training for one in self._modules) and not has_listeners(self._model, self._modules)
+
+
+def has_listeners(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> bool:
+    """Whether a module inside has hooks; the model's own run outside of its forward."""
+    inside = model.modules() if modules is None else modules
+    return any((one._forward_hooks or one._forward_pre_hooks) and one is not model for one in inside)
 
 
 def _version(tensor: Tensor) -> int:
