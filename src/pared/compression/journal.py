@@ -7,15 +7,15 @@ counts from the moment its line is complete; its bytes are compared with their c
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import shutil
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final
+
+from filelock import FileLock, Timeout
 
 from pared.compression.entries import entry_of
 from pared.compression.packing import Packed
@@ -26,6 +26,7 @@ from pared.selection import Kept
 FOLDER: Final = ".pared-compress"
 _JOURNAL: Final = "journal.jsonl"
 _DATA: Final = "data"
+_LOCK: Final = "lock"
 _CHUNK: Final = 1 << 22
 
 
@@ -49,22 +50,23 @@ class Journal:
         self.plan: dict[str, Any] | None = None
         with writing_to(directory):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
+            self._lock = _locked(self.folder)  # which closes with the process, however that ends
             try:
                 self._take_over()
             except BaseException:
                 self.__exit__()
                 raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        if self._lock is not None:
-            os.close(self._lock)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()  # nothing was begun
+        with contextlib.suppress(OSError):  # Windows takes it away when it is released
+            (self.folder / _LOCK).unlink()
+        self._lock.release()
+        with contextlib.suppress(OSError):  # there is work in it, or another run has just begun
+            self.folder.rmdir()
 
     def _close(self) -> None:
         for file in (self._journal, self._data):
@@ -118,10 +120,12 @@ class Journal:
             yield file.data[: self.end]
 
     def remove(self) -> None:
-        """Take the folder away."""
+        """Take away all work; the folder goes when the journal is closed."""
         self._close()
         with writing_to(self.folder.parent):
-            shutil.rmtree(self.folder)
+            for path in self.folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
 
     def _open(self) -> None:
         # Without buffers of our own: what is written is with the system, whatever becomes of the process.
@@ -165,26 +169,22 @@ class Journal:
             return None  # a line that was torn: its tensor is done again
 
 
-def _locked(folder: Path) -> int | None:
-    """Hold a folder for this process, as long as it lives and until the descriptor is closed.
+def _locked(folder: Path) -> FileLock:
+    """Hold a folder for this run: two that add to one journal would make an artifact of bytes that belong to neither.
 
-    Two runs that add to one journal would make an artifact of bytes that belong to neither.
+    Raises:
+        FileError: another run holds it.
     """
-    if sys.platform == "win32":
-        return None  # no directory can be opened there
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
+        lock.acquire()
+    except Timeout as error:
         raise FileError(
             "another run writes to this directory",
             where=str(folder.parent),
             remedy="Wait until it has ended, or choose another directory.",
         ) from error
-    return descriptor
+    return lock
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
