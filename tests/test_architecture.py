@@ -47,6 +47,7 @@ ORDER = [
     "readers.folders",
     "readers.live",
     "readers",
+    "naming",
     "selection",
     # any file: no torch
     "views",

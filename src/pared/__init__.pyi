@@ -35,3 +35,5 @@ from .outcome import Outcome as Outcome
 from .outcome import Trial as Trial
 from .registration import register as register
 from .version import __version__ as __version__
+
+__all__: list[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pared.errors import MismatchError
 from pared.formats import Coded, Raw, dtype_name
 from pared.layers import Activation
+from pared.naming import aligned
 from pared.plan import Decision
 from pared.tensors import find_tensors
 
@@ -92,15 +93,18 @@ def completed(model: nn.Module, contents: Contents) -> Contents:
     """Contents with what a checkpoint leaves to the model.
 
     That is which tensors are buffers, further names of those that are tied, and buffers in no state dict. What was made
-    from a model holds all of this already.
+    from a model holds all of this already. Names that differ from the model's by what wrappers put into them, or by one
+    prefix before all, become the model's.
 
     Args:
         model: of the right architecture; on the CPU, or on the meta device if it has no such buffers.
         contents: of an artifact.
     """
+    slots = find_tensors(model)
+    contents = _renamed(contents, [name for slot in slots for name in slot.names])
     held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
     tensors = list(contents.tensors)
-    for slot in find_tensors(model):
+    for slot in slots:
         missing = tuple(name for name in slot.names if name not in held)
         places = {held[name] for name in slot.names if name in held}
         if len(places) == 1:
@@ -111,6 +115,21 @@ def completed(model: nn.Module, contents: Contents) -> Contents:
             because = "a buffer that the state dict leaves out"
             tensors.append(Stored(slot.names, slot.kind, coded, Decision(slot.name, "exact", None, because)))
     return replace(contents, tensors=tuple(tensors))
+
+
+def _renamed(contents: Contents, wanted: Sequence[str]) -> Contents:
+    """The same under the names of a model, where it is clear which is which."""
+    known = aligned([name for stored in contents.tensors for name in stored.names], wanted)
+    if not known:
+        return contents
+    modules = {name.rpartition(".")[0]: new.rpartition(".")[0] for name, new in known.items()}
+    tensors = tuple(
+        replace(stored, names=names, decision=replace(stored.decision, name=names[0]))
+        for stored in contents.tensors
+        for names in [tuple(known[name] for name in stored.names)]
+    )
+    activations = {modules.get(name, name): value for name, value in contents.activations.items()}
+    return replace(contents, tensors=tensors, activations=activations)
 
 
 def _refuse_difference(wanted: set[str], held: set[str]) -> None:

@@ -22,8 +22,8 @@ from pared import calls
 from pared.comparison import Layer
 from pared.errors import ModelError
 from pared.likeness import Likeness, measure
+from pared.naming import unwrapped
 from pared.outputs import leaves_of, tensors_of
-from pared.pairing import unwrapped
 from pared.sources import array_of
 from pared.stats import without_fast_paths
 

@@ -10,6 +10,7 @@ from typing import Final, Literal
 import numpy as np
 
 from pared.likeness import Floats, as_numbers
+from pared.naming import bare
 from pared.readers import Array
 from pared.sources import Piece
 
@@ -32,11 +33,6 @@ class Match:
     layout: Layout = ""
     by: Literal["name", "content"] = "name"
 
-
-# What training wrappers put into names, wherever they wrap.
-_WRAPPERS: Final = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-# Under which names checkpoints hold a model.
-_HOLDERS: Final = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights")
 
 # Tensors are recognized by so many numbers, at places that are the same for all of a shape.
 _SAMPLE: Final = 1024
@@ -63,27 +59,6 @@ def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
     left.match_contents(transposed=True)
     order = {id(piece): i for i, piece in enumerate(first)}
     return sorted(matches, key=lambda match: order[id(match.a)])
-
-
-def bare(name: str) -> str:
-    """A name without what wrappers and checkpoints put into it.
-
-    >>> bare("state_dict/module.encoder._orig_mod.weight")
-    'encoder.weight'
-    """
-    parts = unwrapped(name.replace("/", ".")).split(".")
-    while len(parts) > 1 and parts[0] in _HOLDERS:
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def unwrapped(name: str) -> str:
-    """A dotted name without what wrappers put into it.
-
-    >>> unwrapped("module.encoder._orig_mod"), unwrapped("module")
-    ('encoder', '')
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from pared.naming import HOLDERS, without_wrappers
 from pared.readers import FLOATING, Array, Held, Listing
 
 
@@ -68,11 +69,6 @@ class Selection:
     left_out: tuple[LeftOut, ...]
 
 
-# The entries of checkpoints that hold a model, the likeliest first; one may stand within another.
-_MODELS: Final = (
-    "state_dict", "model_state_dict", "model_state", "model_weights", "model", "module", "net", "network", "weights",
-    "params", "params_ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema",
-)  # fmt: skip
 # Entries, at the top of a checkpoint, of what only training needs.
 _TRAINING: Final = re.compile(
     r"(?i)(.*_)?optim|(.*_)?opt(_state.*)?$|.*optimizer|.*scheduler|(.*_|grad|loss)?scaler|amp$|grad(s|_.*|ients?)?$"
@@ -86,8 +82,6 @@ _IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckp
 _AGAIN: Final = re.compile(r"(.*[./])?_flat_weights/\d+$")
 # The attributes of a module through which a pickle reaches its tensors.
 _ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
-# What wrappers put before every name: DataParallel and its kin, torch.compile.
-_WRAPPERS: Final = ("module.", "_orig_mod.")
 # Intel Neural Compressor 2.x registers the float model beside the one that it has quantized.
 _FLOAT_COPY: Final = "fp32_model."
 _QUANTIZED_COPY: Final = "_model."
@@ -207,7 +201,7 @@ def _innermost(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
     """The tensors of the dictionary that holds the model, with their names in it."""
     while True:
         tops = {name.partition("/")[0] if "/" in name else "" for name, _ in named}
-        main: str | None = next((top for top in _MODELS if top in tops), None)
+        main: str | None = next((top for top in HOLDERS if top in tops), None)
         if len(tops) == 1 and "" not in tops:
             (main,) = tops
         if main is None:
@@ -223,20 +217,18 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
     name = one[0]
     if name.startswith(inside):
         return None
-    if name.partition("/")[0] in _MODELS:
+    if name.partition("/")[0] in HOLDERS:
         return f"another copy of the model, beside {inside!r}", "two-copies"
     return f"it stands beside the model, which is {inside!r}", "ballast"
 
 
 def _one_copy(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
-    """Of a float model and its quantized copy only the former; and no name with what a wrapper puts before all."""
+    """Of a float model and its quantized copy only the former; and no name with what wrappers put into it."""
     if all(any(name.startswith(prefix) for name, _ in named) for prefix in (_FLOAT_COPY, _QUANTIZED_COPY)):
         named = _divided(named, _beside_float_copy, left)
         named = [(name.removeprefix(_FLOAT_COPY), held) for name, held in named]
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name, _ in named):
-            named = [(name.removeprefix(prefix), held) for name, held in named]
-    return named
+    names = without_wrappers([name for name, _ in named])
+    return [(name, held) for name, (_, held) in zip(names, named, strict=True)]
 
 
 def _beside_float_copy(one: _Named) -> _Verdict | None:
