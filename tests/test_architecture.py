@@ -12,6 +12,7 @@ ORDER = [
     # ground: no torch
     "version",
     "errors",
+    "scalars",
     "sizes",
     "progress",
     "parallel",

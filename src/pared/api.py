@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from pared import artifact, calls, curve, plan, search, sensitivity, speed, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
-from pared.config import PostTrainingQuantConfig
+from pared.config import PostTrainingQuantConfig, check_choice
 from pared.container import as_path, find_artifact
 from pared.contents import Contents, Stored, completed
 from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
@@ -31,6 +31,7 @@ from pared.profile import ENGINE_FILE, Profile, profile_beside, this_machine
 from pared.progress import Stages
 from pared.record import record_of
 from pared.registration import check_registered
+from pared.scalars import checked_number
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
 from pared.tensors import Slot, check_modules, check_supported, find_tensors
@@ -150,6 +151,7 @@ def trade_off(
     [True, True]
     """
     conf = PostTrainingQuantConfig() if conf is None else conf
+    points = checked_number("pared.trade_off", "points", points, least=1, whole=True)
     job = _Job.begin(model, conf, calib_dataloader, (eval_func, None), quiet)
     judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
     compressor = job.compressor()
@@ -306,10 +308,13 @@ def tune_speed(
         ParedError: as `load`, and as `fit` for the calibration data.
     """
     _check_model(model, "pared.tune_speed")
+    limit = checked_number(
+        "pared.tune_speed", "calibration_sampling_size", calibration_sampling_size, least=1, whole=True
+    )
     file = find_artifact(as_path(path, "tune_speed"))
     contents = artifact.read(file)
     floats = quantized.decoded(model, completed(model, contents))
-    seen = stats.collect(floats, calib_dataloader, calibration_sampling_size)
+    seen = stats.collect(floats, calib_dataloader, limit)
     found: ModuleT = speed.tuned(floats, contents, seen)
     artifact.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
     return found
@@ -356,9 +361,12 @@ def load(
         MismatchError: it belongs to another architecture.
         ModelError: the engine cannot run the exported graph.
     """
-    _check_choice("memory", memory, get_args(Memory))
-    _check_choice("engine", engine, get_args(Engine))
+    check_choice("pared.load", "memory", memory, get_args(Memory))
+    check_choice("pared.load", "engine", engine, get_args(Engine))
     if engine in SESSIONS:
+        if memory == "small":
+            what = f'memory="small" and engine={engine!r} exclude each other'
+            raise ConfigError(what, where="pared.load", remedy="Leave out one: only PyTorch holds weights in codes.")
         return open_runner(path, engine)
     loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
     if engine == "torch":
@@ -370,15 +378,6 @@ def load(
     else:
         record_of(found).engine_ms = times
     return found
-
-
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(
-            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
-            where="pared.load",
-            remedy="Choose one of them.",
-        )
 
 
 def _check_model(model: nn.Module | None, where: str) -> nn.Module:

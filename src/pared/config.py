@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from torch import nn
 
 from pared.errors import ConfigError
+from pared.scalars import checked_number, plain
 from pared.sizes import parse_size
 
 T = TypeVar("T")
@@ -62,7 +63,12 @@ def _remedy_for_option(option: str, known: list[str]) -> str:
     return f"Did you mean {near[0]!r}?" if near else f"The options are: {', '.join(known)}."
 
 
-def _check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
+def check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse what is none of the choices; True is not 1 here.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         raise ConfigError(
             f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
@@ -71,17 +77,10 @@ def _check_choice(where: str, option: str, value: object, choices: tuple[object,
         )
 
 
-_MOST: Final = 2**63  # what torch takes for a seed, and more than anyone waits
-
-
-def _check_number(where: str, option: str, value: object, *, least: float, whole: bool = False) -> None:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value < _MOST:
-        raise ConfigError(
-            f"{option}={value!r} is not a {'whole ' if whole else ''}number of at least {least:g} and below 2^63",
-            where=where,
-            remedy=f"Pass one number for {option}.",
-        )
+def _make_plain(options: Any) -> None:
+    """Let the fields hold Python's own numbers and truth values, whatever was given."""
+    for field in fields(options):
+        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
 
 
 @_strict_options
@@ -103,9 +102,10 @@ class AccuracyCriterion:
     tolerable_loss: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_choice("AccuracyCriterion", "criterion", self.criterion, ("relative", "absolute"))
-        _check_choice("AccuracyCriterion", "higher_is_better", self.higher_is_better, (True, False))
-        _check_number("AccuracyCriterion", "tolerable_loss", self.tolerable_loss, least=0)
+        _make_plain(self)
+        check_choice("AccuracyCriterion", "criterion", self.criterion, ("relative", "absolute"))
+        check_choice("AccuracyCriterion", "higher_is_better", self.higher_is_better, (True, False))
+        checked_number("AccuracyCriterion", "tolerable_loss", self.tolerable_loss, least=0)
 
     def loss(self, score: float, baseline: float) -> float:
         """What was lost, in the unit of `tolerable_loss`; negative for a gain.
@@ -161,6 +161,7 @@ class Rule:
     because: str = ""
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         where = f"Rule({self.label})"
         is_module = isinstance(self.target, type) and issubclass(self.target, nn.Module)
         is_function = callable(self.target) and not isinstance(self.target, (type, nn.Module))
@@ -222,15 +223,16 @@ class PostTrainingQuantConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         where = "PostTrainingQuantConfig"
-        _check_choice(where, "approach", self.approach, get_args(Approach))
-        _check_choice(where, "device", self.device, ("cpu",))
-        _check_choice(where, "quant_level", self.quant_level, ("auto", 0, 1))
-        _check_number(where, "calibration_sampling_size", self.calibration_sampling_size, least=1, whole=True)
-        _check_number(where, "max_trials", self.max_trials, least=1, whole=True)
-        _check_number(where, "timeout", self.timeout, least=0)
-        _check_number(where, "seed", self.seed, least=0, whole=True)
-        _check_choice(where, "strict", self.strict, (True, False))
+        check_choice(where, "approach", self.approach, get_args(Approach))
+        check_choice(where, "device", self.device, ("cpu",))
+        check_choice(where, "quant_level", self.quant_level, ("auto", 0, 1))
+        checked_number(where, "calibration_sampling_size", self.calibration_sampling_size, least=1, whole=True)
+        checked_number(where, "max_trials", self.max_trials, least=1, whole=True)
+        checked_number(where, "timeout", self.timeout, least=0)
+        checked_number(where, "seed", self.seed, least=0, whole=True)
+        check_choice(where, "strict", self.strict, (True, False))
         if not isinstance(self.accuracy_criterion, AccuracyCriterion):
             raise ConfigError(
                 f"accuracy_criterion is a {type(self.accuracy_criterion).__name__}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from pared.config import AccuracyCriterion
 from pared.errors import EvaluationError
 from pared.outcome import Confirmation
+from pared.scalars import plain
 
 EvalFunc = Callable[[nn.Module], Any]
 
@@ -65,16 +65,17 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
 
 
 def _read(answer: object, name: str) -> Score:
+    if isinstance(answer, (list, tuple)):
+        answer = [plain(one) for one in answer]
+    answer = plain(answer)
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu().double().numpy()
     if isinstance(answer, bool):
         raise _no_number(answer, name)
-    if isinstance(answer, numbers.Real):
-        values = np.array(float(answer))
-    elif isinstance(answer, (list, tuple, np.ndarray)):
+    if isinstance(answer, (int, float, list, np.ndarray)):
         try:
             values = np.asarray(answer, dtype=np.float64)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise _no_number(answer, name) from None
     else:
         raise _no_number(answer, name)

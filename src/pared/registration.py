@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pared.errors import ConfigError
 from pared.layers import LAYERS, Layer
+from pared.scalars import plain
 from pared.tensors import registered
 from pared.views import OWN_ROWS
 
@@ -113,7 +114,7 @@ def _are_names(names: object) -> bool:
 
 
 def _dimensions(value: int | Sequence[int], where: str) -> tuple[int, ...]:
-    found = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    found = tuple(map(plain, value)) if isinstance(value, (list, tuple)) else (plain(value),)
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in found):
         raise ConfigError(
             f"rows={value!r} are no dimensions",

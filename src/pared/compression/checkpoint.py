@@ -35,6 +35,7 @@ from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
 from pared.readers import ELEMENTS, Listing
+from pared.scalars import plain
 from pared.selection import Kept, LeftOut, file_of, select
 from pared.sizes import parse_size
 from pared.version import __version__
@@ -103,7 +104,7 @@ def compress(
     path: str | os.PathLike[str],
     directory: str | os.PathLike[str],
     *,
-    bits: float = INT8_BITS,
+    bits: float | None = None,
     max_size: int | str | None = None,
     quiet: bool = True,
 ) -> Path:
@@ -116,8 +117,8 @@ def compress(
         path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; or a folder of Hugging Face, whose
             other files are copied too. Of what only training needs, and of copies, nothing is kept.
         directory: where `best_model.pt` is written; made if it is missing.
-        bits: that the coded weights of each tensor take, above 0 and below 16, or 16 for float16. At 8, the default,
-            each row has the finest int8 step.
+        bits: that the coded weights of each tensor take, above 0 and below 16, or 16 for float16. At 8, the default
+            where there is no `max_size`, each row has the finest int8 step.
         max_size: instead of bits, the most bytes the file may take: 12000000, "12MB" or "12MiB".
         quiet: show no progress.
 
@@ -136,31 +137,30 @@ def run(
     path: str | os.PathLike[str],
     directory: str | os.PathLike[str],
     *,
-    bits: float = INT8_BITS,
+    bits: float | None = None,
     max_size: int | str | None = None,
     quiet: bool = False,
 ) -> Outcome:
     """What `compress` does, and what it came to."""
     began = time.perf_counter()
     source, output = as_path(path, "compress"), as_path(directory, "compress")
-    _check(bits, max_size)
+    rate, size = _checked(bits, max_size)
     _check_places(source, output)
     with readers.open_listing(source) as listing:
         chosen = select(listing)
         _check_kept(chosen.kept, listing)
         make_directory(output)
-        size = None if max_size is None else parse_size(max_size)
-        depends = _depends(source, listing, chosen.kept, bits, size)
+        depends = _depends(source, listing, chosen.kept, rate, size)
         with Journal(output, depends) as journal:
             resumed = len(journal.entries)
             if resumed:
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(listing, chosen.kept, journal, quiet)
-            work.at_rate(bits) if size is None else work.within(size)
+            work.at_rate(rate) if size is None else work.within(size)
             names = tuple(companions.companions(source, output)) if source.is_dir() else ()
             companions.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
-            index = _index(journal, bits, size).to_bytes()
+            index = _index(journal, rate, size).to_bytes()
             _check_readable(index, journal)
             write_atomic(
                 target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
@@ -277,18 +277,20 @@ def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, 
     return {"source": str(source.resolve()), "files": stats, "tensors": tensors, **asked}
 
 
-def _check(bits: float, max_size: int | str | None) -> None:
-    number = isinstance(bits, int | float) and not isinstance(bits, bool)
-    if not number or not (0 < bits < FLOAT_BITS or bits == FLOAT_BITS):
+def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int | None]:
+    """The rate, which counts only without a size; and the size in bytes."""
+    if max_size is not None:
+        if bits is not None:
+            raise ConfigError("bits and max_size exclude each other", where="compress", remedy="Give one of them.")
+        return INT8_BITS, parse_size(max_size)
+    rate = INT8_BITS if bits is None else plain(bits)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not (0 < rate < FLOAT_BITS or rate == FLOAT_BITS):
         raise ConfigError(
             f"bits={bits!r} is no rate",
             where="compress",
             remedy="Use a number above 0 and below 16, or 16 for float16.",
         )
-    if max_size is not None and bits != INT8_BITS:
-        raise ConfigError("bits and max_size exclude each other", where="compress", remedy="Give one of them.")
-    if max_size is not None:
-        parse_size(max_size)
+    return rate, None
 
 
 def _check_places(source: Path, output: Path) -> None:
