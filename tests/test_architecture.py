@@ -15,6 +15,7 @@ ORDER = [
     "scalars",
     "sizes",
     "progress",
+    "switches",
     "parallel",
     "entropy",
     "container.allowance",

@@ -25,7 +25,7 @@ from pared.likeness import Likeness, measure
 from pared.naming import unwrapped
 from pared.outputs import leaves_of, tensors_of
 from pared.sources import array_of
-from pared.stats import without_fast_paths
+from pared.switches import DRAWING, WITHOUT_FAST_PATHS
 
 # Of larger tensors within the model so many numbers are compared, at places chosen once. Outputs of the whole model
 # are compared in full.
@@ -73,7 +73,7 @@ def follow(
         ModelError: `b` raises on a call that `a` has served.
     """
     pursuit = _Pursuit(a, b)
-    with _as_they_were(a, b), without_fast_paths(), pursuit.hooked():
+    with DRAWING, _as_they_were(a, b), WITHOUT_FAST_PATHS, pursuit.hooked():
         calls.run(a, inputs, limit=_EVERYTHING, name="inputs")
     layers = _with_drops(pursuit.tracks, pursuit.inside)
     return pursuit.outputs, layers, _parting(layers)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pared.layers import layer_of
-from pared.stats import Call, without_fast_paths
+from pared.stats import Call
+from pared.switches import WITHOUT_FAST_PATHS
 from pared.ways import bind, parameters_of
 
 # What a part takes of the model's time, at least: else it is not worth a graph of its own; and at most: else it is the
@@ -38,7 +39,7 @@ def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
         return {}
     handles = [handle for name, watch in watches.items() for handle in watch.over(model.get_submodule(name))]
     try:
-        with torch.inference_mode(), without_fast_paths():
+        with torch.inference_mode(), WITHOUT_FAST_PATHS:
             start = time.perf_counter()
             model(*call.args, **call.kwargs)
             total = time.perf_counter() - start

@@ -11,13 +11,13 @@ from __future__ import annotations
 import io
 import pickletools
 import sys
-import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from pared.container import DAMAGED, Allowance
 from pared.errors import CorruptError, UnsafeError
+from pared.switches import ignoring
 
 _SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any allowance
 _MOST_FOREIGN: Final = 1000  # names beyond these are not collected
@@ -101,8 +101,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
     stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), allowance)
     try:
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with ignoring(DeprecationWarning):
             machine.run(stream)
         return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
     except UnsafeError:  # which is a ValueError too

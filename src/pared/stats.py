@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -22,6 +21,7 @@ from pared.kernels.outliers import Outliers
 from pared.layers import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.ranges import narrowed
+from pared.switches import WITHOUT_FAST_PATHS
 from pared.tensors import ModuleT, clone_structure
 
 
@@ -123,7 +123,7 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
         copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
     recorder = _Recorder(limit)
     copied.register_forward_hook(recorder, with_kwargs=True)
-    with without_fast_paths():
+    with WITHOUT_FAST_PATHS:
         samples = calls.run(copied, calibration, limit)
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
@@ -135,17 +135,6 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
         tuple(recorder.energies_of_calls),
         tuple(recorder.samples_of_calls),
     )
-
-
-@contextlib.contextmanager
-def without_fast_paths() -> Iterator[None]:
-    """Let transformer layers call their parts, whose inputs would be unseen in one fused operator."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def shadow(model: ModuleT) -> ModuleT:

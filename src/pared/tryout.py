@@ -17,7 +17,8 @@ from pared.layers import layer_of, stand_in, weights_of
 from pared.outputs import Leaf, leaves_of
 from pared.plan import DEFAULT_BITS, Decision, encode
 from pared.sensitivity import InputNoise
-from pared.stats import Call, Statistics, shadow, without_fast_paths
+from pared.stats import Call, Statistics, shadow
+from pared.switches import WITHOUT_FAST_PATHS
 from pared.tensors import Slot
 
 _MOST_CALLS: Final = 4
@@ -50,7 +51,7 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
     ]
     candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
-    with torch.no_grad(), without_fast_paths():
+    with torch.no_grad(), WITHOUT_FAST_PATHS:
         return {next(iter(one.weights.values())).name: InputNoise(0.0, _lost(model, one, calls)) for one in candidates}
 
 

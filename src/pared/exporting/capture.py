@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -16,17 +14,20 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pared.errors import ConfigError, ModelError
 from pared.exporting.signature import Input, Signature, output_names, signature_of, tensors_of
+from pared.switches import CAPTURING, ignoring, quiet_loggers
 
 log = logging.getLogger(__name__)
 
 OPSET: Final = 21  # the first whose DequantizeLinear takes int16
 _PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
 
+# What the exporter says of packages that are not installed, and of sizes that are fixed, which the file's inputs show.
 _SPEAKERS: Final = (
     "torch.onnx",
     "torch.onnx._internal.exporter._registration",
-    "torch._export.non_strict_utils",  # the file's inputs show what is fixed
+    "torch._export.non_strict_utils",
 )
+_QUIETLY: Final = quiet_loggers(_SPEAKERS, logging.ERROR)
 
 Dynamic = bool | Mapping[str, Any]
 
@@ -159,7 +160,7 @@ def _dimensions(call: Any, dynamic: Dynamic, signature: Signature) -> list[Any]:
 
 def _program(flat: _Flat, tensors: list[Tensor], dimensions: list[Any]) -> Any:
     shapes = {"tensors": tuple(dimensions)} if any(one is not None for one in dimensions) else None
-    with _quiet(), torch.no_grad():
+    with CAPTURING, ignoring(), _QUIETLY, torch.no_grad():
         try:
             return torch.export.export(flat, tuple(tensors), dynamic_shapes=shapes, strict=False)
         except Exception as error:
@@ -169,7 +170,7 @@ def _program(flat: _Flat, tensors: list[Tensor], dimensions: list[Any]) -> Any:
 def _translated(program: Any, signature: Signature) -> Any:
     names = [name for argument in signature.arguments for name in argument.inputs]
     outputs = [name if name not in names else f"{name}_out" for name in output_names(signature.outputs)]
-    with _quiet(), torch.no_grad():
+    with CAPTURING, ignoring(), _QUIETLY, torch.no_grad():
         try:
             made = torch.onnx.export(
                 program,
@@ -249,19 +250,3 @@ def _as_matmul(node: Any) -> None:
     node.prepend(made)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     node.graph.remove(node, safe=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of packages that are not installed, and of its own deprecated parts."""
-    speakers = [logging.getLogger(name) for name in _SPEAKERS]
-    levels = [one.level for one in speakers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for one in speakers:
-                one.setLevel(logging.ERROR)
-            yield
-        finally:
-            for one, level in zip(speakers, levels, strict=True):
-                one.setLevel(level)

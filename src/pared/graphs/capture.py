@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,14 +13,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from pared.errors import ModelError
-from pared.layers.counterpart import CAPTURING
-from pared.stats import without_fast_paths
+from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
 from pared.ways import Argument
 
 _PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
 _REMEDY: Final = "Nothing needs to be done: its modules run instead."
 # What says that an input may be of another size, or has a hand in what is captured; both are expected here.
 _SPEAKERS: Final = ("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+_QUIETLY: Final = quiet_loggers(_SPEAKERS, logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -146,17 +145,10 @@ def _doubled(arguments: Sequence[Argument]) -> list[Argument]:
 def _exported(flat: _Flat) -> Any:
     tensors = tuple(value for value in flat._call.values() if type(value) is Tensor)
     dimensions = tuple(dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors)
-    levels = {name: logging.getLogger(name).level for name in _SPEAKERS}
-    with CAPTURING, warnings.catch_warnings(), without_fast_paths(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch's own deprecated parts
-        try:
-            for name in _SPEAKERS:
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            program = torch.export.export(flat, tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-            return program.run_decompositions({}) if _writes(program.graph) else program
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+    # Torch warns of its own deprecated parts.
+    with CAPTURING, ignoring(), _QUIETLY, WITHOUT_FAST_PATHS, torch.no_grad():
+        program = torch.export.export(flat, tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
+        return program.run_decompositions({}) if _writes(program.graph) else program
 
 
 def _writes(graph: fx.Graph) -> bool:

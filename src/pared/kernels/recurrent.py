@@ -7,8 +7,6 @@ on one grid of their own range: a state lies within (-1, 1) and needs no calibra
 from __future__ import annotations
 
 import functools
-import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -20,13 +18,13 @@ from torch import Tensor
 from pared.kernels.activation import Range, quantize_reference, tensor_range
 from pared.kernels.machine import FULL_LEVELS, levels_for
 from pared.kernels.machine import available as products_available
+from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]
 
 # Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took
 # 0.90 to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both, up to 1.8.
 _ENGINES: Final = ("onednn", "fbgemm")
-_engine_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +75,8 @@ def pack(weights: Weights) -> Any:
 def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor, engine: str) -> Any:
     """A weight in an engine's own form: PyTorch asks a global setting for which, and the form remembers it."""
     weight = _as_quantized(codes, steps)
-    with _engine_lock:
-        before = torch.backends.quantized.engine
-        torch.backends.quantized.engine = engine
-        try:
-            return torch.ops.quantized.linear_prepack(weight, bias)
-        finally:
-            torch.backends.quantized.engine = before
+    with quantized_engine(engine):
+        return torch.ops.quantized.linear_prepack(weight, bias)
 
 
 def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
@@ -92,8 +85,7 @@ def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
     PyTorch means to drop it one day: `available` will then say so, and layers run in float.
     """
     zeros = torch.zeros(len(codes), dtype=torch.int64, device="cpu")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+    with ignoring(UserWarning, "torch.quantize_per_tensor"):
         made: Tensor = torch._make_per_channel_quantized_tensor(codes.contiguous(), steps.double(), zeros, 0)
     return made
 

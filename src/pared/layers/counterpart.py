@@ -27,13 +27,11 @@ from pared.layers.activation import Activation
 from pared.layers.dispatch import KERNELS, OUTPUTS
 from pared.layers.halves import cast_floats, first_dtype
 from pared.layers.registry import float_class, layer_of
+from pared.switches import CAPTURING
 from pared.tensors import clone_structure, refresh_recurrent
 from pared.views import View
 
 log = logging.getLogger(__name__)
-
-
-CAPTURING = threading.RLock()  # held while a graph of a quantized model is captured
 
 
 class _Running(threading.local):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from pared.errors import ConfigError
+from pared.switches import ignoring
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,9 +162,8 @@ class Sheet:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         buffer = io.BytesIO()
-        with warnings.catch_warnings():
-            # The browser has fonts of its own: it does not matter what the library's font lacks.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        # The browser has fonts of its own: it does not matter what the library's font lacks.
+        with ignoring(UserWarning, "Glyph .* missing from"):
             # Not savefig, which draws everything twice.
             canvas: Any = FigureCanvasSVG(self.figure)  # its method has no types
             canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date")))
