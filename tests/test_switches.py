@@ -81,7 +81,7 @@ class Blocks(nn.Module):
         self.head = nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.encoder(x))[0])  # type: ignore[no-any-return]  # modules return Any
+        return self.head(self.lstm(self.encoder(x))[0])
 
 
 MODEL, OTHER = Blocks(), Blocks()
@@ -120,7 +120,7 @@ def test_eight_threads_load_and_call_for_the_first_time(tmp_path: Path) -> None:
     def first_call(i: int) -> Tensor:
         model = loaded if i % 2 else pared.load(path, model=MODEL)
         with torch.no_grad():
-            return model(DATA[0])  # type: ignore[no-any-return]  # modules return Any
+            return model(DATA[0])
 
     assert all(torch.equal(found, expected) for found in in_threads(first_call))
 
