@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 
 import pared
 from pared.compression import checkpoint, expansion
-from pared.container import make_directory, write_atomic
+from pared.container import as_path, make_directory, write_atomic
 from pared.errors import ConfigError, ParedError, printable
 from pared.reporting import facts, page
 from pared.reporting.drawing import require_library
@@ -103,7 +103,7 @@ def fit(
     if curve:
         require_library()
     if output is not None and not dry_run:
-        make_directory(output)  # before hours of work, not after
+        make_directory(as_path(output, "-o"))  # before hours of work, not after
     conf = pared.PostTrainingQuantConfig(
         accuracy_criterion=pared.AccuracyCriterion(**criterion),
         **_given(
@@ -230,7 +230,7 @@ def inspect_file(
         )
     if html is not None:
         require_library()
-        if html.exists() and html.samefile(path):
+        if as_path(html, "--html").exists() and as_path(path, "inspect").exists() and html.samefile(path):
             raise ConfigError("is the file itself", where=str(html), remedy="Choose another place for the page.")
     ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
     if html is not None:

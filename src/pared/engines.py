@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from pared.container import as_path
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
 from pared.exporting import ARTIFACT, ONNX_FILE, SIGNATURE, Signature, checksum_beside, need
 
@@ -173,7 +174,7 @@ def open_runner(directory: str | Path, engine: str) -> Runner:
         FileError: there is no export, or it belongs to another artifact than the one beside it.
         ModelError: the runtime cannot run the graph.
     """
-    path = Path(directory)
+    path = as_path(directory, "load")
     if path.suffix != ".onnx":
         path = (path if path.is_dir() else path.parent) / ONNX_FILE
     runner = Runner(path, engine)

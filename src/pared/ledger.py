@@ -170,7 +170,7 @@ def inspect(target: object, *, depth: Depth = "default") -> Ledger:
             f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
         )
     if isinstance(target, str | os.PathLike):
-        return _of_path(Path(target), depth)
+        return _of_path(container.as_path(target, "inspect"), depth)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
         return _of_model(target)

@@ -336,11 +336,11 @@ def profile_beside(artifact: Path) -> Profile:
     """The measured choices of kernels in `engine.json`, if they hold for this machine; else none."""
     file = artifact.with_name(ENGINE_FILE)
     machine = this_machine()
-    if not file.is_file():
-        return Profile(machine)
     try:
+        if not file.is_file():
+            return Profile(machine)
         profile = Profile.from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("%s cannot be read (%s): every layer that may run in int8 does", file, error)
         return Profile(machine)
     if profile.machine != machine:

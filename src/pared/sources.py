@@ -81,7 +81,7 @@ def open_source(target: object, where: str) -> Iterator[Source]:
         CorruptError, UnsafeError, VersionError: as `inspect`.
     """
     if isinstance(target, str | os.PathLike):
-        with _open_path(Path(target)) as source:
+        with _open_path(container.as_path(target, where)) as source:
             yield source
     elif hasattr(type(target), "_pared_ledger"):
         with container.open_records(_artifact_of(target), type(target).__name__) as records:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pared import artifact
 from pared import model as quantized
-from pared.container import find_artifact, make_directory, write_atomic
+from pared.container import find_artifact, make_directory, reading, write_atomic
 from pared.errors import ConfigError, FileError
 from pared.evaluate import Score
 from pared.outcome import Trial
@@ -138,7 +138,7 @@ class Workspace:
             return None
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _damaged(path, error) from error
         if not isinstance(data, dict):
             raise _damaged(path, "no mapping")
@@ -152,14 +152,15 @@ class Workspace:
         path = self._directory / _TRIALS
         if not path.is_file():
             return []
-        data = path.read_bytes()
+        with reading(path):
+            data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if whole != data:
             log.info("%s: the last line is torn; its trial is made again", path)
             write_atomic(path, lambda file: file.write(whole))
         try:
             return [Trial.from_json(json.loads(line)) for line in whole.splitlines()]
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error
 
 

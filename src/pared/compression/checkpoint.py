@@ -27,6 +27,7 @@ from pared.container import (
     make_directory,
     open_file,
     parse_index,
+    reading,
     records_of,
     write_atomic,
     write_torch,
@@ -266,12 +267,13 @@ def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, 
     """What the bytes of the artifact depend on, so that a journal of other work is known as such."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     used = {key.rpartition("/")[0] for key in listing.storages} if source.is_dir() else set()
-    stats = [
-        [file.name, stat.st_size, stat.st_mtime_ns]
-        for file in files
-        if file.is_file() and (not used or file.relative_to(source).as_posix() in used)
-        for stat in [file.stat()]
-    ]
+    with reading(source):
+        stats = [
+            [file.name, stat.st_size, stat.st_mtime_ns]
+            for file in files
+            if file.is_file() and (not used or file.relative_to(source).as_posix() in used)
+            for stat in [file.stat()]
+        ]
     tensors = zlib.crc32(repr([(one.names, one.held) for one in kept]).encode())
     asked = {"bits": bits, "max_size": size, "version": f"{__version__}/{_VERSION}"}
     return {"source": str(source.resolve()), "files": stats, "tensors": tensors, **asked}
@@ -296,7 +298,8 @@ def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int
 def _check_places(source: Path, output: Path) -> None:
     """See that the source is none of ours and is not written over."""
     target = output / FILE_NAMES["pt"]
-    if source.exists() and (source.resolve() == output.resolve() or source.resolve() == target.resolve()):
+    real = os.path.realpath(source)  # which never raises
+    if source.exists() and real in (os.path.realpath(output), os.path.realpath(target)):
         raise ConfigError("is the source itself", where=str(output), remedy="Choose another directory to write to.")
     artifact = artifact_in(source)
     if artifact.is_file():

@@ -29,12 +29,12 @@ def companions(folder: Path, output: Path) -> Iterator[str]:
         folder: of the source.
         output: what is in here is left out, should it be within the folder.
     """
+    destination = os.path.realpath(output)
     for place, directories, names in os.walk(folder):
         here = Path(place)
         # Hidden folders hold caches and histories.
-        directories[:] = sorted(
-            name for name in directories if not name.startswith(".") and (here / name).resolve() != output.resolve()
-        )
+        seen = (name for name in directories if not name.startswith("."))
+        directories[:] = sorted(name for name in seen if os.path.realpath(here / name) != destination)
         for name in sorted(names):
             path = here / name
             if not name.startswith(".") and path.is_file() and (_LAYER.match(here.name) or not _is_weights(name)):

@@ -25,6 +25,7 @@ from pared.container import (
     open_records,
     parse_index,
     write_atomic,
+    writing_to,
 )
 from pared.decoding import decode
 from pared.errors import ConfigError, printable
@@ -106,7 +107,7 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
     source, place = find_artifact(as_path(path, "expand")), as_path(output, "expand")
     folder = place.parent if place.suffix == ".safetensors" else place
     target = place if place.suffix == ".safetensors" else place / WEIGHTS
-    if target.resolve() == source.resolve():
+    if os.path.realpath(target) == os.path.realpath(source):  # which never raises
         raise ConfigError("is the artifact itself", where=str(target), remedy="Choose another place to write to.")
     with open_records(source) as records:
         entries = parse_index(records).entries
@@ -125,7 +126,7 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
             write_atomic(target, write)
         source_nbytes = records.nbytes
     names = tuple(companions.companions(source.parent, folder)) if folder is place else ()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
+    with writing_to(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
         companions.copy(source.parent, names, folder, Path(within))
     return Expanded(
         target,

@@ -190,7 +190,7 @@ def _locked(folder: Path) -> FileLock:
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}  # a line that was torn
     return found if isinstance(found, dict) else {}
 

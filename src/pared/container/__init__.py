@@ -3,7 +3,16 @@
 from pared.container.allowance import Allowance
 from pared.container.checks import DAMAGED, Place
 from pared.container.envelope import FILE_NAMES, Records, artifact_in, find_artifact, kind_of, open_records, records_of
-from pared.container.files import File, as_path, forget, make_directory, open_file, write_atomic, writing_to
+from pared.container.files import (
+    File,
+    as_path,
+    forget,
+    make_directory,
+    open_file,
+    reading,
+    write_atomic,
+    writing_to,
+)
 from pared.container.index import ALIGNMENT, ITEM_SIZES, STEP_INDEXES, VERSION, Entry, Index, Part, start_of
 from pared.container.parse import parse_entry, parse_index
 from pared.container.parts import LARGEST_CONSTANT
@@ -54,6 +63,7 @@ __all__ = [
     "parse_index",
     "read_archive",
     "read_header",
+    "reading",
     "records_of",
     "start_of",
     "torch_folder",

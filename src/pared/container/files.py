@@ -21,16 +21,21 @@ from pared.errors import ConfigError, FileError
 
 
 def as_path(value: object, where: str) -> Path:
-    """What a caller gave for a path.
+    """What a caller gave for a path, of which the system says what is there, if anything is.
 
     Raises:
         ConfigError: it is none.
+        FileError: the system refuses it: a name too long, links in a circle, a directory that may not be searched.
 
     >>> as_path("models", "save").name
     'models'
     """
-    if isinstance(value, (str, os.PathLike)):
-        return Path(value)
+    named = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(named, str):
+        path = Path(named)
+        with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        return path
     raise ConfigError(f"expected a path, got {type(value).__name__}", where=where, remedy="Pass a string or a Path.")
 
 
@@ -102,8 +107,23 @@ def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
             stream.close()
             raise
     except OSError as error:
-        why = error.strerror or str(error)
-        raise FileError(f"cannot be read: {why}", where=where, remedy="Check the path and its permissions.") from error
+        raise _unreadable(where, error) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says about a path that cannot be read into an error of ours."""
+    try:
+        yield
+    except FileError:  # which is a ValueError too
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that no system has, with a NUL in it for instance
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(where: str, error: OSError | ValueError) -> FileError:
+    why = getattr(error, "strerror", None) or str(error)
+    return FileError(f"cannot be read: {why}", where=where, remedy="Check the path and its permissions.")
 
 
 def forget(view: memoryview) -> None:

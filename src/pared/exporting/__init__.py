@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import nn
 
 from pared.calls import bind
-from pared.container import as_path, find_artifact, make_directory
+from pared.container import as_path, find_artifact, make_directory, reading, writing_to
 from pared.contents import Contents
 from pared.errors import ConfigError, FileError
 from pared.exporting.capture import Dynamic, capture, shape_of
@@ -125,7 +125,8 @@ def checksum_beside(path: Path) -> str:
         file = find_artifact(path.parent)
     except FileError:
         return ""
-    return f"{zlib.crc32(file.read_bytes()):08x}"
+    with reading(file):
+        return f"{zlib.crc32(file.read_bytes()):08x}"
 
 
 def _write(model: Any, path: Path) -> int:
@@ -135,7 +136,7 @@ def _write(model: Any, path: Path) -> int:
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     beside = f"{path.name}.data" if size > _INLINE_BYTES else None
-    with tempfile.TemporaryDirectory(prefix=".pared-", dir=path.parent) as folder:
+    with writing_to(path.parent), tempfile.TemporaryDirectory(prefix=".pared-", dir=path.parent) as folder:
         made = Path(folder) / path.name
         onnx_ir.save(model, made, external_data=beside)
         onnx.checker.check_model(str(made))

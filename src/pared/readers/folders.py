@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from pared import container
-from pared.container import Allowance, Place
+from pared.container import Allowance, Place, reading
 from pared.errors import FileError
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
@@ -112,14 +112,17 @@ def _sizes(folder: Path) -> dict[str, int]:
             raise FileError(
                 f"holds more than {_MOST_FILES:,} files", where=str(folder), remedy="Pass the folder of one model."
             )
-        found[path.relative_to(folder).as_posix()] = path.stat().st_size
+        with reading(path):
+            found[path.relative_to(folder).as_posix()] = path.stat().st_size
     return dict(sorted(found.items()))
 
 
 def _files(folder: Path) -> Iterator[Path]:
     """Links to files are followed, as the cache of Hugging Face has them; links to directories are not."""
     for directory, _, names in os.walk(folder):
-        yield from (path for name in names if (path := Path(directory) / name).is_file())
+        with reading(Path(directory)):
+            found = [path for name in names if (path := Path(directory) / name).is_file()]
+        yield from found
 
 
 def _index(path: Path, sizes: Mapping[str, int]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from pared.container import write_atomic
+from pared.container import as_path, write_atomic
 from pared.errors import printable
 from pared.ledger import Row
 from pared.reporting import charts
@@ -40,7 +40,7 @@ def write(facts: Facts, path: str | Path) -> None:
         FileError: the file cannot be written.
     """
     data = render(facts).encode()
-    write_atomic(Path(path), lambda file: file.write(data))
+    write_atomic(as_path(path, "report"), lambda file: file.write(data))
 
 
 def render(facts: Facts) -> str:
