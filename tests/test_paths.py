@@ -113,9 +113,9 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
 # What is there, and nothing that can be read.
 UNREADABLE: dict[str, Callable[[Path], Any]] = {
     "missing": lambda folder: folder / "missing",
-    "a broken link": lambda folder: (folder / "link").symlink_to(folder / "gone") or folder / "link",
-    "an empty file": lambda folder: ((folder / "empty").write_bytes(b"") and None) or folder / "empty",
-    "an empty folder": lambda folder: (folder / "folder").mkdir() or folder / "folder",
+    "a broken link": broken,
+    "an empty file": empty_file,
+    "an empty folder": lambda folder: folder,
     "no Unicode": text,
     "a device": lambda folder: Path("/dev/zero"),
 }
