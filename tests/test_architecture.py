@@ -151,9 +151,9 @@ ORDER = [
     # work
     "evaluate",
     "workspace",
+    "workshop",
     "search",
     "curve",
-    "workshop",
     "parts",
     "speed",
     "sources",

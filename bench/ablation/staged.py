@@ -122,7 +122,7 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
         own_moments: round with the moments of the compressed inputs, in place of those of gradients.
     """
     for contents, offer in zip(base.contents, base.offers, strict=True):
-        options = base.compressor._choice(offer).options
+        options = offer.choice.options
         free = {one.slot.name: (one, o) for one, o in zip(base.compressor._free, options, strict=True)}
         walk, coded = _Walk(known, contents), {stored.name: stored.coded for stored in contents.tensors}
         for linears in walk.start():

@@ -37,7 +37,7 @@ from pared.tensors import Slot, check_modules, check_supported, find_tensors
 from pared.tryout import try_modules
 from pared.version import __version__
 from pared.views import view_of
-from pared.workshop import Compressor, provenance
+from pared.workshop import DEFAULT_DAMAGE, Compressor, provenance
 from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def fit(
         alone: ModuleT = job.timed(job.without_evaluation())
         return alone
     compressor = job.compressor()
-    start = search.DEFAULT_DAMAGE
+    start = DEFAULT_DAMAGE
     if conf.quant_level == 0:
         start = compressor.cap()
     records = Workspace(directory, job.fingerprint()) if directory is not None else None
@@ -217,9 +217,9 @@ class _Job:
         compressor = self.compressor()
         with self.stages.stage("rounding weights"):
             if self.max_size is None:
-                if compressor.least > search.DEFAULT_DAMAGE:
+                if compressor.least > DEFAULT_DAMAGE:
                     log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
-                offer = compressor.offer(max(search.DEFAULT_DAMAGE, compressor.least))
+                offer = compressor.offer(max(DEFAULT_DAMAGE, compressor.least))
             else:
                 offer = compressor.offer_bytes(self.max_size)
             built: nn.Module = compressor.build(offer)

@@ -25,7 +25,6 @@ from pared.layers import Activation
 from pared.plan import Decision, Plan, Treatment
 from pared.profile import Profile, this_machine
 from pared.rounding import Codes, Curve, Target, make_target, solve, trace
-from pared.search import DEFAULT_DAMAGE, Offer
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics
 from pared.tensors import Slot
@@ -34,7 +33,10 @@ from pared.views import View, view_of
 
 log = logging.getLogger(__name__)
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
+
+# Where a search begins, and what a model costs that nobody evaluates: a thousandth of the output's energy.
+DEFAULT_DAMAGE: Final = 1e-3
 
 # Of the damage asked for, the share that rounding the inputs of layers may do: it buys speed, but no bytes.
 ACTIVATION_SHARE: Final = 0.1
@@ -81,8 +83,30 @@ class Free:
         return Decision(self.slot.name, treatment, None, _WHY_FLOAT[treatment], damage)
 
 
-class Compressor(Generic[ModuleT]):
-    """See `search.Workshop`, which this is.
+@dataclass(frozen=True)
+class Offer:
+    """A model that can be built: the format of every tensor, and what is predicted of it.
+
+    Args:
+        choice: the option of each tensor whose step is free.
+        damage: predicted: the expected share of the output's energy that is lost, activations included; above 0.
+        nbytes: planned, of `best_model.pt`.
+    """
+
+    choice: Choice
+    damage: float
+    nbytes: int
+
+    @property
+    def price(self) -> float:
+        """The damage per byte at which the choice is optimal."""
+        return self.choice.price
+
+
+class Compressor(Generic[ModuleT_co]):
+    """Makes quantized models of any damage or size from one set of statistics.
+
+    `least` and `most` are the damages of the finest and of the smallest model on offer.
 
     Args:
         model: the float model; it is left as it is.
@@ -95,7 +119,7 @@ class Compressor(Generic[ModuleT]):
 
     def __init__(
         self,
-        model: ModuleT,
+        model: ModuleT_co,
         slots: Sequence[Slot],
         conf: PostTrainingQuantConfig,
         seen: Statistics | None,
@@ -120,7 +144,6 @@ class Compressor(Generic[ModuleT]):
         self._free = [trace_slot(slot, known[slot.name], strict=conf.strict) for slot in free]
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
-        self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
         self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
@@ -167,9 +190,7 @@ class Compressor(Generic[ModuleT]):
                 planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
         if best is None:
             raise self._too_small(nbytes)
-        offer = self._offered(best, best.damage / (1 - self._share))
-        self._exact[offer] = best
-        return offer
+        return self._offered(best, best.damage / (1 - self._share))
 
     def _too_small(self, nbytes: int) -> ConfigError:
         coarsest = allocate.choose(self._options, allocate.ends(self._options)[1])
@@ -187,10 +208,7 @@ class Compressor(Generic[ModuleT]):
         return ACTIVATION_SHARE if self._conf.approach == "auto" else _WISHED_SHARE
 
     def _offered(self, choice: Choice, damage: float) -> Offer:
-        return Offer(choice.price, damage, round(choice.nbytes + self._overhead))
-
-    def _choice(self, offer: Offer) -> Choice:
-        return self._exact.get(offer) or allocate.choose(self._options, offer.price)
+        return Offer(choice, damage, round(choice.nbytes + self._overhead))
 
     def _stored(self, choice: Choice) -> tuple[Stored, ...]:
         """Every tensor in its format; what an earlier call has rounded alike is not rounded again."""
@@ -236,19 +254,19 @@ class Compressor(Generic[ModuleT]):
         budget = float("inf") if obeyed else damage * share / (1 - share)
         return choose_activations(candidates, self._conf.approach, self._noise, budget)
 
-    def build(self, offer: Offer) -> ModuleT:
+    def build(self, offer: Offer) -> ModuleT_co:
         """The quantized model of an offer.
 
         Layers that may run in int8 do: which kernels are fastest is no part of what is scored, so that the same search
         gives the same file on a busy machine.
         """
-        choice = self._choice(offer)
+        choice = offer.choice
         contents = self._contents(self._stored(choice), choice.damage)
         return quantized.assemble(self._model, contents, Profile(this_machine()))
 
     def blame(self, offer: Offer) -> list[tuple[str, float]]:
         """Tensors and activations by falling share of the damage."""
-        choice = self._choice(offer)
+        choice = offer.choice
         costs = {
             one.slot.name: float(one.options.damage[option])
             for one, option in zip(self._free, choice.options, strict=True)
