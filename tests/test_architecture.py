@@ -150,6 +150,7 @@ ORDER = [
     "registration",
     # work
     "evaluate",
+    "options",
     "workspace",
     "workshop",
     "search",

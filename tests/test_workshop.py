@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 import pared
-from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule, allocate, artifact, sensitivity, stats, workshop
+from pared import (
+    AccuracyCriterion,
+    PostTrainingQuantConfig,
+    Rule,
+    allocate,
+    artifact,
+    options,
+    sensitivity,
+    stats,
+    workshop,
+)
 from pared import model as quantized
 from pared.record import record_of
 from pared.rounding import solve
@@ -36,12 +46,12 @@ class Net(nn.Module):
 BATCHES = [torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
 
-def compressor(**options: Any) -> Compressor[Net]:
+def compressor(**settings: Any) -> Compressor[Net]:
     torch.manual_seed(0)
     model = Net().eval()
     seen = stats.collect(model, BATCHES, 1000)
     measured = sensitivity.measure(model, seen.calls, seen.energies, 0)
-    return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**options), seen, measured)
+    return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**settings), seen, measured)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +104,7 @@ def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> 
         rounded.append(args[0])
         return solve(*args)
 
-    monkeypatch.setattr(workshop, "solve", counted)
+    monkeypatch.setattr(options, "solve", counted)
     shop.build(shop.offer(1e-3))
     first = len(rounded)
     shop.build(shop.offer(1e-3))

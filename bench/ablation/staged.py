@@ -19,10 +19,10 @@ from bench.calibrated import Calibrated
 from pared.contents import Contents, Stored
 from pared.feedback import factor
 from pared.formats import Grid
+from pared.options import Free, rounded
 from pared.sensitivity import Layout
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
-from pared.workshop import Free, rounded
 
 _DAMPING = 0.05  # share of the mean second moment
 

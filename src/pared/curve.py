@@ -10,6 +10,7 @@ from typing import Final
 from torch import nn
 
 from pared import model as quantized
+from pared.allocate import Choice
 from pared.errors import ConfigError
 from pared.evaluate import evaluate
 from pared.outcome import Curve, Point
@@ -55,10 +56,14 @@ def trace(
     baseline = evaluate(judge.eval_func, original).value if judge is not None else None
     low, high = (math.log(min(max(damage, compressor.least), compressor.most)) for damage in span)
     wanted = [math.exp(low + (high - low) * i / max(1, points - 1)) for i in range(points)]
-    offers = {compressor.offer(min(max(damage, compressor.least), compressor.most)): None for damage in wanted}
     found: list[Point] = []
+    known: set[Choice] = set()
     try:
-        for offer in offers:
+        for damage in wanted:
+            offer = compressor.offer(min(max(damage, compressor.least), compressor.most))
+            if offer.choice in known:
+                continue
+            known.add(offer.choice)
             began = time.monotonic()
             nbytes, score = offer.nbytes, None
             if judge is not None:

@@ -95,8 +95,8 @@ def search(
         start: the damage of the first trial, where the compressor offers it.
 
     Returns:
-        the smallest model that meets the criterion, else the one that lost least; its outcome says which. Ctrl-C ends
-        the search with the best model so far.
+        the smallest model that meets the criterion, else the one that lost least; its outcome says which. Ctrl-C at
+        any time after the first trial ends the search with the best model so far.
 
     Raises:
         EvaluationError: a function of the judge raised, or gave no score.
@@ -105,20 +105,21 @@ def search(
     """
     began = time.monotonic()
     references = _References.of(original, judge, workspace)
-    finest = compressor.offer_bytes(max_size) if max_size is not None else compressor.offer(compressor.least)
-    market = _Market(compressor, finest, start, judge.criterion.tolerable_loss)
     trials: tuple[Trial, ...] = workspace.trials if workspace is not None else ()
+    market: _Market | None = None
     held: ModuleT | None = None
     try:
+        finest = compressor.offer_bytes(max_size) if max_size is not None else compressor.offer(compressor.least)
+        market = _Market(compressor, finest, start, judge.criterion.tolerable_loss)
         while len(trials) < judge.max_trials and not (trials and 0 < judge.timeout < time.monotonic() - began):
             offer = market.next(trials)
             if offer is None:
                 break
             model, trial = _try(compressor, offer, judge, references)
             log.info("trial %d: %s", len(trials) + 1, trial)
+            trials, held = (*trials, trial), (model if _best((*trials, trial)) == len(trials) else held)
             if workspace is not None:
                 workspace.add(trial, model)
-            trials, held = (*trials, trial), (model if _best((*trials, trial)) == len(trials) else held)
     except KeyboardInterrupt:
         if not trials:
             raise
@@ -126,15 +127,33 @@ def search(
     number = _best(trials)
     if held is None:
         assert workspace is not None, "without a workspace the best trial was made in this run"
-        held = cast("ModuleT", workspace.model(number, original))  # of the class of what it was made from
+        held = cast("ModuleT", _read(workspace, number, original))  # of the class of what it was made from
     outcome = replace(_outcome(trials[number], judge.criterion, references), trials=trials)
     if not outcome.met:
-        best = trials[number]
-        blamed = tuple(compressor.blame(market.offer_of(best)))[:_BLAMED]
-        outcome = replace(outcome, blame=blamed)
+        outcome = replace(outcome, blame=_blame(market, trials[number]))
         log.warning("the criterion is not met: %.4g too much was lost; the best model is returned", outcome.gap)
     set_outcome(held, outcome)
     return held
+
+
+def _read(workspace: Workspace, number: int, original: nn.Module) -> nn.Module:
+    """The model of an earlier run's trial. Ctrl-C does not stop it: this model is what Ctrl-C asks for."""
+    try:
+        return workspace.model(number, original)
+    except KeyboardInterrupt:
+        log.warning("interrupted: the best model so far is read all the same")
+        return workspace.model(number, original)
+
+
+def _blame(market: _Market | None, trial: Trial) -> tuple[tuple[str, float], ...]:
+    """What costs most of the damage of a trial's model; nothing where Ctrl-C came before that was known."""
+    if market is None:
+        return ()
+    try:
+        return tuple(market.compressor.blame(market.offer_of(trial)))[:_BLAMED]
+    except KeyboardInterrupt:
+        log.warning("interrupted: what costs most of the damage was not determined")
+        return ()
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,16 @@ from torch import nn
 
 from pared import allocate, artifact, plan
 from pared import model as quantized
-from pared.allocate import Choice, Options
+from pared.allocate import Choice
 from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError
-from pared.formats import Coded, Grid, survives_float16
-from pared.grids import CODE_LIMITS
+from pared.formats import Coded, Grid
 from pared.layers import Activation
-from pared.plan import Decision, Plan, Treatment
+from pared.options import GRID_ENTRY, rounded, trace_slot
+from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine
-from pared.rounding import Codes, Curve, Target, make_target, solve, trace
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics
 from pared.tensors import Slot
@@ -43,44 +42,18 @@ ACTIVATION_SHARE: Final = 0.1
 # ... where the user has asked for static or dynamic activations.
 _WISHED_SHARE: Final = 0.5
 
-# What an index takes more for codes and steps than for plain values, about; and what the scores of the search may add
-# to it later, at most.
-_GRID_ENTRY: Final = 24
+# Bytes that the scores of the search may add to an index later, at most.
 RESERVE: Final = 700
 
 _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
 _MOST_TOTAL: Final = 10.0  # ... which is at most this, at a relative error of 1: beyond, squares say nothing
-# Options of int16 are for where int8 loses: at the same step, by this factor in damage.
-_WORTH_INT16: Final = 1.25
-# Damage of the finest grid from which on a tensor may also stay as it is: a thousandth of what is lost unasked.
-_COUNTS: Final = 1e-6
-_WHY_FLOAT: Final[Mapping[Treatment, str]] = {
-    "float16": "as float16 it does less damage in as few bytes than on a grid",
-    "exact": "no grid is fine enough for it",
-}
+_FEWER_RULES: Final = "Allow more bytes, or give fewer rules that keep tensors in float."
+_LESS_THAN_EIGHT: Final = (
+    'quant_level=0 allows nothing coarser than 8 bits: allow more bytes, or take quant_level="auto".'
+)
 _ALIGNED: Final = 64  # bytes by which a file grows at once
 _ROUNDS: Final = 10  # of closing in on max_size
 _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
-
-
-@dataclass(frozen=True, eq=False)
-class Free:
-    """A tensor whose step the allocation decides."""
-
-    slot: Slot
-    target: Target
-    curve: Curve
-    options: Options  # those of the curve, then the floats
-    floats: tuple[Treatment, ...] = ()
-
-    def decision(self, option: int) -> Decision:
-        """What an option means, with its damage."""
-        bits = 8 * float(self.options.nbytes[option]) / self.slot.tensor.numel()
-        damage = float(self.options.damage[option])
-        if option < len(self.curve.codes):
-            return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
-        treatment = self.floats[option - len(self.curve.codes)]
-        return Decision(self.slot.name, treatment, None, _WHY_FLOAT[treatment], damage)
 
 
 @dataclass(frozen=True)
@@ -141,22 +114,15 @@ class Compressor(Generic[ModuleT_co]):
         }
         free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
         known = _complete(free, sensitivity.tensors if sensitivity else {})
-        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict) for slot in free]
+        fine = conf.quant_level == 0
+        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict, fine=fine) for slot in free]
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
         self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
-        self.most = max(coarsest.damage, self.least)
-
-    def cap(self) -> float:
-        """Offer nothing that does more damage than plain int8, a step of absmax / 127 for each row; that damage."""
-        finest = CODE_LIMITS["int8"]
-        costs = [
-            float((t.importance * (t.absmax / finest).square() / 12).sum()) for t in (o.target for o in self._free)
-        ]
-        self.most = max(self.least, sum(costs))
-        return self.most
+        # With a hair more, so that the smallest itself is on offer whatever the division rounds to.
+        self.most = max(coarsest.damage * (1 + 1e-9) / (1 - self._share), self.least)
 
     def offer(self, damage: float) -> Offer:
         """The smallest plan whose predicted damage is at most this."""
@@ -180,6 +146,8 @@ class Compressor(Generic[ModuleT_co]):
                 best, low = choice, planned
             else:
                 high = planned
+            if best is None and choice.nbytes > spend:
+                break  # nothing smaller is on offer
             if best is not None and (attempt >= _ROUNDS or wanted >= real > 0.998 * wanted):
                 break
             if attempt < _ROUNDS:
@@ -197,7 +165,7 @@ class Compressor(Generic[ModuleT_co]):
         return ConfigError(
             f"max_size is {nbytes:,} bytes, and the smallest file takes {self._nbytes(coarsest) + RESERVE:,}",
             where="PostTrainingQuantConfig",
-            remedy="Allow more bytes, or give fewer rules that keep tensors in float.",
+            remedy=_LESS_THAN_EIGHT if self._conf.quant_level == 0 else _FEWER_RULES,
         )
 
     @property
@@ -235,7 +203,7 @@ class Compressor(Generic[ModuleT_co]):
         ]
         numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
         whole = len(artifact.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
-        return whole - sum(len(part.payload) for part in numbers) - _GRID_ENTRY * len(empty)
+        return whole - sum(len(part.payload) for part in numbers) - GRID_ENTRY * len(empty)
 
     def _nbytes(self, choice: Choice) -> int:
         contents = self._contents(self._stored(choice), choice.damage)
@@ -318,57 +286,7 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     return found
 
 
-def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False) -> Free:
-    """What a tensor could become, and at what price; strictly, one of two or more dimensions never stays in float.
-
-    Where even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
-    """
-    tensor = slot.tensor.detach()
-    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
-    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
-    curve = _pruned(trace(target, stats))
-    nbytes, damage = curve.nbytes + _GRID_ENTRY, curve.damage
-    floats: list[Treatment] = []
-    if survives_float16(tensor) and not (strict and slot.weight_like):
-        error = (tensor.float() - tensor.half().float()).square()
-        cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
-        nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
-        floats.append("float16")
-    if damage.min() > _COUNTS and not (strict and slot.weight_like):
-        whole = float(tensor.numel() * tensor.element_size())
-        nbytes, damage = np.append(nbytes, whole), np.append(damage, 0.0)
-        floats.append("exact")
-    return Free(slot, replace(target, judged=None), curve, Options(nbytes, damage), tuple(floats))
-
-
-def _pruned(curve: Curve) -> Curve:
-    """Without the options of int16 that are hardly better than int8 at the same step."""
-    narrow = {int(k): d for k, d, codes in zip(curve.common, curve.damage, curve.codes, strict=True) if codes == "int8"}
-    keep = [
-        i
-        for i, codes in enumerate(curve.codes)
-        if codes == "int8" or curve.damage[i] * _WORTH_INT16 < narrow[int(curve.common[i])]
-    ]
-    return Curve(curve.common[keep], tuple(curve.codes[i] for i in keep), curve.nbytes[keep], curve.damage[keep])
-
-
 def _zeros(slot: Slot, view: View) -> Coded:
     shape = tuple(slot.tensor.shape)
     parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
     return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)
-
-
-def rounded(one: Free, option: int) -> Coded:
-    """Round a tensor as one of its options says."""
-    tensor = one.slot.tensor.detach()
-    if option >= len(one.curve.codes):
-        return plan.encode(one.slot, one.decision(option))
-    codes_type: Codes = one.curve.codes[option]
-    steps = one.target.steps(int(one.curve.common[option]), codes_type)
-    codes, steps = solve(one.target, steps, codes_type)
-    view = one.target.view
-    parts = {
-        "codes": view.restore(codes, tuple(tensor.shape)).contiguous(),
-        "step": steps.reshape(view.row_sizes),
-    }
-    return Coded(Grid(codes_type), tuple(tensor.shape), tensor.dtype, parts, view)
