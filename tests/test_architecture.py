@@ -146,6 +146,7 @@ ORDER = [
     "exporting.rewrite",
     "exporting",
     "record",
+    "result",
     "model",
     "registration",
     # work

@@ -317,7 +317,7 @@ def test_ctrl_c_while_the_curve_is_traced(place: int, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("confirming", [False, True])
 def test_ctrl_c_during_the_users_functions(confirming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     functions = (lost, interrupting(lost, 2)) if confirming else (interrupting(lost, 3), None)
-    q = pared.fit(MODEL, conf(1e-3), BATCHES, *functions, quiet=True)
+    q = pared.fit(MODEL, conf(1e-4), BATCHES, *functions, quiet=True)
     assert f"interrupted: the best of {len(q.trials)} trials is returned" in caplog.text
     assert_is_whole(q, tmp_path)
 

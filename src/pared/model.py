@@ -19,7 +19,7 @@ from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError
 from pared.exporting import Dynamic, Exported, export_onnx
-from pared.graphs import Halved, Served, Server, release, serve
+from pared.graphs import Halved, Server, release, serve
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
@@ -29,6 +29,7 @@ from pared.profile import ENGINE_FILE, Profile, Whole
 from pared.record import RECORD, Record, curve_of, record_of, set_outcome
 from pared.reporting import lines, page, text
 from pared.reporting.drawing import require_library
+from pared.result import Offered, Result, Yielding
 from pared.tensors import (
     check_unquantized,
     clone_structure,
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 DEPLOY: Final = "deploy.yaml"
 
 
-class Quantized(Served):
+class Quantized(Yielding):
     """Mixed in before the model's own class, which is served: how a quantized model is pickled."""
 
     def _pared_ledger(self) -> ledger.Ledger:
@@ -132,7 +133,7 @@ def decoded(model: ModuleT, contents: Contents) -> ModuleT:
 
 def nbytes(model: nn.Module) -> int:
     """The size in bytes of the `best_model.pt` that `save` writes."""
-    return len(artifact.to_bytes(contents_of(model)))
+    return _result_of(model).nbytes()
 
 
 def report(model: nn.Module, *, html: str | Path | None = None) -> str:
@@ -184,27 +185,31 @@ def ledger_of(model: nn.Module) -> ledger.Ledger:
     return ledger.of_artifact_bytes(artifact.to_bytes(contents_of(model)), where=type(model).__name__)
 
 
-# What a quantized model offers beside what its own class has. A model that has one of these names keeps its own;
-# the functions of `pared` with the same names work for every model.
-_FACE: Final[Mapping[str, Any]] = {
-    "save": save,
-    "export": export,
-    "report": report,
-    "nbytes": property(nbytes),
-    "met": property(lambda self: record_of(self).outcome.met),
-    "score": property(lambda self: record_of(self).outcome.score),
-    "baseline": property(lambda self: record_of(self).outcome.baseline),
-    "trials": property(lambda self: record_of(self).outcome.trials),
-    "plan": property(lambda self: plan_of(self)),
-    "curve": curve_of,
-    "engine": property(lambda _self: "torch"),
-    "engine_ms": property(lambda self: record_of(self).engine_ms),
+def _result_of(model: nn.Module) -> Result:
+    """What came of compressing the model: met, score, baseline, trials, plan, curve, size and engine."""
+    return Result(model, contents_of)
+
+
+# What a quantized model offers beside what its own class has. A model that has one of these names, or whose forward
+# assigns to it, keeps its own; the functions of `pared` work for every model. All but the first four are older names
+# of what stands in `q.pared`.
+_OFFERED: Final[Mapping[str, tuple[Callable[..., Any], bool]]] = {
+    "save": (save, True),
+    "export": (export, True),
+    "report": (report, True),
+    "pared": (_result_of, False),
+    "nbytes": (nbytes, False),
+    "curve": (curve_of, True),
+    **{
+        name: (lambda model, name=name: getattr(_result_of(model), name), False)
+        for name in ("met", "score", "baseline", "trials", "plan", "engine", "engine_ms")
+    },
 }
 
 
 def plan_of(model: nn.Module) -> tuple[lines.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
-    return lines.lines(contents_of(model), record_of(model).running)
+    return _result_of(model).plan
 
 
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
@@ -219,14 +224,20 @@ def _refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object)
     )
 
 
-def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
-    if (base, face) not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        offered = {name: _FACE[name] for name in sorted(face)}
+def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.Module]:
+    if (base, offered) not in _CLASSES:
+        names: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        for name in sorted(offered):
+            function, is_method = _OFFERED[name]
+            names[name] = Offered(function, is_method=is_method)
         if hasattr(base, "save_pretrained"):
-            offered["save_pretrained"] = _refuse_save_pretrained
-        _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
-    return _CLASSES[base, face]
+            names["save_pretrained"] = _refuse_save_pretrained
+        _CLASSES.setdefault((base, offered), type(base.__name__, (Quantized, base), names))
+    return _CLASSES[base, offered]
 
 
 def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
@@ -263,9 +274,9 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
     record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
-    face = frozenset(name for name in _FACE if not hasattr(clone, name))
+    offered = frozenset(name for name in _OFFERED if not hasattr(clone, name))
     _serve(clone, profile, memory)
-    clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
+    clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
 

@@ -11,7 +11,7 @@ from torch import nn
 from pared.errors import ModelError
 from pared.install import Memory
 from pared.keeper import Keeper
-from pared.outcome import Outcome
+from pared.outcome import Curve, Outcome
 from pared.plan import Decision
 from pared.profile import Profile, Running
 
@@ -30,7 +30,7 @@ class Record:
         running: what each module that may run in int8 runs in.
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
-        curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
+        curve: the trade-off curve of the same calibration, where there was one.
         engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
     """
 
@@ -42,7 +42,7 @@ class Record:
     running: Mapping[str, Running]
     memory: Memory
     outcome: Outcome
-    curve: Any = None
+    curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -66,7 +66,7 @@ def set_outcome(model: nn.Module, outcome: Outcome) -> None:
     record_of(model).outcome = outcome
 
 
-def curve_of(model: nn.Module) -> Any:
+def curve_of(model: nn.Module) -> Curve:
     """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
 
     Raises:
