@@ -104,5 +104,10 @@ def __getattr__(name: str) -> Any:
     return value
 
 
+def _revive(*state: Any) -> Any:
+    """The quantized model that `pickle` or `torch.save` has written whole: the one name of ours in such a file."""
+    return importlib.import_module("pared.model").revive(*state)
+
+
 def __dir__() -> list[str]:
     return __all__

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from torch import nn
 
-from pared.errors import ModelError
+from pared.errors import CorruptError, ModelError
 from pared.install import Memory
 from pared.keeper import Keeper
 from pared.outcome import Curve, Outcome
@@ -44,6 +45,28 @@ class Record:
     outcome: Outcome
     curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """What a pickle holds beside the artifact: what was measured on this machine, and how the search went."""
+        state = {"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory}
+        return json.dumps(state)
+
+
+def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
+    """The inverse of `Record.to_json`.
+
+    Raises:
+        CorruptError: it is something else.
+    """
+    try:
+        state = json.loads(text)
+        outcome = Outcome.from_state(state["outcome"])
+        return Profile.from_json(state["profile"]), outcome, state["memory"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"the pickle of a quantized model makes no sense ({error})",
+            remedy="Fetch the file again; it is damaged.",
+        ) from error
 
 
 def record_of(model: nn.Module) -> Record:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pared import artifact
 from pared.contents import Contents
+from pared.errors import ModelError
 from pared.graphs import Served
 from pared.outcome import Curve, Trial
 from pared.record import curve_of, record_of
@@ -147,3 +148,12 @@ def _given_up(model: nn.Module, registry: str, name: str) -> Iterator[None]:
     except BaseException:
         del model.__dict__[registry][name]
         raise
+
+
+def refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object) -> None:
+    """Not offered: `from_pretrained` would read the codes as if they were weights."""
+    raise ModelError(
+        "save_pretrained would write codes that from_pretrained takes for weights",
+        where=type(self).__name__,
+        remedy="Use pared.save(model, directory), and model.config.save_pretrained(directory) for the configuration.",
+    )
