@@ -28,10 +28,10 @@ from bench.scatter import picture
 from pared import plan
 from pared.candidates import Candidate, find_candidates
 from pared.contents import Stored
+from pared.options import Free, rounded, trace_slot
 from pared.outputs import Leaf, leaves_of
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
-from pared.workshop import Free, rounded, trace_slot
 
 RESULTS = Path("out/bench/damage.json")
 PICTURE = Path("docs/damage.svg")

@@ -13,7 +13,8 @@ from torch import nn
 from pared import AccuracyCriterion, ConfigError
 from pared.curve import trace
 from pared.outcome import Curve, Point
-from pared.search import Judge, Offer
+from pared.search import Judge
+from pared.workshop import Offer
 from tests.workshop import Probe, Synthetic, damage_of
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -148,6 +148,13 @@ def test_a_quantized_model_that_was_pickled_is_not_to_be_compressed_again(tmp_pa
     assert "grid int8" in pared.inspect(tmp_path / "small").by_format()
 
 
+def test_a_pickled_quantized_model_of_before_is_known_too() -> None:
+    causes = pared.inspect(Path(__file__).parent / "golden" / "pickle_5192997.pt").findings
+    (finding,) = (cause for cause in causes if cause.kind == "executable-pickle")
+    assert "pared.model._revive" in finding.names
+    assert "use the artifact that save(directory) wrote" in finding.remedy
+
+
 def test_pickles_in_a_folder_are_judged_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     why_bigger.save({"w": WEIGHT, "images": b"x" * 10**5, "model": network()}, tmp_path / "pytorch_model.bin")

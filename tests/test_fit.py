@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
+from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule, curve, search, speed
+from pared import model as quantized
+from pared.outcome import Curve
 from pared.record import record_of
+from pared.workshop import Compressor
+from pared.workspace import Workspace
 
 X = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[i : i + 32] for i in range(0, 256, 32)]
@@ -140,6 +144,61 @@ def test_level_0_does_no_more_damage_than_eight_bits() -> None:
     assert lost(q).mean() < 2 * eight
 
 
+def assert_nothing_is_coarser_than_eight_bits(model: nn.Module) -> None:
+    """Of each row on a grid the step is at most absmax / 127 of the float weight."""
+    state, floats = model.state_dict(), dict(MODEL.named_parameters())
+    steps = {name.removesuffix("_step"): step for name, step in state.items() if name.endswith("_step")}
+    assert steps
+    for name, step in steps.items():
+        weight = floats[name].detach()
+        rows = weight.abs().amax(1, keepdim=True) if weight.dim() > 1 else weight.abs().amax()
+        assert bool((step.reshape(rows.shape) <= rows / 127 * (1 + 1e-6)).all()), name
+
+
+@pytest.mark.parametrize("approach", ["weight_only", "static"])
+@pytest.mark.parametrize("size", [None, 20_000, 30_000])
+@pytest.mark.parametrize("loss", [None, 1e-6, 0.05])
+def test_level_0_makes_nothing_coarser_than_eight_bits(approach: str, size: int | None, loss: float | None) -> None:
+    given = conf(loss or 0.0, quant_level=0, max_size=size, approach=approach, max_trials=3)
+    q = pared.fit(MODEL, given, BATCHES, None if loss is None else lost)
+    assert_nothing_is_coarser_than_eight_bits(q)
+    assert size is None or q.nbytes <= size
+    if loss == 0.05:
+        assert q.met
+        assert {line.bits for line in q.plan if line.treatment == "grid"} == {8.0}, "the smallest that is allowed"
+
+
+@pytest.mark.parametrize("calibration", [None, BATCHES])
+def test_level_0_without_data_and_with_a_size(calibration: Any) -> None:
+    q = pared.fit(MODEL, PostTrainingQuantConfig(quant_level=0, max_size=20_000), calibration)
+    assert_nothing_is_coarser_than_eight_bits(q)
+
+
+@pytest.mark.parametrize("function", [None, lost])
+def test_a_size_that_eight_bits_do_not_reach_is_refused(function: Any) -> None:
+    given = conf(1e-2, quant_level=0, max_size=9_000)
+    with pytest.raises(ConfigError, match=r"smallest file takes 1\d,\d\d\d\n.*quant_level=0 allows nothing coarser"):
+        pared.fit(MODEL, given, BATCHES, function)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_level_0_holds_in_the_trade_off(scored: bool) -> None:
+    seen: list[nn.Module] = []
+
+    def score(model: nn.Module) -> float:
+        seen.append(model)
+        return float(lost(model).mean())
+
+    given = conf(quant_level=0, approach="weight_only")
+    curve = pared.trade_off(MODEL, given, BATCHES, score if scored else None)
+    eight = pared.fit(MODEL, given, BATCHES).nbytes
+    assert min(point.nbytes for point in curve.points) == pytest.approx(eight, rel=0.05)
+    assert scored or all(a.nbytes > b.nbytes for a, b in itertools.pairwise(curve.points))
+    for model in seen[1:]:
+        assert_nothing_is_coarser_than_eight_bits(model)
+    assert len(seen) == (len(curve.points) + 1 if scored else 0)
+
+
 def test_rules_hold_in_a_search() -> None:
     rules = [Rule("0", bits=6), Rule("5.*", keep=True, because="the last word")]
     q = pared.fit(MODEL, conf(1e-3, rules=rules), BATCHES, lost)
@@ -191,12 +250,107 @@ def test_a_workspace_saves_evaluations(tmp_path: Path) -> None:
         pared.fit(other, conf(1e-3), BATCHES, counted, workspace=tmp_path / "w")
 
 
+def interrupting(function: Any, place: int) -> Any:
+    """The function, during whose call of this number the user presses Ctrl-C."""
+    calls: list[Any] = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == place:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+def assert_is_whole(q: Any, tmp_path: Path) -> None:
+    """It is the best of the trials, says so, and can be saved and loaded."""
+    assert len(q.trials) >= 1
+    assert q.score in [trial.score for trial in q.trials]
+    scores = [point.score for point in q.curve().points if point.score is not None]
+    assert sorted(scores) == sorted(trial.score for trial in q.trials)
+    loaded = pared.load(pared.save(q, tmp_path), model=build())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), q(X))
+
+
+# Where the user presses Ctrl-C: an attribute, the number of its call, and what is logged.
+STAGES: dict[str, tuple[Any, str, int, str]] = {
+    "building": (Compressor, "build", 2, "the best of 1 trials is returned"),
+    "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
+    "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
+    "choosing": (search._Market, "next", 2, "the best of 1 trials is returned"),
+    "blaming": (Compressor, "blame", 1, "what costs most of the damage was not determined"),
+    "tracing, at once": (curve, "trace", 1, "without what was still to be measured"),
+    "timing layers": (speed, "time_layers", 1, "without what was still to be measured"),
+    "timing models": (speed, "time_calls", 1, "without what was still to be measured"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_at_any_stage_after_a_trial_returns_the_best_so_far(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, name, place, said = STAGES[stage]
+    monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), place))
+    loss = 0.0 if stage == "blaming" else 1e-3  # what is met has nobody to blame
+    q = pared.fit(MODEL, conf(loss, max_trials=3), BATCHES, lost, workspace=tmp_path / "w", quiet=True)
+    assert said in caplog.text
+    assert_is_whole(q, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_ctrl_c_while_the_curve_is_traced(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The points so far are kept, beside those of the trials."""
+    trace = curve.trace
+
+    def traced(compressor: Any, model: Any) -> Curve:
+        monkeypatch.setattr(compressor, "offer", interrupting(compressor.offer, place))
+        return trace(compressor, model)
+
+    monkeypatch.setattr(curve, "trace", traced)
+    q = pared.fit(MODEL, conf(1e-3), BATCHES, lost, quiet=True)
+    assert len(q.curve().points) == place - 1 + len(q.trials)
+    assert_is_whole(q, tmp_path)
+
+
+@pytest.mark.parametrize("confirming", [False, True])
+def test_ctrl_c_during_the_users_functions(confirming: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    functions = (lost, interrupting(lost, 2)) if confirming else (interrupting(lost, 3), None)
+    q = pared.fit(MODEL, conf(1e-4), BATCHES, *functions, quiet=True)
+    assert f"interrupted: the best of {len(q.trials)} trials is returned" in caplog.text
+    assert_is_whole(q, tmp_path)
+
+
+@pytest.mark.parametrize("owner_and_name", [(Workspace, "model"), (Compressor, "offer_bytes")])
+def test_ctrl_c_in_a_search_that_goes_on(
+    owner_and_name: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trials of an earlier run count: the best of them is returned, though this run has made none."""
+    given = conf(1e-3, max_size=20_000)
+    first = pared.fit(MODEL, given, BATCHES, lost, workspace=tmp_path / "w", quiet=True)
+    owner, name = owner_and_name
+    monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), 1))
+    again = pared.fit(MODEL, given, BATCHES, lost, workspace=tmp_path / "w", quiet=True)
+    assert again.trials == first.trials
+    assert pared.save(again, tmp_path / "a").read_bytes() == pared.save(first, tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["offer_bytes", "build"])
+def test_ctrl_c_without_a_trial_is_the_callers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compressor, name, interrupting(getattr(Compressor, name), 1))
+    for function in (lost, None):
+        with pytest.raises(KeyboardInterrupt):
+            pared.fit(MODEL, conf(1e-3, max_size=20_000), BATCHES, function, quiet=True)
+        monkeypatch.setattr(Compressor, name, interrupting(getattr(Compressor, name), 1))
+
+
 def test_the_trade_off_curve() -> None:
     q = pared.fit(MODEL, conf(1e-3), BATCHES, lost)
-    curve = q.curve()
-    assert len(curve.points) >= 8
-    assert sum(point.score is not None for point in curve.points) == len(q.trials)
-    planned = [point for point in curve.points if point.score is None]
+    found = q.curve()
+    assert len(found.points) >= 8
+    assert sum(point.score is not None for point in found.points) == len(q.trials)
+    planned = [point for point in found.points if point.score is None]
     assert all(a.nbytes > b.nbytes and a.damage < b.damage for a, b in itertools.pairwise(planned))
     scored = pared.trade_off(MODEL, conf(), BATCHES, lambda m: float(lost(m).mean()), points=4)
     assert scored.baseline == 0

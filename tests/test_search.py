@@ -14,7 +14,8 @@ from pared import AccuracyCriterion, ConfigError, EvaluationError
 from pared import model as quantized
 from pared.outcome import Outcome, Trial
 from pared.record import record_of
-from pared.search import Judge, Offer, search
+from pared.search import Judge, search
+from pared.workshop import Offer
 from tests.workshop import Probe, Synthetic, damage_of
 
 Law = Callable[[float], float]

@@ -1,6 +1,7 @@
 """The compressor behind the search: offers at any damage, and models that keep them."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +9,24 @@ import torch
 from torch import nn
 
 import pared
-from pared import PostTrainingQuantConfig, Rule, artifact, sensitivity, stats, workshop
+from pared import (
+    AccuracyCriterion,
+    PostTrainingQuantConfig,
+    Rule,
+    allocate,
+    artifact,
+    options,
+    sensitivity,
+    stats,
+    workshop,
+)
 from pared import model as quantized
+from pared.record import record_of
 from pared.rounding import solve
+from pared.search import Judge, search
 from pared.tensors import find_tensors
 from pared.workshop import Compressor
+from pared.workspace import Workspace
 
 
 class Net(nn.Module):
@@ -32,12 +46,12 @@ class Net(nn.Module):
 BATCHES = [torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
 
-def compressor(**options: Any) -> Compressor[Net]:
+def compressor(**settings: Any) -> Compressor[Net]:
     torch.manual_seed(0)
     model = Net().eval()
     seen = stats.collect(model, BATCHES, 1000)
     measured = sensitivity.measure(model, seen.calls, seen.energies, 0)
-    return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**options), seen, measured)
+    return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**settings), seen, measured)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +104,7 @@ def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> 
         rounded.append(args[0])
         return solve(*args)
 
-    monkeypatch.setattr(workshop, "solve", counted)
+    monkeypatch.setattr(options, "solve", counted)
     shop.build(shop.offer(1e-3))
     first = len(rounded)
     shop.build(shop.offer(1e-3))
@@ -142,3 +156,20 @@ def test_a_weight_that_hardly_matters_is_not_wiped_out() -> None:
     q = pared.fit(net, PostTrainingQuantConfig(approach="weight_only"), [torch.randn(64, 64) for _ in range(4)])
     ours, theirs = q.faint.weight.detach(), net.faint.weight.detach()
     assert float((ours - theirs).square().mean() / theirs.square().mean()) < 0.3
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_blamed_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_path: Path) -> None:
+    """Within a size the plan is filled up: at its price alone, another plan would be blamed for other shares."""
+    shop, size = compressor(), 26_000
+    assert allocate.choose(shop._options, shop.offer_bytes(size).price).options != shop.offer_bytes(size).choice.options
+    judge = Judge(AccuracyCriterion(tolerable_loss=0.0), lambda model: float(model is original), max_trials=1)
+    original = Net().eval()
+    for _ in range(1 + resumed):
+        records = Workspace(tmp_path, {}) if resumed else None
+        found = search(shop, original, judge, max_size=size, workspace=records, start=shop.least)
+    blamed = record_of(found).outcome.blame
+    damages = {line.name: line.damage for line in quantized.plan_of(shop.build(shop.offer_bytes(size)))}
+    name, other, *_ = (name for name, _ in blamed if name in damages)
+    assert damages[name] / damages[other] == pytest.approx(dict(blamed)[name] / dict(blamed)[other])
+    assert list(blamed) == shop.blame(shop.offer_bytes(size))[: len(blamed)]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import base64
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from pared import model as quantized
+from pared.allocate import Choice
 from pared.contents import Contents, Stored
 from pared.formats import Raw
 from pared.plan import Decision
 from pared.profile import Profile, this_machine
-from pared.search import Offer
+from pared.workshop import Compressor, Offer
 
 # What an artifact of one tensor takes beside its numbers, and a little more.
 OVERHEAD = 2500
@@ -36,7 +36,7 @@ def damage_of(model: nn.Module) -> float:
 
 
 @dataclass
-class Synthetic:
+class Synthetic(Compressor[Probe]):
     """Half a bit per weight and factor 2 of damage, as rate-distortion theory has it."""
 
     least: float = 1e-9
@@ -48,7 +48,8 @@ class Synthetic:
 
     def offer(self, damage: float) -> Offer:
         assert self.least <= damage <= self.most
-        return Offer(damage * 16 * math.log(2) / WEIGHTS, damage, self.nbytes(damage))
+        nbytes = self.nbytes(damage)
+        return Offer(Choice(damage * 16 * math.log(2) / WEIGHTS, (), nbytes, damage), damage, nbytes)
 
     def offer_bytes(self, nbytes: int) -> Offer:
         damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
@@ -64,5 +65,5 @@ class Synthetic:
         provenance = {"weights": letters[: offer.nbytes - OVERHEAD]}
         return quantized.assemble(source, Contents((stored,), {}, provenance), Profile(this_machine()))
 
-    def blame(self, offer: Offer) -> Sequence[tuple[str, float]]:
+    def blame(self, offer: Offer) -> list[tuple[str, float]]:
         return [("encoder.weight", 0.75), ("decoder.weight", 0.25)]

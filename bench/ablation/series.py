@@ -15,8 +15,7 @@ from pared import artifact
 from pared import model as quantized
 from pared.contents import Contents
 from pared.profile import Profile, this_machine
-from pared.search import Offer
-from pared.workshop import Compressor
+from pared.workshop import Compressor, Offer
 
 Losses = Mapping[str, float]
 

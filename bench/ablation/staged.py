@@ -19,10 +19,10 @@ from bench.calibrated import Calibrated
 from pared.contents import Contents, Stored
 from pared.feedback import factor
 from pared.formats import Grid
+from pared.options import Free, rounded
 from pared.sensitivity import Layout
 from pared.stats import Call, shadow
 from pared.tensors import find_tensors
-from pared.workshop import Free, rounded
 
 _DAMPING = 0.05  # share of the mean second moment
 
@@ -122,7 +122,7 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
         own_moments: round with the moments of the compressed inputs, in place of those of gradients.
     """
     for contents, offer in zip(base.contents, base.offers, strict=True):
-        options = base.compressor._choice(offer).options
+        options = offer.choice.options
         free = {one.slot.name: (one, o) for one, o in zip(base.compressor._free, options, strict=True)}
         walk, coded = _Walk(known, contents), {stored.name: stored.coded for stored in contents.tensors}
         for linears in walk.start():

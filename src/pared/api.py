@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +37,8 @@ from pared.tensors import Slot, check_modules, check_supported, find_tensors
 from pared.tryout import try_modules
 from pared.version import __version__
 from pared.views import view_of
-from pared.workshop import Compressor, provenance
-from pared.workspace import Workspace
+from pared.workshop import DEFAULT_DAMAGE, Compressor, provenance
+from pared.workspace import Workspace, checksum
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def fit(
     |---|---|
     | neither `eval_func` nor `max_size` | `quant_level=0`, or no calibration: 8 bits everywhere; else 0.1 % of damage |
     | `max_size` | the least damage predicted for a file within the bytes |
-    | `eval_func` | the smallest file that meets the criterion; `quant_level=0`: with no more damage than 8 bits do |
+    | `eval_func` | the smallest file that meets the criterion; `quant_level=0`: with nothing coarser than 8 bits |
     | both | the smallest that meets it; if that exceeds `max_size`, the best within it, and `met` is False |
 
     Raises:
@@ -110,18 +109,15 @@ def fit(
         alone: ModuleT = job.timed(job.without_evaluation())
         return alone
     compressor = job.compressor()
-    start = search.DEFAULT_DAMAGE
-    if conf.quant_level == 0:
-        start = compressor.cap()
+    start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE
     records = Workspace(directory, job.fingerprint()) if directory is not None else None
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     with job.stages.stage("searching"):
         found = search.search(
             compressor, stats.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
         )
-    record_of(found).curve = curve.trace(compressor, model).scored(record_of(found).outcome)
-    timed: ModuleT = job.timed(found)
-    return timed
+    traced: ModuleT = job.traced_and_timed(found, compressor)
+    return traced
 
 
 def trade_off(
@@ -219,9 +215,9 @@ class _Job:
         compressor = self.compressor()
         with self.stages.stage("rounding weights"):
             if self.max_size is None:
-                if compressor.least > search.DEFAULT_DAMAGE:
+                if compressor.least > DEFAULT_DAMAGE:
                     log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
-                offer = compressor.offer(max(search.DEFAULT_DAMAGE, compressor.least))
+                offer = compressor.offer(max(DEFAULT_DAMAGE, compressor.least))
             else:
                 offer = compressor.offer_bytes(self.max_size)
             built: nn.Module = compressor.build(offer)
@@ -246,6 +242,17 @@ class _Job:
         built: nn.Module = quantized.assemble(self.model, contents, Profile(this_machine()))
         return built
 
+    def traced_and_timed(self, found: Any, compressor: Compressor[Any]) -> Any:
+        """What a search found, with its curve and in its fastest form; Ctrl-C leaves out what is not done yet."""
+        record = record_of(found)
+        record.curve = Curve(()).scored(record.outcome)  # the trials alone
+        try:
+            record.curve = curve.trace(compressor, self.model).scored(record.outcome)
+            return self.timed(found)
+        except KeyboardInterrupt:
+            log.warning("interrupted: the model is returned without what was still to be measured of it")
+            return found
+
     def timed(self, found: Any) -> Any:
         """The same model, in the form that is fastest here."""
         contents = quantized.contents_of(found)
@@ -265,26 +272,13 @@ class _Job:
         return {
             "pared": __version__,
             "torch": str(torch.__version__),
-            "model": _checksum(slot.tensor for slot in self.slots),
-            "calibration": _checksum(
+            "model": checksum(slot.tensor for slot in self.slots),
+            "calibration": checksum(
                 tree_leaves([(c.args, dict(c.kwargs)) for c in self.seen.calls]) if self.seen else ()
             ),
             "configuration": repr(conf),
-            "decisions": _checksum([decided, int8]),
+            "decisions": checksum([decided, int8]),
         }
-
-
-def _checksum(values: Any) -> str:
-    """A checksum of tensors' bytes; other values by their text."""
-    total = 0
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().flatten()
-            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-            total = zlib.crc32(f"{value.dtype}{list(value.shape)}".encode() + data, total)
-        else:
-            total = zlib.crc32(repr(value).encode(), total)
-    return f"{total:08x}"
 
 
 def tune_speed(

@@ -10,10 +10,12 @@ from typing import Final
 from torch import nn
 
 from pared import model as quantized
+from pared.allocate import Choice
 from pared.errors import ConfigError
 from pared.evaluate import evaluate
 from pared.outcome import Curve, Point
-from pared.search import Judge, Workshop
+from pared.search import Judge
+from pared.workshop import Compressor
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ SPAN: Final = (1e-5, 0.1)
 
 
 def trace(
-    workshop: Workshop[nn.Module],
+    compressor: Compressor[nn.Module],
     original: nn.Module,
     judge: Judge | None = None,
     *,
@@ -32,11 +34,11 @@ def trace(
     """Follow the trade-off between bytes and damage.
 
     Args:
-        workshop: makes the models, all from one set of statistics.
+        compressor: makes the models, all from one set of statistics.
         original: the float model, in eval mode; scored once.
         judge: whose `eval_func` scores each model; None: nothing is built, and bytes are planned ones.
-        points: how many, evenly spaced in log damage; fewer if the workshop has no more different plans.
-        span: the least and the most damage, as far as the workshop offers them.
+        points: how many, evenly spaced in log damage; fewer if the compressor has no more different plans.
+        span: the least and the most damage, as far as the compressor offers them.
 
     Returns:
         the curve. Ctrl-C ends it with the points so far.
@@ -52,16 +54,20 @@ def trace(
             remedy="Ask for one point at least, and for 0 < least <= most.",
         )
     baseline = evaluate(judge.eval_func, original).value if judge is not None else None
-    low, high = (math.log(min(max(damage, workshop.least), workshop.most)) for damage in span)
+    low, high = (math.log(min(max(damage, compressor.least), compressor.most)) for damage in span)
     wanted = [math.exp(low + (high - low) * i / max(1, points - 1)) for i in range(points)]
-    offers = {workshop.offer(min(max(damage, workshop.least), workshop.most)): None for damage in wanted}
     found: list[Point] = []
+    known: set[Choice] = set()
     try:
-        for offer in offers:
+        for damage in wanted:
+            offer = compressor.offer(min(max(damage, compressor.least), compressor.most))
+            if offer.choice in known:
+                continue
+            known.add(offer.choice)
             began = time.monotonic()
             nbytes, score = offer.nbytes, None
             if judge is not None:
-                model = workshop.build(offer)
+                model = compressor.build(offer)
                 nbytes, score = quantized.nbytes(model), evaluate(judge.eval_func, model).value
             found.append(Point(offer.price, offer.damage, nbytes, score, time.monotonic() - began))
             log.info("point %d: %s", len(found), found[-1])

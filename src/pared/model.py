@@ -10,25 +10,27 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+import pared
 from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
-from pared.errors import MismatchError, ModelError
+from pared.errors import MismatchError, ModelError, VersionError
 from pared.exporting import Dynamic, Exported, export_onnx
-from pared.graphs import Halved, Served, Server, release, serve
+from pared.graphs import Halved, Server, release, serve
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
 from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
 from pared.outcome import Outcome
 from pared.profile import ENGINE_FILE, Profile, Whole
-from pared.record import RECORD, Record, curve_of, record_of, set_outcome
+from pared.record import RECORD, Record, curve_of, record_of, set_outcome, state_from_json
 from pared.reporting import lines, page, text
 from pared.reporting.drawing import require_library
+from pared.result import Offered, Result, Yielding, refuse_save_pretrained
 from pared.tensors import (
     check_unquantized,
     clone_structure,
@@ -45,15 +47,17 @@ log = logging.getLogger(__name__)
 DEPLOY: Final = "deploy.yaml"
 
 
-class Quantized(Served):
+class Quantized(Yielding):
     """Mixed in before the model's own class, which is served: how a quantized model is pickled."""
 
     def _pared_ledger(self) -> ledger.Ledger:
         """What `pared.inspect` shows of a quantized model: the artifact that `save` would write."""
-        return ledger_of(self)
+        return ledger.of_artifact_bytes(artifact.to_bytes(contents_of(self)), where=type(self).__name__)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle as an empty model of the original class, and the bytes of the artifact.
+        """Pickle as an empty model of the original class, the bytes of the artifact, and plain text.
+
+        No module inside of `pared` is named, so that files outlive its layout.
 
         Protocol 2, which torch.save uses, spends three bytes on two of a bytes object: there they travel as a tensor.
         """
@@ -61,14 +65,30 @@ class Quantized(Served):
         data: bytes | Tensor = artifact.to_bytes(contents_of(self))
         if int(protocol) < 3:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return _revive, (skeleton_of(self), data, record.profile, record.outcome, record.memory)
+        return pared._revive, (skeleton_of(self), data, record.to_json())
 
 
-def _revive(skeleton: nn.Module, data: bytes | Tensor, profile: Profile, outcome: Outcome, memory: Memory) -> nn.Module:
+def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:
+    """The quantized model of a pickle: the inverse of `Quantized.__reduce_ex__`."""
     raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
+    profile, outcome, memory = state_from_json(state)
     model = assemble(skeleton, artifact.from_bytes(raw), profile, memory)
     set_outcome(model, outcome)
     return model
+
+
+if not TYPE_CHECKING:  # a checker would take every attribute for known
+
+    def __getattr__(name: str) -> NoReturn:
+        """Refuse the pickles of before 0.1: they name `pared.model._revive`, before the classes of its arguments."""
+        if name == "_revive":
+            raise VersionError(
+                "a quantized model that an earlier version than 0.1 has pickled whole cannot be read",
+                where="pared.model._revive",
+                remedy="Load its artifact: pared.load(directory, model=build_model()). If there is none, open the "
+                "pickle with the version that wrote it, and call save(directory).",
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def save(model: nn.Module, directory: str | Path, *, container: str = "pt", verify: bool = True) -> Path:
@@ -132,7 +152,7 @@ def decoded(model: ModuleT, contents: Contents) -> ModuleT:
 
 def nbytes(model: nn.Module) -> int:
     """The size in bytes of the `best_model.pt` that `save` writes."""
-    return len(artifact.to_bytes(contents_of(model)))
+    return _result_of(model).nbytes()
 
 
 def report(model: nn.Module, *, html: str | Path | None = None) -> str:
@@ -179,54 +199,50 @@ def _decoding_ms(model: nn.Module) -> float:
     return min(times)
 
 
-def ledger_of(model: nn.Module) -> ledger.Ledger:
-    """The ledger of the artifact that `save` would write."""
-    return ledger.of_artifact_bytes(artifact.to_bytes(contents_of(model)), where=type(model).__name__)
+def _result_of(model: nn.Module) -> Result:
+    """What came of compressing the model: met, score, baseline, trials, plan, curve, size and engine."""
+    return Result(model, contents_of)
 
 
-# What a quantized model offers beside what its own class has. A model that has one of these names keeps its own;
-# the functions of `pared` with the same names work for every model.
-_FACE: Final[Mapping[str, Any]] = {
-    "save": save,
-    "export": export,
-    "report": report,
-    "nbytes": property(nbytes),
-    "met": property(lambda self: record_of(self).outcome.met),
-    "score": property(lambda self: record_of(self).outcome.score),
-    "baseline": property(lambda self: record_of(self).outcome.baseline),
-    "trials": property(lambda self: record_of(self).outcome.trials),
-    "plan": property(lambda self: plan_of(self)),
-    "curve": curve_of,
-    "engine": property(lambda _self: "torch"),
-    "engine_ms": property(lambda self: record_of(self).engine_ms),
+# What a quantized model offers beside what its own class has. A model that has one of these names, or whose forward
+# assigns to it, keeps its own; the functions of `pared` work for every model. All but the first four are older names
+# of what stands in `q.pared`.
+_OFFERED: Final[Mapping[str, tuple[Callable[..., Any], bool]]] = {
+    "save": (save, True),
+    "export": (export, True),
+    "report": (report, True),
+    "pared": (_result_of, False),
+    "nbytes": (nbytes, False),
+    "curve": (curve_of, True),
+    **{
+        name: (lambda model, name=name: getattr(_result_of(model), name), False)
+        for name in ("met", "score", "baseline", "trials", "plan", "engine", "engine_ms")
+    },
 }
 
 
 def plan_of(model: nn.Module) -> tuple[lines.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
-    return lines.lines(contents_of(model), record_of(model).running)
+    return _result_of(model).plan
 
 
 _CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
 
 
-def _refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object) -> None:
-    """Not offered: `from_pretrained` would read the codes as if they were weights."""
-    raise ModelError(
-        "save_pretrained would write codes that from_pretrained takes for weights",
-        where=type(self).__name__,
-        remedy="Use pared.save(model, directory), and model.config.save_pretrained(directory) for the configuration.",
-    )
-
-
-def _quantized_class(base: type[nn.Module], face: frozenset[str]) -> type[nn.Module]:
-    if (base, face) not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        offered = {name: _FACE[name] for name in sorted(face)}
+def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.Module]:
+    if (base, offered) not in _CLASSES:
+        names: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        for name in sorted(offered):
+            function, is_method = _OFFERED[name]
+            names[name] = Offered(function, is_method=is_method)
         if hasattr(base, "save_pretrained"):
-            offered["save_pretrained"] = _refuse_save_pretrained
-        _CLASSES.setdefault((base, face), type(base.__name__, (Quantized, base), {**names, **offered}))
-    return _CLASSES[base, face]
+            names["save_pretrained"] = refuse_save_pretrained
+        _CLASSES.setdefault((base, offered), type(base.__name__, (Quantized, base), names))
+    return _CLASSES[base, offered]
 
 
 def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
@@ -263,9 +279,9 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
     record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
-    face = frozenset(name for name in _FACE if not hasattr(clone, name))
+    offered = frozenset(name for name in _OFFERED if not hasattr(clone, name))
     _serve(clone, profile, memory)
-    clone.__class__ = _quantized_class(type(clone), face)  # type: ignore[assignment]  # a subclass
+    clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pared.errors import CorruptError
@@ -98,6 +98,18 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """What an artifact keeps: no trials, whose seconds depend on a clock, and no blame, which may be long."""
         return {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_KEPT}
+
+    @classmethod
+    def from_state(cls, data: Mapping[str, Any]) -> Outcome:
+        """The inverse of `dataclasses.asdict`, after JSON: with trials and blame, which `to_json` leaves out.
+
+        >>> outcome = Outcome(True, 0.9, trials=(Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0),), blame=(("a", 0.5),))
+        >>> Outcome.from_state(asdict(outcome)) == outcome
+        True
+        """
+        plain = {key: value for key, value in data.items() if key not in _NOT_KEPT}
+        trials = tuple(Trial.from_json(trial) for trial in data["trials"])
+        return replace(cls.from_json(plain), trials=trials, blame=tuple((name, share) for name, share in data["blame"]))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:

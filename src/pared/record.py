@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from torch import nn
 
-from pared.errors import ModelError
+from pared.errors import CorruptError, ModelError
 from pared.install import Memory
 from pared.keeper import Keeper
-from pared.outcome import Outcome
+from pared.outcome import Curve, Outcome
 from pared.plan import Decision
 from pared.profile import Profile, Running
 
@@ -30,7 +31,7 @@ class Record:
         running: what each module that may run in int8 runs in.
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
-        curve: the trade-off curve of the same calibration, where there was one; a `pared.curve.Curve`.
+        curve: the trade-off curve of the same calibration, where there was one.
         engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
     """
 
@@ -42,8 +43,30 @@ class Record:
     running: Mapping[str, Running]
     memory: Memory
     outcome: Outcome
-    curve: Any = None
+    curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """What a pickle holds beside the artifact: what was measured on this machine, and how the search went."""
+        state = {"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory}
+        return json.dumps(state)
+
+
+def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
+    """The inverse of `Record.to_json`.
+
+    Raises:
+        CorruptError: it is something else.
+    """
+    try:
+        state = json.loads(text)
+        outcome = Outcome.from_state(state["outcome"])
+        return Profile.from_json(state["profile"]), outcome, state["memory"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptError(
+            f"the pickle of a quantized model makes no sense ({error})",
+            remedy="Fetch the file again; it is damaged.",
+        ) from error
 
 
 def record_of(model: nn.Module) -> Record:
@@ -66,7 +89,7 @@ def set_outcome(model: nn.Module, outcome: Outcome) -> None:
     record_of(model).outcome = outcome
 
 
-def curve_of(model: nn.Module) -> Any:
+def curve_of(model: nn.Module) -> Curve:
     """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
 
     Raises:

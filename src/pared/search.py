@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol, TypeVar, cast
+from typing import Final, TypeVar, cast
 
 import numpy as np
 from torch import nn
@@ -21,15 +21,12 @@ from pared.config import AccuracyCriterion
 from pared.evaluate import EvalFunc, Score, compare, confirm, evaluate, strain
 from pared.outcome import Outcome, Trial
 from pared.record import set_outcome
+from pared.workshop import DEFAULT_DAMAGE, Compressor, Offer
 from pared.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
-
-# Where a search begins, and what a model costs that nobody evaluates: a thousandth of the output's energy.
-DEFAULT_DAMAGE: Final = 1e-3
 
 # The aim lies below the tolerable loss, so that what the fit gets wrong does not turn into a failed trial; with noise,
 # by one standard error, down to half of it. A model that comes this close to the aim is good enough.
@@ -60,45 +57,6 @@ _BLAMED: Final = 5
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A plan that an allocation offers.
-
-    Args:
-        price: the damage per byte at which it is optimal.
-        damage: predicted: the expected share of the output's energy that is lost; above 0.
-        nbytes: planned, of `best_model.pt`.
-    """
-
-    price: float
-    damage: float
-    nbytes: int
-
-
-class Workshop(Protocol[ModuleT_co]):
-    """Makes models of any damage; the search sees nothing else of how models are compressed."""
-
-    @property
-    def least(self) -> float:
-        """The damage of the finest model on offer; above 0."""
-
-    @property
-    def most(self) -> float:
-        """The damage of the smallest model on offer."""
-
-    def offer(self, damage: float) -> Offer:
-        """The smallest plan whose predicted damage is at most this; quick."""
-
-    def offer_bytes(self, nbytes: int) -> Offer:
-        """The plan of least damage whose file is no larger than this; quick."""
-
-    def build(self, offer: Offer) -> ModuleT_co:
-        """The quantized model, decoded from its own bytes; slow. The same offer gives the same bytes."""
-
-    def blame(self, offer: Offer) -> Sequence[tuple[str, float]]:
-        """Tensors and activations by falling share of the offer's damage."""
-
-
-@dataclass(frozen=True)
 class Judge:
     """Who decides whether a model is good enough.
 
@@ -118,7 +76,7 @@ class Judge:
 
 
 def search(
-    workshop: Workshop[ModuleT],
+    compressor: Compressor[ModuleT],
     original: nn.Module,
     judge: Judge,
     *,
@@ -129,16 +87,16 @@ def search(
     """Find the smallest model that meets the criterion, on the search's data and on unseen ones.
 
     Args:
-        workshop: makes the models.
+        compressor: makes the models.
         original: the float model, in eval mode.
         judge: who decides.
         max_size: bytes that the file may take at most; no model larger than that is tried.
         workspace: where finished trials are recorded; those of an earlier run count as if they were made now.
-        start: the damage of the first trial, where the workshop offers it.
+        start: the damage of the first trial, where the compressor offers it.
 
     Returns:
-        the smallest model that meets the criterion, else the one that lost least; its outcome says which. Ctrl-C ends
-        the search with the best model so far.
+        the smallest model that meets the criterion, else the one that lost least; its outcome says which. Ctrl-C at
+        any time after the first trial ends the search with the best model so far.
 
     Raises:
         EvaluationError: a function of the judge raised, or gave no score.
@@ -147,20 +105,21 @@ def search(
     """
     began = time.monotonic()
     references = _References.of(original, judge, workspace)
-    finest = workshop.offer_bytes(max_size) if max_size is not None else workshop.offer(workshop.least)
-    market = _Market(workshop, finest, start, judge.criterion.tolerable_loss)
     trials: tuple[Trial, ...] = workspace.trials if workspace is not None else ()
+    market: _Market | None = None
     held: ModuleT | None = None
     try:
+        finest = compressor.offer_bytes(max_size) if max_size is not None else compressor.offer(compressor.least)
+        market = _Market(compressor, finest, start, judge.criterion.tolerable_loss)
         while len(trials) < judge.max_trials and not (trials and 0 < judge.timeout < time.monotonic() - began):
             offer = market.next(trials)
             if offer is None:
                 break
-            model, trial = _try(workshop, offer, judge, references)
+            model, trial = _try(compressor, offer, judge, references)
             log.info("trial %d: %s", len(trials) + 1, trial)
+            trials, held = (*trials, trial), (model if _best((*trials, trial)) == len(trials) else held)
             if workspace is not None:
                 workspace.add(trial, model)
-            trials, held = (*trials, trial), (model if _best((*trials, trial)) == len(trials) else held)
     except KeyboardInterrupt:
         if not trials:
             raise
@@ -168,15 +127,33 @@ def search(
     number = _best(trials)
     if held is None:
         assert workspace is not None, "without a workspace the best trial was made in this run"
-        held = cast("ModuleT", workspace.model(number, original))  # of the class of what it was made from
+        held = cast("ModuleT", _read(workspace, number, original))  # of the class of what it was made from
     outcome = replace(_outcome(trials[number], judge.criterion, references), trials=trials)
     if not outcome.met:
-        best = trials[number]
-        blamed = tuple(workshop.blame(Offer(best.price, best.damage, best.nbytes)))[:_BLAMED]
-        outcome = replace(outcome, blame=blamed)
+        outcome = replace(outcome, blame=_blame(market, trials[number]))
         log.warning("the criterion is not met: %.4g too much was lost; the best model is returned", outcome.gap)
     set_outcome(held, outcome)
     return held
+
+
+def _read(workspace: Workspace, number: int, original: nn.Module) -> nn.Module:
+    """The model of an earlier run's trial. Ctrl-C does not stop it: this model is what Ctrl-C asks for."""
+    try:
+        return workspace.model(number, original)
+    except KeyboardInterrupt:
+        log.warning("interrupted: the best model so far is read all the same")
+        return workspace.model(number, original)
+
+
+def _blame(market: _Market | None, trial: Trial) -> tuple[tuple[str, float], ...]:
+    """What costs most of the damage of a trial's model; nothing where Ctrl-C came before that was known."""
+    if market is None:
+        return ()
+    try:
+        return tuple(market.compressor.blame(market.offer_of(trial)))[:_BLAMED]
+    except KeyboardInterrupt:
+        log.warning("interrupted: what costs most of the damage was not determined")
+        return ()
 
 
 @dataclass(frozen=True)
@@ -209,10 +186,10 @@ def _reference(name: str, function: EvalFunc, original: nn.Module, workspace: Wo
     return score
 
 
-def _try(workshop: Workshop[ModuleT], offer: Offer, judge: Judge, references: _References) -> tuple[ModuleT, Trial]:
+def _try(compressor: Compressor[ModuleT], offer: Offer, judge: Judge, references: _References) -> tuple[ModuleT, Trial]:
     """Build a model, score it, confirm the score where it would do, and write the result into the model."""
     began = time.monotonic()
-    model = workshop.build(offer)
+    model = compressor.build(offer)
     criterion, baseline = judge.criterion, references.baseline
     candidate = copy.deepcopy(model)  # the user's functions may do with it what they like
     score = evaluate(judge.eval_func, candidate)
@@ -266,13 +243,13 @@ class _Market:
     """Says which offer to try next: a pure function of the finished trials.
 
     Args:
-        workshop: makes offers.
+        compressor: makes offers.
         finest: the offer of least damage that may be tried.
         start: the damage of the first trial.
         tolerable_loss: in the unit of the trials' losses.
     """
 
-    workshop: Workshop[nn.Module]
+    compressor: Compressor[nn.Module]
     finest: Offer
     start: float
     tolerable_loss: float
@@ -295,12 +272,16 @@ class _Market:
 
     def _offer(self, place: float) -> Offer:
         """The offer at a log damage, within the range."""
-        damage = min(math.exp(place), self.workshop.most)
+        damage = min(math.exp(place), self.compressor.most)
         if damage <= self.finest.damage:
             return self.finest
-        offer = self.workshop.offer(damage)
+        offer = self.compressor.offer(damage)
         # Real bytes differ a little from planned ones; the finest offer alone is sure to be within the limit.
         return self.finest if offer.nbytes > 0.995 * self.finest.nbytes else offer
+
+    def offer_of(self, trial: Trial) -> Offer:
+        """The offer that a trial, of this run or of an earlier one, was made of."""
+        return self.finest if trial.damage == self.finest.damage else self.compressor.offer(trial.damage)
 
     def _finer(self, bad: Trial, law: _Law | None, failures: int) -> Offer:
         """Everything has failed so far: go down by ever larger steps, and soon to the end of the range."""

@@ -14,18 +14,16 @@ from torch import nn
 
 from pared import allocate, artifact, plan
 from pared import model as quantized
-from pared.allocate import Choice, Options
+from pared.allocate import Choice
 from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError
-from pared.formats import Coded, Grid, survives_float16
-from pared.grids import CODE_LIMITS
+from pared.formats import Coded, Grid
 from pared.layers import Activation
-from pared.plan import Decision, Plan, Treatment
+from pared.options import GRID_ENTRY, rounded, trace_slot
+from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine
-from pared.rounding import Codes, Curve, Target, make_target, solve, trace
-from pared.search import DEFAULT_DAMAGE, Offer
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics
 from pared.tensors import Slot
@@ -34,55 +32,54 @@ from pared.views import View, view_of
 
 log = logging.getLogger(__name__)
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
+
+# Where a search begins, and what a model costs that nobody evaluates: a thousandth of the output's energy.
+DEFAULT_DAMAGE: Final = 1e-3
 
 # Of the damage asked for, the share that rounding the inputs of layers may do: it buys speed, but no bytes.
 ACTIVATION_SHARE: Final = 0.1
 # ... where the user has asked for static or dynamic activations.
 _WISHED_SHARE: Final = 0.5
 
-# What an index takes more for codes and steps than for plain values, about; and what the scores of the search may add
-# to it later, at most.
-_GRID_ENTRY: Final = 24
+# Bytes that the scores of the search may add to an index later, at most.
 RESERVE: Final = 700
 
 _LEAST_SHARE: Final = 0.01  # of what the median tensor counts
 _MOST_TOTAL: Final = 10.0  # ... which is at most this, at a relative error of 1: beyond, squares say nothing
-# Options of int16 are for where int8 loses: at the same step, by this factor in damage.
-_WORTH_INT16: Final = 1.25
-# Damage of the finest grid from which on a tensor may also stay as it is: a thousandth of what is lost unasked.
-_COUNTS: Final = 1e-6
-_WHY_FLOAT: Final[Mapping[Treatment, str]] = {
-    "float16": "as float16 it does less damage in as few bytes than on a grid",
-    "exact": "no grid is fine enough for it",
-}
+_FEWER_RULES: Final = "Allow more bytes, or give fewer rules that keep tensors in float."
+_LESS_THAN_EIGHT: Final = (
+    'quant_level=0 allows nothing coarser than 8 bits: allow more bytes, or take quant_level="auto".'
+)
 _ALIGNED: Final = 64  # bytes by which a file grows at once
 _ROUNDS: Final = 10  # of closing in on max_size
 _MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
 
-@dataclass(frozen=True, eq=False)
-class Free:
-    """A tensor whose step the allocation decides."""
+@dataclass(frozen=True)
+class Offer:
+    """A model that can be built: the format of every tensor, and what is predicted of it.
 
-    slot: Slot
-    target: Target
-    curve: Curve
-    options: Options  # those of the curve, then the floats
-    floats: tuple[Treatment, ...] = ()
+    Args:
+        choice: the option of each tensor whose step is free.
+        damage: predicted: the expected share of the output's energy that is lost, activations included; above 0.
+        nbytes: planned, of `best_model.pt`.
+    """
 
-    def decision(self, option: int) -> Decision:
-        """What an option means, with its damage."""
-        bits = 8 * float(self.options.nbytes[option]) / self.slot.tensor.numel()
-        damage = float(self.options.damage[option])
-        if option < len(self.curve.codes):
-            return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
-        treatment = self.floats[option - len(self.curve.codes)]
-        return Decision(self.slot.name, treatment, None, _WHY_FLOAT[treatment], damage)
+    choice: Choice
+    damage: float
+    nbytes: int
+
+    @property
+    def price(self) -> float:
+        """The damage per byte at which the choice is optimal."""
+        return self.choice.price
 
 
-class Compressor(Generic[ModuleT]):
-    """See `search.Workshop`, which this is.
+class Compressor(Generic[ModuleT_co]):
+    """Makes quantized models of any damage or size from one set of statistics.
+
+    `least` and `most` are the damages of the finest and of the smallest model on offer.
 
     Args:
         model: the float model; it is left as it is.
@@ -95,7 +92,7 @@ class Compressor(Generic[ModuleT]):
 
     def __init__(
         self,
-        model: ModuleT,
+        model: ModuleT_co,
         slots: Sequence[Slot],
         conf: PostTrainingQuantConfig,
         seen: Statistics | None,
@@ -117,23 +114,15 @@ class Compressor(Generic[ModuleT]):
         }
         free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
         known = _complete(free, sensitivity.tensors if sensitivity else {})
-        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict) for slot in free]
+        fine = conf.quant_level == 0
+        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict, fine=fine) for slot in free]
         self._options = [one.options for one in self._free]
         self._solved: dict[tuple[str, int], Coded] = {}
-        self._exact: dict[Offer, Choice] = {}  # offers that a price alone does not tell
         self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
-        self.most = max(coarsest.damage, self.least)
-
-    def cap(self) -> float:
-        """Offer nothing that does more damage than plain int8, a step of absmax / 127 for each row; that damage."""
-        finest = CODE_LIMITS["int8"]
-        costs = [
-            float((t.importance * (t.absmax / finest).square() / 12).sum()) for t in (o.target for o in self._free)
-        ]
-        self.most = max(self.least, sum(costs))
-        return self.most
+        # With a hair more, so that the smallest itself is on offer whatever the division rounds to.
+        self.most = max(coarsest.damage * (1 + 1e-9) / (1 - self._share), self.least)
 
     def offer(self, damage: float) -> Offer:
         """The smallest plan whose predicted damage is at most this."""
@@ -157,6 +146,8 @@ class Compressor(Generic[ModuleT]):
                 best, low = choice, planned
             else:
                 high = planned
+            if best is None and choice.nbytes > spend:
+                break  # nothing smaller is on offer
             if best is not None and (attempt >= _ROUNDS or wanted >= real > 0.998 * wanted):
                 break
             if attempt < _ROUNDS:
@@ -167,16 +158,14 @@ class Compressor(Generic[ModuleT]):
                 planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
         if best is None:
             raise self._too_small(nbytes)
-        offer = self._offered(best, best.damage / (1 - self._share))
-        self._exact[offer] = best
-        return offer
+        return self._offered(best, best.damage / (1 - self._share))
 
     def _too_small(self, nbytes: int) -> ConfigError:
         coarsest = allocate.choose(self._options, allocate.ends(self._options)[1])
         return ConfigError(
             f"max_size is {nbytes:,} bytes, and the smallest file takes {self._nbytes(coarsest) + RESERVE:,}",
             where="PostTrainingQuantConfig",
-            remedy="Allow more bytes, or give fewer rules that keep tensors in float.",
+            remedy=_LESS_THAN_EIGHT if self._conf.quant_level == 0 else _FEWER_RULES,
         )
 
     @property
@@ -187,10 +176,7 @@ class Compressor(Generic[ModuleT]):
         return ACTIVATION_SHARE if self._conf.approach == "auto" else _WISHED_SHARE
 
     def _offered(self, choice: Choice, damage: float) -> Offer:
-        return Offer(choice.price, damage, round(choice.nbytes + self._overhead))
-
-    def _choice(self, offer: Offer) -> Choice:
-        return self._exact.get(offer) or allocate.choose(self._options, offer.price)
+        return Offer(choice, damage, round(choice.nbytes + self._overhead))
 
     def _stored(self, choice: Choice) -> tuple[Stored, ...]:
         """Every tensor in its format; what an earlier call has rounded alike is not rounded again."""
@@ -217,7 +203,7 @@ class Compressor(Generic[ModuleT]):
         ]
         numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
         whole = len(artifact.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
-        return whole - sum(len(part.payload) for part in numbers) - _GRID_ENTRY * len(empty)
+        return whole - sum(len(part.payload) for part in numbers) - GRID_ENTRY * len(empty)
 
     def _nbytes(self, choice: Choice) -> int:
         contents = self._contents(self._stored(choice), choice.damage)
@@ -236,19 +222,19 @@ class Compressor(Generic[ModuleT]):
         budget = float("inf") if obeyed else damage * share / (1 - share)
         return choose_activations(candidates, self._conf.approach, self._noise, budget)
 
-    def build(self, offer: Offer) -> ModuleT:
+    def build(self, offer: Offer) -> ModuleT_co:
         """The quantized model of an offer.
 
         Layers that may run in int8 do: which kernels are fastest is no part of what is scored, so that the same search
         gives the same file on a busy machine.
         """
-        choice = self._choice(offer)
+        choice = offer.choice
         contents = self._contents(self._stored(choice), choice.damage)
         return quantized.assemble(self._model, contents, Profile(this_machine()))
 
     def blame(self, offer: Offer) -> list[tuple[str, float]]:
         """Tensors and activations by falling share of the damage."""
-        choice = self._choice(offer)
+        choice = offer.choice
         costs = {
             one.slot.name: float(one.options.damage[option])
             for one, option in zip(self._free, choice.options, strict=True)
@@ -300,57 +286,7 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     return found
 
 
-def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False) -> Free:
-    """What a tensor could become, and at what price; strictly, one of two or more dimensions never stays in float.
-
-    Where even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
-    """
-    tensor = slot.tensor.detach()
-    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
-    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
-    curve = _pruned(trace(target, stats))
-    nbytes, damage = curve.nbytes + _GRID_ENTRY, curve.damage
-    floats: list[Treatment] = []
-    if survives_float16(tensor) and not (strict and slot.weight_like):
-        error = (tensor.float() - tensor.half().float()).square()
-        cost = float((target.importance * view.matrix(error).double().mean(1)).sum())
-        nbytes, damage = np.append(nbytes, 2.0 * tensor.numel()), np.append(damage, cost)
-        floats.append("float16")
-    if damage.min() > _COUNTS and not (strict and slot.weight_like):
-        whole = float(tensor.numel() * tensor.element_size())
-        nbytes, damage = np.append(nbytes, whole), np.append(damage, 0.0)
-        floats.append("exact")
-    return Free(slot, replace(target, judged=None), curve, Options(nbytes, damage), tuple(floats))
-
-
-def _pruned(curve: Curve) -> Curve:
-    """Without the options of int16 that are hardly better than int8 at the same step."""
-    narrow = {int(k): d for k, d, codes in zip(curve.common, curve.damage, curve.codes, strict=True) if codes == "int8"}
-    keep = [
-        i
-        for i, codes in enumerate(curve.codes)
-        if codes == "int8" or curve.damage[i] * _WORTH_INT16 < narrow[int(curve.common[i])]
-    ]
-    return Curve(curve.common[keep], tuple(curve.codes[i] for i in keep), curve.nbytes[keep], curve.damage[keep])
-
-
 def _zeros(slot: Slot, view: View) -> Coded:
     shape = tuple(slot.tensor.shape)
     parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
     return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)
-
-
-def rounded(one: Free, option: int) -> Coded:
-    """Round a tensor as one of its options says."""
-    tensor = one.slot.tensor.detach()
-    if option >= len(one.curve.codes):
-        return plan.encode(one.slot, one.decision(option))
-    codes_type: Codes = one.curve.codes[option]
-    steps = one.target.steps(int(one.curve.common[option]), codes_type)
-    codes, steps = solve(one.target, steps, codes_type)
-    view = one.target.view
-    parts = {
-        "codes": view.restore(codes, tuple(tensor.shape)).contiguous(),
-        "step": steps.reshape(view.row_sizes),
-    }
-    return Coded(Grid(codes_type), tuple(tensor.shape), tensor.dtype, parts, view)

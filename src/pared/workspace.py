@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from pared import artifact
@@ -173,3 +175,16 @@ def _short(value: str | None) -> str:
 
 def _damaged(path: Path, why: object) -> FileError:
     return FileError(f"cannot be read ({why})", where=str(path), remedy=_AFRESH)
+
+
+def checksum(values: Any) -> str:
+    """A checksum of tensors' bytes; other values by their text."""
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            total = zlib.crc32(f"{value.dtype}{list(value.shape)}".encode() + data, total)
+        else:
+            total = zlib.crc32(repr(value).encode(), total)
+    return f"{total:08x}"

@@ -18,11 +18,14 @@ _MOSTLY: Final = 0.25
 # What mends what `pared compress` cannot.
 _NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
 _OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
-# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it.
-_OURS: Final = "pared.model._revive"
-_SAVE: Final = (
-    "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it without code."
-)
+# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it; and the same
+# of versions before 0.1, whose pickles are not read any more.
+_SAVE: Final = {
+    "pared._revive": "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it "
+    "without code.",
+    "pared.model._revive": "It is a quantized model already, of a version before 0.1, whose pickles are not read any "
+    "more: use the artifact that save(directory) wrote.",
+}
 _PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 
@@ -32,7 +35,7 @@ def executable_pickle(case: Case) -> Iterator[Cause]:
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
         nbytes = sum(_pickles(case.listing).values())
-        remedy = _SAVE if _OURS in foreign else ""
+        remedy = next((_SAVE[name] for name in foreign if name in _SAVE), "")
         yield Cause(foreign, nbytes, f"loading it would run {shown}", remedy, always=True)
 
 
