@@ -37,3 +37,5 @@ from .registration import register as register
 from .version import __version__ as __version__
 
 __all__: list[str]
+
+def _revive(*state: object) -> object: ...
