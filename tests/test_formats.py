@@ -14,7 +14,7 @@ from pared import formats
 from pared.errors import CorruptError
 from pared.formats import FORMATS, Coded, Float, Grid, Raw, log_step
 from pared.solvers import absmax_steps
-from pared.streams import Part
+from pared.streams import EncodedPart
 from pared.views import View
 
 SHAPES = [(1, 1), (3, 5), (7, 1), (1, 64), (4, 3, 3, 3), (128, 33), (500, 80), (0, 4)]
@@ -133,7 +133,7 @@ def test_negative_or_infinite_steps_are_refused() -> None:
     coded = grid("int8")(values((2, 4)))
     streams = coded.format.streams(coded)
     for bad in (-1.0, float("nan"), float("inf")):
-        streams["step"] = Part(torch.tensor([1.0, bad]).numpy().tobytes())
+        streams["step"] = EncodedPart(torch.tensor([1.0, bad]).numpy().tobytes())
         with pytest.raises(CorruptError, match="a step is negative or not finite"):
             coded.format.parts(streams, (2, 4), coded.view)
 
@@ -141,7 +141,7 @@ def test_negative_or_infinite_steps_are_refused() -> None:
 def test_a_part_of_the_wrong_length_says_what_is_needed() -> None:
     coded = Float("float32").encode(values((2, 4)))
     with pytest.raises(CorruptError) as error:
-        coded.format.parts({"values": Part(b"12345")}, (2, 4), None)
+        coded.format.parts({"values": EncodedPart(b"12345")}, (2, 4), None)
     assert error.value.what == "a part holds 5 bytes where its shape [2, 4] needs 32"
 
 

@@ -16,7 +16,7 @@ from pared.container import STEP_INDEXES
 from pared.entropy import Codes, Coding
 from pared.errors import CorruptError, ParedError
 from pared.formats import log_step
-from pared.streams import Part, decode_codes, decode_steps, encode_codes, encode_steps
+from pared.streams import EncodedPart, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.views import View, first_dimension, single_row
 
 MANTISSAS = (0x000000, 0x0B95C2, 0x1837F0, 0x25FED7, 0x3504F3, 0x45672A, 0x5744FD, 0x6AC0C7)
@@ -75,7 +75,7 @@ def test_any_steps_come_back_bit_for_bit(values: list[float], on_scale: bool) ->
         assert len(part.payload) <= len(steps)
 
 
-def reference_steps(part: Part, count: int) -> Any:
+def reference_steps(part: EncodedPart, count: int) -> Any:
     """As the specification says it."""
     differences = entropy.decode(part.payload, part.coding, count, np.int8)
     assert part.base is not None
@@ -103,21 +103,21 @@ def test_steps_are_coded_that_are_within_reach_of_a_base(indexes: list[int], bas
 @pytest.mark.parametrize("odd", [1.09, 1e-40, -0.0, float("inf"), float("nan"), -1.0, 3.2e38])
 def test_a_single_step_off_the_scale_makes_all_plain(odd: float) -> None:
     steps = np.array([1, 0, odd], np.float32)
-    assert encode_steps(steps) == Part(steps.tobytes())
+    assert encode_steps(steps) == EncodedPart(steps.tobytes())
 
 
 def test_equal_steps_take_no_bytes() -> None:
-    assert encode_steps(np.full((3, 5), 0.25, np.float32)) == Part(b"", Coding(constant=0), base=-16)
-    assert encode_steps(np.zeros(3, np.float32)) == Part(b"", Coding(constant=-128), base=0)
-    assert encode_steps(np.zeros(0, np.float32)) == Part(b"")
+    assert encode_steps(np.full((3, 5), 0.25, np.float32)) == EncodedPart(b"", Coding(constant=0), base=-16)
+    assert encode_steps(np.zeros(3, np.float32)) == EncodedPart(b"", Coding(constant=-128), base=0)
+    assert encode_steps(np.zeros(0, np.float32)) == EncodedPart(b"")
 
 
 HOSTILE_STEPS = {
-    "above": (Part(b"\x01\x00", base=1023), "a step is beyond the scale of steps"),
-    "below": (Part(b"\x00\xff", base=-1008), "a step is beyond the scale of steps"),
-    "short": (Part(b"\x00", base=0), "2 plain int8 codes take 2 bytes, not 1"),
+    "above": (EncodedPart(b"\x01\x00", base=1023), "a step is beyond the scale of steps"),
+    "below": (EncodedPart(b"\x00\xff", base=-1008), "a step is beyond the scale of steps"),
+    "short": (EncodedPart(b"\x00", base=0), "2 plain int8 codes take 2 bytes, not 1"),
     "constant with bytes": (
-        Part(b"\x00", Coding(constant=0), base=0),
+        EncodedPart(b"\x00", Coding(constant=0), base=0),
         "1 bytes cannot stand for 2 int8 codes that are all 0",
     ),
 }
@@ -164,7 +164,7 @@ def test_any_codes_come_back_and_take_no_more_than_one_stream(grid: tuple[Codes,
     assert reference_codes(parts, view, str(codes.dtype)) == view.matrix(torch.from_numpy(codes)).tolist()
 
 
-def reference_codes(parts: Mapping[str, Part], view: View, kind: str) -> list[list[int]]:
+def reference_codes(parts: Mapping[str, EncodedPart], view: View, kind: str) -> list[list[int]]:
     """The rows, taken one by one from the stream of their class."""
     if "codes" in parts:
         whole = entropy.decode(parts["codes"].payload, parts["codes"].coding, math.prod(view.split), kind)
@@ -206,7 +206,7 @@ def test_rows_that_are_all_zero_take_no_bytes_but_their_class() -> None:
     codes = spread_out(400, 100)
     codes[::2] = 0
     parts = encode_codes(codes, first_dimension(codes.shape))
-    assert parts["codes 0"] == Part(b"", Coding(constant=0), rows=200)
+    assert parts["codes 0"] == EncodedPart(b"", Coding(constant=0), rows=200)
 
 
 def test_the_division_into_classes_is_the_cheapest() -> None:
@@ -244,6 +244,9 @@ def test_classes_that_are_not_as_large_as_said_are_refused() -> None:
         stream = entropy.encode(wrong)
         with pytest.raises(CorruptError) as error:
             decode_codes(
-                parts | {"classes": Part(stream.payload, stream.coding)}, (500, 300), View((500, 300), (0,)), "int8"
+                parts | {"classes": EncodedPart(stream.payload, stream.coding)},
+                (500, 300),
+                View((500, 300), (0,)),
+                "int8",
             )
         assert error.value.what == "the classes of its rows are not as large as its index says"

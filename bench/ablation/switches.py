@@ -58,7 +58,7 @@ def one_class() -> Any:
 
 
 def float_steps() -> Any:
-    return patched(formats, encode_steps=lambda step: streams.Part(step.astype("<f4").tobytes()))
+    return patched(formats, encode_steps=lambda step: streams.EncodedPart(step.astype("<f4").tobytes()))
 
 
 def dead_zone(share: float) -> contextlib.ExitStack:

@@ -64,7 +64,7 @@ def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
         write_torch(file, index, (bytes(data),), len(data))
 
 
-def _entry(stored: Stored, encoded: Mapping[str, streams.Part], data: bytearray) -> Entry:
+def _entry(stored: Stored, encoded: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
     """Append a tensor's streams to the data, and describe them."""
     coded = stored.coded
     parts = streams.placed(encoded, len(data))
@@ -135,7 +135,7 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
                 )
 
 
-def _streams(stored: Stored) -> dict[str, streams.Part]:
+def _streams(stored: Stored) -> dict[str, streams.EncodedPart]:
     return stored.coded.format.streams(stored.coded)
 
 

@@ -12,7 +12,7 @@ from pared.container import Entry
 from pared.errors import CorruptError
 from pared.grids import narrowed
 from pared.readers import ELEMENTS, Array, as_floats
-from pared.streams import Part, decode_codes, decode_steps, parts_of
+from pared.streams import EncodedPart, decode_codes, decode_steps, parts_of
 from pared.views import View
 
 _DAMAGED: Final = "Fetch the file again; it is damaged."
@@ -43,7 +43,7 @@ def decode(entry: Entry, data: memoryview) -> Array:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
 
 
-def _on_grid(entry: Entry, parts: Mapping[str, Part]) -> NDArray[np.float32]:
+def _on_grid(entry: Entry, parts: Mapping[str, EncodedPart]) -> NDArray[np.float32]:
     """`step[row] * code`, in float32."""
     split, rows = entry.view or (entry.shape, (0,))
     view = View(split, rows)

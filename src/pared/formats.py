@@ -23,7 +23,7 @@ from torch import Tensor
 from pared import grids
 from pared.errors import CorruptError
 from pared.grids import CODE_LIMITS, CodeType
-from pared.streams import Part, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
+from pared.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.views import View, first_dimension
 
 
@@ -66,11 +66,11 @@ class Format(ABC):
         """The tensor that the parts stand for."""
 
     @abstractmethod
-    def streams(self, coded: Coded) -> dict[str, Part]:
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
         """The bytes to store, by part."""
 
     @abstractmethod
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
         """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
 
     @abstractmethod
@@ -137,12 +137,12 @@ class Grid(Format):
         values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types would be slower
         return values.to(coded.dtype).reshape(coded.shape)
 
-    def streams(self, coded: Coded) -> dict[str, Part]:
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
         """The codes through the entropy coder, by classes of rows where that pays; the steps too, or as float32."""
         codes = encode_codes(_plain(coded.parts["codes"]), coded.view or first_dimension(coded.shape))
         return codes | {"step": encode_steps(_plain(coded.parts["step"]))}
 
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
+    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
         """Codes and steps from their bytes."""
         view = view or first_dimension(shape)
         codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
@@ -172,13 +172,15 @@ class _Plain(Format):
 
     dtype: str
 
-    def parts(self, streams: Mapping[str, Part], shape: tuple[int, ...], _view: View | None) -> dict[str, Tensor]:
+    def parts(
+        self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], _view: View | None
+    ) -> dict[str, Tensor]:
         """The values from their bytes."""
         return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
 
-    def streams(self, coded: Coded) -> dict[str, Part]:
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
         """The values' bytes."""
-        return {"values": Part(_to_bytes(coded.parts["values"]))}
+        return {"values": EncodedPart(_to_bytes(coded.parts["values"]))}
 
     def nbytes(self, coded: Coded) -> int:
         """Elements times the size of one."""

@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Part:
+class EncodedPart:
     """The bytes of one part of a tensor, and what has to be known to read them.
 
     Args:
@@ -42,7 +42,7 @@ class Part:
     base: int | None = None
 
 
-def placed(parts: Mapping[str, Part], end: int, factor: float = 1.0) -> dict[str, container.Part]:
+def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, container.Part]:
     """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
 
     Args:
@@ -61,7 +61,7 @@ def placed(parts: Mapping[str, Part], end: int, factor: float = 1.0) -> dict[str
     return found
 
 
-def parts_of(entry: Entry, data: memoryview) -> dict[str, Part]:
+def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
     """The parts of a tensor of an artifact, compared with their checksums.
 
     Raises:
@@ -76,7 +76,7 @@ def parts_of(entry: Entry, data: memoryview) -> dict[str, Part]:
                 remedy = "Fetch the file again; it is damaged."
                 raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
             crc32 = 0
-        found[name] = Part(payload, part.coding, part.rows, part.base)
+        found[name] = EncodedPart(payload, part.coding, part.rows, part.base)
     return found
 
 
@@ -93,7 +93,7 @@ _ENOUGH: Final = 1 << 17
 _GROUPS: Final = 64
 
 
-def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Part]:
+def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, EncodedPart]:
     """Codes as one stream, or as a stream for each class of rows where that is smaller.
 
     Args:
@@ -118,7 +118,7 @@ def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Part]:
     return parts or {"codes": _encoded(codes, threads)}
 
 
-def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, Part]:
+def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, EncodedPart]:
     """Codes, of which a matrix is a view, as one stream or by classes: what is smaller, of so many times as many."""
     whole = {"codes": _encoded(codes, threads)}
     parts = _by_classes(matrix, threads) if whole["codes"].payload else None
@@ -130,7 +130,7 @@ def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[s
     return parts if price < len(whole["codes"].payload) * weight else whole
 
 
-def _by_classes(matrix: Codes, threads: int) -> dict[str, Part] | None:
+def _by_classes(matrix: Codes, threads: int) -> dict[str, EncodedPart] | None:
     """A stream for each class of rows; None where one class for all is likely to be the smallest."""
     classes = _classify(matrix)
     if classes is None:
@@ -142,7 +142,7 @@ def _by_classes(matrix: Codes, threads: int) -> dict[str, Part] | None:
     return parts
 
 
-def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
+def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
     """The inverse of `encode_codes`.
 
     Memory is bounded by the shape, which the caller has to check.
@@ -167,12 +167,12 @@ def decode_codes(parts: Mapping[str, Part], shape: tuple[int, ...], view: View, 
     return restored(matrix, shape, view)
 
 
-def _encoded(codes: Codes, threads: int = 1) -> Part:
+def _encoded(codes: Codes, threads: int = 1) -> EncodedPart:
     stream = entropy.encode(codes, threads)
-    return Part(stream.payload, stream.coding)
+    return EncodedPart(stream.payload, stream.coding)
 
 
-def _decoded(part: Part, count: int, kind: DTypeLike) -> Codes:
+def _decoded(part: EncodedPart, count: int, kind: DTypeLike) -> Codes:
     return entropy.decode(part.payload, part.coding, count, kind, threads=1)
 
 
@@ -269,13 +269,13 @@ def ceiling(step: Steps) -> Steps:
     return np.where(step > 0, raised, np.float32(0))
 
 
-def encode_steps(step: Steps) -> Part:
+def encode_steps(step: Steps) -> EncodedPart:
     """Steps as differences on the scale where all are on it and near enough to each other, else as float32.
 
     >>> encode_steps(np.array([0.5, 0.5], np.float32))
     Part(payload=b'', coding=Coding(per_symbol=1, low_bits=0, constant=0), rows=None, base=-8)
     """
-    plain = Part(step.astype("<f4").tobytes())
+    plain = EncodedPart(step.astype("<f4").tobytes())
     some = step[step > 0]
     indexes = np.clip(_indexes(some), _LOWEST, _HIGHEST)
     on_scale = (scale(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
@@ -291,7 +291,7 @@ def encode_steps(step: Steps) -> Part:
     return replace(_encoded(differences), base=base)
 
 
-def decode_steps(part: Part, count: int) -> Steps:
+def decode_steps(part: EncodedPart, count: int) -> Steps:
     """The inverse of `encode_steps`, of one dimension.
 
     Raises:

@@ -27,7 +27,7 @@ from pared.grids import (
 )
 from pared.lattices import find_lattice
 from pared.readers import FLOATING, Array, as_floats
-from pared.streams import Part, Steps, encode_codes, encode_steps, matrix_of
+from pared.streams import EncodedPart, Steps, encode_codes, encode_steps, matrix_of
 from pared.views import View, plain_view
 
 INT8_BITS: Final = 8.0
@@ -64,7 +64,7 @@ class Packed:
     """
 
     format: Mapping[str, str]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, EncodedPart]
     view: View | None = None
     bits: float | None = None
     because: str = ""
@@ -139,12 +139,12 @@ def _grid(codes: str) -> dict[str, str]:
 def _exact(array: Array, because: str) -> Packed:
     # Of a mapped file nothing is copied.
     plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
-    return Packed({"tag": "raw"}, {"values": Part(plain)}, because=because)
+    return Packed({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
 
 
 def _float(array: Array, dtype: str, to: str, because: str) -> Packed:
     values = narrowed(as_floats(array, dtype), to)
-    return Packed({"tag": "float", "dtype": to}, {"values": Part(values.tobytes())}, because=because)
+    return Packed({"tag": "float", "dtype": to}, {"values": EncodedPart(values.tobytes())}, because=because)
 
 
 def _flat(array: Array, dtype: str, name: str) -> Packed:
