@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pared.kernels import Range, available, conv, linear
+from pared.kernels import conv, linear
+from pared.kernels.activation import Range
+from pared.kernels.machine import available
 
 THREADS = 2
 SPAN = Range(-4.0, 4.0)

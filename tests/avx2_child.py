@@ -5,7 +5,9 @@ import sys
 
 import torch
 
-from pared.kernels import Range, available, conv, exact_products, levels_for, linear
+from pared.kernels import conv, linear
+from pared.kernels.activation import Range
+from pared.kernels.machine import available, exact_products, levels_for
 
 
 def error(fast: torch.Tensor, slow: torch.Tensor) -> float:

@@ -25,8 +25,9 @@ from pared import (
     PostTrainingQuantConfig,
     VersionError,
     artifact,
-    container,
 )
+from pared.container.envelope import open_records
+from pared.container.parse import parse_index
 from pared.contents import Contents
 from pared.model import contents_of
 from tests.mutations import mutations
@@ -151,8 +152,8 @@ def reindexed(data: bytes, edit: object) -> bytes:
 
 def flipped(data: bytes) -> bytes:
     """One bit of the table's code stream flipped."""
-    with container.open_records(data) as records:
-        index = container.parse_index(records)
+    with open_records(data) as records:
+        index = parse_index(records)
     with zipfile.ZipFile(io.BytesIO(data)) as source:
         stored = bytearray(source.read("archive/data/1"))
     entry = next(e for e in index.entries if e.name == "table.weight")

@@ -23,11 +23,13 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 from typer.testing import CliRunner
 
 import pared
-from pared import artifact, container, readers
+from pared import artifact, readers
 from pared.cli import app
 from pared.compression import checkpoint, expansion
 from pared.compression.journal import FOLDER, Journal
 from pared.compression.sampling import predict_nbytes
+from pared.container.envelope import open_records
+from pared.container.parse import parse_index
 from pared.errors import ConfigError, CorruptError, FileError, MismatchError, ModelError, UnsafeError
 
 State = dict[str, Tensor]
@@ -70,8 +72,8 @@ def test_weights_come_back_in_their_own_type(dtype: torch.dtype, bits: float, le
 def test_a_weight_takes_the_bits_that_were_asked_for(bits: float, tmp_path: Path) -> None:
     source = drawn(500, 400)
     path = pared.compress(saved({"w": source}, tmp_path / "m.pt"), tmp_path / "out", bits=bits)
-    with container.open_records(path) as records:
-        (entry,) = container.parse_index(records).entries
+    with open_records(path) as records:
+        (entry,) = parse_index(records).entries
     rate = 8 * entry.nbytes / source.numel()
     assert rate < 8 if bits == 8 else bits - 0.03 < rate < bits + 0.01
     assert entry.bits == bits
@@ -593,8 +595,8 @@ def test_nothing_of_the_machine_is_in_the_file(tmp_path: Path) -> None:
     first = pared.compress(saved(layers(), tmp_path / "m.pt"), tmp_path / "one").read_bytes()
     second = pared.compress(saved(layers(), tmp_path / "other.pt"), tmp_path / "two").read_bytes()
     assert first == second
-    with container.open_records(first) as records:
-        provenance = container.parse_index(records).provenance
+    with open_records(first) as records:
+        provenance = parse_index(records).provenance
     assert json.dumps(provenance) == json.dumps({"compress": {"bits": 8.0}, "pared": pared.__version__})
 
 

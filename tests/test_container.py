@@ -18,8 +18,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import container, entropy
-from pared.container import Entry, Index, Part, Records, write_torch
+from pared import entropy
+from pared.container.envelope import Records, open_records
+from pared.container.files import make_directory, write_atomic
+from pared.container.index import Entry, Index, Part, start_of
+from pared.container.parse import parse_index
+from pared.container.safetensors_file import write_safetensors
+from pared.container.torch_file import write_torch
 from pared.entropy import Coding
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError, VersionError
 from tests.mutations import mutations
@@ -45,7 +50,7 @@ class Writer:
         given = [(n.replace("_", " "), p if isinstance(p, tuple) else (p, {})) for n, p in payloads.items()]
         parts, crc32 = {}, 0
         for i, (part, (payload, more)) in enumerate(given):
-            start = container.start_of(len(self.data), len(payload), self.version)
+            start = start_of(len(self.data), len(payload), self.version)
             self.data.extend(bytes(start - len(self.data)) + payload)
             crc32 = zlib.crc32(payload, crc32 if self.version == 2 else 0)
             last = self.version == 1 or i == len(given) - 1
@@ -122,7 +127,7 @@ def pt(index: bytes, data: bytes) -> bytes:
 
 def safe(index: bytes, data: bytes) -> bytes:
     file = io.BytesIO()
-    container.write_safetensors(file, index, data)
+    write_safetensors(file, index, data)
     return file.getvalue()
 
 
@@ -130,21 +135,21 @@ PT, SAFE = pt(INDEX.to_bytes(), DATA), safe(INDEX.to_bytes(), DATA)
 
 
 def parse(file: bytes) -> Index:
-    with container.open_records(file, "file") as records:
-        return container.parse_index(records)
+    with open_records(file, "file") as records:
+        return parse_index(records)
 
 
 def parse_record(record: bytes, data: bytes = DATA) -> Index:
-    return container.parse_index(Records("file", 0, record, memoryview(data)))
+    return parse_index(Records("file", 0, record, memoryview(data)))
 
 
 def test_both_containers_hold_the_same_records(tmp_path: Path) -> None:
     for file in (PT, SAFE):
         (tmp_path / "any name").write_bytes(file)
         for source in (file, tmp_path / "any name", str(tmp_path / "any name")):
-            with container.open_records(source) as records:
+            with open_records(source) as records:
                 assert (records.index, records.data, records.nbytes) == (INDEX.to_bytes(), DATA, len(file))
-                assert container.parse_index(records) == INDEX
+                assert parse_index(records) == INDEX
 
 
 def test_torch_and_safetensors_open_them() -> None:
@@ -178,7 +183,7 @@ def test_empty_records() -> None:
 
 def test_views_outlive_the_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(SAFE)
-    with container.open_records(tmp_path / "a") as records:
+    with open_records(tmp_path / "a") as records:
         view = records.data[:64]
         array = np.frombuffer(records.data, np.uint8)
     assert bytes(view) == DATA[:64]
@@ -423,7 +428,7 @@ SECOND_LIES: dict[str, tuple[Edit, str]] = {
     ),
     "another shape": (
         at(NONE, "shape")([100, 500]),
-        f"file: none: its values ends at byte {container.start_of(INDEX.entries[COUNT].end, 50_000) + 50_000:,} of the "
+        f"file: none: its values ends at byte {start_of(INDEX.entries[COUNT].end, 50_000) + 50_000:,} of the "
         f"data, which has {len(DATA):,}",
     ),
     "a missing tensor at the end": (
@@ -912,7 +917,7 @@ def test_any_value_anywhere_in_an_index_is_refused_or_sound(where: tuple[int, tu
     end = 0
     for entry in found.entries:
         for part in entry.parts.values():
-            assert part.offset == container.start_of(end, part.length, version)
+            assert part.offset == start_of(end, part.length, version)
             end = part.end
     assert end == len(data)
 
@@ -922,14 +927,14 @@ def test_any_value_anywhere_in_an_index_is_refused_or_sound(where: tuple[int, tu
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
-    container.write_atomic(path, lambda file: file.write(b"first"))
-    container.write_atomic(path, lambda file: file.write(b"second"))
+    write_atomic(path, lambda file: file.write(b"first"))
+    write_atomic(path, lambda file: file.write(b"second"))
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_the_usual_permissions_are_given(tmp_path: Path) -> None:
-    container.write_atomic(tmp_path / "ours", lambda file: file.write(b""))
+    write_atomic(tmp_path / "ours", lambda file: file.write(b""))
     (tmp_path / "usual").write_bytes(b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
@@ -943,7 +948,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        container.write_atomic(path, fails)
+        write_atomic(path, fails)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -953,7 +958,7 @@ def test_a_full_disk_is_an_error_that_names_the_directory(tmp_path: Path) -> Non
         raise OSError(28, "No space left on device")
 
     with pytest.raises(FileError) as error:
-        container.write_atomic(tmp_path / "file", full)
+        write_atomic(tmp_path / "file", full)
     assert str(error.value) == (
         f"{tmp_path}: cannot be written: No space left on device\n"
         "  Choose another directory, or change its permissions or free space."
@@ -964,10 +969,10 @@ def test_a_full_disk_is_an_error_that_names_the_directory(tmp_path: Path) -> Non
 def test_an_unwritable_directory_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError) as error:
-        container.make_directory(tmp_path / "file" / "below")
+        make_directory(tmp_path / "file" / "below")
     assert error.value.where == str(tmp_path / "file" / "below")
     assert error.value.what == "cannot be written: Not a directory"
-    container.make_directory(tmp_path / "new")
+    make_directory(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
 
 
@@ -981,7 +986,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         ".": "is a directory",
     }
     for name, what in words.items():
-        with pytest.raises(FileError) as error, container.open_records(tmp_path / name):
+        with pytest.raises(FileError) as error, open_records(tmp_path / name):
             pass
         assert error.value.what == what
 

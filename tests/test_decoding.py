@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared import artifact, container, decoding, grids
+from pared import artifact, decoding, grids
+from pared.container.envelope import open_records
+from pared.container.parse import parse_index
 from pared.contents import Contents, Stored
 from pared.errors import CorruptError
 from pared.formats import Coded, Float, Grid, Raw, log_step
@@ -24,8 +26,8 @@ def bits_of(tensor: Tensor) -> bytes:
 
 
 def checked(contents: Contents, data: bytes) -> None:
-    with container.open_records(data) as records:
-        entries = container.parse_index(records).entries
+    with open_records(data) as records:
+        entries = parse_index(records).entries
         for stored, entry in zip(contents.tensors, entries, strict=True):
             array = decoding.decode(entry, records.data)
             assert array.shape == stored.coded.shape
@@ -80,8 +82,8 @@ def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
 
 def test_a_flipped_bit_is_found() -> None:
     contents = contents_of(Raw("float32").encode(torch.ones(4)))
-    with container.open_records(artifact.to_bytes(contents)) as records:
-        (entry,) = container.parse_index(records).entries
+    with open_records(artifact.to_bytes(contents)) as records:
+        (entry,) = parse_index(records).entries
         data = bytearray(records.data)
         data[0] ^= 1
         with pytest.raises(CorruptError, match="w: the checksum of its numbers does not match"):

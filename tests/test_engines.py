@@ -17,8 +17,7 @@ from torch import Tensor, nn
 import pared
 from pared import ConfigError, CorruptError, FileError
 from pared.engines import Runner
-from pared.exporting import Outputs, Signature
-from pared.exporting.signature import describe, signature_of
+from pared.exporting.signature import Outputs, Signature, describe, signature_of
 
 ENGINES = ("onnxruntime", "openvino")
 

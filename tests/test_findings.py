@@ -21,7 +21,7 @@ from pared import cli, findings, readers, tables
 from pared.errors import ParedError
 from pared.findings import KINDS, Finding, find
 from pared.findings.content import Content
-from pared.readers import Listing
+from pared.readers.listing import Listing
 from tests.mutations import mutations
 from tests.wasteful import CASES, TABLE, WEIGHT, checkpoint, drawn, network, on_levels, per_channel
 

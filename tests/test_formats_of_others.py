@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pared
 from pared import readers
 from pared.errors import CorruptError, FileError
-from pared.readers import Listing
+from pared.readers.listing import Listing
 
 
 class Part(nn.Module):

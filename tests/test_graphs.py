@@ -13,12 +13,13 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared import model as quantized
 from pared.errors import ModelError
-from pared.graphs import agree, fusion
+from pared.graphs import fusion
 from pared.graphs.capture import capture
 from pared.graphs.fusion import FLOAT_CONV
 from pared.graphs.graph import Graph
 from pared.graphs.merging import product_and_sum
 from pared.graphs.products import QCONVS, QLINEAR
+from pared.graphs.serving import agree
 from pared.kernels.activation import quantize
 from pared.kernels.conv import pad_codes
 from pared.kernels.linear import product_of_rows

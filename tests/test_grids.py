@@ -10,7 +10,7 @@ from pared import grids
 from pared.compression.rates import steps_at_level, steps_at_rate
 from pared.entropy import cost
 from pared.lattices import find_lattice
-from pared.readers import Array
+from pared.readers.listing import Array
 from pared.solvers import nearest
 from pared.views import View
 

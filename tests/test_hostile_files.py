@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 import torch
 
-from pared import container, readers
+from pared.container.files import open_file
 from pared.errors import CorruptError, UnsafeError
-from pared.readers import Listing
+from pared.readers.kinds import list_tensors
+from pared.readers.listing import Listing
 from tests.fuzz.bases import BASES, saved
 from tests.fuzz.driver import started
 
@@ -41,8 +42,8 @@ def test_damaged_files_are_refused_or_listed_soundly(running: dict[str, Future[s
 
 
 def listed(file: bytes) -> Listing:
-    with container.open_file(file, "file") as opened:
-        return readers.list_tensors(opened)
+    with open_file(file, "file") as opened:
+        return list_tensors(opened)
 
 
 def archive(pickled: bytes, **more: bytes) -> bytes:

@@ -16,18 +16,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from pared.formats import Coded
-from pared.layers import (
-    LAYERS,
-    Activation,
-    Counterpart,
-    float_class,
-    layer_of,
-    leave_fast_paths,
-    rejoin_fast_paths,
-    restore,
-    stand_in,
-    weights_of,
-)
+from pared.layers.activation import Activation
+from pared.layers.attention import leave_fast_paths, rejoin_fast_paths
+from pared.layers.counterpart import Counterpart, restore, stand_in
+from pared.layers.registry import float_class, layer_of, weights_of
+from pared.layers.table import LAYERS
 from pared.solvers import nearest
 from pared.views import view_of
 

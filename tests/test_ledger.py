@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pared import container, ledger
-from pared.container import Entry, Index, Part
+from pared import ledger
+from pared.container.index import Entry, Index, Part
+from pared.container.safetensors_file import write_safetensors
 from pared.errors import ConfigError, FileError
 from pared.ledger import Ledger, Row
 
@@ -49,7 +50,7 @@ def as_pt(index: bytes, data: bytes) -> bytes:
 
 def as_safetensors(index: bytes, data: bytes) -> bytes:
     file = io.BytesIO()
-    container.write_safetensors(file, index, data)
+    write_safetensors(file, index, data)
     return file.getvalue()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, PostTrainingQuantConfig, Rule
-from pared.layers import Counterpart
+from pared.layers.counterpart import Counterpart
 
 
 class Mixed(nn.Module):

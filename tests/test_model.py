@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import AccuracyCriterion, CorruptError, ModelError, PostTrainingQuantConfig, Rule, VersionError
-from pared.layers import Counterpart
+from pared.layers.counterpart import Counterpart
 from pared.record import record_of
 
 GOLDEN = Path(__file__).parent / "golden"

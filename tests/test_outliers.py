@@ -18,7 +18,7 @@ from pared.kernels import linear
 from pared.kernels.activation import Range, quantize
 from pared.kernels.linear import pack, reference, static
 from pared.kernels.outliers import Outliers, columns_of, further
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.profile import Profile, this_machine
 from pared.ranges import COLUMNS_EACH, narrowed
 from pared.stats import collect

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig, parts, speed
 from pared import model as quantized
-from pared.graphs import Halved, Server, forward_of, server_of
-from pared.layers import Counterpart
+from pared.graphs.halved import Halved
+from pared.graphs.served import forward_of, server_of
+from pared.graphs.serving import Server
+from pared.layers.counterpart import Counterpart
 from pared.parts import find_parts
 from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.record import record_of

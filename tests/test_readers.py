@@ -19,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pared import container, readers
-from pared.container import Allowance
+from pared.container.allowance import Allowance
+from pared.container.files import open_file
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError
 from pared.pickles import Name, Node, read_pickle
-from pared.readers import Held, Listing
+from pared.readers.kinds import list_tensors
+from pared.readers.listing import Held, Listing, as_floats
+from pared.readers.live import list_model
 from tests.mutations import mutations
 
 TRUST = (
@@ -37,8 +39,8 @@ def described(data: bytes, harmless: Container[str] = ()) -> Any:
 
 
 def listed(file: bytes) -> Listing:
-    with container.open_file(file, "file") as opened:
-        return readers.list_tensors(opened)
+    with open_file(file, "file") as opened:
+        return list_tensors(opened)
 
 
 def saved(value: object, **options: Any) -> bytes:
@@ -138,7 +140,7 @@ def test_floats_are_widened_exactly(dtype: torch.dtype) -> None:
     listing = listed(saved({"a": tensor}))
     array = listing.array(listing.tensors[0])
     assert array is not None
-    assert readers.as_floats(array, listing.tensors[0].dtype).tolist() == tensor.double().tolist()
+    assert as_floats(array, listing.tensors[0].dtype).tolist() == tensor.double().tolist()
 
 
 def test_a_checkpoint_is_listed_with_paths() -> None:
@@ -208,7 +210,7 @@ def test_shared_storages_are_seen() -> None:
 def test_a_model_in_memory_gives_its_numbers() -> None:
     net = Net()
     net.head.weight = nn.Parameter(torch.arange(8.0).reshape(4, 2).T)
-    listing = readers.list_model(net)
+    listing = list_model(net)
     state = net.state_dict()
     assert sorted(seen(listing)) == sorted(held(k, v) for k, v in state.items())
     for tensor in listing.tensors:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule, candidates
-from pared.layers import LAYERS, Counterpart
+from pared.layers.counterpart import Counterpart
+from pared.layers.table import LAYERS
 from pared.profile import Timing
 from pared.views import OWN_ROWS
 

@@ -10,16 +10,18 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pared import container, readers, selection
-from pared.readers import Held, Listing
+from pared import readers, selection
+from pared.container.files import open_file
+from pared.readers.kinds import list_tensors
+from pared.readers.listing import Held, Listing
 from pared.selection import Selection, select
 
 
 def saved(value: object, *, compare: bool = True) -> Selection:
     stream = io.BytesIO()
     torch.save(value, stream)
-    with container.open_file(stream.getvalue()) as file:
-        return select(readers.list_tensors(file), compare=compare)
+    with open_file(stream.getvalue()) as file:
+        return select(list_tensors(file), compare=compare)
 
 
 def names(found: Selection) -> list[tuple[str, ...]]:

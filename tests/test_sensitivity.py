@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared import sensitivity, stats
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.outputs import leaves_of
 from pared.sensitivity import Sensitivity
 from pared.tensors import find_tensors

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import pared
 from pared import model as quantized
-from pared.graphs import Halved, Server, forward_of, serve, server_of
 from pared.graphs.graph import Graph
+from pared.graphs.halved import Halved
+from pared.graphs.served import forward_of, serve, server_of
+from pared.graphs.serving import Server
 from pared.profile import CallTiming, Whole
 from pared.record import record_of
 from pared.ways import arguments_of, bind

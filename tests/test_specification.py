@@ -17,7 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import artifact, container, entropy
+from pared import artifact, entropy
+from pared.container.envelope import open_records
+from pared.container.index import VERSION
+from pared.container.parse import parse_index
+from pared.container.safetensors_file import write_safetensors
 from pared.contents import Contents
 from pared.errors import ParedError
 from tests.golden import make
@@ -52,8 +56,8 @@ def example() -> bytes:
 def test_the_example_of_the_specification_is_true() -> None:
     found = re.search(r"```json\n(.*?)```", specification(), re.DOTALL)
     assert found is not None
-    with container.open_records(example()) as records:
-        index = container.parse_index(records)
+    with open_records(example()) as records:
+        index = parse_index(records)
         assert json.loads(found[1]) == index.to_json()
         for entry in index.entries:
             *others, last = entry.parts.values()
@@ -170,10 +174,10 @@ def same(a: Contents, b: Contents) -> bool:
 
 
 def test_the_golden_file_of_this_version_holds_every_way_of_storing() -> None:
-    path = make.FOLDER / f"v{container.VERSION}" / "net.pt"
+    path = make.FOLDER / f"v{VERSION}" / "net.pt"
     assert same(artifact.read(path), make.contents())
-    with container.open_records(path) as records:
-        entries = container.parse_index(records).entries
+    with open_records(path) as records:
+        entries = parse_index(records).entries
     assert {entry.format["tag"] for entry in entries} == {"grid", "float", "raw"}
     parts = [(name, part) for entry in entries for name, part in entry.parts.items()]
     coded = {name: {part.coding is None for n, part in parts if n == name} for name, _ in parts}
@@ -209,7 +213,7 @@ def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @given(st.data())
 def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> None:
     """Not every lie can be known for one, a base for instance; but none leads to any other error."""
-    with container.open_records(SMALL) as records:
+    with open_records(SMALL) as records:
         index, data = json.loads(zlib.decompress(records.index)), bytes(records.data)
     *path, last = draw.draw(st.sampled_from(numbers(index["tensors"])))
     place = index["tensors"]
@@ -217,7 +221,7 @@ def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> 
         place = place[key]
     place[last] = draw.draw(st.integers(-3, 300) | st.integers(0, 2**40) | st.just(place[last] + 1))
     file = io.BytesIO()
-    container.write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
+    write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
     try:
         found = artifact.from_bytes(file.getvalue())
     except ParedError:

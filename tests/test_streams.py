@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pared import entropy, streams
-from pared.container import STEP_INDEXES
+from pared.container.index import STEP_INDEXES
 from pared.entropy import Codes, Coding
 from pared.errors import CorruptError, ParedError
 from pared.formats import log_step

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared.container import Allowance
+from pared.container.allowance import Allowance
 from pared.pickles import read_pickle
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 

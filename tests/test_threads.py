@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared import kernels
+from pared.kernels.machine import available
 from tests.test_layers import EVERY, build, counterpart_of, tensors
 from tests.threads_child import THREADS
 
@@ -44,7 +44,7 @@ def in_child(*arguments: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(bool(kernels.available()), reason="no int8 kernels here")
+@pytest.mark.skipif(bool(available()), reason="no int8 kernels here")
 def test_kernels_start_no_more_threads_than_are_allowed() -> None:
     before, one, two = in_child("kernels")[THREADS]
     assert one == before

@@ -16,14 +16,15 @@ from pared import artifact, calls, curve, plan, search, sensitivity, speed, stat
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig, check_choice
-from pared.container import as_path, find_artifact
+from pared.container.envelope import find_artifact
+from pared.container.files import as_path
 from pared.contents import Contents, Stored, completed
 from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.errors import ConfigError
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
 from pared.install import Memory
-from pared.layers import weights_of
+from pared.layers.registry import weights_of
 from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import ENGINE_FILE, Profile, profile_beside, this_machine

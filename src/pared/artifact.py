@@ -14,25 +14,18 @@ import torch
 from torch import Tensor
 
 from pared import formats, streams
-from pared.container import (
-    DAMAGED,
-    FILE_NAMES,
-    Entry,
-    Index,
-    Records,
-    as_path,
-    make_directory,
-    open_records,
-    parse_index,
-    write_atomic,
-    write_safetensors,
-    write_torch,
-)
+from pared.container.checks import DAMAGED
+from pared.container.envelope import FILE_NAMES, Records, open_records
+from pared.container.files import as_path, make_directory, write_atomic
+from pared.container.index import Entry, Index
+from pared.container.parse import parse_index
+from pared.container.safetensors_file import write_safetensors
+from pared.container.torch_file import write_torch
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, UnsafeError
 from pared.formats import RAW_TYPES, Coded, dtype_name
 from pared.kernels.linear import MOST_COLUMNS
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.parallel import each
 from pared.plan import Decision
 from pared.views import View

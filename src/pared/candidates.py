@@ -16,7 +16,9 @@ from pared.contents import Stored
 from pared.formats import Coded, Grid
 from pared.kernels.linear import MOST_COLUMNS
 from pared.kernels.outliers import columns_of
-from pared.layers import Activation, Layer, layer_of, stand_in, weights_of
+from pared.layers.activation import Activation
+from pared.layers.counterpart import stand_in
+from pared.layers.registry import Layer, layer_of, weights_of
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats

@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 
 import pared
 from pared.compression import checkpoint, expansion
-from pared.container import as_path, make_directory, write_atomic
+from pared.container.files import as_path, make_directory, write_atomic
 from pared.errors import ConfigError, ParedError, printable
 from pared.reporting import facts, page
 from pared.reporting.drawing import require_library

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pared.errors import MismatchError
 from pared.formats import Coded, Raw, dtype_name
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.naming import aligned
 from pared.plan import Decision
 from pared.tensors import find_tensors

@@ -12,7 +12,7 @@ from pared.errors import ConfigError, MismatchError
 from pared.likeness import identical, measure
 from pared.pairing import Layout, Match, correlation, layout_of, pair, sampled
 from pared.parallel import each
-from pared.readers import FLOATING, Array
+from pared.readers.listing import FLOATING, Array
 from pared.sources import Piece, Source, is_model, open_source
 
 if TYPE_CHECKING:  # files are compared without torch

@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pared.container import Entry
+from pared.container.index import Entry
 from pared.errors import CorruptError
 from pared.grids import narrowed
-from pared.readers import ELEMENTS, Array, as_floats
+from pared.readers.listing import ELEMENTS, Array, as_floats
 from pared.streams import EncodedPart, decode_codes, decode_steps, parts_of
 from pared.views import View
 

@@ -14,9 +14,10 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from pared.container import as_path
+from pared.container.files import as_path
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
-from pared.exporting import ARTIFACT, ONNX_FILE, SIGNATURE, Signature, checksum_beside, need
+from pared.exporting import ARTIFACT, ONNX_FILE, checksum_beside, need
+from pared.exporting.signature import SIGNATURE, Signature
 
 log = logging.getLogger(__name__)
 

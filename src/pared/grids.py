@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pared.errors import ModelError
 from pared.parallel import each
-from pared.readers import ELEMENTS, Array, as_floats
+from pared.readers.listing import ELEMENTS, Array, as_floats
 from pared.streams import Steps
 
 CodeType = Literal["int8", "int16"]

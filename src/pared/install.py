@@ -12,7 +12,9 @@ from pared.contents import Contents, Stored
 from pared.errors import MismatchError
 from pared.formats import Coded
 from pared.keeper import Keeper, attach
-from pared.layers import Activation, Counterpart, layer_of, stand_in, weights_of
+from pared.layers.activation import Activation
+from pared.layers.counterpart import Counterpart, stand_in
+from pared.layers.registry import layer_of, weights_of
 from pared.profile import Profile, Running
 from pared.tensors import held_elsewhere
 

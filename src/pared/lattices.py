@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pared import entropy
 from pared.grids import CodeType, narrowed
-from pared.readers import ELEMENTS, Array, as_floats
+from pared.readers.listing import ELEMENTS, Array, as_floats
 from pared.streams import Steps, matrix_of, restored
 from pared.views import View
 

@@ -14,11 +14,15 @@ from typing import Any, Final, get_args
 from rich import box
 from rich.table import Table
 
-from pared import container, readers
-from pared.container import Entry, Records
+from pared import readers
+from pared.container.envelope import FILE_NAMES, Records, open_records, records_of
+from pared.container.files import as_path, open_file
+from pared.container.index import Entry
+from pared.container.parse import parse_index
 from pared.errors import ConfigError, printable
 from pared.findings import Depth, Finding, find, is_sampled, megabytes
-from pared.readers import Held, Listing, Note, Storage
+from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.live import list_model
 from pared.tables import WIDTH, Notes, add_row, drawn
 
 _NOTHING_FOUND: Final = "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."
@@ -170,7 +174,7 @@ def inspect(target: object, *, depth: Depth = "default") -> Ledger:
             f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
         )
     if isinstance(target, str | os.PathLike):
-        return _of_path(container.as_path(target, "inspect"), depth)
+        return _of_path(as_path(target, "inspect"), depth)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(target, torch.nn.Module):
         return _of_model(target)
@@ -188,14 +192,14 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
         data: the file's bytes.
         where: its name.
     """
-    with container.open_records(data, where) as records:
+    with open_records(data, where) as records:
         return _of_records(records)
 
 
 def _of_path(path: Path, depth: Depth) -> Ledger:
     for file_path in _candidates(path):
-        with container.open_file(file_path) as file:
-            records = container.records_of(file)
+        with open_file(file_path) as file:
+            records = records_of(file)
             if records is not None:
                 return _of_records(records)
     with readers.open_listing(path) as listing:
@@ -207,11 +211,11 @@ def _candidates(path: Path) -> list[Path]:
     """The files that may be an artifact of ours."""
     if not path.is_dir():
         return [path]
-    return [path / name for name in container.FILE_NAMES.values() if (path / name).is_file()]
+    return [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
 
 
 def _of_records(records: Records) -> Ledger:
-    entries = container.parse_index(records).entries
+    entries = parse_index(records).entries
     rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
     pieces = {
         "(padding)": len(records.data) - sum(row.nbytes for row in rows),
@@ -291,7 +295,7 @@ def _of_model(model: Any) -> Ledger:
     if own is not None:
         found: Ledger = own(model)
         return found
-    return _of_listing(readers.list_model(model))
+    return _of_listing(list_model(model))
 
 
 def draw(

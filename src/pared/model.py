@@ -19,12 +19,16 @@ import pared
 from pared import artifact, ledger
 from pared.contents import Contents, Stored, completed, match
 from pared.errors import MismatchError, ModelError, VersionError
-from pared.exporting import Dynamic, Exported, export_onnx
-from pared.graphs import Halved, Server, release, serve
+from pared.exporting import Exported, export_onnx
+from pared.exporting.capture import Dynamic
+from pared.graphs.halved import Halved
+from pared.graphs.served import release, serve
+from pared.graphs.serving import Server
 from pared.install import Memory, held_in_codes, install, running_of
 from pared.keeper import detach
 from pared.kernels.machine import keep_freed_memory
-from pared.layers import Counterpart, leave_fast_paths, rejoin_fast_paths, restore
+from pared.layers.attention import leave_fast_paths, rejoin_fast_paths
+from pared.layers.counterpart import Counterpart, restore
 from pared.outcome import Outcome
 from pared.profile import ENGINE_FILE, Profile, Whole
 from pared.record import RECORD, Record, curve_of, record_of, set_outcome, state_from_json

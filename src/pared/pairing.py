@@ -11,7 +11,7 @@ import numpy as np
 
 from pared.likeness import Floats, as_numbers
 from pared.naming import bare
-from pared.readers import Array
+from pared.readers.listing import Array
 from pared.sources import Piece
 
 Layout = Literal["", "transposed", "reshaped"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pared.layers import layer_of
+from pared.layers.registry import layer_of
 from pared.stats import Call
 from pared.switches import WITHOUT_FAST_PATHS
 from pared.ways import bind, parameters_of

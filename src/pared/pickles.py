@@ -15,7 +15,8 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from pared.container import DAMAGED, Allowance
+from pared.container.allowance import Allowance
+from pared.container.checks import DAMAGED
 from pared.errors import CorruptError, UnsafeError
 from pared.switches import ignoring
 

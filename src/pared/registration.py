@@ -8,7 +8,8 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from pared.errors import ConfigError
-from pared.layers import LAYERS, Layer
+from pared.layers.registry import Layer
+from pared.layers.table import LAYERS
 from pared.scalars import plain
 from pared.tensors import registered
 from pared.views import OWN_ROWS

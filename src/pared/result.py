@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pared import artifact
 from pared.contents import Contents
 from pared.errors import ModelError
-from pared.graphs import Served
+from pared.graphs.served import Served
 from pared.outcome import Curve, Trial
 from pared.record import curve_of, record_of
 from pared.reporting import lines

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 
 from pared.naming import HOLDERS, without_wrappers
-from pared.readers import FLOATING, Array, Held, Listing
+from pared.readers.listing import FLOATING, Array, Held, Listing
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.outputs import Leaf, leaves_of
 from pared.products import Product, Watch
 from pared.stats import Call, shadow

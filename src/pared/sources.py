@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from pared import container, readers
-from pared.container import Records
+from pared import readers
+from pared.container.envelope import Records, artifact_in, open_records, records_of
+from pared.container.files import as_path, open_file
+from pared.container.parse import parse_index
 from pared.decoding import decode
 from pared.errors import ConfigError
-from pared.readers import ELEMENTS, Array, Held, Listing
+from pared.readers.listing import ELEMENTS, Array, Held, Listing
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +83,10 @@ def open_source(target: object, where: str) -> Iterator[Source]:
         CorruptError, UnsafeError, VersionError: as `inspect`.
     """
     if isinstance(target, str | os.PathLike):
-        with _open_path(container.as_path(target, where)) as source:
+        with _open_path(as_path(target, where)) as source:
             yield source
     elif hasattr(type(target), "_pared_ledger"):
-        with container.open_records(_artifact_of(target), type(target).__name__) as records:
+        with open_records(_artifact_of(target), type(target).__name__) as records:
             yield _of_records(records)
     elif is_model(target):
         model: Any = target
@@ -116,13 +118,13 @@ def _is_state(target: object) -> bool:
 
 @contextmanager
 def _open_path(path: Path) -> Iterator[Source]:
-    saved = container.artifact_in(path)
+    saved = artifact_in(path)
     if saved.is_dir():
         with readers.open_listing(path) as listing:
             yield _of_listing(listing)
         return
-    with container.open_file(saved) as file:
-        records = container.records_of(file)
+    with open_file(saved) as file:
+        records = records_of(file)
         if records is not None:
             yield _of_records(records)
             return
@@ -135,7 +137,7 @@ def _open_path(path: Path) -> Iterator[Source]:
 
 def _of_records(records: Records) -> Source:
     pieces: list[Piece] = []
-    for entry in container.parse_index(records).entries:
+    for entry in parse_index(records).entries:
         read = functools.partial(decode, entry, records.data)
         first = Piece(entry.name, entry.dtype, entry.shape, entry.label, entry.nbytes, read, entry.name)
         pieces += [first, *(replace(first, name=alias, nbytes=0) for alias in entry.names[1:])]

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from pared import model as quantized
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
-from pared.graphs import Captures, Server, agree, forward_of, halved
+from pared.graphs.capture import Captures
+from pared.graphs.halved import halved
+from pared.graphs.served import forward_of
+from pared.graphs.serving import Server, agree
 from pared.parts import find_parts
 from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of

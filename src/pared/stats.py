@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pared import calls
 from pared.errors import CalibrationError
 from pared.kernels.outliers import Outliers
-from pared.layers import has_columns, layer_of, weights_of
+from pared.layers.registry import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.ranges import narrowed
 from pared.switches import WITHOUT_FAST_PATHS

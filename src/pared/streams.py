@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from pared import container, entropy
-from pared.container import STEP_INDEXES, Entry
+from pared import entropy
+from pared.container.index import STEP_INDEXES, Entry, Part, start_of
 from pared.entropy import Codes
 from pared.errors import CorruptError, ParedError
 from pared.views import View
@@ -42,7 +42,7 @@ class EncodedPart:
     base: int | None = None
 
 
-def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, container.Part]:
+def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, Part]:
     """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
 
     Args:
@@ -53,10 +53,10 @@ def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> d
     found, crc32 = {}, 0
     for i, (name, part) in enumerate(parts.items()):
         length = round(len(part.payload) * factor)
-        start = container.start_of(end, length)
+        start = start_of(end, length)
         crc32 = zlib.crc32(part.payload, crc32)
         checksum = crc32 if i == len(parts) - 1 else None
-        found[name] = container.Part(start, length, checksum, part.coding, part.rows, part.base)
+        found[name] = Part(start, length, checksum, part.coding, part.rows, part.base)
         end = start + length
     return found
 

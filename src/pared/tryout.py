@@ -13,7 +13,8 @@ from torch import nn
 
 from pared.candidates import Candidate, find_candidates
 from pared.contents import Stored
-from pared.layers import layer_of, stand_in, weights_of
+from pared.layers.counterpart import stand_in
+from pared.layers.registry import layer_of, weights_of
 from pared.outputs import Leaf, leaves_of
 from pared.plan import DEFAULT_BITS, Decision, encode
 from pared.sensitivity import InputNoise

@@ -20,7 +20,7 @@ from pared.config import PostTrainingQuantConfig
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError
 from pared.formats import Coded, Grid
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.options import GRID_ENTRY, rounded, trace_slot
 from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine

@@ -17,7 +17,8 @@ from torch import nn
 
 from pared import artifact
 from pared import model as quantized
-from pared.container import find_artifact, make_directory, reading, write_atomic
+from pared.container.envelope import find_artifact
+from pared.container.files import make_directory, reading, write_atomic
 from pared.errors import ConfigError, FileError
 from pared.evaluate import Score
 from pared.outcome import Trial

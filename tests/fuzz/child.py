@@ -18,9 +18,13 @@ from types import FrameType
 
 import numpy as np
 
-from pared import container, readers
+from pared import readers
+from pared.container.envelope import open_records
+from pared.container.files import open_file
+from pared.container.parse import parse_index
 from pared.errors import ParedError
-from pared.readers import Held, Listing
+from pared.readers.kinds import list_tensors
+from pared.readers.listing import Held, Listing
 from tests.fuzz.damage import damaged
 
 PER_BYTE = 4
@@ -67,8 +71,8 @@ def look(file: bytes, kind: str, folder: Path) -> None:
     """An error of ours, or a sound listing."""
     try:
         if kind.startswith("artifact"):
-            with container.open_records(file, "file") as records:
-                container.parse_index(records)
+            with open_records(file, "file") as records:
+                parse_index(records)
         elif kind == "ONNX with data outside":
             (folder / "model.onnx").write_bytes(file)
             with readers.open_listing(folder / "model.onnx") as listing:
@@ -78,8 +82,8 @@ def look(file: bytes, kind: str, folder: Path) -> None:
             with readers.open_listing(folder / "model") as listing:
                 check(listing)
         else:
-            with container.open_file(file, "file") as opened:
-                check(readers.list_tensors(opened))
+            with open_file(file, "file") as opened:
+                check(list_tensors(opened))
     except ParedError as error:
         words = str(error)
     else:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pared import artifact
-from pared.container import FILE_NAMES
+from pared.container.envelope import FILE_NAMES
 from pared.contents import Contents, Stored
 from pared.formats import Coded, Float, Grid, Raw, log_step
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.plan import Decision
 from pared.views import View, first_dimension, single_row, view_of
 

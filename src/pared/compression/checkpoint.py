@@ -17,25 +17,15 @@ from pared.compression import companions
 from pared.compression.journal import Journal
 from pared.compression.packing import FLOAT_BITS, INT8_BITS, Packed, Target
 from pared.compression.sampling import CONTAINER, Prospect, pack_held, unsupported
-from pared.container import (
-    FILE_NAMES,
-    ITEM_SIZES,
-    Index,
-    Records,
-    artifact_in,
-    as_path,
-    make_directory,
-    open_file,
-    parse_index,
-    reading,
-    records_of,
-    write_atomic,
-    write_torch,
-)
+from pared.container.envelope import FILE_NAMES, Records, artifact_in, records_of
+from pared.container.files import as_path, make_directory, open_file, reading, write_atomic
+from pared.container.index import ITEM_SIZES, Index
+from pared.container.parse import parse_index
+from pared.container.torch_file import write_torch
 from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
-from pared.readers import ELEMENTS, Listing
+from pared.readers.listing import ELEMENTS, Listing
 from pared.scalars import plain
 from pared.selection import Kept, LeftOut, file_of, select
 from pared.sizes import parse_size

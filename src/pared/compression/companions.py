@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from pared.container import write_atomic, writing_to
+from pared.container.files import write_atomic, writing_to
 
 # Other forms of the same weights, by suffix, which nobody needs beside the compressed ones.
 _WEIGHTS: Final = frozenset(

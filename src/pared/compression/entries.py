@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pared.compression.packing import Packed
-from pared.container import Entry
+from pared.container.index import Entry
 from pared.selection import Kept
 from pared.streams import placed
 

@@ -15,23 +15,15 @@ from typing import Any, BinaryIO, Final
 import numpy as np
 
 from pared.compression import companions
-from pared.container import (
-    Entry,
-    Records,
-    as_path,
-    find_artifact,
-    forget,
-    make_directory,
-    open_records,
-    parse_index,
-    write_atomic,
-    writing_to,
-)
+from pared.container.envelope import Records, find_artifact, open_records
+from pared.container.files import as_path, forget, make_directory, write_atomic, writing_to
+from pared.container.index import Entry
+from pared.container.parse import parse_index
 from pared.decoding import decode
 from pared.errors import ConfigError, printable
 from pared.parallel import each
 from pared.progress import bytes_done
-from pared.readers import Array
+from pared.readers.listing import Array
 
 WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
 _BATCH: Final = 1 << 27

@@ -19,7 +19,10 @@ from filelock import FileLock, Timeout
 
 from pared.compression.entries import entry_of
 from pared.compression.packing import Packed
-from pared.container import Entry, Place, open_file, parse_entry, write_atomic, writing_to
+from pared.container.checks import Place
+from pared.container.files import open_file, write_atomic, writing_to
+from pared.container.index import Entry
+from pared.container.parse import parse_entry
 from pared.errors import CorruptError, FileError, UnsafeError
 from pared.selection import Kept
 

@@ -26,7 +26,7 @@ from pared.grids import (
     survives_float16,
 )
 from pared.lattices import find_lattice
-from pared.readers import FLOATING, Array, as_floats
+from pared.readers.listing import FLOATING, Array, as_floats
 from pared.streams import EncodedPart, Steps, encode_codes, encode_steps, matrix_of
 from pared.views import View, plain_view
 

@@ -12,10 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from pared.container import STEP_INDEXES
+from pared.container.index import STEP_INDEXES
 from pared.entropy import entropy
 from pared.grids import CodeType, encode
-from pared.readers import Array, as_floats
+from pared.readers.listing import Array, as_floats
 from pared.streams import Steps, ceiling, encode_codes, scale
 from pared.views import View
 

@@ -17,10 +17,11 @@ import numpy as np
 from pared.compression.entries import entry_of
 from pared.compression.packing import INT8_BITS, Packed, Target, goes_on_grid, pack
 from pared.compression.rates import crossing
-from pared.container import Entry, Index, forget
+from pared.container.files import forget
+from pared.container.index import Entry, Index
 from pared.errors import ConfigError
 from pared.parallel import each
-from pared.readers import Array, Listing, as_floats
+from pared.readers.listing import Array, Listing, as_floats
 from pared.selection import Kept, select
 
 # So many numbers of each tensor are looked at; fewer where there are many tensors.

@@ -14,7 +14,8 @@ from typing import Any, Final
 from torch import nn
 
 from pared.calls import bind
-from pared.container import as_path, find_artifact, make_directory, reading, writing_to
+from pared.container.envelope import find_artifact
+from pared.container.files import as_path, make_directory, reading, writing_to
 from pared.contents import Contents
 from pared.errors import ConfigError, FileError
 from pared.exporting.capture import Dynamic, capture, shape_of
@@ -22,19 +23,6 @@ from pared.exporting.rewrite import rewrite
 from pared.exporting.signature import SIGNATURE, Outputs, Signature
 from pared.formats import Grid
 from pared.version import __version__
-
-__all__ = [
-    "ARTIFACT",
-    "ONNX_FILE",
-    "SIGNATURE",
-    "Dynamic",
-    "Exported",
-    "Outputs",
-    "Signature",
-    "checksum_beside",
-    "export_onnx",
-    "need",
-]
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pared.exporting.layout import Array, along
 from pared.formats import Float, Grid, dtype_name
 from pared.kernels.machine import FULL_LEVELS
 from pared.kernels.outliers import further
-from pared.layers import Activation
+from pared.layers.activation import Activation
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from pared.findings.structure import (
     view_of_larger_storage,
     wide_float,
 )
-from pared.readers import FLOATING, Listing
+from pared.readers.listing import FLOATING, Listing
 
 __all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
 

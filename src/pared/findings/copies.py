@@ -10,7 +10,7 @@ import numpy as np
 
 from pared.findings.content import Content, spread
 from pared.findings.finding import Case, Cause
-from pared.readers import FLOATING, Array, Held, as_floats
+from pared.readers.listing import FLOATING, Array, Held, as_floats
 
 Pair = tuple[Held, Held]
 

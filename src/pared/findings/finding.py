@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pared.findings.content import Content
 from pared.findings.looks import Look, look_at
-from pared.readers import Held, Listing
+from pared.readers.listing import Held, Listing
 from pared.selection import Selection, select
 
 Depth = Literal["quick", "default", "deep"]

@@ -12,7 +12,7 @@ import numpy as np
 from pared import parallel
 from pared.findings.content import Content, spread
 from pared.findings.levels import grid_of
-from pared.readers import FLOATING, Array, Held
+from pared.readers.listing import FLOATING, Array, Held
 
 # From this share of zeros on a tensor is sparse; the most common pattern, two of four, has exactly half.
 _SPARSE: Final = 0.5

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from pared.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
-from pared.readers import Held, Listing, Storage
+from pared.readers.listing import Held, Listing, Storage
 
 # A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
 # kind: images, tables, logs.

@@ -15,7 +15,7 @@ from pared.graphs.draft import Draft, given_to, only_user
 from pared.graphs.products import PLAIN, QLINEAR, quantize_contiguous, quantize_contiguous_all
 from pared.kernels import linear
 from pared.kernels.machine import operator_of
-from pared.layers import Counterpart
+from pared.layers.counterpart import Counterpart
 
 _ATEN: Final = torch.ops.aten
 _ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")

@@ -20,8 +20,7 @@ from pared.kernels.linear import product_of_rows, quantize_all, rows_of
 from pared.kernels.machine import operator_of
 from pared.kernels.outliers import Further, further
 from pared.kernels.patches import channels_first, patches_of
-from pared.layers import Counterpart
-from pared.layers.counterpart import run_kernel
+from pared.layers.counterpart import Counterpart, run_kernel
 from pared.layers.dispatch import OUTPUTS, packed_filter, packed_linear
 from pared.tensors import registered
 

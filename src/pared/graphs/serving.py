@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from pared.errors import ModelError
 from pared.graphs.capture import Captured, capture
 from pared.graphs.graph import Graph
-from pared.layers import Counterpart
-from pared.layers.counterpart import is_ordinary_call
+from pared.layers.counterpart import Counterpart, is_ordinary_call
 from pared.ways import Argument, Bound, arguments_of, bind, parameters_of, tensors_of, way_of
 
 log = logging.getLogger(__name__)

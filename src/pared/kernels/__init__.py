@@ -12,8 +12,3 @@ turns floats into unsigned codes. `linear` and `conv` each offer
 Everything is a pure function, so threads need no lock; all that is kept are the cached answers of `machine`
 and the grids of ranges. Nothing here carries gradients.
 """
-
-from pared.kernels.activation import Range
-from pared.kernels.machine import available, exact_products, levels_for
-
-__all__ = ["Range", "available", "exact_products", "levels_for"]

@@ -7,24 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from pared import container
+from pared.container.files import open_file
 from pared.readers.folders import list_folder
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import ELEMENTS, FLOATING, Array, Held, Listing, Note, Storage, as_floats
 from pared.readers.live import list_model
-
-__all__ = [
-    "ELEMENTS",
-    "FLOATING",
-    "Array",
-    "Held",
-    "Listing",
-    "Note",
-    "Storage",
-    "as_floats",
-    "list_model",
-    "list_tensors",
-    "open_listing",
-]
 
 
 @contextmanager
@@ -43,4 +30,4 @@ def open_listing(path: Path) -> Iterator[Listing]:
         if path.is_dir():
             yield list_folder(path, files)
         else:
-            yield list_tensors(files.enter_context(container.open_file(path)))
+            yield list_tensors(files.enter_context(open_file(path)))

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from pared import container
-from pared.container import Allowance, Place, reading
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
+from pared.container.files import open_file, reading
 from pared.errors import FileError
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
@@ -89,7 +90,7 @@ def _listings(
         if name in _beside(listings):
             continue
         try:
-            listings[name] = list_tensors(files.enter_context(container.open_file(folder / name)))
+            listings[name] = list_tensors(files.enter_context(open_file(folder / name)))
         except FileError as error:
             if type(error) is not FileError or name in wanted:
                 raise
@@ -128,7 +129,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _index(path: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """The file of each tensor, as an index says."""
     at = Place(str(path))
-    with container.open_file(path) as file:
+    with open_file(path) as file:
         Allowance(str(path), sum(sizes.values())).take(_NBYTES_PER_BYTE * len(file.data))
         top = at.mapping(at.json(bytes(file.data), "it"), "it")
     placed = at.mapping(top.get("weight_map"), "its 'weight_map'")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from pared.container import File, Place
+from pared.container.checks import Place
+from pared.container.files import File
 from pared.readers.listing import Held, Listing, Note, Storage, unknown
 
 _MAGIC: Final = b"GGUF"

@@ -10,7 +10,8 @@ from typing import Final
 
 import numpy as np
 
-from pared.container import File, Place
+from pared.container.checks import Place
+from pared.container.files import File
 from pared.readers.hdf5_headers import (
     DATASPACE,
     DATATYPE,

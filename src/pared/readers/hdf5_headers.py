@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from pared.container import Allowance, Place
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
 
 UNDEFINED: Final = (1 << 64) - 1
 # The types of messages in an object's header.

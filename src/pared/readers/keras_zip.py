@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from pared.container import DAMAGED, Archive, File
+from pared.container.checks import DAMAGED
+from pared.container.files import File
+from pared.container.zip_file import Archive
 from pared.errors import CorruptError
 from pared.readers.hdf5 import read_hdf5
 from pared.readers.listing import Listing, Note

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pared import container
-from pared.container import File
+from pared.container.envelope import kind_of
+from pared.container.files import File
+from pared.container.safetensors_file import is_safetensors
+from pared.container.zip_file import is_zip, read_archive, torch_folder
 from pared.readers.gguf import is_gguf, read_gguf
 from pared.readers.hdf5 import is_hdf5, read_hdf5
 from pared.readers.keras_zip import is_keras, read_keras
@@ -22,7 +24,7 @@ from pared.readers.torch_zip import read_torch_zip
 
 def _read_zip(file: File) -> Listing:
     """What a zip archive holds, by the names of its members."""
-    archive = container.read_archive(file)
+    archive = read_archive(file)
     exported = export_folder(archive)
     if exported is not None:
         return read_torch_export(file, archive, exported)
@@ -30,7 +32,7 @@ def _read_zip(file: File) -> Listing:
         return read_npz(file, archive)
     if is_keras(archive):
         return read_keras(file, archive)
-    saved = container.torch_folder(file, archive)
+    saved = torch_folder(file, archive)
     if saved is not None:
         return read_torch_zip(file, archive, saved)
     raise unknown(file, "a zip archive of a kind unknown here")
@@ -51,8 +53,8 @@ class Kind:
 
 # Asked in this order; the first that knows the file reads it.
 KINDS: Final = (
-    Kind(container.is_safetensors, read_safetensors),
-    Kind(container.is_zip, _read_zip),
+    Kind(is_safetensors, read_safetensors),
+    Kind(is_zip, _read_zip),
     Kind(is_torch_legacy, read_torch_legacy),
     Kind(is_gguf, read_gguf),
     Kind(is_npy, read_npy),
@@ -76,6 +78,6 @@ def list_tensors(file: File) -> Listing:
                 listing,
                 where=file.where,
                 nbytes=listing.nbytes or len(file.data),
-                kind=listing.kind or container.kind_of(file),
+                kind=listing.kind or kind_of(file),
             )
-    raise unknown(file, container.kind_of(file))
+    raise unknown(file, kind_of(file))

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pared.container import File
+from pared.container.files import File
 from pared.errors import FileError
 
 Array = NDArray[Any]

@@ -11,8 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from pared import container
-from pared.container import Allowance, Archive, File, Member, Place
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
+from pared.container.files import File
+from pared.container.zip_file import Archive, Member, inflated
 from pared.pickles import read_pickle
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.torch_names import HARMLESS
@@ -98,7 +100,7 @@ def read_npz(file: File, archive: Archive) -> Listing:
         allowance.take(_HELD_NBYTES)
         name = member.name.removesuffix(".npy")
         at = Place(f"{file.where}: {name}")
-        header = _header(container.inflated(file, member, most=_LARGEST_HEADER + 12), at)
+        header = _header(inflated(file, member, most=_LARGEST_HEADER + 12), at)
         if header.dtype == "O":
             notes[f"({name})"] = Note(member.stored, _OBJECTS)
             foreign |= _foreign(file, member, header.nbytes, allowance)
@@ -125,7 +127,7 @@ def _storage(file: File, member: Member, header: _Header, allowance: Allowance) 
 def _foreign(file: File, member: Member, start: int, allowance: Allowance) -> set[str]:
     """What the objects of an array would import."""
     allowance.take(2 * member.nbytes)
-    content = memoryview(container.inflated(file, member))
+    content = memoryview(inflated(file, member))
     return set(read_pickle(content[start:], HARMLESS, file.where, allowance).foreign)
 
 
@@ -134,7 +136,7 @@ def _view(file: File, begin: int, end: int) -> memoryview:
 
 
 def _inflated(file: File, member: Member, start: int) -> memoryview:
-    return memoryview(container.inflated(file, member))[start:]
+    return memoryview(inflated(file, member))[start:]
 
 
 def _numbers(view: partial[memoryview], header: _Header) -> memoryview:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from pared.container import File, Place
+from pared.container.checks import Place
+from pared.container.files import File
 from pared.errors import UnsafeError
 from pared.readers.listing import Listing, Note
 from pared.readers.onnx_tensors import Tensors, outside_path, text_of

@@ -12,7 +12,9 @@ from typing import Final
 
 import numpy as np
 
-from pared.container import Allowance, File, Place
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
+from pared.container.files import File
 from pared.errors import FileError
 from pared.readers.listing import Held, Storage
 from pared.readers.protobuf import Value, fields, numbers, unpack_varints

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pared.container import Place
+from pared.container.checks import Place
 
 _LONGEST_VARINT: Final = 10
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # the kinds of fields; groups, which are history, are refused

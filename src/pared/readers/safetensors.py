@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from pared import container
-from pared.container import File
+from pared.container.files import File
+from pared.container.safetensors_file import read_header
 from pared.readers.listing import Held, Listing, Note, Storage
 
 _TYPES: Final[Mapping[str, str]] = {
@@ -24,7 +24,7 @@ def read_safetensors(file: File) -> Listing:
     Raises:
         CorruptError: the header contradicts itself, or the size of the file.
     """
-    header = container.read_header(file)
+    header = read_header(file)
     tensors = tuple(
         Held(span.name, _TYPES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
         for span in header.spans

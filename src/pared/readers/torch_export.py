@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
-from pared import container
-from pared.container import Allowance, Archive, File, Member, Place
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
+from pared.container.files import File
+from pared.container.zip_file import Archive, Member, checked_content
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.torch_names import BITS
 from pared.readers.torch_pickle import view_of
@@ -101,7 +103,7 @@ def _entries(
     """The names in a configuration, where each is in the archive, and what is said of it."""
     at = Place(f"{file.where}: {config}")
     allowance.take(_JSON_NBYTES * members[config].stored)
-    top = at.mapping(at.json(container.checked_content(file, members[config]), "it"), "it")
+    top = at.mapping(at.json(checked_content(file, members[config]), "it"), "it")
     folder = config.rpartition("/")[0]
     for name, value in at.mapping(top.get("config"), "its 'config'").items():
         allowance.take(_HELD_NBYTES)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
-from pared.container import File, Place
+from pared.container.checks import Place
+from pared.container.files import File
 from pared.pickles import Node, Persistent, Pickle, read_pickle
 from pared.readers.listing import Listing, Note, Storage, unknown
 from pared.readers.torch_names import BIG_ENDIAN, BITS, HARMLESS

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pared import container
+from pared.container.index import ITEM_SIZES
 
 # The bits of one element of each of torch's types.
 BITS: Final[Mapping[str, int]] = {
-    **{name: 8 * size for name, size in container.ITEM_SIZES.items()},
+    **{name: 8 * size for name, size in ITEM_SIZES.items()},
     "uint16": 16, "uint32": 32, "uint64": 64, "complex32": 32,
     "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
     "float4_e2m1fn_x2": 8, "qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,

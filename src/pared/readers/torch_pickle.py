@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
-from pared.container import Allowance, Place
+from pared.container.allowance import Allowance
+from pared.container.checks import Place
 from pared.errors import UnsafeError
 from pared.pickles import Name, Node, Persistent
 from pared.readers.listing import Held

@@ -11,8 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from pared import container
-from pared.container import PICKLE, Allowance, Archive, File, Member
+from pared.container.allowance import Allowance
+from pared.container.files import File
+from pared.container.zip_file import PICKLE, Archive, Member, checked_content
 from pared.pickles import read_pickle
 from pared.readers.listing import Held, Listing, Note, Storage, unknown
 from pared.readers.torch_names import BIG_ENDIAN, HARMLESS
@@ -59,7 +60,7 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
 
 def _described(file: File, members: Mapping[str, Member], pickle: str, folder: str, allowance: Allowance) -> Listing:
     """What one pickle of the archive describes, with the storages of one folder."""
-    content = container.checked_content(file, members[pickle])
+    content = checked_content(file, members[pickle])
     found = read_pickle(content, HARMLESS, file.where, allowance)
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
     tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, allowance)

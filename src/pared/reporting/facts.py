@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from pared import container
+from pared.container.envelope import artifact_in, records_of
+from pared.container.files import open_file
+from pared.container.index import Index
+from pared.container.parse import parse_index
 from pared.errors import printable
 from pared.ledger import Ledger, Row
 from pared.outcome import Curve, Outcome, Point
@@ -164,18 +167,18 @@ def of_file(path: Path, ledger: Ledger) -> Facts:
     Raises:
         FileError: the file cannot be read, or is damaged.
     """
-    artifact = container.artifact_in(path)
+    artifact = artifact_in(path)
     if not artifact.is_file():
         return Facts(ledger)
-    with container.open_file(artifact) as file:
-        records = container.records_of(file)
+    with open_file(artifact) as file:
+        records = records_of(file)
         if records is None:
             return Facts(ledger)
-        index = container.parse_index(records)
+        index = parse_index(records)
     return of_index(ledger, index)
 
 
-def of_index(ledger: Ledger, index: container.Index) -> Facts:
+def of_index(ledger: Ledger, index: Index) -> Facts:
     """Of an artifact, with what it records."""
     provenance = dict(index.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))

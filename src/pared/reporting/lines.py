@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pared.contents import Contents, Stored
-from pared.layers import Activation
+from pared.layers.activation import Activation
 from pared.ledger import Ledger
 from pared.outcome import Curve, Outcome
 from pared.profile import Profile, Running

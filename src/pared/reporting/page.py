@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from pared.container import as_path, write_atomic
+from pared.container.files import as_path, write_atomic
 from pared.errors import printable
 from pared.ledger import Row
 from pared.reporting import charts
