@@ -13,6 +13,7 @@ from torch import nn
 from pared import AccuracyCriterion, ConfigError
 from pared.curve import trace
 from pared.outcome import Curve, Point
+from pared.reporting import charts
 from pared.search import Judge
 from pared.workshop import Offer
 from tests.workshop import Probe, Synthetic, damage_of
@@ -98,6 +99,10 @@ def test_the_table_names_every_point() -> None:
     assert max(map(len, lines)) <= 100
 
 
+def drawn(curve: Curve) -> str:
+    return charts.trade_off(curve.points, curve.baseline).standalone()
+
+
 sizes = st.integers(1, 10**12)
 scores = st.floats(-1e6, 1e6)
 
@@ -106,7 +111,7 @@ scores = st.floats(-1e6, 1e6)
 @given(st.lists(st.tuples(sizes, st.floats(1e-12, 1.0), scores), min_size=1, max_size=12), scores)
 def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, float]], baseline: float) -> None:
     curve = Curve(tuple(Point(1e-9, damage, nbytes, score) for nbytes, damage, score in rows), baseline)
-    root = ET.fromstring(curve.to_svg())
+    root = ET.fromstring(drawn(curve))
     width, height = float(root.get("width", "")), float(root.get("height", ""))
     marks = [use for use in root.iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
     assert len(marks) == 2 * len(rows), "in a panel for the damage and in one for the score"
@@ -115,7 +120,7 @@ def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, fl
 
 def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
     found = trace(Synthetic(), Probe())
-    marks = [use for use in ET.fromstring(found.to_svg()).iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
+    marks = [use for use in ET.fromstring(drawn(found)).iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
     places = [(float(use.get("x", "")), float(use.get("y", ""))) for use in marks]
     assert len(places) == len(found.points)
     assert places == sorted(places, reverse=True), "from the lower right to the upper left"
@@ -124,7 +129,7 @@ def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
 
 def test_the_picture_names_bytes_and_is_the_same_each_time() -> None:
     curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
-    texts = [text.text or "" for text in ET.fromstring(curve.to_svg()).iter(f"{SVG}text")]
+    texts = [text.text or "" for text in ET.fromstring(drawn(curve)).iter(f"{SVG}text")]
     assert any(re.fullmatch(r"[\d.e+]+ (B|kB|MB|GB)", text) for text in texts)
-    assert curve.to_svg() == curve.to_svg()
-    assert "var(" not in curve.to_svg(), "a file of its own has no style sheet"
+    assert drawn(curve) == drawn(curve)
+    assert "var(" not in drawn(curve), "a file of its own has no style sheet"

@@ -19,7 +19,7 @@ import pared
 from pared.compression import checkpoint, expansion
 from pared.container.files import as_path, make_directory, write_atomic
 from pared.errors import ConfigError, ParedError, printable
-from pared.reporting import facts, page
+from pared.reporting import charts, facts, page
 from pared.reporting.drawing import require_library
 
 if TYPE_CHECKING:
@@ -155,8 +155,9 @@ def _reported(model: Any, html: Path) -> str:
 
 
 def _write_curve(found: Curve, output: Path, quiet: bool) -> None:
-    """The curve as JSON and as a picture; the table is shown."""
-    for name, text in (("curve.json", json.dumps(found.to_json(), indent=1)), ("curve.svg", found.to_svg())):
+    """Write the curve as JSON and as a picture, and show its table."""
+    picture = charts.trade_off(found.points, found.baseline).standalone()
+    for name, text in (("curve.json", json.dumps(found.to_json(), indent=1)), ("curve.svg", picture)):
         write_atomic(output / name, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]  # bound now
     if not quiet:
         typer.echo(found)

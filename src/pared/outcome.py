@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pared.errors import CorruptError
-from pared.reporting import charts
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,3 @@ class Curve:
         """With the models that a search has scored."""
         trials = [Point(t.price, t.damage, t.nbytes, t.score, t.seconds) for t in outcome.trials]
         return Curve(tuple(sorted((*self.points, *trials), key=lambda point: -point.nbytes)), outcome.baseline)
-
-    def to_svg(self) -> str:
-        """A picture: damage, and score where there is one, against bytes; bytes and damage on log scales.
-
-        Raises:
-            ConfigError: the drawing library is not installed.
-        """
-        return charts.trade_off(self.points, self.baseline).standalone()

@@ -85,8 +85,9 @@ def open_source(target: object, where: str) -> Iterator[Source]:
     if isinstance(target, str | os.PathLike):
         with _open_path(as_path(target, where)) as source:
             yield source
-    elif hasattr(type(target), "_pared_ledger"):
-        with open_records(_artifact_of(target), type(target).__name__) as records:
+    elif hasattr(type(target), "_pared_artifact"):
+        quantized: Any = target
+        with open_records(quantized._pared_artifact(), type(target).__name__) as records:
             yield _of_records(records)
     elif is_model(target):
         model: Any = target
@@ -100,13 +101,6 @@ def open_source(target: object, where: str) -> Iterator[Source]:
             where=where,
             remedy="Pass the path of a file or folder, a model, or model.state_dict().",
         )
-
-
-def _artifact_of(model: Any) -> bytes:
-    """The artifact that `save` would write of a quantized model."""
-    from pared import artifact, model as quantized  # noqa: I001  # whoever has a model has torch, and others need none
-
-    return artifact.to_bytes(quantized.contents_of(model))
 
 
 def _is_state(target: object) -> bool:
