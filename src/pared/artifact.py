@@ -19,6 +19,7 @@ from pared.container.envelope import FILE_NAMES, Records, open_records
 from pared.container.files import as_path, make_directory, write_atomic
 from pared.container.index import Entry, Index
 from pared.container.parse import parse_index
+from pared.container.parts import parts_of, placed
 from pared.container.safetensors_file import write_safetensors
 from pared.container.torch_file import write_torch
 from pared.contents import Contents, Stored
@@ -60,7 +61,7 @@ def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
 def _entry(stored: Stored, encoded: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
     """Append a tensor's streams to the data, and describe them."""
     coded = stored.coded
-    parts = streams.placed(encoded, len(data))
+    parts = placed(encoded, len(data))
     for part, piece in zip(parts.values(), encoded.values(), strict=True):
         data.extend(bytes(part.offset - len(data)))
         data.extend(piece.payload)
@@ -133,7 +134,7 @@ def _streams(stored: Stored) -> dict[str, streams.EncodedPart]:
 
 
 def _stored(data: memoryview, entry: Entry) -> Stored:
-    found = streams.parts_of(entry, data)
+    found = parts_of(entry, data)
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None
     try:

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pared.container.index import Entry
+from pared.container.parts import parts_of
 from pared.errors import CorruptError
 from pared.grids import narrowed
 from pared.readers.listing import ELEMENTS, Array, as_floats
-from pared.streams import EncodedPart, decode_codes, decode_steps, parts_of
+from pared.streams import EncodedPart, decode_codes, decode_steps
 from pared.views import View
 
 _DAMAGED: Final = "Fetch the file again; it is damaged."

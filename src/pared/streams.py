@@ -7,7 +7,6 @@ would start threads of its own in each thread that writes or reads.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,10 +15,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pared import entropy
-from pared.container.index import STEP_INDEXES, Entry, Part, start_of
 from pared.entropy import Codes
 from pared.errors import CorruptError, ParedError
 from pared.views import View
+
+# The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
+STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
+
 
 Steps = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -40,44 +42,6 @@ class EncodedPart:
     coding: entropy.Coding | None = None
     rows: int | None = None
     base: int | None = None
-
-
-def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, Part]:
-    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
-
-    Args:
-        parts: in their order.
-        end: of the part before.
-        factor: by which their bytes are more than these.
-    """
-    found, crc32 = {}, 0
-    for i, (name, part) in enumerate(parts.items()):
-        length = round(len(part.payload) * factor)
-        start = start_of(end, length)
-        crc32 = zlib.crc32(part.payload, crc32)
-        checksum = crc32 if i == len(parts) - 1 else None
-        found[name] = Part(start, length, checksum, part.coding, part.rows, part.base)
-        end = start + length
-    return found
-
-
-def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
-    """The parts of a tensor of an artifact, compared with their checksums.
-
-    Raises:
-        CorruptError: they do not match.
-    """
-    found, crc32 = {}, 0
-    for name, part in entry.parts.items():
-        payload = data[part.offset : part.end]
-        crc32 = zlib.crc32(payload, crc32)
-        if part.crc32 is not None:
-            if crc32 != part.crc32:
-                remedy = "Fetch the file again; it is damaged."
-                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
-            crc32 = 0
-        found[name] = EncodedPart(payload, part.coding, part.rows, part.base)
-    return found
 
 
 # --- codes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pared.compression.packing import Packed
 from pared.container.index import Entry
+from pared.container.parts import placed
 from pared.selection import Kept
-from pared.streams import placed
 
 
 def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry:

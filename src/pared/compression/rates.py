@@ -12,11 +12,10 @@ from typing import Final
 
 import numpy as np
 
-from pared.container.index import STEP_INDEXES
 from pared.entropy import entropy
 from pared.grids import CodeType, encode
 from pared.readers.listing import Array, as_floats
-from pared.streams import Steps, ceiling, encode_codes, scale
+from pared.streams import STEP_INDEXES, Steps, ceiling, encode_codes, scale
 from pared.views import View
 
 # A rate is measured on so many weights, and counts as reached within so many bits.

@@ -15,8 +15,6 @@ VERSION: Final = 2  # that is written; 1 is read too
 ALIGNMENT: Final = 64  # of large parts within the data, in bytes; in version 1 of every part
 _LARGE: Final = 4096  # bytes
 
-# The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
-STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
 
 # The element types that an artifact may hold, and the bytes of one element.
 ITEM_SIZES: Final[Mapping[str, int]] = {

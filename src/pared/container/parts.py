@@ -6,14 +6,16 @@ What a part may inflate to is bounded here, before anybody sets memory aside for
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 from pared.container.checks import Place
-from pared.container.index import ITEM_SIZES, STEP_INDEXES, Entry, Part, start_of
+from pared.container.index import ITEM_SIZES, Entry, Part, start_of
 from pared.entropy import Coding
 from pared.errors import CorruptError
+from pared.streams import STEP_INDEXES, EncodedPart
 
 # Codes that are all equal take no bytes, so that nothing in the file bounds their number; this does.
 LARGEST_CONSTANT: Final = 1 << 28
@@ -148,3 +150,41 @@ def check_data(entries: Iterable[Entry], data: memoryview, at: Place) -> None:
                 here.refuse(f"with it, more than {LARGEST_CONSTANT:,} codes take no bytes")
     if end != len(data):
         at.fail(f"its data has {len(data):,} bytes, of which its index accounts for {end:,}")
+
+
+def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, Part]:
+    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
+
+    Args:
+        parts: in their order.
+        end: of the part before.
+        factor: by which their bytes are more than these.
+    """
+    found, crc32 = {}, 0
+    for i, (name, part) in enumerate(parts.items()):
+        length = round(len(part.payload) * factor)
+        start = start_of(end, length)
+        crc32 = zlib.crc32(part.payload, crc32)
+        checksum = crc32 if i == len(parts) - 1 else None
+        found[name] = Part(start, length, checksum, part.coding, part.rows, part.base)
+        end = start + length
+    return found
+
+
+def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
+    """The parts of a tensor of an artifact, compared with their checksums.
+
+    Raises:
+        CorruptError: they do not match.
+    """
+    found, crc32 = {}, 0
+    for name, part in entry.parts.items():
+        payload = data[part.offset : part.end]
+        crc32 = zlib.crc32(payload, crc32)
+        if part.crc32 is not None:
+            if crc32 != part.crc32:
+                remedy = "Fetch the file again; it is damaged."
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
+            crc32 = 0
+        found[name] = EncodedPart(payload, part.coding, part.rows, part.base)
+    return found

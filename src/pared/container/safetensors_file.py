@@ -11,8 +11,8 @@ from typing import BinaryIO, Final
 
 from pared.container.checks import Place
 from pared.container.files import File
-from pared.container.index import ALIGNMENT
 
+_ALIGNMENT: Final = 64  # of the data within the file, in bytes, so that they can be mapped as they are
 _LENGTH: Final = struct.Struct("<Q")
 _NBYTES_PER_BYTE: Final = 32  # of Python's objects, for each byte of the header at most
 _LARGEST_HEADER: Final = 100_000_000  # as in the safetensors library
@@ -119,6 +119,6 @@ def write_safetensors(stream: BinaryIO, index: bytes, data: bytes) -> None:
         for name, (begin, end) in spans.items()
     }
     header = json.dumps({"__metadata__": {"format": "pared"}, **tensors}, separators=(",", ":")).encode("ascii")
-    header += b" " * (-(_LENGTH.size + len(header)) % ALIGNMENT)
+    header += b" " * (-(_LENGTH.size + len(header)) % _ALIGNMENT)
     for piece in (_LENGTH.pack(len(header)), header, data, index):
         stream.write(piece)
