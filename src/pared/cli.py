@@ -140,10 +140,6 @@ def fit(
         typer.echo(f"\nwritten: {path} ({path.stat().st_size:,} bytes)")
 
 
-def _record_of(model: Any) -> Any:
-    return importlib.import_module("pared.record").record_of(model)  # only now: it needs torch
-
-
 def _reported(model: Any, html: Path) -> str:
     """The report as text; the page is written where the libraries that draw it are installed."""
     try:
@@ -175,10 +171,12 @@ def tune_speed(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
 ) -> None:
     """Measure anew which kernels are fastest on this machine; the model's file stays as it is."""
+    from pared.record import record_of  # only now: it needs torch
+
     _show_log(verbose)
     found = pared.tune_speed(directory, _made(model), _batches(calib))
     if not quiet:
-        typer.echo("\n".join(_record_of(found).profile.summary()))
+        typer.echo("\n".join(record_of(found).profile.summary()))
 
 
 @app.command("compress")

@@ -291,10 +291,9 @@ def _distinct(group: Sequence[Held], nbytes: int) -> int:
 
 def _of_model(model: Any) -> Ledger:
     """The ledger of a live module; a class that knows better, as those of quantized models do, says it itself."""
-    own = getattr(type(model), "_pared_ledger", None)
-    if own is not None:
-        found: Ledger = own(model)
-        return found
+    quantized = getattr(type(model), "_pared_artifact", None)
+    if quantized is not None:
+        return of_artifact_bytes(quantized(model), where=type(model).__name__)
     return _of_listing(list_model(model))
 
 

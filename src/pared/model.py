@@ -54,9 +54,9 @@ DEPLOY: Final = "deploy.yaml"
 class Quantized(Yielding):
     """Mixed in before the model's own class, which is served: how a quantized model is pickled."""
 
-    def _pared_ledger(self) -> ledger.Ledger:
-        """What `pared.inspect` shows of a quantized model: the artifact that `save` would write."""
-        return ledger.of_artifact_bytes(artifact.to_bytes(contents_of(self)), where=type(self).__name__)
+    def _pared_artifact(self) -> bytes:
+        """The artifact that `save` would write, for whatever reads a model as it reads a file."""
+        return artifact.to_bytes(contents_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as an empty model of the original class, the bytes of the artifact, and plain text.
@@ -66,7 +66,7 @@ class Quantized(Yielding):
         Protocol 2, which torch.save uses, spends three bytes on two of a bytes object: there they travel as a tensor.
         """
         record = record_of(self)
-        data: bytes | Tensor = artifact.to_bytes(contents_of(self))
+        data: bytes | Tensor = self._pared_artifact()
         if int(protocol) < 3:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         return pared._revive, (skeleton_of(self), data, record.to_json())

@@ -20,7 +20,7 @@ from pared.contents import Contents
 from pared.errors import ConfigError, FileError
 from pared.exporting.capture import Dynamic, capture, shape_of
 from pared.exporting.rewrite import rewrite
-from pared.exporting.signature import SIGNATURE, Outputs, Signature
+from pared.exporting.signature import SIGNATURE
 from pared.formats import Grid
 from pared.version import __version__
 

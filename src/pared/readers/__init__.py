@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pared import container
 from pared.container.files import open_file
 from pared.readers.folders import list_folder
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import ELEMENTS, FLOATING, Array, Held, Listing, Note, Storage, as_floats
-from pared.readers.live import list_model
+from pared.readers.listing import Listing
 
 
 @contextmanager
