@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared import artifact, decoding, grids
+from pared import artifact, decoding, dtypes
 from pared.container.envelope import open_records
 from pared.container.parse import parse_index
 from pared.contents import Contents, Stored
@@ -76,7 +76,7 @@ def test_raw(dtype: str) -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
 def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
-    bits = grids.narrowed(np.array(values, np.float32), "bfloat16")
+    bits = dtypes.narrowed(np.array(values, np.float32), "bfloat16")
     assert bits.tobytes() == bits_of(torch.tensor(values, dtype=torch.float32).to(torch.bfloat16))
 
 

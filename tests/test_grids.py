@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import grids
+from pared import dtypes, grids
 from pared.compression.rates import steps_at_level, steps_at_rate
+from pared.dtypes import Array
 from pared.entropy import cost
 from pared.lattices import find_lattice
-from pared.readers.listing import Array
 from pared.solvers import nearest
 from pared.views import View
 
@@ -52,11 +52,11 @@ def test_narrowing_is_that_of_torch(values: list[float]) -> None:
     wide = np.array(values, np.float32)
     for dtype in FLOATS:
         expected = as_array(torch.from_numpy(wide).to(getattr(torch, dtype)))
-        assert np.array_equal(grids.narrowed(wide, dtype), expected)
+        assert np.array_equal(dtypes.narrowed(wide, dtype), expected)
 
 
 def test_nan_stays_nan() -> None:
-    bits = torch.from_numpy(grids.narrowed(np.array([np.nan], np.float32), "bfloat16").view(np.int16))
+    bits = torch.from_numpy(dtypes.narrowed(np.array([np.nan], np.float32), "bfloat16").view(np.int16))
     assert bits.view(torch.bfloat16).isnan().all()
 
 

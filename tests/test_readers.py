@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from pared.container.allowance import Allowance
 from pared.container.files import open_file
+from pared.dtypes import as_floats
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError
 from pared.pickles import Name, Node, read_pickle
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import Held, Listing, as_floats
+from pared.readers.listing import Held, Listing
 from pared.readers.live import list_model
 from tests.mutations import mutations
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from pared.comparison import Alone, Comparison, Pair, Side
+from pared.dtypes import FLOATING, Array
 from pared.errors import ConfigError, MismatchError
 from pared.likeness import identical, measure
 from pared.pairing import Layout, Match, correlation, layout_of, pair, sampled
 from pared.parallel import each
-from pared.readers.listing import FLOATING, Array
 from pared.sources import Piece, Source, is_model, open_source
 
 if TYPE_CHECKING:  # files are compared without torch

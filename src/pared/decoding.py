@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from pared.container.index import Entry
 from pared.container.parts import parts_of
+from pared.dtypes import ELEMENTS, Array, as_floats, narrowed
 from pared.errors import CorruptError
-from pared.grids import narrowed
-from pared.readers.listing import ELEMENTS, Array, as_floats
 from pared.streams import EncodedPart, decode_codes, decode_steps
 from pared.views import View
 

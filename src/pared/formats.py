@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pared import grids
+from pared import dtypes
 from pared.errors import CorruptError
 from pared.grids import CODE_LIMITS, CodeType
 from pared.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
@@ -281,7 +281,7 @@ def survives_float16(tensor: Tensor) -> bool:
     >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
     (True, False)
     """
-    return grids.survives_float16(tensor.detach().cpu().double().numpy())
+    return dtypes.survives_float16(tensor.detach().cpu().double().numpy())
 
 
 def log_step(step: Tensor) -> Tensor:

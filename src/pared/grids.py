@@ -13,16 +13,14 @@ from typing import Any, Final, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pared.dtypes import Array, as_floats
 from pared.errors import ModelError
 from pared.parallel import each
-from pared.readers.listing import ELEMENTS, Array, as_floats
 from pared.streams import Steps
 
 CodeType = Literal["int8", "int16"]
 CODE_LIMITS: Final[Mapping[str, int]] = {"int8": 127, "int16": 32767}  # magnitudes of codes: every grid is symmetric
 
-# float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
-_FLOAT16_ERROR: Final = 2.0**-11
 
 # A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.
 _SMALLEST_STEP: Final = np.finfo(np.float32).tiny
@@ -116,36 +114,6 @@ def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tup
     bounds = [i * len(blocks) // threads for i in range(threads + 1)]
     runs = [blocks[begin:end] for begin, end in pairwise(bounds)]
     return [done for run in each(lambda run: [(tile, work(tile)) for tile in run], runs, most=threads) for done in run]
-
-
-def narrowed(values: Array, dtype: str) -> Array:
-    """Floats as numbers of a type of `FLOATING`, rounded to the nearest, ties to even; bfloat16 as its bits.
-
-    Args:
-        values: float32 or float64.
-        dtype: what they become.
-
-    >>> narrowed(np.array([1.0, -2.0], np.float32), "bfloat16").tolist() == [0x3F80, 0xC000]
-    True
-    """
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, as in torch
-            return values.astype(ELEMENTS[dtype], copy=False)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def survives_float16(values: Array) -> bool:
-    """Whether every value, put into float16, comes back with a relative error of at most 2^-11.
-
-    >>> survives_float16(np.array([0.1, -3.0])), survives_float16(np.array([1e-9]))
-    (True, False)
-    """
-    wide = values.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        error = abs(wide.astype(np.float16).astype(np.float64) - wide)
-        return bool((error <= _FLOAT16_ERROR * abs(wide)).all())
 
 
 def refuse_damaged(array: Array, dtype: str, name: str) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pared import entropy
-from pared.grids import CodeType, narrowed
-from pared.readers.listing import ELEMENTS, Array, as_floats
+from pared.dtypes import ELEMENTS, Array, as_floats, narrowed
+from pared.grids import CodeType
 from pared.streams import Steps, matrix_of, restored
 from pared.views import View
 

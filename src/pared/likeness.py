@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pared.readers.listing import FLOATING, Array, as_floats
+from pared.dtypes import FLOATING, Array, as_floats
 
 Floats = NDArray[np.float64]
 

@@ -9,9 +9,9 @@ from typing import Final, Literal
 
 import numpy as np
 
+from pared.dtypes import Array
 from pared.likeness import Floats, as_numbers
 from pared.naming import bare
-from pared.readers.listing import Array
 from pared.sources import Piece
 
 Layout = Literal["", "transposed", "reshaped"]

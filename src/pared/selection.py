@@ -15,8 +15,9 @@ from typing import Final, Literal
 
 import numpy as np
 
+from pared.dtypes import FLOATING, Array
 from pared.naming import HOLDERS, without_wrappers
-from pared.readers.listing import FLOATING, Array, Held, Listing
+from pared.readers.listing import Held, Listing
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from pared.container.envelope import Records, artifact_in, open_records, records
 from pared.container.files import as_path, open_file
 from pared.container.parse import parse_index
 from pared.decoding import decode
+from pared.dtypes import ELEMENTS, Array
 from pared.errors import ConfigError
-from pared.readers.listing import ELEMENTS, Array, Held, Listing
+from pared.readers.listing import Held, Listing
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,13 +19,14 @@ from pared.compression.packing import FLOAT_BITS, INT8_BITS, Packed, Target
 from pared.compression.sampling import CONTAINER, Prospect, pack_held, unsupported
 from pared.container.envelope import FILE_NAMES, Records, artifact_in, records_of
 from pared.container.files import as_path, make_directory, open_file, reading, write_atomic
-from pared.container.index import ITEM_SIZES, Index
+from pared.container.index import Index
 from pared.container.parse import parse_index
 from pared.container.torch_file import write_torch
+from pared.dtypes import ELEMENTS, ITEM_SIZES
 from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.parallel import each, usable_cores
 from pared.progress import bytes_done
-from pared.readers.listing import ELEMENTS, Listing
+from pared.readers.listing import Listing
 from pared.scalars import plain
 from pared.selection import Kept, LeftOut, file_of, select
 from pared.sizes import parse_size

@@ -20,10 +20,10 @@ from pared.container.files import as_path, forget, make_directory, write_atomic,
 from pared.container.index import Entry
 from pared.container.parse import parse_index
 from pared.decoding import decode
+from pared.dtypes import Array
 from pared.errors import ConfigError, printable
 from pared.parallel import each
 from pared.progress import bytes_done
-from pared.readers.listing import Array
 
 WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
 _BATCH: Final = 1 << 27

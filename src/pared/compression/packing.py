@@ -15,18 +15,9 @@ from typing import Final
 import numpy as np
 
 from pared.compression.rates import steps_at_level, steps_at_rate
-from pared.grids import (
-    CODE_LIMITS,
-    CodeType,
-    encode,
-    finest_steps,
-    magnitudes,
-    narrowed,
-    refuse_damaged,
-    survives_float16,
-)
+from pared.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
+from pared.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
 from pared.lattices import find_lattice
-from pared.readers.listing import FLOATING, Array, as_floats
 from pared.streams import EncodedPart, Steps, encode_codes, encode_steps, matrix_of
 from pared.views import View, plain_view
 

@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from pared.dtypes import Array, as_floats
 from pared.entropy import entropy
 from pared.grids import CodeType, encode
-from pared.readers.listing import Array, as_floats
 from pared.streams import STEP_INDEXES, Steps, ceiling, encode_codes, scale
 from pared.views import View
 

@@ -19,9 +19,10 @@ from pared.compression.packing import INT8_BITS, Packed, Target, goes_on_grid, p
 from pared.compression.rates import crossing
 from pared.container.files import forget
 from pared.container.index import Entry, Index
+from pared.dtypes import Array, as_floats
 from pared.errors import ConfigError
 from pared.parallel import each
-from pared.readers.listing import Array, Listing, as_floats
+from pared.readers.listing import Listing
 from pared.selection import Kept, select
 
 # So many numbers of each tensor are looked at; fewer where there are many tensors.

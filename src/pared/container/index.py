@@ -9,18 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pared.dtypes import ITEM_SIZES
 from pared.entropy import Coding
 
 VERSION: Final = 2  # that is written; 1 is read too
 ALIGNMENT: Final = 64  # of large parts within the data, in bytes; in version 1 of every part
 _LARGE: Final = 4096  # bytes
-
-
-# The element types that an artifact may hold, and the bytes of one element.
-ITEM_SIZES: Final[Mapping[str, int]] = {
-    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2,
-    "float32": 4, "float64": 8, "complex64": 8, "complex128": 16,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

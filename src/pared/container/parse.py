@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from pared.container.checks import Place
 from pared.container.envelope import Records
-from pared.container.index import ITEM_SIZES, VERSION, Entry, Index
+from pared.container.index import VERSION, Entry, Index
 from pared.container.parts import check_data, parse_parts
+from pared.dtypes import ITEM_SIZES
 from pared.errors import VersionError
 
 # The fields of an entry, by version, that must be there.

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from pared.container.checks import Place
-from pared.container.index import ITEM_SIZES, Entry, Part, start_of
+from pared.container.index import Entry, Part, start_of
+from pared.dtypes import ITEM_SIZES
 from pared.entropy import Coding
 from pared.errors import CorruptError
 from pared.streams import STEP_INDEXES, EncodedPart

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from pared.compression.sampling import predict_nbytes
+from pared.dtypes import FLOATING
 from pared.errors import ConfigError, ModelError
 from pared.findings.content import Content
 from pared.findings.copies import duplicate, two_copies, untied
@@ -19,7 +20,7 @@ from pared.findings.structure import (
     view_of_larger_storage,
     wide_float,
 )
-from pared.readers.listing import FLOATING, Listing
+from pared.readers.listing import Listing
 
 __all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
 

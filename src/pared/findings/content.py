@@ -6,7 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from pared.readers.listing import Array, Held, Listing
+from pared.dtypes import Array
+from pared.readers.listing import Held, Listing
 
 _BLOCK: Final = 1024  # elements of a vector that are sampled together
 _MOST_INFLATED: Final = 2  # times the bytes of the file

@@ -8,9 +8,10 @@ from typing import Final
 
 import numpy as np
 
+from pared.dtypes import FLOATING, Array, as_floats
 from pared.findings.content import Content, spread
 from pared.findings.finding import Case, Cause
-from pared.readers.listing import FLOATING, Array, Held, as_floats
+from pared.readers.listing import Held
 
 Pair = tuple[Held, Held]
 

@@ -13,8 +13,8 @@ from typing import Final
 
 import numpy as np
 
+from pared.dtypes import Array, as_floats
 from pared.findings.content import spread
-from pared.readers.listing import Array, as_floats
 
 MOST_LEVELS: Final = 256  # of eight bits
 _GROUPS: Final = (128, 64, 32)  # the groups that quantizers of weights offer

@@ -10,9 +10,10 @@ from typing import Final
 import numpy as np
 
 from pared import parallel
+from pared.dtypes import FLOATING, Array
 from pared.findings.content import Content, spread
 from pared.findings.levels import grid_of
-from pared.readers.listing import FLOATING, Array, Held
+from pared.readers.listing import Held
 
 # From this share of zeros on a tensor is sparse; the most common pattern, two of four, has exactly half.
 _SPARSE: Final = 0.5

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pared.container.files import File
+from pared.dtypes import ELEMENTS, Array
 from pared.errors import FileError
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -128,39 +125,6 @@ class Listing:
         flat = np.frombuffer(content, kind, count=(len(content) - held.offset) // kind.itemsize, offset=held.offset)
         strides = [step * kind.itemsize for step in held.stride]
         return np.lib.stride_tricks.as_strided(flat, held.shape, strides, writeable=False)
-
-
-# NumPy's type for the elements of an array, by the tensor's dtype. What NumPy lacks comes as its bits: bfloat16 as
-# uint16, eight-bit floats as uint8.
-ELEMENTS: Final[Mapping[str, str]] = {
-    "bool": "?", "uint8": "u1", "int8": "i1", "uint16": "<u2", "int16": "<i2", "uint32": "<u4", "int32": "<i4",
-    "uint64": "<u8", "int64": "<i8", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8",
-    "complex64": "<c8", "complex128": "<c16", "qint8": "i1", "quint8": "u1", "qint32": "<i4",
-    "float8_e4m3fn": "u1", "float8_e5m2": "u1", "float8_e4m3fnuz": "u1", "float8_e5m2fnuz": "u1",
-    "float8_e8m0fnu": "u1",
-}  # fmt: skip
-
-# The types of weights, narrowest first; all of them can be widened to float32 or float64 by `as_floats`.
-FLOATING: Final = ("float16", "bfloat16", "float32", "float64")
-
-
-def as_floats(array: Array, dtype: str) -> Array:
-    """The values of an array that `Listing.array` gave, of a dtype in `FLOATING`, in a type that NumPy computes with.
-
-    Args:
-        array: of any shape.
-        dtype: the tensor's.
-
-    Returns:
-        float32, or float64 for float64; the array itself where it is so already.
-
-    >>> as_floats(np.array([0x3F80, 0xC000], "<u2"), "bfloat16").tolist()
-    [1.0, -2.0]
-    """
-    if dtype == "bfloat16":
-        wide: Array = (array.astype(np.uint32) << 16).view(np.float32)
-        return wide
-    return array.astype(np.float32) if dtype == "float16" else array
 
 
 def unknown(file: File, kind: str) -> FileError:

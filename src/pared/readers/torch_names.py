@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pared.container.index import ITEM_SIZES
+from pared.dtypes import ITEM_SIZES
 
 # The bits of one element of each of torch's types.
 BITS: Final[Mapping[str, int]] = {
