@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pared import entropy
 from pared.dtypes import ELEMENTS, Array, as_floats, narrowed
 from pared.grids import CodeType
-from pared.streams import Steps, matrix_of, restored
-from pared.views import View
+from pared.streams import Steps
+from pared.views import View, matrix_of, restored
 
 # The largest code of a row, where values say it no other way; 0: neighbouring values do.
 _LARGEST: Final = (0, 127, 8, 7, 128, 255)

@@ -17,7 +17,7 @@ from numpy.typing import DTypeLike, NDArray
 from pared import entropy
 from pared.entropy import Codes
 from pared.errors import CorruptError, ParedError
-from pared.views import View
+from pared.views import View, matrix_of, restored
 
 # The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
 STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
@@ -138,18 +138,6 @@ def _encoded(codes: Codes, threads: int = 1) -> EncodedPart:
 
 def _decoded(part: EncodedPart, count: int, kind: DTypeLike) -> Codes:
     return entropy.decode(part.payload, part.coding, count, kind, threads=1)
-
-
-def matrix_of(codes: Codes, view: View) -> Codes:
-    """`View.matrix`, of an array."""
-    return codes.reshape(view.split).transpose(*view.rows, *view.columns).reshape(view.n_rows, view.n_columns)
-
-
-def restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
-    """`View.restore`, of an array."""
-    order = (*view.rows, *view.columns)
-    moved = matrix.reshape([view.split[i] for i in order]).transpose(np.argsort(order))
-    return np.ascontiguousarray(moved).reshape(shape)
 
 
 def _classify(matrix: Codes) -> NDArray[np.int8] | None:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
+from pared.entropy import Codes
+
 if TYPE_CHECKING:  # files are compressed without torch
     from torch import Tensor, nn
 
@@ -134,3 +138,15 @@ def plain_view(shape: tuple[int, ...]) -> View:
 
 def _long_enough(view: View, shape: tuple[int, ...]) -> View:
     return view if math.prod(shape) >= view.n_rows * _SHORTEST_ROW else single_row(shape)
+
+
+def matrix_of(codes: Codes, view: View) -> Codes:
+    """`View.matrix`, of an array."""
+    return codes.reshape(view.split).transpose(*view.rows, *view.columns).reshape(view.n_rows, view.n_columns)
+
+
+def restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
+    """`View.restore`, of an array."""
+    order = (*view.rows, *view.columns)
+    moved = matrix.reshape([view.split[i] for i in order]).transpose(np.argsort(order))
+    return np.ascontiguousarray(moved).reshape(shape)

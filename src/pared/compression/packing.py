@@ -18,8 +18,8 @@ from pared.compression.rates import steps_at_level, steps_at_rate
 from pared.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
 from pared.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
 from pared.lattices import find_lattice
-from pared.streams import EncodedPart, Steps, encode_codes, encode_steps, matrix_of
-from pared.views import View, plain_view
+from pared.streams import EncodedPart, Steps, encode_codes, encode_steps
+from pared.views import View, matrix_of, plain_view
 
 INT8_BITS: Final = 8.0
 FLOAT_BITS: Final = 16.0
