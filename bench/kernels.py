@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.kernels import conv, linear
-from pared.kernels.activation import Range
 from pared.kernels.machine import available
+from pared.layers.activation import Range
 
 THREADS = 2
 SPAN = Range(-4.0, 4.0)

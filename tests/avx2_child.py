@@ -6,8 +6,8 @@ import sys
 import torch
 
 from pared.kernels import conv, linear
-from pared.kernels.activation import Range
 from pared.kernels.machine import available, exact_products, levels_for
+from pared.layers.activation import Range
 
 
 def error(fast: torch.Tensor, slow: torch.Tensor) -> float:

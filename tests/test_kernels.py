@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 from pared.errors import CalibrationError, ModelError
 from pared.kernels import conv, linear, machine
-from pared.kernels.activation import (
-    Range,
-    quantize,
-    quantize_reference,
-    quantize_rows,
-    quantize_rows_reference,
-    tensor_range,
-)
+from pared.kernels.activation import quantize, quantize_reference, quantize_rows, quantize_rows_reference, tensor_range
 from pared.kernels.machine import available, exact_products, levels_for
+from pared.layers.activation import Range
 
 needs_kernels = pytest.mark.skipif(available() != "", reason=available() or "the int8 kernels run here")
 

@@ -15,10 +15,10 @@ from pared import CorruptError, ModelError, PostTrainingQuantConfig
 from pared import model as quantized
 from pared.artifact import from_bytes, to_bytes
 from pared.kernels import linear
-from pared.kernels.activation import Range, quantize
+from pared.kernels.activation import quantize
 from pared.kernels.linear import pack, reference, static
-from pared.kernels.outliers import Outliers, columns_of, further
-from pared.layers.activation import Activation
+from pared.kernels.outliers import columns_of, further
+from pared.layers.activation import Activation, Outliers, Range
 from pared.profile import Profile, this_machine
 from pared.ranges import COLUMNS_EACH, narrowed
 from pared.stats import collect

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.kernels import recurrent, transposed
-from pared.kernels.activation import Range
 from pared.kernels.machine import levels_for
 from pared.kernels.recurrent import Kind, Weights
 from pared.kernels.transposed import Moves
+from pared.layers.activation import Range
 
 pytestmark = pytest.mark.skipif(bool(recurrent.available()), reason="the kernels do not run on this machine")
 

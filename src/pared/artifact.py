@@ -25,7 +25,7 @@ from pared.container.torch_file import write_torch
 from pared.contents import Contents, Stored
 from pared.errors import ConfigError, CorruptError, UnsafeError
 from pared.formats import RAW_TYPES, Coded, dtype_name
-from pared.kernels.linear import MOST_COLUMNS
+from pared.grids import MOST_COLUMNS
 from pared.layers.activation import Activation
 from pared.parallel import each
 from pared.plan import Decision

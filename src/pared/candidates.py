@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pared.config import Approach
 from pared.contents import Stored
 from pared.formats import Coded, Grid
-from pared.kernels.linear import MOST_COLUMNS
+from pared.grids import MOST_COLUMNS
 from pared.kernels.outliers import columns_of
 from pared.layers.activation import Activation
 from pared.layers.counterpart import stand_in

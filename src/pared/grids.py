@@ -18,6 +18,10 @@ from pared.errors import ModelError
 from pared.parallel import each
 from pared.streams import Steps
 
+# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
+MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
+
+
 CodeType = Literal["int8", "int16"]
 CODE_LIMITS: Final[Mapping[str, int]] = {"int8": 127, "int16": 32767}  # magnitudes of codes: every grid is symmetric
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from pared.kernels.outliers import Outliers
+from pared.layers.activation import Outliers
 
 # A range may end at these shares of what was seen: sixteen to each halving, down to a 64th.
 _SHARES: Final = tuple(2.0 ** (-i / 16) for i in range(97))

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pared import calls
 from pared.errors import CalibrationError
-from pared.kernels.outliers import Outliers
+from pared.layers.activation import Outliers
 from pared.layers.registry import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.ranges import narrowed

@@ -9,65 +9,15 @@ fit the cache, were measured to gain nothing inside a model.
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pared.errors import CalibrationError
+from pared.layers.activation import NARROWEST, Range, float32
 
 ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 apart; its lowest byte is 0
-_TINY: Final = 1e-30  # the narrowest range: keeps scales and their reciprocals finite and normal in float32
-_LARGEST: Final = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class Range:
-    """The interval that activations were seen in. It holds zero, so that zero, and padding with it, is exact.
-
-    Args:
-        low: at most 0.
-        high: at least 0.
-
-    Raises:
-        CalibrationError: an end is not finite in float32, or zero lies outside.
-
-    >>> Range.of(0.5, 2.0)
-    Range(low=0.0, high=2.0)
-    """
-
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not -_LARGEST <= self.low <= 0.0 <= self.high <= _LARGEST:
-            raise CalibrationError(
-                f"the activations' range {self.low:g} to {self.high:g} is not finite or leaves out zero",
-                remedy="Look for NaN or Inf in the calibration data; Range.of widens a range to hold zero.",
-            )
-
-    @classmethod
-    def of(cls, low: float, high: float) -> Range:
-        """The smallest range that holds `low`, `high` and zero."""
-        return cls(min(low, 0.0), max(high, 0.0))
-
-    def grid(self, levels: int) -> tuple[float, int]:
-        """The scale (a float32 number) and the zero point at which codes 0..levels span the range.
-
-        >>> Range(-1.0, 3.0).grid(4)
-        (1.0, 1)
-        """
-        return _grid(self.low, self.high, levels)
-
-
-@functools.lru_cache(maxsize=4096)
-def _grid(low: float, high: float, levels: int) -> tuple[float, int]:
-    scale = float32(max(high - low, _TINY) / levels)
-    return scale, min(round(-low / scale), levels)
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, levels: int, out: Tensor | None = None) -> Tensor:
@@ -117,7 +67,7 @@ def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Ten
 
 def _row_grids(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's lowest value (below zero, be it by a hair), scale, and reciprocal of the scale."""
-    low = x.amin(-1, keepdim=True).clamp_(max=-_TINY)
+    low = x.amin(-1, keepdim=True).clamp_(max=-NARROWEST)
     high = x.amax(-1, keepdim=True).clamp_(min=0.0)
     # One level fewer: both ends are rounded, so the codes of a row may span one step more than its range.
     scale = high.sub_(low).div_(levels - 1)
@@ -134,8 +84,3 @@ def tensor_range(x: Tensor) -> Range | None:
         return Range(0.0, 0.0)
     low, high = (float(end) for end in x.aminmax())
     return Range.of(low, high) if math.isfinite(low) and math.isfinite(high) else None
-
-
-def float32(value: float) -> float:
-    """The nearest number of float32."""
-    return float(np.float32(value))

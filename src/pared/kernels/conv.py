@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.errors import ModelError
-from pared.kernels.activation import Range, quantize, quantize_reference, tensor_range
+from pared.kernels.activation import quantize, quantize_reference, tensor_range
 from pared.kernels.linear import check_step, float_bias
 from pared.kernels.machine import FULL_LEVELS, levels_for
 from pared.kernels.patches import channels_first, patches_of, pays, rows_of_filter
+from pared.layers.activation import Range
 
 _FLOAT_CONVOLUTIONS: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _SPACE: Final = ("depth", "height", "width")

@@ -16,18 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.errors import ModelError
-from pared.kernels.activation import (
-    Range,
-    quantize,
-    quantize_reference,
-    quantize_rows,
-    quantize_rows_reference,
-)
+from pared.kernels.activation import quantize, quantize_reference, quantize_rows, quantize_rows_reference
 from pared.kernels.machine import FULL_LEVELS, has_tiles, levels_for
-from pared.kernels.outliers import Further, Outliers, columns_of, further, widened
+from pared.kernels.outliers import Further, columns_of, further, widened
+from pared.layers.activation import Outliers, Range
 
-# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
-MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 # The codes of a row that an instruction multiplies at once, with tiles and without.
 _TILE: Final = 64
 _WORD: Final = 4

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pared.kernels.activation import ORIGIN, Range, float32
+from pared.kernels.activation import ORIGIN
+from pared.layers.activation import Outliers, Range, float32
 
-Outliers = tuple[tuple[int, int], ...]
 """Columns, each with the number of its further columns: above the range, or, if it is negative, below."""
 
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pared.kernels.activation import Range, quantize_reference, tensor_range
+from pared.kernels.activation import quantize_reference, tensor_range
 from pared.kernels.machine import FULL_LEVELS, levels_for
 from pared.kernels.machine import available as products_available
+from pared.layers.activation import Range
 from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from pared.kernels.activation import Range, quantize_reference, quantize_rows_reference
+from pared.kernels.activation import quantize_reference, quantize_rows_reference
 from pared.kernels.linear import Packed, dynamic, float_bias, static
 from pared.kernels.linear import pack as pack_rows
+from pared.layers.activation import Range
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,70 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from pared.kernels.activation import Range
-from pared.kernels.outliers import Outliers
+import numpy as np
+
+from pared.errors import CalibrationError
+
+Outliers = tuple[tuple[int, int], ...]
+
+
+NARROWEST: Final = 1e-30  # the narrowest range: keeps scales and their reciprocals finite and normal in float32
+
+
+_LARGEST: Final = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The interval that activations were seen in. It holds zero, so that zero, and padding with it, is exact.
+
+    Args:
+        low: at most 0.
+        high: at least 0.
+
+    Raises:
+        CalibrationError: an end is not finite in float32, or zero lies outside.
+
+    >>> Range.of(0.5, 2.0)
+    Range(low=0.0, high=2.0)
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not -_LARGEST <= self.low <= 0.0 <= self.high <= _LARGEST:
+            raise CalibrationError(
+                f"the activations' range {self.low:g} to {self.high:g} is not finite or leaves out zero",
+                remedy="Look for NaN or Inf in the calibration data; Range.of widens a range to hold zero.",
+            )
+
+    @classmethod
+    def of(cls, low: float, high: float) -> Range:
+        """The smallest range that holds `low`, `high` and zero."""
+        return cls(min(low, 0.0), max(high, 0.0))
+
+    def grid(self, levels: int) -> tuple[float, int]:
+        """The scale (a float32 number) and the zero point at which codes 0..levels span the range.
+
+        >>> Range(-1.0, 3.0).grid(4)
+        (1.0, 1)
+        """
+        return _grid(self.low, self.high, levels)
+
+
+@functools.lru_cache(maxsize=4096)
+def _grid(low: float, high: float, levels: int) -> tuple[float, int]:
+    scale = float32(max(high - low, NARROWEST) / levels)
+    return scale, min(round(-low / scale), levels)
+
+
+def float32(value: float) -> float:
+    """The nearest number of float32."""
+    return float(np.float32(value))
+
 
 Mode = Literal["static", "dynamic", "gather"]
 
