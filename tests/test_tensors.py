@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from pared import ModelError
-from pared.tensors import check_supported, clone_structure, find_tensors
+from pared.checks import check_supported
+from pared.copies import clone_structure
+from pared.tensors import find_tensors
 
 
 class Tied(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pared import artifact, calls, curve, plan, search, sensitivity, speed, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
+from pared.checks import check_modules, check_supported
 from pared.config import PostTrainingQuantConfig, check_choice
 from pared.container.envelope import find_artifact
 from pared.container.files import as_path
@@ -34,7 +35,7 @@ from pared.registration import check_registered
 from pared.scalars import checked_number
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
-from pared.tensors import Slot, check_modules, check_supported, find_tensors
+from pared.tensors import Slot, find_tensors
 from pared.tryout import try_modules
 from pared.version import __version__
 from pared.views import view_of

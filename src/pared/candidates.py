@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pared.config import Approach
 from pared.contents import Stored
+from pared.copies import clone_structure
 from pared.formats import Coded, Grid
 from pared.grids import MOST_COLUMNS
 from pared.kernels.outliers import columns_of
@@ -22,7 +23,6 @@ from pared.layers.registry import Layer, layer_of, weights_of
 from pared.profile import Kernel, Profile, Timing, measure, this_machine
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
-from pared.tensors import clone_structure
 
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from pared import calls, plan, stats
+from pared.checks import check_supported
 from pared.config import PostTrainingQuantConfig
 from pared.errors import CalibrationError, ConfigError
 from pared.registration import check_registered
-from pared.tensors import check_supported, find_tensors
+from pared.tensors import find_tensors
 
 
 def check_arguments(conf: object, calibration: object, eval_func: object = None, confirm_func: object = None) -> None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import artifact, ledger
+from pared.checks import check_unquantized
 from pared.contents import Contents, Stored, completed, match
+from pared.copies import clone_structure, refresh_recurrent
 from pared.errors import MismatchError, ModelError, VersionError
 from pared.exporting import Exported, export_onnx
 from pared.exporting.capture import Dynamic
@@ -35,14 +37,7 @@ from pared.record import RECORD, Record, curve_of, record_of, set_outcome, state
 from pared.reporting import lines, page, text
 from pared.reporting.drawing import require_library
 from pared.result import Offered, Result, Yielding, refuse_save_pretrained
-from pared.tensors import (
-    check_unquantized,
-    clone_structure,
-    find_tensors,
-    loose_tensors,
-    refresh_recurrent,
-    registered,
-)
+from pared.tensors import find_tensors, loose_tensors, registered
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

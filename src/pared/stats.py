@@ -16,13 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pared import calls
+from pared.copies import clone_structure
 from pared.errors import CalibrationError
 from pared.layers.activation import Outliers
 from pared.layers.registry import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.ranges import narrowed
 from pared.switches import WITHOUT_FAST_PATHS
-from pared.tensors import ModuleT, clone_structure
+from pared.tensors import ModuleT
 
 
 @dataclass(frozen=True, eq=False)

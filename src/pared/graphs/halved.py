@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pared.copies import clone_structure, refresh_recurrent
 from pared.graphs.serving import Args, Server, Skeleton, Watch
 from pared.layers.halves import cast_floats
-from pared.tensors import clone_structure, refresh_recurrent
 from pared.ways import Argument, Bound
 
 

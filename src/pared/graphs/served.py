@@ -9,8 +9,8 @@ from typing import Any, Final, cast
 
 from torch import nn
 
+from pared.copies import refresh_recurrent
 from pared.graphs.serving import Server
-from pared.tensors import refresh_recurrent
 
 _SERVER: Final = "_pared_server"  # the attribute that holds it
 _CLASSES: Final[dict[type[nn.Module], type[nn.Module]]] = {}

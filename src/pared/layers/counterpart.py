@@ -22,13 +22,13 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pared.copies import clone_structure, refresh_recurrent
 from pared.formats import Coded, Grid
 from pared.layers.activation import Activation
 from pared.layers.dispatch import KERNELS, OUTPUTS
 from pared.layers.halves import cast_floats, first_dtype
 from pared.layers.registry import float_class, layer_of
 from pared.switches import CAPTURING
-from pared.tensors import clone_structure, refresh_recurrent
 from pared.views import View
 
 log = logging.getLogger(__name__)
