@@ -26,11 +26,12 @@ from bench import data, zoo
 from bench.calibrated import Calibrated
 from bench.scatter import picture
 from pared import plan
+from pared.calls import Call
 from pared.candidates import Candidate, find_candidates
 from pared.contents import Stored
+from pared.copies import shadow
 from pared.options import Free, rounded, trace_slot
 from pared.outputs import Leaf, leaves_of
-from pared.stats import Call, shadow
 from pared.tensors import find_tensors
 
 RESULTS = Path("out/bench/damage.json")

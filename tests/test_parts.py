@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig, parts, speed
 from pared import model as quantized
+from pared.calls import Call
 from pared.graphs.halved import Halved
 from pared.graphs.served import forward_of, server_of
 from pared.graphs.serving import Server
@@ -21,7 +22,6 @@ from pared.layers.counterpart import Counterpart
 from pared.parts import find_parts
 from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.record import record_of
-from pared.stats import Call
 from pared.ways import Argument, bind, parameters_of
 
 WAY = (Argument("x", "float32", (4, 64)),)

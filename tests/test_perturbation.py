@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import sensitivity, stats
+from pared.calls import Call
 from pared.errors import CalibrationError
 from pared.perturbation import perturb
-from pared.stats import Call
 
 
 class Frozen(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared import sensitivity, stats
+from pared import calls, sensitivity, stats
 from pared.layers.activation import Activation
 from pared.outputs import leaves_of
 from pared.sensitivity import Sensitivity
@@ -191,7 +191,7 @@ def test_tokens_are_stood_in_for_by_the_last_products() -> None:
 
 
 def test_a_model_without_weights_has_nothing_to_measure() -> None:
-    found = sensitivity.measure(nn.ReLU(), [stats.Call((torch.zeros(1),), {})], [1.0], 0)
+    found = sensitivity.measure(nn.ReLU(), [calls.Call((torch.zeros(1),), {})], [1.0], 0)
     assert found is not None
     assert found.tensors == {}
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import pared
 from pared import ConfigError, ModelError, PostTrainingQuantConfig, speed
 from pared import model as quantized
+from pared.calls import Call
 from pared.graphs import capture
 from pared.graphs.capture import Captures
 from pared.graphs.halved import Halved
@@ -24,7 +25,6 @@ from pared.graphs.served import forward_of, serve, server_of
 from pared.graphs.serving import Server
 from pared.profile import CallTiming, Profile, Timing, Whole, fastest_ms, this_machine
 from pared.record import record_of
-from pared.stats import Call
 from pared.ways import Argument
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)

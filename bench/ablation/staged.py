@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from bench.ablation.series import Series
 from bench.calibrated import Calibrated
+from pared.calls import Call
 from pared.contents import Contents, Stored
+from pared.copies import shadow
 from pared.feedback import factor
 from pared.formats import Grid
 from pared.options import Free, rounded
 from pared.sensitivity import Layout
-from pared.stats import Call, shadow
 from pared.tensors import find_tensors
 
 _DAMPING = 0.05  # share of the mean second moment

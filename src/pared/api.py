@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pared import artifact, calls, curve, plan, search, sensitivity, speed, stats
+from pared import artifact, calls, copies, curve, plan, search, sensitivity, speed, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
 from pared.checks import check_modules, check_supported
@@ -116,7 +116,7 @@ def fit(
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     with job.stages.stage("searching"):
         found = search.search(
-            compressor, stats.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
+            compressor, copies.shadow(model), judge, max_size=job.max_size, workspace=records, start=start
         )
     traced: ModuleT = job.traced_and_timed(found, compressor)
     return traced
@@ -154,7 +154,7 @@ def trade_off(
     judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
     compressor = job.compressor()
     with job.stages.stage("tracing"):
-        return curve.trace(compressor, stats.shadow(model), judge, points=points)
+        return curve.trace(compressor, copies.shadow(model), judge, points=points)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import CalibrationError, ParedError
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the model, to be made again: its arguments, in tensors of their own."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
 
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
 

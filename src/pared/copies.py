@@ -40,3 +40,14 @@ def refresh_recurrent(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and all(name in module._parameters for name in module._flat_weights_names):
             module._init_flat_weights()
+
+
+def shadow(model: ModuleT) -> ModuleT:
+    """A copy in eval mode, for functions of the user, which may do with it what they like."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        data = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
+
+    return clone_structure(model, copied).eval()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared.calls import Call
 from pared.layers.registry import layer_of
-from pared.stats import Call
 from pared.switches import WITHOUT_FAST_PATHS
 from pared.ways import bind, parameters_of
 

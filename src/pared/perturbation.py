@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared.calls import Call
+from pared.copies import shadow
 from pared.errors import CalibrationError
 from pared.outputs import Leaf, leaves_of
 from pared.sensitivity import Sensitivity, TensorStats
-from pared.stats import Call, shadow
 from pared.tensors import Slot, find_tensors
 from pared.views import view_of
 

@@ -17,8 +17,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from pared.calls import Call
 from pared.kernels.machine import extensions
-from pared.stats import Call
 from pared.ways import Argument, text_of
 
 log = logging.getLogger(__name__)

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pared.calls import Call
+from pared.copies import shadow
 from pared.layers.activation import Activation
 from pared.outputs import Leaf, leaves_of
 from pared.products import Product, Watch
-from pared.stats import Call, shadow
 from pared.tensors import Slot, find_tensors
 from pared.views import View, view_of
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pared import model as quantized
+from pared.calls import Call
 from pared.candidates import find_candidates, time_layers
 from pared.contents import Contents
+from pared.copies import shadow
 from pared.graphs.capture import Captures
 from pared.graphs.halved import halved
 from pared.graphs.served import forward_of
@@ -20,7 +22,7 @@ from pared.graphs.serving import Server, agree
 from pared.parts import find_parts
 from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
 from pared.record import record_of
-from pared.stats import Call, Statistics, shadow
+from pared.stats import Statistics
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

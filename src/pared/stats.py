@@ -16,22 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pared import calls
-from pared.copies import clone_structure
+from pared.calls import Call
+from pared.copies import shadow
 from pared.errors import CalibrationError
 from pared.layers.activation import Outliers
 from pared.layers.registry import has_columns, layer_of, weights_of
 from pared.outputs import leaves_of
 from pared.ranges import narrowed
 from pared.switches import WITHOUT_FAST_PATHS
-from pared.tensors import ModuleT
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One call of the model, to be made again: its arguments, in tensors of their own."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,17 +128,6 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
         tuple(recorder.energies_of_calls),
         tuple(recorder.samples_of_calls),
     )
-
-
-def shadow(model: ModuleT) -> ModuleT:
-    """A copy in eval mode, for functions of the user, which may do with it what they like."""
-
-    def copied(tensor: Tensor) -> Tensor:
-        data = tensor.detach().clone()
-        is_parameter = isinstance(tensor, nn.Parameter)
-        return nn.Parameter(data, requires_grad=tensor.requires_grad) if is_parameter else data
-
-    return clone_structure(model, copied).eval()
 
 
 class _Recorder:
