@@ -12,10 +12,9 @@ from torch import Tensor
 from pared import artifact, decoding, dtypes
 from pared.container.envelope import open_records
 from pared.container.parse import parse_index
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Decision, Stored
 from pared.errors import CorruptError
 from pared.formats import Coded, Float, Grid, Raw, log_step
-from pared.plan import Decision
 from pared.views import View
 from tests.golden import make
 

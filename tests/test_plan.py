@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pared import ConfigError, Rule
-from pared.plan import Decision, encode, make_plan, sample_cost
+from pared.contents import Decision
+from pared.plan import encode, make_plan, sample_cost
 from pared.tensors import find_tensors
 
 

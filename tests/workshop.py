@@ -12,9 +12,8 @@ from torch import nn
 
 from pared import model as quantized
 from pared.allocate import Choice
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Decision, Stored
 from pared.formats import Raw
-from pared.plan import Decision
 from pared.profile import Profile, this_machine
 from pared.workshop import Compressor, Offer
 

@@ -22,13 +22,12 @@ from pared.container.parse import parse_index
 from pared.container.parts import parts_of, placed
 from pared.container.safetensors_file import write_safetensors
 from pared.container.torch_file import write_torch
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Decision, Stored
 from pared.errors import ConfigError, CorruptError, UnsafeError
 from pared.formats import RAW_TYPES, Coded, dtype_name
 from pared.grids import MOST_COLUMNS
 from pared.layers.activation import Activation
 from pared.parallel import each
-from pared.plan import Decision
 from pared.views import View
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,8 +12,35 @@ from pared.errors import MismatchError
 from pared.formats import Coded, Raw, dtype_name
 from pared.layers.activation import Activation
 from pared.naming import aligned
-from pared.plan import Decision
 from pared.tensors import find_tensors
+
+Treatment = Literal["grid", "float16", "float32", "exact"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one tensor.
+
+    Args:
+        name: the tensor's first name.
+        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
+        bits: the rate asked for, or planned by the search; only for grids. None while the search has yet to decide.
+        because: the reason, for people.
+        damage: predicted, as a share of the output's energy; only with calibration data.
+    """
+
+    name: str
+    treatment: Treatment
+    bits: float | None
+    because: str
+    damage: float | None = field(default=None, compare=False)  # a prediction, which no artifact keeps
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as plain data."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+Plan = tuple[Decision, ...]
 
 
 @dataclass(frozen=True, eq=False)

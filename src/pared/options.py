@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pared import plan
 from pared.allocate import Options
+from pared.contents import Decision, Treatment
 from pared.formats import Coded, Grid, survives_float16
 from pared.grids import CODE_LIMITS
-from pared.plan import Decision, Treatment
 from pared.rounding import Codes, Curve, Target, make_target, solve, trace
 from pared.sensitivity import TensorStats
 from pared.tensors import Slot

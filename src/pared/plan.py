@@ -6,13 +6,14 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from pared.config import Rule
+from pared.contents import Decision, Plan, Treatment
 from pared.errors import ConfigError
 from pared.formats import Coded, Float, Raw, dtype_name, survives_float16
 from pared.grids import CODE_LIMITS
@@ -23,35 +24,6 @@ from pared.views import View, view_of
 
 DEFAULT_BITS: Final = 8.0
 MOST_BITS: Final = 15.0
-
-
-Treatment = Literal["grid", "float16", "float32", "exact"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What becomes of one tensor.
-
-    Args:
-        name: the tensor's first name.
-        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
-        bits: the rate asked for, or planned by the search; only for grids. None while the search has yet to decide.
-        because: the reason, for people.
-        damage: predicted, as a share of the output's energy; only with calibration data.
-    """
-
-    name: str
-    treatment: Treatment
-    bits: float | None
-    because: str
-    damage: float | None = field(default=None, compare=False)  # a prediction, which no artifact keeps
-
-    def to_json(self) -> dict[str, Any]:
-        """The decision as plain data."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
-
-Plan = tuple[Decision, ...]
 
 
 def make_plan(

@@ -9,11 +9,11 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
+from pared.contents import Decision
 from pared.errors import CorruptError, ModelError
 from pared.install import Memory
 from pared.keeper import Keeper
 from pared.outcome import Curve, Outcome
-from pared.plan import Decision
 from pared.profile import Profile, Running
 
 RECORD: Final = "_pared"  # the attribute of a model that holds it

@@ -13,12 +13,12 @@ from torch import nn
 
 from pared.calls import Call
 from pared.candidates import Candidate, find_candidates
-from pared.contents import Stored
+from pared.contents import Decision, Stored
 from pared.copies import shadow
 from pared.layers.counterpart import stand_in
 from pared.layers.registry import layer_of, weights_of
 from pared.outputs import Leaf, leaves_of
-from pared.plan import DEFAULT_BITS, Decision, encode
+from pared.plan import DEFAULT_BITS, encode
 from pared.sensitivity import InputNoise
 from pared.stats import Statistics
 from pared.switches import WITHOUT_FAST_PATHS

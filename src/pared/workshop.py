@@ -17,12 +17,11 @@ from pared import model as quantized
 from pared.allocate import Choice
 from pared.candidates import Candidate, choose_activations, find_candidates
 from pared.config import PostTrainingQuantConfig
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Decision, Plan, Stored
 from pared.errors import ConfigError
 from pared.formats import Coded, Grid
 from pared.layers.activation import Activation
 from pared.options import GRID_ENTRY, rounded, trace_slot
-from pared.plan import Decision, Plan
 from pared.profile import Profile, this_machine
 from pared.sensitivity import Sensitivity, TensorStats
 from pared.stats import Statistics

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from pared import artifact
 from pared.container.envelope import FILE_NAMES
-from pared.contents import Contents, Stored
+from pared.contents import Contents, Decision, Stored
 from pared.formats import Coded, Float, Grid, Raw, log_step
 from pared.layers.activation import Activation
-from pared.plan import Decision
 from pared.views import View, first_dimension, single_row, view_of
 
 FOLDER = Path(__file__).parent
