@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Final
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pared.config import Approach
 from pared.contents import Stored
@@ -20,11 +19,10 @@ from pared.kernels.outliers import columns_of
 from pared.layers.activation import Activation
 from pared.layers.counterpart import stand_in
 from pared.layers.registry import Layer, layer_of, weights_of
-from pared.profile import Kernel, Profile, Timing, measure, this_machine
+from pared.profile import Kernel
 from pared.sensitivity import InputNoise
 from pared.stats import InputStats
 
-_KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 # A table of embeddings is gathered in codes from this many weights on; below, it would save nothing worth having.
 _LEAST_TABLE: Final = 1 << 16
 # What a range has to be narrower by, for its outliers to be worth their columns.
@@ -266,36 +264,3 @@ def choose_activations(
         if candidate.name in chosen and not any(one.name in split for one in candidate.tensors)
         for name, activation in candidate.activations(chosen[candidate.name]).items()
     }
-
-
-def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Measure each module in float32, bfloat16 and int8 on a call that calibration saw; equal ones only once."""
-    timings: dict[str, Timing] = {}
-    known: dict[object, Timing] = {}
-    for candidate in candidates:
-        activation, seen = activations.get(candidate.name), candidate.inputs
-        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.missing():
-            continue
-        dtype = next(iter(candidate.weights.values())).coded.dtype
-        shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
-        own = tuple(tuple(one.shape) for one in (*candidate.module.parameters(), *candidate.module.buffers()))
-        key = (
-            type(candidate.module),
-            repr(candidate.module),
-            own,
-            seen.shape,
-            shapes,
-            dtype,
-            activation.mode,
-            len(columns_of(activation.outliers)),
-        )
-        if key not in known:
-            forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
-            forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
-            known[key] = measure(forms, seen.shape, dtype, seen.call)
-        timings |= dict.fromkeys(candidate.activations(activation), known[key])
-    return Profile(this_machine(), timings)
-
-
-def _shape(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

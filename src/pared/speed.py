@@ -9,18 +9,21 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pared import model as quantized
 from pared.calls import Call
-from pared.candidates import find_candidates, time_layers
+from pared.candidates import Candidate, find_candidates
 from pared.contents import Contents
 from pared.copies import shadow
 from pared.graphs.capture import Captures
 from pared.graphs.halved import halved
 from pared.graphs.served import forward_of
 from pared.graphs.serving import Server, agree
+from pared.kernels.outliers import columns_of
+from pared.layers.activation import Activation
 from pared.parts import find_parts
-from pared.profile import WORTH, CallTiming, Profile, Whole, fastest_ms
+from pared.profile import WORTH, CallTiming, Kernel, Profile, Timing, Whole, fastest_ms, measure, this_machine
 from pared.record import record_of
 from pared.stats import Statistics
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
@@ -195,3 +198,39 @@ def kept(old: nn.Module, new: ModuleT) -> ModuleT:
     known, record = record_of(old), record_of(new)
     record.outcome, record.curve = known.outcome, known.curve
     return new
+
+
+_KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
+
+
+def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
+    """Measure each module in float32, bfloat16 and int8 on a call that calibration saw; equal ones only once."""
+    timings: dict[str, Timing] = {}
+    known: dict[object, Timing] = {}
+    for candidate in candidates:
+        activation, seen = activations.get(candidate.name), candidate.inputs
+        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.missing():
+            continue
+        dtype = next(iter(candidate.weights.values())).coded.dtype
+        shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
+        own = tuple(tuple(one.shape) for one in (*candidate.module.parameters(), *candidate.module.buffers()))
+        key = (
+            type(candidate.module),
+            repr(candidate.module),
+            own,
+            seen.shape,
+            shapes,
+            dtype,
+            activation.mode,
+            len(columns_of(activation.outliers)),
+        )
+        if key not in known:
+            forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
+            forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
+            known[key] = measure(forms, seen.shape, dtype, seen.call)
+        timings |= dict.fromkeys(candidate.activations(activation), known[key])
+    return Profile(this_machine(), timings)
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
