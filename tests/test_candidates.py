@@ -10,8 +10,9 @@ import pared
 from pared import CalibrationError, PostTrainingQuantConfig, candidates
 from pared.contents import Stored
 from pared.plan import encode, make_plan
-from pared.profile import Profile, Timing, measure, this_machine
+from pared.profile import Profile, Timing, this_machine
 from pared.sensitivity import LEVELS, InputNoise
+from pared.speed import measure
 from pared.stats import InputStats, collect
 from pared.tensors import find_tensors
 

@@ -23,8 +23,9 @@ from pared.graphs.capture import Captures
 from pared.graphs.halved import Halved
 from pared.graphs.served import forward_of, serve, server_of
 from pared.graphs.serving import Server
-from pared.profile import CallTiming, Profile, Timing, Whole, fastest_ms, this_machine
+from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.record import record_of
+from pared.stopwatch import fastest_ms
 from pared.ways import Argument
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)

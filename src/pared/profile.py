@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-from torch import nn
 
-from pared.calls import Call
 from pared.kernels.machine import extensions
 from pared.ways import Argument, text_of
 
@@ -25,14 +21,6 @@ log = logging.getLogger(__name__)
 
 ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
-# The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
-# busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
-_LEAST_RUNS: Final = 5
-_MOST_RUNS: Final = 200
-_SECONDS: Final = 0.06
-_WARM_UP: Final = 1
-# Times the fastest, by the runs that a form had: what is slower is timed no more. One run may have been disturbed.
-_HOPELESS: Final = {2: 2.0, 3: 1.5}
 
 # What is not the default, float32 in modules and each layer by itself, takes so much of its time at most: else the
 # difference is noise, or not worth the rounding.
@@ -291,45 +279,6 @@ def this_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-
-
-def measure(
-    layers: Mapping[Kernel, nn.Module],
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    call: Call | None = None,
-) -> Timing:
-    """Time one layer in each of its forms, interleaved.
-
-    Args:
-        layers: the float layer, and its counterparts in bfloat16 and int8.
-        shape: of the input.
-        dtype: of the input.
-        call: what each is called with; None: random numbers of the shape and the type.
-    """
-    call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
-    forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
-    times = fastest_ms(forms)
-    return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
-
-
-def fastest_ms(forms: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
-    """The shortest time of each of several functions, in milliseconds; they run in turns, without gradients."""
-    best = dict.fromkeys(forms, math.inf)
-    with torch.inference_mode():
-        begin = time.perf_counter()
-        for attempt in range(_WARM_UP + _MOST_RUNS):
-            bound = _HOPELESS.get(min(attempt - _WARM_UP, max(_HOPELESS)), math.inf) * min(best.values())
-            for form, run in forms.items():
-                if best[form] > bound:
-                    continue
-                start = time.perf_counter()
-                run()
-                if attempt >= _WARM_UP:
-                    best[form] = min(best[form], time.perf_counter() - start)
-            if attempt >= _WARM_UP + _LEAST_RUNS and time.perf_counter() - begin > _SECONDS:
-                break
-    return {form: 1e3 * seconds for form, seconds in best.items()}
 
 
 def profile_beside(artifact: Path) -> Profile:

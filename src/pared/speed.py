@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,9 +24,10 @@ from pared.graphs.serving import Server, agree
 from pared.kernels.outliers import columns_of
 from pared.layers.activation import Activation
 from pared.parts import find_parts
-from pared.profile import WORTH, CallTiming, Kernel, Profile, Timing, Whole, fastest_ms, measure, this_machine
+from pared.profile import WORTH, CallTiming, Kernel, Profile, Timing, Whole, this_machine
 from pared.record import record_of
 from pared.stats import Statistics
+from pared.stopwatch import fastest_ms
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -234,3 +236,23 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
 
 def _shape(value: object) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+def measure(
+    layers: Mapping[Kernel, nn.Module],
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    call: Call | None = None,
+) -> Timing:
+    """Time one layer in each of its forms, interleaved.
+
+    Args:
+        layers: the float layer, and its counterparts in bfloat16 and int8.
+        shape: of the input.
+        dtype: of the input.
+        call: what each is called with; None: random numbers of the shape and the type.
+    """
+    call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
+    forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
+    times = fastest_ms(forms)
+    return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
