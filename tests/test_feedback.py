@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.feedback import DAMPING, factor, feedback
-from pared.rounding import DAMPINGS, make_target, solve
+from pared.importance import DAMPINGS, make_target
 from pared.sensitivity import MOST_COLUMNS, Layout, TensorStats
+from pared.targets import solve
 from pared.views import View
 
 

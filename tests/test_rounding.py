@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.formats import Coded, Grid
-from pared.rounding import Target, make_target, solve, table_importance, trace
+from pared.importance import make_target, table_importance
+from pared.rounding import trace
 from pared.sensitivity import Layout, TensorStats
+from pared.targets import Target, solve
 from pared.views import View
 
 

@@ -22,8 +22,8 @@ from pared import (
 )
 from pared import model as quantized
 from pared.record import record_of
-from pared.rounding import solve
 from pared.search import Judge, search
+from pared.targets import solve
 from pared.tensors import find_tensors
 from pared.workshop import Compressor
 from pared.workspace import Workspace

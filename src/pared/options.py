@@ -14,8 +14,10 @@ from pared.allocate import Options
 from pared.contents import Decision, Treatment
 from pared.formats import Coded, Grid, survives_float16
 from pared.grids import CODE_LIMITS
-from pared.rounding import Codes, Curve, Target, make_target, solve, trace
+from pared.importance import make_target
+from pared.rounding import Curve, trace
 from pared.sensitivity import TensorStats
+from pared.targets import CodeType, Target, solve
 from pared.tensors import Slot
 from pared.views import view_of
 
@@ -132,7 +134,7 @@ def rounded(one: Free, option: int) -> Coded:
     tensor = one.slot.tensor.detach()
     if option >= len(one.curve.codes):
         return plan.encode(one.slot, one.decision(option))
-    codes_type: Codes = one.curve.codes[option]
+    codes_type: CodeType = one.curve.codes[option]
     steps = one.target.steps(int(one.curve.common[option]), codes_type)
     codes, steps = solve(one.target, steps, codes_type)
     view = one.target.view
