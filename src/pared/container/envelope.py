@@ -22,6 +22,7 @@ from pared.container.zip_file import (
     torch_folder,
 )
 from pared.errors import CorruptError, FileError
+from pared.magic import kind_of
 
 FILE_NAMES: Final[Mapping[str, str]] = {"pt": "best_model.pt", "safetensors": "best_model.safetensors"}
 
@@ -36,23 +37,6 @@ _LARGEST_NOTE: Final = 4096  # of every member but the records
 
 # Behind each member torch writes a descriptor of 16 bytes, or of 24 where sizes need 64 bits.
 _DESCRIPTORS: Final = (0, 16, 24)
-
-# What a file begins with, and what it is then.
-_KINDS: Final[tuple[tuple[bytes, str], ...]] = (
-    (b"PK\x03\x04", "a zip archive"),
-    (
-        b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
-        "a torch file of the kind that was written before torch 1.6",
-    ),
-    (b"\x80", "a plain pickle"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"version https://git-lfs", "a Git LFS pointer in the place of the file"),
-    (b"<", "a web page or an XML file"),
-    (b"\x08", "an ONNX model or another protocol buffer"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,18 +102,6 @@ def open_records(source: bytes | str | os.PathLike[str], where: str = "") -> Ite
                 remedy="Pass what save wrote; pared inspect shows what is in other files.",
             )
         yield records
-
-
-def kind_of(file: File) -> str:
-    """What a file is, by what it begins with."""
-    if is_safetensors(file):
-        return "a .safetensors file"
-    head = bytes(file.data[:128])
-    if is_zip(file) and b"/data.pkl" in head:
-        return "a torch file"
-    if bytes(file.data[257:262]) == b"ustar":
-        return "a tar archive, as torch wrote before version 0.1.10"
-    return next((kind for magic, kind in _KINDS if head.startswith(magic)), "of a kind unknown here")
 
 
 def records_of(file: File) -> Records | None:

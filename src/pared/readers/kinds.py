@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pared.container.envelope import kind_of
 from pared.container.files import File
 from pared.container.safetensors_file import is_safetensors
 from pared.container.zip_file import is_zip, read_archive, torch_folder
+from pared.magic import kind_of
 from pared.readers.gguf import is_gguf, read_gguf
 from pared.readers.hdf5 import is_hdf5, read_hdf5
 from pared.readers.keras_zip import is_keras, read_keras
