@@ -6,36 +6,32 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_args, overload
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from pared import artifact, calls, copies, curve, plan, search, sensitivity, speed, stats
+from pared import calls, copies, curve, plan, search, sensitivity, speed, stats
 from pared import model as quantized
 from pared.candidates import choose_activations, find_candidates
-from pared.checks import check_modules, check_supported
-from pared.config import PostTrainingQuantConfig, check_choice
-from pared.container.envelope import find_artifact
+from pared.checks import check_supported
+from pared.config import PostTrainingQuantConfig
 from pared.container.files import as_path
-from pared.contents import Contents, Stored, completed
-from pared.engines import SESSIONS, Engine, Runner, fastest, open_runner
-from pared.errors import ConfigError
+from pared.contents import Contents, Stored
 from pared.evaluate import EvalFunc
 from pared.forecast import check_arguments
-from pared.install import Memory
 from pared.layers.registry import weights_of
 from pared.outcome import Curve
 from pared.perturbation import perturb
-from pared.profile import ENGINE_FILE, Profile, profile_beside, this_machine
+from pared.profile import Profile, this_machine
 from pared.progress import Stages
 from pared.record import record_of
 from pared.registration import check_registered
 from pared.scalars import checked_number
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
-from pared.tensors import Slot, find_tensors
+from pared.tensors import ModuleT, Slot, find_tensors
 from pared.tryout import try_modules
 from pared.version import __version__
 from pared.views import view_of
@@ -44,7 +40,6 @@ from pared.workspace import Workspace, checksum
 
 log = logging.getLogger(__name__)
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # The damage that rounding the inputs of layers may do at 8 bits, the price of int8 kernels: a tenth of a percent, as
 # for the search, would leave layers in float and most inputs to the slower dynamic mode.
@@ -281,115 +276,3 @@ class _Job:
             "configuration": repr(conf),
             "decisions": checksum([decided, int8]),
         }
-
-
-def tune_speed(
-    path: str | Path, model: ModuleT, calib_dataloader: calls.Calibration, *, calibration_sampling_size: int = 100
-) -> ModuleT:
-    """Measure anew what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
-
-    `fit` does this by itself. It is worth repeating on another machine, with other threads, or where calls are of other
-    sizes than those that `fit` saw.
-
-    Args:
-        path: the directory that `save` wrote, or the artifact itself.
-        model: the architecture, as for `load`.
-        calib_dataloader: calls of the sizes that matter, as for `fit`; their numbers decide nothing.
-        calibration_sampling_size: how many samples are read.
-
-    Returns:
-        the quantized model, as `load` gives it from now on.
-
-    Raises:
-        ParedError: as `load`, and as `fit` for the calibration data.
-    """
-    _check_model(model, "pared.tune_speed")
-    limit = checked_number(
-        "pared.tune_speed", "calibration_sampling_size", calibration_sampling_size, least=1, whole=True
-    )
-    file = find_artifact(as_path(path, "tune_speed"))
-    contents = artifact.read(file)
-    floats = quantized.decoded(model, completed(model, contents))
-    seen = stats.collect(floats, calib_dataloader, limit)
-    found: ModuleT = speed.tuned(floats, contents, seen)
-    artifact.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
-    return found
-
-
-@overload
-def load(
-    path: str | Path, model: ModuleT, *, memory: Memory = "fast", engine: Literal["torch"] = "torch"
-) -> ModuleT: ...
-
-
-@overload
-def load(
-    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
-) -> nn.Module: ...
-
-
-def load(
-    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
-) -> nn.Module:
-    """Load a quantized model.
-
-    Args:
-        path: the directory that `save` wrote, or the artifact itself.
-        model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
-            it is left as it is. Only PyTorch needs it.
-        memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
-            are asked for): a third of the memory of float weights at most, for the milliseconds that
-            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
-        engine: what runs it. "onnxruntime" and "openvino" run the `model.onnx` that `q_model.export(directory, inputs)`
-            wrote beside the artifact, with as many threads as PyTorch has; "auto" times what is installed, PyTorch too
-            if there is a `model`, on inputs like those of the export, and takes the fastest.
-
-    Returns:
-        the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
-        measured on an equal machine; else all that the artifact allows. With another engine, a
-        `pared.engines.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
-
-    Raises:
-        ConfigError: an option is none that there is, `model` is missing, or the engine's package is.
-        FileError: there is no artifact there, or it cannot be read; or no export, or one of another artifact.
-        CorruptError, UnsafeError, VersionError: its bytes contradict themselves, would inflate without bound, or were
-            written by a newer version.
-        MismatchError: it belongs to another architecture.
-        ModelError: the engine cannot run the exported graph.
-    """
-    check_choice("pared.load", "memory", memory, get_args(Memory))
-    check_choice("pared.load", "engine", engine, get_args(Engine))
-    if engine in SESSIONS:
-        if memory == "small":
-            what = f'memory="small" and engine={engine!r} exclude each other'
-            raise ConfigError(what, where="pared.load", remedy="Leave out one: only PyTorch holds weights in codes.")
-        return open_runner(path, engine)
-    loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
-    if engine == "torch":
-        assert loaded is not None
-        return loaded
-    found, times = fastest(loaded, path)
-    if isinstance(found, Runner):
-        found.engine_ms = times
-    else:
-        record_of(found).engine_ms = times
-    return found
-
-
-def _check_model(model: nn.Module | None, where: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model is a {type(model).__name__}",
-            where=where,
-            remedy=f"Pass an instance of the architecture: {where}(directory, model=build_model()).",
-        )
-    check_modules(model)
-    check_registered(model)
-    return model
-
-
-def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
-    model = _check_model(model, "pared.load")
-    file = find_artifact(as_path(path, "load"))
-    contents = artifact.read(file)
-    return quantized.assemble(model, contents, profile_beside(file), memory)

@@ -6,16 +6,20 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared import artifact, calls, speed, stats
 from pared import model as quantized
 from pared.calls import Call
 from pared.candidates import Candidate, find_candidates
-from pared.contents import Contents
+from pared.container.envelope import find_artifact
+from pared.container.files import as_path
+from pared.contents import Contents, completed
 from pared.copies import shadow
 from pared.graphs.capture import Captures
 from pared.graphs.halved import halved
@@ -23,9 +27,11 @@ from pared.graphs.served import forward_of
 from pared.graphs.serving import Server, agree
 from pared.kernels.outliers import columns_of
 from pared.layers.activation import Activation
+from pared.load import check_model
 from pared.parts import find_parts
-from pared.profile import WORTH, CallTiming, Kernel, Profile, Timing, Whole, this_machine
+from pared.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, Profile, Timing, Whole, this_machine
 from pared.record import record_of
+from pared.scalars import checked_number
 from pared.stats import Statistics
 from pared.stopwatch import fastest_ms
 from pared.ways import Bound, arguments_of, bind, parameters_of, text_of
@@ -256,3 +262,36 @@ def measure(
     forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
     times = fastest_ms(forms)
     return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
+
+
+def tune_speed(
+    path: str | Path, model: ModuleT, calib_dataloader: calls.Calibration, *, calibration_sampling_size: int = 100
+) -> ModuleT:
+    """Measure anew what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
+
+    `fit` does this by itself. It is worth repeating on another machine, with other threads, or where calls are of other
+    sizes than those that `fit` saw.
+
+    Args:
+        path: the directory that `save` wrote, or the artifact itself.
+        model: the architecture, as for `load`.
+        calib_dataloader: calls of the sizes that matter, as for `fit`; their numbers decide nothing.
+        calibration_sampling_size: how many samples are read.
+
+    Returns:
+        the quantized model, as `load` gives it from now on.
+
+    Raises:
+        ParedError: as `load`, and as `fit` for the calibration data.
+    """
+    check_model(model, "pared.tune_speed")
+    limit = checked_number(
+        "pared.tune_speed", "calibration_sampling_size", calibration_sampling_size, least=1, whole=True
+    )
+    file = find_artifact(as_path(path, "tune_speed"))
+    contents = artifact.read(file)
+    floats = quantized.decoded(model, completed(model, contents))
+    seen = stats.collect(floats, calib_dataloader, limit)
+    found: ModuleT = speed.tuned(floats, contents, seen)
+    artifact.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
+    return found
