@@ -4,7 +4,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
 from pared.config import INC_EQUIVALENTS
-from pared.sizes import parse_size
+from pared.terminal import parse_size
 
 
 def test_an_unknown_option_names_the_nearest_one() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pared
-from pared import cli, findings, readers, tables
+from pared import cli, findings, readers, terminal
 from pared.errors import ParedError
 from pared.findings import KINDS, Finding, find
 from pared.findings.content import Content
@@ -253,7 +253,7 @@ def test_the_text_shows_findings_above_the_table(tmp_path: Path, monkeypatch: py
     assert lines[start + 2].startswith("  -> ")
     assert lines[start + 2].endswith(": pared compress model.pt -o small")
     assert start < next(i for i, line in enumerate(lines) if line.startswith(" tensor "))
-    assert max(map(len, lines)) <= tables.WIDTH
+    assert max(map(len, lines)) <= terminal.WIDTH
 
 
 def test_names_from_a_file_cannot_move_the_cursor(tmp_path: Path) -> None:

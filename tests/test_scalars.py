@@ -17,7 +17,7 @@ from pared import AccuracyCriterion, ConfigError, EvaluationError, PostTrainingQ
 from pared.cli import app
 from pared.evaluate import evaluate
 from pared.scalars import plain
-from pared.sizes import parse_size
+from pared.terminal import parse_size
 
 WHOLE = [np.int64, np.int8, np.uint16, np.array, torch.tensor]
 REAL = [np.float64, np.float32, np.float16, np.longdouble, np.array, torch.tensor]

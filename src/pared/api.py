@@ -25,13 +25,13 @@ from pared.layers.registry import weights_of
 from pared.outcome import Curve
 from pared.perturbation import perturb
 from pared.profile import Profile, this_machine
-from pared.progress import Stages
 from pared.record import record_of
 from pared.registration import check_registered
 from pared.scalars import checked_number
 from pared.sensitivity import Sensitivity
 from pared.stats import Statistics
 from pared.tensors import ModuleT, Slot, find_tensors
+from pared.terminal import Stages
 from pared.tryout import try_modules
 from pared.version import __version__
 from pared.views import view_of

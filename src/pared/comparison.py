@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pared.likeness import Likeness
-from pared.tables import Notes, add_row, and_more, drawn, new_table, wrapped
+from pared.terminal import Notes, add_row, and_more, drawn, new_table, wrapped
 
 _WHOLE: Final = ("int", "uint", "bool")
 MOST: Final = 30  # rows of a table, unless asked for more

@@ -12,7 +12,7 @@ from torch import nn
 
 from pared.errors import ConfigError
 from pared.scalars import checked_number, plain
-from pared.sizes import parse_size
+from pared.terminal import parse_size
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from pared.errors import ConfigError, printable
 from pared.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.live import list_model
-from pared.tables import WIDTH, Notes, add_row, drawn
+from pared.terminal import WIDTH, Notes, add_row, drawn
 
 _NOTHING_FOUND: Final = "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."
 _NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, numbers are read too."

@@ -25,11 +25,10 @@ from pared.container.torch_file import write_torch
 from pared.dtypes import ELEMENTS, ITEM_SIZES
 from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.parallel import each, usable_cores
-from pared.progress import bytes_done
 from pared.readers.listing import Listing
 from pared.scalars import plain
 from pared.selection import Kept, LeftOut, file_of, select
-from pared.sizes import parse_size
+from pared.terminal import bytes_done, parse_size
 from pared.version import __version__
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from pared.decoding import decode
 from pared.dtypes import Array
 from pared.errors import ConfigError, printable
 from pared.parallel import each
-from pared.progress import bytes_done
+from pared.terminal import bytes_done
 
 WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
 _BATCH: Final = 1 << 27

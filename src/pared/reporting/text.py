@@ -13,7 +13,7 @@ from pared.ledger import Ledger, draw
 from pared.outcome import Outcome, Trial
 from pared.profile import Running
 from pared.reporting.lines import lines
-from pared.tables import WIDTH
+from pared.terminal import WIDTH
 
 
 def report(
