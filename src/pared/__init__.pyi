@@ -1,7 +1,5 @@
 from .api import fit as fit
-from .api import load as load
 from .api import trade_off as trade_off
-from .api import tune_speed as tune_speed
 from .comparison import Comparison as Comparison
 from .compression.checkpoint import compress as compress
 from .compression.expansion import expand as expand
@@ -27,6 +25,7 @@ from .forecast import estimate as estimate
 from .ledger import Ledger as Ledger
 from .ledger import Row as Row
 from .ledger import inspect as inspect
+from .load import load as load
 from .model import export as export
 from .model import report as report
 from .model import save as save
@@ -34,6 +33,7 @@ from .outcome import Curve as Curve
 from .outcome import Outcome as Outcome
 from .outcome import Trial as Trial
 from .registration import register as register
+from .speed import tune_speed as tune_speed
 from .version import __version__ as __version__
 
 __all__: list[str]
