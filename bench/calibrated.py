@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from pared import PostTrainingQuantConfig, sensitivity, stats
-from pared.calls import Calibration
-from pared.sensitivity import Sensitivity
-from pared.stats import Statistics
-from pared.tensors import Slot, find_tensors
-from pared.workshop import Compressor
+from pared import PostTrainingQuantConfig
+from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration.observe import Statistics
+from pared.fitting.calibration.sensitivity import Sensitivity
+from pared.fitting.search.compressor import Compressor
+from pared.model.calls import Calibration
+from pared.model.tensors import Slot, find_tensors
 
 ALL_SAMPLES = 10**6  # the bench's calibration data are read whole
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from pared import entropy
+from pared.formats import entropy
 
 RATES = (12, 11, 10, 9, 8, 7.3, 7, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1)
 INT8_UP_TO = 7.3  # beyond, int8 codes would be clipped

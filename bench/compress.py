@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 import pared
 from pared import readers
-from pared.compression.sampling import predict_nbytes
+from pared.checkpoints.sampling import predict_nbytes
 
 RESULTS = Path("out/bench/compress.json")
 SOURCE = Path("out/data/checkpoint")

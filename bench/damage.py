@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from bench import data, zoo
 from bench.calibrated import Calibrated
 from bench.scatter import picture
-from pared import plan
-from pared.calls import Call
-from pared.candidates import Candidate, find_candidates
-from pared.contents import Stored
-from pared.copies import shadow
-from pared.options import Free, rounded, trace_slot
-from pared.outputs import Leaf, leaves_of
-from pared.tensors import find_tensors
+from pared.fitting.rounding import plan
+from pared.fitting.search.activations import Candidate, find_candidates
+from pared.fitting.search.options import Free, rounded, trace_slot
+from pared.model.calls import Call
+from pared.model.contents import Stored
+from pared.model.copies import shadow
+from pared.model.outputs import Leaf, leaves_of
+from pared.model.tensors import find_tensors
 
 RESULTS = Path("out/bench/damage.json")
 PICTURE = Path("docs/damage.svg")

@@ -28,7 +28,7 @@ from bench import zoo
 from bench.calibrated import Calibrated
 from bench.search import peak_memory
 from pared import PostTrainingQuantConfig
-from pared.workshop import Compressor
+from pared.fitting.search.compressor import Compressor
 
 RESULTS = Path("out/bench/figures.json")
 WIDTH = 140  # of the tables, also where standard output is no terminal

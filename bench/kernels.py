@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pared.kernels import conv, linear
-from pared.kernels.machine import available
-from pared.layers.activation import Range
+from pared.formats.activation import Range
+from pared.runtime.kernels import conv, linear
+from pared.runtime.kernels.machine import available
 
 THREADS = 2
 SPAN = Range(-4.0, 4.0)

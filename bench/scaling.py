@@ -25,8 +25,8 @@ from bench.peers.__main__ import machine
 from bench.run import OUT, medians
 from bench.search import peak_memory
 from pared import PostTrainingQuantConfig
-from pared.kernels import linear
-from pared.kernels.machine import available
+from pared.runtime.kernels import linear
+from pared.runtime.kernels.machine import available
 
 RESULTS = OUT / "scaling.json"
 FOLDER = OUT / "scaling"

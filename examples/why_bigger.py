@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import pared
 from examples import dual_path
 from pared.errors import ConfigError
-from pared.findings import Finding
+from pared.inspection.findings import Finding
 
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)  # whose weights INC 2.6 makes int8, as Linear's
 

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
-from pared.kernels import conv, linear
-from pared.kernels.machine import available, exact_products, levels_for
-from pared.layers.activation import Range
+from pared.formats.activation import Range
+from pared.runtime.kernels import conv, linear
+from pared.runtime.kernels.machine import available, exact_products, levels_for
 
 
 def error(fast: torch.Tensor, slow: torch.Tensor) -> float:

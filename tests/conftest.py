@@ -2,9 +2,9 @@
 
 import pytest
 
-from pared import speed
-from pared.graphs import fusion
-from pared.kernels import linear, patches
+from pared.fitting import speed
+from pared.runtime.graphs import fusion
+from pared.runtime.kernels import linear, patches
 
 
 @pytest.fixture(autouse=True)

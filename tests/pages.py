@@ -2,10 +2,10 @@
 
 import random
 
-from pared.findings import Finding
-from pared.ledger import Ledger, Row
-from pared.outcome import Confirmation, Curve, Outcome, Point, Trial
-from pared.reporting.facts import Detail, Facts, Times
+from pared.artifact.outcome import Confirmation, Curve, Outcome, Point, Trial
+from pared.inspection.findings import Finding
+from pared.inspection.ledger import Ledger, Row
+from pared.inspection.page.facts import Detail, Facts, Times
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 

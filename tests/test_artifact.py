@@ -17,19 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pared
-from pared import (
-    CorruptError,
-    FileError,
-    MismatchError,
-    ParedError,
-    PostTrainingQuantConfig,
-    VersionError,
-    artifact,
-)
-from pared.container.envelope import open_records
-from pared.container.parse import parse_index
-from pared.contents import Contents
-from pared.model import contents_of
+from pared import CorruptError, FileError, MismatchError, ParedError, PostTrainingQuantConfig, VersionError
+from pared.artifact.envelope import open_records
+from pared.artifact.parse import parse_index
+from pared.model import storage as artifact
+from pared.model.contents import Contents
+from pared.runtime.quantized import contents_of
 from tests.mutations import mutations
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared import CalibrationError, calls
+from pared import CalibrationError
+from pared.model import calls
 
 
 class Two(nn.Module):

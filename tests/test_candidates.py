@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import CalibrationError, PostTrainingQuantConfig, candidates
-from pared.contents import Stored
-from pared.plan import encode, make_plan
-from pared.profile import Profile, Timing, this_machine
-from pared.sensitivity import LEVELS, InputNoise
-from pared.speed import measure
-from pared.stats import InputStats, collect
-from pared.tensors import find_tensors
+from pared import CalibrationError, PostTrainingQuantConfig
+from pared.fitting.calibration.observe import InputStats, collect
+from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
+from pared.fitting.rounding.plan import encode, make_plan
+from pared.fitting.search import activations as candidates
+from pared.fitting.speed import measure
+from pared.model.contents import Stored
+from pared.model.tensors import find_tensors
+from pared.runtime.profile import Profile, Timing, this_machine
 
 
 class Blocks(nn.Module):

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import Comparison, PostTrainingQuantConfig
-from pared.naming import bare
+from pared.readers.naming import bare
 from tests.test_cli import run
 
 State = dict[str, Tensor]

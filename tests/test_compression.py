@@ -23,14 +23,16 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHea
 from typer.testing import CliRunner
 
 import pared
-from pared import artifact, readers
+from pared import readers
+from pared.artifact.envelope import open_records
+from pared.artifact.parse import parse_index
+from pared.checkpoints import compress as checkpoint
+from pared.checkpoints import expand as expansion
+from pared.checkpoints.journal import FOLDER, Journal
+from pared.checkpoints.sampling import predict_nbytes
 from pared.cli import app
-from pared.compression import checkpoint, expansion
-from pared.compression.journal import FOLDER, Journal
-from pared.compression.sampling import predict_nbytes
-from pared.container.envelope import open_records
-from pared.container.parse import parse_index
 from pared.errors import ConfigError, CorruptError, FileError, MismatchError, ModelError, UnsafeError
+from pared.model import storage as artifact
 
 State = dict[str, Tensor]
 

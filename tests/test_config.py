@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
-from pared.config import INC_EQUIVALENTS
+from pared.fitting.config import INC_EQUIVALENTS
 from pared.terminal import parse_size
 
 

@@ -18,15 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import entropy
-from pared.container.envelope import Records, open_records
-from pared.container.files import make_directory, write_atomic
-from pared.container.index import Entry, Index, Part, start_of
-from pared.container.parse import parse_index
-from pared.container.safetensors_file import write_safetensors
-from pared.container.torch_file import write_torch
-from pared.entropy import Coding
+from pared.artifact.envelope import Records, open_records
+from pared.artifact.index import Entry, Index, Part, start_of
+from pared.artifact.parse import parse_index
+from pared.artifact.torch_file import write_torch
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError, VersionError
+from pared.files.disk import make_directory, write_atomic
+from pared.files.safetensors_file import write_safetensors
+from pared.formats import entropy
+from pared.formats.entropy import Coding
 from tests.mutations import mutations
 
 Json = dict[str, Any]

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError
-from pared.curve import trace
-from pared.outcome import Curve, Point
-from pared.reporting import charts
-from pared.search import Judge
-from pared.workshop import Offer
+from pared.artifact.outcome import Curve, Point
+from pared.fitting.search.compressor import Offer
+from pared.fitting.search.search import Judge
+from pared.fitting.search.trade_off import trace
+from pared.inspection.page import charts
 from tests.workshop import Probe, Synthetic, damage_of
 
 SVG = "{http://www.w3.org/2000/svg}"

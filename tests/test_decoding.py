@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared import artifact, decoding, dtypes
-from pared.container.envelope import open_records
-from pared.container.parse import parse_index
-from pared.contents import Contents, Decision, Stored
+from pared.artifact import decoding
+from pared.artifact.envelope import open_records
+from pared.artifact.parse import parse_index
 from pared.errors import CorruptError
-from pared.formats import Coded, Float, Grid, Raw, log_step
-from pared.views import View
+from pared.formats import dtypes
+from pared.formats.coded import Coded, Float, Grid, Raw, log_step
+from pared.formats.views import View
+from pared.model import storage as artifact
+from pared.model.contents import Contents, Decision, Stored
 from tests.golden import make
 
 

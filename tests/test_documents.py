@@ -8,7 +8,7 @@ import pytest
 from examples import why_bigger
 
 import pared
-from pared.config import INC_EQUIVALENTS
+from pared.fitting.config import INC_EQUIVALENTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 COMING = (DOCS / "coming-from-inc.md").read_text(encoding="utf-8")

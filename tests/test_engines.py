@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, CorruptError, FileError
-from pared.engines import Runner
-from pared.exporting.signature import Outputs, Signature, describe, signature_of
+from pared.runtime.onnx.engines import Runner
+from pared.runtime.onnx.signature import Outputs, Signature, describe, signature_of
 
 ENGINES = ("onnxruntime", "openvino")
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import entropy
-from pared.entropy import CHUNK, RADIX, Codes, Coding, Stream, cost, decode, encode
 from pared.errors import CorruptError, ParedError
+from pared.formats import entropy
+from pared.formats.entropy import CHUNK, RADIX, Codes, Coding, Stream, cost, decode, encode
 
 
 def draw(distribution: str, step: float, size: int, dtype: str) -> Codes:

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from pared import AccuracyCriterion, EvaluationError
-from pared.evaluate import Score, compare, confirm, evaluate, strain
-from pared.outcome import Confirmation
+from pared.artifact.outcome import Confirmation
+from pared.fitting.search.evaluate import Score, compare, confirm, evaluate, strain
 
 
 @pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])

@@ -12,19 +12,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import pared
-from pared import (
-    AccuracyCriterion,
-    ConfigError,
-    PostTrainingQuantConfig,
-    Rule,
-    candidates,
-    sensitivity,
-    stats,
-    tryout,
-)
-from pared.profile import Timing
-from pared.tensors import find_tensors
-from pared.views import view_of
+from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
+from pared.fitting.calibration import module_damage as tryout
+from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import sensitivity
+from pared.fitting.search import activations as candidates
+from pared.formats.views import view_of
+from pared.model.tensors import find_tensors
+from pared.runtime.profile import Timing
 
 # What PyTorch says, once a process, of padded batches in its encoder and of projections in its LSTM.
 pytestmark = [

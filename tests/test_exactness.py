@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared.kernels import conv, linear, recurrent, transposed
-from pared.layers import counterpart, registry
-from pared.tensors import find_tensors
+from pared.model.tensors import find_tensors
+from pared.runtime.kernels import conv, linear, recurrent, transposed
+from pared.runtime.layers import counterpart, registry
 
 WIDE = PostTrainingQuantConfig(quant_level=0)
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import ModelError, PostTrainingQuantConfig, Rule
-from pared.exporting import Exported
-from pared.model import assemble, contents_of, skeleton_of
-from pared.profile import Profile, this_machine
+from pared.runtime.onnx.export import Exported
+from pared.runtime.profile import Profile, this_machine
+from pared.runtime.quantized import assemble, contents_of, skeleton_of
 
 _CODES = {TensorProto.INT8, TensorProto.INT16}
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}

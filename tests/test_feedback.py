@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.feedback import DAMPING, factor, feedback
-from pared.importance import DAMPINGS, make_target
-from pared.sensitivity import MOST_COLUMNS, Layout, TensorStats
-from pared.targets import solve
-from pared.views import View
+from pared.fitting.calibration.sensitivity import MOST_COLUMNS, Layout, TensorStats
+from pared.fitting.rounding.feedback import DAMPING, factor, feedback
+from pared.fitting.rounding.importance import DAMPINGS, make_target
+from pared.fitting.rounding.targets import solve
+from pared.formats.views import View
 
 
 def correlated(blocks: int, columns: int, samples: int = 400, seed: int = 0) -> Tensor:

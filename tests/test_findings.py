@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pared
-from pared import cli, findings, readers, terminal
+from pared import cli, readers, terminal
 from pared.errors import ParedError
-from pared.findings import KINDS, Finding, find
-from pared.findings.content import Content
+from pared.inspection import findings
+from pared.inspection.findings import KINDS, Finding, find
+from pared.inspection.findings.content import Content
 from pared.readers.listing import Listing
 from tests.mutations import mutations
 from tests.wasteful import CASES, TABLE, WEIGHT, checkpoint, drawn, network, on_levels, per_channel

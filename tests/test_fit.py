@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule, curve, search, speed
-from pared import model as quantized
-from pared.outcome import Curve
-from pared.record import record_of
-from pared.workshop import Compressor
-from pared.workspace import Workspace
+from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
+from pared.artifact.outcome import Curve
+from pared.fitting import speed
+from pared.fitting.search import search
+from pared.fitting.search import trade_off as curve
+from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.workspace import Workspace
+from pared.runtime import quantized
+from pared.runtime.record import record_of
 
 X = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[i : i + 32] for i in range(0, 256, 32)]

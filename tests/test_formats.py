@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared import formats
 from pared.errors import CorruptError
-from pared.formats import FORMATS, Coded, Float, Grid, Raw, log_step
-from pared.solvers import absmax_steps
-from pared.streams import EncodedPart
-from pared.views import View
+from pared.fitting.rounding.nearest import absmax_steps
+from pared.formats import coded as formats
+from pared.formats.coded import FORMATS, Coded, Float, Grid, Raw, log_step
+from pared.formats.streams import EncodedPart
+from pared.formats.views import View
 
 SHAPES = [(1, 1), (3, 5), (7, 1), (1, 64), (4, 3, 3, 3), (128, 33), (500, 80), (0, 4)]
 

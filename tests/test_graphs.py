@@ -11,21 +11,21 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared import model as quantized
 from pared.errors import ModelError
-from pared.graphs import fusion
-from pared.graphs.capture import capture
-from pared.graphs.fusion import FLOAT_CONV
-from pared.graphs.graph import Graph
-from pared.graphs.merging import product_and_sum
-from pared.graphs.products import QCONVS, QLINEAR
-from pared.graphs.serving import agree
-from pared.kernels.activation import quantize
-from pared.kernels.conv import pad_codes
-from pared.kernels.linear import product_of_rows
-from pared.layers.counterpart import run_kernel
-from pared.profile import Profile, this_machine
-from pared.ways import Argument, arguments_of, bind, parameters_of
+from pared.runtime import quantized
+from pared.runtime.graphs import fusion
+from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
+from pared.runtime.graphs.capture import capture
+from pared.runtime.graphs.fusion import FLOAT_CONV
+from pared.runtime.graphs.graph import Graph
+from pared.runtime.graphs.merging import product_and_sum
+from pared.runtime.graphs.products import QCONVS, QLINEAR
+from pared.runtime.kernels.activation import quantize
+from pared.runtime.kernels.conv import pad_codes
+from pared.runtime.kernels.linear import product_of_rows
+from pared.runtime.layers.counterpart import run_kernel
+from pared.runtime.profile import Profile, this_machine
+from pared.runtime.serving.server import agree
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import dtypes, grids
-from pared.compression.rates import steps_at_level, steps_at_rate
-from pared.dtypes import Array
-from pared.entropy import cost
-from pared.lattices import find_lattice
-from pared.solvers import nearest
-from pared.views import View
+from pared.checkpoints.rates import steps_at_level, steps_at_rate
+from pared.fitting.rounding.nearest import nearest
+from pared.formats import dtypes, grids
+from pared.formats.dtypes import Array
+from pared.formats.entropy import cost
+from pared.formats.exact_grids import find_lattice
+from pared.formats.views import View
 
 FLOATS = ["float32", "float16", "bfloat16", "float64"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from pared.container.files import open_file
 from pared.errors import CorruptError, UnsafeError
+from pared.files.disk import open_file
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing
 from tests.fuzz.bases import BASES, saved

@@ -15,10 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pared.errors import CalibrationError, ModelError
-from pared.kernels import conv, linear, machine
-from pared.kernels.activation import quantize, quantize_reference, quantize_rows, quantize_rows_reference, tensor_range
-from pared.kernels.machine import available, exact_products, levels_for
-from pared.layers.activation import Range
+from pared.formats.activation import Range
+from pared.runtime.kernels import conv, linear, machine
+from pared.runtime.kernels.activation import (
+    quantize,
+    quantize_reference,
+    quantize_rows,
+    quantize_rows_reference,
+    tensor_range,
+)
+from pared.runtime.kernels.machine import available, exact_products, levels_for
 
 needs_kernels = pytest.mark.skipif(available() != "", reason=available() or "the int8 kernels run here")
 

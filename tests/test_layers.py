@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from pared.formats import Coded
-from pared.layers.activation import Activation
-from pared.layers.attention import leave_fast_paths, rejoin_fast_paths
-from pared.layers.counterpart import Counterpart, restore, stand_in
-from pared.layers.registry import float_class, layer_of, weights_of
-from pared.layers.table import LAYERS
-from pared.solvers import nearest
-from pared.views import view_of
+from pared.fitting.rounding.nearest import nearest
+from pared.formats.activation import Activation
+from pared.formats.coded import Coded
+from pared.formats.views import view_of
+from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
+from pared.runtime.layers.counterpart import Counterpart, restore, stand_in
+from pared.runtime.layers.registry import float_class, layer_of, weights_of
+from pared.runtime.layers.table import LAYERS
 
 
 class Scaled(nn.Embedding):

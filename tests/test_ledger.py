@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pared import ledger
-from pared.container.index import Entry, Index, Part
-from pared.container.safetensors_file import write_safetensors
+from pared.artifact.index import Entry, Index, Part
 from pared.errors import ConfigError, FileError
-from pared.ledger import Ledger, Row
+from pared.files.safetensors_file import write_safetensors
+from pared.inspection import ledger
+from pared.inspection.ledger import Ledger, Row
 
 CODES, STEP, HALF = bytes(range(12)), np.ones(3, "<f4").tobytes(), np.ones(5, "<f2").tobytes()
 LARGE = np.arange(512, dtype="<i8").tobytes()

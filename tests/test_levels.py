@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared.findings.levels import grid_of
+from pared.inspection.findings.levels import grid_of
 
 
 @settings(deadline=None, max_examples=100)

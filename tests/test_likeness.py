@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pared.likeness import Likeness, as_numbers, identical, measure
+from pared.inspection.comparison.metrics import Likeness, as_numbers, identical, measure
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 ARRAYS = arrays(np.float32, array_shapes(max_dims=3, max_side=6), elements=FLOATS)

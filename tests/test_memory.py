@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, PostTrainingQuantConfig, Rule
-from pared.layers.counterpart import Counterpart
+from pared.runtime.layers.counterpart import Counterpart
 
 
 class Mixed(nn.Module):

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared import model as quantized
-from pared.graphs.capture import capture
-from pared.graphs.graph import Graph
-from pared.graphs.merging import product_and_sum
-from pared.graphs.products import QLINEAR
-from pared.kernels import linear, machine
-from pared.profile import Profile, this_machine
-from pared.ways import arguments_of, bind, parameters_of
+from pared.runtime import quantized
+from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
+from pared.runtime.graphs.capture import capture
+from pared.runtime.graphs.graph import Graph
+from pared.runtime.graphs.merging import product_and_sum
+from pared.runtime.graphs.products import QLINEAR
+from pared.runtime.kernels import linear, machine
+from pared.runtime.profile import Profile, this_machine
 
 
 class Adapted(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import pared
 from pared import AccuracyCriterion, CorruptError, ModelError, PostTrainingQuantConfig, Rule, VersionError
-from pared.layers.counterpart import Counterpart
-from pared.record import record_of
+from pared.runtime.layers.counterpart import Counterpart
+from pared.runtime.record import record_of
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import pared
-from pared.naming import HOLDERS, aligned, without_wrappers
+from pared.readers.naming import HOLDERS, aligned, without_wrappers
 
 State = dict[str, Tensor]
 

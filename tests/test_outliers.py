@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 import pared
 from pared import CorruptError, ModelError, PostTrainingQuantConfig
-from pared import model as quantized
-from pared.artifact import from_bytes, to_bytes
-from pared.kernels import linear
-from pared.kernels.activation import quantize
-from pared.kernels.linear import pack, reference, static
-from pared.kernels.outliers import columns_of, further
-from pared.layers.activation import Activation, Outliers, Range
-from pared.profile import Profile, this_machine
-from pared.ranges import COLUMNS_EACH, narrowed
-from pared.stats import collect
+from pared.fitting.calibration.observe import collect
+from pared.fitting.calibration.ranges import COLUMNS_EACH, narrowed
+from pared.formats.activation import Activation, Outliers, Range
+from pared.model.storage import from_bytes, to_bytes
+from pared.runtime import quantized
+from pared.runtime.kernels import linear
+from pared.runtime.kernels.activation import quantize
+from pared.runtime.kernels.linear import pack, reference, static
+from pared.runtime.kernels.outliers import columns_of, further
+from pared.runtime.profile import Profile, this_machine
 
 numbers = st.floats(-1e4, 1e4, width=32)
 ranges = st.tuples(st.floats(-9, 0, width=32), st.floats(0, 9, width=32)).filter(lambda r: r[1] - r[0] > 1e-3)

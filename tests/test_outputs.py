@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pared.outputs import Leaf, leaves_of
+from pared.model.outputs import Leaf, leaves_of
 
 
 def test_which_parts_of_an_output_count() -> None:

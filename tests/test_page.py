@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import pared
+from pared.artifact.outcome import Curve, Outcome, Point
 from pared.errors import ConfigError, CorruptError
-from pared.ledger import Ledger, Row
-from pared.outcome import Curve, Outcome, Point
-from pared.reporting import charts, facts, page
-from pared.reporting.drawing import LIGHT, Sheet, sheet
-from pared.reporting.treemap import SIDES, Tile, lay_out
+from pared.inspection.ledger import Ledger, Row
+from pared.inspection.page import charts, facts, page
+from pared.inspection.page.drawing import LIGHT, Sheet, sheet
+from pared.inspection.page.treemap import SIDES, Tile, lay_out
 from tests.pages import HOSTILE, full
 
 TEMPLATE = Path(page.__file__).with_name("template")

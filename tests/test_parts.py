@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import PostTrainingQuantConfig, parts, speed
-from pared import model as quantized
-from pared.calls import Call
-from pared.graphs.halved import Halved
-from pared.graphs.served import forward_of, server_of
-from pared.graphs.serving import Server
-from pared.layers.counterpart import Counterpart
-from pared.parts import find_parts
-from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
-from pared.record import record_of
-from pared.ways import Argument, bind, parameters_of
+from pared import PostTrainingQuantConfig
+from pared.fitting import speed
+from pared.fitting import submodels as parts
+from pared.fitting.submodels import find_parts
+from pared.model.calls import Call
+from pared.runtime import quantized
+from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
+from pared.runtime.layers.counterpart import Counterpart
+from pared.runtime.profile import CallTiming, Profile, Timing, Whole, this_machine
+from pared.runtime.record import record_of
+from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.served import forward_of, server_of
+from pared.runtime.serving.server import Server
 
 WAY = (Argument("x", "float32", (4, 64)),)
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import pared
 from pared.cli import app
 from pared.errors import ConfigError, FileError, ParedError
-from pared.evaluate import Score
-from pared.profile import profile_beside, this_machine
-from pared.workspace import Workspace
+from pared.fitting.search.evaluate import Score
+from pared.fitting.search.workspace import Workspace
+from pared.runtime.profile import profile_beside, this_machine
 
 Verb = Callable[[Any, Path], object]
 

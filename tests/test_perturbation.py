@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import sensitivity, stats
-from pared.calls import Call
 from pared.errors import CalibrationError
-from pared.perturbation import perturb
+from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration.perturbation import perturb
+from pared.model.calls import Call
 
 
 class Frozen(nn.Module):

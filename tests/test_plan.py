@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from pared import ConfigError, Rule
-from pared.contents import Decision
-from pared.plan import encode, make_plan, sample_cost
-from pared.tensors import find_tensors
+from pared.fitting.rounding.plan import encode, make_plan, sample_cost
+from pared.model.contents import Decision
+from pared.model.tensors import find_tensors
 
 
 class Model(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pared.products import Product, Watch
+from pared.fitting.calibration.watch import Product, Watch
 
 
 def seen(model: nn.Module, *inputs: Tensor, gradients: bool = False) -> tuple[list[Product], Tensor]:

@@ -19,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pared.container.allowance import Allowance
-from pared.container.files import open_file
-from pared.dtypes import as_floats
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError
-from pared.pickles import Name, Node, read_pickle
+from pared.files.disk import open_file
+from pared.files.memory_limit import Allowance
+from pared.files.pickles import Name, Node, read_pickle
+from pared.formats.dtypes import as_floats
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Held, Listing
-from pared.readers.live import list_model
+from pared.readers.memory import list_model
 from tests.mutations import mutations
 
 TRUST = (

@@ -12,11 +12,12 @@ from examples import custom_layer
 from torch import Tensor, nn
 
 import pared
-from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule, candidates
-from pared.layers.counterpart import Counterpart
-from pared.layers.table import LAYERS
-from pared.profile import Timing
-from pared.views import OWN_ROWS
+from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule
+from pared.fitting.search import activations as candidates
+from pared.formats.views import OWN_ROWS
+from pared.runtime.layers.counterpart import Counterpart
+from pared.runtime.layers.table import LAYERS
+from pared.runtime.profile import Timing
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_a_weight_that_is_registered_runs_in_int8(tmp_path: Path) -> None:
 
 def test_the_example_runs_one_factor_in_int8() -> None:
     model, quantized = custom_layer.compress()
-    kernels = {line.name: line.kernel for line in pared.model.plan_of(quantized)}
+    kernels = {line.name: line.kernel for line in quantized.pared.plan}
     assert kernels["0.up"] == "int8 dynamic"
     assert kernels["0.down"] == "float"
     assert quantized.state_dict()["0.down_step"].shape == (192,)

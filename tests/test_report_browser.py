@@ -13,8 +13,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from pared.ledger import Row
-from pared.reporting import page
+from pared.inspection.ledger import Row
+from pared.inspection.page import page
 from tests.browser import INSTALLED, start
 from tests.pages import HOSTILE, full
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.formats import Coded, Grid
-from pared.importance import make_target, table_importance
-from pared.rounding import trace
-from pared.sensitivity import Layout, TensorStats
-from pared.targets import Target, solve
-from pared.views import View
+from pared.fitting.calibration.sensitivity import Layout, TensorStats
+from pared.fitting.rounding.curves import trace
+from pared.fitting.rounding.importance import make_target, table_importance
+from pared.fitting.rounding.targets import Target, solve
+from pared.formats.coded import Coded, Grid
+from pared.formats.views import View
 
 
 def laplacian(rows: int, columns: int, seed: int = 0) -> Tensor:

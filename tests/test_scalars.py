@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pared
 from pared import AccuracyCriterion, ConfigError, EvaluationError, PostTrainingQuantConfig, Rule
 from pared.cli import app
-from pared.evaluate import evaluate
+from pared.fitting.search.evaluate import evaluate
 from pared.scalars import plain
 from pared.terminal import parse_size
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, EvaluationError
-from pared import model as quantized
-from pared.outcome import Outcome, Trial
-from pared.record import record_of
-from pared.search import Judge, search
-from pared.workshop import Offer
+from pared.artifact.outcome import Outcome, Trial
+from pared.fitting.search.compressor import Offer
+from pared.fitting.search.search import Judge, search
+from pared.runtime import quantized
+from pared.runtime.record import record_of
 from tests.workshop import Probe, Synthetic, damage_of
 
 Law = Callable[[float], float]

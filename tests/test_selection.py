@@ -10,11 +10,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pared import readers, selection
-from pared.container.files import open_file
+from pared import readers
+from pared.checkpoints import selection
+from pared.checkpoints.selection import Selection, select
+from pared.files.disk import open_file
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Held, Listing
-from pared.selection import Selection, select
 
 
 def saved(value: object, *, compare: bool = True) -> Selection:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared import calls, sensitivity, stats
-from pared.layers.activation import Activation
-from pared.outputs import leaves_of
-from pared.sensitivity import Sensitivity
-from pared.tensors import find_tensors
-from pared.views import view_of
+from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration.sensitivity import Sensitivity
+from pared.formats.activation import Activation
+from pared.formats.views import view_of
+from pared.model import calls
+from pared.model.outputs import leaves_of
+from pared.model.tensors import find_tensors
 
 
 class Recurrent(nn.Module):

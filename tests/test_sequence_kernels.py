@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.kernels import recurrent, transposed
-from pared.kernels.machine import levels_for
-from pared.kernels.recurrent import Kind, Weights
-from pared.kernels.transposed import Moves
-from pared.layers.activation import Range
+from pared.formats.activation import Range
+from pared.runtime.kernels import recurrent, transposed
+from pared.runtime.kernels.machine import levels_for
+from pared.runtime.kernels.recurrent import Kind, Weights
+from pared.runtime.kernels.transposed import Moves
 
 pytestmark = pytest.mark.skipif(bool(recurrent.available()), reason="the kernels do not run on this machine")
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared import model as quantized
-from pared.graphs.graph import Graph
-from pared.graphs.halved import Halved
-from pared.graphs.served import forward_of, serve, server_of
-from pared.graphs.serving import Server
-from pared.profile import CallTiming, Whole
-from pared.record import record_of
-from pared.ways import arguments_of, bind
+from pared.runtime import quantized
+from pared.runtime.graphs.call_kinds import arguments_of, bind
+from pared.runtime.graphs.graph import Graph
+from pared.runtime.profile import CallTiming, Whole
+from pared.runtime.record import record_of
+from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.served import forward_of, serve, server_of
+from pared.runtime.serving.server import Server
 from tests.test_graphs import CASES, assembled, bound_of, leaves
 
 

@@ -3,10 +3,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import entropy
-from pared.formats import Coded
-from pared.solvers import absmax_steps, nearest
-from pared.views import View
+from pared.fitting.rounding.nearest import absmax_steps, nearest
+from pared.formats import entropy
+from pared.formats.coded import Coded
+from pared.formats.views import View
 
 
 def matrix(rows: int = 256, columns: int = 512, spread: float = 0.5) -> torch.Tensor:

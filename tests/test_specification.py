@@ -17,13 +17,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import artifact, entropy
-from pared.container.envelope import open_records
-from pared.container.index import VERSION
-from pared.container.parse import parse_index
-from pared.container.safetensors_file import write_safetensors
-from pared.contents import Contents
+from pared.artifact.envelope import open_records
+from pared.artifact.index import VERSION
+from pared.artifact.parse import parse_index
 from pared.errors import ParedError
+from pared.files.safetensors_file import write_safetensors
+from pared.formats import entropy
+from pared.model import storage as artifact
+from pared.model.contents import Contents
 from tests.golden import make
 from tests.mutations import mutations
 

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import pared
-from pared import ConfigError, ModelError, PostTrainingQuantConfig, speed
-from pared import model as quantized
-from pared.calls import Call
-from pared.graphs import capture
-from pared.graphs.capture import Captures
-from pared.graphs.halved import Halved
-from pared.graphs.served import forward_of, serve, server_of
-from pared.graphs.serving import Server
-from pared.profile import CallTiming, Profile, Timing, Whole, this_machine
-from pared.record import record_of
-from pared.stopwatch import fastest_ms
-from pared.ways import Argument
+from pared import ConfigError, ModelError, PostTrainingQuantConfig
+from pared.fitting import speed
+from pared.model.calls import Call
+from pared.runtime import quantized
+from pared.runtime.graphs import capture
+from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.graphs.capture import Captures
+from pared.runtime.profile import CallTiming, Profile, Timing, Whole, this_machine
+from pared.runtime.record import record_of
+from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.served import forward_of, serve, server_of
+from pared.runtime.serving.server import Server
+from pared.runtime.stopwatch import fastest_ms
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)
 WAY = (Argument("input", "float32", (64, 64)),)

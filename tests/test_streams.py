@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared import entropy, streams
-from pared.entropy import Codes, Coding
 from pared.errors import CorruptError, ParedError
-from pared.formats import log_step
-from pared.streams import STEP_INDEXES, EncodedPart, decode_codes, decode_steps, encode_codes, encode_steps
-from pared.views import View, first_dimension, single_row
+from pared.formats import entropy, streams
+from pared.formats.coded import log_step
+from pared.formats.entropy import Codes, Coding
+from pared.formats.streams import STEP_INDEXES, EncodedPart, decode_codes, decode_steps, encode_codes, encode_steps
+from pared.formats.views import View, first_dimension, single_row
 
 MANTISSAS = (0x000000, 0x0B95C2, 0x1837F0, 0x25FED7, 0x3504F3, 0x45672A, 0x5744FD, 0x6AC0C7)
 SCALE = np.array([(e + 127) << 23 | m for e in range(-126, 128) for m in MANTISSAS], np.uint32).view(np.float32)

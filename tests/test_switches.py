@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared.container.allowance import Allowance
-from pared.pickles import read_pickle
+from pared.files.memory_limit import Allowance
+from pared.files.pickles import read_pickle
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
 exporting = importlib.import_module("pared.exporting.capture")  # the package has a function of that name

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from pared import ModelError
-from pared.checks import check_supported
-from pared.copies import clone_structure
-from pared.tensors import find_tensors
+from pared.model.checks import check_supported
+from pared.model.copies import clone_structure
+from pared.model.tensors import find_tensors
 
 
 class Tied(nn.Module):

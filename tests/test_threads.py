@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared.kernels.machine import available
+from pared.runtime.kernels.machine import available
 from tests.test_layers import EVERY, build, counterpart_of, tensors
 from tests.threads_child import THREADS
 

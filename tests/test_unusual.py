@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ModelError, PostTrainingQuantConfig
-from pared.layers.counterpart import Counterpart
+from pared.runtime.layers.counterpart import Counterpart
 from tests.test_model import snr
 
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pared.views import View, view_of
+from pared.formats.views import View, view_of
 
 
 @st.composite

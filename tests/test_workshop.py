@@ -9,24 +9,19 @@ import torch
 from torch import nn
 
 import pared
-from pared import (
-    AccuracyCriterion,
-    PostTrainingQuantConfig,
-    Rule,
-    allocate,
-    artifact,
-    options,
-    sensitivity,
-    stats,
-    workshop,
-)
-from pared import model as quantized
-from pared.record import record_of
-from pared.search import Judge, search
-from pared.targets import solve
-from pared.tensors import find_tensors
-from pared.workshop import Compressor
-from pared.workspace import Workspace
+from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule
+from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import sensitivity
+from pared.fitting.rounding.targets import solve
+from pared.fitting.search import allocate, options
+from pared.fitting.search import compressor as workshop
+from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.search import Judge, search
+from pared.fitting.search.workspace import Workspace
+from pared.model import storage as artifact
+from pared.model.tensors import find_tensors
+from pared.runtime import quantized
+from pared.runtime.record import record_of
 
 
 class Net(nn.Module):

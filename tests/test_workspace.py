@@ -14,12 +14,12 @@ from torch import nn
 
 import pared
 from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantConfig, Rule
-from pared import model as quantized
-from pared.evaluate import Score
-from pared.outcome import Confirmation, Outcome, Trial
-from pared.record import record_of
-from pared.search import Judge, search
-from pared.workspace import Workspace
+from pared.artifact.outcome import Confirmation, Outcome, Trial
+from pared.fitting.search.evaluate import Score
+from pared.fitting.search.search import Judge, search
+from pared.fitting.search.workspace import Workspace
+from pared.runtime import quantized
+from pared.runtime.record import record_of
 from tests import workspace_child
 from tests.workshop import Probe, Synthetic, damage_of
 from tests.workspace_child import FINGERPRINT

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pared import model as quantized
-from pared.allocate import Choice
-from pared.contents import Contents, Decision, Stored
-from pared.formats import Raw
-from pared.profile import Profile, this_machine
-from pared.workshop import Compressor, Offer
+from pared.fitting.search.allocate import Choice
+from pared.fitting.search.compressor import Compressor, Offer
+from pared.formats.coded import Raw
+from pared.model.contents import Contents, Decision, Stored
+from pared.runtime import quantized
+from pared.runtime.profile import Profile, this_machine
 
 # What an artifact of one tensor takes beside its numbers, and a little more.
 OVERHEAD = 2500

@@ -12,9 +12,9 @@ import numpy as np
 from torch import nn
 
 from pared import AccuracyCriterion
-from pared import model as quantized
-from pared.search import Judge, search
-from pared.workspace import Workspace
+from pared.fitting.search.search import Judge, search
+from pared.fitting.search.workspace import Workspace
+from pared.runtime import quantized
 from tests.workshop import Probe, Synthetic, damage_of
 
 FINGERPRINT = {"model": "checksum", "tolerable_loss": "0.01"}

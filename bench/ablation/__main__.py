@@ -22,9 +22,9 @@ from bench import data, zoo
 from bench.ablation import columns, ranges, staged, switches, tuning
 from bench.ablation.series import Losses, Point, Series, Subject, point, saved, series, size
 from bench.calibrated import Calibrated
-from pared.candidates import choose_activations, find_candidates
-from pared.contents import Contents
-from pared.stats import InputStats
+from pared.fitting.calibration.observe import InputStats
+from pared.fitting.search.activations import choose_activations, find_candidates
+from pared.model.contents import Contents
 
 RESULTS = Path("out/bench/ablation.json")
 WIDTH = 150  # of the table, also where standard output is no terminal

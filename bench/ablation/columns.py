@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench.calibrated import Calibrated
-from pared.feedback import factor
+from pared.fitting.rounding.feedback import factor
 
 ENOUGH = 0.1  # bits per weight
 

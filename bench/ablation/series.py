@@ -11,11 +11,11 @@ import numpy as np
 from torch import nn
 
 from bench.calibrated import Calibrated
-from pared import artifact
-from pared import model as quantized
-from pared.contents import Contents
-from pared.profile import Profile, this_machine
-from pared.workshop import Compressor, Offer
+from pared.fitting.search.compressor import Compressor, Offer
+from pared.model import storage as artifact
+from pared.model.contents import Contents
+from pared.runtime import quantized
+from pared.runtime.profile import Profile, this_machine
 
 Losses = Mapping[str, float]
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from bench.ablation.series import Series
 from bench.calibrated import Calibrated
-from pared.calls import Call
-from pared.contents import Contents, Stored
-from pared.copies import shadow
-from pared.feedback import factor
-from pared.formats import Grid
-from pared.options import Free, rounded
-from pared.sensitivity import Layout
-from pared.tensors import find_tensors
+from pared.fitting.calibration.sensitivity import Layout
+from pared.fitting.rounding.feedback import factor
+from pared.fitting.search.options import Free, rounded
+from pared.formats.coded import Grid
+from pared.model.calls import Call
+from pared.model.contents import Contents, Stored
+from pared.model.copies import shadow
+from pared.model.tensors import find_tensors
 
 _DAMPING = 0.05  # share of the mean second moment
 

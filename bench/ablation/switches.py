@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.calibrated import Calibrated
-from pared import feedback, formats, rounding, streams
-from pared.sensitivity import Sensitivity, TensorStats
+from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
+from pared.fitting.rounding import curves as rounding
+from pared.fitting.rounding import feedback
+from pared.formats import coded as formats
+from pared.formats import streams
 
 # Shares of the ratio of step to spread by which rate-aware rounding moves the threshold between two codes. Where an
 # octave of the step costs a bit, the exact optimum for a two-sided exponential distribution is 0.118.

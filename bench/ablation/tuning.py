@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from bench.ablation.series import Series
 from bench.ablation.staged import is_flat, with_flat
 from bench.calibrated import Calibrated
-from pared.calls import Call
-from pared.contents import Contents
-from pared.copies import shadow
-from pared.outputs import Leaf, leaves_of
-from pared.tensors import find_tensors
+from pared.model.calls import Call
+from pared.model.contents import Contents
+from pared.model.copies import shadow
+from pared.model.outputs import Leaf, leaves_of
+from pared.model.tensors import find_tensors
 
 _STEPS, _EVERY = 36, 12  # of descent, each on one call; and how often the calls that were kept apart are looked at
 _APART = 5  # every so many-th call is kept apart

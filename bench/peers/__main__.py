@@ -26,7 +26,7 @@ from bench.peers.conversation import Conversation
 from bench.peers.families import FAMILIES, FLOORS, OURS, Family
 from bench.peers.rows import Row, Timing
 from bench.run import OUT, THREADS, processor
-from pared.kernels.machine import extensions
+from pared.runtime.kernels.machine import extensions
 
 RESULTS = OUT / "peers.json"
 FOLDER = OUT / "peers"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pared import AccuracyCriterion
-from pared.calls import Calibration
+from pared.model.calls import Calibration
 
 Scores = NDArray[np.float64]
 

@@ -14,4 +14,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 def _revive(*state: Any) -> Any:
     """Rebuild the quantized model that `pickle` or `torch.save` wrote: the one name of ours in such a file."""
-    return importlib.import_module("pared.model").revive(*state)
+    return importlib.import_module("pared.runtime.quantized").revive(*state)

@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
-from pared.compression import checkpoint, expansion
-from pared.container.files import as_path, make_directory, write_atomic
+from pared.checkpoints import compress as checkpoint
+from pared.checkpoints import expand as expansion
 from pared.errors import ConfigError, ParedError, printable
-from pared.reporting import charts, facts, page
-from pared.reporting.drawing import require_library
+from pared.files.disk import as_path, make_directory, write_atomic
+from pared.inspection.page import charts, facts, page
+from pared.inspection.page.drawing import require_library
 
 if TYPE_CHECKING:
-    from pared.outcome import Curve
+    from pared.artifact.outcome import Curve
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep their accuracy.",
@@ -171,7 +172,7 @@ def tune_speed(
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")] = False,
 ) -> None:
     """Measure anew which kernels are fastest on this machine; the model's file stays as it is."""
-    from pared.record import record_of  # only now: it needs torch
+    from pared.runtime.record import record_of  # only now: it needs torch
 
     _show_log(verbose)
     found = pared.tune_speed(directory, _made(model), _batches(calib))

@@ -19,10 +19,10 @@ from types import FrameType
 import numpy as np
 
 from pared import readers
-from pared.container.envelope import open_records
-from pared.container.files import open_file
-from pared.container.parse import parse_index
+from pared.artifact.envelope import open_records
+from pared.artifact.parse import parse_index
 from pared.errors import ParedError
+from pared.files.disk import open_file
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Held, Listing
 from tests.fuzz.damage import damaged

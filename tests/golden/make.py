@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pared import artifact
-from pared.container.envelope import FILE_NAMES
-from pared.contents import Contents, Decision, Stored
-from pared.formats import Coded, Float, Grid, Raw, log_step
-from pared.layers.activation import Activation
-from pared.views import View, first_dimension, single_row, view_of
+from pared.artifact.envelope import FILE_NAMES
+from pared.formats.activation import Activation
+from pared.formats.coded import Coded, Float, Grid, Raw, log_step
+from pared.formats.views import View, first_dimension, single_row, view_of
+from pared.model import storage as artifact
+from pared.model.contents import Contents, Decision, Stored
 
 FOLDER = Path(__file__).parent
 RANDOM = torch.Generator()

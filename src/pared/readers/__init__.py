@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pared.container.files import open_file
+from pared.files.disk import open_file
 from pared.readers.folders import list_folder
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing

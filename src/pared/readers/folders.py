@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from pared.container.allowance import Allowance
-from pared.container.checks import Place
-from pared.container.files import open_file, reading
 from pared.errors import FileError
+from pared.files.checks import Place
+from pared.files.disk import open_file, reading
+from pared.files.memory_limit import Allowance
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from pared.container.checks import Place
-from pared.container.files import File
+from pared.files.checks import Place
+from pared.files.disk import File
 from pared.readers.listing import Held, Listing, Note, Storage, unknown
 
 _MAGIC: Final = b"GGUF"

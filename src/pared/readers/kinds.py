@@ -6,20 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from pared.container.files import File
-from pared.container.safetensors_file import is_safetensors
-from pared.container.zip_file import is_zip, read_archive, torch_folder
-from pared.magic import kind_of
+from pared.files.disk import File
+from pared.files.magic import kind_of
+from pared.files.safetensors_file import is_safetensors
+from pared.files.zip_file import is_zip, read_archive, torch_folder
 from pared.readers.gguf import is_gguf, read_gguf
-from pared.readers.hdf5 import is_hdf5, read_hdf5
-from pared.readers.keras_zip import is_keras, read_keras
+from pared.readers.hdf5.datasets import is_hdf5, read_hdf5
+from pared.readers.hdf5.keras import is_keras, read_keras
 from pared.readers.listing import Listing, unknown
 from pared.readers.numpy_files import is_npy, is_npz, read_npy, read_npz
-from pared.readers.onnx import is_onnx, read_onnx
+from pared.readers.onnx.model import is_onnx, read_onnx
 from pared.readers.safetensors import read_safetensors
-from pared.readers.torch_export import export_folder, read_torch_export
-from pared.readers.torch_legacy import is_torch_legacy, read_torch_legacy
-from pared.readers.torch_zip import read_torch_zip
+from pared.readers.torch.archive import read_torch_zip
+from pared.readers.torch.exported import export_folder, read_torch_export
+from pared.readers.torch.legacy import is_torch_legacy, read_torch_legacy
 
 
 def _read_zip(file: File) -> Listing:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pared.container.files import File
-from pared.dtypes import ELEMENTS, Array
 from pared.errors import FileError
+from pared.files.disk import File
+from pared.formats.dtypes import ELEMENTS, Array
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Final
 
 import numpy as np
 
-from pared.container.allowance import Allowance
-from pared.container.checks import Place
-from pared.container.files import File
-from pared.container.zip_file import Archive, Member, inflated
-from pared.pickles import read_pickle
+from pared.files.checks import Place
+from pared.files.disk import File
+from pared.files.memory_limit import Allowance
+from pared.files.pickles import read_pickle
+from pared.files.zip_file import Archive, Member, inflated
 from pared.readers.listing import Held, Listing, Note, Storage
-from pared.readers.torch_names import HARMLESS
+from pared.readers.torch.names import HARMLESS
 
 _MAGIC: Final = b"\x93NUMPY"
 _LENGTHS: Final = {1: struct.Struct("<H"), 2: struct.Struct("<I"), 3: struct.Struct("<I")}  # by version

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Final
 
-from pared.container.files import File
-from pared.container.safetensors_file import read_header
+from pared.files.disk import File
+from pared.files.safetensors_file import read_header
 from pared.readers.listing import Held, Listing, Note, Storage
 
 _TYPES: Final[Mapping[str, str]] = {

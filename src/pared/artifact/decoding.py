@@ -1,0 +1,61 @@
+"""The tensors of an artifact as NumPy arrays: what `artifact` reads into torch, for those that do without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared.artifact.index import Entry
+from pared.artifact.parts import parts_of
+from pared.errors import CorruptError
+from pared.formats.dtypes import ELEMENTS, Array, as_floats, narrowed
+from pared.formats.streams import EncodedPart, decode_codes, decode_steps
+from pared.formats.views import View
+
+_DAMAGED: Final = "Fetch the file again; it is damaged."
+
+
+def decode(entry: Entry, data: memoryview) -> Array:
+    """The numbers of a tensor, equal bit for bit to what `load` gives the model.
+
+    Args:
+        entry: of the tensor, in an index that `container.parse_index` has checked.
+        data: the artifact's second record.
+
+    Returns:
+        an array of the tensor's shape and of its source's type, as `Listing.array` would give it: see
+        `readers.ELEMENTS`.
+
+    Raises:
+        CorruptError: the bytes contradict the index or their checksum.
+    """
+    parts = parts_of(entry, data)
+    try:
+        if entry.format["tag"] == "grid":
+            return narrowed(_on_grid(entry, parts), entry.dtype)
+        stored = entry.format.get("dtype", entry.dtype)
+        values = np.frombuffer(parts["values"].payload, ELEMENTS[stored]).reshape(entry.shape)
+        return values if stored == entry.dtype else narrowed(as_floats(values, stored), entry.dtype)
+    except CorruptError as error:
+        raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
+
+
+def _on_grid(entry: Entry, parts: Mapping[str, EncodedPart]) -> NDArray[np.float32]:
+    """`step[row] * code`, in float32."""
+    split, rows = entry.view or (entry.shape, (0,))
+    view = View(split, rows)
+    codes = decode_codes(parts, entry.shape, view, entry.format["codes"])
+    step = parts["step"]
+    if step.base is not None:
+        steps = decode_steps(step, view.n_rows)
+    else:
+        steps = np.frombuffer(step.payload, "<f4")
+        if not (np.isfinite(steps) & (steps >= 0)).all():
+            raise CorruptError("a step is negative or not finite", remedy=_DAMAGED)
+    spread = steps.reshape([n if i in rows else 1 for i, n in enumerate(split)])
+    values: NDArray[np.float32] = codes.reshape(split).astype(np.float32)
+    values *= spread
+    return values.reshape(entry.shape)

@@ -1,0 +1,190 @@
+"""The index of an artifact as values: what it holds, and where. `docs/format.md` is the specification."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pared.formats.dtypes import ITEM_SIZES
+from pared.formats.entropy import Coding
+
+VERSION: Final = 2  # that is written; 1 is read too
+ALIGNMENT: Final = 64  # of large parts within the data, in bytes; in version 1 of every part
+_LARGE: Final = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one part of a tensor stands in the data.
+
+    Args:
+        offset: of its first byte.
+        length: in bytes.
+        crc32: as in zlib, of these bytes and of those of the tensor's parts before it that have none. So each part
+            has one in version 1, and the last of a tensor in version 2.
+        coding: how codes are coded; None for plain little-endian values.
+        rows: of codes that are those of one class of rows: how many rows it has.
+        base: of steps that are differences of indexes: the index that they are added to.
+    """
+
+    offset: int
+    length: int
+    crc32: int | None = None
+    coding: Coding | None = None
+    rows: int | None = None
+    base: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The offset behind its last byte."""
+        return self.offset + self.length
+
+    @property
+    def varies(self) -> bool:
+        """Whether its length depends on its numbers, not on their count alone."""
+        return self.coding is not None and self.coding.constant is None
+
+    def to_json(self) -> dict[str, Any]:
+        """The part as it stands in the index: what follows from the rest of the index is left out."""
+        found = {
+            "coding": None if self.coding is None else self.coding.to_json(),
+            "length": self.length if self.varies else None,
+            "rows": self.rows,
+            "base": self.base,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def start_of(end: int, length: int, version: int = VERSION) -> int:
+    """Where a part of so many bytes begins, behind one that ends there.
+
+    >>> start_of(70, 4095), start_of(70, 4096), start_of(70, 4, version=1)
+    (70, 128, 128)
+    """
+    return end + (-end % ALIGNMENT if version == 1 or length >= _LARGE else 0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an artifact.
+
+    Args:
+        names: every name it goes by; the first is its name in tables.
+        kind: "parameter" or "buffer".
+        dtype: the element type of the source, a key of `ITEM_SIZES`.
+        shape: of the source.
+        format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...} or {"tag": "raw"}.
+        view: for a grid (split, rows): the shape in which codes meet steps, and which dimensions have steps.
+        bits: the rate that was asked for, if one was.
+        because: the reason for the format.
+        parts: in the order of the data. "values"; or for a grid "codes" and "step", where "classes", "codes 0",
+            "codes 1", ... may stand for "codes".
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    format: Mapping[str, str]
+    view: tuple[tuple[int, ...], tuple[int, ...]] | None
+    bits: float | None
+    because: str
+    parts: Mapping[str, Part]
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the source has."""
+        return math.prod(self.shape)
+
+    @property
+    def n_rows(self) -> int:
+        """How many steps a grid has."""
+        split, rows = self.view or (self.shape, ())
+        return math.prod(split[row] for row in rows)
+
+    @property
+    def source_nbytes(self) -> int:
+        """The bytes of the source's numbers."""
+        return self.elements * ITEM_SIZES[self.dtype]
+
+    @property
+    def end(self) -> int:
+        """The offset in the data behind its last part."""
+        return list(self.parts.values())[-1].end
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all parts."""
+        return sum(part.length for part in self.parts.values())
+
+    @property
+    def label(self) -> str:
+        """The format's short name for tables: "grid int8", "float32"."""
+        if self.format["tag"] == "grid":
+            return f"grid {self.format['codes']}"
+        return self.format.get("dtype", self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as it stands in an index of version 2."""
+        found: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "format": dict(self.format),
+            "because": self.because,
+            "crc32": list(self.parts.values())[-1].crc32,
+            "parts": {name: part.to_json() for name, part in self.parts.items()},
+        }
+        if len(self.names) > 1:
+            found["aliases"] = list(self.names[1:])
+        if self.bits is not None:
+            found["bits"] = self.bits
+        if self.view is not None and self.view != (self.shape, (0,)):
+            found["view"] = {"split": list(self.view[0]), "rows": list(self.view[1])}
+        return found
+
+
+@dataclass(frozen=True)
+class Index:
+    """Everything that an artifact says about its data.
+
+    Args:
+        entries: one per tensor, in the order of their parts.
+        modules: how int8 counterparts treat their input, by module name.
+        provenance: plain data for people.
+
+    >>> Index(()).to_json()
+    {'pared': 2, 'tensors': [], 'modules': {}, 'provenance': {}}
+    """
+
+    entries: tuple[Entry, ...]
+    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The index as plain data."""
+        return {
+            "pared": VERSION,
+            "tensors": [entry.to_json() for entry in self.entries],
+            "modules": {name: dict(activation) for name, activation in self.modules.items()},
+            "provenance": dict(self.provenance),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The index record: compact JSON with sorted keys, compressed.
+
+        Raises:
+            ValueError: the provenance holds NaN or infinity, for which JSON has no word.
+        """
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return zlib.compress(text.encode("utf-8"), 9)

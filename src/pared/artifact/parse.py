@@ -1,0 +1,190 @@
+"""From the bytes of an index to its values, or an error that says what is wrong with it and where.
+
+Every size is computed anew from shapes and types, with Python's unbounded integers; what a file claims is
+only compared with it. Nothing that an index says is believed before all of it has been checked.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from pared.artifact.envelope import Records
+from pared.artifact.index import VERSION, Entry, Index
+from pared.artifact.parts import check_data, parse_parts
+from pared.errors import VersionError
+from pared.files.checks import Place
+from pared.formats.dtypes import ITEM_SIZES
+
+# The fields of an entry, by version, that must be there.
+_COMMON: Final = ("name", "kind", "dtype", "shape", "format", "because", "parts")
+_REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32")}
+
+_FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
+
+# The fields of each format beside its tag, with their values.
+_FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
+    "grid": {"codes": ("int8", "int16")},
+    "float": {"dtype": ("float16", "bfloat16", "float32")},
+    "raw": {},
+}
+
+# The range that each mode of an int8 counterpart has.
+_MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dynamic": (), "gather": ()}
+
+_LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
+
+# What an index may take, inflated: more than any model needs, less than hurts.
+_LARGEST_TEXT: Final = 64 << 20
+_LEAST_TEXT: Final = 1 << 20
+_TEXT_PER_BYTE: Final = 16  # beyond the least, for each byte of the records
+
+
+def parse_index(records: Records) -> Index:
+    """Read and check the index of an artifact; the checksums of parts are left to whoever reads the parts.
+
+    Raises:
+        CorruptError: the index contradicts itself or the data.
+        UnsafeError: it, or a stream that it describes, would inflate beyond what sound bytes can hold.
+        VersionError: a newer version wrote it.
+    """
+    size = len(records.index) + len(records.data)
+    bound = min(_LARGEST_TEXT, _LEAST_TEXT + _TEXT_PER_BYTE * size)
+    at = Place(records.where)
+    return _index(_inflate(records.index, bound, at), records.data, at)
+
+
+def _inflate(record: bytes, bound: int, at: Place) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        text = stream.decompress(record, bound)
+    except zlib.error as error:
+        at.fail(f"its index does not inflate: {error}")
+    if not stream.eof:
+        if len(text) >= bound:
+            at.refuse(f"its index inflates to more than {bound:,} bytes")
+        at.fail("its index is truncated")
+    if stream.unused_data:
+        at.fail("its index has bytes behind its end")
+    return text
+
+
+def _index(text: bytes, data: memoryview, at: Place) -> Index:
+    top = at.mapping(at.json(text, "its index"), "its index")
+    version = _version(top.get("pared"), at)
+    at.fields(top, "its index", ("pared", "tensors", "modules", "provenance"))
+    entries: list[Entry] = []
+    for entry in at.sequence(top["tensors"], "the list of tensors"):
+        entries.append(_entry(entry, version, entries[-1].end if entries else 0, at))
+    modules = {name: _module(name, value, at) for name, value in at.mapping(top["modules"], "modules").items()}
+    _check_names(entries, at)
+    check_data(entries, data, at)
+    return Index(tuple(entries), modules, at.mapping(top["provenance"], "provenance"))
+
+
+def parse_entry(value: object, end: int, at: Place) -> Entry:
+    """One entry of an index of the version that is written, whose first part stands behind one that ends there.
+
+    Raises:
+        CorruptError, UnsafeError: as for a whole index.
+    """
+    return _entry(value, VERSION, end, at)
+
+
+def _version(version: object, at: Place) -> int:
+    if type(version) is not int or version < 1:
+        at.fail("its index does not say which version of the format it has")
+    if version > VERSION:
+        raise VersionError(
+            f"has version {version} of the format, and this pared reads up to {VERSION}",
+            where=at.place,
+            remedy="Install a newer pared: pip install --upgrade pared",
+        )
+    return version
+
+
+def _entry(value: object, version: int, end: int, at: Place) -> Entry:
+    """An entry, whose first part is placed behind the `end` of the entry before it."""
+    name = at.text(at.mapping(value, "an entry of its index").get("name"), "the name of a tensor")
+    at = Place(f"{at.place}: {name}")
+    known = at.fields(value, "its entry", _REQUIRED[version], ("aliases", "bits", "view"))
+    aliases = at.sequence(known.get("aliases", []), "the list of its aliases")
+    dtype = at.one_of(known["dtype"], ITEM_SIZES, "its dtype")
+    shape = at.shape(known["shape"], "shape")
+    format = _format(known["format"], dtype, at)
+    entry = Entry(
+        names=(name, *(at.text(alias, "an alias") for alias in aliases)),
+        kind=at.one_of(known["kind"], ("parameter", "buffer"), "its kind"),
+        dtype=dtype,
+        shape=shape,
+        format=format,
+        view=_view(known, shape, format["tag"], at),
+        bits=at.number(known["bits"], "its bits") if "bits" in known else None,
+        because=at.text(known["because"], "its reason"),
+        parts={},
+    )
+    return replace(entry, parts=parse_parts(entry, known, version, end, at))
+
+
+def _format(value: object, dtype: str, at: Place) -> dict[str, str]:
+    tag = at.one_of(at.mapping(value, "its format").get("tag"), _FORMATS, "its format")
+    known = at.fields(value, "its format", ("tag", *_FORMATS[tag]))
+    if tag != "raw" and dtype not in _FLOATS:
+        at.fail(f"its format is {tag}, which cannot hold {dtype}")
+    return {"tag": tag, **{key: at.one_of(known[key], legal, key) for key, legal in _FORMATS[tag].items()}}
+
+
+def _view(
+    entry: dict[str, Any], shape: tuple[int, ...], tag: str, at: Place
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if tag != "grid":
+        return at.fail("it has a view, which only a grid has") if "view" in entry else None
+    if "view" not in entry:
+        known = {"split": list(shape), "rows": [0]}
+    else:
+        known = at.fields(entry["view"], "its view", ("split", "rows"))
+    split, rows = at.shape(known["split"], "split"), at.shape(known["rows"], "rows")
+    in_order = list(rows) == sorted(set(rows)) and all(row < len(split) for row in rows)
+    if math.prod(split) != math.prod(shape) or not in_order:
+        at.fail(f"its view (split {list(split)}, rows {list(rows)}) does not fit shape {list(shape)}")
+    return split, rows
+
+
+def _module(name: str, value: object, at: Place) -> dict[str, Any]:
+    """How a counterpart treats its input; only a static one has a range, which holds zero."""
+    what = f"module {at.text(name, 'the name of a module')!r}"
+    mode = at.one_of(at.mapping(value, what).get("mode"), _MODES, f"the mode of {what}")
+    more = ("weights", "outliers") if mode == "static" else ("weights",)
+    known = at.fields(value, what, ("mode", *_MODES[mode]), more)
+    weights = [at.text(one, f"a weight of {what}") for one in at.sequence(known.get("weights", ["weight"]), what)]
+    if not weights or len(set(weights)) < len(weights):
+        at.fail(f"{what} names its weights twice or not at all")
+    low, high = (at.number(known.get(key, 0), f"the {key} of {what}") for key in ("low", "high"))
+    if not -_LARGEST_FLOAT <= low <= 0 <= high <= _LARGEST_FLOAT:
+        at.fail(f"{what} has a range that does not hold zero, or more than float32 does")
+    _check_outliers(known.get("outliers", []), what, at)
+    return known
+
+
+def _check_outliers(value: object, what: str, at: Place) -> None:
+    """Columns, each with how many ranges it goes beyond the first; what there is room for is for the weight to say."""
+    seen = set()
+    for pair in at.sequence(value, f"the outliers of {what}"):
+        numbers = at.sequence(pair, f"an outlier of {what}")
+        if len(numbers) != 2 or any(type(one) is not int for one in numbers) or numbers[0] < 0 or numbers[1] == 0:
+            at.fail(f"an outlier of {what} is not a column and a number of ranges")
+        side = (numbers[0], numbers[1] > 0)
+        if side in seen:
+            at.fail(f"{what} has the outlier {numbers[0]} twice")
+        seen.add(side)
+
+
+def _check_names(entries: Iterable[Entry], at: Place) -> None:
+    seen: set[str] = set()
+    for name in (name for entry in entries for name in entry.names):
+        if name in seen:
+            at.fail(f"two tensors have the name {name!r}")
+        seen.add(name)

@@ -1,0 +1,191 @@
+"""Where the parts of tensors stand, in both versions of the format: parsed, placed, and held against the data.
+
+What a part may inflate to is bounded here, before anybody sets memory aside for it.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from pared.artifact.index import Entry, Part, start_of
+from pared.errors import CorruptError
+from pared.files.checks import Place
+from pared.formats.dtypes import ITEM_SIZES
+from pared.formats.entropy import Coding
+from pared.formats.streams import STEP_INDEXES, EncodedPart
+
+# Codes that are all equal take no bytes, so that nothing in the file bounds their number; this does.
+LARGEST_CONSTANT: Final = 1 << 28
+_SYMBOLS_PER_BYTE: Final = 8  # a Huffman code has at least one bit
+
+# The parts of a grid whose codes are in so many classes of rows.
+_CLASSED: Final[Mapping[int, tuple[str, ...]]] = {
+    count: ("classes", *(f"codes {number}" for number in range(count)), "step") for count in (8, 4, 2)
+}
+
+
+def parse_parts(entry: Entry, known: Mapping[str, Any], version: int, end: int, at: Place) -> dict[str, Part]:
+    """The parts of an entry, in the order of the data.
+
+    Args:
+        entry: as yet without parts.
+        known: its fields in the index.
+        version: of the format.
+        end: of the part before.
+        at: the entry's place.
+    """
+    fields = at.mapping(known["parts"], "the object of its parts")
+    names = _names(entry, fields, version)
+    at.fields(fields, "the object of its parts", names)
+    parts: dict[str, Part] = {}
+    for name in names:
+        if version == 1:
+            part = _first_version(name, fields[name], end, at)
+        else:
+            crc32 = at.whole(known["crc32"], "its crc32", 1 << 32) if name == names[-1] else None
+            part = _part(entry, name, fields[name], crc32, end, at)
+        _check_size(entry, name, part, at)
+        parts[name] = part
+        end = part.end
+    rows = [part.rows for part in parts.values() if part.rows is not None]
+    due = entry.n_rows if entry.elements else 0
+    if rows and (sum(rows) != due or min(rows) < 1):
+        at.fail(f"its classes have {rows} rows where shape {list(entry.shape)} has {due:,}")
+    return parts
+
+
+def _names(entry: Entry, fields: Mapping[str, Any], version: int) -> tuple[str, ...]:
+    if entry.view is None:
+        return ("values",)
+    if version == 1 or "classes" not in fields:
+        return ("codes", "step")
+    return next((names for names in _CLASSED.values() if names[-2] in fields), _CLASSED[2])
+
+
+def _first_version(name: str, value: object, end: int, at: Place) -> Part:
+    """A part of version 1, which says itself where it stands."""
+    known = at.fields(value, f"its {name}", ("offset", "length", "crc32"), ("coding",) if name == "codes" else ())
+    offset, length = (at.whole(known[key], f"the {key} of its {name}") for key in ("offset", "length"))
+    crc32 = at.whole(known["crc32"], f"the crc32 of its {name}", 1 << 32)
+    if offset != (start := start_of(end, length, version=1)):
+        at.fail(f"its {name} is said to begin at byte {offset:,} of the data, where {start:,} is due")
+    return Part(offset, length, crc32, _coding(known, at))
+
+
+def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, at: Place) -> Part:
+    """A part of version 2: where it stands follows from what stands before it."""
+    optional = () if name == "values" else ("base", "coding", "length") if name == "step" else ("coding", "length")
+    known = at.fields(value, f"its {name}", ("rows",) if name.startswith("codes ") else (), optional)
+    part = Part(
+        offset=end,
+        length=0,
+        crc32=crc32,
+        coding=_coding(known, at),
+        rows=at.whole(known["rows"], f"the rows of its {name}") if "rows" in known else None,
+        base=at.within(known["base"], f"the base of its {name}", STEP_INDEXES) if "base" in known else None,
+    )
+    if name == "step" and part.base is None and known:
+        at.fail("its step is coded, and has no base")
+    if part.varies != ("length" in known):
+        at.fail(f"its {name} {'lacks' if part.varies else 'has'} a length, which only coded parts have, and must have")
+    if part.varies:
+        length = at.whole(known["length"], f"the length of its {name}")
+    else:
+        length = 0 if part.coding is not None else math.prod(_extent(entry, name, part))
+    return replace(part, offset=start_of(end, length), length=length)
+
+
+def _coding(known: Mapping[str, Any], at: Place) -> Coding | None:
+    try:
+        return Coding.from_json(known["coding"]) if "coding" in known else None
+    except CorruptError as error:
+        at.fail(error.what)
+
+
+def _extent(entry: Entry, name: str, part: Part) -> tuple[int, int]:
+    """How many numbers a part holds, and the bytes of one where they are plain."""
+    if name == "values":
+        return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
+    if name == "step":
+        return entry.n_rows, 4 if part.base is None else 1
+    if name == "classes":
+        return entry.n_rows, 1
+    columns = entry.elements // max(entry.n_rows, 1)
+    count = entry.elements if part.rows is None else part.rows * columns
+    return count, ITEM_SIZES[entry.format["codes"]]
+
+
+def _check_size(entry: Entry, name: str, part: Part, at: Place) -> None:
+    """Compare a part's length with what its numbers need; bound what coded ones may inflate to."""
+    count, size = _extent(entry, name, part)
+    if part.coding is not None and part.varies:
+        if count > (most := part.length * _SYMBOLS_PER_BYTE * part.coding.per_symbol):
+            at.refuse(f"declares {count:,} codes, and the {part.length:,} bytes of its {name} hold at most {most:,}")
+    elif part.length != (needed := count * size if part.coding is None else 0):
+        at.fail(f"its {name} has {part.length:,} bytes where shape {list(entry.shape)} needs {needed:,}")
+
+
+def check_data(entries: Iterable[Entry], data: memoryview, at: Place) -> None:
+    """Parts follow each other with nothing but zeros between them and nothing behind the last.
+
+    Raises:
+        CorruptError: they do not.
+        UnsafeError: too many numbers take no bytes.
+    """
+    end = constant = 0
+    for entry in entries:
+        here = Place(f"{at.place}: {entry.name}")
+        for name, part in entry.parts.items():
+            if part.end > len(data):
+                here.fail(f"its {name} ends at byte {part.end:,} of the data, which has {len(data):,}")
+            if any(data[end : part.offset]):
+                here.fail(f"the padding before its {name} is not zero")
+            end = part.end
+            if part.coding is not None and part.coding.constant is not None:
+                constant += _extent(entry, name, part)[0]
+            if constant > LARGEST_CONSTANT:
+                here.refuse(f"with it, more than {LARGEST_CONSTANT:,} codes take no bytes")
+    if end != len(data):
+        at.fail(f"its data has {len(data):,} bytes, of which its index accounts for {end:,}")
+
+
+def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, Part]:
+    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
+
+    Args:
+        parts: in their order.
+        end: of the part before.
+        factor: by which their bytes are more than these.
+    """
+    found, crc32 = {}, 0
+    for i, (name, part) in enumerate(parts.items()):
+        length = round(len(part.payload) * factor)
+        start = start_of(end, length)
+        crc32 = zlib.crc32(part.payload, crc32)
+        checksum = crc32 if i == len(parts) - 1 else None
+        found[name] = Part(start, length, checksum, part.coding, part.rows, part.base)
+        end = start + length
+    return found
+
+
+def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
+    """The parts of a tensor of an artifact, compared with their checksums.
+
+    Raises:
+        CorruptError: they do not match.
+    """
+    found, crc32 = {}, 0
+    for name, part in entry.parts.items():
+        payload = data[part.offset : part.end]
+        crc32 = zlib.crc32(payload, crc32)
+        if part.crc32 is not None:
+            if crc32 != part.crc32:
+                remedy = "Fetch the file again; it is damaged."
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
+            crc32 = 0
+        found[name] = EncodedPart(payload, part.coding, part.rows, part.base)
+    return found

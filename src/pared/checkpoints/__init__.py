@@ -1,0 +1,1 @@
+"""Checkpoints compressed and expanded without the model's code, and without torch."""

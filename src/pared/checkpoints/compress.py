@@ -1,0 +1,333 @@
+"""`pared compress`: a checkpoint to an artifact, tensor by tensor, without torch and without the model's code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pared import readers
+from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
+from pared.artifact.index import Index
+from pared.artifact.parse import parse_index
+from pared.artifact.torch_file import write_torch
+from pared.checkpoints import side_files as companions
+from pared.checkpoints.journal import Journal
+from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Packed, Target
+from pared.checkpoints.sampling import CONTAINER, Prospect, pack_held, unsupported
+from pared.checkpoints.selection import Kept, LeftOut, file_of, select
+from pared.errors import ConfigError, FileError, UnsafeError, printable
+from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
+from pared.files.threads import each, usable_cores
+from pared.formats.dtypes import ELEMENTS, ITEM_SIZES
+from pared.readers.listing import Listing
+from pared.scalars import plain
+from pared.terminal import bytes_done, parse_size
+from pared.version import __version__
+
+log = logging.getLogger(__name__)
+
+# Tensors are done in batches of so many bytes: their results wait for each other. A larger one is shared by all cores.
+_BATCH: Final = 1 << 28
+# A file of a given size is aimed at this share of it, and is near enough to it from that share on; if it is not after
+# so many rounds, because its tensors are few and small, it is near enough below.
+_AIM: Final = 0.9985
+_NEAR: Final = 0.995
+_ROUNDS: Final = 3
+_VERSION: Final = 1  # of the way in which tensors are rounded: other work in a journal is not taken over
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a compression came to.
+
+    Args:
+        path: of the artifact.
+        source_nbytes: of the files that were read.
+        weight_nbytes: of the tensors that were compressed, in their own types.
+        nbytes: of the artifact.
+        seconds: that it took.
+        left_out: the tensors that the artifact does not hold by themselves.
+        copied: the files that were copied beside it.
+        resumed: how many tensors an earlier run had done.
+    """
+
+    path: Path
+    source_nbytes: int
+    weight_nbytes: int
+    nbytes: int
+    seconds: float
+    left_out: tuple[LeftOut, ...]
+    copied: tuple[str, ...]
+    resumed: int
+
+    def __str__(self) -> str:
+        """What was left out and why, a line for each reason; what was copied; and the figures in the last line."""
+        return "\n".join(map(printable, (*self._notes(), self._figures())))
+
+    def _notes(self) -> Iterator[str]:
+        reasons = Counter(left.because for left in self.left_out)
+        for because, count in reasons.items():
+            nbytes = sum(left.nbytes for left in self.left_out if left.because == because)
+            name = next(left.name for left in self.left_out if left.because == because)
+            which = name if count == 1 else f"{name} and {count - 1:,} more"
+            yield f"left out: {which}, {nbytes:,} bytes: {because}"
+        if self.copied:
+            yield f"copied: {', '.join(self.copied)}"
+        if self.resumed:
+            yield f"resumed: {self.resumed:,} tensors were done already"
+
+    def _figures(self) -> str:
+        speed = self.weight_nbytes / 1e6 / max(self.seconds, 1e-3)
+        return (
+            f"{self.source_nbytes:,} -> {self.nbytes:,} bytes ({self.nbytes / max(1, self.source_nbytes):.3f}), "
+            f"{self.seconds:.1f} s, {speed:.0f} MB/s: {self.path}"
+        )
+
+
+def compress(
+    path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    bits: float | None = None,
+    max_size: int | str | None = None,
+    quiet: bool = True,
+) -> Path:
+    """Compress a checkpoint without the model's code, tensor by tensor: `pared.load(directory, model=...)` reads it.
+
+    What goes on a grid, and how, is decided by the numbers of each tensor alone; `pared.fit` does better where the
+    model and data are at hand. A run that was killed goes on where it stopped, when it is called again.
+
+    Args:
+        path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; or a folder of Hugging Face, whose
+            other files are copied too. Of what only training needs, and of copies, nothing is kept.
+        directory: where `best_model.pt` is written; made if it is missing.
+        bits: that the coded weights of each tensor take, above 0 and below 16, or 16 for float16. At 8, the default
+            where there is no `max_size`, each row has the finest int8 step.
+        max_size: instead of bits, the most bytes the file may take: 12000000, "12MB" or "12MiB".
+        quiet: show no progress.
+
+    Returns:
+        the path of the artifact.
+
+    Raises:
+        ConfigError: the options make no sense, or the size cannot be reached.
+        FileError: the source cannot be read, or the directory cannot be written; CorruptError and UnsafeError are such.
+        ModelError: a weight is NaN or infinite.
+    """
+    return run(path, directory, bits=bits, max_size=max_size, quiet=quiet).path
+
+
+def run(
+    path: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    bits: float | None = None,
+    max_size: int | str | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """What `compress` does, and what it came to."""
+    began = time.perf_counter()
+    source, output = as_path(path, "compress"), as_path(directory, "compress")
+    rate, size = _checked(bits, max_size)
+    _check_places(source, output)
+    with readers.open_listing(source) as listing:
+        chosen = select(listing)
+        _check_kept(chosen.kept, listing)
+        make_directory(output)
+        depends = _depends(source, listing, chosen.kept, rate, size)
+        with Journal(output, depends) as journal:
+            resumed = len(journal.entries)
+            if resumed:
+                log.info("%s: %d tensors are taken from an earlier run", output, resumed)
+            work = _Work(listing, chosen.kept, journal, quiet)
+            work.at_rate(rate) if size is None else work.within(size)
+            names = tuple(companions.companions(source, output)) if source.is_dir() else ()
+            companions.copy(source, names, output, journal.folder)
+            target = output / FILE_NAMES["pt"]
+            index = _index(journal, rate, size).to_bytes()
+            _check_readable(index, journal)
+            write_atomic(
+                target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
+            )
+            journal.remove()
+    return Outcome(
+        target,
+        source_nbytes=_nbytes(listing),
+        weight_nbytes=sum(one.held.nbytes for one in chosen.kept),
+        nbytes=target.stat().st_size,
+        seconds=time.perf_counter() - began,
+        left_out=chosen.left_out,
+        copied=names,
+        resumed=resumed,
+    )
+
+
+def _nbytes(listing: Listing) -> int:
+    """The bytes of the files that hold tensors."""
+    return listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file)
+
+
+class _Work:
+    """The tensors of a checkpoint, and the journal to which they go one after the other."""
+
+    def __init__(self, listing: Listing, kept: Sequence[Kept], journal: Journal, quiet: bool) -> None:
+        self._listing = listing
+        self._kept = kept
+        self._journal = journal
+        self._quiet = quiet
+
+    def at_rate(self, bits: float) -> None:
+        """So many bits for each weight."""
+        if self._journal.plan is None:
+            self._journal.begin({})
+        self._do([Target(bits)] * len(self._kept))
+
+    def within(self, nbytes: int) -> None:
+        """The finest steps at which the file takes at most so many bytes: what samples mislead about is corrected."""
+        prospect = Prospect(self._listing, self._kept)
+        plan = self._journal.plan
+        if plan is None:
+            plan = {"round": 1, "level": prospect.level_for(int(nbytes * _AIM), nbytes)}
+            self._journal.begin(plan)
+        while True:
+            targets = prospect.targets(plan["level"])
+            self._do(targets)
+            taken = len(Index(tuple(self._journal.entries)).to_bytes()) + self._journal.end + CONTAINER
+            if taken <= nbytes and (taken >= nbytes * _NEAR or plan["round"] >= _ROUNDS):
+                return
+            known = [
+                entry.nbytes / guess if guess else 1.0
+                for entry, guess in zip(self._journal.entries, prospect.payloads(targets), strict=True)
+            ]
+            aim = nbytes * _AIM ** (2 ** plan["round"])  # further below with each round, so that one is the last
+            plan = {"round": plan["round"] + 1, "level": prospect.level_for(int(aim), nbytes, known)}
+            self._journal.begin(plan)
+
+    def _do(self, targets: Sequence[Target]) -> None:
+        """Pack what the journal does not have yet."""
+        done = len(self._journal.entries)
+        total = sum(one.held.nbytes for one in self._kept)
+        with bytes_done("compressing", total, quiet=self._quiet) as advance:
+            advance(sum(one.held.nbytes for one in self._kept[:done]))
+            for batch in _batches(self._kept, done):
+                for i, packed in zip(batch, self._packed(batch, targets), strict=True):
+                    self._journal.add(self._kept[i], packed)
+                    advance(self._kept[i].held.nbytes)
+
+    def _packed(self, batch: range, targets: Sequence[Target]) -> list[Packed]:
+        if len(batch) == 1:
+            return [pack_held(self._listing, self._kept[batch[0]], targets[batch[0]], usable_cores())]
+        sizes = [self._kept[i].held.nbytes for i in batch]
+        return each(lambda i: pack_held(self._listing, self._kept[i], targets[i]), batch, sizes)
+
+
+def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
+    """Runs of tensors, from the first that is not done."""
+    start = done
+    nbytes = 0
+    for i in range(done, len(kept)):
+        size = kept[i].held.nbytes
+        if nbytes and nbytes + size > _BATCH:
+            yield range(start, i)
+            start, nbytes = i, 0
+        nbytes += size
+    if start < len(kept):
+        yield range(start, len(kept))
+
+
+def _index(journal: Journal, bits: float, size: int | None) -> Index:
+    asked = {"bits": bits} if size is None else {"max_size": size}
+    return Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked})
+
+
+def _check_readable(index: bytes, journal: Journal) -> None:
+    """See that a reader will take what is to be written: all of it but the numbers, which have checksums."""
+    with journal.opened() as data:
+        parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
+
+
+def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:
+    """What the bytes of the artifact depend on, so that a journal of other work is known as such."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    used = {key.rpartition("/")[0] for key in listing.storages} if source.is_dir() else set()
+    with reading(source):
+        stats = [
+            [file.name, stat.st_size, stat.st_mtime_ns]
+            for file in files
+            if file.is_file() and (not used or file.relative_to(source).as_posix() in used)
+            for stat in [file.stat()]
+        ]
+    tensors = zlib.crc32(repr([(one.names, one.held) for one in kept]).encode())
+    asked = {"bits": bits, "max_size": size, "version": f"{__version__}/{_VERSION}"}
+    return {"source": str(source.resolve()), "files": stats, "tensors": tensors, **asked}
+
+
+def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int | None]:
+    """The rate, which counts only without a size; and the size in bytes."""
+    if max_size is not None:
+        if bits is not None:
+            raise ConfigError("bits and max_size exclude each other", where="compress", remedy="Give one of them.")
+        return INT8_BITS, parse_size(max_size)
+    rate = INT8_BITS if bits is None else plain(bits)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not (0 < rate < FLOAT_BITS or rate == FLOAT_BITS):
+        raise ConfigError(
+            f"bits={bits!r} is no rate",
+            where="compress",
+            remedy="Use a number above 0 and below 16, or 16 for float16.",
+        )
+    return rate, None
+
+
+def _check_places(source: Path, output: Path) -> None:
+    """See that the source is none of ours and is not written over."""
+    target = output / FILE_NAMES["pt"]
+    real = os.path.realpath(source)  # which never raises
+    if source.exists() and real in (os.path.realpath(output), os.path.realpath(target)):
+        raise ConfigError("is the source itself", where=str(output), remedy="Choose another directory to write to.")
+    artifact = artifact_in(source)
+    if artifact.is_file():
+        with open_file(artifact) as file:
+            if records_of(file) is not None:
+                raise ConfigError(
+                    "is compressed already",
+                    where=str(artifact),
+                    remedy="Pass the checkpoint that it was made from, or turn it into one with pared expand.",
+                )
+
+
+def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
+    """See that an artifact can hold every tensor, before work begins."""
+    if not kept and listing.tensors:
+        raise FileError(
+            "holds no weights of a model",
+            where=listing.where,
+            remedy="Pass the file or folder that has the state dict.",
+        )
+    if len(files := {name for one in kept if (name := file_of(one.held))}) > 1:
+        raise FileError(
+            f"holds several models: {', '.join(sorted(files)[:3])}", where=listing.where, remedy="Pass one of them."
+        )
+    for one in kept:
+        storage = listing.storages[one.held.storage or ""]
+        if 0 in (one.held.stride or ()) and one.held.nbytes > max(_BATCH, storage.nbytes):
+            raise UnsafeError(
+                f"repeats {storage.nbytes:,} bytes until they are {one.held.nbytes:,}",
+                where=one.held.name,
+                remedy="If that is meant: save a contiguous copy of the tensor, and compress that.",
+            )
+        if one.held.dtype not in ITEM_SIZES or one.held.dtype not in ELEMENTS or storage.content is None:
+            raise unsupported(one)
+    for name, count in Counter(name for one in kept for name in one.names).items():
+        if count > 1:
+            raise FileError(
+                f"has {count} tensors that a model would know by the name {name!r}",
+                where=listing.where,
+                remedy="Save the state dict of the model alone, and compress that.",
+            )

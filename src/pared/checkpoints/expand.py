@@ -1,0 +1,174 @@
+"""`pared expand`: an artifact back to floats of the source's types, as a `.safetensors` file, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from pared.artifact.decoding import decode
+from pared.artifact.envelope import Records, find_artifact, open_records
+from pared.artifact.index import Entry
+from pared.artifact.parse import parse_index
+from pared.checkpoints import side_files as companions
+from pared.errors import ConfigError, printable
+from pared.files.disk import as_path, forget, make_directory, write_atomic, writing_to
+from pared.files.threads import each
+from pared.formats.dtypes import Array
+from pared.terminal import bytes_done
+
+WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
+_BATCH: Final = 1 << 27
+
+_TYPES: Final[Mapping[str, str]] = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16",
+    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What an expansion came to.
+
+    Args:
+        path: of the `.safetensors` file.
+        source_nbytes: of the artifact.
+        nbytes: of the file.
+        seconds: that it took.
+        tied: the names whose numbers stand in the file a second time.
+        tied_nbytes: that these take.
+        copied: the files that were copied beside it.
+    """
+
+    path: Path
+    source_nbytes: int
+    nbytes: int
+    seconds: float
+    tied: tuple[str, ...]
+    tied_nbytes: int
+    copied: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        if self.tied:
+            more = f" and {len(self.tied) - 1:,} more" if self.tied[1:] else ""
+            lines.append(
+                f"tied: {self.tied[0]}{more} stand in the file again, {self.tied_nbytes:,} bytes: it cannot share them"
+            )
+        if self.copied:
+            lines.append(f"copied: {', '.join(self.copied)}")
+        speed = self.nbytes / 1e6 / max(self.seconds, 1e-3)
+        figures = (
+            f"{self.source_nbytes:,} -> {self.nbytes:,} bytes, {self.seconds:.1f} s, {speed:.0f} MB/s: {self.path}"
+        )
+        return "\n".join(map(printable, (*lines, figures)))
+
+
+def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = True) -> Path:
+    """Turn an artifact back into floats of its source's types: what compression lost stays lost.
+
+    Args:
+        path: an artifact, or the directory that it is in; made by `compress` or by `save`.
+        output: a `.safetensors` file; or a directory, in which `model.safetensors` is written, and to which the other
+            files of the artifact's directory are copied. So a folder of Hugging Face becomes one again.
+        quiet: show no progress.
+
+    Returns:
+        the path of the file. A tensor with several names, as tied ones have, stands in it under each of them, because
+        the format cannot share: `load_state_dict` finds all of them, and transformers ties them again.
+
+    Raises:
+        FileError: there is no artifact, or the output cannot be written.
+        CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
+        ConfigError: a tensor is of a type that the format does not have.
+    """
+    return run(path, output, quiet=quiet).path
+
+
+def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = False) -> Expanded:
+    """What `expand` does, and what it came to."""
+    began = time.perf_counter()
+    source, place = find_artifact(as_path(path, "expand")), as_path(output, "expand")
+    folder = place.parent if place.suffix == ".safetensors" else place
+    target = place if place.suffix == ".safetensors" else place / WEIGHTS
+    if os.path.realpath(target) == os.path.realpath(source):  # which never raises
+        raise ConfigError("is the artifact itself", where=str(target), remedy="Choose another place to write to.")
+    with open_records(source) as records:
+        entries = parse_index(records).entries
+        header = _header(entries, str(source))
+        make_directory(folder)
+        nbytes = sum(entry.source_nbytes * len(entry.names) for entry in entries)
+        with bytes_done("expanding", nbytes, quiet=quiet) as advance:
+
+            def write(file: BinaryIO) -> None:
+                file.write(header)
+                for entry, array in _decoded(entries, records):
+                    for _ in entry.names:
+                        file.write(array.reshape(-1).view(np.uint8).data)
+                        advance(array.nbytes)
+
+            write_atomic(target, write)
+        source_nbytes = records.nbytes
+    names = tuple(companions.companions(source.parent, folder)) if folder is place else ()
+    with writing_to(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
+        companions.copy(source.parent, names, folder, Path(within))
+    return Expanded(
+        target,
+        source_nbytes,
+        target.stat().st_size,
+        time.perf_counter() - began,
+        tied=tuple(name for entry in entries for name in entry.names[1:]),
+        tied_nbytes=nbytes - sum(entry.source_nbytes for entry in entries),
+        copied=names,
+    )
+
+
+def _header(entries: Sequence[Entry], where: str) -> bytes:
+    tensors: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for entry in entries:
+        if entry.dtype not in _TYPES:
+            raise ConfigError(
+                f"is of type {entry.dtype}, which .safetensors files do not have",
+                where=f"{where}: {entry.name}",
+                remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
+            )
+        for name in entry.names:
+            if name in tensors:  # the format's own word: names of tensors are different already
+                raise ConfigError(
+                    "is a name that .safetensors files keep for themselves",
+                    where=f"{where}: {name}",
+                    remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
+                )
+            span = [end, end + entry.source_nbytes]
+            tensors[name] = {"dtype": _TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+            end = span[1]
+    text = json.dumps(tensors, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Array]]:
+    """Every tensor in the order of the file; some are decoded at a time, by all cores."""
+    batch: list[Entry] = []
+    for i, entry in enumerate(entries):
+        batch.append(entry)
+        if i + 1 == len(entries) or sum(one.source_nbytes for one in batch) >= _BATCH:
+            arrays = each(lambda one: _decode(one, records.data), batch, [one.elements for one in batch])
+            yield from zip(batch, arrays, strict=True)
+            batch = []
+
+
+def _decode(entry: Entry, data: memoryview) -> Array:
+    """A tensor, contiguous; its pages of the artifact are not needed any more."""
+    found = np.ascontiguousarray(decode(entry, data)).reshape(entry.shape)
+    forget(data[next(iter(entry.parts.values())).offset : entry.end])
+    return found

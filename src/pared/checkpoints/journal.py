@@ -1,0 +1,217 @@
+"""The journal of a compression: what is done already, in a hidden folder that survives the death of the process.
+
+The folder holds `journal.jsonl`, whose first line says what the work depends on and how finely each tensor is rounded,
+and which has a line for each tensor that is done, its entry in the index; and `data`, the bytes of their parts. One
+counts from the moment its line is complete; its bytes are compared with their checksum before they are believed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from filelock import FileLock, Timeout
+
+from pared.artifact.index import Entry
+from pared.artifact.parse import parse_entry
+from pared.checkpoints.entries import entry_of
+from pared.checkpoints.packing import Packed
+from pared.checkpoints.selection import Kept
+from pared.errors import CorruptError, FileError, UnsafeError
+from pared.files.checks import Place
+from pared.files.disk import open_file, write_atomic, writing_to
+
+FOLDER: Final = ".pared-compress"
+_JOURNAL: Final = "journal.jsonl"
+_DATA: Final = "data"
+_LOCK: Final = "lock"
+_CHUNK: Final = 1 << 22
+
+
+class Journal:
+    """The work done so far, and the place of what is to come. Close it when no more is added.
+
+    Args:
+        directory: in which the hidden folder is.
+        depends: what the work depends on, as plain data; other work in the folder is thrown away.
+
+    Raises:
+        FileError: the folder cannot be read or written, or another process is at work in it.
+    """
+
+    def __init__(self, directory: Path, depends: Mapping[str, Any]) -> None:
+        self.folder = directory / FOLDER
+        self.entries: list[Entry] = []
+        self._depends = dict(depends)
+        self._journal: BinaryIO | None = None
+        self._data: BinaryIO | None = None
+        self.plan: dict[str, Any] | None = None
+        with writing_to(directory):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.folder)  # which closes with the process, however that ends
+            try:
+                self._take_over()
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        with contextlib.suppress(OSError):  # Windows takes it away when it is released
+            (self.folder / _LOCK).unlink()
+        self._lock.release()
+        with contextlib.suppress(OSError):  # there is work in it, or another run has just begun
+            self.folder.rmdir()
+
+    def _close(self) -> None:
+        for file in (self._journal, self._data):
+            if file is not None:
+                file.close()
+
+    @property
+    def end(self) -> int:
+        """Of the data."""
+        return self.entries[-1].end if self.entries else 0
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Forget what is done, and begin with another plan."""
+        self._close()
+        self.entries, self.plan = [], dict(plan)
+        head = json.dumps({"depends": self._depends, "plan": self.plan}).encode() + b"\n"
+        with writing_to(self.folder.parent):
+            (self.folder / _DATA).write_bytes(b"")
+            write_atomic(self.folder / _JOURNAL, lambda file: file.write(head))
+            self._open()
+
+    def add(self, kept: Kept, packed: Packed) -> None:
+        """Record a tensor that is done."""
+        assert self._data is not None
+        assert self._journal is not None
+        entry = entry_of(kept, packed, self.end)
+        with writing_to(self.folder.parent):
+            end = self.end
+            for part, piece in zip(entry.parts.values(), packed.parts.values(), strict=True):
+                _write(self._data, bytes(part.offset - end))
+                _write(self._data, piece.payload)
+                end = part.end
+            _write(self._journal, json.dumps(entry.to_json()).encode() + b"\n")
+        self.entries.append(entry)
+
+    def data(self) -> Iterator[bytes]:
+        """The record of the data, in pieces."""
+        with (self.folder / _DATA).open("rb") as file:
+            left = self.end
+            while left and (piece := file.read(min(_CHUNK, left))):
+                left -= len(piece)
+                yield piece
+
+    @contextmanager
+    def opened(self) -> Iterator[memoryview]:
+        """The record of the data, mapped."""
+        if not self.end:
+            yield memoryview(b"")
+            return
+        with open_file(self.folder / _DATA) as file:
+            yield file.data[: self.end]
+
+    def remove(self) -> None:
+        """Take away all work; the folder goes when the journal is closed."""
+        self._close()
+        with writing_to(self.folder.parent):
+            for path in self.folder.iterdir():
+                if path.name != _LOCK:
+                    path.unlink()
+
+    def _open(self) -> None:
+        # Without buffers of our own: what is written is with the system, whatever becomes of the process.
+        self._journal = (self.folder / _JOURNAL).open("ab", buffering=0)
+        self._data = (self.folder / _DATA).open("ab", buffering=0)
+
+    def _take_over(self) -> None:
+        """What an earlier run left, if it was the same work."""
+        lines = self._lines()
+        head = _parsed(lines[0]) if lines else {}
+        if head.get("depends") == self._depends:
+            self.plan = head.get("plan")
+            self._resume(lines)
+
+    def _lines(self) -> list[bytes]:
+        path = self.folder / _JOURNAL
+        if not path.is_file() or not (self.folder / _DATA).is_file():
+            return []
+        whole = path.read_bytes()
+        return whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
+
+    def _resume(self, lines: list[bytes]) -> None:
+        """Take over the tensors whose lines and bytes are sound, and cut off the rest."""
+        size = len(lines[0])
+        with (self.folder / _DATA).open("rb") as file:
+            for line in lines[1:]:
+                entry = self._entry(line)
+                if entry is None or not _is_sound(entry, file):
+                    break
+                self.entries.append(entry)
+                size += len(line)
+        with (self.folder / _JOURNAL).open("r+b") as journal, (self.folder / _DATA).open("r+b") as data:
+            journal.truncate(size)
+            data.truncate(self.end)
+        self._open()
+
+    def _entry(self, line: bytes) -> Entry | None:
+        try:
+            return parse_entry(_parsed(line), self.end, Place(str(self.folder / _JOURNAL)))
+        except (CorruptError, UnsafeError):
+            return None  # a line that was torn: its tensor is done again
+
+
+def _locked(folder: Path) -> FileLock:
+    """Hold a folder for this run: two that add to one journal would make an artifact of bytes that belong to neither.
+
+    Raises:
+        FileError: another run holds it.
+    """
+    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileError(
+            "another run writes to this directory",
+            where=str(folder.parent),
+            remedy="Wait until it has ended, or choose another directory.",
+        ) from error
+    return lock
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}  # a line that was torn
+    return found if isinstance(found, dict) else {}
+
+
+def _is_sound(entry: Entry, file: BinaryIO) -> bool:
+    crc32 = 0
+    for part in entry.parts.values():
+        file.seek(part.offset)
+        left = part.length
+        while left and (piece := file.read(min(_CHUNK, left))):
+            crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+        if left:
+            return False
+    return crc32 == list(entry.parts.values())[-1].crc32
+
+
+def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
+    """Write all of it: an unbuffered file may take less at a time."""
+    view = memoryview(piece)
+    while view.nbytes:
+        view = view[file.write(view) :]

@@ -1,0 +1,175 @@
+"""One tensor of a checkpoint as it will stand in an artifact: which format its numbers get, and the bytes of its parts.
+
+Nothing is known but the numbers themselves. Whatever has two dimensions or more goes on a grid with a step for each
+row, if it does not lie on one already; what has fewer becomes float16 where that keeps every value; everything else
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from pared.checkpoints.rates import steps_at_level, steps_at_rate
+from pared.formats.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
+from pared.formats.exact_grids import find_lattice
+from pared.formats.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
+from pared.formats.streams import EncodedPart, Steps, encode_codes, encode_steps
+from pared.formats.views import View, matrix_of, plain_view
+
+INT8_BITS: Final = 8.0
+FLOAT_BITS: Final = 16.0
+
+# float16 has 2^-24 between its smallest numbers: too coarse where weights are smaller than this as a rule.
+_SMALLEST_HALF: Final = 2.0**-14
+_LARGEST_HALF: Final = 65504.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """How finely a tensor is to be rounded.
+
+    Args:
+        bits: that its coded stream costs for each weight. 8: int8 with the finest step for each row. 16: float16.
+        level: instead, the step: 2^(level / 8) in every row, on average.
+    """
+
+    bits: float = INT8_BITS
+    level: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A tensor as it will stand in a file.
+
+    Args:
+        format: as in the index.
+        parts: the bytes, by part.
+        view: of a grid.
+        bits: the rate that was asked for, if one was.
+        because: the reason for the format.
+    """
+
+    format: Mapping[str, str]
+    parts: Mapping[str, EncodedPart]
+    view: View | None = None
+    bits: float | None = None
+    because: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all parts."""
+        return sum(len(part.payload) for part in self.parts.values())
+
+
+def goes_on_grid(dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is rounded to a grid, as far as type and shape tell."""
+    flat = len(shape) < 2 or math.prod(shape) == shape[0]  # a row of one number would have a step for nothing
+    return dtype in FLOATING and not flat and 0 not in shape
+
+
+def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) -> Packed:
+    """Give a tensor its format, and code it.
+
+    Args:
+        array: as `Listing.array` gives it.
+        dtype: of its numbers, in torch's words.
+        target: how finely.
+        name: for messages.
+        threads: at most so many at work.
+
+    Raises:
+        ModelError: it holds NaN, or infinities that are no mask.
+    """
+    if dtype not in FLOATING or array.size == 0:
+        return _exact(array, f"{dtype} is kept exactly")
+    if not goes_on_grid(dtype, array.shape):
+        return _flat(array, dtype, name)
+    view = plain_view(array.shape)
+    matrix = matrix_of(array, view)
+    largest = magnitudes(matrix, dtype, threads)
+    if not np.isfinite(largest).all():
+        return _unbounded(array, dtype, name)
+    found = find_lattice(array, dtype, target.bits if target.level is None else INT8_BITS)
+    if found is not None and _affordable(found.step, target):
+        parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
+        because = "its numbers lie on this grid already: nothing is lost"
+        return Packed(_grid(found.codes.dtype.name), parts, found.view, None, because)
+    if target.level is None and target.bits == FLOAT_BITS:
+        return _half(array, dtype, largest)
+    kind, step = _steps(matrix, dtype, largest, target)
+    codes = encode(matrix, dtype, step, kind, threads).reshape(array.shape)
+    parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
+    return Packed(_grid(kind), parts, view, target.bits if target.level is None else None)
+
+
+def _affordable(step: Steps, target: Target) -> bool:
+    """Whether a grid that loses nothing is at most an octave finer than what was planned."""
+    return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
+
+
+def _steps(matrix: Array, dtype: str, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
+    if target.level is not None:
+        step = steps_at_level(target.level, finest_steps(largest, "int16"))
+        with np.errstate(over="ignore"):  # of a step so large, no code is
+            kind: CodeType = "int8" if (largest <= (CODE_LIMITS["int8"] + 0.5) * step).all() else "int16"
+        return kind, step
+    kind = "int8" if target.bits <= INT8_BITS else "int16"
+    finest = finest_steps(largest, kind)
+    return kind, finest if target.bits == INT8_BITS else steps_at_rate(matrix, dtype, target.bits, finest, kind)
+
+
+def _grid(codes: str) -> dict[str, str]:
+    return {"tag": "grid", "codes": codes}
+
+
+def _exact(array: Array, because: str) -> Packed:
+    # Of a mapped file nothing is copied.
+    plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
+    return Packed({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
+
+
+def _float(array: Array, dtype: str, to: str, because: str) -> Packed:
+    values = narrowed(as_floats(array, dtype), to)
+    return Packed({"tag": "float", "dtype": to}, {"values": EncodedPart(values.tobytes())}, because=because)
+
+
+def _flat(array: Array, dtype: str, name: str) -> Packed:
+    """A tensor of one dimension or none, or with a number for each row."""
+    values = as_floats(array, dtype)
+    if not np.isfinite(values).all():
+        return _unbounded(array, dtype, name)
+    kind = "one number for each row" if array.ndim > 1 else "one dimension" if array.ndim else "a single number"
+    if array.itemsize == 2:
+        return _exact(array, f"{kind}: kept exactly")
+    if survives_float16(values):
+        return _float(array, dtype, "float16", f"{kind}: every value survives float16")
+    if dtype == "float64" and (values == values.astype(np.float32)).all():
+        return _float(array, dtype, "float32", f"{kind}: float32 holds every value")
+    return _exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
+
+
+def _half(array: Array, dtype: str, largest: Steps) -> Packed:
+    """16 bits for each number."""
+    if dtype != "float16" and array.itemsize == 2:
+        return _exact(array, "bfloat16 is kept exactly")
+    values = as_floats(array, dtype)
+    typical = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
+    if typical >= _SMALLEST_HALF and largest.max() <= _LARGEST_HALF:
+        return _float(array, dtype, "float16", "")
+    return _exact(array, "its values do not survive float16")
+
+
+def _unbounded(array: Array, dtype: str, name: str) -> Packed:
+    """A tensor that is not finite in float32: a mask or numbers of float64, which are kept; anything else is damage."""
+    values = as_floats(array, dtype)
+    finite = np.isfinite(values)
+    if finite.all():
+        return _exact(array, "its values are beyond float32")
+    if np.isnan(values).any() or len(np.unique(values[finite])) > 1:
+        refuse_damaged(array, dtype, name)
+    return _exact(array, "a mask of infinities is kept exactly")

@@ -1,0 +1,104 @@
+"""Steps for a rate: which step makes the coded stream of a tensor cost so many bits for each weight.
+
+One step for all rows: at a given rate that has the least squared error (Gersho 1979). It lies on the scale of eighths
+of an octave, whose members take few bits in a file, so that neighbouring members are mixed, row by row, to hit a rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from pared.formats.dtypes import Array, as_floats
+from pared.formats.entropy import entropy
+from pared.formats.grids import CodeType, encode
+from pared.formats.streams import STEP_INDEXES, Steps, ceiling, encode_codes, scale
+from pared.formats.views import View
+
+# A rate is measured on so many weights, and counts as reached within so many bits.
+_SAMPLE: Final = 1 << 17
+_TOLERANCE: Final = 0.003
+# Of so few weights the coder's tables are most of the stream: their rate is the entropy of the codes.
+_FEW: Final = 1 << 12
+_MOST_PROBES: Final = 16
+# Rows are so many before steps are mixed; a few have any step at all, in four bytes.
+_MIXED: Final = 16
+_GOLDEN: Final = (math.sqrt(5) - 1) / 2  # its multiples, less their whole part, are evenly spread
+_OCTAVE: Final = 8  # levels
+
+
+def steps_at_level(level: float, finest: Steps) -> Steps:
+    """A step of 2^(level / 8) for each row, on average, and none finer than the row's finest.
+
+    Args:
+        level: in eighths of an octave.
+        finest: for each row; a row of zeros has 0, and keeps it.
+
+    >>> steps_at_level(-8.0, np.array([0.25, 0, 0.75], np.float32)).tolist()
+    [0.5, 0.0, 0.75]
+    """
+    if len(finest) < _MIXED:
+        step = np.maximum(finest, np.float32(2.0 ** (min(level, STEP_INDEXES[-1]) / _OCTAVE)))
+    else:
+        mixed = np.floor(level + np.arange(len(finest)) * _GOLDEN % 1).astype(np.int64)
+        step = np.maximum(scale(np.clip(mixed, STEP_INDEXES[0], STEP_INDEXES[-1])), ceiling(finest))
+    return np.where(finest > 0, step, np.float32(0))
+
+
+def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: CodeType) -> Steps:
+    """The steps at which the coded stream costs so many bits for each weight; or the finest, if it costs less.
+
+    Args:
+        matrix: of (rows, columns).
+        dtype: of its numbers.
+        bits: for each weight.
+        finest: step of each row.
+        codes: their type.
+    """
+    chosen = _evenly(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
+    part = np.ascontiguousarray(matrix[chosen, : max(1, _SAMPLE // len(chosen))])
+    bound = finest[chosen]
+    if not bound.any():
+        return finest
+
+    def rate(step: Steps) -> float:
+        found = encode(part, dtype, step, codes)
+        if matrix.size < _FEW:
+            return entropy(found)
+        parts = encode_codes(found, View((len(part), part.shape[1]), (0,)))
+        return 8 * sum(len(one.payload) for one in parts.values()) / int(part.size)
+
+    if rate(bound) <= bits:
+        return finest
+    spread = float(np.sqrt(np.mean(np.square(as_floats(part, dtype), dtype=np.float64))))
+    start = _OCTAVE * (math.log2(spread) + 2 - bits)  # of a normal distribution, about
+    level = crossing(lambda level: rate(steps_at_level(level, bound)), bits, start, _TOLERANCE)
+    return steps_at_level(level, finest)
+
+
+def _evenly(count: int, most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def crossing(rate: Callable[[float], float], bits: float, level: float, tolerance: float) -> float:
+    """The level at which a falling rate comes to `bits`: by the slope that fine grids have, else by bisection.
+
+    >>> round(crossing(lambda level: 4 - level / 8, 3.0, 0.0, 0.01))
+    8
+    """
+    low, high = -math.inf, math.inf
+    best, miss = level, math.inf
+    for _ in range(_MOST_PROBES):
+        excess = rate(level) - bits
+        if abs(excess) < abs(miss):
+            best, miss = level, excess
+        if abs(excess) <= tolerance:
+            break
+        low, high = (level, high) if excess > 0 else (low, level)
+        level += _OCTAVE * max(-4.0, min(4.0, excess))  # an octave is a bit
+        if not low < level < high:
+            level = (low + high) / 2
+    return best

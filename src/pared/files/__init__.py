@@ -1,0 +1,1 @@
+"""Files: opened safely, and written whole or not at all."""

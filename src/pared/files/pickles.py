@@ -1,0 +1,387 @@
+"""What a pickle describes, without running it.
+
+A pickle is a program for a machine with a stack, and some of its instructions call whatever they name. The machine
+here has no instruction that imports or calls anything: where Python would call a function, it writes down the name
+and the arguments. Names whose code would run if the file were loaded are collected. The standard library's
+`pickletools` cuts the bytes into instructions.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import sys
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from pared.errors import CorruptError, UnsafeError
+from pared.files.checks import DAMAGED
+from pared.files.memory_limit import Allowance
+from pared.switches import ignoring
+
+_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any allowance
+_MOST_FOREIGN: Final = 1000  # names beyond these are not collected
+_NODE_NBYTES: Final = 192  # of a node with a list of a few things
+_NAME_NBYTES: Final = 256  # beside its characters
+_MEMO_NBYTES: Final = 128  # of a place in the memo
+_PAIR_NBYTES: Final = 72
+_STACK_NBYTES: Final = 24  # of a place on the stack, and in whatever takes it from there
+_MOST_BYTES_PER_CHARACTER: Final = 5  # of a text: its bytes, and up to four for each character
+
+
+@dataclass(frozen=True)
+class Name:
+    """A function, class or constant that a pickle refers to, with its module: "collections.OrderedDict"."""
+
+    path: str
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """Something that holds other things; compared by identity, so that deep ones cost nothing.
+
+    Args:
+        call: what would be called to make it, a node where the pickle makes that itself; None for a plain tuple,
+            list, set or dict.
+        arguments: of the call.
+        values: elements.
+        pairs: the keys and values of a dict.
+        states: what the object would be given for its attributes.
+    """
+
+    call: Name | Node | None = None
+    arguments: Sequence[object] = ()
+    values: Sequence[object] = ()
+    pairs: Sequence[tuple[object, object]] = ()
+    states: Sequence[object] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Persistent:
+    """A reference to something outside the pickle; for torch, to a storage."""
+
+    fields: Sequence[object]
+
+
+@dataclass(frozen=True, eq=False)
+class Pickle:
+    """What a pickle describes.
+
+    Args:
+        root: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+        foreign: the names it refers to that its reader does not know as harmless, each once.
+        references: all that it refers to outside itself.
+        nbytes: up to its end.
+    """
+
+    root: object
+    foreign: tuple[str, ...]
+    references: tuple[Persistent, ...]
+    nbytes: int
+
+
+def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, allowance: Allowance) -> Pickle:
+    """What a pickle describes; nothing that it names is imported or called.
+
+    Args:
+        data: the pickle, and maybe more behind it.
+        harmless: the paths of the names that need not be mentioned.
+        where: the file's name, for messages.
+        allowance: the memory that it may take.
+
+    Raises:
+        UnsafeError: it uses instructions that need code to be understood, or takes more than it may.
+        CorruptError: it is malformed.
+
+    >>> import pickle
+    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file", Allowance("file", 100)).root.pairs
+    [('epoch', 3)]
+    """
+    machine = _Machine(harmless, where, allowance)
+    stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), allowance)
+    try:
+        # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
+        with ignoring(DeprecationWarning):
+            machine.run(stream)
+        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
+    except UnsafeError:  # which is a ValueError too
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where, remedy=DAMAGED) from error
+
+
+def _shown(text: str) -> str:
+    return text[:160].encode("unicode_escape").decode("ascii")
+
+
+class _Stream:
+    """The bytes of a large pickle, as `pickletools` reads them; what is long is allowed first."""
+
+    _LONGEST_LINE: Final = 1 << 20
+
+    def __init__(self, data: memoryview, allowance: Allowance) -> None:
+        self.data = data
+        self.allowance = allowance
+        self.position = 0
+
+    def read(self, length: int) -> bytes:
+        length = max(0, min(length, len(self.data) - self.position))
+        self.allowance.take(length * _MOST_BYTES_PER_CHARACTER)
+        self.allowance.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
+        return self._next(length)
+
+    def readline(self) -> bytes:
+        """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
+        length, piece = 64, b""
+        while b"\n" not in piece and len(piece) < min(length, len(self.data) - self.position):
+            piece = bytes(self.data[self.position : self.position + length])
+            length = min(4 * length, self._LONGEST_LINE)
+        return self._next(piece.find(b"\n") + 1 or len(piece))
+
+    def _next(self, length: int) -> bytes:
+        piece = bytes(self.data[self.position : self.position + length])
+        self.position += length
+        return piece
+
+    def tell(self) -> int:
+        return self.position
+
+
+class _Machine:
+    """The stack, the marks in it, and the memo."""
+
+    def __init__(self, harmless: Container[str], where: str, allowance: Allowance) -> None:
+        self.harmless = harmless
+        self.where = where
+        self.allowance = allowance
+        self.foreign: set[str] = set()
+        self.references: list[Persistent] = []
+        self.stack: list[object] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, object] = {}
+
+    def run(self, stream: io.BytesIO | _Stream) -> None:
+        for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it only reads and tells
+            action = _ACTIONS.get(opcode.name)
+            if action is None:
+                self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
+            self.allowance.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
+            action(self, argument)
+
+    def refuse(self, what: str) -> NoReturn:
+        raise UnsafeError(
+            what,
+            where=self.where,
+            remedy="If you trust its source: load it with torch.load(path, weights_only=False), save the model's "
+            "state_dict() with torch.save, and use that file.",
+        )
+
+    def push(self, value: object) -> None:
+        self.stack.append(value)
+
+    def pop(self) -> object:
+        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
+            raise LookupError("it takes more from its stack than there is")
+        return self.stack.pop()
+
+    def pop_node(self) -> Node:
+        value = self.pop()
+        if not isinstance(value, Node):
+            raise TypeError("it takes a plain value for a container")
+        return value
+
+    def pop_to_mark(self) -> list[object]:
+        start = self.marks.pop()
+        values = self.stack[start:]
+        del self.stack[start:]
+        return values
+
+    def mark(self, _: object) -> None:
+        self.marks.append(len(self.stack))
+
+    def discard(self, _: object) -> None:
+        self.pop()
+
+    def discard_to_mark(self, _: object) -> None:
+        self.pop_to_mark()
+
+    def duplicate(self, _: object) -> None:
+        self.push(self.stack[-1])
+
+    def remember(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def remember_next(self, _: object) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def recall(self, key: int) -> None:
+        self.push(self.memo[key])
+
+    def container(self, _: object) -> None:
+        self.push(Node())
+
+    def container_from_mark(self, _: object) -> None:
+        self.push(Node(values=self.pop_to_mark()))
+
+    def dict_from_mark(self, _: object) -> None:
+        items = self.pop_to_mark()
+        self.push(Node())
+        self.add_pairs(_pairs(items))
+
+    def append(self, _: object) -> None:
+        value = self.pop()
+        self.add_values([value])
+
+    def append_from_mark(self, _: object) -> None:
+        self.add_values(self.pop_to_mark())
+
+    def set_item(self, _: object) -> None:
+        value, key = self.pop(), self.pop()
+        self.add_pairs([(key, value)])
+
+    def set_items_from_mark(self, _: object) -> None:
+        self.add_pairs(_pairs(self.pop_to_mark()))
+
+    def add_values(self, values: list[object]) -> None:
+        node = self.top()
+        node.values = _longer(node.values, values)
+
+    def add_pairs(self, pairs: list[tuple[object, object]]) -> None:
+        self.allowance.take(_PAIR_NBYTES * len(pairs))
+        node = self.top()
+        node.pairs = _longer(node.pairs, pairs)
+
+    def top(self) -> Node:
+        node = self.pop_node()
+        self.push(node)
+        return node
+
+    def name(self, argument: str) -> None:
+        module, _, attribute = argument.partition(" ")
+        self.push(self.named(module, attribute))
+
+    def name_from_stack(self, _: object) -> None:
+        attribute, module = self.pop(), self.pop()
+        self.push(self.named(str(module), str(attribute)))
+
+    def named(self, module: str, attribute: str) -> Name:
+        path = f"{module}.{attribute}"
+        if path not in self.harmless and len(self.foreign) < _MOST_FOREIGN:
+            self.foreign.add(_shown(path))
+        return Name(path)
+
+    def call(self, _: object) -> None:
+        arguments = self.pop_node()
+        self.push(Node(self.callee(self.pop()), arguments.values))
+
+    def call_with_keywords(self, _: object) -> None:
+        keywords, arguments = self.pop_node(), self.pop_node()
+        self.push(Node(self.callee(self.pop()), arguments.values, pairs=keywords.pairs))
+
+    def call_from_mark(self, _: object) -> None:
+        callee, *arguments = self.pop_to_mark()
+        self.push(Node(self.callee(callee), arguments))
+
+    def call_named_from_mark(self, argument: str) -> None:
+        arguments = self.pop_to_mark()
+        self.name(argument)
+        self.push(Node(self.callee(self.pop()), arguments))
+
+    def callee(self, value: object) -> Name | Node:
+        # Before torch 1.6, a class came with its source code, as a reference to something outside.
+        if isinstance(value, Persistent):
+            value = next((part for part in value.fields if isinstance(part, Name)), None)
+        if not isinstance(value, Name | Node):
+            raise TypeError("it calls a plain value")
+        return value
+
+    def set_state(self, _: object) -> None:
+        state = self.pop()
+        node = self.top()
+        node.states = _longer(node.states, [state])
+
+    def persistent(self, _: object) -> None:
+        reference = Persistent(self.pop_node().values)
+        self.references.append(reference)
+        self.push(reference)
+
+    def nothing(self, _: object) -> None:
+        pass
+
+
+def _longer(known: Sequence[Any], more: list[Any]) -> list[Any]:
+    """A list grows in place; most nodes have none."""
+    if not isinstance(known, list):
+        return more
+    known += more
+    return known
+
+
+def _pairs(values: list[object]) -> list[tuple[object, object]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _tuple_of(length: int) -> Callable[[_Machine, object], None]:
+    def action(machine: _Machine, _: object) -> None:
+        machine.push(Node(values=[machine.pop() for _ in range(length)][::-1]))
+
+    return action
+
+
+def _constant(value: object) -> Callable[[_Machine, object], None]:
+    return lambda machine, _: machine.push(value)
+
+
+# What each instruction does. Missing on purpose: the extension registry (EXT1, EXT2, EXT4), which names code by
+# number, persistent identifiers as text (PERSID) and buffers out of band (NEXT_BUFFER, READONLY_BUFFER).
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine.nothing),
+    **dict.fromkeys(
+        (
+            *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+            *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+            *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+        ),
+        _Machine.push,
+    ),
+    "NONE": _constant(None),
+    "NEWTRUE": _constant(True),
+    "NEWFALSE": _constant(False),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"), _Machine.container),
+    **{name: _tuple_of(n) for n, name in enumerate(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))},
+    **dict.fromkeys(("TUPLE", "LIST", "FROZENSET"), _Machine.container_from_mark),
+    "DICT": _Machine.dict_from_mark,
+    "APPEND": _Machine.append,
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), _Machine.append_from_mark),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": _Machine.set_items_from_mark,
+    "MARK": _Machine.mark,
+    "POP": _Machine.discard,
+    "POP_MARK": _Machine.discard_to_mark,
+    "DUP": _Machine.duplicate,
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
+    "MEMOIZE": _Machine.remember_next,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.recall),
+    "GLOBAL": _Machine.name,
+    "STACK_GLOBAL": _Machine.name_from_stack,
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.call),
+    "NEWOBJ_EX": _Machine.call_with_keywords,
+    "OBJ": _Machine.call_from_mark,
+    "INST": _Machine.call_named_from_mark,
+    "BUILD": _Machine.set_state,
+    "BINPERSID": _Machine.persistent,
+}
+
+# The bytes that an instruction takes, beside its argument.
+_COSTS: Final[dict[str, int]] = {
+    **dict.fromkeys(
+        (
+            *("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST"),
+            *("FROZENSET", "DICT", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD", "BINPERSID"),
+        ),
+        _NODE_NBYTES,
+    ),
+    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), _NAME_NBYTES),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _MEMO_NBYTES),
+}

@@ -1,0 +1,124 @@
+"""The header of a .safetensors file, parsed strictly; and such a file written, without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+
+from pared.files.checks import Place
+from pared.files.disk import File
+
+_ALIGNMENT: Final = 64  # of the data within the file, in bytes, so that they can be mapped as they are
+_LENGTH: Final = struct.Struct("<Q")
+_NBYTES_PER_BYTE: Final = 32  # of Python's objects, for each byte of the header at most
+_LARGEST_HEADER: Final = 100_000_000  # as in the safetensors library
+
+# The bits of one element, by the type's name in the file.
+_BITS: Final[Mapping[str, int]] = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Span:
+    """One tensor of a .safetensors file.
+
+    Args:
+        name: as it stands in the header.
+        dtype: the header's name for the element type, "F32" for instance.
+        shape: of the tensor.
+        begin: of its bytes in the file.
+        end: of its bytes in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a .safetensors file says about itself.
+
+    Args:
+        metadata: free text by key.
+        spans: the tensors in the order of their bytes.
+        nbytes: of the header, its length field included.
+    """
+
+    metadata: Mapping[str, str]
+    spans: tuple[Span, ...]
+    nbytes: int
+
+
+def is_safetensors(file: File) -> bool:
+    """Whether the file begins as a .safetensors file."""
+    return bytes(file.data[8:9]) == b"{" and _LENGTH.unpack_from(file.data)[0] <= _LARGEST_HEADER
+
+
+def read_header(file: File) -> Header:
+    """The header of a .safetensors file; its tensors fill the rest of the file without gaps.
+
+    Raises:
+        CorruptError: it contradicts itself or the size of the file.
+        UnsafeError: it is too long for so small a file.
+    """
+    at = Place(file.where)
+    nbytes = _LENGTH.size + _LENGTH.unpack_from(file.data)[0]
+    if nbytes > len(file.data):
+        at.fail(f"its header has {nbytes:,} bytes, and the file {len(file.data):,}: it is truncated")
+    file.allowance.take(_NBYTES_PER_BYTE * nbytes)
+    top = at.mapping(at.json(bytes(file.data[_LENGTH.size : nbytes]), "its header"), "its header")
+    metadata = at.mapping(top.pop("__metadata__", {}), "its metadata")
+    for key, value in metadata.items():
+        at.text(value, f"its metadata {key!r}")
+    spans = sorted((_span(name, value, nbytes, at) for name, value in top.items()), key=lambda s: (s.begin, s.end))
+    end = nbytes
+    for span in spans:
+        if span.begin != end:
+            at.fail(f"tensor {span.name!r} begins at byte {span.begin:,} of the file, where {end:,} is due")
+        end = span.end
+    if end != len(file.data):
+        what = "it is truncated" if end > len(file.data) else "the rest belongs to no tensor"
+        at.fail(f"its tensors end at byte {end:,}, and the file has {len(file.data):,}: {what}")
+    return Header(metadata, tuple(spans), nbytes)
+
+
+def _span(name: str, value: object, start: int, at: Place) -> Span:
+    at = Place(f"{at.place}: {at.text(name, 'the name of a tensor')}")
+    known = at.fields(value, "its entry", ("dtype", "shape", "data_offsets"))
+    dtype = at.one_of(known["dtype"], _BITS, "its dtype")
+    shape = at.shape(known["shape"], "shape")
+    offsets = [at.whole(offset, "an offset") for offset in at.sequence(known["data_offsets"], "its data_offsets")]
+    bits = math.prod(shape) * _BITS[dtype]
+    if len(offsets) != 2 or bits % 8 or offsets[1] - offsets[0] != bits // 8:
+        at.fail(f"its offsets {offsets} do not fit shape {list(shape)} of {dtype}")
+    return Span(name, dtype, shape, start + offsets[0], start + offsets[1])
+
+
+def write_safetensors(stream: BinaryIO, index: bytes, data: bytes) -> None:
+    """Write the two records of an artifact as a .safetensors file, the data first and on a 64-byte boundary.
+
+    >>> import io
+    >>> stream = io.BytesIO()
+    >>> write_safetensors(stream, b"12", b"345")
+    >>> len(stream.getvalue()) % 64, stream.getvalue()[-5:]
+    (5, b'34512')
+    """
+    spans = {"data": (0, len(data)), "index": (len(data), len(data) + len(index))}
+    tensors = {
+        name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+        for name, (begin, end) in spans.items()
+    }
+    header = json.dumps({"__metadata__": {"format": "pared"}, **tensors}, separators=(",", ":")).encode("ascii")
+    header += b" " * (-(_LENGTH.size + len(header)) % _ALIGNMENT)
+    for piece in (_LENGTH.pack(len(header)), header, data, index):
+        stream.write(piece)

@@ -1,0 +1,209 @@
+"""The members of a zip archive, found without reading them; the folder in which torch keeps what it saves."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import BinaryIO, Final
+
+from pared.errors import CorruptError
+from pared.files.checks import DAMAGED
+from pared.files.disk import File
+
+PICKLE: Final = "data.pkl"
+
+_MAGIC: Final = b"PK\x03\x04"
+_LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, length of name, of extra field
+_ENCRYPTED: Final = 1
+_UTF8: Final = 0x800
+_ENTRY_NBYTES: Final = 16  # of Python's objects, for each byte of the directory at most
+
+# What the standard library raises on damaged directories.
+_ZIP_ERRORS: Final = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, struct.error, ValueError, OverflowError,
+    IndexError, OSError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of a zip archive.
+
+    Args:
+        name: its path in the archive.
+        start: of its local header in the file.
+        offset: of its content in the file.
+        stored: the bytes of its content in the file.
+        nbytes: of its content, inflated.
+        crc32: of its content, inflated, as the archive has it; nobody has compared it yet.
+        plain: whether it is neither compressed nor encrypted.
+        deflated: whether it is compressed by the usual method, and not encrypted.
+    """
+
+    name: str
+    start: int
+    offset: int
+    stored: int
+    nbytes: int
+    crc32: int
+    plain: bool
+    deflated: bool = False
+
+    @property
+    def end(self) -> int:
+        """Of its content in the file."""
+        return self.offset + self.stored
+
+
+@dataclass(frozen=True)
+class Archive:
+    """What the directory of a zip archive says, as far as it is true.
+
+    Args:
+        members: in the order of the file; they lie apart, within the file, and have distinct names.
+        directory: the offset of the directory, behind all members.
+        comment: free text at the end of the file.
+    """
+
+    members: tuple[Member, ...]
+    directory: int
+    comment: bytes
+
+
+def is_zip(file: File) -> bool:
+    """Whether the file begins as a zip archive."""
+    return bytes(file.data[: len(_MAGIC)]) == _MAGIC
+
+
+def read_archive(file: File) -> Archive:
+    """The members of a zip archive, found by its directory and by their own headers.
+
+    Raises:
+        CorruptError: the archive contradicts itself.
+    """
+    stream: BinaryIO = _Bounded(file)  # type: ignore[assignment]  # zipfile needs no more of it
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            infos, directory, comment = archive.infolist(), archive.start_dir, archive.comment
+    except _ZIP_ERRORS as error:
+        raise CorruptError(
+            f"its zip directory cannot be read ({error}): it is truncated or damaged",
+            where=file.where,
+            remedy=DAMAGED,
+        ) from error
+    members = sorted((_member(file, info) for info in infos), key=lambda member: member.start)
+    bounds = [*(member.start for member in members), directory]
+    for member, (_, bound) in zip(members, pairwise(bounds), strict=True):
+        if member.end > bound:
+            raise _corrupt(file, f"its member {member.name!r} reaches into what follows it")
+    if len({member.name for member in members}) != len(members):
+        raise _corrupt(file, "two members of its archive have the same name")
+    return Archive(tuple(members), directory, comment)
+
+
+class _Bounded:
+    """The file as a stream for `zipfile`, which reads a directory whole and makes large objects of its entries."""
+
+    def __init__(self, file: File) -> None:
+        self.stream = file.stream
+        self.allowance = file.allowance
+        self.seek, self.tell = file.stream.seek, file.stream.tell
+
+    def read(self, length: int = -1) -> bytes:
+        here = self.tell()
+        whole = self.seek(0, 2)
+        self.seek(here)
+        wanted = whole - here if length < 0 else min(length, whole - here)
+        self.allowance.take(wanted * _ENTRY_NBYTES)
+        return self.stream.read(wanted)
+
+
+def _member(file: File, info: zipfile.ZipInfo) -> Member:
+    start, whole = info.header_offset, len(file.data)
+    if not 0 <= start <= whole - _LOCAL_HEADER.size:
+        raise _corrupt(file, f"its member {info.filename!r} begins outside the file")
+    magic, flags, method, name_length, extra_length = _LOCAL_HEADER.unpack_from(file.data, start)
+    name_start = start + _LOCAL_HEADER.size
+    name = bytes(file.data[name_start : name_start + name_length])
+    listed = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+    if (magic, method, name) != (_MAGIC, info.compress_type, listed):
+        raise _corrupt(file, f"its member {info.filename!r} and the archive's directory contradict each other")
+    encrypted = bool((flags | info.flag_bits) & _ENCRYPTED)
+    stored_plain = method == zipfile.ZIP_STORED
+    if stored_plain and info.compress_size != info.file_size:
+        raise _corrupt(file, f"its member {info.filename!r} has two sizes")
+    return Member(
+        name=info.filename,
+        start=start,
+        offset=name_start + name_length + extra_length,
+        stored=info.compress_size,
+        nbytes=info.file_size,
+        crc32=info.CRC,
+        plain=stored_plain and not encrypted,
+        deflated=method == zipfile.ZIP_DEFLATED and not encrypted,
+    )
+
+
+def checked_content(file: File, member: Member) -> bytes:
+    """The content of a plain member, compared with its checksum.
+
+    Raises:
+        CorruptError: they do not match, or it is not plain.
+    """
+    if not member.plain:
+        raise _corrupt(file, f"its member {member.name!r} is compressed or encrypted, which torch never does")
+    content = bytes(file.data[member.offset : member.end])
+    if zlib.crc32(content) != member.crc32:
+        raise _corrupt(file, f"the checksum of its member {member.name!r} does not match")
+    return content
+
+
+def inflated(file: File, member: Member, most: int | None = None) -> bytes:
+    """The content of a member that is plain or deflated.
+
+    Args:
+        file: the archive.
+        member: one of its members.
+        most: so many bytes from the beginning, unchecked; None: all, compared with its size and checksum.
+
+    Raises:
+        CorruptError: it is damaged, or neither plain nor deflated.
+    """
+    if member.plain:
+        return checked_content(file, member) if most is None else bytes(file.data[member.offset : member.end][:most])
+    if not member.deflated:
+        raise _corrupt(file, f"its member {member.name!r} is encrypted, or compressed by an unusual method")
+    stored = file.data[member.offset : member.end]
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        if most is not None:
+            return inflate.decompress(stored[: 2 * most], most)
+        content = inflate.decompress(stored, member.nbytes + 1)
+    except zlib.error as error:
+        raise _corrupt(file, f"its member {member.name!r} cannot be inflated ({error})") from error
+    if len(content) != member.nbytes or zlib.crc32(content) != member.crc32:
+        raise _corrupt(file, f"the size or the checksum of its member {member.name!r} does not match")
+    return content
+
+
+def torch_folder(file: File, archive: Archive) -> str | None:
+    """The folder of what `torch.save` wrote, with a slash behind it; None if it is some other archive.
+
+    Raises:
+        CorruptError: the folder lacks its pickle.
+    """
+    names = {member.name for member in archive.members}
+    for name in sorted(names):
+        folder, _, rest = name.partition("/")
+        if rest in (PICKLE, "data/0"):
+            if f"{folder}/{PICKLE}" not in names:
+                raise _corrupt(file, f"its member '{folder}/{PICKLE}' is missing")
+            return f"{folder}/"
+    return None
+
+
+def _corrupt(file: File, what: str) -> CorruptError:
+    return CorruptError(what, where=file.where, remedy=DAMAGED)

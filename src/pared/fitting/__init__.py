@@ -1,0 +1,1 @@
+"""How `fit` decides: calibration, rounding, search."""

@@ -1,0 +1,229 @@
+"""What calibration saw: one pass over the data records the calls of the model and the inputs of its layers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pared.errors import CalibrationError
+from pared.fitting.calibration.ranges import narrowed
+from pared.formats.activation import Outliers
+from pared.model import calls
+from pared.model.calls import Call
+from pared.model.copies import shadow
+from pared.model.outputs import leaves_of
+from pared.runtime.layers.registry import has_columns, layer_of, weights_of
+from pared.switches import WITHOUT_FAST_PATHS
+
+
+@dataclass(frozen=True, eq=False)
+class InputStats:
+    """What one layer's input looked like.
+
+    Args:
+        low: the least value, or 0 if that is less.
+        high: the greatest value, or 0 if that is greater.
+        shape: the shape of the call with the median number of elements: the one that timing uses.
+        call: of layers that take more than one tensor, the largest call: timing makes it again.
+        lows, highs: the least and the greatest value of each number along the last dimension; only of layers whose
+            range may leave columns out.
+    """
+
+    low: float
+    high: float
+    shape: tuple[int, ...]
+    call: Call | None = None
+    lows: Tensor | None = None
+    highs: Tensor | None = None
+
+    @functools.cached_property
+    def narrowed(self) -> tuple[float, float, Outliers]:
+        """The least and the greatest value that a range need hold which may leave columns out, and these columns."""
+        if self.lows is None or self.highs is None:
+            return self.low, self.high, ()
+        return narrowed(self.lows, self.highs)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """The result of the pass.
+
+    Args:
+        samples: how many were seen.
+        inputs: of each layer that was called, by module name.
+        calls: of the model, in order, until the limit of samples was reached.
+        energies_of_calls: of each of the model's floating outputs, for each call; empty where it returns no floats.
+        samples_of_calls: how many each call had.
+    """
+
+    samples: int
+    inputs: Mapping[str, InputStats]
+    calls: tuple[Call, ...] = ()
+    energies_of_calls: tuple[tuple[float, ...], ...] = ()
+    samples_of_calls: tuple[int, ...] = ()
+
+    @property
+    def energies(self) -> tuple[float, ...]:
+        """Of each of the model's floating outputs, over all calls."""
+        return tuple(map(sum, zip_longest(*self.energies_of_calls, fillvalue=0.0)))
+
+    def some(self, samples: int) -> Statistics:
+        """The same with fewer calls, evenly spaced: of about so many samples."""
+        wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(sum(self.samples_of_calls), 1)))
+        places = [i * len(self.calls) // wanted for i in range(wanted)]
+        return replace(
+            self,
+            samples=sum(self.samples_of_calls[i] for i in places),
+            calls=tuple(self.calls[i] for i in places),
+            energies_of_calls=tuple(self.energies_of_calls[i] for i in places),
+            samples_of_calls=tuple(self.samples_of_calls[i] for i in places),
+        )
+
+
+def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Statistics:
+    """Run the calibration data through the model once; remember its calls and each candidate layer's inputs.
+
+    Args:
+        model: runs in eval mode, as a structural copy that shares its weights: it is left as it is.
+        calibration: see `calls.run`.
+        limit: of samples.
+
+    Raises:
+        CalibrationError: see `calls.run`; or a layer's input is NaN or infinite.
+    """
+    copied = shadow(model)
+    collectors = {
+        name: _Collector(
+            name,
+            whole=layer.forward is not None,
+            own=type(module).__module__.startswith("torch.nn."),
+            columns=has_columns(module),
+        )
+        for name, module in copied.named_modules()
+        if weights_of(module) and (layer := layer_of(module))
+    }
+    for name, collector in collectors.items():
+        copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
+    recorder = _Recorder(limit)
+    copied.register_forward_hook(recorder, with_kwargs=True)
+    with WITHOUT_FAST_PATHS:
+        samples = calls.run(copied, calibration, limit)
+    found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
+    every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
+    inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
+    return Statistics(
+        samples,
+        inputs,
+        tuple(recorder.calls),
+        tuple(recorder.energies_of_calls),
+        tuple(recorder.samples_of_calls),
+    )
+
+
+class _Recorder:
+    """A forward hook that remembers calls of the model, up to a number of samples, and what came of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.calls: list[Call] = []
+        self.energies_of_calls: list[tuple[float, ...]] = []
+        self.samples_of_calls: list[int] = []
+        self._left = limit
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._left <= 0:
+            return
+        self.samples_of_calls.append(calls.samples_of(args, kwargs))
+        self._left -= self.samples_of_calls[-1]
+        self.calls.append(_owned(args, kwargs))
+        self.energies_of_calls.append(tuple(leaf.energy() for leaf in leaves_of(output)))
+
+
+def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """The call with tensors of its own; what was one tensor stays one."""
+    known: dict[int, object] = {}
+
+    def own(value: object) -> object:
+        if id(value) not in known:
+            if isinstance(value, PackedSequence):
+                known[id(value)] = PackedSequence(value.data.detach().clone(), *value[1:])
+            else:
+                known[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
+        return known[id(value)]
+
+    return Call(*tree_map(own, (args, kwargs)))
+
+
+class _Collector:
+    """A forward hook that remembers the range and the shapes of one layer's inputs.
+
+    Args:
+        name: of the layer.
+        whole: remember its largest call, too.
+        own: the layer is PyTorch's: its first tensor is its input, however it is called.
+        columns: remember the range of each number along the last dimension.
+    """
+
+    def __init__(self, name: str, whole: bool, own: bool, columns: bool) -> None:
+        self._own = own
+        self._columns = columns
+        self.name = name
+        self.low = self.high = 0.0
+        self.lows: Tensor | None = None
+        self.highs: Tensor | None = None
+        self.plain = True
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+        self._whole = whole
+        self._largest: Call | None = None
+        self._most = 0
+
+    @property
+    def seen(self) -> bool:
+        return bool(self.shapes) and self.plain
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Tensor, PackedSequence))]
+        if not self._whole and (len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor):
+            # A subclass that is called in its own way cannot be tried by itself.
+            self.plain, self._whole = self._own, self._own
+        if not self.plain or not found or found[0].data.numel() == 0:
+            return
+        x = found[0].data.detach()
+        self.shapes[tuple(x.shape)] += 1
+        size = sum(one.data.numel() for one in found)
+        if self._whole and size > self._most:
+            self._largest, self._most = _owned(args, kwargs), size
+        if not x.is_floating_point():
+            return
+        ends = self._ends(x)
+        low, high = float(ends[0].min()), float(ends[1].max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError(
+                f"its input holds {'NaN' if math.isnan(low) else 'Inf'} during calibration",
+                where=self.name,
+                remedy="Check the calibration data, and that the float model itself is sound on them.",
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+
+    def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value, of each column where these are remembered."""
+        if not self._columns:
+            return torch.aminmax(x)
+        rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+        lows, highs = rows.amin(0).float(), rows.amax(0).float()
+        self.lows = lows if self.lows is None else torch.minimum(self.lows, lows)
+        self.highs = highs if self.highs is None else torch.maximum(self.highs, highs)
+        return lows, highs
+
+    def result(self) -> InputStats:
+        by_size = sorted(self.shapes.elements(), key=lambda shape: (math.prod(shape), shape))
+        return InputStats(self.low, self.high, by_size[len(by_size) // 2], self._largest, self.lows, self.highs)

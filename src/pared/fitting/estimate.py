@@ -1,0 +1,113 @@
+"""Before any work: whether the arguments of `fit` are right, and what will come of it, about."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from torch import nn
+
+from pared.errors import CalibrationError, ConfigError
+from pared.fitting.calibration import observe as stats
+from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.rounding import plan
+from pared.model import calls
+from pared.model.checks import check_supported
+from pared.model.tensors import find_tensors
+from pared.runtime.layers.registration import check_registered
+
+
+def check_arguments(conf: object, calibration: object, eval_func: object = None, confirm_func: object = None) -> None:
+    """Refuse arguments of `fit` that do not go together, or are of another type.
+
+    Raises:
+        ConfigError, CalibrationError: they are.
+    """
+    if not isinstance(conf, PostTrainingQuantConfig):
+        raise ConfigError(
+            f"conf is a {type(conf).__name__}",
+            where="pared.fit",
+            remedy="Pass a PostTrainingQuantConfig(...).",
+        )
+    for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
+        if function is not None and not callable(function):
+            raise ConfigError(
+                f"{name} is a {type(function).__name__}, which cannot be called",
+                where="pared.fit",
+                remedy=f"Pass a function: {name}(model) returns a number.",
+            )
+    if confirm_func is not None and eval_func is None:
+        raise ConfigError(
+            "confirm_func without eval_func confirms nothing",
+            where="pared.fit",
+            remedy="Pass eval_func as well.",
+        )
+    if conf.approach == "static" and calibration is None:
+        raise CalibrationError(
+            'approach="static" needs calibration data, and there are none',
+            where="pared.fit",
+            remedy='Pass calib_dataloader, or choose approach="dynamic" or "weight_only".',
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `fit` would give at 8 bits, from a look at samples of the weights: what a search starts from.
+
+    Args:
+        nbytes: of `best_model.pt`, about.
+        original_nbytes: of the model's tensors as they are.
+        seconds: that `fit(quant_level=0)` would take without evaluations, about.
+    """
+
+    nbytes: int
+    original_nbytes: int
+    seconds: float
+
+
+# What an index takes, about: for each tensor, and by itself.
+_PER_TENSOR = 70
+_ENVELOPE = 1500
+# An estimate rounds this many evenly spaced rows of each tensor.
+_SAMPLED_ROWS = 64
+
+
+def estimate(
+    model: nn.Module,
+    conf: PostTrainingQuantConfig | None = None,
+    calib_dataloader: calls.Calibration | None = None,
+) -> Estimate:
+    """Predict bytes and seconds before any work: rounds a few rows of each tensor and runs one calibration batch.
+
+    Args:
+        model: as for `fit`.
+        conf: as for `fit`.
+        calib_dataloader: as for `fit`; one batch is read.
+
+    Raises:
+        ParedError: as `fit`.
+
+    >>> guess = estimate(nn.Linear(256, 256))
+    >>> guess.nbytes < 0.4 * guess.original_nbytes
+    True
+    """
+    conf = PostTrainingQuantConfig() if conf is None else conf
+    check_supported(model)
+    check_registered(model)
+    check_arguments(conf, calib_dataloader)
+    slots = find_tensors(model)
+    decisions = plan.make_plan(model, slots, conf.rules, strict=conf.strict)
+    start = time.monotonic()
+    guesses = [plan.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(slots, decisions, strict=True)]
+    share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in slots))
+    rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
+    calibrating = 0.0
+    if calib_dataloader is not None and conf.approach != "weight_only":
+        start = time.monotonic()
+        seen = stats.collect(model, calib_dataloader, 1)
+        calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
+    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(slots) + _ENVELOPE
+    if isinstance(conf.max_size, int):
+        nbytes = min(nbytes, conf.max_size)
+    original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in slots)
+    return Estimate(nbytes, original, rounding + calibrating)

@@ -1,0 +1,91 @@
+"""What running a module in int8 costs, where no product of it can be watched: it is run, and the outputs are compared.
+
+Recurrent layers and attention compute in one function of PyTorch's, whose inner inputs (states, contexts) nobody sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import nn
+
+from pared.fitting.calibration.observe import Statistics
+from pared.fitting.calibration.sensitivity import InputNoise
+from pared.fitting.rounding.plan import DEFAULT_BITS, encode
+from pared.fitting.search.activations import Candidate, find_candidates
+from pared.model.calls import Call
+from pared.model.contents import Decision, Stored
+from pared.model.copies import shadow
+from pared.model.outputs import Leaf, leaves_of
+from pared.model.tensors import Slot
+from pared.runtime.layers.counterpart import stand_in
+from pared.runtime.layers.registry import layer_of, weights_of
+from pared.switches import WITHOUT_FAST_PATHS
+
+_MOST_CALLS: Final = 4
+
+
+def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> dict[str, InputNoise]:
+    """The damage of 8-bit inputs of every module that has a forward of its own in the table of layers.
+
+    Args:
+        model: left as it is.
+        slots: its tensors.
+        seen: what calibration saw; the first of its calls are made again, twice for each module.
+
+    Returns:
+        by the name of the module's first weight; nothing where the model returns no floats.
+    """
+    if not seen.energies:
+        return {}
+    wanted = {
+        f"{name}.{attribute}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name in seen.inputs and (layer := layer_of(module)) and layer.forward is not None and not layer.missing()
+        for attribute in (*weights_of(module), *(f"{part}.weight" for part in layer.parts))
+    }
+    stored = [
+        Stored(slot.names, slot.kind, encode(slot, decision), decision)
+        for slot in slots
+        if slot.weight_like and wanted & set(slot.names)
+        for decision in (Decision(slot.name, "grid", DEFAULT_BITS, ""),)
+    ]
+    candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
+    calls = seen.calls[:_MOST_CALLS]
+    with torch.no_grad(), WITHOUT_FAST_PATHS:
+        return {next(iter(one.weights.values())).name: InputNoise(0.0, _lost(model, one, calls)) for one in candidates}
+
+
+def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> float:
+    """The mean share of the outputs' energies that running one module in int8 costs."""
+    copied = shadow(model)
+    held: Mapping[str, Mapping[str, Stored]] = {
+        candidate.name: candidate.weights,
+        **{f"{candidate.name}.{part}".removeprefix("."): {"weight": one} for part, one in candidate.parts.items()},
+    }
+    for name, weights in held.items():
+        for attribute, one in weights.items():
+            copied.get_submodule(name).get_parameter(attribute).copy_(one.coded.decode())
+    expected = [_leaves(copied, call) for call in calls]
+    (dynamic,) = candidate.options("dynamic")
+    for name, activation in candidate.activations(dynamic).items():
+        stand_in(copied.get_submodule(name), {a: one.coded for a, one in held[name].items()}, activation)
+    pairs = [
+        list(zip(wanted, _leaves(copied, call), strict=False)) for wanted, call in zip(expected, calls, strict=True)
+    ]
+    shares = []
+    for leaf in range(min(map(len, pairs))):
+        energy = sum(one[leaf][0].energy() for one in pairs)
+        lost = sum(
+            one[leaf][0].error(one[leaf][1].value)
+            for one in pairs
+            if one[leaf][0].value.shape == one[leaf][1].value.shape
+        )
+        shares.append(lost / energy if energy else 0.0)
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _leaves(model: nn.Module, call: Call) -> list[Leaf]:
+    return leaves_of(model(*call.args, **call.kwargs))

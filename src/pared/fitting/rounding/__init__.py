@@ -1,0 +1,1 @@
+"""From weights to codes: the rules, the rounding, and what each step would cost."""

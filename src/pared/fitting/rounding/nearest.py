@@ -1,0 +1,94 @@
+"""From a matrix and a wish to codes and steps. Pure mathematics: no modules, no files."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pared.formats import entropy
+from pared.formats.coded import Coded, Grid
+from pared.formats.grids import CODE_LIMITS
+from pared.formats.views import View
+
+# A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.
+_SMALLEST_STEP: Final = torch.finfo(torch.float32).tiny
+# A rate counts as reached within this many bits per weight.
+_RATE_TOLERANCE: Final = 0.01
+# Above this many weights the rate is measured on evenly spaced rows.
+_SAMPLE: Final = 1 << 19
+
+
+def absmax_steps(tensor: Tensor, view: View, limit: int) -> Tensor:
+    """The finest step of each row at which no code leaves `limit`: `absmax(row) / limit`.
+
+    Args:
+        tensor: any floating shape.
+        view: which dimensions are rows.
+        limit: the largest magnitude of a code, 127 or 32767.
+
+    Returns:
+        float32 of shape `view.row_sizes`; zero for rows that are zero.
+
+    >>> absmax_steps(torch.tensor([[1.27, 0.0], [0.0, 0.0]]), View((2, 2), (0,)), 127)
+    tensor([0.0100, 0.0000])
+    """
+    values = tensor.detach().reshape(view.split)
+    absmax = values.abs().amax(view.columns).float() if view.columns else values.abs().float()
+    step = (absmax / limit).reshape(view.row_sizes)
+    return torch.where(step >= _SMALLEST_STEP, step, torch.zeros_like(step))
+
+
+def nearest(tensor: Tensor, bits: float, view: View) -> Coded:
+    """Round to the nearest point of the grid whose coded stream costs `bits` per weight.
+
+    The step is the same for all rows (at a fixed rate that minimises the squared error of a high-resolution
+    quantizer; Gersho 1979) but never finer than `absmax(row) / 127`, so that at 8 bits every row has its own
+    finest int8 step. Above 8 bits the codes are int16 and the bound is `absmax(row) / 32767`.
+
+    Args:
+        tensor: any floating shape, finite.
+        bits: the rate asked for, above 0 and below 16.
+        view: which dimensions are rows.
+
+    >>> w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    >>> coded = nearest(w, 4, View((64, 64), (0,)))
+    >>> 3.9 < 8 * entropy.cost(coded.parts["codes"].numpy()) / w.numel() < 4.1
+    True
+    """
+    grid = Grid("int8") if bits <= 8 else Grid("int16")
+    finest = absmax_steps(tensor, view, CODE_LIMITS[grid.codes])
+    if bits == 8 or not bool((finest > 0).any()):
+        return grid.encode(tensor, finest, view)
+    return grid.encode(tensor, _steps_for_rate(tensor, bits, view, grid, finest), view)
+
+
+def _steps_for_rate(tensor: Tensor, bits: float, view: View, grid: Grid, finest: Tensor) -> Tensor:
+    """Bisect the logarithm of the common step until the coded rate is `bits`."""
+    matrix = view.matrix(tensor.detach())
+    rows = finest.reshape(-1)
+    if matrix.numel() > _SAMPLE:
+        chosen = torch.linspace(0, len(matrix) - 1, max(1, _SAMPLE // matrix.shape[1])).long().unique()
+        matrix, rows = matrix[chosen], rows[chosen]
+
+    def steps(common: float, bound: Tensor) -> Tensor:
+        # A row of zeros keeps its step of zero; elsewhere the common step holds unless it is too fine.
+        return torch.where(bound > 0, bound.clamp(min=common), bound)
+
+    def rate(common: float) -> float:
+        coded = grid.encode(matrix, steps(common, rows))
+        return 8 * entropy.cost(coded.parts["codes"].numpy()) / matrix.numel()
+
+    low = float(finest[finest > 0].min())
+    high = 4 * CODE_LIMITS[grid.codes] * float(finest.max())  # every weight rounds to zero
+    if rate(low) <= bits:
+        return finest
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        reached = rate(middle)
+        if abs(reached - bits) <= _RATE_TOLERANCE:
+            return steps(middle, finest)
+        low, high = (middle, high) if reached > bits else (low, middle)
+    return steps(high, finest)

@@ -1,0 +1,1 @@
+"""Which formats to choose: allocation at a price, and the search against the user's score."""

@@ -1,0 +1,191 @@
+"""The workspace: what a search has found out so far, in a directory that survives the death of the process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from pared.artifact.envelope import find_artifact
+from pared.artifact.outcome import Trial
+from pared.errors import ConfigError, FileError
+from pared.files.disk import make_directory, reading, write_atomic
+from pared.fitting.search.evaluate import Score
+from pared.model import storage as artifact
+from pared.runtime import quantized
+from pared.runtime.profile import profile_beside
+
+log = logging.getLogger(__name__)
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_FINGERPRINT: Final = "fingerprint.json"
+_BASELINE: Final = "baseline.json"
+_TRIALS: Final = "trials.jsonl"
+_AFRESH: Final = "Delete the workspace to start afresh, or pass another directory."
+
+
+class Workspace:
+    """The records of one search. Each is on the disk before the next step begins.
+
+    The directory holds `fingerprint.json`, `baseline.json`, `trials.jsonl` (a line for each finished trial), and
+    `trial-1`, `trial-2`, ...: what `save` writes, so that each trial can be loaded by itself.
+
+    Args:
+        directory: made if it is missing; an earlier search in it is continued.
+        fingerprint: what the search depends on, as words: checksum of the model, configuration, versions. The user's
+            functions cannot be compared: a workspace must not be used for two of them.
+
+    Raises:
+        ConfigError: the directory belongs to a search with another fingerprint.
+        FileError: it cannot be read or written, or its records are damaged.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     Workspace(directory, {"seed": "0"}).set_baseline("eval_func", Score(0.5))
+    ...     Workspace(directory, {"seed": "0"}).baseline("eval_func").value
+    0.5
+    """
+
+    def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
+        self._directory = Path(directory)
+        make_directory(self._directory)
+        self._check(dict(fingerprint))
+        self._baselines: dict[str, Any] = self._read(_BASELINE) or {}
+        self._trials = self._read_trials()
+        if self._trials:
+            log.info("%s: %d finished trials are taken from an earlier run", directory, len(self._trials))
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """The finished trials, in order."""
+        return tuple(self._trials)
+
+    def baseline(self, name: str) -> Score | None:
+        """What a function said of the float model; None if it was not asked yet.
+
+        Args:
+            name: of the function: "eval_func" or "confirm_func".
+        """
+        data = self._baselines.get(name)
+        if data is None:
+            return None
+        try:
+            samples = None if data["samples"] is None else np.array(data["samples"], dtype=np.float64)
+            return Score(float(data["value"]), samples)
+        except (TypeError, KeyError, ValueError) as error:
+            raise _damaged(self._directory / _BASELINE, error) from error
+
+    def set_baseline(self, name: str, score: Score) -> None:
+        """Record what a function said of the float model."""
+        samples = None if score.samples is None else score.samples.tolist()
+        self._baselines = {**self._baselines, name: {"value": score.value, "samples": samples}}
+        self._write(_BASELINE, self._baselines)
+
+    def add(self, trial: Trial, model: nn.Module) -> None:
+        """Record a finished trial and its model; the trial counts from the moment its line is complete."""
+        quantized.save(model, self._place(len(self._trials)))
+        line = json.dumps(asdict(trial)) + "\n"
+        try:
+            with (self._directory / _TRIALS).open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise FileError(
+                f"cannot be written: {error.strerror or error}",
+                where=str(self._directory / _TRIALS),
+                remedy="Free space, or choose another workspace.",
+            ) from error
+        self._trials.append(trial)
+
+    def model(self, number: int, skeleton: ModuleT) -> ModuleT:
+        """The model of a finished trial, from the bytes that were stored.
+
+        Args:
+            number: of the trial, counted from 0.
+            skeleton: gives structure and class.
+        """
+        file = find_artifact(self._place(number))
+        return quantized.assemble(skeleton, artifact.read(file), profile_beside(file))
+
+    def _place(self, number: int) -> Path:
+        return self._directory / f"trial-{number + 1}"
+
+    def _check(self, fingerprint: dict[str, str]) -> None:
+        recorded = self._read(_FINGERPRINT)
+        if recorded is None:
+            self._write(_FINGERPRINT, fingerprint)
+            return
+        for field in dict.fromkeys([*fingerprint, *recorded]):
+            then, now = recorded.get(field), fingerprint.get(field)
+            if then != now:
+                raise ConfigError(
+                    f"belongs to another search: {field} was {_short(then)} and is {_short(now)}",
+                    where=str(self._directory),
+                    remedy=_AFRESH,
+                )
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._directory / name
+        if not path.is_file():
+            return None
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(path, error) from error
+        if not isinstance(data, dict):
+            raise _damaged(path, "no mapping")
+        return data
+
+    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+        write_atomic(self._directory / name, lambda file: file.write(json.dumps(data, indent=1).encode()))
+
+    def _read_trials(self) -> list[Trial]:
+        """The complete lines. A torn last one is cut off, so that the next line does not grow onto it."""
+        path = self._directory / _TRIALS
+        if not path.is_file():
+            return []
+        with reading(path):
+            data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            log.info("%s: the last line is torn; its trial is made again", path)
+            write_atomic(path, lambda file: file.write(whole))
+        try:
+            return [Trial.from_json(json.loads(line)) for line in whole.splitlines()]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(path, error) from error
+
+
+def _short(value: str | None) -> str:
+    """A value of the fingerprint, short enough for one line."""
+    if value is None:
+        return "not recorded"
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def _damaged(path: Path, why: object) -> FileError:
+    return FileError(f"cannot be read ({why})", where=str(path), remedy=_AFRESH)
+
+
+def checksum(values: Any) -> str:
+    """A checksum of tensors' bytes; other values by their text."""
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().flatten()
+            data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+            total = zlib.crc32(f"{value.dtype}{list(value.shape)}".encode() + data, total)
+        else:
+            total = zlib.crc32(repr(value).encode(), total)
+    return f"{total:08x}"

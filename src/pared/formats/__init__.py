@@ -1,0 +1,1 @@
+"""What one stored number may be, and the bytes that numbers become."""

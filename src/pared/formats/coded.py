@@ -1,0 +1,327 @@
+"""What one stored number may be: on a grid, a float, or exactly as it came.
+
+A `Format` is data. `encode` turns a tensor into a `Coded`: the numbers that are kept in memory and on disk, by part
+("codes" and "step", or "values"). The laws that every format keeps, and that the tests check for each:
+
+* `decode(encode(w))` has the dtype and the shape of `w`, and is as near to it as the format promises;
+* `nbytes(coded)` is exactly the number of bytes that `streams(coded)` holds, before the container's alignment.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, Literal, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pared.errors import CorruptError
+from pared.formats import dtypes
+from pared.formats.grids import CODE_LIMITS, CodeType
+from pared.formats.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
+from pared.formats.views import View, first_dimension
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A tensor in a format.
+
+    Args:
+        format: what its numbers are.
+        shape: of the source tensor.
+        dtype: of the source tensor; `decode` gives it back.
+        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, one per row of the view), or "values".
+        view: which dimensions have a step of their own; only for grids.
+    """
+
+    format: Grid | Float | Raw
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Mapping[str, Tensor]
+    view: View | None = None
+
+    def decode(self) -> Tensor:
+        """The tensor that the numbers stand for, in the source's dtype and shape."""
+        return self.format.decode(self)
+
+    @property
+    def nbytes(self) -> int:
+        """The exact bytes of the streams that hold it."""
+        return self.format.nbytes(self)
+
+
+class Format(ABC):
+    """What one stored number may be."""
+
+    tag: ClassVar[str]
+
+    @abstractmethod
+    def decode(self, coded: Coded) -> Tensor:
+        """The tensor that the parts stand for."""
+
+    @abstractmethod
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
+        """The bytes to store, by part."""
+
+    @abstractmethod
+    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
+        """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
+
+    @abstractmethod
+    def nbytes(self, coded: Coded) -> int:
+        """How many bytes `streams` takes."""
+
+    @abstractmethod
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for tables."""
+
+
+@final
+@dataclass(frozen=True)
+class Grid(Format):
+    """Integer codes on a uniform grid with one step per row: `value = step[row] * code`.
+
+    Args:
+        codes: the integer type of the codes; magnitudes stay within 127 or 32767, so that the grid is symmetric.
+
+    >>> w = torch.tensor([[0.5, -1.0], [0.0, 0.0]])
+    >>> coded = Grid("int8").encode(w, torch.tensor([0.5, 0.0]))
+    >>> coded.parts["codes"].tolist(), coded.decode().tolist()
+    ([[1, -2], [0, 0]], [[0.5, -1.0], [0.0, 0.0]])
+    """
+
+    tag: ClassVar[str] = "grid"
+    codes: CodeType = "int8"
+
+    @property
+    def limit(self) -> int:
+        """The largest magnitude of a code."""
+        return CODE_LIMITS[self.codes]
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return f"grid {self.codes}"
+
+    def encode(self, tensor: Tensor, step: Tensor, view: View | None = None) -> Coded:
+        """Round every value to the nearest multiple of its row's step; codes beyond the limit are clamped.
+
+        Args:
+            tensor: any floating shape.
+            step: float32, one per row of `view` (its `row_sizes`); a step of zero is legal and gives zeros.
+            view: default: rows are dimension 0.
+        """
+        shape = tuple(tensor.shape)
+        view = view or first_dimension(shape)
+        spread = view.spread(step)
+        inverse = torch.where(spread > 0, spread.reciprocal(), torch.zeros_like(spread))
+        scaled = torch.mul(tensor.detach().reshape(view.split).float(), inverse)
+        codes = scaled.round_().clamp_(-self.limit, self.limit).to(_CODE_TYPES[self.codes])
+        return Coded(self, shape, tensor.dtype, {"codes": codes.reshape(shape), "step": step}, view)
+
+    def decode(self, coded: Coded) -> Tensor:
+        """`step[row] * code`, in float32, then in the source's dtype."""
+        view = coded.view or first_dimension(coded.shape)
+        codes, step = coded.parts["codes"], coded.parts["step"]
+        values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types would be slower
+        return values.to(coded.dtype).reshape(coded.shape)
+
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
+        """The codes through the entropy coder, by classes of rows where that pays; the steps too, or as float32."""
+        codes = encode_codes(_plain(coded.parts["codes"]), coded.view or first_dimension(coded.shape))
+        return codes | {"step": encode_steps(_plain(coded.parts["step"]))}
+
+    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
+        """Codes and steps from their bytes."""
+        view = view or first_dimension(shape)
+        codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
+        part = streams["step"]
+        if part.base is not None:
+            return {"codes": codes, "step": torch.from_numpy(decode_steps(part, view.n_rows)).reshape(view.row_sizes)}
+        step = _from_bytes(part.payload, torch.float32, view.row_sizes)
+        steps = step.numpy()  # numpy: torch would start threads of its own in each thread that reads
+        if not (np.isfinite(steps) & (steps >= 0)).all():
+            raise CorruptError("a step is negative or not finite", remedy="Fetch the file again; it is damaged.")
+        return {"codes": codes, "step": step}
+
+    def nbytes(self, coded: Coded) -> int:
+        """Codes and steps as they would be written: it takes as long as writing them."""
+        return sum(len(part.payload) for part in self.streams(coded).values())
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+        return {"tag": self.tag, "codes": self.codes}
+
+
+_CODE_TYPES: Final = {"int8": torch.int8, "int16": torch.int16}
+
+
+class _Plain(Format):
+    """A format with one part, "values", stored as plain little-endian numbers of one type."""
+
+    dtype: str
+
+    def parts(
+        self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], _view: View | None
+    ) -> dict[str, Tensor]:
+        """The values from their bytes."""
+        return {"values": _from_bytes(streams["values"].payload, RAW_TYPES[self.dtype], shape)}
+
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
+        """The values' bytes."""
+        return {"values": EncodedPart(_to_bytes(coded.parts["values"]))}
+
+    def nbytes(self, coded: Coded) -> int:
+        """Elements times the size of one."""
+        return coded.parts["values"].numel() * coded.parts["values"].element_size()
+
+    def decode(self, coded: Coded) -> Tensor:
+        """The values in the source's dtype."""
+        return coded.parts["values"].to(coded.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Float(_Plain):
+    """Floating-point numbers, possibly narrower than the source's.
+
+    >>> Float("bfloat16").encode(torch.ones(3)).nbytes
+    6
+    """
+
+    tag: ClassVar[str] = "float"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return self.dtype
+
+    def encode(self, tensor: Tensor) -> Coded:
+        """Round every value to the nearest one that the type holds."""
+        values = tensor.detach().to(RAW_TYPES[self.dtype])
+        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index."""
+        return {"tag": self.tag, "dtype": self.dtype}
+
+
+@final
+@dataclass(frozen=True)
+class Raw(_Plain):
+    """Exactly the source's numbers, whatever their type.
+
+    Args:
+        dtype: the name of the source's type, "int64" for instance.
+
+    >>> Raw("int64").encode(torch.arange(3)).decode().tolist()
+    [0, 1, 2]
+    """
+
+    tag: ClassVar[str] = "raw"
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return self.dtype
+
+    def encode(self, tensor: Tensor) -> Coded:
+        """Keep every value."""
+        values = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
+
+    def to_json(self) -> dict[str, str]:
+        """The format as it stands in an artifact's index; the entry's dtype says the rest."""
+        return {"tag": self.tag}
+
+
+# The element types that an artifact may hold.
+RAW_TYPES: Final[dict[str, torch.dtype]] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    )
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that an artifact uses for a type: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def from_json(data: Mapping[str, str], dtype: str) -> Grid | Float | Raw:
+    """The format that an index entry names; the index has been validated before.
+
+    >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
+    Grid(codes='int8')
+    """
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key != "tag"}
+    if data["tag"] == Raw.tag:
+        fields["dtype"] = dtype
+    return FORMATS[data["tag"]](**fields)
+
+
+def survives_float16(tensor: Tensor) -> bool:
+    """Whether every value, put into float16, comes back with a relative error of at most 2^-11.
+
+    >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
+    (True, False)
+    """
+    return dtypes.survives_float16(tensor.detach().cpu().double().numpy())
+
+
+def log_step(step: Tensor) -> Tensor:
+    """Raise each step to the next of eight to the octave: 2^(k / 8), k whole. Such steps take a byte or less in a file.
+
+    Args:
+        step: float32 of any shape, not negative. Zero stays zero; what is below 2^-126, the smallest normal number,
+            becomes it.
+
+    Returns:
+        float32 of the same shape: the least 2^(k / 8), as a fixed table rounds it, that is not below the step.
+
+    Raises:
+        ParedError: a step is negative, NaN or above the last of the scale, 3.12e38.
+
+    >>> log_step(torch.tensor([1.0, 1.05, 0.51, 0.0])).tolist()
+    [1.0, 1.0905077457427979, 0.5452538728713989, 0.0]
+    """
+    return torch.from_numpy(ceiling(_plain(step))).reshape(step.shape)
+
+
+FORMATS: Final[dict[str, type[Grid] | type[Float] | type[Raw]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
+
+
+def _plain(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _to_bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+
+
+def _from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    expected = math.prod(shape) * dtype.itemsize
+    if len(payload) != expected:
+        raise CorruptError(
+            f"a part holds {len(payload)} bytes where its shape {list(shape)} needs {expected}",
+            remedy="Fetch the file again; it is damaged.",
+        )
+    if expected == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(payload), dtype=dtype).reshape(shape)

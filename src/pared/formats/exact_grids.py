@@ -1,0 +1,220 @@
+"""Tensors whose numbers lie on a grid already: weights that were fake-quantized, or dequantized, and stored as floats.
+
+The grid is looked for on a few rows, where that is cheap: differences between neighbouring values give its step, or a
+largest code that is usual does. It counts as found only if every number of the tensor comes back exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared.formats import entropy
+from pared.formats.dtypes import ELEMENTS, Array, as_floats, narrowed
+from pared.formats.grids import CodeType
+from pared.formats.streams import Steps
+from pared.formats.views import View, matrix_of, restored
+
+# The largest code of a row, where values say it no other way; 0: neighbouring values do.
+_LARGEST: Final = (0, 127, 8, 7, 128, 255)
+_MOST: Final = 255  # levels to either side of zero: with a zero point of its own, a grid of 256 reaches so far
+_GROUPS: Final = (32, 64, 128)  # neighbours in a row with a step of their own
+_ROWS, _COLUMNS = 4, 2048  # that are looked at first
+_ROUNDING: Final = 2.0**-16  # of the largest magnitude: what float32 may be off by, and its step too, with room
+_BLOCK: Final = 1 << 19
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """A tensor on the grid that it was made on.
+
+    Args:
+        view: which numbers share a step.
+        codes: of the tensor's shape.
+        step: one for each row of the view.
+    """
+
+    view: View
+    codes: NDArray[Any]
+    step: Steps
+
+
+def find_lattice(array: Array, dtype: str, bits: float) -> Lattice | None:
+    """The grid that all numbers of a tensor lie on; None if there is none, or if its codes take more bits.
+
+    Args:
+        array: of two dimensions or more, finite.
+        dtype: of its numbers, one of `FLOATING`.
+        bits: the most that a code may take.
+
+    >>> weights = np.array([[3, -7, 8], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)
+    >>> find_lattice(weights, "float32", 8).codes.tolist()
+    [[3, -7, 8], [1, 2, 100]]
+    """
+    for view in _views(array.shape):
+        for largest in _promising(array, dtype, view, bits):
+            if (found := _whole(array, dtype, view, largest)) is not None:
+                return found
+    return None
+
+
+def _views(shape: tuple[int, ...]) -> Iterator[View]:
+    """What may share a step: a row, everything, a column, a group of neighbours."""
+    yield View(shape, (0,))
+    yield View(shape, ())
+    yield View(shape, (1,))
+    for group in _GROUPS:
+        if shape[-1] % group == 0 and shape[-1] > group:
+            split = (*shape[:-1], shape[-1] // group, group)
+            yield View(split, tuple(range(len(shape))))
+
+
+def _promising(array: Array, dtype: str, view: View, bits: float) -> Iterator[int]:
+    """Those of `_LARGEST` that explain some rows of a view in codes of so many bits."""
+    sample = as_floats(_some(array, view), dtype).astype(np.float64)
+    if sample.shape[1] < 2 or not sample.any():
+        return
+    for largest in _LARGEST:
+        if _on_grid(sample[:1], dtype, largest) is None:  # nearly always, and cheaper than all of them
+            continue
+        found = _on_grid(sample, dtype, largest)
+        if found is not None and entropy.entropy(found[0]) <= bits:
+            yield largest
+
+
+def _some(array: Array, view: View) -> Array:
+    """A few rows of the view, and of long ones a part."""
+    if not view.rows:
+        flat: Array = array.reshape(1, -1) if array.flags.c_contiguous else array[:1].reshape(1, -1)
+        stride = max(1, flat.shape[1] // (_ROWS * _COLUMNS))
+        return flat[:, ::stride]
+    if view.rows in ((0,), (1,)):
+        (axis,) = view.rows
+        chosen = np.unique(np.linspace(0, array.shape[axis] - 1, _ROWS).astype(int))
+        rows: Array = np.moveaxis(np.take(array, chosen, axis), axis, 0).reshape(len(chosen), -1)
+        return rows[:, :_COLUMNS]
+    runs: Array = array.reshape(-1, view.split[-1])  # groups
+    some: Array = runs[np.unique(np.linspace(0, len(runs) - 1, 16 * _ROWS).astype(int))]
+    return some
+
+
+def _whole(array: Array, dtype: str, view: View, largest: int) -> Lattice | None:
+    """The grid of all numbers, by blocks of rows; None as soon as one of them is not on it."""
+    if not view.rows:
+        return _single(array, dtype, view)
+    matrix = matrix_of(array, view)
+    codes, step = np.empty(matrix.shape, np.int16), np.empty(len(matrix), np.float32)
+    rows = max(1, _BLOCK // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        part = slice(start, start + rows)
+        found = _on_grid(as_floats(matrix[part], dtype).astype(np.float64), dtype, largest)
+        if found is None:
+            return None
+        codes[part], step[part] = found
+    return _lattice(view, codes, step, array.shape)
+
+
+def _single(array: Array, dtype: str, view: View) -> Lattice | None:
+    """A grid of one step, which the distinct magnitudes give."""
+    matrix = array.reshape(1, -1)
+    levels = np.zeros(0)
+    for start in range(0, matrix.shape[1], _BLOCK):
+        block = as_floats(matrix[:, start : start + _BLOCK], dtype)
+        levels = np.union1d(levels, np.unique(abs(block)).astype(np.float64))
+        if len(levels) > _MOST + 1:
+            return None
+    found = _on_grid(levels[None], dtype, 0)
+    if found is None:
+        return None
+    by_level, step = found
+    codes = np.empty(matrix.shape, np.int16)
+    for start in range(0, matrix.shape[1], _BLOCK):
+        block = as_floats(matrix[:, start : start + _BLOCK], dtype).astype(np.float64)
+        place = np.searchsorted(levels, abs(block))
+        codes[:, start : start + _BLOCK] = by_level[0][place] * np.sign(block)
+    return _lattice(view, codes, step, array.shape)
+
+
+def _lattice(view: View, codes: NDArray[Any], step: Steps, shape: tuple[int, ...]) -> Lattice:
+    kind: CodeType = "int8" if codes.min() >= -127 and codes.max() <= 127 else "int16"
+    return Lattice(view, restored(codes.astype(kind), shape, view), step)
+
+
+def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16], Steps] | None:
+    """The codes and the steps that give every number exactly; None if some row has none."""
+    magnitudes = abs(rows)
+    top = magnitudes.max(1)
+    codes_of_top = np.full(len(rows), largest) if largest else _by_differences(magnitudes, top)
+    if codes_of_top is None:
+        return None
+    guess = np.divide(top, codes_of_top, out=np.zeros_like(top), where=codes_of_top > 0)
+    if ELEMENTS[dtype].endswith("2"):
+        guess = _settled(magnitudes, guess)
+    codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(rows), where=guess[:, None] > 0))
+    if codes.max() > _MOST or not _near(magnitudes, codes, guess, dtype):
+        return None
+    step = _refined(magnitudes, codes, guess, dtype)
+    signed = np.copysign(codes, rows)
+    exact = as_floats(narrowed(signed.astype(np.float32) * step[:, None], dtype), dtype) == rows
+    return (signed.astype(np.int16), step) if exact.all() else None
+
+
+def _settled(magnitudes: Floats, guess: Floats) -> Floats:
+    """The guess, made better by small codes, then by larger ones: in 16 bits the largest alone tell little."""
+    for largest in (8, 32, 128, _MOST):
+        codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(magnitudes), where=guess[:, None] > 0))
+        codes[codes > largest] = 0
+        weight = np.square(codes).sum(1)
+        guess = np.divide((codes * magnitudes).sum(1), weight, out=guess.copy(), where=weight > 0)
+    return guess
+
+
+def _near(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> bool:
+    """Whether the codes can be right, before it is found out exactly: what they miss is rounding, not half a step."""
+    if ELEMENTS[dtype].endswith("2"):  # the rounding of 16 bits may be most of a step
+        return True
+    return bool((abs(magnitudes - codes * guess[:, None]) <= _ROUNDING * magnitudes.max(1)[:, None]).all())
+
+
+def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None:
+    """The code of each row's largest magnitude, if the least difference between two is a step."""
+    ordered = np.sort(magnitudes, axis=1)
+    differences = np.diff(ordered, axis=1, prepend=0)
+    # Equal codes may differ by the rounding of their products; a step is much more, or there are too many levels.
+    least = np.where(differences > top[:, None] / (4 * _MOST), differences, math.inf).min(1)
+    codes = np.rint(np.divide(top, least, out=np.zeros_like(top), where=np.isfinite(least)))
+    return codes.astype(np.int64) if ((codes > 0) | (top == 0)).all() and codes.max() <= _MOST else None
+
+
+def _refined(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> Steps:
+    """The step of each row that gives all magnitudes within their rounding, if there is one; else the guess."""
+    half = _spacing(magnitudes, dtype) / 2
+    below = np.where(np.frexp(magnitudes)[0] == 0.5, half / 2, half)  # a power of two has a nearer neighbour below
+    some = codes > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low = np.where(some, (magnitudes - below) / codes, 0).max(1)
+        high = np.where(some, (magnitudes + half) / codes, math.inf).min(1)
+    middle = np.where((low <= high) & np.isfinite(high), (low + np.where(np.isfinite(high), high, 0)) / 2, guess)
+    if ELEMENTS[dtype].endswith("2"):
+        return middle.astype(np.float32)
+    plain = guess.astype(np.float32)
+    # What made the numbers divided the largest magnitude; where that explains them too, it is what they were made with.
+    return np.where((plain >= low) & (plain <= high), plain, middle.astype(np.float32))
+
+
+def _spacing(magnitudes: Floats, dtype: str) -> Floats:
+    """The distance of each magnitude to the next number of its type."""
+    if dtype == "bfloat16":
+        distance: Floats = np.ldexp(1.0, np.frexp(magnitudes)[1] - 8)
+        return distance
+    spacing: Floats = np.spacing(magnitudes.astype(ELEMENTS["float32" if dtype == "float64" else dtype])).astype(
+        np.float64
+    )
+    return spacing

@@ -1,0 +1,278 @@
+"""The bytes of a grid: its codes by classes of rows, its steps on a scale of eighths of an octave; and back.
+
+`docs/format.md` is the specification; why it is so: `docs/decisions/005-format-2.md`. Nothing here uses torch, which
+would start threads of its own in each thread that writes or reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from pared.errors import CorruptError, ParedError
+from pared.formats import entropy
+from pared.formats.entropy import Codes
+from pared.formats.views import View, matrix_of, restored
+
+# The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
+STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
+
+
+Steps = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """The bytes of one part of a tensor, and what has to be known to read them.
+
+    Args:
+        payload: the bytes.
+        coding: how codes are coded; None for plain little-endian values.
+        rows: of codes that are those of one class of rows: how many rows it has.
+        base: of steps that are stored as differences on the scale: what they are added to.
+    """
+
+    payload: bytes | memoryview
+    coding: entropy.Coding | None = None
+    rows: int | None = None
+    base: int | None = None
+
+
+# --- codes
+
+# How many classes of rows there may be.
+_CLASSES: Final = (2, 4, 8)
+# What a class costs beside its codes, about, in bytes: its place in the index; the tables of its last block.
+_INDEX_PRICE: Final = 24
+_TABLE_PRICE: Final = 40
+# Of a large matrix, so many codes tell whether classes pay.
+_ENOUGH: Final = 1 << 17
+# Rows are sorted by spread and then divided between classes in so many groups.
+_GROUPS: Final = 64
+
+
+def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, EncodedPart]:
+    """Codes as one stream, or as a stream for each class of rows where that is smaller.
+
+    Args:
+        codes: int8 or int16, of the tensor's shape.
+        view: what its rows are.
+        threads: at most so many at work; 1 where tensors, not the chunks of one, are shared out.
+
+    Returns:
+        "codes"; or "classes" with the class of each row, and "codes 0", "codes 1", ... with the rows of each class, one
+        behind the other.
+
+    >>> sorted(encode_codes(np.eye(4, dtype=np.int8), View((4, 4), (0,))))
+    ['codes']
+    """
+    matrix = matrix_of(codes, view)
+    if matrix.size <= 2 * _ENOUGH:
+        return _smaller(matrix, codes, 1, threads)
+    part = matrix[:: -(-matrix.size // _ENOUGH)]
+    parts = None
+    if "classes" in _smaller(part, part, matrix.size / max(1, part.size), 1):
+        parts = _by_classes(matrix, threads)
+    return parts or {"codes": _encoded(codes, threads)}
+
+
+def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, EncodedPart]:
+    """Codes, of which a matrix is a view, as one stream or by classes: what is smaller, of so many times as many."""
+    whole = {"codes": _encoded(codes, threads)}
+    parts = _by_classes(matrix, threads) if whole["codes"].payload else None
+    if parts is None:
+        return whole
+    more = len(parts) - 2  # streams than one
+    fixed = _TABLE_PRICE * more
+    price = (sum(len(part.payload) for part in parts.values()) - fixed) * weight + fixed + _INDEX_PRICE * (more + 1)
+    return parts if price < len(whole["codes"].payload) * weight else whole
+
+
+def _by_classes(matrix: Codes, threads: int) -> dict[str, EncodedPart] | None:
+    """A stream for each class of rows; None where one class for all is likely to be the smallest."""
+    classes = _classify(matrix)
+    if classes is None:
+        return None
+    parts = {"classes": _encoded(classes)}
+    for number in range(int(classes.max()) + 1):
+        rows = matrix[classes == number]
+        parts[f"codes {number}"] = replace(_encoded(rows, threads), rows=len(rows))
+    return parts
+
+
+def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
+    """The inverse of `encode_codes`.
+
+    Memory is bounded by the shape, which the caller has to check.
+
+    Raises:
+        CorruptError: the bytes do not hold exactly so many codes, or not so many rows of each class.
+
+    >>> codes, view = np.eye(4, dtype=np.int8), View((4, 4), (0,))
+    >>> bool((decode_codes(encode_codes(codes, view), (4, 4), view, "int8") == codes).all())
+    True
+    """
+    if "codes" in parts:
+        return _decoded(parts["codes"], math.prod(shape), kind).reshape(shape)
+    classes = _decoded(parts["classes"], view.n_rows, np.int8)
+    sizes = [part.rows for part in parts.values() if part.rows is not None]
+    if np.bincount(classes.view(np.uint8), minlength=len(sizes)).tolist() != sizes:
+        raise _corrupt("the classes of its rows are not as large as its index says")
+    matrix = np.empty((view.n_rows, view.n_columns), kind)
+    for number, rows in enumerate(sizes):
+        chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
+        matrix[classes == number] = chosen.reshape(rows, view.n_columns)
+    return restored(matrix, shape, view)
+
+
+def _encoded(codes: Codes, threads: int = 1) -> EncodedPart:
+    stream = entropy.encode(codes, threads)
+    return EncodedPart(stream.payload, stream.coding)
+
+
+def _decoded(part: EncodedPart, count: int, kind: DTypeLike) -> Codes:
+    return entropy.decode(part.payload, part.coding, count, kind, threads=1)
+
+
+def _classify(matrix: Codes) -> NDArray[np.int8] | None:
+    """The class of each row, by ascending spread; None where one class for all is likely to be the smallest.
+
+    The spread of a row is the mean magnitude of its codes. Classes are runs of groups of the sorted rows, so divided
+    that their entropies, by a model, sum to the least (dynamic programming).
+    """
+    rows, columns = matrix.shape
+    if rows < min(_CLASSES):
+        return None
+    magnitudes = np.abs(matrix).view(f"u{matrix.itemsize}").sum(1, dtype=np.int64)  # of -128 too, as an unsigned number
+    order = np.argsort(magnitudes, kind="stable")
+    edges = np.arange(min(_GROUPS, rows) + 1) * rows // min(_GROUPS, rows)
+    costs = _costs(np.append(0, np.cumsum(magnitudes[order]))[edges], edges, columns)
+    best, cuts = costs[0, -1], np.array([], np.int64)
+    for count, (cost, division) in _divisions(costs).items():
+        cost += 8 * (_INDEX_PRICE + _TABLE_PRICE) * count
+        if count in _CLASSES and cost < best:
+            best, cuts = cost, edges[division]
+    if not cuts.size:
+        return None
+    classes = np.empty(rows, np.int8)
+    classes[order] = np.searchsorted(cuts, np.arange(rows), "right")
+    return classes
+
+
+def _costs(sums: NDArray[np.int64], edges: NDArray[np.int64], columns: int) -> Floats:
+    """What a class would cost in bits that holds the sorted rows from one edge to another; above the diagonal.
+
+    Codes are taken to follow a two-sided geometric distribution, which their mean magnitude determines.
+    """
+    rows = np.maximum(edges - edges[:, None], 0).astype(float)
+    some = np.maximum(rows, 1)
+    mean = np.maximum(sums - sums[:, None], 0) / (some * max(columns, 1)) + 1e-9
+    ratio = mean / (1 + np.sqrt(1 + mean**2))  # of the frequency of a magnitude to that of the one before
+    bits = -np.log2((1 - ratio) / (1 + ratio)) - mean * np.log2(ratio)
+    costs: Floats = rows * (columns * bits + np.log2(edges[-1] / some))
+    return np.where(rows > 0, costs, np.inf)
+
+
+def _divisions(costs: Floats) -> dict[int, tuple[float, NDArray[np.int64]]]:
+    """The cheapest division into each number of classes: its cost, and the edges at which its later classes begin."""
+    groups = len(costs) - 1
+    ends, found = costs[0], {}
+    begins: list[NDArray[np.int64]] = []
+    for count in range(2, min(max(_CLASSES), groups) + 1):
+        through = ends[:, None] + costs
+        begins.append(through.argmin(0))
+        ends = through.min(0)
+        division = [groups]
+        for begin in reversed(begins):
+            division.append(int(begin[division[-1]]))
+        found[count] = float(ends[-1]), np.array(division[:0:-1])
+    return found
+
+
+# --- steps
+
+# 2^(k / 8) for k from 0 to 7, each the float32 nearest to it: fixed here, so that every platform has the same steps.
+_OCTAVE: Final = np.array(
+    [
+        *(1.0, 1.0905077457427979, 1.1892070770263672, 1.2968395948410034),
+        *(1.4142135381698608, 1.5422108173370361, 1.6817928552627563, 1.8340080976486206),
+    ],
+    np.float32,
+)
+_LOWEST, _HIGHEST = STEP_INDEXES[0], STEP_INDEXES[-1]
+_REACH: Final = 127  # of a difference to the base
+_ZERO: Final = -128  # the difference of a step of zero
+
+
+def ceiling(step: Steps) -> Steps:
+    """The least step on the scale that is not below each step; see `formats.log_step`."""
+    if not ((step >= 0) & (step <= scale(np.array(_HIGHEST)))).all():
+        raise ParedError(
+            f"a step is negative, NaN or above {float(scale(np.array(_HIGHEST))):.3g}",
+            remedy="Give steps that float32 can hold.",
+        )
+    raised = scale(np.maximum(_indexes(step), _LOWEST))
+    return np.where(step > 0, raised, np.float32(0))
+
+
+def encode_steps(step: Steps) -> EncodedPart:
+    """Steps as differences on the scale where all are on it and near enough to each other, else as float32.
+
+    >>> encode_steps(np.array([0.5, 0.5], np.float32))
+    Part(payload=b'', coding=Coding(per_symbol=1, low_bits=0, constant=0), rows=None, base=-8)
+    """
+    plain = EncodedPart(step.astype("<f4").tobytes())
+    some = step[step > 0]
+    indexes = np.clip(_indexes(some), _LOWEST, _HIGHEST)
+    on_scale = (scale(indexes) == some).all() and not np.signbit(step).any() and np.isfinite(step).all()
+    if not step.size or not on_scale or (some.size and np.ptp(indexes) > 2 * _REACH):
+        return plain
+    # The median makes the differences small; all have to be within reach.
+    base = 0
+    if some.size:
+        middle = int(np.partition(indexes, some.size // 2)[some.size // 2])
+        base = min(max(middle, int(indexes.max()) - _REACH), int(indexes.min()) + _REACH)
+    differences = np.full(step.shape, _ZERO, np.int8)
+    differences[step > 0] = indexes - base
+    return replace(_encoded(differences), base=base)
+
+
+def decode_steps(part: EncodedPart, count: int) -> Steps:
+    """The inverse of `encode_steps`, of one dimension.
+
+    Raises:
+        CorruptError: the bytes do not hold exactly so many steps, or one of them is not on the scale.
+    """
+    assert part.base is not None
+    differences = _decoded(part, count, np.int8)
+    zero = differences == _ZERO
+    indexes = np.where(zero, 0, differences.astype(np.int64) + part.base)
+    if ((indexes < _LOWEST) | (indexes > _HIGHEST)).any():
+        raise _corrupt("a step is beyond the scale of steps")
+    return np.where(zero, np.float32(0), scale(indexes))
+
+
+def _indexes(step: Steps) -> NDArray[np.int64]:
+    """The index of the least member of the scale, unbounded as it is, that is not below each positive step."""
+    mantissa, exponent = np.frexp(step)
+    return np.searchsorted(_OCTAVE, 2 * mantissa) + 8 * (exponent.astype(np.int64) - 1)
+
+
+def scale(indexes: NDArray[np.int64]) -> Steps:
+    """The steps of the scale with these indexes, which are members of `STEP_INDEXES`: 2^(k / 8).
+
+    >>> scale(np.array([0, 8, -8])).tolist()
+    [1.0, 2.0, 0.5]
+    """
+    scaled: NDArray[Any] = np.ldexp(_OCTAVE[indexes % 8], indexes // 8)
+    return scaled.astype(np.float32, copy=False)
+
+
+def _corrupt(what: str) -> CorruptError:
+    return CorruptError(what, remedy="Fetch the file again; it is damaged.")

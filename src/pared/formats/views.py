@@ -1,0 +1,152 @@
+"""A tensor seen as a matrix: which dimensions are rows (one step each), which are columns, and the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pared.formats.entropy import Codes
+
+if TYPE_CHECKING:  # files are compressed without torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor as rows and columns, without moving any of its numbers.
+
+    Args:
+        split: the tensor's shape, where needed with one dimension split in two (groups); same number of elements.
+        rows: the dimensions of `split` that count rows, ascending; all others count columns. `()` is a single row.
+
+    >>> import torch
+    >>> view = View(split=(2, 3), rows=(1,))
+    >>> view.row_sizes, view.n_rows
+    ((3,), 3)
+    >>> view.matrix(torch.arange(6).reshape(2, 3)).tolist()
+    [[0, 3], [1, 4], [2, 5]]
+    >>> view.spread(torch.tensor([1.0, 10.0, 100.0])).shape
+    torch.Size([1, 3])
+    """
+
+    split: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """The sizes of the row dimensions: the shape of one number per row."""
+        return tuple(self.split[i] for i in self.rows)
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows there are."""
+        return math.prod(self.row_sizes)
+
+    @property
+    def n_columns(self) -> int:
+        """How many columns there are."""
+        return math.prod(self.split[i] for i in self.columns)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The dimensions of `split` that count columns."""
+        return tuple(i for i in range(len(self.split)) if i not in self.rows)
+
+    def spread(self, per_row: Tensor) -> Tensor:
+        """One number per row (shape `row_sizes`), shaped so that it broadcasts against `split`."""
+        return per_row.reshape([n if i in self.rows else 1 for i, n in enumerate(self.split)])
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The tensor as a matrix of `n_rows` rows (a copy where the dimensions have to move)."""
+        return tensor.reshape(self.split).permute(*self.rows, *self.columns).reshape(self.n_rows, -1)
+
+    def restore(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `matrix`: the tensor of `shape` that has these rows."""
+        order = (*self.rows, *self.columns)
+        back = [order.index(i) for i in range(len(order))]
+        return matrix.reshape([self.split[i] for i in order]).permute(back).reshape(shape)
+
+
+def first_dimension(shape: tuple[int, ...]) -> View:
+    """Rows are dimension 0, as in Linear, Conv, Embedding and the gates of LSTM and GRU."""
+    return View(shape, (0,))
+
+
+def single_row(shape: tuple[int, ...]) -> View:
+    """One step for the whole tensor."""
+    return View(shape, ())
+
+
+def _second_dimension(_module: nn.Module, shape: tuple[int, ...]) -> View:
+    return View(shape, (1,))
+
+
+def _transposed_convolution(module: nn.Module, shape: tuple[int, ...]) -> View:
+    """ConvTranspose stores (in, out / groups, ...): an output channel is a (group, column) pair."""
+    groups = module.groups
+    if not isinstance(groups, int) or groups == 1:
+        return View(shape, (1,))
+    return View((groups, shape[0] // groups, *shape[1:]), (0, 2))
+
+
+# Classes whose `weight` does not have its output channels in dimension 0. By qualified name, so that
+# packages that may not be installed need not be imported; subclasses count as their base.
+VIEWS: Final[dict[str, Callable[[nn.Module, tuple[int, ...]], View]]] = {
+    "torch.nn.modules.conv._ConvTransposeNd": _transposed_convolution,
+    "transformers.pytorch_utils.Conv1D": _second_dimension,
+}
+
+# What users say of their own layers: the dimensions that are rows, by attribute. `pared.register` fills it.
+OWN_ROWS: Final[dict[type[nn.Module], Mapping[str, tuple[int, ...]]]] = {}
+
+# A step takes four bytes: rows shorter than this would spend more on steps than on int8 codes.
+_SHORTEST_ROW: Final = 4
+
+
+def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
+    """The view of one tensor of a module.
+
+    Args:
+        module: the module that owns the tensor.
+        attribute: the tensor's name within the module; only `weight` may differ from the default.
+        shape: the tensor's shape.
+
+    >>> from torch import nn
+    >>> view_of(nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (4, 3, 3, 3)).row_sizes
+    (2, 3)
+    """
+    own = next((OWN_ROWS[cls] for cls in type(module).__mro__ if attribute in OWN_ROWS.get(cls, {})), None)
+    if own is not None:
+        return View(shape, own[attribute])
+    view = first_dimension(shape)
+    if attribute == "weight":
+        for cls in type(module).__mro__:
+            special = VIEWS.get(f"{cls.__module__}.{cls.__qualname__}")
+            if special is not None:
+                view = special(module, shape)
+    return _long_enough(view, shape)
+
+
+def plain_view(shape: tuple[int, ...]) -> View:
+    """The view of a tensor of which nothing but the shape is known."""
+    return _long_enough(first_dimension(shape), shape)
+
+
+def _long_enough(view: View, shape: tuple[int, ...]) -> View:
+    return view if math.prod(shape) >= view.n_rows * _SHORTEST_ROW else single_row(shape)
+
+
+def matrix_of(codes: Codes, view: View) -> Codes:
+    """`View.matrix`, of an array."""
+    return codes.reshape(view.split).transpose(*view.rows, *view.columns).reshape(view.n_rows, view.n_columns)
+
+
+def restored(matrix: Codes, shape: tuple[int, ...], view: View) -> Codes:
+    """`View.restore`, of an array."""
+    order = (*view.rows, *view.columns)
+    moved = matrix.reshape([view.split[i] for i in order]).transpose(np.argsort(order))
+    return np.ascontiguousarray(moved).reshape(shape)

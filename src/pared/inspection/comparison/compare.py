@@ -1,0 +1,182 @@
+"""`compare`: two models, wherever they are, tensor by tensor; and, where there are data, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from pared.errors import ConfigError, MismatchError
+from pared.files.threads import each
+from pared.formats.dtypes import FLOATING, Array
+from pared.inspection.comparison.metrics import identical, measure
+from pared.inspection.comparison.pairing import Layout, Match, correlation, layout_of, pair, sampled
+from pared.inspection.comparison.result import Alone, Comparison, Pair, Side
+from pared.inspection.comparison.sources import Piece, Source, is_model, open_source
+
+if TYPE_CHECKING:  # files are compared without torch
+    from pared.model.calls import Calibration
+
+# So many tensors are in memory at a time, decoded.
+_AT_ONCE = 2
+# What correlates less than this is looked at from the other side: its rows may be the other's columns.
+_UNLIKE = 0.5
+
+
+def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparison:
+    """Say how two models differ: their tensors, and with data the outputs of their modules.
+
+    Tensors are matched by name, then by name without what wrappers add ("module.", "state_dict/", another common
+    prefix), then by content: same shape, or the transposed one, and numbers that correlate. Each pair is read in
+    blocks, with sums in float64; no more than two tensors are decoded at a time. Nothing in a file is executed, and
+    without `inputs` both models stay as they are and are not run.
+
+    Args:
+        a: the reference: the path of a file, a folder or an artifact; a model, float or quantized; or a state dict.
+        b: what is compared to it, of the same kinds.
+        inputs: batches as `pared.fit` takes them for calibration (an iterable of tensors, tuples of arguments or
+            dicts of keyword arguments), or a callable that is given `a` and calls it: `b` is called with the same.
+            Both have to be models. They run in eval mode, without gradients; training flags, hooks and the state of
+            random numbers are afterwards what they were.
+
+    Returns:
+        a `Comparison`, which prints as text and has `to_json()`.
+
+    Raises:
+        ConfigError: one of them is nothing that has tensors; or there are inputs, and one of them is no model.
+        FileError: a file cannot be read.
+        CorruptError, UnsafeError, VersionError: see `inspect`.
+        MismatchError: they have no tensor in common.
+        CalibrationError: the inputs are empty, ambiguous or do not fit `a`.
+        ModelError: `b` cannot be called as `a` is.
+
+    >>> import torch
+    >>> a, b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    >>> compare(a, a).weights.same, compare(a, b).weights.same
+    (True, False)
+    >>> compare(a, b, inputs=[torch.ones(1, 4)]).parts
+    ''
+    """
+    if inputs is not None and not (is_model(a) and is_model(b)):
+        raise ConfigError(
+            "inputs are given, and one of the two is no torch.nn.Module",
+            where="compare",
+            remedy="Pass two models, or leave out the inputs: files have no layers that could be called.",
+        )
+    with open_source(a, "compare: A") as one, open_source(b, "compare: B") as other:
+        found = _tensors(one, other)
+    if inputs is None:
+        return found
+    from pared.inspection.comparison.divergence import follow  # files are compared without torch
+
+    one_model, other_model = cast("Any", a), cast("Any", b)
+    outputs, layers, parts = follow(one_model, other_model, inputs)
+    return replace(found, outputs=outputs, layers=layers, parts=parts)
+
+
+def _tensors(one: Source, other: Source) -> Comparison:
+    matches = pair(one.pieces, other.pieces)
+    if not matches:
+        raise MismatchError(
+            f"have no tensor in common: {_names(one)}; {_names(other)}",
+            where=f"{one.name} and {other.name}",
+            remedy="Compare two states of one architecture; pared inspect shows what is in a file.",
+        )
+    sizes = [max(match.a.nbytes, match.b.nbytes) for match in matches]
+    pairs = sorted(each(_compared, matches, sizes, most=_AT_ONCE), key=_badness)
+    alone = (*_alone(one, "A", [match.a for match in matches]), *_alone(other, "B", [match.b for match in matches]))
+    return Comparison(_side(one), _side(other), tuple(pairs), alone)
+
+
+def _side(source: Source) -> Side:
+    return Side(source.name, source.nbytes, len(source.pieces))
+
+
+def _names(source: Source) -> str:
+    names = [piece.name for piece in source.pieces]
+    if not names:
+        return "the one has none at all"
+    more = f" and {len(names) - 2:,} more" if names[2:] else ""
+    return f"one has {', '.join(f'{name[:60]!r}' for name in names[:2])}{more}"
+
+
+def _badness(pair: Pair) -> float:
+    if pair.likeness is None:
+        return -math.inf
+    return pair.likeness.sqnr if not math.isnan(pair.likeness.sqnr) else -math.inf
+
+
+def _alone(source: Source, side: str, matched: Sequence[Piece]) -> list[Alone]:
+    taken = {id(piece) for piece in matched}
+    places = {piece.place: piece.name for piece in reversed(matched) if piece.place is not None}
+    rows = []
+    for piece in source.pieces:
+        if id(piece) not in taken:
+            tied = places.get(piece.place)
+            note = piece.note or (f"the same numbers as {tied}, which both have" if tied is not None else "")
+            rows.append(Alone(piece.name, side, piece.shape, piece.format, piece.nbytes, note))
+    return rows
+
+
+def _compared(match: Match) -> Pair:
+    a, b = match.a, match.b
+
+    def row(note: str, **found: Any) -> Pair:
+        said = dict.fromkeys(filter(None, (a.note, b.note, note)))
+        return Pair(
+            names=(a.name, b.name),
+            shapes=(a.shape, b.shape),
+            formats=(a.format, b.format),
+            nbytes=(a.nbytes, b.nbytes),
+            by=match.by,
+            note="; ".join(said),
+            **found,
+        )
+
+    arrays = _read(a, b)
+    if arrays[0] is None or arrays[1] is None:
+        return row("" if a.note or b.note else "its numbers cannot be read", likeness=None)
+    if (a.note or b.note) and a.dtype != b.dtype:
+        return row("codes cannot be compared with values", likeness=None)
+    x, y, layout = _aligned(arrays[0], arrays[1], match)
+    if x.shape != y.shape:
+        return row("", likeness=None)
+    likeness = measure(x, y, (a.dtype, b.dtype))
+    same_bits = a.dtype == b.dtype and not layout and likeness.same and identical(x, y)
+    return row(f"{layout} in B" if layout else "", likeness=likeness, identical=same_bits)
+
+
+def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
+    """The numbers of both; where steps of codes may belong to rows or to columns, what is nearer to the other side."""
+    x, y = a.read(), b.read()
+    if x is not None and y is not None and x.shape == y.shape:
+        if a.by_columns is not None and b.by_columns is None:
+            x = _nearer(y, b.dtype, x, a.by_columns())
+        elif b.by_columns is not None and a.by_columns is None:
+            y = _nearer(x, a.dtype, y, b.by_columns())
+    return x, y
+
+
+def _nearer(given: Array, dtype: str, by_rows: Array, by_columns: Array | None) -> Array:
+    """Which of two readings of codes correlates with what the other side has."""
+    if by_columns is None:
+        return by_rows
+    wanted = sampled(given, dtype)
+    return max((by_rows, by_columns), key=lambda found: correlation(wanted, sampled(found, "float32")))
+
+
+def _aligned(a: Array, b: Array, match: Match) -> tuple[Array, Array, Layout]:
+    """Both arrays in the shape of the first, where that can be found."""
+    layout: Layout | None = match.layout
+    dtypes = match.a.dtype, match.b.dtype
+    square = a.shape == b.shape and a.ndim == 2 and a.shape[0] == a.shape[1] > 1
+    if not layout and (a.shape != b.shape or (square and _unlike(a, b, dtypes))):
+        layout = layout_of(a, b, dtypes)
+    if layout == "transposed":
+        return a, b.T, layout
+    return (a, b.reshape(a.shape), layout) if layout == "reshaped" and a.shape != b.shape else (a, b, "")
+
+
+def _unlike(a: Array, b: Array, dtypes: tuple[str, str]) -> bool:
+    return dtypes[0] in FLOATING and correlation(sampled(a, dtypes[0]), sampled(b, dtypes[1])) < _UNLIKE

@@ -1,0 +1,225 @@
+"""How alike two arrays are: signal to noise, the largest error, the cosine; in blocks, so that memory stays small."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared.formats.dtypes import FLOATING, Array, as_floats
+
+Floats = NDArray[np.float64]
+
+_BLOCK: Final = 1 << 16  # numbers at a time: what is computed of them stays in the cache
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What tells a second array `b` from a first one `a`.
+
+    Numbers that are NaN in both, or the same infinity, count as equal and in nothing else.
+
+    Args:
+        count: how many numbers each has.
+        equal: how many are the same in both; -0 is 0.
+        broken: how many are not finite in one of them, and not the same in the other.
+        signal: the sum of a^2, over what is finite.
+        other: the sum of b^2.
+        product: the sum of a * b.
+        noise: the sum of (b - a)^2.
+        largest: the greatest |a|.
+        error: the greatest |b - a|.
+
+    >>> found = measure(np.array([3.0, 4.0]), np.array([3.0, 4.5]))
+    >>> round(found.sqnr, 6), found.error, found.relative_error
+    (20.0, 0.5, 0.125)
+    """
+
+    count: int = 0
+    equal: int = 0
+    broken: int = 0
+    signal: float = 0.0
+    other: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+    largest: float = 0.0
+    error: float = 0.0
+
+    @property
+    def same(self) -> bool:
+        """Whether every number is the same in both."""
+        return self.equal == self.count
+
+    @property
+    def sqnr(self) -> float:
+        """The signal to noise ratio in dB, 10 log10(sum a^2 / sum (b - a)^2).
+
+        Infinite where all is equal; minus infinity where a is zero and b is not, or where something is broken.
+        """
+        if self.same:
+            return math.inf
+        if self.broken or not self.signal:
+            return -math.inf
+        # What is unequal by less than squares can show is as little as they can.
+        return 10 * (math.log10(self.signal) - math.log10(max(self.noise, _LEAST)))
+
+    @property
+    def cosine(self) -> float:
+        """Of the angle between both, from -1 to 1; 1 where all is equal; NaN where one is zero and the other is not."""
+        if self.same:
+            return 1.0
+        if not (self.signal and self.other) or self.broken:
+            return math.nan
+        return max(-1.0, min(1.0, self.product / (math.sqrt(self.signal) * math.sqrt(self.other))))
+
+    @property
+    def relative_error(self) -> float:
+        """The largest error as a share of the greatest |a|."""
+        return self.error / self.largest if self.largest else math.inf if self.error else 0.0
+
+    def __add__(self, other: Likeness) -> Likeness:
+        """Of both pairs of arrays, one behind the other."""
+        return Likeness(
+            self.count + other.count,
+            self.equal + other.equal,
+            self.broken + other.broken,
+            self.signal + other.signal,
+            self.other + other.other,
+            self.product + other.product,
+            self.noise + other.noise,
+            max(self.largest, other.largest),
+            max(self.error, other.error),
+        )
+
+
+_LEAST: Final = 5e-324
+
+
+def measure(a: Array, b: Array, dtypes: tuple[str, str] | None = None) -> Likeness:
+    """Compare two arrays of one shape.
+
+    Args:
+        a: the reference, as `Listing.array` gives it: mapped, strided, of any type of `readers.ELEMENTS`.
+        b: the other.
+        dtypes: of both, in torch's words; default: NumPy's own. What NumPy lacks is in its bits: see `as_numbers`.
+
+    Returns:
+        sums in float64. Squares beyond its range count as infinite, so that the ratio of numbers above 1e154 is NaN.
+    """
+    kinds = dtypes or (a.dtype.name, b.dtype.name)
+    found = Likeness()
+    for one, two in _blocks(a, b):
+        found += _measure(one, two, kinds)
+    return found
+
+
+def identical(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape and type have the same bits."""
+    return all(_bits(one) == _bits(two) for one, two in _blocks(a, b))
+
+
+def _bits(array: Array) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Likeness:
+    # Whole numbers of 64 bits are more exact than float64.
+    whole = a.dtype == b.dtype and a.dtype.kind in "iu"
+    x, y = as_numbers(a, dtypes[0]).reshape(-1), as_numbers(b, dtypes[1]).reshape(-1)
+    same = (a == b).reshape(-1) if whole and dtypes[0] == dtypes[1] not in _BITS else x == y
+    count, equal = len(x), int(same.sum())
+    finite = np.isfinite(x) & np.isfinite(y)
+    broken = 0
+    if not finite.all():
+        alike = same | (np.isnan(x) & np.isnan(y))
+        equal, broken = int(alike.sum()), int((~alike & ~finite).sum())
+        x, y = x[finite], y[finite]
+    if not x.size:
+        return Likeness(count, equal, broken)
+    with np.errstate(over="ignore"):
+        difference = y - x
+    largest = float(np.abs(x).max())
+    error = math.inf if broken else float(np.abs(difference).max())
+    noise = _product(difference, difference)
+    return Likeness(count, equal, broken, _product(x, x), _product(y, y), _product(x, y), noise, largest, error)
+
+
+def _product(x: Floats, y: Floats) -> float:
+    """Not np.dot: its threads would wait for each other wherever cores are busy, at every block."""
+    return float(np.einsum("i,i->", x, y))
+
+
+def _blocks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
+    """Both arrays in pieces of at most so many numbers, without copies of them."""
+    if a.size <= _BLOCK:
+        if a.size:
+            yield a, b
+        return
+    axis = next(i for i, n in enumerate(a.shape) if n > 1)
+    rows = max(1, _BLOCK * a.shape[axis] // a.size)
+    a, b = (np.moveaxis(array, axis, 0) for array in (a, b))
+    for start in range(0, len(a), rows):
+        yield from _blocks(a[start : start + rows], b[start : start + rows])
+
+
+# --- numbers that NumPy has no type for
+
+# The bits of exponent and mantissa of floats of eight bits, the exponent's bias, and what the highest exponent means:
+# as in IEEE 754; only all ones are NaN; only the negative zero is NaN.
+_EIGHTS: Final = {
+    "float8_e4m3fn": (4, 3, 7, "ones"),
+    "float8_e5m2": (5, 2, 15, "ieee"),
+    "float8_e4m3fnuz": (4, 3, 8, "zero"),
+    "float8_e5m2fnuz": (5, 2, 16, "zero"),
+}
+_POWERS: Final = "float8_e8m0fnu"  # powers of two
+
+# The types of readers.ELEMENTS that come as bits.
+_BITS: Final = ("bfloat16", *_EIGHTS, _POWERS)
+
+
+def as_numbers(array: Array, dtype: str) -> Floats:
+    """The values of an array as float64; of complex numbers both parts, one behind the other in the last dimension.
+
+    Args:
+        array: as `Listing.array` gives it.
+        dtype: the tensor's, in torch's words.
+
+    >>> as_numbers(np.array([0x38, 0xC4, 0x7F], np.uint8), "float8_e4m3fn").tolist()
+    [1.0, -3.0, nan]
+    """
+    if dtype in _EIGHTS or dtype == _POWERS:
+        values: Floats = _values_of(dtype)[array]
+        return values
+    if dtype in FLOATING:
+        floats: Floats = as_floats(array, dtype).astype(np.float64, copy=False)
+        return floats
+    if array.dtype.kind == "c":
+        return np.stack([array.real, array.imag], -1).astype(np.float64)
+    return array.astype(np.float64)
+
+
+@functools.cache
+def _values_of(dtype: str) -> Floats:
+    """What each of the 256 patterns of bits stands for."""
+    bits = np.arange(256)
+    if dtype == _POWERS:
+        return np.where(bits == 255, np.nan, np.ldexp(1.0, bits - 127))
+    exponents, mantissas, bias, special = _EIGHTS[dtype]
+    exponent, mantissa = bits >> mantissas & (1 << exponents) - 1, bits & (1 << mantissas) - 1
+    fraction = (mantissa + np.where(exponent > 0, 1 << mantissas, 0)) / (1 << mantissas)
+    values = np.where(bits < 128, 1, -1) * np.ldexp(fraction, np.maximum(exponent, 1) - bias)
+    if special == "zero":
+        values[128] = np.nan
+    elif special == "ones":
+        values[bits & 127 == 127] = np.nan
+    else:
+        highest = exponent == (1 << exponents) - 1
+        values[highest] = np.where(mantissa > 0, np.nan, np.where(bits < 128, np.inf, -np.inf))[highest]
+    found: Floats = values
+    return found

@@ -1,0 +1,113 @@
+"""Why a file is larger than it should be: an explicit table of causes, each found by what the file holds."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from pared.checkpoints.sampling import predict_nbytes
+from pared.errors import ConfigError, ModelError
+from pared.formats.dtypes import FLOATING
+from pared.inspection.findings.content import Content
+from pared.inspection.findings.copies import duplicate, two_copies, untied
+from pared.inspection.findings.finding import WORTH_NBYTES, WORTH_SHARE, Case, Cause, Depth, Finding, megabytes
+from pared.inspection.findings.structure import (
+    ballast,
+    executable_pickle,
+    left_in_float,
+    optimizer_state,
+    view_of_larger_storage,
+    wide_float,
+)
+from pared.readers.listing import Listing
+
+__all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
+
+# How many bytes of content are read, by depth; None: all.
+_MOST: Final[dict[Depth, int | None]] = {"quick": 0, "default": 10**9, "deep": None}
+
+
+# What mends those traits that `pared compress` does not: it keeps whole numbers as they are.
+_NARROWER: Final = "Store it in the narrower type, and widen it after loading, where it is used as an index."
+_MADE_ANEW: Final = "If the model can make it anew, leave it out: register_buffer(..., persistent=False)."
+
+
+def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], Iterator[Cause]]:
+    """Tensors of floats, or of others, whose numbers show one of the traits in `looks`."""
+
+    def detect(case: Case) -> Iterator[Cause]:
+        details: dict[str, int] = {}
+        names = []
+        for look in case.unexplained():
+            if look.trait is not None and look.trait.kind == kind and (look.held.dtype in FLOATING) == floats:
+                names.append(look.held.name)
+                details[look.trait.detail] = details.get(look.trait.detail, 0) + case.stored(look.held)
+        if names:
+            most = max(details, key=lambda detail: details[detail])
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            yield Cause(tuple(names), sum(details.values()), f"{names[0]}{more}: {most}", remedy)
+
+    return detect
+
+
+# In this order; what one of them explains, the next do not look at.
+DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
+    ("executable-pickle", executable_pickle),
+    ("optimizer-state", optimizer_state),
+    ("view-of-larger-storage", view_of_larger_storage),
+    ("ballast", ballast),
+    ("two-copies", two_copies),
+    ("untied", untied),
+    ("duplicate", duplicate),
+    ("left-in-float", left_in_float),
+    ("zeros", _with_trait("zeros", floats=True)),
+    ("zeros", _with_trait("zeros", floats=False, remedy=_MADE_ANEW)),
+    ("fake-quantized", _with_trait("fake-quantized", floats=True)),
+    ("wide-float", wide_float),
+    ("wide-float", _with_trait("wide-float", floats=True)),
+    ("wide-int", _with_trait("wide-int", floats=False, remedy=_NARROWER)),
+)
+KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in DETECTORS))
+
+
+def find(listing: Listing, path: str, depth: Depth = "default") -> tuple[Finding, ...]:
+    """What makes a file larger than it should be.
+
+    Args:
+        listing: of the file or folder; what takes less than a hundredth of its bytes is not worth words.
+        path: as the user would write it in a command.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all numbers.
+
+    Returns:
+        findings, what takes most first.
+    """
+    case = Case(listing, Content(listing, _MOST[depth]))
+    found: list[tuple[str, Cause]] = []
+    for kind, detect in DETECTORS:
+        for cause in detect(case):
+            if cause.always or cause.nbytes >= max(WORTH_NBYTES, WORTH_SHARE * listing.nbytes):
+                found.append((kind, cause))
+                case.explained.update(cause.names if cause.explains else ())
+    found.sort(key=lambda one: -one[1].nbytes)
+    ours: tuple[str, int | None] = (f"pared compress {shlex.quote(path)} -o small", None)
+    if depth != "quick" and any(not cause.remedy for _, cause in found):
+        ours = _compressed(listing, ours[0])
+    return tuple(
+        Finding(kind, cause.nbytes, cause.names, cause.evidence, *((cause.remedy, None) if cause.remedy else ours))
+        for kind, cause in found
+    )
+
+
+def _compressed(listing: Listing, command: str) -> tuple[str, int | None]:
+    """The command and what it makes of the file; where it would refuse, the remedy that it would name."""
+    try:
+        return command, predict_nbytes(listing)
+    except (ConfigError, ModelError) as error:
+        return error.remedy, None
+
+
+def is_sampled(listing: Listing, depth: Depth) -> bool:
+    """Whether `find` reads only a part of the numbers, for want of time."""
+    return Content(listing, _MOST[depth]).sampled

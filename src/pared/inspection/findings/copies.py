@@ -1,0 +1,201 @@
+"""The same numbers in a file twice: as they are, or once in float and once rounded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import numpy as np
+
+from pared.formats.dtypes import FLOATING, Array, as_floats
+from pared.inspection.findings.content import Content, spread
+from pared.inspection.findings.finding import Case, Cause
+from pared.readers.listing import Held
+
+Pair = tuple[Held, Held]
+
+# What a float may be rounded to, and from what.
+_WIDER: Final = {
+    **dict.fromkeys(("int8", "uint8", "qint8", "quint8"), FLOATING),
+    **dict.fromkeys(("float16", "bfloat16"), ("float32", "float64")),
+}
+# The least share of the energy of a row, less its mean, that its rounded copy explains (the square of a correlation):
+# 0.9999 and more at eight bits, 0.9 at four with a step for each group; rows of different tensors have next to none.
+_EXPLAINED: Final = 0.8
+_HALF: Final = 2.0**-8  # the error of a number that is rounded or cut to half precision, at most, relative
+_ROWS, _COLUMNS = 8, 512  # of each tensor that are compared
+_LEAST_COMPARED: Final = 64  # numbers: fewer agree by chance
+_LEAST_NBYTES: Final = 1 << 12  # of codes: of tensors whose floats are judged
+_NEARLY: Final = 0.8  # of the bytes of a copy: small tensors are not compared
+
+_ONCE: Final = "Let the modules share one tensor, or leave it out: register_buffer(..., persistent=False)."
+
+_INPUT: Final = re.compile(r"(?i)embed|wte|tok|vocab|shared|lookup")
+_OUTPUT: Final = re.compile(r"(?i)head|output|decoder|logits|proj|generator|classifier|embed")
+
+
+def two_copies(case: Case) -> Iterator[Cause]:
+    """A model in float, and the same model rounded: to int8, or to half precision."""
+    pairs = _rounded(case)
+    if not pairs:
+        yield from _named(case)
+        return
+    roots = {_roots(wide.name, narrow.name) for wide, narrow in pairs}
+    exact = [pair for group in _equal(case) for pair in _between(group, roots)]
+    redundant = _completed(case, list(dict.fromkeys(wide for wide, _ in (*pairs, *exact))), {wide for wide, _ in roots})
+    nbytes = sum(map(case.stored, redundant))
+    (wide, narrow), *others = sorted(roots)
+    whole = not others and wide[-1] in "./"
+    names = (f"{wide}*", f"{narrow}*") if whole else (pairs[0][0].name, pairs[0][1].name)
+    types = "/".join(dict.fromkeys(held.dtype for _, held in pairs))
+    again = f" and {len(exact)} in float again" if exact else ""
+    evidence = f"the model is here twice: {names[0]} in float; {names[1]} with {len(pairs)} tensors as {types}{again}"
+    kept = {kept.held.name for kept in case.selection.kept}
+    both = any(wide.name in kept and narrow.name in kept for wide, narrow in pairs)
+    remedy = f"Save a state dict without {names[1]}, and compress that." if both else ""
+    yield Cause(tuple(held.name for held in redundant), nbytes, evidence, remedy)
+
+
+def _completed(case: Case, copies: list[Held], roots: set[str]) -> list[Held]:
+    """A copy with all that has its root, where the tensors that are known to be copies are nearly all of that."""
+    prefixes = tuple(root for root in roots if root[-1] in "./")
+    below = [held for held in case.distinct if held.name.startswith(prefixes)]
+    least = _NEARLY * sum(held.nbytes for held in below)
+    return below if set(copies) <= set(below) and sum(held.nbytes for held in copies) >= least else copies
+
+
+def untied(case: Case) -> Iterator[Cause]:
+    """A table of embeddings and the output layer that shares its weights, each with weights of its own."""
+    yield from _twice(case, "tied weights are stored for each owner", _are_tied)
+
+
+def duplicate(case: Case) -> Iterator[Cause]:
+    """Other tensors with the numbers of another."""
+    yield from _twice(case, "the same numbers are stored again", _are_any)
+
+
+def _named(case: Case) -> Iterator[Cause]:
+    """A second model that only its name tells, such as the average of the first over the training."""
+    shared = {kept.held.storage for kept in case.selection.kept}
+    places = {held.name: held.storage for held in case.distinct}
+    left = [left for left in case.selection.left_out if left.kind == "two-copies" and left.name in places]
+    left = [one for one in left if places[one.name] not in shared]
+    reasons = "; ".join(dict.fromkeys(one.because for one in left))
+    yield Cause(tuple(one.name for one in left), sum(one.nbytes for one in left), reasons)
+
+
+def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Iterator[Cause]:
+    pairs = [(group[0], other) for group in _equal(case) for other in group[1:] if belongs(group[0], other)]
+    for remedy, mends in (("", True), (_ONCE, False)):
+        alike = [(first, other) for first, other in pairs if _is_weight(first) == mends]
+        shown = "; ".join(f"{other.name} = {first.name}" for first, other in alike[:2])
+        more = f"; and {len(alike) - 2} more" if alike[2:] else ""
+        names = tuple(other.name for _, other in alike)
+        yield Cause(names, sum(case.stored(other) for _, other in alike), f"{words}: {shown}{more}", remedy)
+
+
+def _is_weight(held: Held) -> bool:
+    """Whether `selection` keeps it once where it is there twice."""
+    return held.dtype in FLOATING and len(held.shape) > 1
+
+
+def _are_tied(first: Held, other: Held) -> bool:
+    names = first.name, other.name
+    return len(first.shape) == 2 and any(
+        _INPUT.search(one) is not None and _OUTPUT.search(two) is not None for one, two in (names, names[::-1])
+    )
+
+
+def _are_any(first: Held, other: Held) -> bool:
+    return first is not other
+
+
+def _equal(case: Case) -> list[list[Held]]:
+    """Groups of tensors with the same numbers that no finding is about yet, in the file's order."""
+    groups = [[held for held in group if held.name not in case.explained] for group in case.equal]
+    return [group for group in groups if len(group) > 1]
+
+
+def _between(group: Sequence[Held], roots: set[tuple[str, str]]) -> Iterator[Pair]:
+    """Of equal tensors those of which one belongs to the float model and one to the rounded one."""
+    for one in group:
+        for other in group:
+            if one is not other and _roots(one.name, other.name) in roots:
+                yield one, other
+
+
+def _roots(one: str, other: str) -> tuple[str, str]:
+    """What two names begin with, up to where they part, with the dot or slash behind it.
+
+    >>> _roots("fp32_model.head.weight", "_model.head._packed_params/0")
+    ('fp32_model.', '_model.')
+    >>> _roots("net.fc.weight", "net.fc.weight_int8")
+    ('net.fc.weight', 'net.fc.weight_int8')
+    """
+    parts = [re.findall(r"[^./]+[./]?", name) for name in (one, other)]
+    same = next((i for i, (a, b) in enumerate(zip(*parts, strict=False)) if a != b), 0)
+    return "".join(parts[0][: same + 1]), "".join(parts[1][: same + 1])
+
+
+def _rounded(case: Case) -> list[Pair]:
+    """Tensors in float, each with another of its shape that is the same rounded."""
+    by_shape: dict[tuple[int, ...], list[Held]] = {}
+    for held in case.distinct:
+        if held.name not in case.explained and len(held.shape) > 1 and held.nbytes >= _LEAST_NBYTES:
+            by_shape.setdefault(held.shape, []).append(held)
+    pairs: list[Pair] = []
+    for alike in by_shape.values():
+        narrow = [held for held in alike if held.dtype in _WIDER]
+        wide = [held for held in alike if any(held.dtype in _WIDER[other.dtype] for other in narrow)]
+        if wide:
+            with np.errstate(all="ignore"):  # what overflows or is no number matches nothing
+                pairs += _matched(case.content, wide, narrow)
+    return pairs
+
+
+def _matched(content: Content, wide: list[Held], narrow: list[Held]) -> list[Pair]:
+    signed = [[(held, _signature(content, held)) for held in side] for side in (wide, narrow)]
+    floats, codes = ([(held, signature) for held, signature in side if signature is not None] for side in signed)
+    if not floats or not codes:
+        return []
+    explained = np.square(np.stack([s for _, s in floats]) @ np.stack([s for _, s in codes]).T)
+    pairs = []
+    for j, (held, _) in enumerate(codes):
+        i = int(np.argmax(explained[:, j]))
+        original = floats[i][0]
+        likely = original.dtype in _WIDER[held.dtype] and explained[i, j] >= _EXPLAINED
+        if likely and _agrees(content, original, held):
+            pairs.append((original, held))
+    return pairs
+
+
+def _signature(content: Content, held: Held) -> Array | None:
+    """A unit vector of a few rows, each less its mean and of equal length; None where there are no numbers."""
+    rows = _sample(content, held)
+    if rows is None or rows.size < _LEAST_COMPARED:
+        return None
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    flat = np.divide(rows, length, out=np.zeros_like(rows), where=length > 0).ravel()
+    unit: Array = flat / max(float(np.linalg.norm(flat)), 1.0)
+    return unit.astype(np.float32) if np.isfinite(unit).all() else np.zeros(unit.shape, np.float32)
+
+
+def _agrees(content: Content, wide: Held, narrow: Held) -> bool:
+    """Whether half-precision numbers are the rounded ones, to the last bit: averages of a model are nearly so."""
+    if narrow.dtype not in FLOATING:
+        return True
+    floats, halves = _sample(content, wide), _sample(content, narrow)
+    assert floats is not None
+    assert halves is not None
+    return bool((np.abs(floats - halves) <= _HALF * np.abs(floats) + 1e-7).all())
+
+
+def _sample(content: Content, held: Held) -> Array | None:
+    array = content.array(held)
+    if array is None or 0 in held.shape:
+        return None
+    matrix = spread(array, _ROWS)
+    matrix = spread(matrix.reshape(len(matrix), -1).T, _COLUMNS).T
+    return as_floats(matrix, held.dtype).astype(np.float64)

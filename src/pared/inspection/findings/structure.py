@@ -1,0 +1,132 @@
+"""What headers tell: no numbers are read here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from pared.inspection.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
+from pared.readers.listing import Held, Listing, Storage
+
+# A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
+# kind: images, tables, logs.
+_PICKLED_NBYTES: Final = 1024
+# The share of a quantized file that is too much for what is not quantized.
+_MOSTLY: Final = 0.25
+# What mends what `pared compress` cannot.
+_NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
+_OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
+# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it; and the same
+# of versions before 0.1, whose pickles are not read any more.
+_SAVE: Final = {
+    "pared._revive": "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it "
+    "without code.",
+    "pared.model._revive": "It is a quantized model already, of a version before 0.1, whose pickles are not read any "
+    "more: use the artifact that save(directory) wrote.",
+}
+_PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
+
+
+def executable_pickle(case: Case) -> Iterator[Cause]:
+    """Code that loading the file would import, and may run."""
+    foreign = case.listing.foreign
+    if foreign:
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
+        nbytes = sum(_pickles(case.listing).values())
+        remedy = next((_SAVE[name] for name in foreign if name in _SAVE), "")
+        yield Cause(foreign, nbytes, f"loading it would run {shown}", remedy, always=True)
+
+
+def ballast(case: Case) -> Iterator[Cause]:
+    """Bytes that no tensor of the model needs."""
+    used = {held.storage for held in case.listing.tensors}
+    # Code that the file names may find storages in ways of its own.
+    unused = {} if case.listing.foreign else {k: s for k, s in case.listing.storages.items() if k not in used}
+    pieces = {f"(data/{key})": storage.nbytes for key, storage in unused.items()}
+    reasons = ["storages that no tensor refers to"] if pieces else []
+    for name, note in case.listing.notes.items():
+        if note.ballast:
+            pieces[name] = note.nbytes
+            reasons.append(f"{name}: {note.because}" if note.because else name)
+    needed = _PICKLED_NBYTES * (1 + len(case.listing.tensors))
+    pickles = _pickles(case.listing)
+    if sum(pickles.values()) > 2 * needed:
+        pieces[max(pickles, key=lambda name: pickles[name])] = sum(pickles.values()) - needed
+        reasons.append("its pickle holds data that are no tensors")
+    for left in case.selection.left_out:
+        if left.kind == "ballast" and left.nbytes:
+            pieces[left.name] = left.nbytes
+            reasons.append(left.because)
+    yield Cause(tuple(pieces), sum(pieces.values()), "; ".join(dict.fromkeys(reasons)))
+
+
+def _pickles(listing: Listing) -> dict[str, int]:
+    """The bytes of the pickle, or of those in a folder's files, by the names of their notes."""
+    return {name: note.nbytes for name, note in listing.notes.items() if _PICKLE.search(name)}
+
+
+def view_of_larger_storage(case: Case) -> Iterator[Cause]:
+    """Storages of which the tensors use a part: `torch.save` writes all of it."""
+    tenants: dict[str, list[Held]] = {}
+    for held in case.distinct:
+        tenants.setdefault(str(held.storage), []).append(held)
+    wasted = {
+        group[0].name: (case.listing.storages[key], unused)
+        for key, group in tenants.items()
+        if (unused := _unused(group, case.listing.storages[key]))
+    }
+    if wasted:
+        name, (storage, unused) = max(wasted.items(), key=lambda item: item[1][1])
+        evidence = f"{name} uses {megabytes(storage.nbytes - unused)} of a storage of {megabytes(storage.nbytes)}"
+        evidence += f"; and {len(wasted) - 1} more" if len(wasted) > 1 else ""
+        yield Cause(tuple(wasted), sum(unused for _, unused in wasted.values()), evidence, explains=False)
+
+
+def _unused(tenants: Sequence[Held], storage: Storage) -> int:
+    """The bytes of a storage that its tensors leave unused, at least."""
+    return 0 if storage.coded else max(0, storage.nbytes - sum(held.nbytes for held in tenants))
+
+
+def optimizer_state(case: Case) -> Iterator[Cause]:
+    """What an optimizer keeps for each weight, which only training needs."""
+    left = [left for left in case.selection.left_out if left.kind == "optimizer-state"]
+    words = "/".join(sorted({_last(one.name) for one in left if one.nbytes > 8}))
+    nbytes = sum(one.nbytes for one in left)
+    model = sum(kept.held.nbytes for kept in case.selection.kept)
+    alone = model <= WORTH_SHARE * nbytes
+    times = "and there is no model" if alone else f"{nbytes / model:.1f} times the bytes of the model"
+    evidence = f"{words[:60]} in {len(left)} entries: only training needs them, {times}"
+    yield Cause(tuple(one.name for one in left), nbytes, evidence, _NO_MODEL if alone else "")
+
+
+def left_in_float(case: Case) -> Iterator[Cause]:
+    """Weights that a quantizer has left in float32, in a file that is taken for a quantized one."""
+    weights = [held for held in case.distinct if len(held.shape) > 1 and held.name not in case.explained]
+    codes = [held for held in weights if held.dtype in QUANTIZED]
+    floats = [held for held in weights if held.dtype == "float32" and held.nbytes >= JUDGED_NBYTES]
+    if codes and sum(map(case.stored, floats)) >= _MOSTLY * case.listing.nbytes:
+        largest = max(floats, key=lambda held: held.nbytes)
+        yield Cause(
+            tuple(held.name for held in floats),
+            sum(map(case.stored, floats)),
+            f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, {largest.name} for one",
+            _OF_SOURCE if any(kept.held.dtype in QUANTIZED for kept in case.selection.kept) else "",
+            explains=False,
+        )
+
+
+def _last(name: str) -> str:
+    return name.replace("/", ".").rpartition(".")[2]
+
+
+def wide_float(case: Case) -> Iterator[Cause]:
+    """Weights in float64: twice what networks are trained in."""
+    wide = [held for held in case.distinct if held.dtype == "float64" and held.nbytes >= JUDGED_NBYTES]
+    wide = [held for held in wide if held.name not in case.explained]
+    yield Cause(
+        tuple(held.name for held in wide),
+        sum(map(case.stored, wide)),
+        f"{len(wide)} tensors are float64, {sum(math.prod(held.shape) for held in wide):,} numbers of 8 bytes",
+    )

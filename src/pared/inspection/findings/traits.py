@@ -1,0 +1,156 @@
+"""What is seen in the numbers of one tensor: each is read once, by several threads, and everything is asked then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from pared.files import threads as parallel
+from pared.formats.dtypes import FLOATING, Array
+from pared.inspection.findings.content import Content, spread
+from pared.inspection.findings.levels import grid_of
+from pared.readers.listing import Held
+
+# From this share of zeros on a tensor is sparse; the most common pattern, two of four, has exactly half.
+_SPARSE: Final = 0.5
+_CHUNK: Final = 1 << 20  # elements that are asked about at a time
+_MARKED: Final = 64  # places of a tensor that its mark is made of
+_MARKED_NBYTES: Final = 1024  # bytes at each
+
+
+@dataclass(frozen=True)
+class Trait:
+    """Why a tensor takes more bytes than its numbers need.
+
+    Args:
+        kind: of the finding that it is a part of.
+        detail: in a few words.
+    """
+
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen in a tensor.
+
+    Args:
+        held: the tensor.
+        mark: equal for tensors of the same type, shape and numbers, and hardly for others.
+        trait: the worst that was seen; None for a tensor that is as it should be.
+    """
+
+    held: Held
+    mark: bytes
+    trait: Trait | None
+
+    @property
+    def constant(self) -> bool:
+        """Whether all numbers are equal."""
+        return self.trait is not None and self.trait.detail == _CONSTANT.detail
+
+
+def look_at(content: Content, tensors: Sequence[Held]) -> Mapping[str, Look]:
+    """Look at tensors, by name; what has no numbers to be read is left out."""
+    looks = parallel.each(lambda held: _look(content, held), tensors, [held.nbytes for held in tensors])
+    return {look.held.name: look for look in looks if look is not None}
+
+
+def _look(content: Content, held: Held) -> Look | None:
+    array = content.array(held)
+    if array is None:
+        return None
+    rows = content.rows(held)
+    assert rows is not None
+    with np.errstate(all="ignore"):  # what overflows or is no number answers every question with no
+        trait = next(filter(None, (ask(rows, held.dtype) for ask in _TRAITS)), None)
+    return Look(held, _mark(array, held), trait)
+
+
+def _mark(array: Array, held: Held) -> bytes:
+    """A hash of the type, the shape, and bytes of evenly spread places."""
+    digest = hashlib.blake2b(f"{held.dtype} {held.shape}".encode(), digest_size=16)
+    if array.flags.c_contiguous:
+        raw = array.reshape(-1).view(np.uint8)
+        whole = raw[: len(raw) // _MARKED_NBYTES * _MARKED_NBYTES].reshape(-1, _MARKED_NBYTES)
+        digest.update(np.ascontiguousarray(spread(whole, _MARKED)).tobytes())
+        digest.update(raw[-_MARKED_NBYTES:].tobytes())
+    else:
+        digest.update(np.ascontiguousarray(spread(array, _MARKED)).tobytes())
+    return digest.digest()
+
+
+_CONSTANT: Final = Trait("zeros", "all numbers equal")
+
+
+def _constant(array: Array, _: str) -> Trait | None:
+    first = array.reshape(-1)[:1]
+    return _CONSTANT if _all(array, lambda part: bool((part == first).all())) else None
+
+
+def _on_grid(array: Array, dtype: str) -> Trait | None:
+    grid = grid_of(array, dtype) if dtype in FLOATING and array.ndim > 1 and array.size else None
+    return None if grid is None else Trait("fake-quantized", str(grid))
+
+
+def _sparse(array: Array, dtype: str) -> Trait | None:
+    if dtype not in (*FLOATING, "bool"):  # among codes of a few bits many are 0, as they should be
+        return None
+    flat = array.reshape(-1)  # bfloat16 and eight-bit floats come as bits, in which 0 is 0 too
+    tried = spread(flat, 4096)
+    if np.count_nonzero(tried) > (1 - _SPARSE) * len(tried) * 1.1:
+        return None
+    zeros = len(flat) - sum(int(np.count_nonzero(part)) for part in _parts(flat))
+    return Trait("zeros", f"{100 * zeros / len(flat):.0f} % zeros") if zeros >= _SPARSE * len(flat) else None
+
+
+def _wide_float(array: Array, dtype: str) -> Trait | None:
+    if dtype != "float32":
+        return None
+    for half, lossless in (("bfloat16", _is_bfloat16), ("float16", _is_float16)):
+        if _all(array, lossless):
+            return Trait("wide-float", f"every number is a {half}")
+    return None
+
+
+def _is_bfloat16(part: Array) -> bool:
+    return not (part.view(np.uint32) & 0xFFFF).any()
+
+
+def _is_float16(part: Array) -> bool:
+    return bool((part.astype(np.float16).astype(np.float32) == part).all())
+
+
+def _wide_int(array: Array, dtype: str) -> Trait | None:
+    if dtype not in ("int64", "int32", "uint64", "uint32"):
+        return None
+    for narrow in ("uint8", "int8", "int16", "int32"):
+        limits = np.iinfo(narrow)
+        if limits.bits < array.itemsize * 8 and _all(
+            array,
+            lambda part, limits=limits: bool(part.min() >= limits.min and part.max() <= limits.max),  # type: ignore[misc]  # bound now
+        ):
+            return Trait("wide-int", f"every number fits {narrow}")
+    return None
+
+
+# What is asked of each tensor, in this order: the first answer explains it.
+_TRAITS: Final[tuple[Callable[[Array, str], Trait | None], ...]] = (
+    _constant, _on_grid, _sparse, _wide_float, _wide_int,
+)  # fmt: skip
+
+
+def _parts(array: Array) -> list[Array]:
+    flat = array.reshape(-1)
+    return [flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK)]
+
+
+def _all(array: Array, holds: Callable[[Array], bool]) -> bool:
+    """Whether something holds for every part of an array; a few evenly spread numbers are asked first."""
+    flat = array.reshape(-1)
+    return holds(spread(flat, 1024)) and all(holds(part) for part in _parts(flat))

@@ -1,0 +1,334 @@
+"""Where the bytes of a file or of a model in memory are: one row per tensor, and the rows sum to the whole."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_args
+
+from rich import box
+from rich.table import Table
+
+from pared import readers
+from pared.artifact.envelope import FILE_NAMES, Records, open_records, records_of
+from pared.artifact.index import Entry
+from pared.artifact.parse import parse_index
+from pared.errors import ConfigError, printable
+from pared.files.disk import as_path, open_file
+from pared.inspection.findings import Depth, Finding, find, is_sampled, megabytes
+from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.memory import list_model
+from pared.terminal import WIDTH, Notes, add_row, drawn
+
+_NOTHING_FOUND: Final = "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."
+_NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, numbers are read too."
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one tensor, or one other piece of a file, takes.
+
+    Args:
+        name: of the tensor; in parentheses for what is no tensor.
+        shape: of the tensor; None for what is no tensor.
+        format: a short name of what one number is: "grid int8", "float32".
+        nbytes: in the file; 0 for a tensor whose numbers an earlier row already counts.
+        because: the reason for the format, or for the bytes.
+        original: the type and the bytes of its numbers in the source; None where no source is known.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    format: str
+    nbytes: int
+    because: str = ""
+    original: tuple[str, int] | None = None
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the tensor has."""
+        return math.prod(self.shape) if self.shape is not None else 0
+
+    @property
+    def bits(self) -> float:
+        """Bits in the file for each number of the tensor; 0 for what holds no numbers.
+
+        >>> Row("w", (4, 4), "grid int8", 14).bits
+        7.0
+        """
+        return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All bytes of a file, or of a model in memory.
+
+    Args:
+        file: its name.
+        nbytes: exactly the sum of the rows.
+        rows: tensors first, in the file's order, then what is no tensor.
+        elements: how many numbers the tensors have; what several names share counts once.
+        original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
+        findings: why a file is larger than it should be, what takes most first.
+        sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
+        depth: how much was read to find them; None where none were looked for.
+    """
+
+    file: str
+    nbytes: int
+    rows: tuple[Row, ...]
+    elements: int
+    original_nbytes: int | None = None
+    findings: tuple[Finding, ...] = ()
+    sampled: bool = False
+    depth: Depth | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of the file, container included, for each number."""
+        return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+    def by_format(self) -> dict[str, int]:
+        """The bytes of each format, the largest first."""
+        totals: dict[str, int] = {}
+        for row in self.rows:
+            totals[row.format] = totals.get(row.format, 0) + row.nbytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The ledger as plain data."""
+        rows = [
+            {
+                "name": row.name,
+                "shape": None if row.shape is None else list(row.shape),
+                "format": row.format,
+                "bytes": row.nbytes,
+                "bits": row.bits,
+            }
+            for row in self.rows
+        ]
+        findings = [finding.to_json() for finding in self.findings]
+        found = {"findings": findings, "sampled": self.sampled}
+        return {"file": self.file, "bytes": self.nbytes, "rows": rows, **found}
+
+    def render(self) -> str:
+        """The ledger as text of 100 columns: the totals, the findings, then a line for each row."""
+        return "\n".join((*self._totals(), *self._findings(), *draw(self.rows)))
+
+    def __str__(self) -> str:
+        return self.render()
+
+    def _totals(self) -> Iterator[str]:
+        yield from textwrap.wrap(printable(self.file), WIDTH)
+        ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
+        yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
+        for format, nbytes in self.by_format().items():
+            yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
+
+    def _findings(self) -> Iterator[str]:
+        """A line or two for each finding, and once for all that it mends each remedy."""
+        for remedy, after in dict.fromkeys((finding.remedy, finding.bytes_after) for finding in self.findings):
+            yield ""
+            for finding in self.findings:
+                if finding.remedy == remedy:
+                    share = f"{100 * finding.nbytes / max(self.nbytes, 1):.0f} %"
+                    mark = f"{finding.kind:<23}{megabytes(finding.nbytes):>9}{share:>6}  "
+                    yield from textwrap.wrap(
+                        printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
+                    )
+            mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
+            command = remedy.startswith("pared ")  # to be copied in one piece
+            yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
+        if self.depth is not None and not self.findings:
+            yield from ("", _NOTHING_FOUND if self.depth != "quick" else _NOTHING_IN_HEADERS)
+        if self.sampled:
+            yield from ("", "Judged by evenly spread rows, 1 GB of them; --deep reads everything.")
+
+
+def inspect(target: object, *, depth: Depth = "default") -> Ledger:
+    """Account for every byte of a file, of a folder or of a model in memory; find out why files are so large.
+
+    Nothing in a file is executed, and torch is not imported. A model in memory has no findings: they are about files.
+
+    Args:
+        target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
+            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF, NumPy or Keras; of a folder of
+            such files; or a `torch.nn.Module`.
+        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
+            all of them.
+
+    Raises:
+        FileError: the file cannot be read, or is of another kind.
+        CorruptError: its bytes contradict themselves.
+        UnsafeError: loading it would run code, or inflate without bound.
+        VersionError: a newer version wrote the artifact.
+        ConfigError: the target is neither a path nor a module, or the depth is none.
+    """
+    if depth not in get_args(Depth):
+        raise ConfigError(
+            f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
+        )
+    if isinstance(target, str | os.PathLike):
+        return _of_path(as_path(target, "inspect"), depth)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(target, torch.nn.Module):
+        return _of_model(target)
+    raise ConfigError(
+        f"expected a path or a torch.nn.Module, got {type(target).__name__}",
+        where="inspect",
+        remedy="Pass the path of a file or of a folder, or the model.",
+    )
+
+
+def of_artifact_bytes(data: bytes, where: str) -> Ledger:
+    """The ledger of an artifact that is in memory.
+
+    Args:
+        data: the file's bytes.
+        where: its name.
+    """
+    with open_records(data, where) as records:
+        return _of_records(records)
+
+
+def _of_path(path: Path, depth: Depth) -> Ledger:
+    for file_path in _candidates(path):
+        with open_file(file_path) as file:
+            records = records_of(file)
+            if records is not None:
+                return _of_records(records)
+    with readers.open_listing(path) as listing:
+        findings = find(listing, str(path), depth)
+        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth), depth=depth)
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The files that may be an artifact of ours."""
+    if not path.is_dir():
+        return [path]
+    return [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
+
+
+def _of_records(records: Records) -> Ledger:
+    entries = parse_index(records).entries
+    rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
+    pieces = {
+        "(padding)": len(records.data) - sum(row.nbytes for row in rows),
+        "(index)": len(records.index),
+        "(container)": records.nbytes - len(records.index) - len(records.data),
+    }
+    return Ledger(
+        file=records.where,
+        nbytes=records.nbytes,
+        rows=(*rows, *_others(pieces)),
+        elements=sum(entry.elements for entry in entries),
+        original_nbytes=sum(entry.source_nbytes for entry in entries),
+    )
+
+
+def _reason(entry: Entry) -> str:
+    tied = f"also {', '.join(entry.names[1:])}" if len(entry.names) > 1 else ""
+    return "; ".join(filter(None, (entry.because, tied)))
+
+
+def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
+    """Rows for what is no tensor; the name says what it is."""
+    return (Row(name, None, name.strip("()"), nbytes) for name, nbytes in pieces.items() if nbytes)
+
+
+def _of_listing(listing: Listing) -> Ledger:
+    """The bytes of each storage are counted with the first tensor that is kept in it."""
+    tenants: dict[str, list[Held]] = {}
+    for held in listing.tensors:
+        if held.storage is not None:
+            tenants.setdefault(held.storage, []).append(held)
+    rows = [_row(held, tenants, listing.storages) for held in listing.tensors]
+    unused = {key: s.nbytes for key, s in listing.storages.items() if key not in tenants and s.nbytes}
+    rows += [Row(f"(data/{key})", None, "unused", n, "no tensor refers to it") for key, n in unused.items()]
+    notes = {name: note for name, note in listing.notes.items() if note.nbytes}
+    rows += [Row(name, None, _what(name, note), note.nbytes, note.because) for name, note in notes.items()]
+    pieces = {"(container)": listing.nbytes - sum(row.nbytes for row in rows)}
+    elements = sum(_distinct(group, listing.storages[key].nbytes) for key, group in tenants.items())
+    return Ledger(listing.where, listing.nbytes, (*rows, *_others(pieces)), elements)
+
+
+def _what(name: str, note: Note) -> str:
+    """What a note is about, whichever file of a folder that is in.
+
+    >>> _what("(model.safetensors: header)", Note(8)), _what("(config.json)", Note(8, file=True))
+    ('header', 'file')
+    """
+    return "file" if note.file else name.strip("()").rpartition(": ")[2]
+
+
+def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:
+    if held.storage is None:
+        return Row(held.name, held.shape, held.dtype, 0, "on the meta device: it holds no numbers")
+    first, *others = tenants[held.storage]
+    if held is not first:
+        return Row(held.name, held.shape, held.dtype, 0, f"kept in the storage of {first.name}")
+    nbytes = storages[held.storage].nbytes
+    because = ""
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        because = f"its storage is also that of {others[0].name}{more}"
+    elif nbytes > held.nbytes and not storages[held.storage].coded:
+        because = f"a view of {held.nbytes:,} bytes that keeps a storage of {nbytes:,}"
+    return Row(held.name, held.shape, held.dtype, nbytes, because)
+
+
+def _distinct(group: Sequence[Held], nbytes: int) -> int:
+    """How many numbers the tensors of one storage have between them: no more than it has room for."""
+    total = sum(math.prod(held.shape) for held in group)
+    needed = sum(held.nbytes for held in group)
+    return total if needed <= nbytes else total * nbytes // needed
+
+
+def _of_model(model: Any) -> Ledger:
+    """The ledger of a live module; a class that knows better, as those of quantized models do, says it itself."""
+    quantized = getattr(type(model), "_pared_artifact", None)
+    if quantized is not None:
+        return of_artifact_bytes(quantized(model), where=type(model).__name__)
+    return _of_listing(list_model(model))
+
+
+def draw(
+    rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
+) -> list[str]:
+    """A table of rows in 100 columns; reasons, which many rows share, are numbered and stand below.
+
+    Args:
+        rows: in the order in which they are shown.
+        kernels: what runs with each tensor, by name; None: no such column.
+        damages: what each tensor costs, as a share of the output's energy; None: no such column.
+    """
+    notes = Notes()
+    explained = any(row.because for row in rows)
+    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
+    table.add_column("tensor", overflow="fold", ratio=1)
+    table.add_column("shape", overflow="fold", max_width=14)
+    table.add_column("format", overflow="fold")
+    table.add_column("bits", justify="right")
+    table.add_column("bytes", justify="right")
+    if damages is not None:
+        table.add_column("damage", justify="right")
+    for name in (*(["runs"] if kernels is not None else []), *(["why"] if explained else [])):
+        table.add_column(name, justify="right" if name == "why" else "left")
+    for row in rows:
+        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
+        bits = f"{row.bits:.2f}" if row.elements else ""
+        cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
+        cells += [_damage(damages.get(row.name))] if damages is not None else []
+        cells += [kernels.get(row.name, "")] if kernels is not None else []
+        cells += [notes.mark(row.because).strip()] if explained else []
+        add_row(table, cells)
+    return [*drawn(table), *notes.lines()]
+
+
+def _damage(damage: float | None) -> str:
+    return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"

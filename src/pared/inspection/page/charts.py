@@ -1,0 +1,282 @@
+"""The charts of a report: plain values in, pictures out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from pared.inspection.page.drawing import Picture, Sheet, axes, bytes_in_words, colour, sheet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH: Final = 960  # pixels
+_NO_DAMAGE: Final = 1e-12  # less counts as none, in tables too
+_DAMAGE: Final = "damage (share of the output's energy)"
+MOST_BARS: Final = 40  # of a chart that has a line for each layer
+_LINE: Final = 20  # pixels
+_MOST_LETTERS: Final = 44  # of a name beside an axis
+
+# Families of formats: what they are called, and the mark that stands for them, so that no colour has to be told apart.
+FAMILIES: Final[Mapping[str, tuple[str, str]]] = {
+    "codes": ("codes of 8 bits or less", "o"),
+    "wide-codes": ("codes of 16 bits", "s"),
+    "half": ("floats of 16 bits or less", "^"),
+    "float": ("floats of 32 bits or more", "D"),
+    "other": ("other numbers", "v"),
+    "rest": ("no tensors: index, container, padding", "P"),
+}
+KERNELS: Final[Mapping[str, tuple[str, str]]] = {
+    "float32": ("float", "D"),
+    "bfloat16": ("half", "^"),
+    "int8": ("codes", "o"),
+}
+
+
+class Point(Protocol):
+    """What is drawn of a model on a trade-off curve."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its file."""
+
+    @property
+    def damage(self) -> float:
+        """The share of the output's energy that is lost."""
+
+    @property
+    def score(self) -> float | None:
+        """None where nothing was evaluated."""
+
+
+def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | None = None) -> Picture:
+    """Damage, and the score where there is one, against bytes.
+
+    Args:
+        points: at least one.
+        baseline: the score of the float model.
+        chosen: the model that was returned; None: no point is marked.
+    """
+    scored = [point for point in points if point.score is not None]
+    panels = 2 if scored else 1
+    with sheet("trade-off", WIDTH, 340) as page:
+        first = axes(page.figure, 1, panels, 1)
+        by_size = sorted(points, key=lambda point: -point.nbytes)
+        first.plot(
+            [p.nbytes for p in by_size], [_height(p, "damage") for p in by_size], color=colour("muted"), linewidth=1.4
+        )
+        _marks(page, first, [point for point in by_size if point.score is None], "damage", "planned")
+        _marks(page, first, scored, "damage", "tried")
+        first.set(xscale="log", yscale="log", ylabel=_DAMAGE)
+        if scored:
+            second = axes(page.figure, 1, panels, 2)
+            _marks(page, second, scored, "score", "tried")
+            if baseline is not None:
+                second.axhline(baseline, color=colour("ink"), linestyle=(0, (4, 3)), linewidth=1, label="float model")
+            second.set(xscale="log", ylabel="score")
+        for one, quantity in zip(page.figure.axes, ("damage", "score"), strict=False):
+            if chosen is not None and getattr(chosen, quantity) is not None:
+                _ring(one, chosen.nbytes, _height(chosen, quantity))
+            _bytes_across(one, "bytes of the file")
+            _plain_powers(one)
+            one.legend(loc="best")
+        return page.picture(_trade_off_in_words(by_size, chosen))
+
+
+def _height(point: Point, quantity: str) -> float:
+    """Where a point is drawn: a log scale has no place for a damage of 0."""
+    value: float = getattr(point, quantity)
+    return max(value, _NO_DAMAGE) if quantity == "damage" else value
+
+
+def _ring(panel: Axes, x: float, y: float) -> None:
+    """A circle around the model that was returned."""
+    style: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", "markeredgewidth": 2.2}
+    panel.plot([x], [y], color=colour("float"), linestyle="none", label="chosen", **style)
+
+
+def _marks(
+    page: Sheet, panel: Axes, points: Sequence[Point], quantity: str, label: Literal["planned", "tried"]
+) -> None:
+    if not points:
+        return
+    values = [getattr(point, quantity) for point in points]
+    style: dict[str, Any] = {"linestyle": "none", "clip_on": False, "color": colour("muted"), "marker": "o"}
+    if label == "tried":
+        style |= {"color": colour("codes"), "marker": "s", "markersize": 7}
+    heights = [_height(point, quantity) for point in points]
+    (drawn,) = panel.plot([point.nbytes for point in points], heights, label=label, **style)
+    page.name(drawn, [f"{p.nbytes:,} bytes, {quantity} {v:.4g}" for p, v in zip(points, values, strict=True)])
+
+
+def _trade_off_in_words(points: Sequence[Point], chosen: Point | None) -> str:
+    most, least = points[0], points[-1]
+    text = (
+        f"Damage against bytes for {len(points)} models, from {bytes_in_words(most.nbytes)} at a damage of "
+        f"{most.damage:.2g} to {bytes_in_words(least.nbytes)} at {least.damage:.2g}"
+    )
+    return text if chosen is None else f"{text}; chosen: {bytes_in_words(chosen.nbytes)} at {chosen.damage:.2g}"
+
+
+def formats(totals: Sequence[tuple[str, str, int]]) -> Picture:
+    """The bytes of each format as bars.
+
+    Args:
+        totals: for each format its name, its family and its bytes; the largest first, at least one.
+    """
+    with sheet("formats", WIDTH, 56 + 26 * len(totals)) as page:
+        panel = axes(page.figure)
+        whole = max(1, sum(nbytes for _, _, nbytes in totals))
+        for place, (name, family, nbytes) in enumerate(totals):
+            (bar,) = panel.barh([place], [nbytes], height=0.7, color=colour(family))
+            words = f"{bytes_in_words(nbytes)}, {100 * nbytes / whole:.1f} %"
+            page.name(bar, f"{name}: {nbytes:,} bytes")
+            panel.annotate(words, (nbytes, place), (6, 0), textcoords="offset points", va="center")
+        panel.set_xlim(0, max(1, *(nbytes for _, _, nbytes in totals)) * 1.18)
+        _names_beside(panel, [name for name, _, _ in totals])
+        _bytes_across(panel, "")
+        listed = "; ".join(f"{name} {bytes_in_words(nbytes)}" for name, _, nbytes in totals[:6])
+        return page.picture(f"Bytes by format: {listed}")
+
+
+def damages(tensors: Sequence[tuple[str, str, int, float]]) -> Picture:
+    """Each tensor's damage against its bytes.
+
+    Args:
+        tensors: for each its name, its family, its bytes and its damage; the two last greater than 0.
+    """
+    with sheet("damages", WIDTH, 380) as page:
+        panel = axes(page.figure)
+        for family, (words, marker) in FAMILIES.items():
+            group = [one for one in tensors if one[1] == family]
+            if group:
+                style: dict[str, Any] = {"marker": marker, "markersize": 6, "alpha": 0.75, "markeredgewidth": 0}
+                (drawn,) = panel.plot(
+                    [one[2] for one in group],
+                    [one[3] for one in group],
+                    linestyle="none",
+                    color=colour(family),
+                    label=words,
+                    clip_on=False,
+                    **style,
+                )
+                page.name(drawn, [f"{name}: {n:,} bytes, damage {damage:.2g}" for name, _, n, damage in group])
+        panel.set(xscale="log", yscale="log", ylabel=_DAMAGE)
+        _bytes_across(panel, "bytes of the tensor in the file")
+        _plain_powers(panel)
+        panel.legend(loc="best")
+        worst = max(tensors, key=lambda one: one[3])
+        return page.picture(
+            f"Damage against bytes for {len(tensors):,} tensors; the most, {worst[3]:.2g}, is done in {worst[0]}"
+        )
+
+
+def ranges(layers: Sequence[tuple[str, float, float]]) -> Picture:
+    """The range of each layer's input, on a scale that is linear around 0 and logarithmic beyond.
+
+    Args:
+        layers: for each its name, the least and the greatest input; at most `MOST_BARS`.
+    """
+    with sheet("ranges", WIDTH, 70 + _LINE * len(layers)) as page:
+        panel = axes(page.figure)
+        for place, (name, low, high) in enumerate(layers):
+            (drawn,) = panel.plot([low, high], [place, place], color=colour("codes"), linewidth=6, clip_on=False)
+            page.name(drawn, f"{name}: from {low:.4g} to {high:.4g}")
+        panel.axvline(0, color=colour("muted"), linewidth=1)
+        panel.set_xscale("symlog", linthresh=1)
+        panel.set_xlabel("input, as seen in calibration")
+        _plain_numbers(panel)
+        _names_beside(panel, [name for name, _, _ in layers])
+        return page.picture(f"Ranges of the inputs of {len(layers)} layers, widest: {layers[0][0]}")
+
+
+def timings(layers: Sequence[tuple[str, str, Mapping[str, float]]]) -> Picture:
+    """Milliseconds of each layer with each kernel; the one that runs is filled.
+
+    Args:
+        layers: for each its name, the kernel that runs, and milliseconds by kernel; at most `MOST_BARS`.
+    """
+    with sheet("timings", WIDTH, 96 + _LINE * len(layers)) as page:
+        panel = axes(page.figure)
+        for place, (_, _, times) in enumerate(layers):
+            panel.plot([min(times.values()), max(times.values())], [place, place], color=colour("grid"), linewidth=3)
+        for kernel, (ink, marker) in KERNELS.items():
+            for runs in (True, False):
+                found = [(t[kernel], i, name) for i, (name, k, t) in enumerate(layers) if (k == kernel) == runs]
+                face = colour(ink) if runs else colour("surface")
+                (drawn,) = panel.plot(
+                    [one[0] for one in found],
+                    [one[1] for one in found],
+                    linestyle="none",
+                    color=colour(ink),
+                    marker=marker,
+                    markersize=8,
+                    markerfacecolor=face,
+                    label=kernel if runs else None,
+                    clip_on=False,
+                )
+                page.name(drawn, [f"{name}: {ms:.3g} ms in {kernel}" for ms, _, name in found])
+        panel.set(xscale="log", xlabel="milliseconds; the filled mark is what runs")
+        _plain_numbers(panel)
+        page.figure.legend(loc="outside upper center", ncols=3)
+        _names_beside(panel, [name for name, _, _ in layers])
+        return page.picture(f"Milliseconds of {len(layers)} layers by kernel, slowest in float32: {layers[0][0]}")
+
+
+def _names_beside(panel: Axes, names: Sequence[str]) -> None:
+    """A line for each name, the first at the top."""
+    panel.set_yticks(range(len(names)), [shortened(name, _MOST_LETTERS) for name in names])
+    panel.set_ylim(len(names) - 0.4, -0.6)
+    panel.grid(visible=False, axis="y")
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+
+
+def shortened(name: str, most: int) -> str:
+    """A name without its middle, if it is longer than that.
+
+    >>> shortened("encoder.layer.0.attention", 12)
+    'enco…tention'
+    """
+    return name if len(name) <= most else f"{name[: most // 3]}…{name[len(name) - (most - most // 3 - 1) :]}"
+
+
+def _bytes_across(panel: Axes, label: str) -> None:
+    panel.set_xlabel(label)
+    _tick_words(panel, bytes_in_words)
+
+
+def _plain_numbers(panel: Axes) -> None:
+    _tick_words(panel, lambda value: f"{value:g}")
+
+
+def _plain_powers(panel: Axes) -> None:
+    """Name the powers of ten of a vertical log scale as the tables do."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    if panel.get_yscale() == "log":
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{math.log10(value):.0f}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+
+
+# Which multiples of powers of ten are named on a log axis of fewer decades than that.
+_DIGITS: Final[Sequence[tuple[float, Sequence[float]]]] = (
+    (1, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)),
+    (3, (1, 2, 5)),
+    (math.inf, (1,)),
+)
+
+
+def _tick_words(panel: Axes, words: Callable[[float], str]) -> None:
+    """Name round values; on a scale of less than two decades, those between powers of ten too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis = panel.xaxis
+    if panel.get_xscale() == "log":
+        low, high = panel.get_xlim()
+        decades = math.log10(high / low)
+        digits = next(digits for most, digits in _DIGITS if decades < most)
+        axis.set_major_locator(LogLocator(subs=digits, numticks=12))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: words(value)))

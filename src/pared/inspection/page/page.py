@@ -1,0 +1,365 @@
+"""The report as one page for a browser: nothing in it is fetched, and all text in it is escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from pared.errors import printable
+from pared.files.disk import as_path, write_atomic
+from pared.inspection.ledger import Row
+from pared.inspection.page import charts
+from pared.inspection.page.drawing import Picture, bytes_in_words, require_library
+from pared.inspection.page.facts import FLOATS, Facts, family_of, tiles
+from pared.inspection.page.treemap import SIDES
+from pared.inspection.page.treemap import draw as draw_treemap
+
+REPORT: Final = "report.html"  # beside an artifact
+_MOST_ROWS: Final = 5_000  # of the table: what a browser shows without delay
+_MOST_TEXT: Final = 300  # characters in a cell
+_ONE_LINE: Final = 36  # characters
+_MOST_MODULES: Final = 12
+
+
+def write(facts: Facts, path: str | Path) -> None:
+    """Write the page, atomically.
+
+    Args:
+        facts: what it shows.
+        path: of the file; its directory is made if it is missing.
+
+    Raises:
+        ConfigError: the drawing libraries are not installed.
+        FileError: the file cannot be written.
+    """
+    data = render(facts).encode()
+    write_atomic(as_path(path, "report"), lambda file: file.write(data))
+
+
+def render(facts: Facts) -> str:
+    """The page: the same facts give the same text.
+
+    Raises:
+        ConfigError: the drawing libraries are not installed.
+    """
+    require_library()
+    import jinja2
+    from markupsafe import Markup
+
+    files = resources.files("pared.inspection.page") / "template"
+    texts = {name: (files / name).read_text(encoding="utf-8") for name in ("page.html", "style.css", "script.js")}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    digest = base64.b64encode(hashlib.sha256(texts["script.js"].encode()).digest()).decode()
+    page = environment.from_string(texts["page.html"])
+    return page.render(
+        **_content(facts),
+        svg=lambda picture: Markup(picture.inline()),  # an XML library wrote it, with its escapes
+        breakable=lambda name: _breakable(Markup("{}").format(name)),
+        style=Markup(texts["style.css"]),  # our own file
+        script=Markup(texts["script.js"]),  # our own file
+        script_hash=f"sha256-{digest}",
+    )
+
+
+def _breakable(name: Any) -> Any:
+    """A long name with places behind its dots where a line may end; a short one as it is, which takes fewer nodes."""
+    from markupsafe import Markup
+
+    return name if len(name) <= _ONE_LINE else name.replace(".", Markup(".<wbr>"))
+
+
+def _content(facts: Facts) -> dict[str, Any]:
+    """What the template is given: text and pictures, by section; None for a section without data."""
+    ledger = facts.ledger
+    return {
+        "file": _text(ledger.file),
+        "words": bytes_in_words,
+        "text": _text,
+        "ledger": ledger,
+        "fitted": facts.fitted,
+        "outcome": facts.outcome,
+        "loss": _loss(facts),
+        "summary": _summary(facts),
+        "findings": ledger.findings,
+        "names": _names,
+        "maps": _maps(facts),
+        "formats": _formats(facts),
+        "curve": _curve(facts),
+        "points": facts.curve.points if facts.curve is not None else (),
+        "trials": facts.outcome.trials,
+        "damage": _damages(facts),
+        "table": _table(facts),
+        "ranges": _ranges(facts),
+        "times": _times(facts),
+        "provenance": [(_text(str(k)), _text(_plain(v))) for k, v in sorted(facts.provenance.items())],
+        "absent": list(_absent(facts)),
+        "families": {name: words for name, (words, _) in charts.FAMILIES.items()},
+    }
+
+
+def _text(text: str) -> str:
+    """Text from a file, for a cell: without control characters, and not too long."""
+    text = printable(text[: _MOST_TEXT + 1])
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(_text(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more"
+
+
+def _summary(facts: Facts) -> str:
+    """In a sentence, for the browser's preview and for a reader who reads no further."""
+    ledger = facts.ledger
+    if not ledger.original_nbytes:
+        tensors = sum(row.shape is not None for row in ledger.rows)
+        found = f"; findings: {len(ledger.findings)}" if ledger.findings else ""
+        return f"{bytes_in_words(ledger.nbytes)}, tensors: {tensors:,}{found}."
+    factor = ledger.original_nbytes / max(1, ledger.nbytes)
+    size = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
+    return f"{bytes_in_words(ledger.original_nbytes)} became {bytes_in_words(ledger.nbytes)}: {size}."
+
+
+def _loss(facts: Facts) -> float | None:
+    """Of the chosen model, in the unit of what was tolerated."""
+    found = [t.loss for t in facts.outcome.trials if t.nbytes == facts.ledger.nbytes]
+    return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """One or two treemaps, each with its title and its width as a share of the page; and the largest modules."""
+
+    pictures: tuple[tuple[str, Picture, float], ...]
+    modules: tuple[tuple[str, tuple[int, ...]], ...]
+    families: tuple[str, ...]
+
+
+def _maps(facts: Facts) -> _Maps | None:
+    ledger = facts.ledger
+    found = tiles(ledger)
+    totals = [sum(sizes) for sizes in zip(*(tile.sizes for tile in found), strict=True)]
+    if not max(totals, default=0):
+        return None
+    scale = SIDES[0] * SIDES[1] / max(totals)
+    titles = ("before", "after") if len(totals) == 2 else ("bytes",)
+    pictures = tuple(
+        (
+            f"{title}: {bytes_in_words(total)}",
+            draw_treemap(f"map-{title}", found, which, scale, f"Bytes by module, {title}: {bytes_in_words(total)}"),
+            math.sqrt(total / max(totals)),
+        )
+        for which, (title, total) in enumerate(zip(titles, totals, strict=True))
+        if total
+    )
+    shown = {name for tile in found for name, size in zip(tile.families, tile.sizes, strict=True) if size}
+    return _Maps(pictures, tuple(_modules(found)), tuple(name for name in charts.FAMILIES if name in shown))
+
+
+def _modules(found: Sequence[Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The largest modules, where the tree first branches out; the others together."""
+    depth, most = 1, max(len(tile.path) for tile in found)
+    while depth < most and len({tile.path[:depth] for tile in found if tile.families[-1] != "rest"}) < 3:
+        depth += 1
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for tile in found:
+        groups.setdefault(".".join(tile.path[:depth]), []).append(tile.sizes)
+    totals = [(name, tuple(map(sum, zip(*sizes, strict=True)))) for name, sizes in groups.items()]
+    totals.sort(key=lambda one: tuple(-size for size in one[1]))
+    yield from ((_text(name), sizes) for name, sizes in totals[:_MOST_MODULES])
+    rest = totals[_MOST_MODULES:]
+    if rest:
+        yield f"{len(rest):,} others", tuple(map(sum, zip(*(sizes for _, sizes in rest), strict=True)))
+
+
+def _formats(facts: Facts) -> Picture | None:
+    totals: dict[tuple[str, str], int] = {}
+    for row in facts.ledger.rows:
+        key = (_text(row.format), family_of(row))
+        totals[key] = totals.get(key, 0) + row.nbytes
+    found = sorted(((*key, nbytes) for key, nbytes in totals.items() if nbytes), key=lambda one: -one[2])
+    return charts.formats(found[:20]) if found else None
+
+
+def _curve(facts: Facts) -> Picture | None:
+    if facts.curve is None or not facts.curve.points:
+        return None
+    return charts.trade_off(facts.curve.points, facts.curve.baseline, facts.chosen)
+
+
+def _damages(facts: Facts) -> Picture | None:
+    found = [
+        (_text(row.name), family_of(row), row.nbytes, damage)
+        for row in facts.ledger.rows
+        if row.nbytes and (damage := _damage(facts, row)) is not None and damage > 0
+    ]
+    return charts.damages(found) if found else None
+
+
+def _damage(facts: Facts, row: Row) -> float | None:
+    detail = facts.details.get(row.name)
+    return None if detail is None else detail.damage
+
+
+def _ranges(facts: Facts) -> tuple[Picture, str] | None:
+    found = sorted(facts.ranges.items(), key=lambda one: one[1][0] - one[1][1])
+    shown = [(_text(name), low, high) for name, (low, high) in found[: charts.MOST_BARS]]
+    return (charts.ranges(shown), _partly(len(shown), len(found), "widest")) if found else None
+
+
+def _times(facts: Facts) -> tuple[Picture, str] | None:
+    found = sorted(facts.times.items(), key=lambda one: -one[1].milliseconds["float32"])
+    shown = [(_text(name), one.kernel, one.milliseconds) for name, one in found[: charts.MOST_BARS]]
+    return (charts.timings(shown), _partly(len(shown), len(found), "slowest")) if found else None
+
+
+def _partly(shown: int, all_of_them: int, which: str) -> str:
+    return f"The {shown} {which} of {all_of_them:,}; the others are in the table." if shown < all_of_them else ""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table.
+
+    Args:
+        title: of the column.
+        kind: how a browser sorts it: "text", "number", "shape" or "range".
+        cell: the text of a row; empty where there is nothing to say.
+        about: what the title means.
+        style: the class of its cells.
+        width: of the column, in rem.
+    """
+
+    title: str
+    kind: str
+    cell: Callable[[Facts, Row], str]
+    about: str = ""
+    style: str = ""
+    width: float = 5.5
+
+
+def _because(facts: Facts, row: Row) -> str:
+    detail = facts.details.get(row.name)
+    return "; ".join(dict.fromkeys(filter(None, (detail.because if detail else "", row.because))))
+
+
+def _milliseconds(facts: Facts, row: Row) -> str:
+    one = facts.times.get(facts.carrier(row) or "")
+    return "" if one is None else f"{one.milliseconds[one.kernel]:.3g}"
+
+
+def _float_milliseconds(facts: Facts, row: Row) -> str:
+    one = facts.times.get(facts.carrier(row) or "")
+    return "" if one is None else f"{one.milliseconds['float32']:.3g}"
+
+
+def _range(facts: Facts, row: Row) -> str:
+    one = facts.ranges.get(facts.carrier(row) or "")
+    return "" if one is None else f"{one[0]:.3g} to {one[1]:.3g}"
+
+
+def _kernel(facts: Facts, row: Row) -> str:
+    detail = facts.details.get(row.name)
+    return "" if detail is None else detail.kernel
+
+
+def _damage_text(facts: Facts, row: Row) -> str:
+    damage = _damage(facts, row)
+    return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"
+
+
+def _shape(_: Facts, row: Row) -> str:
+    return "" if row.shape is None else "x".join(map(str, row.shape[:12])) or "scalar"
+
+
+_COLUMNS: Final = (
+    _Column("format", "text", lambda _, row: row.format, style="t", width=6.5),
+    _Column("shape", "shape", _shape, width=7),
+    _Column(
+        "bits",
+        "number",
+        lambda _, row: f"{row.bits:.2f}" if row.elements else "",
+        "in the file, for each number",
+        width=4.2,
+    ),
+    _Column(
+        "before",
+        "number",
+        lambda _, row: f"{row.original[1]:,}" if row.original else "",
+        "bytes in the source",
+        width=7.2,
+    ),
+    _Column("bytes", "number", lambda _, row: f"{row.nbytes:,}", "in the file", width=7.2),
+    _Column("damage", "number", _damage_text, "share of the output's energy that is lost, predicted"),
+    _Column("runs", "text", _kernel, "the kernel, on this machine", "t", width=7.2),
+    _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs", width=4.4),
+    _Column("float ms", "number", _float_milliseconds, "milliseconds of the layer in float32"),
+    _Column("input", "range", _range, "the range of the layer's input, from calibration", width=9),
+    _Column("why", "text", _because, style="t y", width=14),
+)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What is shown of each row: its name, whether it was left in float, its cells; and what of the ledger is not."""
+
+    columns: tuple[_Column, ...]
+    rows: tuple[tuple[str, bool, tuple[str, ...]], ...]
+    left_in_float: int
+    hidden: tuple[int, int]
+
+    @property
+    def classes(self) -> list[Any]:
+        """The attribute of the cells of each column: none, or a class."""
+        from markupsafe import Markup
+
+        return [Markup(f' class="{one.style}"') if one.style else "" for one in self.columns]  # ours
+
+
+def _table(facts: Facts) -> _Table:
+    rows = facts.ledger.rows
+    shown = rows
+    if len(rows) > _MOST_ROWS:
+        largest = sorted(range(len(rows)), key=lambda i: -rows[i].nbytes)[:_MOST_ROWS]
+        shown = tuple(rows[i] for i in sorted(largest))
+    texts = [[_text(column.cell(facts, row)) for row in shown] for column in _COLUMNS]
+    kept = [i for i, cells in enumerate(texts) if any(cells)]
+    cells = list(zip(*(texts[i] for i in kept), strict=True)) if kept else [() for _ in shown]
+    floats = [family_of(row) in FLOATS for row in shown]
+    return _Table(
+        tuple(_COLUMNS[i] for i in kept),
+        tuple(zip((_text(row.name) for row in shown), floats, cells, strict=True)),
+        sum(floats),
+        (len(rows) - len(shown), facts.ledger.nbytes - sum(row.nbytes for row in shown)),
+    )
+
+
+def _absent(facts: Facts) -> Iterator[str]:
+    """Which sections have no data, and why."""
+    if facts.ledger.original_nbytes is None:
+        yield "bytes before: the file does not say what it was made from"
+    if not facts.fitted:
+        why = "known when a model is fitted, and kept in no file"
+        yield f"damage, the trade-off and milliseconds: {why}"
+        return
+    if facts.curve is None:
+        yield "the trade-off: made at 8 bits without a search, or loaded; pared.trade_off traces it"
+    if not any(one.damage for one in facts.details.values()):
+        yield "damage: predicted from calibration data, and not kept in a file"
+    if not facts.ranges:
+        yield "activation ranges: no layer runs in int8 with a range from calibration"
+    if not facts.times:
+        yield "milliseconds: no layer that may run in int8 was timed on this machine"

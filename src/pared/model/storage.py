@@ -1,0 +1,200 @@
+"""The artifact: `Contents` to bytes and back. `docs/format.md` is the specification; `container` reads the envelope."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pared.artifact.envelope import FILE_NAMES, Records, open_records
+from pared.artifact.index import Entry, Index
+from pared.artifact.parse import parse_index
+from pared.artifact.parts import parts_of, placed
+from pared.artifact.torch_file import write_torch
+from pared.errors import ConfigError, CorruptError, UnsafeError
+from pared.files.checks import DAMAGED
+from pared.files.disk import as_path, make_directory, write_atomic
+from pared.files.safetensors_file import write_safetensors
+from pared.files.threads import each
+from pared.formats import coded as formats
+from pared.formats import streams
+from pared.formats.activation import Activation
+from pared.formats.coded import RAW_TYPES, Coded, dtype_name
+from pared.formats.grids import MOST_COLUMNS
+from pared.formats.views import View
+from pared.model.contents import Contents, Decision, Stored
+
+log = logging.getLogger(__name__)
+
+
+def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
+    """The artifact's bytes: the same contents give the same bytes.
+
+    Args:
+        contents: every tensor.
+        kind: of container: "pt" or "safetensors".
+    """
+    buffer = io.BytesIO()
+    _write(contents, kind, buffer)
+    return buffer.getvalue()
+
+
+def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
+    data = bytearray()
+    coded = each(_streams, contents.tensors, [math.prod(stored.coded.shape) for stored in contents.tensors])
+    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, coded, strict=True))
+    modules = {name: activation.to_json() for name, activation in contents.activations.items()}
+    index = Index(entries, modules, dict(contents.provenance)).to_bytes()
+    if kind == "safetensors":
+        write_safetensors(file, index, bytes(data))
+    else:
+        write_torch(file, index, (bytes(data),), len(data))
+
+
+def _entry(stored: Stored, encoded: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
+    """Append a tensor's streams to the data, and describe them."""
+    coded = stored.coded
+    parts = placed(encoded, len(data))
+    for part, piece in zip(parts.values(), encoded.values(), strict=True):
+        data.extend(bytes(part.offset - len(data)))
+        data.extend(piece.payload)
+    return Entry(
+        names=stored.names,
+        kind=stored.kind,
+        dtype=dtype_name(coded.dtype),
+        shape=coded.shape,
+        format=coded.format.to_json(),
+        view=(coded.view.split, coded.view.rows) if coded.view is not None else None,
+        bits=stored.decision.bits,
+        because=stored.decision.because,
+        parts=parts,
+    )
+
+
+def from_bytes(data: bytes) -> Contents:
+    """The inverse of `to_bytes`.
+
+    Raises:
+        CorruptError, UnsafeError, VersionError: see `read`.
+    """
+    with open_records(data) as records:
+        return _contents(records)
+
+
+def read(path: Path) -> Contents:
+    """Read an artifact.
+
+    Raises:
+        FileError: there is no such file, or it is no artifact.
+        CorruptError: its bytes contradict themselves.
+        UnsafeError: it would inflate without bound.
+        VersionError: a newer version wrote it.
+    """
+    with open_records(path) as records:
+        return _contents(records)
+
+
+def _contents(records: Records) -> Contents:
+    index = parse_index(records)
+    read_one = functools.partial(_stored, records.data)
+    tensors = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
+    activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
+    _check_outliers(tensors, activations)
+    return Contents(tensors, activations, dict(index.provenance))
+
+
+def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:
+    """Refuse outliers that are no columns of the weight that they meet, and more than it has room for."""
+    shapes = {name: one.coded.shape for one in tensors for name in one.names}
+    for module, activation in activations.items():
+        for attribute in activation.weights if activation.outliers else ():
+            shape = shapes.get(f"{module}.{attribute}".removeprefix("."), ())
+            if len(shape) != 2 or any(column >= shape[1] for column, _ in activation.outliers):
+                raise CorruptError(
+                    f"outliers of its input are no columns of {attribute!r}", where=module or "the root", remedy=DAMAGED
+                )
+            more = sum(abs(count) for _, count in activation.outliers)
+            if more > min(shape[1], MOST_COLUMNS - shape[1]):
+                raise UnsafeError(
+                    f"{shape[1]} columns of {attribute!r} would get {more:,} further ones",
+                    where=module or "the root",
+                    remedy="Do not use this file: no sound artifact says so.",
+                )
+
+
+def _streams(stored: Stored) -> dict[str, streams.EncodedPart]:
+    return stored.coded.format.streams(stored.coded)
+
+
+def _stored(data: memoryview, entry: Entry) -> Stored:
+    found = parts_of(entry, data)
+    format = formats.from_json(entry.format, entry.dtype)
+    view = View(*entry.view) if entry.view is not None else None
+    try:
+        parts = format.parts(found, entry.shape, view)
+    except CorruptError as error:
+        raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
+    coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
+    treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
+    kind: Any = entry.kind  # the index has been checked
+    return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
+
+
+def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:
+    """Write an artifact to a directory, atomically: either the whole file stands there, or what stood there before.
+
+    Args:
+        contents: every tensor.
+        directory: made if it is missing.
+        kind: of container: "pt" or "safetensors".
+        verify: read it back before it takes its name, and compare every number.
+
+    Returns:
+        the file's path.
+
+    Raises:
+        ConfigError: an unknown container.
+        FileError: the directory cannot be written.
+    """
+    if kind not in FILE_NAMES:
+        raise ConfigError(
+            f"container={kind!r} is not one of {', '.join(map(repr, FILE_NAMES))}",
+            where="save",
+            remedy="Choose one of them.",
+        )
+    path = as_path(directory, "save") / FILE_NAMES[kind]
+    make_directory(path.parent)
+    data = to_bytes(contents, kind)
+    if verify:
+        _verify(contents, data)
+    write_beside(path, path.name, data)
+    return path
+
+
+def _verify(contents: Contents, data: bytes) -> None:
+    for ours, theirs in zip(contents.tensors, from_bytes(data).tensors, strict=True):
+        same = all(torch.equal(_bits(ours.coded.parts[k]), _bits(theirs.coded.parts[k])) for k in ours.coded.parts)
+        if ours.names != theirs.names or not same:
+            raise CorruptError(
+                "what was written does not read back as it was",
+                where=ours.name,
+                remedy="This is a defect of pared: please report it with the model's architecture.",
+            )
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN equals itself."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
+
+
+def write_beside(path: Path, name: str, content: bytes | str) -> None:
+    """Write a file next to an artifact, atomically."""
+    data = content.encode() if isinstance(content, str) else content
+    write_atomic(path.with_name(name), lambda file: file.write(data))

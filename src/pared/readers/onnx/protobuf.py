@@ -1,0 +1,125 @@
+"""The wire format of protocol buffers, walked in place: nothing is copied, and nothing is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pared.files.checks import Place
+
+_LONGEST_VARINT: Final = 10
+_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # the kinds of fields; groups, which are history, are refused
+
+Value = int | memoryview  # a number, or the bytes of a text, of a message, of packed numbers or of one fixed number
+
+
+def fields(data: memoryview, at: Place) -> Iterator[tuple[int, Value]]:
+    """The fields of a message, with their numbers, in the order of the file.
+
+    Args:
+        data: of the message.
+        at: for messages.
+
+    Raises:
+        CorruptError: it is no message.
+
+    >>> [(number, value) for number, value in fields(memoryview(bytes([8, 150, 1])), Place("file"))]
+    [(1, 150)]
+    """
+    position = 0
+    while position < len(data):
+        key, position = varint(data, position, at)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, position = varint(data, position, at)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            length, position = varint(data, position, at)
+        elif kind in (_EIGHT, _FOUR):
+            length = 8 if kind == _EIGHT else 4
+        else:
+            at.fail("it is no protocol buffer, or a damaged one")
+        if length > len(data) - position:
+            at.fail("one of its fields reaches beyond what it is part of")
+        yield number, data[position : position + length]
+        position += length
+
+
+def varint(data: memoryview, position: int, at: Place) -> tuple[int, int]:
+    """A number of variable length, and where it ends."""
+    value = shift = 0
+    while position < len(data) and shift < 7 * _LONGEST_VARINT:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value & ((1 << 64) - 1), position
+        shift += 7
+    return at.fail("a number in it has no end")
+
+
+def numbers(value: Value, at: Place) -> Iterator[int]:
+    """Signed whole numbers in one field: a single one, or several packed."""
+    if isinstance(value, int):
+        yield _signed(value)
+        return
+    position = 0
+    while position < len(value):
+        unsigned, position = varint(value, position, at)
+        yield _signed(unsigned)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+_PIECE: Final = 1 << 16
+
+
+def unpack_varints(chunks: Sequence[Value], dtype: str, count: int, at: Place) -> NDArray[np.generic]:
+    """Whole numbers from fields that hold them, single or packed, as an array; in pieces, so that memory is bounded.
+
+    Args:
+        chunks: the fields' values.
+        dtype: NumPy's for the result; higher bits are cut off.
+        count: how many there must be.
+        at: for messages.
+    """
+    result = np.zeros(count, dtype)
+    filled = 0
+    for piece in _pieces(chunks, at):
+        # More than there is room for are not kept, only counted.
+        room = result[filled : filled + len(piece)]
+        room[:] = piece[: len(room)].astype(dtype)
+        filled += len(piece)
+    if filled != count:
+        at.fail(f"it holds {filled:,} numbers where its shape needs {count:,}")
+    return result
+
+
+def _pieces(chunks: Sequence[Value], at: Place) -> Iterator[NDArray[np.uint64]]:
+    for chunk in chunks:
+        if isinstance(chunk, int):
+            yield np.array([chunk], np.uint64)
+            continue
+        begin = 0
+        while begin < len(chunk):
+            data = np.frombuffer(chunk[begin : begin + _PIECE], np.uint8)
+            ends = np.flatnonzero(data < 0x80)
+            if not len(ends):
+                at.fail("a number in it has no end")
+            begin += int(ends[-1]) + 1
+            yield _decoded(data[: ends[-1] + 1], ends, at)
+
+
+def _decoded(data: NDArray[np.uint8], ends: NDArray[np.intp], at: Place) -> NDArray[np.uint64]:
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if lengths.max() > _LONGEST_VARINT:
+        at.fail("a number in it has no end")
+    shifts = (np.arange(len(data)) - np.repeat(starts, lengths)).astype(np.uint64) * np.uint64(7)
+    return np.add.reduceat((data & 0x7F).astype(np.uint64) << shifts, starts)

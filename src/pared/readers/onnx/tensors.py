@@ -1,0 +1,219 @@
+"""Tensors of ONNX: what one is, and where its numbers are; in the model, or in a file beside it."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from pared.errors import FileError
+from pared.files.checks import Place
+from pared.files.disk import File
+from pared.files.memory_limit import Allowance
+from pared.readers.listing import Held, Storage
+from pared.readers.onnx.protobuf import Value, fields, numbers, unpack_varints
+
+# Fields of TensorProto and of the entries of its external data, by number: onnx.proto.
+_DIMS, _TYPE, _TEXTS, _NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 6, 8, 9, 13, 14
+_FLOATS, _INT32S, _INT64S, _DOUBLES, _UINT64S = 4, 5, 7, 10, 11
+_KEY, _VALUE = 1, 2
+_OUTSIDE: Final = 1  # the location of numbers in another file
+
+_MOST_DIMENSIONS: Final = 64
+_HELD_NBYTES: Final = 3000
+_PART_NBYTES: Final = 300
+
+
+@dataclass(frozen=True)
+class _Type:
+    """An element type: its name in torch's words where torch has it, its bits, and where a tensor has them typed."""
+
+    name: str
+    bits: int
+    typed: int = _INT32S
+
+
+_TYPES: Final[Mapping[int, _Type]] = {
+    1: _Type("float32", 32, _FLOATS), 2: _Type("uint8", 8), 3: _Type("int8", 8), 4: _Type("uint16", 16),
+    5: _Type("int16", 16), 6: _Type("int32", 32), 7: _Type("int64", 64, _INT64S), 8: _Type("string", 0, _TEXTS),
+    9: _Type("bool", 8), 10: _Type("float16", 16), 11: _Type("float64", 64, _DOUBLES),
+    12: _Type("uint32", 32, _UINT64S), 13: _Type("uint64", 64, _UINT64S), 14: _Type("complex64", 64, _FLOATS),
+    15: _Type("complex128", 128, _DOUBLES), 16: _Type("bfloat16", 16), 17: _Type("float8_e4m3fn", 8),
+    18: _Type("float8_e4m3fnuz", 8), 19: _Type("float8_e5m2", 8), 20: _Type("float8_e5m2fnuz", 8),
+    21: _Type("uint4", 4), 22: _Type("int4", 4), 23: _Type("float4_e2m1", 4), 24: _Type("float8_e8m0fnu", 8),
+    25: _Type("uint2", 2), 26: _Type("int2", 2),
+}  # fmt: skip
+
+
+@dataclass
+class Tensors:
+    """The tensors of a model, as they are found.
+
+    Args:
+        file: the model.
+        allowance: the memory that listing it may take.
+        listed: the tensors so far.
+        storages: what holds their numbers; those in another file have its name before the place in it.
+        inside: the bytes that numbers take in the model itself.
+        outside: the places in other files that hold numbers, by the file's name.
+    """
+
+    file: File
+    allowance: Allowance
+    listed: list[Held] = field(default_factory=list)
+    storages: dict[str, Storage] = field(default_factory=dict)
+    inside: int = 0
+    outside: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
+    _names: dict[str, int] = field(default_factory=dict)
+
+    def add(self, data: memoryview, name: str) -> None:
+        """List one tensor.
+
+        Args:
+            data: its message.
+            name: of it; "" if it has one of its own.
+        """
+        self.allowance.take(_HELD_NBYTES)
+        at = Place(self.file.where)
+        parts: dict[int, list[Value]] = {}
+        for number, value in fields(data, at):
+            self.allowance.take(_PART_NBYTES)
+            parts.setdefault(number, []).append(value)
+        name = self._unique(name or text_of(parts.get(_NAME, [0])[-1], at) or "(tensor)")
+        at = Place(f"{self.file.where}: {name}")
+        shape = _shape(parts.get(_DIMS, []), at)
+        kind = parts.get(_TYPE, [0])[-1]
+        element = _TYPES.get(kind) if isinstance(kind, int) else None
+        if element is None:
+            at.fail("its element type is none that is known here")
+        nbytes = -(-math.prod(shape) * element.bits // 8)
+        if parts.get(_LOCATION, [0])[-1] == _OUTSIDE:
+            key, storage = self._from_outside(parts.get(_EXTERNAL, []), nbytes, at)
+        else:
+            key, storage = name, _inline(parts, element, nbytes, self.allowance, at)
+            self.inside += storage.nbytes
+        self.storages[key] = storage
+        self.listed.append(Held(name, element.name, shape, nbytes if element.bits else storage.nbytes, key))
+
+    def _unique(self, name: str) -> str:
+        """The name, with a number behind it if it was there before: subgraphs have names of their own."""
+        while name in self._names:
+            self._names[name] += 1
+            name = f"{name}#{self._names[name]}"
+        self._names[name] = 1
+        return name
+
+    def _from_outside(self, entries: Sequence[Value], nbytes: int, at: Place) -> tuple[str, Storage]:
+        known = dict(_entry(entry, at) for entry in entries)
+        location = known.get("location", "")
+        path = outside_path(self.file, location, at)
+        offset = _whole(known.get("offset", "0"), "the offset of its data", at)
+        length = _whole(known.get("length", str(nbytes)), "the length of its data", at)
+        if nbytes != length:
+            at.fail(f"its data have {length:,} bytes where its shape needs {nbytes:,}")
+        if offset + length > (size := path.stat().st_size):
+            at.fail(f"its data end at byte {offset + length:,} of {location[:80]!r}, which has {size:,}")
+        self.outside.setdefault(location, set()).add((offset, length))
+        return f"{location}@{offset}+{length}", Storage(length, partial(_mapped, path, offset, length))
+
+
+def text_of(value: Value, at: Place) -> str:
+    """The text in a field; "" for a number."""
+    try:
+        return "" if isinstance(value, int) else bytes(value[:4096]).decode("utf-8")
+    except UnicodeDecodeError:
+        at.fail("a name in it is no text")
+
+
+def outside_path(file: File, location: str, at: Place) -> Path:
+    """A file beside the model, named in it.
+
+    Raises:
+        FileError: it is missing.
+        CorruptError: it is outside the model's folder.
+    """
+    if file.path is None:
+        at.fail("its data are in another file, and a model in memory has none beside it")
+    folder = file.path.parent
+    if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+        at.fail(f"its data are said to be at {location[:80]!r}, which is no place in the model's folder")
+    try:
+        real = (folder / location).resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise FileError(
+            f"its data are in {location[:80]!r}, which is missing", where=at.place, remedy="Put that file beside it."
+        ) from error
+    # A cache may have links to its real files; then the model is such a link itself.
+    homes = (folder.resolve(), file.path.resolve().parent)
+    if not real.is_file() or not any(real.is_relative_to(home) for home in homes):
+        at.fail(f"its data are said to be at {location[:80]!r}, which leads out of the model's folder")
+    return real
+
+
+def _shape(values: Sequence[Value], at: Place) -> tuple[int, ...]:
+    sizes: list[int] = []
+    for value in values:
+        for size in numbers(value, at):
+            sizes.append(size)
+            if len(sizes) > _MOST_DIMENSIONS:
+                at.fail("its shape is larger than any tensor")
+    return at.shape(sizes, "shape")
+
+
+def _entry(data: Value, at: Place) -> tuple[str, str]:
+    parts = {} if isinstance(data, int) else dict(fields(data, at))
+    return text_of(parts.get(_KEY, 0), at), text_of(parts.get(_VALUE, 0), at)
+
+
+def _whole(text: str, what: str, at: Place) -> int:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else at.fail(f"{what} is no number")
+
+
+def _mapped(path: Path, offset: int, length: int) -> memoryview:
+    if not length:
+        return memoryview(b"")
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    # The map lives as long as the view.
+    return memoryview(mapped)[offset : offset + length]
+
+
+def _inline(parts: Mapping[int, list[Value]], element: _Type, nbytes: int, allowance: Allowance, at: Place) -> Storage:
+    """The numbers in the message itself: raw, or typed."""
+    raw = _joined(parts.get(_RAW, []), at)
+    typed = parts.get(element.typed, [])
+    if raw and element.bits:
+        return _plain(raw, nbytes, at)
+    if element.typed == _TEXTS:
+        return Storage(sum(len(value) for value in typed if not isinstance(value, int)), coded=True)
+    if element.typed in (_FLOATS, _DOUBLES):
+        return _plain(_joined(typed, at), nbytes, at)
+    size = max(1, element.bits // 8)
+    count, stored = nbytes // size, sum(1 if isinstance(value, int) else len(value) for value in typed)
+    if count > stored:
+        at.fail(f"it has {stored:,} bytes for {count:,} numbers")
+    content = partial(_unpacked, typed, f"<u{size}", count, at) if allowance.affords(nbytes + stored) else None
+    return Storage(stored, content, coded=True)
+
+
+def _plain(content: memoryview, nbytes: int, at: Place) -> Storage:
+    if len(content) != nbytes:
+        at.fail(f"it has {len(content):,} bytes of numbers where its shape needs {nbytes:,}")
+    return Storage(nbytes, lambda: content)
+
+
+def _joined(values: Sequence[Value], at: Place) -> memoryview:
+    chunks = [value for value in values if not isinstance(value, int)]
+    if len(chunks) != len(values):
+        at.fail("its numbers are of another type than it says")
+    return chunks[0] if len(chunks) == 1 else memoryview(b"".join(chunks))
+
+
+def _unpacked(values: Sequence[Value], dtype: str, count: int, at: Place) -> memoryview:
+    return unpack_varints(values, dtype, count, at).view(np.uint8).data

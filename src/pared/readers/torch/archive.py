@@ -1,0 +1,91 @@
+"""What `torch.save` and `torch.jit.save` write: a zip archive with a pickle, and a member for each storage.
+
+Nothing in a file is executed and no tensor is read. Sizes are computed from shapes and types and compared with what
+the file has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from pared.files.disk import File
+from pared.files.memory_limit import Allowance
+from pared.files.pickles import read_pickle
+from pared.files.zip_file import PICKLE, Archive, Member, checked_content
+from pared.readers.listing import Held, Listing, Note, Storage, unknown
+from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
+from pared.readers.torch.pickled import tensors_of
+
+_CONSTANTS: Final = "constants.pkl"
+_CODE: Final = "code/"  # of TorchScript, with what a debugger needs behind each file of it
+_DEBUG: Final = ".debug_pkl"
+_EXTRA: Final = "extra/"  # what the author of a TorchScript archive has put into it
+_BYTE_ORDER: Final = "byteorder"
+_SCRIPTED: Final = "__torch__."  # the classes of TorchScript, whose code is in the archive and is never run here
+
+
+def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
+    """The tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
+
+    Args:
+        file: the archive.
+        archive: its members.
+        folder: of what torch wrote.
+
+    Raises:
+        FileError: it was written on a machine that puts the highest byte first.
+        CorruptError: it contradicts itself.
+        UnsafeError: its pickle cannot be understood, or would take memory without bound.
+    """
+    members = {member.name.removeprefix(folder): member for member in archive.members}
+    order = members.get(_BYTE_ORDER)
+    if order is not None and bytes(_content(file, order)[:3]) == b"big":
+        raise unknown(file, BIG_ENDIAN)
+    allowance = file.allowance
+    listing = _described(file, members, PICKLE, "data/", allowance)
+    if _CONSTANTS not in members:
+        return replace(listing, kind="a torch file")
+    constants = _described(file, members, _CONSTANTS, "constants/", allowance)
+    return Listing(
+        tensors=(*listing.tensors, *(_constant(held) for held in constants.tensors)),
+        storages={**listing.storages, **{f"constants/{key}": storage for key, storage in constants.storages.items()}},
+        notes={**listing.notes, **_code(members), "(constants)": Note(members[_CONSTANTS].stored)},
+        foreign=tuple(name for name in (*listing.foreign, *constants.foreign) if not name.startswith(_SCRIPTED)),
+        kind="a TorchScript archive",
+    )
+
+
+def _described(file: File, members: Mapping[str, Member], pickle: str, folder: str, allowance: Allowance) -> Listing:
+    """What one pickle of the archive describes, with the storages of one folder."""
+    content = checked_content(file, members[pickle])
+    found = read_pickle(content, HARMLESS, file.where, allowance)
+    stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
+    tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, allowance)
+    storages = {key: Storage(member.stored, partial(_content, file, member)) for key, member in stored.items()}
+    return Listing(tuple(tensors), storages, {"(pickle)": Note(members[pickle].stored)}, found.foreign)
+
+
+def _content(file: File, member: Member) -> memoryview:
+    return file.data[member.offset : member.end]
+
+
+def _constant(held: Held) -> Held:
+    storage = None if held.storage is None else f"constants/{held.storage}"
+    return replace(held, name=f"constants/{held.name}", storage=storage)
+
+
+def _code(members: Mapping[str, Member]) -> dict[str, Note]:
+    code = [member for name, member in members.items() if name.startswith(_CODE)]
+    debug = sum(member.stored for member in code if member.name.endswith(_DEBUG))
+    return {
+        "(code)": Note(sum(member.stored for member in code) - debug),
+        "(extra)": Note(
+            sum(member.stored for name, member in members.items() if name.startswith(_EXTRA)),
+            "files that were saved with it: the model itself needs none of them",
+            ballast=True,
+        ),
+        "(debug)": Note(debug, "where in its source each instruction comes from: nothing needs it", ballast=True),
+    }

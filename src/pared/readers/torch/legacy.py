@@ -1,0 +1,83 @@
+"""What `torch.save` wrote before torch 1.6: five pickles one behind the other, then the storages."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from functools import partial
+from typing import Final
+
+from pared.files.checks import Place
+from pared.files.disk import File
+from pared.files.pickles import Node, Persistent, Pickle, read_pickle
+from pared.readers.listing import Listing, Note, Storage, unknown
+from pared.readers.torch.names import BIG_ENDIAN, BITS, HARMLESS
+from pared.readers.torch.pickled import storage_of, tensors_of
+
+_MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
+_COUNT: Final = struct.Struct("<q")
+
+
+def is_torch_legacy(file: File) -> bool:
+    """Whether the file begins as torch wrote files before 1.6."""
+    return bytes(file.data[: len(_MAGIC)]) == _MAGIC
+
+
+def read_torch_legacy(file: File) -> Listing:
+    """The tensors of a file of the kind that torch wrote before 1.6.
+
+    Raises:
+        FileError: it was written on a machine that puts the highest byte first.
+        CorruptError: it contradicts itself.
+        UnsafeError: its pickle cannot be understood, or would take memory without bound.
+    """
+    at = Place(file.where)
+    allowance = file.allowance
+    position, pickles = len(_MAGIC), []
+    for _ in ("version", "system", "content", "keys"):
+        pickles.append(read_pickle(file.data[position:], HARMLESS, file.where, allowance))
+        position += pickles[-1].nbytes
+    _, system, content, keys = pickles
+    if isinstance(system.root, Node) and ("little_endian", False) in system.root.pairs:
+        raise unknown(file, BIG_ENDIAN)
+    storages = dict(_storages(file, position, keys.root, _kinds(content, at), at))
+    sizes = {key: storage.nbytes for key, storage in storages.items()}
+    return Listing(
+        tensors=tuple(tensors_of(content.root, sizes, file.where, allowance)),
+        storages=storages,
+        notes={"(pickle)": Note(position)},
+        foreign=content.foreign,
+        kind="a torch file of the kind that was written before torch 1.6",
+    )
+
+
+def _kinds(content: Pickle, at: Place) -> dict[str, str]:
+    """The element type of each storage: only who refers to it says so."""
+    return {key: kind for key, kind, _ in (storage_of(r, at) for r in content.references if not _is_source(r))}
+
+
+def _is_source(reference: Persistent) -> bool:
+    """The source code of a module's class, which whole modules were saved with."""
+    return reference.fields[:1] == ["module"]
+
+
+def _storages(
+    file: File, position: int, keys: object, kinds: dict[str, str], at: Place
+) -> Iterator[tuple[str, Storage]]:
+    """A count and so many numbers for each key, in the order of the keys."""
+    for key in keys.values if isinstance(keys, Node) else at.fail("its list of storages is none"):
+        if not isinstance(key, str) or key not in kinds:
+            at.fail("it has a storage of unknown type")
+        if position + _COUNT.size > len(file.data):
+            at.fail(f"its storage {key[:80]!r} begins outside the file: it is truncated")
+        (count,) = _COUNT.unpack_from(file.data, position)
+        position += _COUNT.size
+        nbytes = at.whole(count, f"the size of its storage {key[:80]!r}") * max(1, BITS[kinds.pop(key)] // 8)
+        if position + nbytes > len(file.data):
+            at.fail(f"its storage {key[:80]!r} ends outside the file: it is truncated")
+        yield key, Storage(nbytes, partial(_content, file, position, position + nbytes))
+        position += nbytes
+
+
+def _content(file: File, begin: int, end: int) -> memoryview:
+    return file.data[begin:end]

@@ -1,0 +1,61 @@
+"""The names in torch's pickles: types, storages, and the functions that make tensors. None is ever called here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pared.formats.dtypes import ITEM_SIZES
+
+# The bits of one element of each of torch's types.
+BITS: Final[Mapping[str, int]] = {
+    **{name: 8 * size for name, size in ITEM_SIZES.items()},
+    "uint16": 16, "uint32": 32, "uint64": 64, "complex32": 32,
+    "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
+    "float4_e2m1fn_x2": 8, "qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,
+}  # fmt: skip
+
+# What a file is whose numbers are the other way round.
+BIG_ENDIAN: Final = "a torch file of a machine that puts the highest byte first"
+
+# The type of the elements in each of torch's classes of storage.
+STORAGES: Final[Mapping[str, str]] = {
+    "torch.FloatStorage": "float32", "torch.DoubleStorage": "float64", "torch.HalfStorage": "float16",
+    "torch.BFloat16Storage": "bfloat16", "torch.LongStorage": "int64", "torch.IntStorage": "int32",
+    "torch.ShortStorage": "int16", "torch.CharStorage": "int8", "torch.ByteStorage": "uint8",
+    "torch.BoolStorage": "bool", "torch.ComplexFloatStorage": "complex64",
+    "torch.ComplexDoubleStorage": "complex128", "torch.QInt8Storage": "qint8", "torch.QUInt8Storage": "quint8",
+    "torch.QInt32Storage": "qint32", "torch.QUInt4x2Storage": "quint4x2", "torch.QUInt2x4Storage": "quint2x4",
+    "torch.storage.UntypedStorage": "uint8",
+}  # fmt: skip
+
+# The functions that make a tensor of (storage, offset, size, stride, ...).
+REBUILD: Final = (
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_qtensor",
+)
+REBUILD_WITH_TYPE: Final = "torch._utils._rebuild_tensor_v3"  # its seventh argument is the element type
+REBUILD_META: Final = "torch._utils._rebuild_meta_tensor_no_storage"  # of (type, size, stride, ...)
+REBUILD_SUBCLASS: Final = "torch._tensor._rebuild_from_type_v2"  # of (function, class, arguments, state)
+REBUILD_PARAMETER: Final = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+
+# What else state dicts, optimizer states and plain data refer to. None of it is ever called here.
+HARMLESS: Final = frozenset(
+    (
+        *REBUILD, REBUILD_META, REBUILD_SUBCLASS, *STORAGES, *(f"torch.{name}" for name in BITS),
+        *REBUILD_PARAMETER, "torch._utils._rebuild_sparse_tensor", "torch.Tensor",
+        "torch.ScriptObject", "torch.nn.parameter.Parameter",
+        "torch.nn.parameter.Buffer", "torch.Size", "torch.device", "torch.serialization._get_layout",
+        "torch.torch_version.TorchVersion", "torch.per_tensor_affine", "torch.per_channel_affine",
+        "torch.per_channel_affine_float_qparams", "collections.OrderedDict", "collections.defaultdict",
+        "collections.Counter", "collections.deque", "_codecs.encode", "builtins.set", "builtins.frozenset",
+        "builtins.list", "builtins.dict", "builtins.tuple", "builtins.int", "builtins.float", "builtins.bool",
+        "builtins.str", "builtins.bytes", "builtins.bytearray", "builtins.complex", "builtins.slice",
+        "builtins.range", "__builtin__.set", "__builtin__.bytearray", "__builtin__.complex", "numpy.dtype",
+        "numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar", "datetime.datetime",
+        "datetime.date", "datetime.timedelta",
+    )
+)  # fmt: skip

@@ -1,0 +1,252 @@
+"""The tensors in what a pickle of torch describes: in nested dictionaries, in whole modules, in scripted ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
+
+from pared.errors import UnsafeError
+from pared.files.checks import Place
+from pared.files.memory_limit import Allowance
+from pared.files.pickles import Name, Node, Persistent
+from pared.readers.listing import Held
+from pared.readers.torch.names import (
+    BITS,
+    REBUILD,
+    REBUILD_META,
+    REBUILD_PARAMETER,
+    REBUILD_SUBCLASS,
+    REBUILD_WITH_TYPE,
+    STORAGES,
+)
+
+_DEEPEST: Final = 100
+_VISIT_NBYTES: Final = 48  # never given back, so that visits end
+_STEP_NBYTES: Final = 300  # beside its name
+# What is in a module that was looked into before takes no more memory, but time: modules that hold each other twice
+# unfold to any number. So much is taken for each step, and few are left.
+_AGAIN_NBYTES: Final = 3000
+_HELD_NBYTES: Final = 700
+_PAIR_NBYTES: Final = 16  # of an object's state: a module that has many places is looked through at each
+# What a module keeps its parts in; their names are no part of the names in its state dict.
+_PARTS: Final = ("_parameters", "_buffers", "_modules")
+_SCRIPTED: Final = "__torch__."
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """Something to look into.
+
+    Args:
+        name: of it.
+        node: itself.
+        path: whether the name is the path of a module: its parts then follow behind a dot.
+        modules: the modules around it; None unless it is itself one of the modules of a module.
+        depth: how many things are around it.
+    """
+
+    name: str
+    node: Node
+    path: bool = False
+    modules: tuple[int, ...] | None = None
+    depth: int = 0
+
+
+def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Allowance) -> Iterator[Held]:
+    """Every tensor in what a pickle describes, under the name that a state dict would give it.
+
+    Whatever holds others is entered once, so that nothing is endless; a module that has several places in another is
+    listed at each.
+
+    Args:
+        root: from `read_pickle`.
+        sizes: the bytes of each storage.
+        where: the file's name, for messages.
+        allowance: for names and tensors, which may be far longer than the pickle.
+    """
+    waiting = [_Step("", root)] if isinstance(root, Node) else []
+    allowance.take(_STEP_NBYTES)
+    entered: set[int] = set()
+    while waiting:
+        step = waiting.pop()
+        allowance.give(_STEP_NBYTES + len(step.name))
+        node, call, arguments = _resolved(step.node)
+        if call in REBUILD or call == REBUILD_META:
+            allowance.take(_HELD_NBYTES + len(step.name))
+            yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+        allowance.take(_PAIR_NBYTES * len(node.states))
+        allowance.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
+        again = step.modules is not None and _is_module(node) and id(node) not in step.modules
+        known = id(node) in entered
+        if known and not again:
+            continue
+        entered.add(id(node))
+        inside = []
+        for inner in _inside(step, node, arguments):
+            allowance.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
+            inside.append(inner)
+            if step.depth == _DEEPEST:
+                raise UnsafeError(
+                    "its pickle nests containers deeper than any state dict",
+                    where=where,
+                    remedy="Do not use this file.",
+                )
+        waiting += reversed(inside)
+
+
+def _resolved(node: Node) -> tuple[Node, str, Sequence[object]]:
+    """The tensor that a parameter or a subclass wraps, what would be called to make it, and with what."""
+    for _ in range(4):  # no more wrappers than that are ever around a tensor
+        call = node.call.path if isinstance(node.call, Name) else ""
+        first = node.arguments[0] if node.arguments else None
+        if call in REBUILD_PARAMETER and isinstance(first, Node):
+            node = first
+        elif call == REBUILD_SUBCLASS and isinstance(first, Name) and len(node.arguments) > 2:
+            inner = node.arguments[2]
+            return node, first.path, (*inner.values, *node.arguments[3:]) if isinstance(inner, Node) else ()
+        else:
+            break
+    return node, node.call.path if isinstance(node.call, Name) else "", node.arguments
+
+
+def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_Step]:
+    """What a node holds, with names; what goes into a call has the name of what comes out."""
+    depth = step.depth + 1
+    if _is_module(node):
+        separator = "." if step.path else "/"
+        above = (*(step.modules or ()), id(node))
+        for key, value, is_module in _parts(node):
+            name = _join(step.name, key, separator)
+            yield _Step(name, value, path=True, modules=above if is_module else None, depth=depth)
+        return
+    yield from (_Step(step.name, argument, depth=depth) for argument in arguments if isinstance(argument, Node))
+    # The state of an object is its dictionary, or a tuple: of whatever the object wants.
+    states = [state for state in node.states if isinstance(state, Node)]
+    held = (node, *states)
+    for key, inner in chain(*(enumerate(one.values) for one in held), *(one.pairs for one in held)):
+        if isinstance(inner, Node):
+            yield _Step(_join(step.name, key, "/"), inner, depth=depth)
+
+
+def _is_module(node: Node) -> bool:
+    if isinstance(node.call, Name) and node.call.path.startswith(_SCRIPTED):
+        return True
+    return any(key in ("_modules", "_parameters") for s in node.states if isinstance(s, Node) for key, _ in s.pairs)
+
+
+def _parts(node: Node) -> Iterator[tuple[object, Node, bool]]:
+    """The keys and values in a module, its parameters, buffers and modules first; and whether they are modules."""
+    scripted = isinstance(node.call, Name) and node.call.path.startswith(_SCRIPTED)
+    states = [state for state in node.states if isinstance(state, Node)]
+    attributes = [(key, value) for state in states for key, value in state.pairs if isinstance(value, Node)]
+    for part in () if scripted else _PARTS:
+        for key, group in attributes:
+            if key == part:
+                yield from ((k, v, part == "_modules") for k, v in group.pairs if isinstance(v, Node))
+    for key, value in attributes:
+        if scripted or key not in _PARTS:
+            yield key, value, scripted
+
+
+def _join(name: str, key: object, separator: str) -> str:
+    if isinstance(key, int) and abs(key) < 1 << 63:
+        key = str(key)
+    # Python's strings may hold halves of characters, which can be neither written nor printed.
+    label = key.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(key, str) else "(key)"
+    return f"{name}{separator}{label}" if name else label
+
+
+def _held(name: str, call: str, arguments: Sequence[object], sizes: Mapping[str, int], at: Place) -> Held:
+    if call == REBUILD_META:
+        kind, size, *_ = _at_least(arguments, 2, at)
+        return Held(name, _element_type(kind, at), _shape(size, at), 0, None)
+    reference, offset, size, stride = _at_least(arguments, 4, at)[:4]
+    key, kind, shift = storage_of(reference, at)
+    nbytes = _checked_size(reference, sizes, key, kind, at)
+    if call == REBUILD_WITH_TYPE:
+        kind = _element_type(_at_least(arguments, 7, at)[6], at)
+    strides = tuple(at.whole(step, "a stride") for step in _values(stride, at))
+    return view_of(name, kind, _shape(size, at), strides, at.whole(offset, "its offset") + shift, (key, nbytes), at)
+
+
+def view_of(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    first: int,
+    storage: tuple[str, int],
+    at: Place,
+) -> Held:
+    """A tensor that is a view of a storage.
+
+    Args:
+        name: of it.
+        dtype: of its elements, one of `BITS`.
+        shape: of it.
+        stride: between neighbours in each dimension, in elements.
+        first: the place of its first element in the storage, in elements.
+        storage: its key and its bytes.
+        at: for messages.
+
+    Raises:
+        CorruptError: it is not within the storage.
+    """
+    key, nbytes = storage
+    bits = BITS[dtype]
+    if len(stride) != len(shape):
+        at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
+    reach = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    # An empty tensor may say what it likes of its strides and offset.
+    empty = 0 in shape
+    if not empty and (reach + 1) * bits > 8 * nbytes:
+        at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
+    plain = empty or stride == tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    offset = 0 if empty else first * bits // 8
+    return Held(name, dtype, shape, -(-math.prod(shape) * bits // 8), key, offset, None if plain else stride)
+
+
+def storage_of(reference: object, at: Place) -> tuple[str, str, int]:
+    """The key and the element type of a storage that a pickle refers to, and where in it numbers begin.
+
+    Raises:
+        CorruptError: it refers to something else.
+    """
+    fields = _at_least(reference.fields if isinstance(reference, Persistent) else (), 5, at)
+    tag, kind, key, *_ = fields
+    if tag != "storage" or not isinstance(kind, Name) or kind.path not in STORAGES or not isinstance(key, str):
+        at.fail("it refers to something that is no storage")
+    # Before torch 1.6 a storage could be a part of another.
+    view = fields[5].values if len(fields) > 5 and isinstance(fields[5], Node) else ()
+    shift = at.whole(view[1], "the offset of its storage") if len(view) > 1 else 0
+    return key, STORAGES[kind.path], shift
+
+
+def _checked_size(reference: object, sizes: Mapping[str, int], key: str, kind: str, at: Place) -> int:
+    if key not in sizes:
+        at.fail(f"its storage {key[:80]!r} is missing")
+    nbytes, count = sizes[key], reference.fields[4] if isinstance(reference, Persistent) else None
+    expected = at.whole(count, "the size of its storage") * max(1, BITS[kind] // 8)
+    if nbytes != expected:
+        at.fail(f"its storage {key[:80]!r} has {nbytes:,} bytes where the pickle says {expected:,}")
+    return nbytes
+
+
+def _at_least(values: Sequence[object], least: int, at: Place) -> Sequence[object]:
+    return values if len(values) >= least else at.fail("its description in the pickle is incomplete")
+
+
+def _values(value: object, at: Place) -> Sequence[object]:
+    return value.values if isinstance(value, Node) else at.fail("its sizes or strides are no list")
+
+
+def _shape(value: object, at: Place) -> tuple[int, ...]:
+    return at.shape(_values(value, at), "shape")
+
+
+def _element_type(value: object, at: Place) -> str:
+    kind = value.path.removeprefix("torch.") if isinstance(value, Name) else ""
+    return kind if kind in BITS else at.fail("its element type is none of torch's")

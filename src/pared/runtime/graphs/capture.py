@@ -1,0 +1,197 @@
+"""A model's call as a graph of operators, by `torch.export`, for inputs of any size that the model allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from pared.errors import ModelError
+from pared.runtime.graphs.call_kinds import Argument
+from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
+
+_PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
+_REMEDY: Final = "Nothing needs to be done: its modules run instead."
+# What says that an input may be of another size, or has a hand in what is captured; both are expected here.
+_SPEAKERS: Final = ("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+_QUIETLY: Final = quiet_loggers(_SPEAKERS, logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One dimension of an input: as large as `fixed`, or of any size within the bounds, equal wherever `symbol` is."""
+
+    fixed: int | None
+    symbol: str = ""
+    least: int = 0
+    most: float = float("inf")
+
+    def allows(self, given: int) -> bool:
+        """Whether it may be so large; 1 is left to be tried, where sizes of 2 and more are known to work."""
+        if self.fixed is not None:
+            return given == self.fixed
+        return given == 1 or (given > 0 and self.least <= given <= self.most)
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A graph of aten operators.
+
+    Args:
+        graph: its placeholders are the model's tensors, then the inputs.
+        tensors: the dotted names of the model's tensors, by placeholder.
+        constants: tensors that the model made by itself, by placeholder.
+        inputs: the sizes of each input, by placeholder, in the order of the arguments that are tensors.
+        outputs: how the tensors that it returns make up the model's output.
+    """
+
+    graph: fx.Graph
+    tensors: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    inputs: Mapping[str, tuple[Size, ...]]
+    outputs: TreeSpec
+
+
+class Captures:
+    """`capture` for models of one architecture, which remembers: it takes a second or two.
+
+    It is for a moment in which nobody changes the models: their numbers may differ, and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[object, Captured | ModelError] = {}
+
+    def __call__(self, model: nn.Module, arguments: Sequence[Argument]) -> Captured:
+        """What `capture` gives or raises."""
+        places: dict[int, int] = {}  # what is tied is one tensor in a graph
+        tied = tuple(
+            places.setdefault(id(one), len(places)) for _, one in model.named_parameters(remove_duplicate=False)
+        )
+        key = (tied, *((one.way, one.shape) for one in arguments))
+        if key not in self._known:
+            try:
+                self._known[key] = capture(model, arguments)
+            except ModelError as error:
+                self._known[key] = error
+        found = self._known[key]
+        if isinstance(found, ModelError):
+            raise found
+        return found
+
+
+class _Flat(nn.Module):
+    """The model as a function of tensors that gives tensors."""
+
+    def __init__(self, model: nn.Module, call: Mapping[str, Any], note: Callable[[TreeSpec], None]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = dict(call)
+        self._note = note  # of the outputs' structure: attributes are set back after an export
+
+    def forward(self, *tensors: Tensor) -> list[Any]:
+        given = iter(tensors)
+        call = {name: next(given) if type(value) is Tensor else value for name, value in self._call.items()}
+        leaves, structure = tree_flatten(self.model(**call))
+        self._note(structure)
+        return leaves
+
+
+def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
+    """Capture a call.
+
+    Args:
+        model: a float model in eval mode, which is used up. The numbers of its weights are not read; those on the meta
+            device are taken to be on the CPU.
+        arguments: of an example call, whose sizes may vary where the model allows it. A single sample is doubled,
+            because a size of 1 would be taken for a constant.
+
+    Raises:
+        ModelError: it cannot be captured, and why.
+    """
+    _materialize(model)
+    for hooks in (model._forward_hooks, model._forward_pre_hooks):
+        hooks.clear()  # they run around the graph, as they run around the model's forward
+    structures: list[TreeSpec] = []
+    try:
+        call = {one.name: one.example() for one in _doubled(arguments)}
+        program = _exported(_Flat(model, call, structures.append))
+    except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"torch.export cannot capture it: {reason}", where="graph", remedy=_REMEDY) from error
+    return _checked(program, structures[-1])
+
+
+def _materialize(model: nn.Module) -> None:
+    """Memory that is never touched in place of tensors on the meta device, which an export would mix with the CPU's."""
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
+
+
+def _doubled(arguments: Sequence[Argument]) -> list[Argument]:
+    tensors = [one for one in arguments if one.dtype and one.shape]
+    if not tensors or any(one.shape[0] != 1 for one in tensors):
+        return list(arguments)
+    return [Argument(one.name, one.dtype, (2, *one.shape[1:])) if one.dtype and one.shape else one for one in arguments]
+
+
+def _exported(flat: _Flat) -> Any:
+    tensors = tuple(value for value in flat._call.values() if type(value) is Tensor)
+    dimensions = tuple(dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors)
+    # Torch warns of its own deprecated parts.
+    with CAPTURING, ignoring(), _QUIETLY, WITHOUT_FAST_PATHS, torch.no_grad():
+        program = torch.export.export(flat, tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
+        return program.run_decompositions({}) if _writes(program.graph) else program
+
+
+def _writes(graph: fx.Graph) -> bool:
+    """Whether an operator writes to what it is given: then all are replaced by such that give new tensors."""
+    operators = (node.target for node in graph.nodes if node.op == "call_function")
+    return any(isinstance(one, torch._ops.OpOverload) and one._schema.is_mutable for one in operators)
+
+
+def _checked(program: Any, outputs: TreeSpec) -> Captured:
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
+        raise ModelError("its forward changes buffers or inputs", where="graph", remedy=_REMEDY)
+    # Only functions of tensors remain: control flow by values has modules of its own.
+    strange = [node for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
+    if strange or any(_is_tied_to_strides(node) for node in program.graph.nodes):
+        raise ModelError("its forward depends on values or on the layout of memory", where="graph", remedy=_REMEDY)
+    tensors: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    inputs: dict[str, tuple[Size, ...]] = {}
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            tensors[name] = spec.target.removeprefix(_PREFIX)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[spec.target]
+        elif spec.kind is InputKind.USER_INPUT and isinstance(values[name], Tensor):
+            inputs[name] = tuple(_size(size, program.range_constraints) for size in values[name].shape)
+        else:
+            raise ModelError(f"it takes a {spec.kind.name.lower()}", where="graph", remedy=_REMEDY)
+    return Captured(program.graph, tensors, constants, inputs, outputs)
+
+
+def _is_tied_to_strides(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
+
+
+def _size(size: Any, bounds: Mapping[Any, Any]) -> Size:
+    if isinstance(size, int):
+        return Size(size)
+    expression = size.node.expr
+    if expression.is_Integer:
+        return Size(int(expression))
+    if expression not in bounds:
+        raise ModelError(f"an input has to be of the size {expression}", where="graph", remedy=_REMEDY)
+    low, high = bounds[expression].lower, bounds[expression].upper
+    return Size(None, str(expression), int(low), int(high) if high.is_Integer else float("inf"))

@@ -1,0 +1,127 @@
+"""A graph that runs in place of a model's modules, for calls of one way of calling."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from pared.errors import ModelError
+from pared.runtime.graphs.call_kinds import Bound
+from pared.runtime.graphs.capture import Captured, Size
+from pared.runtime.graphs.draft import Draft
+from pared.runtime.graphs.fusion import fuse, simplify
+from pared.runtime.graphs.products import place, share, take_apart
+
+
+class Graph:
+    """A model's call as operators, int8 products joined with what surrounds them.
+
+    It refers to the model's own tensors and packed weights; its own are those of folded norms and of outliers.
+
+    Args:
+        model: the quantized model, whose weights and kernels it takes.
+        captured: a call of a float model of the same architecture; it is left as it is.
+
+    Raises:
+        ModelError: it cannot be put together, and why.
+    """
+
+    def __init__(self, model: nn.Module, captured: Captured) -> None:
+        self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
+        self._outputs: TreeSpec = captured.outputs
+        try:
+            self.module = compiled(captured, model)
+        except Exception as error:  # a rule that fails costs the graph, not the user's call; tests make graphs by hand
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"its graph cannot be put together ({type(error).__name__}: {reason})",
+                where="graph",
+                remedy="Nothing need be done: the modules run. Please report it.",
+            ) from error
+
+    def fits(self, bound: Bound) -> bool:
+        """Whether the sizes of the inputs are such as it was captured for, and none is empty."""
+        known: dict[str, int] = {}
+        tensors = [value for value in bound.values() if type(value) is Tensor]
+        for tensor, sizes in zip(tensors, self._sizes, strict=True):
+            for given, size in zip(tensor.shape, sizes, strict=True):
+                if not size.allows(given) or (size.symbol and known.setdefault(size.symbol, given) != given):
+                    return False
+        return True
+
+    def __call__(self, bound: Bound) -> Any:
+        """What the model returns."""
+        tensors = [value for value in bound.values() if type(value) is Tensor]
+        return tree_unflatten(self.module.forward(*tensors), self._outputs)
+
+
+def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
+    """The operators as a module, whose inputs are the call's tensors, products of codes in place of float ones."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(captured.graph, copies)
+    graph.output(output)
+    draft = Draft(graph)
+    by_name = {str(old.name): new for old, new in copies.items()}
+    for name, constant in captured.constants.items():
+        _give(draft, by_name[name], constant)
+    simplify(draft)
+    place(draft, model, {by_name[name]: tensor for name, tensor in captured.tensors.items()})
+    take_apart(draft)
+    share(draft)
+    fuse(draft)
+    _keep_layout(draft)
+    draft.tidy()
+    return _module(draft)
+
+
+def _give(draft: Draft, placeholder: fx.Node, value: Tensor) -> None:
+    with draft.graph.inserting_before(placeholder):
+        placeholder.replace_all_uses_with(draft.value(value))
+    draft.graph.erase_node(placeholder)
+
+
+def _keep_layout(draft: Draft) -> None:
+    """Outputs that the modules give in contiguous memory are given so: users may look at them as they like."""
+    (output,) = (node for node in draft.graph.nodes if node.op == "output")
+    found = []
+    for one in output.args[0]:
+        value = one.meta.get("val") if isinstance(one, fx.Node) else None
+        if isinstance(value, Tensor) and value.is_contiguous():
+            copied = torch.ops.aten.clone if _is_part(one) else torch.ops.aten.contiguous
+            one = draft.before(output, copied.default, one, memory_format=torch.contiguous_format)
+        found.append(one)
+    output.args = (found,)
+
+
+def _is_part(node: Any) -> bool:
+    """Whether a node looks at a part of a merged product: users write to outputs, and keep them."""
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target is operator.getitem:
+            return True
+        if not isinstance(node.target, torch._ops.OpOverload) or not (
+            node.target.is_view or node.target is torch.ops.aten.reshape.default
+        ):
+            return False
+        node = node.args[0]
+    return False
+
+
+def _module(draft: Draft) -> fx.GraphModule:
+    # Values are plain attributes: packed weights are no tensors that a module could register.
+    module = fx.GraphModule(_Values(draft.values), draft.graph)
+    module.__dict__.update(draft.values)
+    return module
+
+
+class _Values(nn.Module):
+    """Where a graph's references are looked up while it is made into a module."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.__dict__.update(values)

@@ -1,0 +1,125 @@
+"""Products of one input become one, and sums take the place of what they are made of."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from pared.runtime.graphs.draft import Draft, given_to, only_user
+from pared.runtime.graphs.products import PLAIN, QLINEAR, quantize_contiguous, quantize_contiguous_all
+from pared.runtime.kernels import linear
+from pared.runtime.kernels.machine import operator_of
+from pared.runtime.layers.counterpart import Counterpart
+
+_ATEN: Final = torch.ops.aten
+_ADDING: Final = operator_of("onednn", "qlinear_pointwise", "binary")
+
+
+def product_and_sum(
+    codes: Tensor,
+    scale: float,
+    zero_point: int,
+    weight: Any,
+    step: Tensor,
+    zeros: Tensor,
+    bias: Tensor | None,
+    other: Tensor,
+    how: str,
+) -> Tensor:
+    """A product of codes, plus a tensor of its shape; "sum" writes it to that tensor's memory, "add" to new memory."""
+    if codes.shape[:-1] != other.shape[:-1]:  # the kernel believes it
+        raise RuntimeError(f"{tuple(codes.shape)} codes are added to {tuple(other.shape)}")
+    given = (codes, scale, zero_point, weight, step, zeros, other.contiguous(), bias)
+    found: Tensor = _ADDING(*given, *PLAIN[:3], 1.0, 0, how, 1.0, *PLAIN[3:])
+    return found
+
+
+# Operators that give contiguous memory that nobody else holds, and those that keep nothing of what they read.
+_GIVERS: Final = (QLINEAR, product_and_sum, _ATEN.layer_norm.default)
+_READERS: Final = (quantize_contiguous, quantize_contiguous_all, linear.rows_of, _ATEN.layer_norm.default)
+
+
+def merge(draft: Draft) -> None:
+    """Linear layers that multiply the same codes, as those of an attention, are one with all of their outputs.
+
+    A call of the kernel costs as much as a tenth of what it computes, or a third where there are few rows.
+    """
+    found: dict[object, list[fx.Node]] = defaultdict(list)
+    for node in draft.calls(QLINEAR):
+        if tuple(given_to(node)[-len(PLAIN) :]) == PLAIN and "linear" in node.meta:
+            found[given_to(node)[:3]].append(node)
+    for nodes in found.values():
+        if len(nodes) > 1:
+            _merge(draft, nodes)
+
+
+def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
+    layers: list[tuple[Counterpart, str]] = [node.meta["linear"] for node in nodes]
+    codes = [owner.pared_codes(attribute) for owner, attribute in layers]
+    steps = [owner.pared_row_steps(attribute) for owner, attribute in layers]
+    activation = layers[0][0].pared_activation
+    assert activation is not None, "it runs on codes"
+    # The first layer keeps it, for other graphs of the same model.
+    key = ("merged", *((id(owner), attribute) for owner, attribute in layers))
+    packed: linear.Packed = layers[0][0].pared_packed(
+        key, lambda: linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
+    )
+    biases = [draft.held(given_to(node)[6]) for node in nodes]
+    bias = None
+    if any(one is not None for one in biases):
+        bias = torch.cat([s.new_zeros(len(s)) if b is None else b for b, s in zip(biases, steps, strict=True)])
+    weight = (packed.weight, packed.step, packed.zeros, bias)
+    first = nodes[0]
+    whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
+    parts = draft.before(first, _ATEN.split_with_sizes.default, whole, [len(one) for one in codes], -1)
+    outputs = [draft.before(first, operator.getitem, parts, i) for i in range(len(nodes))]
+    for node, output in zip(nodes, outputs, strict=True):
+        draft.replace(node, output)
+
+
+def take_sums(draft: Draft) -> None:
+    """A product that is only added to something adds it by itself, before it writes its sums.
+
+    If nobody needs that something any more, the sums take its memory: new memory is slow.
+    """
+    places = {node: place for place, node in enumerate(draft.graph.nodes)}
+    for node in draft.calls(_ATEN.add.Tensor):
+        for product, other in (given_to(node), given_to(node)[::-1]):
+            if node.kwargs or product is other or not _is_free(product, node):
+                continue
+            if not _alike(node, product) or not _alike(node, other):
+                continue
+            how = "sum" if _is_spent(other, node, places) else "add"
+            given = given_to(product)[: -len(PLAIN)]
+            draft.replace(node, draft.before(node, product_and_sum, *given, other, how))
+            draft.graph.erase_node(product)
+            break
+
+
+def _is_free(node: Any, user: fx.Node) -> bool:
+    """Whether a product is there for one user only, which gets its plain sums."""
+    if not isinstance(node, fx.Node) or node.target is not QLINEAR or only_user(node) is not user:
+        return False
+    return given_to(node)[-len(PLAIN) :] == PLAIN
+
+
+def _is_spent(node: fx.Node, user: fx.Node, places: Mapping[fx.Node, int]) -> bool:
+    """Whether the memory of a node is free after one of its users: all others have read it, and keep nothing of it."""
+    others = [one for one in node.users if one is not user]
+    read = all(one.target in _READERS and places[one] < places[user] for one in others)
+    return node.target in _GIVERS and read
+
+
+def _alike(one: fx.Node, other: Any) -> bool:
+    """Whether two nodes give tensors of the same shape and type."""
+    a, b = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (one, other))
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.dim() != b.dim():
+        return False
+    # Sizes may be unknown: then nothing is said of them.
+    return all(statically_known_true(i == j) for i, j in zip(a.shape, b.shape, strict=True))

@@ -1,0 +1,86 @@
+"""Activations as unsigned codes, `value = scale * (code - zero_point)` with codes 0..levels (255 or 127).
+
+Rounding is to the nearest code, halves to the even one. Adding `ORIGIN` to a float32 does it: numbers of
+that size are 1 apart, so the sum is an integer whose lowest byte is the code. That is two to three times
+faster than rounding and converting, because PyTorch converts float32 to uint8 one number at a time, but
+int32 to uint8 in vectors. Scratch memory kept between calls, and working through the rows in pieces that
+fit the cache, were measured to gain nothing inside a model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from pared.formats.activation import NARROWEST, Range, float32
+
+ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 apart; its lowest byte is 0
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, levels: int, out: Tensor | None = None) -> Tensor:
+    """The codes of `x` (float32, any shape and strides) as uint8: in `out`, or in new memory of the same format.
+
+    Values beyond the grid, infinite ones too, take its nearest end. NaN has no code: it takes 0, unnoticed.
+
+    >>> quantize(torch.tensor([-9.0, -1.0, 0.0, 0.6, 9.0]), 1.0, 1, 4).tolist()
+    [0, 0, 1, 2, 4]
+    """
+    # `rsub` is ORIGIN + zero_point + x / scale in one pass.
+    shifted = torch.rsub(x, ORIGIN + zero_point, alpha=-float32(1.0 / scale))
+    codes = shifted.clamp_(ORIGIN, ORIGIN + levels).view(torch.int32)
+    return codes.to(torch.uint8) if out is None else out.copy_(codes)
+
+
+def quantize_reference(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
+    """What `quantize` computes, bit for bit, in plain float64."""
+    nearest = torch.round(x.double() * float32(1.0 / scale) + zero_point)
+    return nearest.clamp(0, levels).nan_to_num(0.0).to(torch.uint8)
+
+
+def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes of `x` (float32, rows x columns, at least one column), each row on the grid of its own range.
+
+    Returns:
+        The codes (uint8, rows x columns), and the scales and the zero points (float32, rows x 1). A row that
+        holds NaN or Inf has a scale that is not finite, so whatever is computed from it is not finite either.
+
+    >>> codes, scale, zero_point = quantize_rows(torch.tensor([[-2.0, 0.0, 252.0], [0.0, 0.0, 0.0]]), 255)
+    >>> codes.tolist(), scale[0].tolist(), zero_point[0].tolist()
+    ([[0, 2, 254], [254, 254, 254]], [1.0], [2.0])
+    """
+    low, scale, inverse = _row_grids(x, levels)
+    origin = torch.rsub(low.mul_(inverse), ORIGIN)
+    codes = (x * inverse).add_(origin).view(torch.int32).to(torch.uint8)
+    return codes, scale, origin.sub_(ORIGIN)
+
+
+def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What `quantize_rows` computes, bit for bit, with plain rounding."""
+    low, scale, inverse = _row_grids(x, levels)
+    zero_point = torch.round(-(low * inverse))
+    nearest = torch.round((x * inverse).double() + zero_point)
+    return nearest.nan_to_num(0.0).to(torch.uint8), scale, zero_point
+
+
+def _row_grids(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's lowest value (below zero, be it by a hair), scale, and reciprocal of the scale."""
+    low = x.amin(-1, keepdim=True).clamp_(max=-NARROWEST)
+    high = x.amax(-1, keepdim=True).clamp_(min=0.0)
+    # One level fewer: both ends are rounded, so the codes of a row may span one step more than its range.
+    scale = high.sub_(low).div_(levels - 1)
+    return low, scale, scale.reciprocal()
+
+
+def tensor_range(x: Tensor) -> Range | None:
+    """The range of all of `x`, or None if it holds NaN or Inf.
+
+    >>> tensor_range(torch.tensor([1.0, 3.0])), tensor_range(torch.tensor([math.nan]))
+    (Range(low=0.0, high=3.0), None)
+    """
+    if not x.numel():
+        return Range(0.0, 0.0)
+    low, high = (float(end) for end in x.aminmax())
+    return Range.of(low, high) if math.isfinite(low) and math.isfinite(high) else None

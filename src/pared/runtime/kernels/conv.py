@@ -1,0 +1,333 @@
+"""Convolutions in one, two and three dimensions on int8 weights, with the activations as unsigned codes.
+
+`static` puts the input on one calibrated grid; `dynamic` on one grid of the call's own range, so that a
+sample's result depends a little on its neighbours in the batch. Padding is with zeros; for another mode pad
+the float input first.
+
+The kernels work on channels-last memory. The output has the layout that PyTorch's own convolution would give:
+channels last if the input or the weight is, else contiguous, which costs a copy. So a model in
+channels-last layout is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pared.errors import ModelError
+from pared.formats.activation import Range
+from pared.runtime.kernels.activation import quantize, quantize_reference, tensor_range
+from pared.runtime.kernels.linear import check_step, float_bias
+from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
+from pared.runtime.kernels.patches import channels_first, patches_of, pays, rows_of_filter
+
+_FLOAT_CONVOLUTIONS: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_SPACE: Final = ("depth", "height", "width")
+_CHANNELS_LAST: Final = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the filter moves, with one number per dimension of space.
+
+    Args:
+        stride: steps of the filter.
+        padding: zeros before and after each dimension.
+        dilation: distances between the filter's taps.
+        groups: into how many independent convolutions the channels are split.
+        trailing: one more zero after each dimension that has a 1 here, for uneven "same" padding.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    trailing: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        taps: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Geometry:
+        """From what `F.conv1d`, `2d` and `3d` take.
+
+        Args:
+            taps: the filter's size in each dimension of space.
+            stride: one number for all dimensions, or one each.
+            padding: likewise, or "valid" (none), or "same" (as many outputs as inputs).
+            dilation: likewise.
+            groups: into how many independent convolutions the channels are split.
+
+        Raises:
+            ModelError: a sequence has not one number per dimension.
+
+        >>> Geometry.of((3, 4), padding="same")
+        Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, trailing=(0, 1))
+        """
+        dimensions = len(taps)
+        spread = _each(dilation, dimensions)
+        trailing = (0,) * dimensions
+        if padding == "same":
+            missing = [step * (size - 1) for step, size in zip(spread, taps, strict=True)]
+            padding, trailing = [zeros // 2 for zeros in missing], tuple(zeros % 2 for zeros in missing)
+        elif isinstance(padding, str):
+            padding = 0
+        return cls(_each(stride, dimensions), _each(padding, dimensions), spread, groups, trailing)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The zeros before and after each dimension of space, the last one first.
+
+        >>> Geometry.of((3, 4), padding="same").sides
+        (1, 2, 1, 1)
+        """
+        ends = zip(reversed(self.padding), reversed(self.trailing), strict=True)
+        return tuple(zeros for before, more in ends for zeros in (before, before + more))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A filter as the kernel wants it. It can be neither copied nor pickled.
+
+    Args:
+        weight: opaque to everything but the kernel.
+        step: float32, one per output channel.
+        zeros: the weight's zero points, all 0.
+        sums: of each output channel's weights, float32.
+        geometry: how the filter moves.
+        channels: of the input.
+        channels_last: whether the plain codes were in channels-last memory.
+        levels: the largest activation code that the filter allows.
+        taps: the filter's size, if it is multiplied with patches (`pared.kernels.patches`); else empty.
+    """
+
+    weight: Tensor
+    step: Tensor
+    zeros: Tensor
+    sums: Tensor
+    geometry: Geometry
+    channels: int
+    channels_last: bool
+    levels: int
+    taps: tuple[int, ...] = ()
+
+
+def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
+    """A filter for `static` and `dynamic`.
+
+    Args:
+        codes: int8 of shape (out, in / groups, taps...), within -127..127.
+        step: float32 of shape (out,); zero makes a channel of zeros.
+        geometry: how the filter moves.
+
+    Raises:
+        ModelError: a shape or a type is not as said.
+    """
+    dimensions = codes.dim() - 2
+    if codes.dtype != torch.int8 or dimensions not in _FLOAT_CONVOLUTIONS:
+        raise ModelError(
+            f"a convolution's codes are int8 in three to five dimensions, not {codes.dtype} in {codes.dim()}",
+            remedy="Pass the codes of a grid of int8 codes, one row per output channel.",
+        )
+    if len(geometry.stride) != dimensions:
+        raise ModelError(
+            f"a filter in {dimensions} dimensions of space cannot move by {geometry}",
+            remedy="Make the geometry from the filter's own taps.",
+        )
+    check_step(step, codes.shape[0])
+    step = step.detach().contiguous()
+    by_patches = pays(codes.shape, geometry.stride, geometry.dilation, geometry.groups)
+    return Packed(
+        weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
+        step=step,
+        zeros=torch.zeros(len(step), dtype=torch.int32, device="cpu"),
+        sums=(codes.flatten(1).sum(1).double() * step).float(),
+        geometry=geometry,
+        channels=codes.shape[1] * geometry.groups,
+        channels_last=_is_channels_last(codes),
+        levels=levels_for(codes),
+        taps=tuple(codes.shape[2:]) if by_patches else (),
+    )
+
+
+def _prepacked(codes: Tensor, step: Tensor, moves: Geometry) -> Tensor:
+    """For inputs with the zero point 0, which all are made to have."""
+    geometry = (moves.stride, moves.padding, moves.dilation, moves.groups)
+    packed: Tensor = torch.ops.onednn.qconv_prepack.default(codes.contiguous(), step, 1.0, 0, *geometry, None)
+    return packed
+
+
+def _prepacked_rows(codes: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(rows_of_filter(codes), None)
+    return packed
+
+
+def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+    """The layer's output for inputs that were calibrated to lie in `span`.
+
+    Args:
+        x: float32, bfloat16 or float16 of shape (batch, in, space...) or (in, space...). Values outside the
+        span
+            are clipped to it, and NaN reads as its low end.
+        packed: from `pack`.
+        bias: floats of shape (out,), or None.
+        span: the range of the inputs seen in calibration.
+
+    Returns:
+        What the float convolution would return, in the type of `x`.
+
+    Raises:
+        ModelError: the number of dimensions or channels does not fit the filter.
+    """
+    return _convolve(x, _batch(x, packed), packed, bias, span)
+
+
+def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """The layer's output, with the range taken from this input.
+
+    As `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
+    """
+    batch = _batch(x, packed)
+    # In the order of memory: PyTorch would copy a channels-last tensor to find its ends.
+    span = tensor_range(batch.movedim(1, -1) if _is_channels_last(batch) else batch)
+    if span is None:
+        return _convolve(x, batch, packed, bias, Range(0.0, 0.0)).fill_(math.nan)
+    return _convolve(x, batch, packed, bias, span)
+
+
+def reference(
+    x: Tensor,
+    codes: Tensor,
+    step: Tensor,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+    *,
+    span: Range | None = None,
+    levels: int = FULL_LEVELS,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """What `static` (with a span) or `dynamic` (without) computes, with ordinary operations.
+
+    With a span it can be exported; without, the range is read from the input.
+
+    Args:
+        x: as for `static`.
+        codes: as for `pack`.
+        step: as for `pack`.
+        geometry: as for `pack`.
+        bias: as for `static`.
+        span: the calibrated range; None takes the input's own.
+        levels: the largest activation code.
+        dtype: what products are summed in. float64 is exact; an exported graph may prefer float32.
+
+    >>> codes, step = torch.tensor([[[1, 2]]], dtype=torch.int8), torch.tensor([0.5])
+    >>> reference(torch.tensor([[1.0, 0.0, 255.0]]), codes, step, Geometry.of((2,))).tolist()
+    [[0.5, 255.0]]
+    """
+    span = tensor_range(x) if span is None else span
+    if span is None:
+        span, bias = Range(0.0, 0.0), torch.full_like(step, math.nan)
+    scale, zero_point = span.grid(levels)
+    centred = quantize_reference(x.float(), scale, zero_point, levels).to(dtype) - zero_point
+    trailing = [zeros for more in reversed(geometry.trailing) for zeros in (0, more)]
+    convolve = _FLOAT_CONVOLUTIONS[codes.dim() - 2]
+    out = convolve(
+        F.pad(centred, trailing),
+        codes.to(dtype),
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        geometry.groups,
+    )
+    channel = (-1, *(1 for _ in codes.shape[2:]))
+    out = out * (scale * step.to(dtype)).reshape(channel)
+    return (out if bias is None else out + bias.reshape(channel)).to(x.dtype)
+
+
+def _batch(x: Tensor, packed: Packed) -> Tensor:
+    """The input with a batch dimension, in float32."""
+    dimensions = len(packed.geometry.stride)
+    missing = dimensions + 2 - x.dim()
+    if missing not in (0, 1) or x.shape[1 - missing] != packed.channels:
+        raise ModelError(
+            f"the layer takes (batch, {packed.channels}, {', '.join(_SPACE[-dimensions:])}), "
+            f"but was given {tuple(x.shape)}",
+            remedy="Check the shape of the input.",
+        )
+    return (x.unsqueeze(0) if missing else x).detach().float()
+
+
+def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+    """The convolution of `batch`, in the layout, the type and the dimensions that `x` asks for."""
+    scale, zero_point = span.grid(packed.levels)
+    codes = quantize(batch, scale, zero_point, packed.levels)
+    moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
+    if zero_point or any(moves.trailing) or packed.taps:
+        codes, padding = pad_codes(codes, moves.sides, zero_point), (0,) * len(padding)
+    if zero_point:
+        # The kernel is not told of the zero point: it would arrange the whole weight anew at every call.
+        shift = packed.sums * (-scale * zero_point)
+        bias = shift if bias is None else shift.add_(bias)
+    weight = (packed.weight, packed.step, packed.zeros, bias)
+    after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    out: Tensor
+    if packed.taps:
+        rows = patches_of(codes, packed.taps, moves.stride)
+        if not rows.numel():
+            return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
+        products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after)
+        out = channels_first(products)
+    else:
+        moved = (moves.stride, padding, moves.dilation, moves.groups)
+        out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *after)
+    if out.dim() > batch.dim():  # an empty batch in one dimension of space comes back in the kernel's own two
+        out = out.squeeze(2)
+    if not (packed.channels_last or _is_channels_last(batch)):
+        out = out.contiguous()
+    return (out.squeeze(0) if x.dim() < batch.dim() else out).to(x.dtype)
+
+
+def pad_codes(codes: Tensor, sides: Sequence[int], zero_point: int) -> Tensor:
+    """The codes with the code of zero around them, in the kernel's own layout.
+
+    Args:
+        codes: uint8 of shape (batch, in, space...).
+        sides: how many before and after each dimension of space, the last one first.
+        zero_point: the code of zero.
+    """
+    if layout := _CHANNELS_LAST.get(codes.dim() - 2):
+        codes = codes.contiguous(memory_format=layout)
+    return F.pad(codes, sides, value=zero_point) if any(sides) else codes
+
+
+def _kernel(dimensions: int) -> Callable[..., Tensor]:
+    operator: Callable[..., Tensor] = getattr(torch.ops.onednn, f"qconv{dimensions}d_pointwise").default
+    return operator
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether the memory is in channels-last order and cannot be read as contiguous as well."""
+    layout = _CHANNELS_LAST.get(tensor.dim() - 2)
+    return layout is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout)
+
+
+def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number per dimension."""
+    numbers = (value,) * dimensions if isinstance(value, int) else tuple(value)
+    if len(numbers) != dimensions:
+        raise ModelError(
+            f"a filter in {dimensions} dimensions of space was given {len(numbers)} numbers: {numbers}",
+            remedy="Give one number for all dimensions, or one for each.",
+        )
+    return numbers

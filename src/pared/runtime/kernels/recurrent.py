@@ -1,0 +1,158 @@
+"""LSTM and GRU on int8 weights: all steps of a sequence in one call of PyTorch's own dynamic int8 layers.
+
+The input's product is made for the whole sequence at once, the state's at each step; each product puts its activations
+on one grid of their own range: a state lies within (-1, 1) and needs no calibration. Gates and states are floats.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pared.formats.activation import Range
+from pared.runtime.kernels.activation import quantize_reference, tensor_range
+from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
+from pared.runtime.kernels.machine import available as products_available
+from pared.switches import ignoring, quantized_engine
+
+Kind = Literal["lstm", "gru"]
+
+# Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took
+# 0.90 to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both, up to 1.8.
+_ENGINES: Final = ("onednn", "fbgemm")
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """One direction of one layer, as plain codes; `gates` is 4 for an LSTM and 3 for a GRU.
+
+    Args:
+        codes: int8 (gates * hidden, inputs) and (gates * hidden, hidden).
+        steps: float32 (gates * hidden,) for each of these.
+        biases: floats (gates * hidden,) for each of these; None for none.
+    """
+
+    codes: tuple[Tensor, Tensor]
+    steps: tuple[Tensor, Tensor]
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    @property
+    def levels(self) -> int:
+        """The largest activation code that both products allow."""
+        return min(map(levels_for, self.codes))
+
+
+@functools.cache
+def available() -> str:
+    """Why these kernels cannot run here, in words; empty if they can."""
+    if reason := products_available():
+        return reason
+    codes, steps = torch.ones(4, 1, dtype=torch.int8, device="cpu"), torch.ones(4, device="cpu")
+    zero = torch.zeros(1, 1, 1, device="cpu")
+    try:
+        run("lstm", zero, (zero, zero), [pack(Weights((codes, codes), (steps, steps)))], 1)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        return f"this build of PyTorch has no int8 recurrent layers: {str(error).splitlines()[0]}"
+    return ""
+
+
+def pack(weights: Weights) -> Any:
+    """One direction of one layer as `run` wants it; it can be neither copied nor pickled."""
+    floats = [
+        torch.zeros(len(codes), device="cpu") if bias is None else bias.detach().float().contiguous()
+        for codes, bias in zip(weights.codes, weights.biases, strict=True)
+    ]
+    packed = [_pack_product(*one) for one in zip(weights.codes, weights.steps, floats, _ENGINES, strict=True)]
+    narrow = weights.levels < FULL_LEVELS
+    return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *floats, narrow)
+
+
+def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor, engine: str) -> Any:
+    """A weight in an engine's own form: PyTorch asks a global setting for which, and the form remembers it."""
+    weight = _as_quantized(codes, steps)
+    with quantized_engine(engine):
+        return torch.ops.quantized.linear_prepack(weight, bias)
+
+
+def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
+    """Codes and steps as the one kind of tensor that these operators take.
+
+    PyTorch means to drop it one day: `available` will then say so, and layers run in float.
+    """
+    zeros = torch.zeros(len(codes), dtype=torch.int64, device="cpu")
+    with ignoring(UserWarning, "torch.quantize_per_tensor"):
+        made: Tensor = torch._make_per_channel_quantized_tensor(codes.contiguous(), steps.double(), zeros, 0)
+    return made
+
+
+def run(
+    kind: Kind, x: Tensor, state: Sequence[Tensor], packed: Sequence[Any], layers: int, sizes: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """A whole sequence through all layers.
+
+    Args:
+        kind: of layer.
+        x: float32 (steps, batch, inputs); with sizes: (steps of all sequences, inputs), as in a `PackedSequence`.
+        state: the first hidden state, and of an LSTM the first cell state: float32 (layers * directions, batch,
+            hidden).
+        packed: for each layer its one or two directions, from `pack`.
+        layers: how many.
+        sizes: int64: of the batch at each step, for packed sequences.
+
+    Returns:
+        the outputs of all steps, and the last state or states.
+    """
+    data = (x,) if sizes is None else (x, sizes)
+    batch_first = (False,) if sizes is None else ()
+    options = (list(packed), True, layers, 0.0, False, len(packed) > layers, *batch_first)
+    found: tuple[Tensor, ...]
+    if kind == "lstm":
+        found = torch.quantized_lstm(*data, tuple(state), *options, use_dynamic=True)
+    else:
+        found = torch.quantized_gru(*data, state[0], *options)
+    return found
+
+
+def reference(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+    """What `run` computes for one direction of one layer, with ordinary operations in float64: slow, for tests.
+
+    Args:
+        kind: of layer.
+        x: floats (steps, batch, inputs).
+        state: one or two of (batch, hidden).
+        weights: plain ones.
+
+    Returns:
+        the outputs (steps, batch, hidden), and the last state or states. Gates stand in the order that PyTorch
+        documents for its layers (Hochreiter and Schmidhuber 1997; Cho et al. 2014).
+    """
+    inputs = _product(x, weights, 0)
+    now = [one.double() for one in state]
+    outputs = []
+    for step in inputs:
+        hidden = _product(now[0], weights, 1)
+        if kind == "lstm":
+            i, f, g, o = (step + hidden).chunk(4, 1)
+            cell = f.sigmoid() * now[1] + i.sigmoid() * g.tanh()
+            now = [o.sigmoid() * cell.tanh(), cell]
+        else:
+            (r, z, n), (hr, hz, hn) = step.chunk(3, 1), hidden.chunk(3, 1)
+            update = (z + hz).sigmoid()
+            now = [(1 - update) * (n + (r + hr).sigmoid() * hn).tanh() + update * now[0]]
+        outputs.append(now[0])
+    return torch.stack(outputs), *now
+
+
+def _product(x: Tensor, weights: Weights, which: int) -> Tensor:
+    span = tensor_range(x.float()) or Range(0.0, 0.0)
+    scale, zero_point = span.grid(weights.levels)
+    centred = quantize_reference(x.float(), scale, zero_point, weights.levels).double() - zero_point
+    bias = weights.biases[which]
+    out = F.linear(centred, weights.codes[which].double()) * (scale * weights.steps[which].double())
+    return out if bias is None else out + bias.double()

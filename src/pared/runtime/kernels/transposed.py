@@ -1,0 +1,137 @@
+"""Transposed convolutions in one and two dimensions on int8 weights: a linear product, and a sum where taps overlap.
+
+Each input position puts a patch of `taps` outputs; the patches of all positions are one int8 product, and folding adds
+them up in floats. So whatever `linear` offers holds here, a grid per position for dynamic activations included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pared.formats.activation import Range
+from pared.runtime.kernels.activation import quantize_reference, quantize_rows_reference
+from pared.runtime.kernels.linear import Packed, dynamic, float_bias, static
+from pared.runtime.kernels.linear import pack as pack_rows
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How patches lie, with one number per dimension of space; see `F.conv_transpose2d`."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        dimensions: int,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> Moves:
+        """From what `F.conv_transpose1d` and `2d` take."""
+        assert groups == 1, "grouped ones have no kernel"
+
+        def each(value: int | Sequence[int]) -> tuple[int, ...]:
+            found = (value,) * dimensions if isinstance(value, int) else tuple(value)
+            return found * dimensions if len(found) < dimensions else found
+
+        return cls(each(stride), each(padding), each(output_padding), each(dilation))
+
+    def size(self, inputs: Sequence[int], taps: Sequence[int]) -> list[int]:
+        """Of the output's space."""
+        return [
+            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for n, s, p, o, d, k in zip(
+                inputs, self.stride, self.padding, self.output_padding, self.dilation, taps, strict=True
+            )
+        ]
+
+
+def pack(codes: Tensor, step: Tensor) -> Packed:
+    """A weight for `run`.
+
+    Args:
+        codes: int8 (in, out, *taps), within -127..127.
+        step: float32 (out,).
+    """
+    inputs, outputs = codes.shape[:2]
+    rows = codes.permute(1, *range(2, codes.dim()), 0).reshape(-1, inputs)
+    return pack_rows(rows.contiguous(), step.repeat_interleave(len(rows) // max(1, outputs)))
+
+
+def run(
+    x: Tensor, packed: Packed, bias: Tensor | None, taps: Sequence[int], moves: Moves, span: Range | None
+) -> Tensor:
+    """The layer's output.
+
+    Args:
+        x: floats (batch, in, *space), or without a batch.
+        packed: from `pack`.
+        bias: floats (out,), or None.
+        taps: of the filter, one or two numbers.
+        moves: how patches lie.
+        span: the calibrated range of x; None gives each position a grid of its own.
+    """
+    dimensions = len(taps)
+    batched = x if x.dim() == dimensions + 2 else x[None]
+    space = list(batched.shape[2:])
+    rows = batched.flatten(2).transpose(1, 2).float()
+    patches = dynamic(rows, packed) if span is None else static(rows, packed, None, span)
+    size = moves.size(space, taps)
+
+    def plane(numbers: Sequence[int], missing: int) -> tuple[int, ...]:
+        """One dimension as a plane that is one high."""
+        return (missing,) * (2 - dimensions) + tuple(numbers)
+
+    geometry = (plane(taps, 1), plane(moves.dilation, 1), plane(moves.padding, 0), plane(moves.stride, 1))
+    out = F.fold(patches.transpose(1, 2), plane(size, 1), *geometry)
+    out = out.reshape(*out.shape[:2], *size)
+    floats = float_bias(bias)
+    if floats is not None:
+        out = out.add_(floats.reshape(-1, *[1] * dimensions))
+    return (out if x.dim() == dimensions + 2 else out[0]).to(x.dtype)
+
+
+def reference(
+    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, moves: Moves, span: Range | None, levels: int
+) -> Tensor:
+    """What `run` computes, with PyTorch's own transposed convolution in float64; for inputs with a batch.
+
+    Args:
+        x: floats (batch, in, *space).
+        codes: as for `pack`.
+        step: as for `pack`.
+        bias: as for `run`.
+        moves: as for `run`.
+        span: as for `run`.
+        levels: the largest activation code.
+    """
+    rows = x.movedim(1, -1).float()
+    if span is None:
+        quantized, scale, zero_point = quantize_rows_reference(rows, levels)
+        values = (quantized.double() - zero_point) * scale
+    else:
+        size, zero = span.grid(levels)
+        values = (quantize_reference(rows, size, zero, levels).double() - zero) * size
+    weight = codes.double() * step.double().reshape(1, -1, *[1] * (codes.dim() - 2))
+    convolve = F.conv_transpose1d if codes.dim() == 3 else F.conv_transpose2d
+    out: Tensor = convolve(
+        values.movedim(-1, 1),
+        weight,
+        None if bias is None else bias.double(),
+        moves.stride,
+        moves.padding,
+        moves.output_padding,
+        1,
+        moves.dilation,
+    )
+    return out

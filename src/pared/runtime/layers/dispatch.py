@@ -1,0 +1,152 @@
+"""What becomes of a float function that meets a weight in codes: the table of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pared.formats.activation import Activation
+from pared.formats.views import View
+from pared.runtime.kernels import conv, linear, transposed
+from pared.runtime.kernels.conv import Geometry
+from pared.runtime.kernels.transposed import Moves
+
+
+class Owner(Protocol):
+    """The counterpart that a weight belongs to, as far as kernels know it."""
+
+    pared_activation: Activation | None
+    pared_views: dict[str, View]
+    pared_dtypes: dict[str, torch.dtype]
+
+    def pared_codes(self, attribute: str) -> Tensor: ...  # noqa: D102  # see Counterpart
+    def pared_step(self, attribute: str) -> Tensor: ...  # noqa: D102
+    def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor: ...  # noqa: D102
+    def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any: ...  # noqa: D102
+
+
+def _activation(owner: Owner) -> Activation:
+    assert owner.pared_activation is not None, "a module that runs on floats has no handles"
+    return owner.pared_activation
+
+
+def packed_linear(owner: Owner, attribute: str) -> linear.Packed:
+    """A weight of `F.linear` as its kernel wants it."""
+    packed: linear.Packed = owner.pared_packed(
+        attribute,
+        lambda: linear.pack(
+            owner.pared_codes(attribute), owner.pared_row_steps(attribute), _activation(owner).outliers
+        ),
+    )
+    return packed
+
+
+def packed_filter(owner: Owner, attribute: str, geometry: Geometry) -> conv.Packed:
+    """A convolution's weight as its kernel wants it."""
+    packed: conv.Packed = owner.pared_packed(
+        (attribute, geometry),
+        lambda: conv.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute), geometry),
+    )
+    return packed
+
+
+def linear_product(owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The counterpart of `F.linear`."""
+    packed = packed_linear(owner, attribute)
+    activation = _activation(owner)
+    if activation.mode == "dynamic":
+        return linear.dynamic(x, packed, bias)
+    return linear.static(x, packed, bias, activation.span, activation.outliers)
+
+
+def _convolution(
+    owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None, *moves: Any, **named_moves: Any
+) -> Tensor:
+    """The counterpart of `F.conv1d`, `F.conv2d` and `F.conv3d`: stride, padding, dilation and groups are `moves`."""
+    geometry = Geometry.of(owner.pared_codes(attribute).shape[2:], *moves, **named_moves)
+    packed = packed_filter(owner, attribute, geometry)
+    activation = _activation(owner)
+    if activation.mode == "dynamic":
+        return conv.dynamic(x, packed, bias)
+    return conv.static(x, packed, bias, activation.span)
+
+
+def _transposed(
+    owner: Owner, attribute: str, x: Tensor, bias: Tensor | None = None, *moves: Any, **named_moves: Any
+) -> Tensor:
+    """The counterpart of `F.conv_transpose1d` and `F.conv_transpose2d`, for a single group."""
+    codes = owner.pared_codes(attribute)
+    taps = tuple(codes.shape[2:])
+    packed = owner.pared_packed(attribute, lambda: transposed.pack(codes, owner.pared_row_steps(attribute, 1)))
+    activation = _activation(owner)
+    span = activation.span if activation.mode == "static" else None
+    return transposed.run(x, packed, bias, taps, Moves.of(len(taps), *moves, **named_moves), span)
+
+
+def _rows(owner: Owner, attribute: str, indices: Tensor) -> Tensor:
+    """Rows of a table as floats: only those that are asked for are decoded."""
+    rows = F.embedding(indices, owner.pared_codes(attribute)).to(torch.float32)
+    step = owner.pared_step(attribute)
+    own = bool(owner.pared_views[attribute].rows)
+    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if own else step)
+
+
+def _embedding(owner: Owner, attribute: str, indices: Tensor, *training: Any, **more_training: Any) -> Tensor:
+    """The counterpart of `F.embedding`, whose options concern training or have been ruled out."""
+    del training, more_training
+    return _rows(owner, attribute, indices).to(owner.pared_dtypes[attribute])
+
+
+def _embedding_bag(
+    owner: Owner,
+    attribute: str,
+    indices: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """The counterpart of `F.embedding_bag`: a small table of the rows that are asked for, in their order."""
+    del max_norm, norm_type, scale_grad_by_freq, sparse
+    table = _rows(owner, attribute, indices.reshape(-1))
+    places = torch.arange(len(table), device=indices.device).reshape(indices.shape)
+    if padding_idx is not None and indices.numel():
+        padding = padding_idx % len(owner.pared_codes(attribute))
+        places = torch.where(indices == padding, len(table), places)
+        padding_idx, table = len(table), torch.cat([table, torch.zeros_like(table[:1])])
+    weights = None if per_sample_weights is None else per_sample_weights.float()
+    out = F.embedding_bag(
+        places,
+        table,
+        offsets,
+        mode=mode,
+        per_sample_weights=weights,
+        include_last_offset=include_last_offset,
+        padding_idx=padding_idx,
+    )
+    return out.to(owner.pared_dtypes[attribute])
+
+
+KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
+    F.linear: linear_product,
+    F.conv1d: _convolution,
+    F.conv2d: _convolution,
+    F.conv3d: _convolution,
+    F.conv_transpose1d: _transposed,
+    F.conv_transpose2d: _transposed,
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+}
+
+# The dimension of the weight that counts a function's outputs, where that is not the first: a kernel can use the steps
+# of no other.
+OUTPUTS: Final[dict[Callable[..., Any], int]] = {F.conv_transpose1d: 1, F.conv_transpose2d: 1}

@@ -1,0 +1,87 @@
+"""Which modules can run on codes, and how: a table by type, to which users add their own layers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from pared.formats.views import OWN_ROWS
+from pared.runtime.kernels.machine import available
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How modules of a type run on codes.
+
+    Args:
+        weights: the attributes that stay in codes, given the module; none if the module cannot run on codes.
+        modes: how its input may be treated, see `Activation`.
+        forward: runs instead of the module's own, as `forward(module, *args, **kwargs)`; it may give `NotImplemented`
+            for a call that it does not serve. None: the module's own forward runs, and each weight that reaches
+            `F.linear`, a convolution or a table lookup there is served.
+        reason: why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
+        parts: children whose `weight` the forward uses without calling them.
+        columns: each number along the last dimension of its input meets a column of its weight, and nothing else: so a
+            static range may leave columns out (`kernels.outliers`).
+    """
+
+    weights: Callable[[Any], tuple[str, ...]]
+    modes: tuple[str, ...]
+    forward: Callable[..., Any] | None = None
+    reason: Callable[[], str] = str
+    parts: tuple[str, ...] = ()
+    columns: bool = False
+
+    def missing(self) -> str:
+        """Why its kernels cannot run here, in words; empty if they can. Looking up rows needs none."""
+        return "" if self.modes == ("gather",) else available() or self.reason()
+
+
+# By type; a module has the entry of the nearest class among its bases.
+LAYERS: Final[dict[type[nn.Module], Layer]] = {}
+
+
+def layer_of(module: nn.Module) -> Layer | None:
+    """The entry of a module's class, if the module can run on codes."""
+    cls = float_class(type(module))
+    home = next((base for base in cls.__mro__ if base in LAYERS), None)
+    if home is None:
+        return None
+    layer = LAYERS[home]
+    # A subclass with a forward of its own is not what the table's forward stands in for.
+    return layer if layer.forward is None or cls.forward is home.forward else None
+
+
+def weights_of(module: nn.Module) -> tuple[str, ...]:
+    """The attributes that can stay in codes while the module runs; none if it has no counterpart."""
+    layer = layer_of(module)
+    if layer is None or hasattr(module, "parametrizations"):
+        return ()
+    found = layer.weights(module)
+    if layer.forward is not None and _own_rows(float_class(type(module)), found):
+        return ()
+    return found if all(module._parameters.get(attribute) is not None for attribute in found) else ()
+
+
+def has_columns(module: nn.Module) -> bool:
+    """Whether single columns of the module's input may leave its range."""
+    cls = float_class(type(module))
+    home = next((base for base in cls.__mro__ if base in LAYERS), None)
+    # A subclass with a forward of its own may give the product another input than its own.
+    return home is not None and LAYERS[home].columns and cls.forward is home.forward
+
+
+def _own_rows(cls: type[nn.Module], attributes: tuple[str, ...]) -> bool:
+    """Whether a subclass of what the table knows has weights of another layout."""
+    nearer = itertools.takewhile(lambda base: base not in LAYERS, cls.__mro__)
+    return any(attribute in OWN_ROWS.get(base, {}) for base in nearer for attribute in attributes)
+
+
+def float_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a module had before a counterpart stood in for it."""
+    found: type[nn.Module] = getattr(cls, "pared_float_class", cls)
+    return found

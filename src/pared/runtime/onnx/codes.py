@@ -1,0 +1,115 @@
+"""Which values of a graph are weights: codes and steps, followed through whatever only moves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pared.formats.coded import Grid
+from pared.formats.views import first_dimension
+from pared.model.contents import Contents, Stored
+from pared.runtime.onnx.layout import Array, move, moved
+
+
+@dataclass(eq=False)
+class Weight:
+    """A value of the graph that is nothing but weights, moved.
+
+    Args:
+        value: an `onnx_ir.Value`.
+        sources: what it was made of.
+        codes: its numbers, of the value's shape.
+        steps: a step for each number, of the same shape.
+    """
+
+    value: Any
+    sources: tuple[Stored, ...]
+    codes: Array
+    steps: Array
+
+    @property
+    def name(self) -> str:
+        """The name of the first source."""
+        return self.sources[0].name
+
+    def uses(self, known: Mapping[int, Weight]) -> list[tuple[Any, int]]:
+        """The nodes that do more than move it, each with the place of its input."""
+        return [
+            (use.node, use.idx)
+            for use in self.value.uses()
+            if not any(id(output) in known for output in use.node.outputs)
+        ]
+
+
+def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
+    """Every value that only moves numbers of weights on grids, by the identity of the value, in the graph's order."""
+    known: dict[int, Weight] = {}
+    by_name = {name: one for one in contents.tensors for name in one.names if isinstance(one.coded.format, Grid)}
+    by_numbers: dict[object, Stored] | None = None
+    for value in graph.initializers.values():
+        stored = by_name.get(value.name)
+        if stored is None and _may_be_weight(value):
+            by_numbers = _by_numbers(by_name.values()) if by_numbers is None else by_numbers
+            stored = by_numbers.get(_key(value.const_value.numpy()))
+        if stored is not None:
+            known[id(value)] = Weight(value, (stored,), *numbers_of(stored))
+    for node in graph:
+        count = moved(node)
+        parts = [known.get(id(value)) for value in node.inputs[:count]]
+        if not parts or any(part is None for part in parts):
+            continue
+        _add_moved(known, node, [part for part in parts if part is not None])
+    return known
+
+
+def _add_moved(known: dict[int, Weight], node: Any, parts: list[Weight]) -> None:
+    sources = tuple({id(one): one for part in parts for one in part.sources}.values())
+    if len({part.codes.dtype for part in parts}) > 1 or len({one.coded.dtype for one in sources}) > 1:
+        return
+    try:
+        codes, steps = (move(node, [getattr(part, of) for part in parts]) for of in ("codes", "steps"))
+    except NotImplementedError:
+        return  # the weight is decoded before this node
+    for output, one, step in zip(node.outputs, codes, steps, strict=True):
+        known[id(output)] = Weight(output, sources, one, step)
+
+
+def numbers_of(stored: Stored) -> tuple[Array, Array]:
+    """Codes, and a step for each, both of the tensor's shape. A step of zero would have no inverse in a runtime."""
+    coded = stored.coded
+    view = coded.view or first_dimension(coded.shape)
+    codes, step = coded.parts["codes"].detach(), coded.parts["step"].detach()
+    empty = step == 0
+    if bool(empty.any()):
+        codes = codes.reshape(view.split).masked_fill(view.spread(empty), 0).reshape(coded.shape)
+        step = step.masked_fill(empty, float(step[~empty].median()) if not bool(empty.all()) else 1.0)
+    spread = view.spread(step).expand(view.split).reshape(coded.shape)
+    return codes.numpy(), spread.numpy()
+
+
+def _may_be_weight(value: Any) -> bool:
+    found = value.const_value
+    return found is not None and found.size > 1 and found.dtype.is_floating_point() and len(found.shape) > 1
+
+
+def _by_numbers(stored: Any) -> dict[object, Stored]:
+    """What the exporter holds under a name of its own: a weight that a module keeps in an attribute besides."""
+    return {_key(numpy_of(one.coded.decode())): one for one in stored}
+
+
+def _key(numbers: Array) -> object:
+    return numbers.shape, str(numbers.dtype), numbers.tobytes()
+
+
+def numpy_of(tensor: Tensor) -> Array:
+    """The numbers of a tensor, bfloat16 too."""
+    plain = tensor.detach().cpu().contiguous()
+    if plain.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return plain.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return plain.numpy()

@@ -1,0 +1,243 @@
+"""Runtimes beside PyTorch: an exported model in ONNX Runtime or in OpenVINO, called like the model itself."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
+from pared.files.disk import as_path
+from pared.runtime.onnx.export import ARTIFACT, ONNX_FILE, checksum_beside, need
+from pared.runtime.onnx.signature import SIGNATURE, Signature
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["torch", "onnxruntime", "openvino", "auto"]
+
+_ROUNDS: Final = 7  # calls of each engine that are timed, in turns, after two that warm up
+_WARM_UP: Final = 2
+
+
+class _Session(ABC):
+    """A graph in one runtime, which several threads may run at once."""
+
+    @abstractmethod
+    def __init__(self, path: Path, threads: int) -> None:
+        """Load the file."""
+
+    @abstractmethod
+    def metadata(self) -> Mapping[str, str]:
+        """What the file says of itself."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs, in the order of the graph."""
+
+
+class _OnnxRuntime(_Session):
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = need("onnxruntime", "onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors
+        self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def metadata(self) -> Mapping[str, str]:
+        found: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return found
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+        return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
+
+
+class _OpenVino(_Session):
+    def __init__(self, path: Path, threads: int) -> None:
+        openvino = need("openvino", "openvino")
+        core = openvino.Core()
+        model = core.read_model(str(path))
+        self._metadata = {
+            key: str(model.get_rt_info(["framework", key]).astype(str))
+            for key in (SIGNATURE, ARTIFACT)
+            if model.has_rt_info(["framework", key])
+        }
+        # In float32, like the other engines: by itself it computes in bfloat16 where the processor can.
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._compiled = core.compile_model(model, "CPU", options)
+        self._local = threading.local()
+
+    def metadata(self) -> Mapping[str, str]:
+        return self._metadata
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        if not hasattr(self._local, "request"):  # a request serves one thread at a time
+            self._local.request = self._compiled.create_infer_request()
+        arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
+        found = self._local.request.infer(arrays, share_inputs=True)
+        return [torch.from_numpy(found[output]) for output in self._compiled.outputs]
+
+
+SESSIONS: Final[Mapping[str, type[_Session]]] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
+
+
+class Runner(nn.Module):
+    """An exported model in a runtime of its own, without the Python class; made by `pared.load(..., engine=...)`.
+
+    It is called like the model, on the CPU, with the arguments of the export, and gives its outputs in their structure:
+    a class with named fields becomes `pared.exporting.Outputs`. It holds no parameters.
+
+    Attributes:
+        engine: "onnxruntime" or "openvino".
+        engine_ms: the measured milliseconds of each engine, where `engine="auto"` chose.
+        signature: arguments, inputs and outputs.
+    """
+
+    def __init__(self, path: Path, engine: str) -> None:
+        super().__init__()
+        self.engine, self.path = engine, path
+        self.engine_ms: Mapping[str, float] = {}
+        self._session = _opened(path, engine)
+        self.signature = _signature(self._session.metadata(), path)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            ConfigError: the inputs are not those of the export.
+        """
+        inputs = self.signature.bind(args, kwargs, str(self.path.name))
+        try:
+            outputs = self._session.run(inputs)
+        except RuntimeError as error:
+            raise _unfit(self, error) from error
+        except Exception as error:
+            if type(error).__module__.startswith("onnxruntime"):
+                raise _unfit(self, error) from error
+            raise
+        return self.signature.rebuild(outputs)
+
+
+def _unfit(runner: Runner, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{runner.engine} cannot run it on these inputs: {error}",
+        where=runner.path.name,
+        remedy="Check the shapes: those that belong together must agree, and the export may have fixed some.",
+    )
+
+
+def _opened(path: Path, engine: str) -> _Session:
+    need(engine, engine)
+    if not path.is_file():
+        raise FileError(
+            "is missing: the model was not exported",
+            where=str(path),
+            remedy="Write it once, beside the artifact: q_model.export(directory, inputs).",
+        )
+    try:
+        return SESSIONS[engine](path, torch.get_num_threads())
+    except Exception as error:
+        raise ModelError(
+            f"{engine} cannot load it: {error}",
+            where=str(path),
+            remedy='Use another engine: "torch" runs every model.',
+        ) from error
+
+
+def _signature(metadata: Mapping[str, str], path: Path) -> Signature:
+    try:
+        return Signature.from_json(metadata[SIGNATURE])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(
+            f"does not say how it is called ({error!r})",
+            where=str(path),
+            remedy="Export the model anew, with q_model.export(directory, inputs).",
+        ) from error
+
+
+def open_runner(directory: str | Path, engine: str) -> Runner:
+    """The exported model of a directory, in a runtime.
+
+    Raises:
+        ConfigError: the runtime's package is not installed.
+        FileError: there is no export, or it belongs to another artifact than the one beside it.
+        ModelError: the runtime cannot run the graph.
+    """
+    path = as_path(directory, "load")
+    if path.suffix != ".onnx":
+        path = (path if path.is_dir() else path.parent) / ONNX_FILE
+    runner = Runner(path, engine)
+    _refuse_stale(runner._session.metadata().get(ARTIFACT, ""), path)
+    return runner
+
+
+def _refuse_stale(recorded: str, path: Path) -> None:
+    """Refuse an export of what is no longer the artifact beside it."""
+    if recorded and recorded != checksum_beside(path):
+        raise FileError(
+            "was exported from another artifact than the one that is beside it now",
+            where=str(path),
+            remedy="Export the model anew, with q_model.export(directory, inputs).",
+        )
+
+
+def fastest(model: nn.Module | None, directory: str | Path) -> tuple[nn.Module, Mapping[str, float]]:
+    """The fastest of a quantized model in PyTorch and of its export in whatever runtime is installed.
+
+    They are timed in turns on inputs like those of the export.
+
+    Args:
+        model: the model in PyTorch, or None.
+        directory: where the export is.
+
+    Returns:
+        the model or a `Runner`; and the median milliseconds of each engine.
+
+    Raises:
+        ParedError: no engine can run it.
+    """
+    found: dict[str, nn.Module] = {} if model is None else {"torch": model}
+    opened = {engine: _tried(directory, engine) for engine in SESSIONS}
+    found |= {engine: runner for engine, runner in opened.items() if isinstance(runner, Runner)}
+    if not found:
+        raise next(error for error in opened.values() if isinstance(error, ParedError))
+    runners = [one for one in found.values() if isinstance(one, Runner)]
+    if not runners:
+        return found["torch"], {}
+    times = _timed(found, runners[0].signature)
+    best = min(times, key=times.__getitem__)
+    log.info("the fastest engine is %s: %s", best, ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
+    return found[best], times
+
+
+def _tried(directory: str | Path, engine: str) -> Runner | ParedError:
+    """The runner, or why there is none."""
+    try:
+        return open_runner(directory, engine)
+    except ParedError as error:
+        log.info("%s is not tried: %s", engine, error)
+        return error
+
+
+def _timed(engines: Mapping[str, nn.Module], signature: Signature) -> dict[str, float]:
+    args, kwargs = signature.sample()
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    with torch.inference_mode():
+        for _ in range(_WARM_UP + _ROUNDS):
+            for name, engine in engines.items():
+                start = time.perf_counter()
+                engine(*args, **kwargs)
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(ms[_WARM_UP:]) for name, ms in times.items()}

@@ -1,0 +1,135 @@
+"""ONNX: a quantized model as a graph of standard operators, its weights as codes and steps."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from pared.artifact.envelope import find_artifact
+from pared.errors import ConfigError, FileError
+from pared.files.disk import as_path, make_directory, reading, writing_to
+from pared.formats.coded import Grid
+from pared.model.calls import bind
+from pared.model.contents import Contents
+from pared.runtime.onnx.capture import Dynamic, capture, shape_of
+from pared.runtime.onnx.rewrite import rewrite
+from pared.runtime.onnx.signature import SIGNATURE
+from pared.version import __version__
+
+log = logging.getLogger(__name__)
+
+ARTIFACT: Final = "pared.artifact"  # the key, in the file's metadata, of the checksum of the artifact beside it
+ONNX_FILE: Final = "model.onnx"  # beside the artifact
+_INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB; beyond this the numbers get a file of their own
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that was written, and what is in it.
+
+    Args:
+        path: of the file.
+        nbytes: of the file, and of the one beside it that holds the numbers of a very large model.
+        inputs: the shape of each input; dimensions that may vary are names.
+        outputs: the shape of each output; None where it is not known.
+        codes: the names of the tensors that it holds as codes.
+        floats: tensors that the artifact holds as codes and the file as floats, each with the reason.
+        activations: of each layer that may run in int8: "static", its input is rounded to the calibrated grid; or
+            "float", it has integer weights only (a runtime may round its input by itself).
+    """
+
+    path: Path
+    nbytes: int
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...] | None]
+    codes: tuple[str, ...]
+    floats: Mapping[str, str]
+    activations: Mapping[str, str]
+
+
+def need(package: str, extra: str) -> Any:
+    """Import an optional package.
+
+    Raises:
+        ConfigError: it is not installed; what to install is said.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"needs the package {package}, which cannot be imported ({error})",
+            where=extra,
+            remedy=f"pip install 'pared[{extra}]'",
+        ) from error
+
+
+def export_onnx(
+    floats: nn.Module, contents: Contents, path: str | Path, inputs: Any, dynamic: Dynamic = True
+) -> Exported:
+    """Write an ONNX file.
+
+    Args:
+        floats: the float model with the weights that the codes stand for.
+        contents: codes, steps, and how layers treat their inputs.
+        path: see `pared.export`.
+        inputs: see there.
+        dynamic: see there.
+    """
+    for package in ("onnx", "onnxscript"):
+        need(package, "onnx")
+    path = as_path(path, "export")
+    path = path if path.suffix == ".onnx" else path / ONNX_FILE
+    make_directory(path.parent)  # before the work, not after
+    args, kwargs = bind(floats, inputs, "example inputs")
+    names = {name for one in contents.tensors if isinstance(one.coded.format, Grid) for name in one.names}
+    captured = capture(floats, args, kwargs, dynamic, names)
+    found = rewrite(captured.model, contents)
+    captured.model.producer_name, captured.model.producer_version = "pared", __version__
+    captured.model.metadata_props[SIGNATURE] = captured.signature.to_json()
+    captured.model.metadata_props[ARTIFACT] = checksum_beside(path)
+    nbytes = _write(captured.model, path)
+    for name, because in found.floats.items():
+        log.warning("%s is in %s as floats: %s", name, path.name, because)
+    graph = captured.model.graph
+    shapes = {name: one.shape for name, one in captured.signature.inputs.items()}
+    for name, shape in shapes.items():
+        if dynamic is True and shape and not any(isinstance(size, str) for size in shape):
+            log.warning("the model fixes the shape of %s: %s", name, list(shape))
+    outputs = {value.name: shape_of(value) for value in graph.outputs}
+    return Exported(path, nbytes, shapes, outputs, found.coded, found.floats, found.activations)
+
+
+def checksum_beside(path: Path) -> str:
+    """The checksum of the artifact in the same directory; empty if there is none."""
+    try:
+        file = find_artifact(path.parent)
+    except FileError:
+        return ""
+    with reading(file):
+        return f"{zlib.crc32(file.read_bytes()):08x}"
+
+
+def _write(model: Any, path: Path) -> int:
+    """Write and check under a temporary name, then rename: a crash leaves the old file or the new one."""
+    import onnx
+    import onnx_ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    beside = f"{path.name}.data" if size > _INLINE_BYTES else None
+    with writing_to(path.parent), tempfile.TemporaryDirectory(prefix=".pared-", dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        onnx_ir.save(model, made, external_data=beside)
+        onnx.checker.check_model(str(made))
+        written = 0
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the numbers before the graph that names them
+            written += file.stat().st_size
+            file.replace(path.with_name(file.name))
+    return written

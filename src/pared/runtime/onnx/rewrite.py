@@ -1,0 +1,338 @@
+"""Codes and steps in the place of a graph's float weights, and activations on the grids of calibration."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+from pared.formats.activation import Activation
+from pared.formats.coded import Float, Grid, dtype_name
+from pared.model.contents import Contents
+from pared.runtime.kernels.machine import FULL_LEVELS
+from pared.runtime.kernels.outliers import further
+from pared.runtime.onnx.codes import Weight, find_weights, numbers_of, numpy_of
+from pared.runtime.onnx.fold import Fold, fold_of
+from pared.runtime.onnx.layout import Array, along
+
+log = logging.getLogger(__name__)
+
+# The input that a product multiplies with the weight, by the weight's place among the inputs.
+_PRODUCTS: Final[dict[str, dict[int, int]]] = {
+    "MatMul": {1: 0, 0: 1},
+    "Gemm": {1: 0},
+    "Conv": {1: 0},
+    "ConvTranspose": {1: 0},
+}
+
+_AT_LOAD: Final = {"GRU", "LSTM", "RNN"}  # both runtimes decode these weights once, when the file is loaded
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What became of a model's tensors and layers.
+
+    Args:
+        coded: the names of the tensors that are in the graph as codes.
+        floats: tensors on grids that are not, each with the reason.
+        activations: how each layer that may run in int8 has its input: "static", or "float" for weights only.
+    """
+
+    coded: tuple[str, ...]
+    floats: Mapping[str, str]
+    activations: Mapping[str, str]
+
+
+def rewrite(model: Any, contents: Contents) -> Rewritten:
+    """Put codes and steps in the place of the float weights of an `onnx_ir.Model`."""
+    from onnx_ir.passes import PassManager
+    from onnx_ir.passes import common as passes
+
+    rewriter = _Rewriter(model.graph, contents, find_weights(model.graph, contents))
+    rewriter.run()
+    outcome = rewriter.outcome()
+    tidying = [passes.RemoveUnusedNodesPass(), passes.TopologicalSortPass(), passes.NameFixPass()]
+    PassManager([*tidying, passes.ClearMetadataAndDocStringPass()])(model)  # it would name files of this machine
+    return outcome
+
+
+@dataclass(eq=False)
+class _Rewriter:
+    """One graph on its way.
+
+    Args:
+        graph: an `onnx_ir.Graph`.
+        contents: what the artifact holds.
+        weights: the graph's values that are weights.
+    """
+
+    graph: Any
+    contents: Contents
+    weights: Mapping[int, Weight]
+    coded: set[str] = field(default_factory=set)
+    static: set[str] = field(default_factory=set)
+    quantized: dict[object, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        ends = [
+            weight for weight in self.weights.values() if weight.uses(self.weights) or weight.value.is_graph_output()
+        ]
+        baked = {id(end) for end in ends if _is_whole(end, ends)}
+        for end in ends:
+            uses = end.uses(self.weights)
+            rows = [(node, i) for node, i in uses if _gathers_rows(node, i)]
+            for node, _ in rows:
+                self._gather(end, node)
+            others = [use for use in uses if use not in rows]
+            if others or end.value.is_graph_output():
+                self._decode(end, others, bake=id(end) in baked)
+            self.coded |= {one.name for one in end.sources}
+        for weight in self.weights.values():
+            if weight.value.is_initializer():
+                _become(weight.value, weight.codes)
+            elif weight.value.dtype is not None:
+                weight.value.dtype = _ir().DataType.from_numpy(weight.codes.dtype)
+        self._narrow()
+
+    def _gather(self, weight: Weight, node: Any) -> None:
+        """Rows of a table in codes, and their steps: only those that are asked for are decoded."""
+        axes, steps = along(weight.steps)
+        indices = node.inputs[1]
+        picked = self._node("Gather", [weight.value, indices], {"axis": 0}, near=node)
+        own = axes == (0,)
+        scale = self._constant(f"{weight.name}.steps", steps if own else steps.reshape(-1)[0])
+        if own:
+            scale = self._node("Gather", [scale, indices], {"axis": 0}, near=node)
+        floats = self._node("Cast", [picked], {"to": _ir().DataType.FLOAT}, near=node)
+        out = self._node("Mul", [floats, scale], near=node)
+        _replace(node.outputs[0], self._typed(out, weight, node))
+
+    def _decode(self, weight: Weight, uses: list[tuple[Any, int]], *, bake: bool) -> None:
+        """The weight as floats, where products take it; runtimes that have int8 products know this form."""
+        codes, steps = weight.codes, weight.steps
+        fold = fold_of(uses, codes) if bake else None
+        if fold is not None:
+            codes, steps = fold.applied(codes, steps, uses[0][0])
+        value = self._constant(f"{weight.name}.codes", codes) if bake else weight.value
+        axes, found = along(steps)
+        near = None if bake else weight.value.producer()
+        if len(axes) > 1 or any(node.op_type in _AT_LOAD for node, _ in uses):  # no operator has steps along two axes
+            # By way of int32: a cast from int8 is kept for kernels on codes, which recurrent layers do not have, and
+            # OpenVINO then finds no weight.
+            whole = self._node("Cast", [value], {"to": _ir().DataType.INT32}, after=near)
+            floats = self._node("Cast", [whole], {"to": _ir().DataType.FLOAT}, after=whole.producer())
+            out = self._node("Mul", [floats, self._constant(f"{weight.name}.steps", found)], after=floats.producer())
+        else:
+            scale = self._constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))
+            attributes = {"axis": axes[0]} if axes else {}
+            out = self._node("DequantizeLinear", [value, scale], attributes, after=near)
+        out = self._typed(out, weight, out.producer())
+        for node, place in uses:
+            node.replace_input_with(place, out)
+            if len(axes) < 2 and codes.dtype == np.int8:
+                self._quantize_input(weight, node, place)
+        if weight.value.is_graph_output():
+            self.graph.outputs[list(self.graph.outputs).index(weight.value)] = out
+        if fold is not None:
+            self._drop(fold, uses[0][0])
+
+    def _quantize_input(self, weight: Weight, node: Any, place: int) -> None:
+        """Round what a static layer multiplies its weight with to the grid that calibration found."""
+        owner = self._owner(weight, node)
+        activation = self.contents.activations.get(owner)
+        other = _PRODUCTS.get(node.op_type, {}).get(place)
+        if activation is None or activation.mode != "static" or other is None:
+            return
+        if activation.outliers and not self._add_outliers(weight, node, other, owner, activation):
+            return
+        source = node.inputs[other]
+        scale, zero_point = activation.span.grid(FULL_LEVELS)
+        key = (id(source), scale, zero_point)
+        if key not in self.quantized:
+            floats = self._cast(source, "float32", near=node)
+            self.quantized[key] = self._rounded(floats, activation, f"{owner}.input", weight, node)
+        node.replace_input_with(other, self.quantized[key])
+        self.static.add(owner)
+
+    def _rounded(self, floats: Any, activation: Activation, name: str, weight: Weight, node: Any) -> Any:
+        """Floats on the grid of an input, in the type that a weight reads as."""
+        scale, zero_point = activation.span.grid(FULL_LEVELS)
+        grid = [
+            self._constant(f"{name}.step", np.float32(scale)),
+            self._constant(f"{name}.zero", np.uint8(zero_point)),
+        ]
+        codes = self._node("QuantizeLinear", [floats, *grid], near=node)
+        return self._cast(self._node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
+
+    def _add_outliers(self, weight: Weight, node: Any, other: int, owner: str, activation: Activation) -> bool:
+        """Add what further columns carry, by a product of their own; whether that was possible.
+
+        A column's value less what the columns before carry, cut off at zero, is rounded to the grid of the input.
+        """
+        if other != 0 or len(weight.sources) > 1:
+            return False
+        more = further(activation.outliers, activation.span, FULL_LEVELS)
+        above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
+        name = f"{owner}.outliers"
+        constants = {
+            "columns": more.columns.numpy(),
+            "signs": np.where(above, 1, -1).astype(np.float32),
+            "before": np.abs(more.shift.numpy()) * np.float32(more.scale),
+        }
+        columns, signs, before = (self._constant(f"{name}.{key}", one) for key, one in constants.items())
+        floats = self._cast(node.inputs[other], "float32", near=node)
+        picked = self._node("Gather", [floats, columns], {"axis": -1}, near=node)
+        away = self._node("Mul", [picked, signs], near=node)  # from zero
+        left = self._node("Relu", [self._node("Sub", [away, before], near=node)], near=node)
+        left = self._node("Mul", [left, signs], near=node)
+        codes, steps = numbers_of(weight.sources[0])
+        held = [self._constant(f"{name}.codes", codes[:, more.columns.numpy()].T), self._steps(name, steps[:, 0], node)]
+        floats = self._node("DequantizeLinear", held, {"axis": 1}, near=node)
+        given = [self._rounded(left, activation, name, weight, node), self._cast(floats, _dtype(weight), near=node)]
+        out = node.outputs[0]
+        users = [(use.node, use.idx) for use in out.uses()]
+        total = self._node("Add", [out, self._node("MatMul", given, near=node)], after=node)
+        for user, place in users:
+            user.replace_input_with(place, total)
+        if out.is_graph_output():
+            self.graph.outputs[list(self.graph.outputs).index(out)] = total
+        total.shape, total.type = out.shape, out.type
+        return True
+
+    def _steps(self, name: str, steps: Array, node: Any) -> Any:
+        """Steps of outputs: those that the node's weight has already, if there are as many."""
+        decode = node.inputs[1].producer()
+        known = decode.inputs[1] if decode is not None and decode.op_type == "DequantizeLinear" else None
+        if known is not None and np.array_equal(known.const_value.numpy(), steps):
+            return known
+        return self._constant(f"{name}.steps", steps)
+
+    def _owner(self, weight: Weight, node: Any) -> str:
+        """The module whose product this is: of those that own the weight, the one in whose forward it was met."""
+        owners = [n.rpartition(".")[0] for one in weight.sources for n in one.names]
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        inside = {str(scope).removeprefix("model").removeprefix(".") for scope in scopes}
+        return next((owner for owner in owners if owner in inside), owners[0])
+
+    def _drop(self, fold: Fold, node: Any) -> None:
+        bias = self._constant(f"{node.name}.bias", fold.bias)
+        if len(node.inputs) > 2:
+            node.replace_input_with(2, bias)
+        else:
+            node.resize_inputs(3)
+            node.replace_input_with(2, bias)
+        _replace(fold.node.outputs[0], node.outputs[0])
+
+    def _narrow(self) -> None:
+        """Floats that the artifact holds in a narrower type stand in the graph in that type too."""
+        by_name = {name: one for one in self.contents.tensors for name in one.names}
+        for value in list(self.graph.initializers.values()):
+            stored = by_name.get(value.name)
+            if stored is None or not isinstance(stored.coded.format, Float):
+                continue
+            if stored.coded.format.dtype == dtype_name(stored.coded.dtype) or value.dtype is None:
+                continue
+            if value.dtype.name != _onnx_name(dtype_name(stored.coded.dtype)) or value.is_graph_output():
+                continue
+            uses = [(use.node, use.idx) for use in value.uses()]
+            wide = self._node("Cast", [value], {"to": value.dtype})
+            for node, place in uses:
+                node.replace_input_with(place, wide)
+            _become(value, numpy_of(stored.coded.parts["values"]))
+
+    def _typed(self, value: Any, weight: Weight, node: Any) -> Any:
+        """In the type that the weight reads as."""
+        return self._cast(value, _dtype(weight), near=None, after=value.producer() if node is not None else None)
+
+    def _cast(self, value: Any, dtype: str, near: Any = None, after: Any = None) -> Any:
+        ir = _ir()
+        wanted = ir.DataType[_onnx_name(dtype)]
+        if value.dtype == wanted or (value.dtype is None and dtype == "float32"):
+            return value
+        return self._node("Cast", [value], {"to": wanted}, near=near, after=after)
+
+    def _node(self, op: str, inputs: list[Any], attributes: Any = None, near: Any = None, after: Any = None) -> Any:
+        """The output of a new node: before `near`, after `after`, or else at the beginning of the graph."""
+        made = _ir().node(op, inputs, attributes or {})
+        if near is not None:
+            near.prepend(made)
+        elif after is not None:
+            after.append(made)
+        elif len(self.graph):
+            self.graph.insert_before(self.graph[0], made)
+        else:
+            self.graph.append(made)
+        if attributes and "to" in attributes:
+            made.outputs[0].dtype = attributes["to"]
+        return made.outputs[0]
+
+    def _constant(self, name: str, numbers: Any) -> Any:
+        ir = _ir()
+        free, i = name, 1
+        while free in self.graph.initializers:
+            free, i = f"{name}_{i}", i + 1
+        tensor = ir.tensor(np.ascontiguousarray(numbers).reshape(np.shape(numbers)), name=free)
+        value = ir.Value(name=free, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def outcome(self) -> Rewritten:
+        """What became of everything."""
+        floats = {}
+        for one in self.contents.tensors:
+            if isinstance(one.coded.format, Grid) and one.name not in self.coded:
+                named = any(name in self.graph.initializers for name in one.names)
+                floats[one.name] = (
+                    "the graph computes with it in a way of its own" if named else "not used by the graph"
+                )
+        activations = {
+            name: "static" if name in self.static else "float"
+            for name, one in self.contents.activations.items()
+            if one.mode != "gather"
+        }
+        return Rewritten(tuple(sorted(self.coded)), floats, activations)
+
+
+def _ir() -> Any:
+    """Fetched at first use: it is an optional package."""
+    import onnx_ir
+
+    return onnx_ir
+
+
+def _onnx_name(dtype: str) -> str:
+    return {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
+
+
+def _dtype(weight: Weight) -> str:
+    return dtype_name(weight.sources[0].coded.dtype)
+
+
+def _is_whole(end: Weight, ends: list[Weight]) -> bool:
+    """Whether the moved codes may stand in the file instead of the plain ones: that takes no more bytes."""
+    sources = {id(one) for one in end.sources}
+    near = [one for one in ends if sources & {id(source) for source in one.sources}]
+    held = {id(source): source for one in near for source in one.sources}
+    return sum(one.codes.size for one in near) <= sum(int(np.prod(one.coded.shape)) for one in held.values())
+
+
+def _gathers_rows(node: Any, place: int) -> bool:
+    axis = node.attributes["axis"].value if "axis" in node.attributes else 0
+    return node.op_type == "Gather" and place == 0 and axis == 0
+
+
+def _replace(old: Any, new: Any) -> None:
+    """Let everything that reads one value read another."""
+    new.shape, new.type = new.shape or old.shape, new.type or old.type
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+def _become(value: Any, numbers: Array) -> None:
+    """Give an initializer other numbers."""
+    ir = _ir()
+    tensor = ir.tensor(np.ascontiguousarray(numbers).reshape(np.shape(numbers)), name=value.name)
+    value.const_value, value.dtype = tensor, tensor.dtype

@@ -1,0 +1,281 @@
+"""How an exported model is called: which argument is which input of the graph, and what its outputs are put into."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from pared.errors import ConfigError
+from pared.formats.coded import RAW_TYPES, dtype_name
+
+SIGNATURE: Final = "pared.signature"  # the key of the file's metadata
+
+
+class Outputs(dict[str, Any]):
+    """Outputs with names: by key, as attributes, or by place, like the output classes of `transformers`.
+
+    >>> out = Outputs(logits=1, state=2)
+    >>> out["logits"], out.logits, out[1]
+    (1, 1, 2)
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __getitem__(self, key: Any) -> Any:
+        """By name, or by place among those that are not None."""
+        if isinstance(key, (int, slice)):
+            return tuple(value for value in self.values() if value is not None)[key]
+        return super().__getitem__(key)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the model's `forward`.
+
+    Args:
+        name: as `forward` calls it.
+        inputs: the graph's inputs that its tensors are, in their order; empty if it held none.
+        value: of an argument without tensors: what it was at the export, as text; the graph holds for it alone.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One tensor that the graph takes.
+
+    Args:
+        dtype: its type, "int64" for instance.
+        shape: a number for each dimension that is fixed, a name for each that may vary.
+        example: its shape at the export.
+        low, high: the least and the greatest value at the export.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    example: tuple[int, ...]
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, tensor: Tensor, shape: tuple[int | str, ...]) -> Input:
+        """What the example shows."""
+        low, high = (float(end) for end in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+        return cls(dtype_name(tensor.dtype), shape, tuple(tensor.shape), low, high)
+
+    def misfit(self, tensor: Tensor) -> str:
+        """Why a tensor cannot be this input; empty if it can."""
+        found = dtype_name(tensor.dtype)
+        fixed = zip(self.shape, tensor.shape, strict=False)
+        if found == self.dtype and tensor.dim() == len(self.shape) and all(a in (b, str(a)) for a, b in fixed):
+            return ""
+        return f"{found} {list(tensor.shape)}, and was exported as {self.dtype} {list(self.shape)}"
+
+    def sample(self, seed: int = 0) -> Tensor:
+        """Random numbers like those of the example."""
+        chance = torch.Generator().manual_seed(seed)
+        numbers = self.low + (self.high - self.low) * torch.rand(self.example, generator=chance, dtype=torch.float64)
+        dtype = RAW_TYPES[self.dtype]
+        return (numbers if dtype.is_floating_point else numbers.round()).to(dtype)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The calling convention.
+
+    Args:
+        arguments: those that the export was called with, in the order of `forward`.
+        parameters: the names of all that `forward` takes by place.
+        outputs: the structure of the outputs, as `describe` gives it.
+        inputs: the graph's inputs.
+    """
+
+    arguments: tuple[Argument, ...]
+    parameters: tuple[str, ...]
+    outputs: Any
+    inputs: Mapping[str, Input] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As it stands in the file."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Signature:
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        data = json.loads(text)
+        arguments = (Argument(one["name"], tuple(one["inputs"]), one["value"]) for one in data["arguments"])
+        inputs = {
+            name: Input(**{**one, "shape": tuple(one["shape"]), "example": tuple(one["example"])})
+            for name, one in data["inputs"].items()
+        }
+        return cls(tuple(arguments), tuple(data["parameters"]), data["outputs"], inputs)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+        """The graph's inputs for a call.
+
+        Raises:
+            ConfigError: an argument is missing, unknown, or not what it was at the export.
+        """
+        if len(args) > len(self.parameters):
+            raise _misfit(f"takes {len(self.parameters)} arguments by place, not {len(args)}", where, self)
+        given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
+        found: dict[str, Tensor] = {}
+        for argument in self.arguments:
+            value = given.pop(argument.name, None)
+            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            if len(leaves) != len(argument.inputs):
+                what = f"{argument.name} holds {len(leaves)} tensors, and held {len(argument.inputs)} at the export"
+                raise _misfit(what, where, self)
+            if not argument.inputs and value is not None and repr(value) != argument.value:
+                raise _misfit(f"{argument.name} is {value!r}, and was {argument.value} at the export", where, self)
+            found |= zip(argument.inputs, leaves, strict=True)
+        unknown = sorted(name for name, value in given.items() if value is not None)
+        if unknown:
+            raise _misfit(f"was exported without {', '.join(unknown)}", where, self)
+        sizes: dict[int | str, int] = {}
+        for name, tensor in found.items():
+            wrong = self.inputs[name].misfit(tensor)
+            if wrong:
+                raise _misfit(f"{name} is {wrong}", where, self)
+            for dimension, size in zip(self.inputs[name].shape, tensor.shape, strict=True):
+                if sizes.setdefault(dimension, size) != size:
+                    raise _misfit(f"{name} has size {size} where another input has {sizes[dimension]}", where, self)
+        return found
+
+    def sample(self) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments like those of the example: random numbers of the same shapes, within the same range."""
+        values = {}
+        for argument in self.arguments:
+            tensors = tuple(self.inputs[name].sample(i) for i, name in enumerate(argument.inputs))
+            values[argument.name] = (tensors[0] if len(tensors) == 1 else tensors) if tensors else _literal(argument)
+        places = [name for name, known in zip(self.parameters, values, strict=False) if name == known]
+        return [values.pop(name) for name in places], values
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The outputs in their structure."""
+        return _rebuild(self.outputs, tensors)
+
+
+def _literal(argument: Argument) -> Any:
+    try:
+        return ast.literal_eval(argument.value)
+    except (ValueError, SyntaxError) as error:
+        raise ConfigError(
+            f"was {argument.value} at the export, which cannot be made again from its text",
+            where=argument.name,
+            remedy='Choose an engine yourself: "auto" has to call the model.',
+        ) from error
+
+
+def _misfit(what: str, where: str, signature: Signature) -> ConfigError:
+    taken = ", ".join(one.name for one in signature.arguments if one.inputs)
+    return ConfigError(what, where=where, remedy=f"Call it as it was exported, with {taken}, or export it anew.")
+
+
+def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> Signature:
+    """The calling convention of a call, and of what it gave.
+
+    >>> signature_of(nn.Linear(2, 2), (torch.zeros(1, 2),), {}, torch.zeros(1, 2)).arguments
+    (Argument(name='input', inputs=('input',), value=''),)
+    """
+    called = inspect.signature(model.forward)
+    arguments: list[Argument] = []
+    used: set[str] = set()
+    for name, value in _named(called, args, kwargs):
+        count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
+        inputs = (name,) if count == 1 else tuple(f"{name}_{i}" for i in range(count))
+        if used & set(inputs):
+            raise ConfigError(f"two inputs would be called {inputs[0]}", where="export", remedy="Rename an argument.")
+        used |= set(inputs)
+        arguments.append(Argument(name, inputs, "" if count else repr(value)))
+    places = [p.name for p in called.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    places += [name for name, _ in _named(called, args, {}) if name not in places]
+    return Signature(tuple(arguments), tuple(places), describe(outputs))
+
+
+def _named(called: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Each argument under a name; those of `*args` are numbered."""
+    found: list[tuple[str, Any]] = []
+    for name, value in called.bind_partial(*args, **kwargs).arguments.items():
+        kind = called.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found += [(f"{name}_{i}", one) for i, one in enumerate(value)]
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            found += value.items()
+        else:
+            found.append((name, value))
+    return found
+
+
+def output_names(structure: Any, prefix: str = "") -> list[str]:
+    """A name for each tensor of a structure: keys and places, from outside to inside.
+
+    >>> output_names(describe({"a": torch.zeros(1), "b": (None, torch.zeros(1))})), output_names(0)
+    (['a', 'b_1'], ['output'])
+    """
+    if isinstance(structure, int):
+        return [prefix or "output"]
+    kind, parts = next(iter(structure.items()))
+    if kind == "value":
+        return []
+    pairs = parts.items() if kind == "names" else enumerate(parts)
+    before = f"{prefix}_" if prefix else "" if kind == "names" else "output_"
+    return [found for key, one in pairs for found in output_names(one, f"{before}{key}")]
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors among the leaves, in the order of `describe`."""
+    return [leaf for leaf in tree_flatten(values)[0] if isinstance(leaf, Tensor)]
+
+
+def describe(outputs: Any) -> Any:
+    """The structure of outputs as plain data: tensors by their place; None, numbers and texts as they are.
+
+    Classes with named fields become `Outputs`; of what is no container that is known here, only its tensors are kept,
+    as a list.
+
+    >>> describe({"a": torch.zeros(1), "b": (None, torch.zeros(1))})
+    {'names': {'a': 0, 'b': {'tuple': [{'value': None}, 1]}}, 'plain': True}
+    """
+    return _describe(outputs, iter(range(len(tensors_of(outputs)))))
+
+
+def _describe(value: Any, places: Any) -> Any:
+    if isinstance(value, Tensor):
+        return next(places)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"names": {k: _describe(v, places) for k, v in value.items()}, "plain": type(value) is dict}
+    if isinstance(value, (tuple, list)):
+        return {"list" if isinstance(value, list) else "tuple": [_describe(one, places) for one in value]}
+    return {"list": [next(places) for _ in tensors_of(value)]}
+
+
+def _rebuild(structure: Any, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(structure, int):
+        return tensors[structure]
+    if "value" in structure:
+        return structure["value"]
+    if "names" in structure:
+        made = {name: _rebuild(one, tensors) for name, one in structure["names"].items()}
+        return made if structure["plain"] else Outputs(made)
+    kind, parts = next(iter(structure.items()))
+    rebuilt = [_rebuild(one, tensors) for one in parts]
+    return rebuilt if kind == "list" else tuple(rebuilt)

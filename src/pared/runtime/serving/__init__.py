@@ -1,0 +1,1 @@
+"""Which calls a graph answers in place of the modules."""
