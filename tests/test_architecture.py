@@ -1,213 +1,73 @@
-"""Imports go down the floors, or to an earlier module of the same floor; nothing else is allowed."""
+"""The rooms of the house: who may import whom, and how large a room may be."""
 
 import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pared
 
 SOURCE = Path(pared.__file__).parent
 
-# Every module exactly once, lowest first; a module may import only what stands above it in this list.
-ORDER = [
-    # ground: no torch
-    "version",
-    "errors",
-    "scalars",
-    "sizes",
-    "progress",
-    "switches",
-    "parallel",
-    "entropy",
-    "container.allowance",
-    "container.checks",
-    "container.files",
-    "container.index",
-    "container.zip_file",
-    "container.safetensors_file",
-    "container.torch_file",
-    "container.envelope",
-    "container.parts",
-    "container.parse",
-    "container",
-    "pickles",
-    "readers.listing",
-    "readers.safetensors",
-    "readers.torch_names",
-    "readers.torch_pickle",
-    "readers.torch_zip",
-    "readers.torch_legacy",
-    "readers.torch_export",
-    "readers.numpy_files",
-    "readers.gguf",
-    "readers.protobuf",
-    "readers.onnx_tensors",
-    "readers.onnx",
-    "readers.hdf5_headers",
-    "readers.hdf5",
-    "readers.keras_zip",
-    "readers.kinds",
-    "readers.folders",
-    "readers.live",
-    "readers",
-    "naming",
-    "selection",
-    # any file: no torch
-    "views",
-    "streams",
-    "grids",
-    "lattices",
-    "decoding",
-    "likeness",
-    "compression",
-    "compression.rates",
-    "compression.packing",
-    "compression.entries",
-    "compression.sampling",
-    "compression.journal",
-    "compression.companions",
-    "compression.checkpoint",
-    "compression.expansion",
-    "findings.content",
-    "findings.levels",
-    "findings.looks",
-    "findings.finding",
-    "findings.structure",
-    "findings.copies",
-    "findings",
-    "reporting",
-    "reporting.drawing",
-    "reporting.treemap",
-    "reporting.charts",
-    "outcome",
-    "tables",
-    "ledger",
-    "reporting.facts",
-    "reporting.page",
-    # numbers
-    "formats",
-    "kernels.machine",
-    "kernels.activation",
-    "kernels.outliers",
-    "kernels.linear",
-    "kernels.patches",
-    "kernels.conv",
-    "kernels.transposed",
-    "kernels.recurrent",
-    "kernels",
-    # parts of a model
-    "tensors",
-    "solvers",
-    "config",
-    "layers.activation",
-    "layers.dispatch",
-    "layers.halves",
-    "layers.registry",
-    "layers.counterpart",
-    "layers.recurrent",
-    "layers.attention",
-    "layers.table",
-    "layers",
-    "outputs",
-    "ranges",
-    "calls",
-    "stats",
-    "products",
-    "sensitivity",
-    "perturbation",
-    "feedback",
-    "rounding",
-    "ways",
-    "profile",
-    # decisions
-    "plan",
-    "contents",
-    "candidates",
-    "tryout",
-    "allocate",
-    # files and models
-    "artifact",
-    "reporting.lines",
-    "reporting.text",
-    "keeper",
-    "install",
-    "graphs.capture",
-    "graphs.draft",
-    "graphs.products",
-    "graphs.merging",
-    "graphs.attention",
-    "graphs.fusion",
-    "graphs.graph",
-    "graphs.serving",
-    "graphs.halved",
-    "graphs.served",
-    "graphs",
-    "exporting.signature",
-    "exporting.capture",
-    "exporting.layout",
-    "exporting.codes",
-    "exporting.fold",
-    "exporting.rewrite",
-    "exporting",
-    "record",
-    "result",
-    "model",
-    "registration",
-    # work
-    "evaluate",
-    "options",
-    "workspace",
-    "workshop",
-    "search",
-    "curve",
-    "parts",
-    "speed",
-    "sources",
-    "pairing",
-    "comparison",
-    "divergence",
-    # face
-    "engines",
-    "forecast",
-    "contrast",
-    "api",
-    "cli",
-    "__main__",
-]
+# A room imports only from itself and from the rooms that stand before it.
+ROOMS = (
+    *("version", "errors", "scalars", "switches", "terminal", "files", "formats", "readers", "artifact"),
+    *("checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
+)
+WITHOUT_TORCH = (*ROOMS[: ROOMS.index("model")], "inspection", "cli")
+WITH_TORCH = ("formats.coded", "inspection.comparison.divergence")  # in rooms that otherwise do without it
+
+FILES = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCE.rglob("*.py")}
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports(path: Path) -> set[str]:
-    """The modules of ours that a file imports, at the top or later."""
-    found = set()
+def imports(path: Path) -> Iterator[str]:
+    """The modules of ours that a file imports: at its top, inside functions, or through `importlib`."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return {name.removeprefix("pared.") for name in found if name.startswith("pared.")}
+            found = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            found = [ast.unparse(node.args[0]).strip("'\"")]
+        else:
+            continue
+        names = [name.removeprefix("pared.") for name in found if name.startswith("pared.")]
+        yield from (name for name in names if name in FILES or f"{name}.__init__" in FILES)
 
 
-FILES = {name_of(path): path for path in SOURCE.rglob("*.py") if name_of(path)}
+EDGES = [(name, target) for name, path in FILES.items() if name != "__init__" for target in imports(path)]
 
 
-def test_every_module_has_its_floor() -> None:
-    assert sorted(ORDER) == sorted(FILES)
+def test_rooms_look_down() -> None:
+    place = {room: number for number, room in enumerate(ROOMS)}
+    assert [f"{a} imports {b}" for a, b in EDGES if place[b.split(".")[0]] > place[a.split(".")[0]]] == []
 
 
-def test_imports_go_down() -> None:
-    wrong = [
-        f"{name} imports {target}"
-        for name, path in FILES.items()
-        for target in imports(path)
-        if target in ORDER and ORDER.index(target) >= ORDER.index(name)
-    ]
-    assert wrong == []
+def test_no_circles() -> None:
+    folders = {name.rpartition(".")[0] for name in FILES} - {""}
+    for folder in folders:
+        depth = folder.count(".") + 2
+        children: dict[str, set[str]] = {}
+        for a, b in EDGES:
+            if a.startswith(f"{folder}.") and b.startswith(f"{folder}."):
+                one, other = (".".join(name.split(".")[:depth]) for name in (a, b))
+                children.setdefault(one, set()).update({other} - {one})
+        graphlib.TopologicalSorter(children).prepare()  # raises CycleError
 
 
-def test_files_are_small() -> None:
-    long = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
-    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+def test_rooms_are_small() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+    modules = {
+        folder: [n for n in FILES if n.rpartition(".")[0] == folder] for folder in {n.rpartition(".")[0] for n in FILES}
+    }
+    sizes = {folder: sum(not name.endswith("__init__") for name in names) for folder, names in modules.items()}
+    assert {folder: size for folder, size in sizes.items() if size > 8} == {}
+
+
+def test_rooms_for_files_do_without_torch() -> None:
+    names = [name for name in FILES if name.split(".")[0] in WITHOUT_TORCH and name not in WITH_TORCH]
+    code = "".join(f"import pared.{name.removesuffix('.__init__')}\n" for name in names)
+    subprocess.run([sys.executable, "-c", f"import sys\n{code}assert 'torch' not in sys.modules"], check=True)

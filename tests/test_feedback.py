@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.fitting.calibration.sensitivity import MOST_COLUMNS, Layout, TensorStats
+from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.sensitivity import MOST_COLUMNS, TensorStats
 from pared.fitting.rounding.feedback import DAMPING, factor, feedback
 from pared.fitting.rounding.importance import DAMPINGS, make_target
 from pared.fitting.rounding.targets import solve

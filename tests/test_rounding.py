@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.fitting.calibration.sensitivity import Layout, TensorStats
+from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.curves import trace
 from pared.fitting.rounding.importance import make_target, table_importance
 from pared.fitting.rounding.targets import Target, solve

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.ablation.series import Series
 from bench.calibrated import Calibrated
-from pared.fitting.calibration.sensitivity import Layout
+from pared.fitting.calibration.blocks import Layout
 from pared.fitting.rounding.feedback import factor
 from pared.fitting.search.options import Free, rounded
 from pared.formats.coded import Grid

@@ -44,3 +44,17 @@ def checked_number(where: str, option: str, value: object, *, least: float, whol
             remedy=f"Pass one number for {option}.",
         )
     return found
+
+
+def check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuse what is none of the choices; True is not 1 here.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+        raise ConfigError(
+            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
+            where=where,
+            remedy=f"Choose one of them for {option}.",
+        )

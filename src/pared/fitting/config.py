@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 from torch import nn
 
 from pared.errors import ConfigError
-from pared.scalars import checked_number, plain
+from pared.scalars import check_choice, checked_number, plain
 from pared.terminal import parse_size
 
 T = TypeVar("T")
@@ -61,20 +61,6 @@ def _remedy_for_option(option: str, known: list[str]) -> str:
         return INC_EQUIVALENTS[option]
     near = difflib.get_close_matches(option, known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"The options are: {', '.join(known)}."
-
-
-def check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse what is none of the choices; True is not 1 here.
-
-    Raises:
-        ConfigError: it is none of them.
-    """
-    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
-        raise ConfigError(
-            f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
-            where=where,
-            remedy=f"Choose one of them for {option}.",
-        )
 
 
 def _make_plain(options: Any) -> None:

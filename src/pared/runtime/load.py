@@ -10,7 +10,6 @@ from torch import nn
 from pared.artifact.envelope import find_artifact
 from pared.errors import ConfigError
 from pared.files.disk import as_path
-from pared.fitting.config import check_choice
 from pared.model import storage as artifact
 from pared.model.checks import check_modules
 from pared.model.tensors import ModuleT
@@ -20,6 +19,7 @@ from pared.runtime.layers.registration import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.runtime.profile import profile_beside
 from pared.runtime.record import record_of
+from pared.scalars import check_choice
 
 
 @overload

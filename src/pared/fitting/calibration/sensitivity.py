@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pared.fitting.calibration.blocks import Layout
 from pared.fitting.calibration.watch import Product, Watch
 from pared.formats.activation import Activation
 from pared.formats.views import View, view_of
@@ -36,44 +36,6 @@ LEVELS: Final = 255  # between the ends of an unsigned eight-bit range
 
 
 LeavesOfCall = Callable[[nn.Module, Call], list[Leaf]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a weight's matrix is cut into blocks with second moments of their own.
-
-    Args:
-        groups: of rows, as in grouped convolutions: each has inputs of its own.
-        parts: of columns, where there are too many for one factor.
-    """
-
-    groups: int = 1
-    parts: int = 1
-
-    def blocks(self, matrix: Tensor) -> Tensor:
-        """(rows, columns) as (groups * parts, rows / groups, columns / parts); zeros fill the last part.
-
-        >>> Layout(2, 1).blocks(torch.arange(4).reshape(4, 1)).tolist()
-        [[[0], [1]], [[2], [3]]]
-        >>> Layout(1, 2).blocks(torch.ones(1, 3)).tolist()
-        [[[1.0, 1.0]], [[1.0, 0.0]]]
-        """
-        rows, columns = matrix.shape
-        width = -(-columns // self.parts)
-        filled = F.pad(matrix, (0, self.parts * width - columns))
-        split = filled.reshape(self.groups, rows // self.groups, self.parts, width)
-        return split.transpose(1, 2).reshape(self.groups * self.parts, rows // self.groups, width)
-
-    def matrix(self, blocks: Tensor, columns: int) -> Tensor:
-        """The inverse of `blocks`: so many columns."""
-        _, rows, width = blocks.shape
-        split = blocks.reshape(self.groups, self.parts, rows, width).transpose(1, 2)
-        return split.reshape(self.groups * rows, self.parts * width)[:, :columns]
-
-    def row_blocks(self, per_row: Tensor) -> Tensor:
-        """One number per row as (groups * parts, rows / groups)."""
-        split = per_row.reshape(self.groups, 1, -1).expand(-1, self.parts, -1)
-        return split.reshape(self.groups * self.parts, -1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pared.fitting.calibration.sensitivity import Layout, TensorStats
+from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, CodeType, Floats, Target, round_rows, round_with_feedback
 from pared.formats import entropy
 from pared.formats.grids import CODE_LIMITS

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pared.fitting.calibration.sensitivity import Layout
+from pared.fitting.calibration.blocks import Layout
 from pared.fitting.rounding.feedback import Factor, feedback
 from pared.formats.coded import log_step
 from pared.formats.grids import CODE_LIMITS
