@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from pared import PostTrainingQuantConfig
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.search.compressor import Compressor
@@ -31,7 +30,7 @@ class Calibrated:
 
     @classmethod
     def on(cls, model: nn.Module, calibration: Calibration, seed: int = 0) -> Calibrated:
-        seen = stats.collect(model, calibration, ALL_SAMPLES)
+        seen = observe.collect(model, calibration, ALL_SAMPLES)
         measured = sensitivity.measure(model, seen.calls, seen.energies, seed)
         assert measured is not None, "its outputs cannot be differentiated"
         return cls(model, find_tensors(model), seen, measured)

@@ -25,7 +25,7 @@ from torch import nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared.runtime.install import Memory
+from pared.runtime.placement import Memory
 
 THREADS = 2
 OUT = Path("out/bench")

@@ -20,7 +20,7 @@ import pared
 from pared import CorruptError, FileError, MismatchError, ParedError, PostTrainingQuantConfig, VersionError
 from pared.artifact.envelope import open_records
 from pared.artifact.parse import parse_index
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime.quantized import contents_of
 from tests.mutations import mutations
@@ -56,7 +56,7 @@ def q() -> Net:
 
 @pytest.fixture(scope="module")
 def data(q: Net) -> bytes:
-    return artifact.to_bytes(contents_of(q))
+    return storage.to_bytes(contents_of(q))
 
 
 def same(a: Contents, b: Contents) -> bool:
@@ -90,7 +90,7 @@ def test_what_is_saved_is_what_is_loaded(q: Net, kind: str, device: str, tmp_pat
 
 
 def test_equal_fits_give_equal_files(data: bytes) -> None:
-    assert artifact.to_bytes(contents_of(quantized())) == data
+    assert storage.to_bytes(contents_of(quantized())) == data
 
 
 def test_the_name_of_the_file_is_not_in_the_bytes(q: Net, tmp_path: Path) -> None:
@@ -206,10 +206,10 @@ def test_mutated_bytes_are_refused_or_read_right(data: bytes, draw: st.DataObjec
     """Whatever is flipped, cut or inserted: an error of ours, or the very same numbers."""
     mutated = draw.draw(mutations(data, most=3))
     try:
-        contents = artifact.from_bytes(mutated)
+        contents = storage.from_bytes(mutated)
     except ParedError:
         return
-    assert same(contents, artifact.from_bytes(data))
+    assert same(contents, storage.from_bytes(data))
 
 
 def test_the_wrong_architecture_is_explained(q: Net, tmp_path: Path) -> None:

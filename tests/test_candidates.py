@@ -11,7 +11,7 @@ from pared import CalibrationError, PostTrainingQuantConfig
 from pared.fitting.calibration.observe import InputStats, collect
 from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
 from pared.fitting.rounding.plan import encode, make_plan
-from pared.fitting.search import activations as candidates
+from pared.fitting.search import activations
 from pared.fitting.speed import measure
 from pared.model.contents import Stored
 from pared.model.tensors import find_tensors
@@ -45,7 +45,7 @@ X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Let every measurement come out the same way."""
     times = [1.0 if name == kernel else 2.0 for name in ("float32", "bfloat16", "int8")]
-    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
+    monkeypatch.setattr(activations, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
 
 
 def kernels(model: nn.Module) -> dict[str, str]:
@@ -70,18 +70,18 @@ def test_the_cheapest_inputs_are_rounded_first_until_the_budget_is_spent() -> No
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     stored = stored_of(model)
     inputs = collect(model, [torch.randn(4, 8)], 9).inputs
-    found = candidates.find_candidates(model, stored, inputs)
+    found = activations.find_candidates(model, stored, inputs)
     costs = {"0": (1.0, 5.0), "1": (9.0, 2.0), "2": (4.0, 8.0), "3": (99.0, 99.0)}  # of static and of dynamic
     units = {name: ((inputs[name].high - inputs[name].low) / LEVELS) ** 2 / 12 for name in costs}
     noise = {f"{name}.weight": InputNoise(static / units[name], dynamic) for name, (static, dynamic) in costs.items()}
-    chosen = candidates.choose_activations(found, "auto", noise, 7.5)
+    chosen = activations.choose_activations(found, "auto", noise, 7.5)
     assert {name: a.mode for name, a in chosen.items()} == {"0": "static", "1": "dynamic", "2": "static"}
-    assert set(candidates.choose_activations(found, "auto", noise, 2.5)) == {"0"}
-    dynamic = candidates.choose_activations(found, "dynamic", noise, 8)
+    assert set(activations.choose_activations(found, "auto", noise, 2.5)) == {"0"}
+    dynamic = activations.choose_activations(found, "dynamic", noise, 8)
     assert {name: a.mode for name, a in dynamic.items()} == {"0": "dynamic", "1": "dynamic"}
-    assert set(candidates.choose_activations(found, "static", noise, float("inf"))) == {"0", "1", "2", "3"}
-    assert candidates.choose_activations(found, "weight_only", noise, float("inf")) == {}
-    assert candidates.choose_activations(found, "auto", {}, 1.0) == {}, "nothing is known of their inputs"
+    assert set(activations.choose_activations(found, "static", noise, float("inf"))) == {"0", "1", "2", "3"}
+    assert activations.choose_activations(found, "weight_only", noise, float("inf")) == {}
+    assert activations.choose_activations(found, "auto", {}, 1.0) == {}, "nothing is known of their inputs"
 
 
 def test_sums_of_products_stay_within_32_bits() -> None:
@@ -97,7 +97,7 @@ def test_sums_of_products_stay_within_32_bits() -> None:
         assert one.highs is not None
         one.highs[3] = 9.0
     inputs["filter"] = InputStats(-1.0, 1.0, (1, 1024, 64))
-    found = {one.name: one for one in candidates.find_candidates(model, stored, inputs)}
+    found = {one.name: one for one in activations.find_candidates(model, stored, inputs)}
     assert set(found) == {"most", "filter"}
     assert [one.outliers for one in found["most"].options("static")] == [()], "there is no room for a further column"
 
@@ -216,7 +216,7 @@ def test_outliers_have_to_be_worth_their_columns() -> None:
     for reach, ways in ((1.0, 1), (9.0, 2)):
         x = torch.rand(32, 64)
         x[3, 7] = reach
-        (found,) = candidates.find_candidates(model, stored_of(model), collect(model, [x], 99).inputs)
+        (found,) = activations.find_candidates(model, stored_of(model), collect(model, [x], 99).inputs)
         assert len(found.options("static")) == ways
 
 

@@ -26,13 +26,12 @@ import pared
 from pared import readers
 from pared.artifact.envelope import open_records
 from pared.artifact.parse import parse_index
-from pared.checkpoints import compress as checkpoint
-from pared.checkpoints import expand as expansion
+from pared.checkpoints import compress, expand
 from pared.checkpoints.journal import FOLDER, Journal
 from pared.checkpoints.sampling import predict_nbytes
 from pared.cli import app
 from pared.errors import ConfigError, CorruptError, FileError, MismatchError, ModelError, UnsafeError
-from pared.model import storage as artifact
+from pared.model import storage
 
 State = dict[str, Tensor]
 
@@ -84,9 +83,9 @@ def test_a_weight_takes_the_bits_that_were_asked_for(bits: float, tmp_path: Path
 def test_eight_bits_are_those_of_fit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(70, 50), nn.Linear(50, 30))
     path = pared.compress(saved(model.state_dict(), tmp_path / "m.pt"), tmp_path / "out")
-    ours = artifact.read(path).tensors
+    ours = storage.read(path).tensors
     fitted = pared.fit(model, quiet=True)
-    theirs = artifact.read(pared.save(fitted, tmp_path / "fitted")).tensors
+    theirs = storage.read(pared.save(fitted, tmp_path / "fitted")).tensors
     assert [stored.names for stored in ours] == [stored.names for stored in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert a.coded.format == b.coded.format
@@ -247,7 +246,7 @@ def test_tied_weights_expand_under_both_names(tmp_path: Path) -> None:
     found = there_and_back(model.state_dict(), tmp_path)
     assert torch.equal(found["head.weight"], found["embedding.weight"])
     model.load_state_dict(found)
-    done = expansion.run(tmp_path / "small", tmp_path / "again.safetensors", quiet=True)
+    done = expand.run(tmp_path / "small", tmp_path / "again.safetensors", quiet=True)
     assert done.tied == ("head.weight",)
     assert "tied: head.weight stand in the file again, 3,840 bytes" in str(done)
 
@@ -258,7 +257,7 @@ def test_what_fit_made_expands_to_the_weights_that_it_runs_on(kind: str, tmp_pat
     fitted = pared.fit(nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 60), nn.Conv1d(60, 3, 2)), conf, quiet=True)
     path = pared.save(fitted, tmp_path / "fitted", container=kind)
     found = safetensors.torch.load_file(pared.expand(path, tmp_path / "out"))
-    contents = artifact.read(path)
+    contents = storage.read(path)
     assert set(found) == {name for stored in contents.tensors for name in stored.names}
     assert all(torch.equal(found[stored.name], stored.coded.decode()) for stored in contents.tensors)
 
@@ -286,7 +285,7 @@ def test_a_sharded_folder_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "hf" / "1_Pooling").mkdir()
     (tmp_path / "hf" / "1_Pooling" / "config.json").write_text("{}")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
-    done = checkpoint.run(tmp_path / "hf", tmp_path / "small", quiet=True)
+    done = compress.run(tmp_path / "hf", tmp_path / "small", quiet=True)
     assert done.copied == ("config.json", "tokenizer.json", "1_Pooling/config.json")
     files = sorted(path.name for path in (tmp_path / "small").iterdir())
     assert files == ["1_Pooling", "best_model.pt", "config.json", "tokenizer.json"]
@@ -473,7 +472,7 @@ def test_a_killed_run_goes_on(writes: int, options: dict[str, Any], tmp_path: Pa
     assert child.returncode == -signal.SIGKILL
     assert not (tmp_path / "out" / "best_model.pt").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == [FOLDER]
-    done = checkpoint.run(source, tmp_path / "out", **options, quiet=True)
+    done = compress.run(source, tmp_path / "out", **options, quiet=True)
     assert done.path.read_bytes() == whole
     assert (done.resumed > 0) == (writes >= 5)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["best_model.pt"]
@@ -490,13 +489,13 @@ def interrupted(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **o
 def test_other_work_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = saved(layers(), tmp_path / "m.pt"), tmp_path / "out"
     interrupted(source, output, monkeypatch)
-    assert checkpoint.run(source, output, quiet=True).resumed == 6
+    assert compress.run(source, output, quiet=True).resumed == 6
     interrupted(source, output, monkeypatch)
-    assert checkpoint.run(source, output, bits=4, quiet=True).resumed == 0
+    assert compress.run(source, output, bits=4, quiet=True).resumed == 0
     interrupted(source, output, monkeypatch)
     saved(layers(), source)
     os.utime(source, ns=(1, 1))
-    assert checkpoint.run(source, output, quiet=True).resumed == 0
+    assert compress.run(source, output, quiet=True).resumed == 0
 
 
 @pytest.mark.parametrize("place", ["journal.jsonl", "data"])
@@ -511,7 +510,7 @@ def test_a_damaged_journal_is_not_believed(
     content = bytearray(file.read_bytes())
     content[int(where * len(content))] ^= 0xFF
     file.write_bytes(content)
-    done = checkpoint.run(source, output, quiet=True)
+    done = compress.run(source, output, quiet=True)
     assert done.path.read_bytes() == whole
     assert done.resumed < 6
 
@@ -606,7 +605,7 @@ def test_nothing_of_the_machine_is_in_the_file(tmp_path: Path) -> None:
 def test_numpy_archives(save: Callable[..., None], tmp_path: Path) -> None:
     source = np.asfortranarray(drawn(30, 40).numpy())
     save(tmp_path / "m.npz", w=source)
-    (stored,) = artifact.read(pared.compress(tmp_path / "m.npz", tmp_path / "out")).tensors
+    (stored,) = storage.read(pared.compress(tmp_path / "m.npz", tmp_path / "out")).tensors
     assert stored.names == ("w",)
     assert sqnr(torch.from_numpy(source), stored.coded.decode()) > 38
 
@@ -615,7 +614,7 @@ def test_pickled_modules(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LSTM(8, 8))
     path = pared.compress(saved({"model": model, "epoch": 3}, tmp_path / "m.pt"), tmp_path / "out")
     small = pared.load(path, model=model)
-    assert set(model.state_dict()) == {name for stored in artifact.read(path).tensors for name in stored.names}
+    assert set(model.state_dict()) == {name for stored in storage.read(path).tensors for name in stored.names}
     assert sqnr(model(torch.ones(1, 8))[0], small(torch.ones(1, 8))[0]) > 25
 
 

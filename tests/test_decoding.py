@@ -16,7 +16,7 @@ from pared.errors import CorruptError
 from pared.formats import dtypes
 from pared.formats.coded import Coded, Float, Grid, Raw, log_step
 from pared.formats.views import View
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
 from tests.golden import make
 
@@ -42,7 +42,7 @@ def contents_of(coded: Coded) -> Contents:
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 def test_golden_contents_are_decoded_as_torch_decodes_them(kind: str) -> None:
     contents = make.contents()
-    checked(contents, artifact.to_bytes(contents, kind))
+    checked(contents, storage.to_bytes(contents, kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -58,7 +58,7 @@ def test_grids_of_every_view(dtype: torch.dtype, codes: Any, view: View) -> None
     step = log_step(torch.rand(view.row_sizes) + 0.01)
     for steps in (step, torch.rand(view.row_sizes)):
         contents = contents_of(Grid(codes).encode(weight, steps, view))
-        checked(contents, artifact.to_bytes(contents))
+        checked(contents, storage.to_bytes(contents))
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
@@ -66,13 +66,13 @@ def test_grids_of_every_view(dtype: torch.dtype, codes: Any, view: View) -> None
 def test_floats_in_every_type_of_every_source(source: torch.dtype, stored: Any) -> None:
     values = torch.tensor([0.1, -0.0, 1e-7, 7e4, float("inf"), 1.00390625, 1.01171875]).to(source)
     contents = contents_of(Float(stored).encode(values))
-    checked(contents, artifact.to_bytes(contents))
+    checked(contents, storage.to_bytes(contents))
 
 
 @pytest.mark.parametrize("dtype", ["bool", "int64", "float64", "complex64", "bfloat16"])
 def test_raw(dtype: str) -> None:
     contents = contents_of(Raw(dtype).encode(torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))))
-    checked(contents, artifact.to_bytes(contents))
+    checked(contents, storage.to_bytes(contents))
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
@@ -83,7 +83,7 @@ def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
 
 def test_a_flipped_bit_is_found() -> None:
     contents = contents_of(Raw("float32").encode(torch.ones(4)))
-    with open_records(artifact.to_bytes(contents)) as records:
+    with open_records(storage.to_bytes(contents)) as records:
         (entry,) = parse_index(records).entries
         data = bytearray(records.data)
         data[0] ^= 1

@@ -13,10 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
-from pared.fitting.calibration import module_damage as tryout
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
-from pared.fitting.search import activations as candidates
+from pared.fitting import module_damage
+from pared.fitting.calibration import observe, sensitivity
+from pared.fitting.search import activations
 from pared.formats.views import view_of
 from pared.model.tensors import find_tensors
 from pared.runtime.profile import Timing
@@ -152,7 +151,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], set[str]]] =
 
 @pytest.fixture
 def int8_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(activations, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
 
 
 def build(name: str) -> tuple[nn.Module, list[Tensor]]:
@@ -170,7 +169,7 @@ def lost(model: nn.Module, other: nn.Module, batches: list[Tensor]) -> float:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_weight_has_second_moments_or_counts(name: str) -> None:
     model, batches = build(name)
-    seen = stats.collect(model, batches, 10**6)
+    seen = observe.collect(model, batches, 10**6)
     found = sensitivity.measure(model, seen.calls, seen.energies, 0)
     assert found is not None
     for slot in find_tensors(model):
@@ -219,8 +218,8 @@ def test_a_fused_layer_calls_its_parts_when_they_are_in_int8() -> None:
 @pytest.mark.parametrize("name", ["cells", "recurrent", "attending"])
 def test_what_running_a_module_in_int8_costs_is_tried(name: str) -> None:
     model, batches = build(name)
-    seen = stats.collect(model, batches, 10**6)
-    found = tryout.try_modules(model, find_tensors(model), seen)
+    seen = observe.collect(model, batches, 10**6)
+    found = module_damage.try_modules(model, find_tensors(model), seen)
     assert {key.rpartition(".")[0] for key in found} == {
         one for one in NETWORKS[name][2] if not one.endswith(("linear1", "linear2"))
     }
@@ -347,7 +346,7 @@ def test_a_tied_table_that_is_also_multiplied_has_moments() -> None:
             x: Tensor = (self.table(ids) + self.plain(ids)) @ self.table.weight.t()
             return x
 
-    seen = stats.collect(model := Tied(), [torch.randint(0, 40, (4, 5)) for _ in range(2)], 100)
+    seen = observe.collect(model := Tied(), [torch.randint(0, 40, (4, 5)) for _ in range(2)], 100)
     found = sensitivity.measure(model, seen.calls, seen.energies, 0)
     assert found is not None
     assert found.tensors["table.weight"].moments is not None
@@ -357,14 +356,14 @@ def test_a_tied_table_that_is_also_multiplied_has_moments() -> None:
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
     model = nn.Sequential(nn.Embedding(40, width), nn.Linear(width, 8), nn.Linear(8, 8))
-    seen = stats.collect(model, [torch.randint(0, 40, (4, n)) for n in (5, 9)], 100)
+    seen = observe.collect(model, [torch.randint(0, 40, (4, n)) for n in (5, 9)], 100)
     found = sensitivity.measure(model, seen.calls, seen.energies, 0)
     assert found is not None
     assert found.tensors["2.weight"].moments is not None
 
 
 def test_layers_of_pytorch_run_in_int8_however_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(activations, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
 
     class Called(nn.Module):
         def __init__(self) -> None:

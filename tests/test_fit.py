@@ -16,8 +16,7 @@ import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
 from pared.artifact.outcome import Curve
 from pared.fitting import speed
-from pared.fitting.search import search
-from pared.fitting.search import trade_off as curve
+from pared.fitting.search import search, trade_off
 from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
@@ -193,13 +192,13 @@ def test_level_0_holds_in_the_trade_off(scored: bool) -> None:
         return float(lost(model).mean())
 
     given = conf(quant_level=0, approach="weight_only")
-    curve = pared.trade_off(MODEL, given, BATCHES, score if scored else None)
+    trade_off = pared.trade_off(MODEL, given, BATCHES, score if scored else None)
     eight = pared.fit(MODEL, given, BATCHES).nbytes
-    assert min(point.nbytes for point in curve.points) == pytest.approx(eight, rel=0.05)
-    assert scored or all(a.nbytes > b.nbytes for a, b in itertools.pairwise(curve.points))
+    assert min(point.nbytes for point in trade_off.points) == pytest.approx(eight, rel=0.05)
+    assert scored or all(a.nbytes > b.nbytes for a, b in itertools.pairwise(trade_off.points))
     for model in seen[1:]:
         assert_nothing_is_coarser_than_eight_bits(model)
-    assert len(seen) == (len(curve.points) + 1 if scored else 0)
+    assert len(seen) == (len(trade_off.points) + 1 if scored else 0)
 
 
 def test_rules_hold_in_a_search() -> None:
@@ -284,7 +283,7 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
     "choosing": (search._Market, "next", 2, "the best of 1 trials is returned"),
     "blaming": (Compressor, "blame", 1, "what costs most of the damage was not determined"),
-    "tracing, at once": (curve, "trace", 1, "without what was still to be measured"),
+    "tracing, at once": (trade_off, "trace", 1, "without what was still to be measured"),
     "timing layers": (speed, "time_layers", 1, "without what was still to be measured"),
     "timing models": (speed, "time_calls", 1, "without what was still to be measured"),
 }
@@ -305,13 +304,13 @@ def test_ctrl_c_at_any_stage_after_a_trial_returns_the_best_so_far(
 @pytest.mark.parametrize("place", [1, 3])
 def test_ctrl_c_while_the_curve_is_traced(place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The points so far are kept, beside those of the trials."""
-    trace = curve.trace
+    trace = trade_off.trace
 
     def traced(compressor: Any, model: Any) -> Curve:
         monkeypatch.setattr(compressor, "offer", interrupting(compressor.offer, place))
         return trace(compressor, model)
 
-    monkeypatch.setattr(curve, "trace", traced)
+    monkeypatch.setattr(trade_off, "trace", traced)
     q = pared.fit(MODEL, conf(1e-3), BATCHES, lost, quiet=True)
     assert len(q.curve().points) == place - 1 + len(q.trials)
     assert_is_whole(q, tmp_path)

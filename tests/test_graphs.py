@@ -24,7 +24,7 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import pad_codes
 from pared.runtime.kernels.linear import product_of_rows
 from pared.runtime.layers.counterpart import run_kernel
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile import Profile, Timing, this_machine
 from pared.runtime.serving.server import agree
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -119,7 +119,7 @@ def assembled(case: Case, mode: str = "static", kernel: str = "int8") -> tuple[n
 
 def forced(model: nn.Module, found: nn.Module, kernel: str) -> nn.Module:
     """The same quantized model with every layer on one kernel."""
-    timing = pared.profile.Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
+    timing = Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
     contents = quantized.contents_of(found)
     profile = Profile(this_machine(), dict.fromkeys(contents.activations, timing))
     return quantized.assemble(model, contents, profile)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared.fitting import speed
-from pared.fitting import submodels as parts
+from pared.fitting import speed, submodels
 from pared.fitting.submodels import find_parts
 from pared.model.calls import Call
 from pared.runtime import quantized
@@ -76,7 +75,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What each layer of the model takes, by its name, on a clock that nothing else moves."""
     clock = [0.0]
     taken = {"body.encoder.layers.0": 4.0, "body.encoder.layers.2": 3.0, "body.decoder.0": 2.0, "body.small": 1.0}
-    monkeypatch.setattr(parts, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(submodels, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     run = nn.Linear.forward
 
     def forward(self: nn.Linear, x: Tensor) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 import pared
 from pared.errors import CalibrationError
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.perturbation import perturb
 from pared.model.calls import Call
 
@@ -42,7 +41,7 @@ def calls(samples: int = 64) -> list[Call]:
 
 def test_a_model_without_gradients_is_not_measured_by_them() -> None:
     model = Frozen()
-    seen = stats.collect(model, [calls()[0].args[0]], 100)
+    seen = observe.collect(model, [calls()[0].args[0]], 100)
     assert sensitivity.measure(model, seen.calls, seen.energies, 0) is None
 
 

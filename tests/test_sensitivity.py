@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.formats.activation import Activation
 from pared.formats.views import view_of
@@ -74,7 +73,7 @@ CASES: list[tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = [(Convolu
 
 
 def measured(model: nn.Module, batches: list[Tensor], seed: int = 0) -> Sensitivity:
-    seen = stats.collect(model, batches, 10**6)
+    seen = observe.collect(model, batches, 10**6)
     found = sensitivity.measure(model, seen.calls, seen.energies, seed)
     assert found is not None
     return found
@@ -233,7 +232,7 @@ def test_no_graph_is_kept() -> None:
 def test_a_brief_look_says_the_same_of_rows_and_inputs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
-    seen = stats.collect(model, [torch.randn(64, 32) for _ in range(16)], 10**9)
+    seen = observe.collect(model, [torch.randn(64, 32) for _ in range(16)], 10**9)
     whole = sensitivity.measure(model, seen.calls, seen.energies, 0)
     some = seen.some(256)
     brief = sensitivity.measure(model, some.calls, some.energies, 0, rounds=1)

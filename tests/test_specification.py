@@ -23,7 +23,7 @@ from pared.artifact.parse import parse_index
 from pared.errors import ParedError
 from pared.files.safetensors_file import write_safetensors
 from pared.formats import entropy
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents
 from tests.golden import make
 from tests.mutations import mutations
@@ -154,7 +154,7 @@ VERSIONS = ["v1", "v2"]
 def test_golden_files_are_read_alike_by_both_readers(version: str, kind: str) -> None:
     path = make.FOLDER / version / f"net.{kind}"
     expected = torch.load(make.FOLDER / version / "decoded.pt")
-    ours = {stored.name: stored.coded.decode() for stored in artifact.read(path).tensors}
+    ours = {stored.name: stored.coded.decode() for stored in storage.read(path).tensors}
     theirs = alone().read(path)
     assert ours.keys() == expected.keys() <= theirs.keys()
     for name, tensor in expected.items():
@@ -176,7 +176,7 @@ def same(a: Contents, b: Contents) -> bool:
 
 def test_the_golden_file_of_this_version_holds_every_way_of_storing() -> None:
     path = make.FOLDER / f"v{VERSION}" / "net.pt"
-    assert same(artifact.read(path), make.contents())
+    assert same(storage.read(path), make.contents())
     with open_records(path) as records:
         entries = parse_index(records).entries
     assert {entry.format["tag"] for entry in entries} == {"grid", "float", "raw"}
@@ -189,7 +189,7 @@ def test_the_golden_file_of_this_version_holds_every_way_of_storing() -> None:
     assert any(part.length >= 4096 for _, part in parts)
 
 
-SMALL = artifact.to_bytes(make.contents(), "safetensors")
+SMALL = storage.to_bytes(make.contents(), "safetensors")
 
 
 @settings(deadline=None, max_examples=150)
@@ -197,7 +197,7 @@ SMALL = artifact.to_bytes(make.contents(), "safetensors")
 def test_mutated_bytes_of_every_way_of_storing_are_noticed(draw: st.DataObject) -> None:
     mutated = draw.draw(mutations(SMALL))
     try:
-        found = artifact.from_bytes(mutated)
+        found = storage.from_bytes(mutated)
     except ParedError:
         return
     assert same(found, make.contents())
@@ -224,7 +224,7 @@ def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> 
     file = io.BytesIO()
     write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
     try:
-        found = artifact.from_bytes(file.getvalue())
+        found = storage.from_bytes(file.getvalue())
     except ParedError:
         return
     assert len(found.tensors) == len(make.contents().tensors)

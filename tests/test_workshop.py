@@ -10,15 +10,14 @@ from torch import nn
 
 import pared
 from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
+from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.rounding.targets import solve
 from pared.fitting.search import allocate, options
 from pared.fitting.search import compressor as workshop
 from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.record import record_of
@@ -44,7 +43,7 @@ BATCHES = [torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_see
 def compressor(**settings: Any) -> Compressor[Net]:
     torch.manual_seed(0)
     model = Net().eval()
-    seen = stats.collect(model, BATCHES, 1000)
+    seen = observe.collect(model, BATCHES, 1000)
     measured = sensitivity.measure(model, seen.calls, seen.energies, 0)
     return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**settings), seen, measured)
 
@@ -69,7 +68,7 @@ def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
 def test_an_offer_is_kept(shop: Compressor[Net], damage: float) -> None:
     offer = shop.offer(damage)
     assert shop.offer(offer.damage) == offer
-    one, other = (artifact.to_bytes(quantized.contents_of(shop.build(offer))) for _ in range(2))
+    one, other = (storage.to_bytes(quantized.contents_of(shop.build(offer))) for _ in range(2))
     assert one == other
     assert len(one) == pytest.approx(offer.nbytes, rel=0.02, abs=500)  # real models: 0.2 %, see bench.figures
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from bench.calibrated import Calibrated
 from pared.fitting.search.compressor import Compressor, Offer
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
@@ -75,7 +75,7 @@ def series(subject: Subject, known: Calibrated) -> Series:
 
 
 def size(contents: Contents) -> int:
-    return len(artifact.to_bytes(contents))
+    return len(storage.to_bytes(contents))
 
 
 def point(subject: Subject, known: Calibrated, contents: Contents) -> Point:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from bench.calibrated import Calibrated
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
-from pared.fitting.rounding import curves as rounding
-from pared.fitting.rounding import feedback
-from pared.formats import coded as formats
-from pared.formats import streams
+from pared.fitting.rounding import curves, feedback
+from pared.formats import coded, streams
 
 # Shares of the ratio of step to spread by which rate-aware rounding moves the threshold between two codes. Where an
 # octave of the step costs a bit, the exact optimum for a two-sided exponential distribution is 0.118.
@@ -49,11 +47,11 @@ def flattered(known: Calibrated) -> Calibrated:
 
 
 def one_exponent() -> Any:
-    return patched(rounding, _exponents=lambda importance, *_: torch.zeros(len(importance), dtype=torch.int64))
+    return patched(curves, _exponents=lambda importance, *_: torch.zeros(len(importance), dtype=torch.int64))
 
 
 def uniform_tables() -> Any:
-    return patched(rounding, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
+    return patched(curves, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
 
 
 def one_class() -> Any:
@@ -61,14 +59,14 @@ def one_class() -> Any:
 
 
 def float_steps() -> Any:
-    return patched(formats, encode_steps=lambda step: streams.EncodedPart(step.astype("<f4").tobytes()))
+    return patched(coded, encode_steps=lambda step: streams.EncodedPart(step.astype("<f4").tobytes()))
 
 
 def dead_zone(share: float) -> contextlib.ExitStack:
     """Between two codes the nearer to zero, which is the shorter one, is taken a little beyond the middle."""
     stack = contextlib.ExitStack()
     stack.enter_context(patched(feedback, _round_block=_RateAware(share).block))
-    stack.enter_context(patched(rounding, round_rows=_RateAware(share).rows))
+    stack.enter_context(patched(curves, round_rows=_RateAware(share).rows))
     return stack
 
 

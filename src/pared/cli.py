@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 import pared
-from pared.checkpoints import compress as checkpoint
-from pared.checkpoints import expand as expansion
+from pared.checkpoints import compress, expand
 from pared.errors import ConfigError, ParedError, printable
 from pared.files.disk import as_path, make_directory, write_atomic
 from pared.inspection.page import charts, facts, page
@@ -195,7 +194,7 @@ def compress_file(
 ) -> None:
     """Compress a checkpoint without the model's code; a run that was killed goes on where it stopped."""
     _show_log(verbose)
-    done = checkpoint.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
+    done = compress.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
     if not quiet:
         typer.echo(_harmless(done))
 
@@ -207,7 +206,7 @@ def expand_file(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")] = False,
 ) -> None:
     """Turn an artifact back into floats, as a .safetensors file."""
-    done = expansion.run(path, output, quiet=quiet)
+    done = expand.run(path, output, quiet=quiet)
     if not quiet:
         typer.echo(_harmless(done))
 

@@ -14,7 +14,7 @@ from pared.artifact.envelope import FILE_NAMES
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Float, Grid, Raw, log_step
 from pared.formats.views import View, first_dimension, single_row, view_of
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
 
 FOLDER = Path(__file__).parent
@@ -83,6 +83,6 @@ if __name__ == "__main__":
     folder = FOLDER / sys.argv[1]
     folder.mkdir(exist_ok=False)
     for kind in FILE_NAMES:
-        (folder / f"net.{kind}").write_bytes(artifact.to_bytes(contents(), kind))
+        (folder / f"net.{kind}").write_bytes(storage.to_bytes(contents(), kind))
     decoded = {stored.name: stored.coded.decode() for stored in contents().tensors}
     torch.save(decoded, folder / "decoded.pt")

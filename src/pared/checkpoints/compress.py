@@ -17,7 +17,7 @@ from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
 from pared.artifact.index import Index
 from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
-from pared.checkpoints import side_files as companions
+from pared.checkpoints import side_files
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Packed, Target
 from pared.checkpoints.sampling import CONTAINER, Prospect, pack_held, unsupported
@@ -148,8 +148,8 @@ def run(
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(listing, chosen.kept, journal, quiet)
             work.at_rate(rate) if size is None else work.within(size)
-            names = tuple(companions.companions(source, output)) if source.is_dir() else ()
-            companions.copy(source, names, output, journal.folder)
+            names = tuple(side_files.companions(source, output)) if source.is_dir() else ()
+            side_files.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
             index = _index(journal, rate, size).to_bytes()
             _check_readable(index, journal)

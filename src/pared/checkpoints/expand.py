@@ -18,7 +18,7 @@ from pared.artifact.decoding import decode
 from pared.artifact.envelope import Records, find_artifact, open_records
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
-from pared.checkpoints import side_files as companions
+from pared.checkpoints import side_files
 from pared.errors import ConfigError, printable
 from pared.files.disk import as_path, forget, make_directory, write_atomic, writing_to
 from pared.files.threads import each
@@ -117,9 +117,9 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
 
             write_atomic(target, write)
         source_nbytes = records.nbytes
-    names = tuple(companions.companions(source.parent, folder)) if folder is place else ()
+    names = tuple(side_files.companions(source.parent, folder)) if folder is place else ()
     with writing_to(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
-        companions.copy(source.parent, names, folder, Path(within))
+        side_files.copy(source.parent, names, folder, Path(within))
     return Expanded(
         target,
         source_nbytes,

@@ -19,8 +19,7 @@ from filelock import FileLock, Timeout
 
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_entry
-from pared.checkpoints.entries import entry_of
-from pared.checkpoints.packing import Packed
+from pared.checkpoints.packing import Packed, entry_of
 from pared.checkpoints.selection import Kept
 from pared.errors import CorruptError, FileError, UnsafeError
 from pared.files.checks import Place

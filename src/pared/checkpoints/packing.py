@@ -14,7 +14,10 @@ from typing import Final
 
 import numpy as np
 
+from pared.artifact.index import Entry
+from pared.artifact.parts import placed
 from pared.checkpoints.rates import steps_at_level, steps_at_rate
+from pared.checkpoints.selection import Kept
 from pared.formats.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
 from pared.formats.exact_grids import find_lattice
 from pared.formats.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
@@ -173,3 +176,25 @@ def _unbounded(array: Array, dtype: str, name: str) -> Packed:
     if np.isnan(values).any() or len(np.unique(values[finite])) > 1:
         refuse_damaged(array, dtype, name)
     return _exact(array, "a mask of infinities is kept exactly")
+
+
+def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry:
+    """The entry of a tensor, whose parts stand behind `end` in the data.
+
+    Args:
+        kept: its names and source.
+        packed: its parts.
+        end: of the part before.
+        factor: by which its parts are longer than these.
+    """
+    return Entry(
+        names=kept.names,
+        kind=kept.kind,
+        dtype=kept.held.dtype,
+        shape=kept.held.shape,
+        format=packed.format,
+        view=(packed.view.split, packed.view.rows) if packed.view is not None else None,
+        bits=packed.bits,
+        because=packed.because,
+        parts=placed(packed.parts, end, factor),
+    )

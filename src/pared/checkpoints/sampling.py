@@ -15,8 +15,7 @@ from typing import Final
 import numpy as np
 
 from pared.artifact.index import Entry, Index
-from pared.checkpoints.entries import entry_of
-from pared.checkpoints.packing import INT8_BITS, Packed, Target, goes_on_grid, pack
+from pared.checkpoints.packing import INT8_BITS, Packed, Target, entry_of, goes_on_grid, pack
 from pared.checkpoints.rates import crossing
 from pared.checkpoints.selection import Kept, select
 from pared.errors import ConfigError

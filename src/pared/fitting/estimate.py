@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pared.errors import CalibrationError, ConfigError
-from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import observe
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding import plan
 from pared.model import calls
@@ -104,7 +104,7 @@ def estimate(
     calibrating = 0.0
     if calib_dataloader is not None and conf.approach != "weight_only":
         start = time.monotonic()
-        seen = stats.collect(model, calib_dataloader, 1)
+        seen = observe.collect(model, calib_dataloader, 1)
         calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
     nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(slots) + _ENVELOPE
     if isinstance(conf.max_size, int):

@@ -15,14 +15,13 @@ from torch.utils._pytree import tree_leaves
 from pared.artifact.outcome import Curve
 from pared.files.disk import as_path
 from pared.fitting import speed
-from pared.fitting.calibration import observe as stats
-from pared.fitting.calibration import sensitivity
-from pared.fitting.calibration.module_damage import try_modules
+from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.perturbation import perturb
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.estimate import check_arguments
+from pared.fitting.module_damage import try_modules
 from pared.fitting.rounding import plan
 from pared.fitting.search import search
 from pared.fitting.search import trade_off as curve
@@ -190,7 +189,7 @@ class _Job:
         seen = measured = None
         if calibration is not None:
             with stages.stage("calibrating"):
-                seen = stats.collect(model, calibration, conf.calibration_sampling_size)
+                seen = observe.collect(model, calibration, conf.calibration_sampling_size)
             with stages.stage("measuring what errors cost"):
                 some = seen.some(_SAMPLES_AT_EIGHT_BITS) if at_eight_bits else seen
                 rounds = max(1, _SAMPLES_AT_EIGHT_BITS // max(some.samples, 2)) if at_eight_bits else None

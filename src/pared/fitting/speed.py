@@ -16,13 +16,12 @@ from torch.utils._pytree import tree_leaves
 from pared.artifact.envelope import find_artifact
 from pared.files.disk import as_path
 from pared.fitting import speed
-from pared.fitting.calibration import observe as stats
+from pared.fitting.calibration import observe
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.search.activations import Candidate, find_candidates
 from pared.fitting.submodels import find_parts
 from pared.formats.activation import Activation
-from pared.model import calls
-from pared.model import storage as artifact
+from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
@@ -292,9 +291,9 @@ def tune_speed(
         "pared.tune_speed", "calibration_sampling_size", calibration_sampling_size, least=1, whole=True
     )
     file = find_artifact(as_path(path, "tune_speed"))
-    contents = artifact.read(file)
+    contents = storage.read(file)
     floats = quantized.decoded(model, completed(model, contents))
-    seen = stats.collect(floats, calib_dataloader, limit)
+    seen = observe.collect(floats, calib_dataloader, limit)
     found: ModuleT = speed.tuned(floats, contents, seen)
-    artifact.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
+    storage.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
     return found

@@ -10,13 +10,13 @@ from torch import nn
 from pared.artifact.envelope import find_artifact
 from pared.errors import ConfigError
 from pared.files.disk import as_path
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.checks import check_modules
 from pared.model.tensors import ModuleT
 from pared.runtime import quantized
-from pared.runtime.install import Memory
 from pared.runtime.layers.registration import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
+from pared.runtime.placement import Memory
 from pared.runtime.profile import profile_beside
 from pared.runtime.record import record_of
 from pared.scalars import check_choice
@@ -98,5 +98,5 @@ def check_model(model: nn.Module | None, where: str) -> nn.Module:
 def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
     model = check_model(model, "pared.load")
     file = find_artifact(as_path(path, "load"))
-    contents = artifact.read(file)
+    contents = storage.read(file)
     return quantized.assemble(model, contents, profile_beside(file), memory)

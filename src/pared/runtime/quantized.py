@@ -21,19 +21,18 @@ from pared.errors import MismatchError, ModelError
 from pared.inspection import ledger
 from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.checks import check_unquantized
 from pared.model.contents import Contents, Stored, completed, match
 from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.tensors import find_tensors, loose_tensors, registered
-from pared.runtime import lines, text
-from pared.runtime.install import Memory, held_in_codes, install, running_of
-from pared.runtime.keeper import detach
+from pared.runtime import summary
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore
 from pared.runtime.onnx.capture import Dynamic
 from pared.runtime.onnx.export import Exported, export_onnx
+from pared.runtime.placement import Memory, detach, held_in_codes, install, running_of
 from pared.runtime.profile import ENGINE_FILE, Profile, Whole
 from pared.runtime.record import RECORD, Record, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.result import Offered, Result, Yielding, refuse_save_pretrained
@@ -53,7 +52,7 @@ class Quantized(Yielding):
 
     def _pared_artifact(self) -> bytes:
         """The artifact that `save` would write, for whatever reads a model as it reads a file."""
-        return artifact.to_bytes(contents_of(self))
+        return storage.to_bytes(contents_of(self))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle as an empty model of the original class, the bytes of the artifact, and plain text.
@@ -73,7 +72,7 @@ def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:
     """The quantized model of a pickle: the inverse of `Quantized.__reduce_ex__`."""
     raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
     profile, outcome, memory = state_from_json(state)
-    model = assemble(skeleton, artifact.from_bytes(raw), profile, memory)
+    model = assemble(skeleton, storage.from_bytes(raw), profile, memory)
     set_outcome(model, outcome)
     return model
 
@@ -96,10 +95,10 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     """
     record = record_of(model)
     contents = contents_of(model)
-    path = artifact.write(contents, directory, kind=container, verify=verify)
-    deploy = text.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
-    artifact.write_beside(path, DEPLOY, deploy)
-    artifact.write_beside(path, ENGINE_FILE, record.profile.to_json())
+    path = storage.write(contents, directory, kind=container, verify=verify)
+    deploy = summary.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
+    storage.write_beside(path, DEPLOY, deploy)
+    storage.write_beside(path, ENGINE_FILE, record.profile.to_json())
     return path
 
 
@@ -161,9 +160,9 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if html is not None:
         require_library()
     contents = contents_of(model)
-    found = ledger.of_artifact_bytes(artifact.to_bytes(contents), where=type(model).__name__)
+    found = ledger.of_artifact_bytes(storage.to_bytes(contents), where=type(model).__name__)
     if html is not None:
-        facts = lines.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
+        facts = summary.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
         page.write(facts, html)
     small = record.memory == "small"
     notes = (
@@ -171,7 +170,7 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
         if small
         else record.profile.summary()
     )
-    return text.report(found, contents, record.outcome, record.running, notes)
+    return summary.report(found, contents, record.outcome, record.running, notes)
 
 
 def _decoding_ms(model: nn.Module) -> float:
@@ -208,7 +207,7 @@ _OFFERED: Final[Mapping[str, tuple[Callable[..., Any], bool]]] = {
 }
 
 
-def plan_of(model: nn.Module) -> tuple[lines.Line, ...]:
+def plan_of(model: nn.Module) -> tuple[summary.Line, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
     return _result_of(model).plan
 

@@ -12,8 +12,7 @@ from torch import nn
 from pared.artifact.outcome import Curve, Outcome
 from pared.errors import CorruptError, ModelError
 from pared.model.contents import Decision
-from pared.runtime.install import Memory
-from pared.runtime.keeper import Keeper
+from pared.runtime.placement import Keeper, Memory
 from pared.runtime.profile import Profile, Running
 
 RECORD: Final = "_pared"  # the attribute of a model that holds it

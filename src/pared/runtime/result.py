@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from pared.artifact.outcome import Curve, Trial
 from pared.errors import ModelError
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents
-from pared.runtime import lines
+from pared.runtime import summary
 from pared.runtime.record import curve_of, record_of
 from pared.runtime.serving.served import Served
 
@@ -56,9 +56,9 @@ class Result:
         return record_of(self.model).outcome.trials
 
     @property
-    def plan(self) -> tuple[lines.Line, ...]:
+    def plan(self) -> tuple[summary.Line, ...]:
         """What each tensor became: one line per tensor, in the model's order."""
-        return lines.lines(self.contents_of(self.model), record_of(self.model).running)
+        return summary.lines(self.contents_of(self.model), record_of(self.model).running)
 
     @property
     def curve(self) -> Curve:
@@ -71,7 +71,7 @@ class Result:
 
     def nbytes(self) -> int:
         """The size in bytes of the `best_model.pt` that `save` writes; it is encoded to find out."""
-        return len(artifact.to_bytes(self.contents_of(self.model)))
+        return len(storage.to_bytes(self.contents_of(self.model)))
 
     @property
     def engine(self) -> Literal["torch"]:

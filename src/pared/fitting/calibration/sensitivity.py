@@ -56,7 +56,7 @@ class TensorStats:
     rows: Tensor
     moments: Tensor | None = None
     unseen: Tensor | None = None
-    layout: Layout = Layout()
+    layout: Layout = field(default_factory=Layout)
     uses: Tensor | None = None
 
     @property

@@ -24,7 +24,7 @@ from pared.fitting.search.options import GRID_ENTRY, rounded, trace_slot
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View, view_of
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.model.contents import Contents, Decision, Plan, Stored
 from pared.model.tensors import Slot
 from pared.runtime import quantized
@@ -203,12 +203,12 @@ class Compressor(Generic[ModuleT_co]):
             for slot, decision in zip(self._slots, self._plan, strict=True)
         ]
         numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
-        whole = len(artifact.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
+        whole = len(storage.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
         return whole - sum(len(part.payload) for part in numbers) - GRID_ENTRY * len(empty)
 
     def _nbytes(self, choice: Choice) -> int:
         contents = self._contents(self._stored(choice), choice.damage)
-        return len(artifact.to_bytes(contents))
+        return len(storage.to_bytes(contents))
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
         activations = self._activations(self._candidates(stored), damage)

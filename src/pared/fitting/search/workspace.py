@@ -20,7 +20,7 @@ from pared.artifact.outcome import Trial
 from pared.errors import ConfigError, FileError
 from pared.files.disk import make_directory, reading, write_atomic
 from pared.fitting.search.evaluate import Score
-from pared.model import storage as artifact
+from pared.model import storage
 from pared.runtime import quantized
 from pared.runtime.profile import profile_beside
 
@@ -116,7 +116,7 @@ class Workspace:
             skeleton: gives structure and class.
         """
         file = find_artifact(self._place(number))
-        return quantized.assemble(skeleton, artifact.read(file), profile_beside(file))
+        return quantized.assemble(skeleton, storage.read(file), profile_beside(file))
 
     def _place(self, number: int) -> Path:
         return self._directory / f"trial-{number + 1}"

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from pared.files import threads as parallel
+from pared.files import threads
 from pared.formats.dtypes import FLOATING, Array
 from pared.inspection.findings.content import Content, spread
 from pared.inspection.findings.levels import grid_of
@@ -57,7 +57,7 @@ class Look:
 
 def look_at(content: Content, tensors: Sequence[Held]) -> Mapping[str, Look]:
     """Look at tensors, by name; what has no numbers to be read is left out."""
-    looks = parallel.each(lambda held: _look(content, held), tensors, [held.nbytes for held in tensors])
+    looks = threads.each(lambda held: _look(content, held), tensors, [held.nbytes for held in tensors])
     return {look.held.name: look for look in looks if look is not None}
 
 

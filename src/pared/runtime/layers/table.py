@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from pared.runtime.kernels import recurrent as kernels
+from pared.runtime.kernels import recurrent
 from pared.runtime.layers.attention import attention_forward, attention_weights
 from pared.runtime.layers.recurrent import cell_forward, cell_weights, layer_forward, layer_weights, plain_cell_forward
 from pared.runtime.layers.registry import LAYERS, Layer
@@ -31,8 +31,8 @@ def _transposed(module: Any) -> tuple[str, ...]:
     return ("weight",) if plain else ()
 
 
-_CELL: Final = Layer(cell_weights, ("dynamic",), cell_forward, kernels.available)
-_RECURRENT: Final = Layer(layer_weights, ("dynamic",), layer_forward, kernels.available)
+_CELL: Final = Layer(cell_weights, ("dynamic",), cell_forward, recurrent.available)
+_RECURRENT: Final = Layer(layer_weights, ("dynamic",), layer_forward, recurrent.available)
 
 LAYERS.update(
     {
