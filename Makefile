@@ -92,10 +92,11 @@ results-docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
 
 docs: $(VENV)/.docs  ## build the documentation into out/site; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python docs/generate.py
+	PATH="$(BIN):$$PATH" $(BIN)/zensical build --strict --clean
 
 serve-docs: $(VENV)/.docs  ## show the documentation at http://127.0.0.1:8000 while you write it
-	$(BIN)/mkdocs serve --strict
+	PATH="$(BIN):$$PATH" $(BIN)/zensical serve
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
