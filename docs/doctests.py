@@ -11,6 +11,7 @@ class Doctests(griffe.Extension):
     """Puts the heading that griffe looks for above the first `>>>`."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called by griffe for each object that it has read."""
         if obj.docstring is None:
             return
         lines = obj.docstring.value.splitlines()

@@ -42,9 +42,7 @@ def filled(name: str) -> str:
     """The page with its generated part as it should be now."""
     page, part = PARTS[name]
     text = page.read_text(encoding="utf-8")
-    return re.sub(
-        MARKS.format(name), lambda marks: f"{marks[1]}\n{part()}\n{marks[2]}", text, count=1, flags=re.DOTALL
-    )
+    return re.sub(MARKS.format(name), lambda marks: f"{marks[1]}\n{part()}\n{marks[2]}", text, count=1, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

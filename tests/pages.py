@@ -37,7 +37,7 @@ class Shown:
     """What a page shows for one piece of code, and where in its text; what that code printed."""
 
     code: str
-    expected: str | None
+    expected: str
     span: tuple[int, int]
     printed: str
 
@@ -53,9 +53,8 @@ def run(text: str) -> Iterator[Shown]:
         elif language == "python":
             with _captured() as output:
                 exec(compile(code, "<page>", "exec"), names)
-            shows = following is not None and following[1] == "text" and not text[block.end() : following.start()].strip()
-            span = following.span(3) if shows and following is not None else (0, 0)
-            yield Shown(code, text[slice(*span)] if shows else None, span, output.getvalue())
+            if following is not None and following[1] == "text" and not text[block.end() : following.start()].strip():
+                yield Shown(code, following[3], following.span(3), output.getvalue())
         elif language == "console":
             for command in re.finditer(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", code, re.MULTILINE):
                 start = block.start(3)
@@ -67,9 +66,9 @@ def _command(line: str) -> str:
     """What a command line of ours prints, errors included."""
     program, *arguments = shlex.split(line, comments=True)
     assert program == "pared", f"only `pared` can be run, not {line!r}"
-    with _captured() as output, mock.patch.object(sys, "argv", [program, *arguments]):
-        with contextlib.suppress(SystemExit):
-            cli.main()
+    command = mock.patch.object(sys, "argv", [program, *arguments])
+    with _captured() as output, command, contextlib.suppress(SystemExit):
+        cli.main()
     return output.getvalue()
 
 
@@ -115,7 +114,7 @@ def _rewrite(page: Path) -> None:
     """Put what is printed now into a page; parts that were left out by `...` come back."""
     text = page.read_text(encoding="utf-8")
     for shown in reversed(list(run(text))):
-        if shown.expected is not None and not (shown.expected and agrees(shown.expected, shown.printed)):
+        if not shown.expected or not agrees(shown.expected, shown.printed):
             start, end = shown.span
             lines = "".join(f"{line.rstrip()}\n" for line in shown.printed.rstrip().splitlines())
             text = text[:start] + lines + text[end:]
