@@ -29,7 +29,7 @@ def decisions() -> str:
     for path in sorted(DOCS.glob("decisions/*.md")):
         number, title = re.match(r"# (\d+):? (.*)", path.read_text(encoding="utf-8")).groups()  # type: ignore[union-attr]  # each record has one
         rows.append(f"| {number} | [{title}](../decisions/{path.name}) |")
-    return "\n".join(["| | |", "|---|---|", *rows, ""])
+    return "\n".join(["| record | decision |", "|---|---|", *rows, ""])
 
 
 PARTS = {

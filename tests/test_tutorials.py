@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import pared
 from tests import pages
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,14 @@ def test_every_tutorial_shows_output_that_is_checked() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         assert re.search(r"^```(text|console)\n.*\w", text, re.MULTILINE), page
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages_of_names = [
+        (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") for name in ("api.md", "errors.md")
+    ]
+    named = set(re.findall(r"^::: pared\.(\w+)$", "\n".join(pages_of_names), re.MULTILINE))
+    assert set(pared.__all__) - {"__version__"} <= named
 
 
 def test_the_readme_is_short() -> None:
