@@ -93,7 +93,10 @@ def _interleaved(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds:
 
 def run(directory: Path, console: Console) -> None:
     """The whole demo; the results are printed, and written to `demo.json` and `report.html` in the directory."""
-    console.print("[bold]Compressing all-MiniLM-L6-v2[/] (90.9 MB), a model that turns texts into 384 numbers each.\n")
+    console.print(
+        "[bold]Compressing all-MiniLM-L6-v2[/] (90.9 MB), a model that turns texts into 384 numbers each.\n",
+        highlight=False,
+    )
     fp32 = minilm.load()
     bf16 = copy.deepcopy(fp32).bfloat16()
     reference = minilm.embed(fp32, minilm.documents())
