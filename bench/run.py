@@ -1,4 +1,4 @@
-"""`make bench`: the figures of the main job, measured in one run, as JSON in `out/bench`; `make results-docs` shows them.
+"""`make bench`: the figures of the main job, measured in one run, as JSON in `out/bench`; `make results-docs` shows it.
 
 Ratios compare medians of interleaved runs in one process: absolute milliseconds on shared machines mean little.
 """
