@@ -145,7 +145,7 @@ def run(directory: Path, console: Console) -> None:
 
 _FOLDERS = {"pared, 8 bits": "eight_bits", "pared, search": "search"}
 _WHAT = {
-    "pared, 8 bits": "8 bits for each weight, int8 where it is faster",
+    "pared, 8 bits": "about a byte for each weight, int8 where it is faster",
     "pared, search": f"the smallest file within 1 - cos = {_TOLERABLE} of FP32",
 }
 _STEPS = 5
