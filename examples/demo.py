@@ -198,7 +198,7 @@ def _legend() -> str:
 
 
 def _files(directory: Path) -> str:
-    files = sorted(path for path in directory.rglob("*.*") if path.is_file())
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
     return "\n".join(["Files:", *(f"  {path.stat().st_size:>10,} bytes  {path}" for path in files)])
 
 
