@@ -19,7 +19,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling docs results
+.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling docs serve-docs results results-docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,10 +86,17 @@ bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples 
 	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
 	$(BIN)/python -m bench.report
 
-results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling results-docs  ## all of these, and the documents (hours)
 
-docs: setup  ## write the figures of the last bench into docs
+results-docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
+
+docs: $(VENV)/.docs  ## build the documentation into out/site; a broken link is an error
+	$(BIN)/python docs/generate.py
+	PATH="$(BIN):$$PATH" $(BIN)/zensical build --strict --clean
+
+serve-docs: $(VENV)/.docs  ## show the documentation at http://127.0.0.1:8000 while you write it
+	PATH="$(BIN):$$PATH" $(BIN)/zensical serve
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
@@ -97,6 +104,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(INSTALL) $(shell grep '^torch==' constraints.txt)
 	$(INSTALL) -e '.[report]' $(TOOLS) $(ENGINES)
 	$(INSTALL) --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed

@@ -133,7 +133,7 @@ def main() -> None:
     }
     RESULTS.write_text(json.dumps(found, indent=1), encoding="utf-8")
     Console().print_json(data=found)
-    print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
+    print(f"written: {RESULTS}; `make results-docs` puts the figures into the documents")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make bench`: the figures of the main job, measured in one run, as JSON in `out/bench`; `make docs` shows them.
+"""`make bench`: the figures of the main job, measured in one run, as JSON in `out/bench`; `make results-docs` shows it.
 
 Ratios compare medians of interleaved runs in one process: absolute milliseconds on shared machines mean little.
 """
@@ -236,7 +236,7 @@ def main() -> None:
         "effnet": bench_effnet(),
     }
     RESULTS.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
+    print(f"written: {RESULTS}; `make results-docs` puts the figures into the documents")
 
 
 if __name__ == "__main__":

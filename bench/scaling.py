@@ -219,7 +219,7 @@ def main() -> None:
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     write(measure(options.limit))
-    print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
+    print(f"written: {RESULTS}; `make results-docs` puts the figures into the documents")
 
 
 if __name__ == "__main__":

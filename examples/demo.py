@@ -1,8 +1,9 @@
-"""Compress a real model, load it where its FP32 weights are not, and measure it: `python -m examples.demo`.
+"""Compress a real model, load it where its FP32 weights are not, measure it, and show it: `python -m examples.demo`.
 
 all-MiniLM-L6-v2 is compressed twice: at 8 bits, and by a search for the smallest file whose embeddings of unseen
 documents stay within 1 - cos = 0.005 of FP32. A new process, which never reads the FP32 weights, loads each file and
-scores it on other data. Another one times FP32, bf16 and the compressed models in turns.
+scores it on other data. Another one times FP32, bf16 and the compressed models in turns. At the end stand a table and a
+report to open in a browser.
 """
 
 from __future__ import annotations
@@ -91,22 +92,33 @@ def _interleaved(models: dict[str, nn.Module], batch: dict[str, Tensor], rounds:
 
 
 def run(directory: Path, console: Console) -> None:
-    """The whole demo; the results are printed, and written to `demo.json` in the directory."""
+    """The whole demo; the results are printed, and written to `demo.json` and `report.html` in the directory."""
+    console.print(
+        "[bold]Compressing all-MiniLM-L6-v2[/] (90.9 MB), a model that turns texts into 384 numbers each.\n",
+        highlight=False,
+    )
     fp32 = minilm.load()
     bf16 = copy.deepcopy(fp32).bfloat16()
     reference = minilm.embed(fp32, minilm.documents())
     rounded = minilm.embed(bf16, minilm.documents())
 
-    files, seconds = {}, {}
-    for name, folder in _FOLDERS.items():
+    files, seconds, fitted = {}, {}, fp32
+    for number, (name, folder) in enumerate(_FOLDERS.items(), 1):
+        _announce(console, number, f"{name}: {_WHAT[name]}")
         start = time.perf_counter()
-        files[name] = pared.save(_compress(name, fp32), directory / folder)
+        fitted = _compress(name, fp32)
+        files[name] = pared.save(fitted, directory / folder)
         seconds[name] = time.perf_counter() - start
-        console.print(f"{name}: compressed and saved in {seconds[name]:.1f} s.")
+        size = files[name].stat().st_size
+        console.print(f"    {size / 1e6:.2f} MB in {seconds[name]:.0f} s", highlight=False)
 
+    _announce(console, 3, "loading both in new processes that never see the FP32 weights")
     alone = {name: _in_new_process("--child", directory / folder) for name, folder in _FOLDERS.items()}
-    console.print("Loaded without the FP32 weights, in new processes. Timing ...")
+    _announce(console, 4, "timing all of them in turns")
     milliseconds = _in_new_process("--clock", directory)
+    _announce(console, 5, "drawing the report of the searched model")
+    report = directory / "report.html"
+    pared.report(fitted, html=report)
 
     found = {
         "FP32": (_saved_bytes(fp32), reference, minilm.spearman(reference)),
@@ -128,9 +140,19 @@ def run(directory: Path, console: Console) -> None:
     }
     (directory / "demo.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print("", table(rows), "", _legend(), "", _files(directory), sep="\n", highlight=False)
+    console.print(f"\n[bold]Open this in a browser:[/] {report.resolve()}", highlight=False, soft_wrap=True)
 
 
 _FOLDERS = {"pared, 8 bits": "eight_bits", "pared, search": "search"}
+_WHAT = {
+    "pared, 8 bits": "about a byte for each weight, int8 where it is faster",
+    "pared, search": f"the smallest file within 1 - cos = {_TOLERABLE} of FP32",
+}
+_STEPS = 5
+
+
+def _announce(console: Console, number: int, what: str) -> None:
+    console.print(f"[bold cyan]{number}/{_STEPS}[/] {what} ...", highlight=False)
 
 
 def _compress(name: str, fp32: nn.Module) -> nn.Module:

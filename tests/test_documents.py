@@ -1,10 +1,11 @@
-"""What the documents say about Intel Neural Compressor is complete, and its figures come out again."""
+"""What the documents say about Intel Neural Compressor is complete; figures and pictures come out again."""
 
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+from bench import front
 from examples import why_bigger
 
 import pared
@@ -83,3 +84,13 @@ def test_the_causes_in_the_large_model_are_those_in_the_table(tmp_path: Path) ->
         assert causes == why_bigger.causes(ledger.findings)
         if after.replace(".", "").isdecimal() and ledger.findings:
             assert ledger.findings[0].bytes_after == pytest.approx(float(after) * 1e6, rel=0.03)
+
+
+def test_the_front_picture_shows_what_the_page_of_results_says() -> None:
+    results = (DOCS / "results.md").read_text(encoding="utf-8")
+    for name, theme in front.THEMES.items():
+        drawn = (DOCS / f"size-loss-{name}.svg").read_text(encoding="utf-8")
+        assert drawn == front.picture(results, theme), "run `python -m bench.front`"
+    shown = front.points(results, front.PANELS[0])
+    assert shown["pared-small"] == (12.34, 0.00163)
+    assert set(shown) >= {"pared", "openvino-int8", "ort-static", "torchao-weight"}

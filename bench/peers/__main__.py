@@ -161,7 +161,7 @@ def main() -> None:
         merged = {**known(), name: {"machine": machine(options.threads), "rows": [asdict(row) for row in rows]}}
         RESULTS.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         show(rows)
-    print(f"written: {RESULTS}; `make docs` puts the figures into the documents")
+    print(f"written: {RESULTS}; `make results-docs` puts the figures into the documents")
 
 
 def install(environment: str) -> None:

@@ -136,26 +136,3 @@ def _versions(found: Mapping[str, Any]) -> str:
             peers = environments.setdefault(said, [])
             peers += [row["peer"]] if row["peer"] not in peers else []
     return "\n".join(f"* {', '.join(peers)}: {said}" for said, peers in environments.items() if said)
-
-
-def excerpt(found: Mapping[str, Any]) -> str:
-    """What the README shows: ours beside the floors and the fastest and the smallest of the others."""
-    lines = []
-    for name, record in found.items():
-        rows = [read(row) for row in record["rows"]]
-        subject = subjects.find(name)
-        baseline = next(row for row in rows if row.peer == BASELINE)
-        shape = next(iter(subject.shapes()))
-        others = [row for row in rows if row.peer not in (*FLOORS, *OURS)]
-        fastest = _best(others, lambda row, s=shape: row.timings[s].ratio if s in row.timings else None)
-        smallest = _best(others, lambda row: row.bytes)
-        named = [row.peer for row in (fastest, smallest) if row is not None]
-        for row in rows:
-            if row.peer in (*FLOORS[1:], *named, *OURS):
-                timing = row.timings.get(shape)
-                ratio = _NONE if timing is None else f"{timing.ratio:.2f}"
-                fidelity = _NONE if row.fidelity is None else f"{row.fidelity:.3g} {subject.fidelity}"
-                lost = _plain(loss(row, baseline), "+.2%")
-                label = f"**{row.peer}**" if row.peer in OURS else row.peer
-                lines.append((f"{subject.title}, {shape}", label, _size(row, baseline), lost, fidelity, ratio))
-    return markdown(("model", "tool", "file MB (of FP32)", "loss", "fidelity", "time / FP32 eager"), lines)
