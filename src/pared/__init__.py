@@ -1,7 +1,7 @@
 """pared: the smallest, fastest PyTorch model that keeps the accuracy you asked for.
 
-Importing this package imports no torch; its names are fetched when they are first used, so that
-`pared inspect` on a file stays light.
+Importing this package does not import torch: its names are fetched when they are first used. `inspect`, `compress`,
+`expand` and `compare` work on files without torch; whatever takes a model says what to install (`pared[torch]`).
 """
 
 from __future__ import annotations
@@ -96,12 +96,33 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from its module, at its first use."""
+    """Fetch a public name from its module, at its first use.
+
+    Raises:
+        AttributeError: there is no such name.
+        ConfigError: it needs torch, which is not installed.
+    """
     if name not in _HOME_OF:
         raise AttributeError(f"module 'pared' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    try:
+        home = importlib.import_module(_HOME_OF[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise _without_torch(name) from error
+    value = getattr(home, name)
     globals()[name] = value
     return value
+
+
+def _without_torch(name: str) -> ParedError:
+    from pared.errors import ConfigError  # not at the top: it is a public name, and those are fetched below
+
+    return ConfigError(
+        "needs torch, which is not installed",
+        where=f"pared.{name}",
+        remedy="pip install 'pared[torch]' (inspect, compress, expand and compare work on files without it)",
+    )
 
 
 def __dir__() -> list[str]:
