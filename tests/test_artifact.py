@@ -110,6 +110,7 @@ def test_torch_opens_it_as_plain_tensors(data: bytes) -> None:
     assert json.loads(zlib.decompress(records["index"].numpy().tobytes()))["pared"] == 2
 
 
+@pytest.mark.child
 def test_a_fresh_process_gives_the_same_outputs(q: Net, tmp_path: Path) -> None:
     pared.save(q, tmp_path)
     (tmp_path / "deploy.yaml").unlink()

@@ -230,6 +230,7 @@ def test_inspect_shows_a_table_or_json(
     assert sum(row["bytes"] for row in found["rows"]) == found["bytes"] == path.stat().st_size
 
 
+@pytest.mark.child
 def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
     pared.save(pared.fit(factory()), tmp_path)
     save_file(factory().state_dict(), tmp_path / "plain.safetensors")
@@ -243,6 +244,7 @@ def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, capture_output=True)
 
 
+@pytest.mark.child
 def test_the_module_is_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout == f"pared {pared.__version__}\n"

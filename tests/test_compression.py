@@ -461,6 +461,7 @@ checkpoint.compress(sys.argv[1], sys.argv[2], **eval(sys.argv[4]))
 
 @pytest.mark.parametrize("writes", [0, 4, 7, 10, 11])
 @pytest.mark.parametrize("options", [{"bits": 4.0}, {"max_size": 60_000}], ids=str)
+@pytest.mark.child
 def test_a_killed_run_goes_on(writes: int, options: dict[str, Any], tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     whole = pared.compress(source, tmp_path / "whole", **options).read_bytes()
@@ -547,6 +548,7 @@ def test_names_do_not_steer_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in found.output
 
 
+@pytest.mark.child
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     code = (

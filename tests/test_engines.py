@@ -20,6 +20,8 @@ from pared.engines import Runner
 from pared.exporting import Outputs, Signature
 from pared.exporting.signature import describe, signature_of
 
+pytestmark = pytest.mark.engine
+
 ENGINES = ("onnxruntime", "openvino")
 
 

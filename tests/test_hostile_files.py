@@ -36,6 +36,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
 
 
 @pytest.mark.parametrize("kind", BASES)
+@pytest.mark.child
 def test_damaged_files_are_refused_or_listed_soundly(running: dict[str, Future[str]], kind: str) -> None:
     assert running[kind].result() == ""
 

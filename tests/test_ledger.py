@@ -212,6 +212,7 @@ def test_text_stays_within_100_columns_and_moves_no_cursor() -> None:
     assert all(character == "\n" or character.isprintable() for character in shown)
 
 
+@pytest.mark.child
 def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "best_model.pt").write_bytes(as_pt(*artifact()))
     (tmp_path / "ours.safetensors").write_bytes(as_safetensors(*artifact()))

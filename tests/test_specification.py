@@ -96,6 +96,7 @@ def test_the_reader_alone_reads_the_example(kind: str, tmp_path: Path) -> None:
     assert tensors["n"] == 7
 
 
+@pytest.mark.child
 def test_the_reader_alone_needs_neither_torch_nor_pared(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(example())
     script = DOCS / "read_artifact.py"

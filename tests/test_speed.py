@@ -251,6 +251,7 @@ def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.Mo
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.model
 def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     model = minilm.load()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), minilm.calibration()[:3], quiet=True)

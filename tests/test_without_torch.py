@@ -35,6 +35,7 @@ def weight(tmp_path: Path) -> np.ndarray:
     return weight
 
 
+@pytest.mark.child
 def test_the_command_line_works_on_files(tmp_path: Path, weight: np.ndarray) -> None:
     shown = {
         arguments[0]: command(*arguments, cwd=tmp_path)
@@ -52,6 +53,7 @@ def test_the_command_line_works_on_files(tmp_path: Path, weight: np.ndarray) -> 
     np.testing.assert_allclose(load_file(tmp_path / "large.safetensors")["weight"], weight, atol=0.02)
 
 
+@pytest.mark.child
 def test_python_works_on_files(tmp_path: Path, weight: np.ndarray) -> None:
     code = """if True:
         import pared
@@ -64,6 +66,7 @@ def test_python_works_on_files(tmp_path: Path, weight: np.ndarray) -> None:
     assert (done.stdout, done.stderr) == ("weight (64, 256) 1\n", "")
 
 
+@pytest.mark.child
 def test_every_other_name_says_what_to_install(tmp_path: Path) -> None:
     code = """if True:
         import pared
@@ -92,6 +95,7 @@ def test_every_other_name_says_what_to_install(tmp_path: Path) -> None:
         (("tune-speed", "small", "--model", "a:b", "--calib", "a:c"), "pared.tune_speed"),
     ],
 )
+@pytest.mark.child
 def test_the_command_line_says_what_to_install(tmp_path: Path, arguments: tuple[str, ...], name: str) -> None:
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -43,6 +43,7 @@ def child(workspace: Path, log: Path, fatal: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.child
 def test_a_search_killed_in_its_third_evaluation_loses_that_one_alone(tmp_path: Path) -> None:
     reference = workspace_child.run(None, tmp_path / "reference.log")
     calls = (tmp_path / "reference.log").read_text().splitlines()
