@@ -80,6 +80,7 @@ def same(a: Contents, b: Contents) -> bool:
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.slow
 def test_what_is_saved_is_what_is_loaded(q: Net, kind: str, device: str, tmp_path: Path) -> None:
     path = pared.save(q, tmp_path, container=kind)
     with torch.device(device):

@@ -147,6 +147,7 @@ def test_fake_quantized_weights_come_back_exactly_and_small(tmp_path: Path) -> N
     scale=st.floats(-10, 10),
     seed=st.integers(0, 999),
 )
+@pytest.mark.slow
 def test_any_shape_and_scale(
     shape: list[int],
     dtype: torch.dtype,
@@ -275,6 +276,7 @@ def bert() -> Any:
     return frozen(model)
 
 
+@pytest.mark.slow
 def test_a_sharded_folder_there_and_back(tmp_path: Path) -> None:
     model, x = bert(), torch.arange(20)[None]
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
@@ -328,6 +330,7 @@ def layers() -> State:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.125, 0.2, 0.3])
+@pytest.mark.slow
 def test_a_size_is_kept_and_used(share: float, tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     size = int(share * source.stat().st_size)

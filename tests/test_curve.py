@@ -103,6 +103,7 @@ scores = st.floats(-1e6, 1e6)
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(sizes, st.floats(1e-12, 1.0), scores), min_size=1, max_size=12), scores)
+@pytest.mark.slow
 def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, float]], baseline: float) -> None:
     curve = Curve(tuple(Point(1e-9, damage, nbytes, score) for nbytes, damage, score in rows), baseline)
     root = ET.fromstring(curve.to_svg())

@@ -73,6 +73,7 @@ def test_the_table_of_the_small_network_is_what_the_example_prints(tmp_path: Pat
     assert shown in WHY
 
 
+@pytest.mark.slow
 def test_the_causes_in_the_large_model_are_those_in_the_table(tmp_path: Path) -> None:
     title = next(iter(why_bigger.MODELS))
     paths = why_bigger.write(why_bigger.MODELS[title](), tmp_path)

@@ -171,6 +171,7 @@ class TestEveryLayout:
 
 @settings(deadline=None, max_examples=200)
 @given(any_codes())
+@pytest.mark.slow
 def test_any_codes_come_back_and_never_take_more_than_raw(codes: Codes) -> None:
     stream = encode(codes)
     assert len(stream.payload) <= codes.nbytes
@@ -381,6 +382,7 @@ def test_an_impossible_expansion_is_refused_before_it_is_inflated(monkeypatch: p
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(LAYOUTS)), st.data())
+@pytest.mark.slow
 def test_mutations_give_an_error_or_as_many_codes(name: str, data: st.DataObject) -> None:
     _, codes = LAYOUTS[name]
     stream = encode(codes)

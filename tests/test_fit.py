@@ -16,6 +16,8 @@ import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
 from pared.record import record_of
 
+pytestmark = pytest.mark.slow  # almost every test here fits a whole model
+
 X = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[i : i + 32] for i in range(0, 256, 32)]
 

@@ -24,6 +24,8 @@ from pared.readers import Listing
 from tests.fuzz.bases import BASES, saved
 from tests.fuzz.driver import started
 
+pytestmark = pytest.mark.slow
+
 FILES = 10_000
 SECONDS = 5.0  # a promise of one second, on machines that do something else meanwhile
 CONSTANT = 64 << 20

@@ -474,6 +474,7 @@ class References(nn.Module):
         return static + linear.reference(out, self.codes, steps[:2], dtype=sums)
 
 
+@pytest.mark.slow
 def test_the_references_can_be_exported_for_any_batch() -> None:
     model = References()
     batch = torch.export.Dim("batch", min=2, max=64)

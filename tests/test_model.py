@@ -17,6 +17,8 @@ from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.layers import Counterpart
 from pared.record import record_of
 
+pytestmark = pytest.mark.slow  # almost every test here fits a whole model
+
 
 class Padded(nn.Conv2d):
     """A subclass with its own forward, as in EfficientNet."""

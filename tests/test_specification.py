@@ -208,6 +208,7 @@ def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
+@pytest.mark.slow
 def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> None:
     """Not every lie can be known for one, a base for instance; but none leads to any other error."""
     with container.open_records(SMALL) as records:

@@ -153,6 +153,7 @@ def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample()
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_tune_speed_writes_what_it_measured_and_leaves_the_file(tmp_path: Path) -> None:
     path = pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
     before = path.read_bytes()
@@ -175,6 +176,7 @@ def test_tune_speed_refuses_what_load_refuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_the_command_line_tunes(tmp_path: Path) -> None:
     from pared.cli import app
 

@@ -101,6 +101,7 @@ class Chain(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_ten_thousand_calls_leave_nothing_behind() -> None:
     torch.manual_seed(0)
     model = Chain().eval()

@@ -57,6 +57,7 @@ def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_an_offer_is_kept(shop: Compressor[Net], damage: float) -> None:
     offer = shop.offer(damage)
     assert shop.offer(offer.damage) == offer
@@ -82,6 +83,7 @@ def test_bytes_are_kept_and_used(shop: Compressor[Net], nbytes: int) -> None:
     assert 0.96 * nbytes < real <= nbytes
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shop = compressor(approach="weight_only")
     rounded: list[Any] = []

@@ -206,6 +206,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         Workspace(tmp_path / "file" / "work", FINGERPRINT)
 
 
+@pytest.mark.slow
 def test_rules_are_told_apart_by_what_they_do(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), torch.randn(4, 8)
 
