@@ -122,6 +122,7 @@ def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
     assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)
 
 
+@pytest.mark.slow
 def test_the_picture_names_bytes_and_is_the_same_each_time() -> None:
     curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
     texts = [text.text or "" for text in ET.fromstring(curve.to_svg()).iter(f"{SVG}text")]

@@ -68,6 +68,7 @@ def table(title: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
 
 
+@pytest.mark.slow
 def test_the_table_of_the_small_network_is_what_the_example_prints(tmp_path: Path) -> None:
     shown = why_bigger.table(why_bigger.measure(why_bigger.linear(), tmp_path))
     assert shown in WHY

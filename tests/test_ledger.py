@@ -247,6 +247,7 @@ trees = st.recursive(
 
 @settings(deadline=None, max_examples=100)
 @given(trees)
+@pytest.mark.slow
 def test_any_checkpoint_sums_to_its_file(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
     path = tmp_path_factory.getbasetemp() / "tree.pt"
     torch.save(tree, path)

@@ -122,6 +122,7 @@ def test_the_reader_alone_refuses_flipped_bytes(tmp_path: Path) -> None:
     st.sampled_from([1, 2, 5, 100, 4001, 140_000, 300_000]),
     st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_the_reader_alone_decodes_what_the_coder_writes(dtype: str, spread: float, count: int, seed: int) -> None:
     limits = np.iinfo(dtype)
     codes = np.random.default_rng(seed).laplace(0, spread, count).round().clip(limits.min, limits.max).astype(dtype)
@@ -134,6 +135,7 @@ def test_the_reader_alone_decodes_what_the_coder_writes(dtype: str, spread: floa
 
 @settings(deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+@pytest.mark.slow
 def test_the_reader_alone_rounds_to_bfloat16_as_torch_does(values: list[float]) -> None:
     given_values = torch.tensor(values)
     expected = given_values.to(torch.bfloat16).float().numpy()

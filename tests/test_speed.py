@@ -236,6 +236,7 @@ def test_captures_tell_apart_what_is_tied_and_types_and_keep_refusals() -> None:
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
     torch.manual_seed(0)

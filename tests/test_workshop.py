@@ -48,6 +48,7 @@ def shop() -> Compressor[Net]:
 DAMAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
+@pytest.mark.slow
 def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
     offers = [shop.offer(damage) for damage in DAMAGES]
     assert all(a.nbytes > b.nbytes and a.price < b.price for a, b in itertools.pairwise(offers))
@@ -114,6 +115,7 @@ def test_inputs_get_their_share_of_the_damage(shop: Compressor[Net]) -> None:
         assert inputs <= workshop.ACTIVATION_SHARE + 0.02
 
 
+@pytest.mark.slow
 def test_rules_stand() -> None:
     shop = compressor(rules=[Rule("head", bits=5), Rule("gru.*", keep=True)])
     lines = {line.name: line for line in quantized.plan_of(shop.build(shop.offer(1e-2)))}
