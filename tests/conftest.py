@@ -1,10 +1,43 @@
-"""What holds for all tests."""
+"""What holds for all tests: the markers of pyproject.toml say what a test needs, and `make quick` leaves those out."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import hypothesis
 import pytest
+import torch
 
+from pared.files import threads
 from pared.fitting import speed
 from pared.runtime.graphs import fusion
 from pared.runtime.kernels import linear, patches
+
+collect_ignore_glob = [] if importlib.util.find_spec("selenium") else ["*browser.py"]  # `make test` installs it
+
+# Nothing here depends on a clock: machines do something else meanwhile.
+hypothesis.settings.register_profile("pared", deadline=None)
+hypothesis.settings.load_profile("pared")
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the processes that run tests share the cores
+    torch.set_num_threads(max(1, threads.usable_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
+
+@pytest.fixture(autouse=True)
+def _children_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts Python takes seconds and is marked `child`, so that `make quick` leaves it out."""
+    if request.node.get_closest_marker("child") is not None:
+        return
+    start = subprocess.Popen.__init__
+
+    def refuse(self: Any, args: Any, *rest: Any, **options: Any) -> None:
+        if sys.executable in args:
+            pytest.fail("it starts a process: mark it with @pytest.mark.child")
+        start(self, args, *rest, **options)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
 @pytest.fixture(autouse=True)

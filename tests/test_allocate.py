@@ -58,6 +58,7 @@ def hull(tensors: list[Options]) -> list[Choice]:
 
 @given(tables, st.floats(0, 200))
 @settings(deadline=None, max_examples=50)
+@pytest.mark.slow
 def test_within_bytes_and_within_damage_keep_their_bound(tensors: list[Options], bound: float) -> None:
     found = within_bytes(tensors, bound)
     fitting = [c for c in hull(tensors) if c.nbytes <= bound]

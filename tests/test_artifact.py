@@ -74,6 +74,7 @@ def same(a: Contents, b: Contents) -> bool:
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.slow
 def test_what_is_saved_is_what_is_loaded(q: Net, kind: str, device: str, tmp_path: Path) -> None:
     path = pared.save(q, tmp_path, container=kind)
     with torch.device(device):
@@ -104,6 +105,7 @@ def test_torch_opens_it_as_plain_tensors(data: bytes) -> None:
     assert json.loads(zlib.decompress(records["index"].numpy().tobytes()))["pared"] == 2
 
 
+@pytest.mark.child
 def test_a_fresh_process_gives_the_same_outputs(q: Net, tmp_path: Path) -> None:
     pared.save(q, tmp_path)
     (tmp_path / "deploy.yaml").unlink()

@@ -84,6 +84,7 @@ def test_the_cheapest_inputs_are_rounded_first_until_the_budget_is_spent() -> No
     assert activations.choose_activations(found, "auto", {}, 1.0) == {}, "nothing is known of their inputs"
 
 
+@pytest.mark.slow
 def test_sums_of_products_stay_within_32_bits() -> None:
     wide = 2**31 // (255 * 127)
     torch.manual_seed(0)

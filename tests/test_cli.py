@@ -40,6 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stop.value.code or 0)
 
 
+@pytest.mark.slow
 def test_fit_writes_a_model_that_loads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_inspect_writes_a_page(
     assert ">0.weight<" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_search_is_recorded_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +120,7 @@ def test_a_search_is_recorded_and_goes_on(
     assert "trial" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_curve_is_written_as_json_and_as_a_picture(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +233,7 @@ def test_inspect_shows_a_table_or_json(
     assert sum(row["bytes"] for row in found["rows"]) == found["bytes"] == path.stat().st_size
 
 
+@pytest.mark.child
 def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
     pared.save(pared.fit(factory()), tmp_path)
     save_file(factory().state_dict(), tmp_path / "plain.safetensors")
@@ -243,6 +247,7 @@ def test_inspecting_a_file_imports_no_torch(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, capture_output=True)
 
 
+@pytest.mark.child
 def test_the_module_is_the_command() -> None:
     shown = subprocess.run([sys.executable, "-m", "pared", "--version"], check=True, capture_output=True, text=True)
     assert shown.stdout == f"pared {pared.__version__}\n"

@@ -332,6 +332,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.child
 def test_comparing_files_imports_no_torch(tmp_path: Path) -> None:
     model = network()
     pared.save(pared.fit(model), tmp_path)

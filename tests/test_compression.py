@@ -150,6 +150,7 @@ def test_fake_quantized_weights_come_back_exactly_and_small(tmp_path: Path) -> N
     scale=st.floats(-10, 10),
     seed=st.integers(0, 999),
 )
+@pytest.mark.slow
 def test_any_shape_and_scale(
     shape: list[int],
     dtype: torch.dtype,
@@ -278,6 +279,7 @@ def bert() -> Any:
     return frozen(model)
 
 
+@pytest.mark.slow
 def test_a_sharded_folder_there_and_back(tmp_path: Path) -> None:
     model, x = bert(), torch.arange(20)[None]
     model.save_pretrained(tmp_path / "hf", max_shard_size="100KB")
@@ -331,6 +333,7 @@ def layers() -> State:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.125, 0.2, 0.3])
+@pytest.mark.slow
 def test_a_size_is_kept_and_used(share: float, tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     size = int(share * source.stat().st_size)
@@ -464,6 +467,7 @@ checkpoint.compress(sys.argv[1], sys.argv[2], **eval(sys.argv[4]))
 
 @pytest.mark.parametrize("writes", [0, 4, 7, 10, 11])
 @pytest.mark.parametrize("options", [{"bits": 4.0}, {"max_size": 60_000}], ids=str)
+@pytest.mark.child
 def test_a_killed_run_goes_on(writes: int, options: dict[str, Any], tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     whole = pared.compress(source, tmp_path / "whole", **options).read_bytes()
@@ -550,6 +554,7 @@ def test_names_do_not_steer_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in found.output
 
 
+@pytest.mark.child
 def test_torch_is_not_imported(tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
     code = (

@@ -876,6 +876,7 @@ def test_a_directory_that_lies_is_refused(kind: str) -> None:
 
 @settings(deadline=None, max_examples=400)
 @given(st.data(), st.sampled_from([PT, SAFE]))
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_read_right(draw: st.DataObject, file: bytes) -> None:
     """Whatever is flipped, cut or inserted: an error of ours, or an index that is sound for the data there are."""
     mutated = draw.draw(mutations(file, most=3))
@@ -903,6 +904,7 @@ PLACES = [(version, path) for version in (1, 2) for path in places((first_json, 
 
 @settings(deadline=None, max_examples=600)
 @given(st.sampled_from(PLACES), json_values)
+@pytest.mark.slow
 def test_any_value_anywhere_in_an_index_is_refused_or_sound(where: tuple[int, tuple[Any, ...]], value: Any) -> None:
     version, path = where
     known, data = (INDEX.to_json(), DATA) if version == 2 else (first_json(), FIRST_DATA)
@@ -1024,6 +1026,7 @@ class Counted(io.RawIOBase):
         return len(piece)
 
 
+@pytest.mark.slow
 def test_beyond_four_gibibytes_sizes_have_64_bits() -> None:
     block, stream = bytes(1 << 26), Counted()
     write_torch(stream, b"index", (block for _ in range(65)), 65 << 26)

@@ -109,6 +109,7 @@ scores = st.floats(-1e6, 1e6)
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.tuples(sizes, st.floats(1e-12, 1.0), scores), min_size=1, max_size=12), scores)
+@pytest.mark.slow
 def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, float]], baseline: float) -> None:
     curve = Curve(tuple(Point(1e-9, damage, nbytes, score) for nbytes, damage, score in rows), baseline)
     root = ET.fromstring(drawn(curve))
@@ -127,6 +128,7 @@ def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
     assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)
 
 
+@pytest.mark.slow
 def test_the_picture_names_bytes_and_is_the_same_each_time() -> None:
     curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
     texts = [text.text or "" for text in ET.fromstring(drawn(curve)).iter(f"{SVG}text")]

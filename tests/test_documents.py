@@ -69,11 +69,13 @@ def table(title: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
 
 
+@pytest.mark.slow
 def test_the_table_of_the_small_network_is_what_the_example_prints(tmp_path: Path) -> None:
     shown = why_bigger.table(why_bigger.measure(why_bigger.linear(), tmp_path))
     assert shown in WHY
 
 
+@pytest.mark.slow
 def test_the_causes_in_the_large_model_are_those_in_the_table(tmp_path: Path) -> None:
     title = next(iter(why_bigger.MODELS))
     paths = why_bigger.write(why_bigger.MODELS[title](), tmp_path)

@@ -14,6 +14,8 @@ from torch import nn
 import pared
 from pared import AccuracyCriterion, PostTrainingQuantConfig
 
+pytestmark = [pytest.mark.model, pytest.mark.child]
+
 CHILD = """
 import importlib, json, sys, torch, pared
 name, directory = sys.argv[1:]

@@ -19,6 +19,8 @@ from pared import ConfigError, CorruptError, FileError
 from pared.runtime.onnx.engines import Runner
 from pared.runtime.onnx.signature import Outputs, Signature, describe, signature_of
 
+pytestmark = pytest.mark.engine
+
 ENGINES = ("onnxruntime", "openvino")
 
 

@@ -171,6 +171,7 @@ class TestEveryLayout:
 
 @settings(deadline=None, max_examples=200)
 @given(any_codes())
+@pytest.mark.slow
 def test_any_codes_come_back_and_never_take_more_than_raw(codes: Codes) -> None:
     stream = encode(codes)
     assert len(stream.payload) <= codes.nbytes
@@ -248,6 +249,7 @@ raise SystemExit(2 if process.exitcode is None else process.exitcode)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.child
 def test_a_forked_child_can_code() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, check=False)
@@ -380,6 +382,7 @@ def test_an_impossible_expansion_is_refused_before_it_is_inflated(monkeypatch: p
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(LAYOUTS)), st.data())
+@pytest.mark.slow
 def test_mutations_give_an_error_or_as_many_codes(name: str, data: st.DataObject) -> None:
     _, codes = LAYOUTS[name]
     stream = encode(codes)

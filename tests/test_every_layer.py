@@ -190,6 +190,7 @@ def test_nothing_is_left_in_float(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_a_search_costs_what_it_promises(name: str) -> None:
     model, batches = build(name)
     q = pared.fit(model, PostTrainingQuantConfig(approach="weight_only"), batches)
@@ -287,6 +288,7 @@ def test_finer_is_only_as_fine_as_needed() -> None:
     assert 0.3 < lost(model, q, batches) / line.damage < 3
 
 
+@pytest.mark.slow
 def test_what_floats_would_cost_most_may_do_more_damage() -> None:
     def plan(columns: int) -> Any:
         torch.manual_seed(0)
@@ -303,6 +305,7 @@ def test_what_floats_would_cost_most_may_do_more_damage() -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule("*", keep=True), Rule("*", bits=32)], ids=["keep", "float32"])
+@pytest.mark.slow
 def test_a_large_tensor_may_be_kept_beside_no_other(rule: Rule) -> None:
     conf = PostTrainingQuantConfig(quant_level=0, approach="weight_only", rules=[rule])
     q = pared.fit(nn.Linear(1 << 12, 1 << 10, bias=False).eval(), conf, [torch.randn(2, 1 << 12)], quiet=True)
@@ -324,6 +327,7 @@ def test_strict_refuses_where_only_floats_are_fine_enough() -> None:
     assert next(line for line in q.plan if line.name == "inner.weight").bits == 12
 
 
+@pytest.mark.slow
 def test_a_strict_search_offers_no_floats() -> None:
     model, batches = build("attending")
     for approach in ("weight_only", "auto"):

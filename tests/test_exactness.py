@@ -85,6 +85,7 @@ def test_half_precision_stays_half_precision(dtype: torch.dtype, approach: str, 
         assert one[0].weight.dtype == dtype
 
 
+@pytest.mark.child
 def test_a_machine_without_the_kernels_computes_in_floats_and_says_so() -> None:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(root / "src")}

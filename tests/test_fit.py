@@ -22,6 +22,8 @@ from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
 from pared.runtime.record import record_of
 
+pytestmark = pytest.mark.slow  # almost every test here fits a whole model
+
 X = torch.randn(256, 48, generator=torch.Generator().manual_seed(0))
 BATCHES = [X[i : i + 32] for i in range(0, 256, 32)]
 
@@ -220,6 +222,7 @@ def test_approaches(approach: str) -> None:
     assert modes <= allowed[approach]
 
 
+@pytest.mark.child
 def test_the_same_search_gives_the_same_file_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys, pared; from tests.test_fit import *; "

@@ -138,6 +138,7 @@ def test_torchscript_has_the_names_of_its_state_dict(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:No complete tensor found:UserWarning")  # two weights are views of a third
+@pytest.mark.slow
 def test_exported_programs_are_listed(tmp_path: Path) -> None:
     module = Part().eval()
     exported = torch.export.export(module, (torch.tensor([1, 2]),))
@@ -430,6 +431,7 @@ def test_an_array_with_fields_is_an_error(tmp_path: Path) -> None:
         listed(tmp_path / "a.npy")
 
 
+@pytest.mark.slow
 def test_what_inflates_a_thousandfold_is_listed_and_not_inflated(tmp_path: Path) -> None:
     array = np.zeros(100 << 20, np.uint8)
     np.savez_compressed(tmp_path / "a.npz", zeros=array)
@@ -446,6 +448,7 @@ def test_what_inflates_a_thousandfold_is_listed_and_not_inflated(tmp_path: Path)
 
 @pytest.mark.parametrize("track", [False, True])
 @pytest.mark.parametrize("libver", ["earliest", "latest"])
+@pytest.mark.slow
 def test_hdf5_datasets(tmp_path: Path, libver: str, track: bool) -> None:
     expected: dict[str, Any] = {}
     with h5py.File(tmp_path / "a.h5", "w", libver=libver, track_order=track) as file:

@@ -146,6 +146,7 @@ def leaves(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("kernel", ["int8", "bfloat16", "float32"])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_graph_gives_what_the_modules_give_at_every_size(name: str, mode: str, kernel: str) -> None:
     case = CASES[name]
     _, q = assembled(case, mode, kernel)
@@ -161,6 +162,7 @@ def test_a_graph_gives_what_the_modules_give_at_every_size(name: str, mode: str,
                 assert (ours - theirs).square().sum() <= 2e-3 * theirs.square().sum()
 
 
+@pytest.mark.slow
 def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once() -> None:
     case = CASES["attention"]
     _, q = assembled(case)
@@ -186,6 +188,7 @@ def test_dynamic_rows_are_rounded_once_for_all_that_multiply_them() -> None:
     assert sum(getattr(one, "__name__", "") == "rows_of" for one in operators) == 4
 
 
+@pytest.mark.slow
 def test_norms_activations_and_padding_join_convolutions() -> None:
     case = CASES["images"]
     _, q = assembled(case)
@@ -219,6 +222,7 @@ def test_only_the_first_of_two_norms_goes_into_the_steps() -> None:
         assert (found(bound_of(q, case.call(4, 24))) - expected).square().sum() < 1e-6 * expected.square().sum()
 
 
+@pytest.mark.slow
 def test_float_convolutions_take_them_in_too() -> None:
     case = CASES["images"]
     _, q = assembled(case, kernel="float32")
@@ -232,6 +236,7 @@ def test_float_convolutions_take_them_in_too() -> None:
         assert torch.allclose(found(bound_of(q, case.call(4, 24))), floats, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_long_filters_of_one_channel_run_as_products_of_patches() -> None:
     case = CASES["sound"]
     _, q = assembled(case)
@@ -294,6 +299,7 @@ def test_products_belong_to_the_modules_that_make_them() -> None:
         assert torch.allclose(found({"x": x}), q(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_build_without_an_operator_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["images"]
     _, q = assembled(case, kernel="float32")

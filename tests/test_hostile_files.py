@@ -25,6 +25,8 @@ from pared.readers.listing import Listing
 from tests.fuzz.bases import BASES, saved
 from tests.fuzz.driver import started
 
+pytestmark = pytest.mark.slow
+
 FILES = 10_000
 SECONDS = 5.0  # a promise of one second, on machines that do something else meanwhile
 CONSTANT = 64 << 20
@@ -37,6 +39,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Futu
 
 
 @pytest.mark.parametrize("kind", BASES)
+@pytest.mark.child
 def test_damaged_files_are_refused_or_listed_soundly(running: dict[str, Future[str]], kind: str) -> None:
     assert running[kind].result() == ""
 

@@ -476,6 +476,7 @@ class References(nn.Module):
         return static + linear.reference(out, self.codes, steps[:2], dtype=sums)
 
 
+@pytest.mark.slow
 def test_the_references_can_be_exported_for_any_batch() -> None:
     model = References()
     batch = torch.export.Dim("batch", min=2, max=64)
@@ -508,6 +509,7 @@ def test_the_reason_for_having_no_kernels_is_said(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_kernels
+@pytest.mark.child
 def test_without_vnni_activations_get_seven_bits_and_results_stay_right() -> None:
     root = Path(__file__).parents[1]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(root / "src")}

@@ -284,6 +284,7 @@ def test_the_float_module_comes_back_empty(name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), EVERY)
+@pytest.mark.slow
 def test_a_captured_graph_uses_decoded_floats(name: str, mode: str) -> None:
     layer, counterpart, args, kwargs = build(name, mode)
     if isinstance(args[0], PackedSequence):

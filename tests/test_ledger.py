@@ -213,6 +213,7 @@ def test_text_stays_within_100_columns_and_moves_no_cursor() -> None:
     assert all(character == "\n" or character.isprintable() for character in shown)
 
 
+@pytest.mark.child
 def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "best_model.pt").write_bytes(as_pt(*artifact()))
     (tmp_path / "ours.safetensors").write_bytes(as_safetensors(*artifact()))
@@ -247,6 +248,7 @@ trees = st.recursive(
 
 @settings(deadline=None, max_examples=100)
 @given(trees)
+@pytest.mark.slow
 def test_any_checkpoint_sums_to_its_file(tmp_path_factory: pytest.TempPathFactory, tree: object) -> None:
     path = tmp_path_factory.getbasetemp() / "tree.pt"
     torch.save(tree, path)

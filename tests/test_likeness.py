@@ -64,6 +64,7 @@ def test_everything_equals_itself(a: Any) -> None:
 
 
 @given(PAIRS, st.floats(2**-10, 2**10))
+@pytest.mark.slow
 def test_the_cosine_does_not_see_scale(pair: Any, scale: float) -> None:
     a, b = (array.astype(np.float64) for array in pair)
     assume(np.abs(a).max() > 1e-3 and np.abs(b).max() > 1e-3)
@@ -75,6 +76,7 @@ def test_the_cosine_does_not_see_scale(pair: Any, scale: float) -> None:
 
 
 @given(PAIRS, PAIRS)
+@pytest.mark.slow
 def test_sums_are_those_of_both_behind_each_other(first: Any, second: Any) -> None:
     joined = [np.concatenate([one.reshape(-1), two.reshape(-1)]) for one, two in zip(first, second, strict=True)]
     found, whole = measure(*first) + measure(*second), measure(joined[0], joined[1])

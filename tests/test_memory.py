@@ -75,6 +75,7 @@ def test_outputs_and_state_are_the_same_in_a_third_of_the_memory(tmp_path: Path)
     assert again.read_bytes() == (tmp_path / "best_model.pt").read_bytes()
 
 
+@pytest.mark.model
 def test_the_dual_path_network_in_a_third_of_its_memory(tmp_path: Path) -> None:
     model = dual_path.load()
     q = saved(model, tmp_path)

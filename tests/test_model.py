@@ -23,6 +23,8 @@ from pared.runtime.record import record_of
 
 GOLDEN = Path(__file__).parent / "golden"
 
+pytestmark = pytest.mark.slow  # almost every test here fits a whole model
+
 
 class Padded(nn.Conv2d):
     """A subclass with its own forward, as in EfficientNet."""

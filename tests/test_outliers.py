@@ -36,6 +36,7 @@ def unique(outliers: list[tuple[int, int]]) -> Outliers:
 
 @given(st.lists(st.lists(numbers, min_size=4, max_size=4), min_size=1, max_size=9), ranges, levels, st.lists(pairs))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_the_codes_equal_the_reference_bit_for_bit(
     rows: list[list[float]], ends: tuple[float, float], top: int, found: list[tuple[int, int]]
 ) -> None:

@@ -27,6 +27,7 @@ def mean_square(leaf: Leaf, error: Tensor, draws: int) -> float:
 
 
 @pytest.mark.parametrize("is_logits", [False, True])
+@pytest.mark.slow
 def test_a_probe_meets_an_error_with_its_energy(is_logits: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     leaf = Leaf(2 * torch.randn(40, 7, generator=generator), is_logits)

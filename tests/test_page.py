@@ -51,6 +51,7 @@ def fitted() -> nn.Module:
     return pared.fit(model, conf, [torch.randn(16, 64)], quiet=True)
 
 
+@pytest.mark.slow
 def test_everything_that_is_known_has_its_section() -> None:
     document = Document(page.render(full()))
     assert document.sections() == SECTIONS
@@ -60,10 +61,12 @@ def test_everything_that_is_known_has_its_section() -> None:
     assert all(attrs.get("role") == "img" for tag, attrs in document.tags if tag == "svg")
 
 
+@pytest.mark.slow
 def test_the_same_facts_give_the_same_bytes() -> None:
     assert page.render(full()) == page.render(full())
 
 
+@pytest.mark.slow
 def test_a_quantized_model_writes_its_page(tmp_path: Path) -> None:
     model = fitted()
     target = tmp_path / "new" / "report.html"
@@ -80,6 +83,7 @@ def test_a_quantized_model_writes_its_page(tmp_path: Path) -> None:
     assert any("without a search" in words for words in document.texts), "why there is no trade-off"
 
 
+@pytest.mark.slow
 def test_a_file_is_shown_with_what_it_records(tmp_path: Path) -> None:
     model = fitted()
     model.save(tmp_path)
@@ -169,6 +173,7 @@ HOSTILE_NAMES = [
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=range(len(HOSTILE_NAMES)))
+@pytest.mark.slow
 def test_no_name_is_taken_for_markup(name: str) -> None:
     extra = Row(name, (1000, 1000), name, 1_000_000, name, original=("float32", 4_000_000))
     found = full(2, (extra,))
@@ -191,6 +196,7 @@ def test_no_name_is_taken_for_markup(name: str) -> None:
     assert len(text) < len(plain()) + 100_000
 
 
+@pytest.mark.slow
 def test_the_page_fetches_nothing() -> None:
     text = page.render(full())
     document = Document(text)
@@ -204,6 +210,7 @@ def test_the_page_fetches_nothing() -> None:
     assert "script-src 'sha256-" in policy
 
 
+@pytest.mark.slow
 def test_ids_are_unique_and_references_lead_somewhere() -> None:
     text = page.render(full())
     document = Document(text)
@@ -213,6 +220,7 @@ def test_ids_are_unique_and_references_lead_somewhere() -> None:
         assert target in ids
 
 
+@pytest.mark.slow
 def test_the_largest_rows_of_very_many_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "_MOST_ROWS", 10)
     found = full(40)
@@ -224,6 +232,7 @@ def test_the_largest_rows_of_very_many_are_shown(monkeypatch: pytest.MonkeyPatch
     assert "sum to the file" not in words
 
 
+@pytest.mark.slow
 def test_a_row_says_what_was_left_in_float() -> None:
     text = page.render(full(20))
     assert text.count('class="fl"') == sum(row.format.startswith("float") for row in full(20).ledger.rows)
@@ -315,11 +324,13 @@ def test_the_summary_of_a_file_counts_what_is_there() -> None:
     assert '<p class="lead">6 B, tensors: 1.</p>' in page.render(facts.Facts(Ledger("f", 6, rows, 1)))
 
 
+@pytest.mark.slow
 def test_the_widest_range_is_drawn() -> None:
     widest = float(torch.finfo(torch.float32).max)
     one = {"mode": "static", "low": -widest, "high": widest}
     assert "from -3.403e+38 to 3.403e+38" in page.render(replace(full(), activations={"blocks.0": one}))
 
 
+@pytest.mark.slow
 def test_no_tick_is_named_in_the_language_of_formulas() -> None:
     assert "mathdefault" not in page.render(full())

@@ -159,6 +159,7 @@ GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), ti
 
 
 @pytest.mark.parametrize("part", [GRAPH, HALF], ids=["graph", "bfloat16"])
+@pytest.mark.slow
 def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whole) -> None:
     q, plain, heard = assembled(contents, part), assembled(contents, Whole()), call()
     encoder, x = q.body.encoder, heard.args[0]
@@ -229,6 +230,7 @@ def test_a_part_that_is_fastest_in_float_is_left_to_its_layers(contents: Any) ->
     assert type(q.body.encoder) is Encoder
 
 
+@pytest.mark.slow
 def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
     class Flagged(Encoder):
         def forward(self, x: Tensor, scale: float = 1.0, **flags: Any) -> Any:
@@ -358,6 +360,7 @@ def test_floats_of_layers_of_many_weights(layer: Any) -> None:
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_fit_times_parts() -> None:
     heard = call()
     batch = {"x": heard.args[0].repeat(64, 1), "said": heard.kwargs["said"].repeat(64, 1)}

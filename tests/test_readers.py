@@ -510,6 +510,7 @@ NESTED = saved({"model": Net().state_dict(), "steps": [torch.ones(2)[1:], {"x": 
 
 @settings(deadline=None, max_examples=500)
 @given(st.data(), st.sampled_from([SAFE, STATE, NESTED]))
+@pytest.mark.slow
 def test_mutated_files_are_refused_or_listed_soundly(draw: st.DataObject, file: bytes) -> None:
     mutated = draw.draw(mutations(file, most=4))
     check_sound(mutated)
@@ -517,6 +518,7 @@ def test_mutated_files_are_refused_or_listed_soundly(draw: st.DataObject, file: 
 
 @settings(deadline=None, max_examples=500)
 @given(st.data())
+@pytest.mark.slow
 def test_mutated_pickles_are_refused_or_listed_soundly(draw: st.DataObject) -> None:
     """The zip's checksum would hide most mutations of the pickle; here it is right."""
     mutated = draw.draw(mutations(PICKLE, most=4))

@@ -20,17 +20,16 @@ from tests.pages import HOSTILE, full
 
 LIMIT = 3_000_000  # bytes of the page of a model of 1,000 layers
 
-if not INSTALLED:
-    missing = (
-        "chromium and chromedriver are not installed: run `make browser` (apt-get install chromium chromium-driver)"
-    )
-    if os.environ.get("CI"):
-        pytest.fail(missing, pytrace=False)
-    pytest.skip(missing, allow_module_level=True)
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if not INSTALLED:
+        missing = "chromium and chromedriver are not installed: run `make browser`"
+        if os.environ.get("CI"):
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
     driver = start(tmp_path_factory.mktemp("profile"))
     yield driver
     driver.quit()

@@ -119,6 +119,7 @@ def test_odd_shapes(shape: tuple[int, int]) -> None:
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=60).filter(any), st.integers(0, 9))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_a_row_never_seen_is_never_coarser_than_an_ordinary_one(uses: list[int], seed: int) -> None:
     counts = torch.tensor(uses, dtype=torch.float64)
     noise = torch.rand(len(uses), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5

@@ -77,6 +77,7 @@ def test_a_power_law_is_solved_in_few_trials(slope: float, place: float) -> None
     baseline=st.floats(-100, 100),
     higher_is_better=st.booleans(),
 )
+@pytest.mark.slow
 def test_any_power_law_direction_and_baseline(
     slope: float, place: float, tolerable_loss: float, baseline: float, higher_is_better: bool
 ) -> None:

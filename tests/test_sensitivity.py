@@ -91,6 +91,7 @@ def damage(model: nn.Module, noisy: nn.Module, batches: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize(("make", "batch"), CASES)
+@pytest.mark.slow
 def test_predicted_damage_is_what_noise_does(make: Callable[[], nn.Module], batch: Callable[[int], Tensor]) -> None:
     torch.manual_seed(0)
     model = make().eval()

@@ -54,6 +54,7 @@ def _pair(monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, list[str]]:
 IDS = CASES["attention"].call(2, 9)["ids"]
 
 
+@pytest.mark.slow
 def test_a_graph_serves_its_way_of_calling_whatever_the_sizes(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     with torch.no_grad():
@@ -63,6 +64,7 @@ def test_a_graph_serves_its_way_of_calling_whatever_the_sizes(pair: tuple[nn.Mod
     assert answered == ["graph"] * 3
 
 
+@pytest.mark.slow
 def test_other_constants_have_graphs_of_their_own(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     calls: list[dict[str, Any]] = [{}, {"mask": None}, {"scale": 2.0}, {"scale": 2.0}, {}]
@@ -87,6 +89,7 @@ def test_other_constants_have_graphs_of_their_own(pair: tuple[nn.Module, list[st
     ],
     ids=["type", "mask", "training", "hook", "exchanged", "subclass"],
 )
+@pytest.mark.slow
 def test_all_other_calls_are_for_the_modules(pair: tuple[nn.Module, list[str]], call: Callable[[Any], Any]) -> None:
     q, answered = pair
     with torch.no_grad():
@@ -99,6 +102,7 @@ class Marked(Tensor):
 
 
 @pytest.mark.parametrize("place", ["inside", "itself"])
+@pytest.mark.slow
 def test_hooks_are_called_once_a_call_and_with_numbers(place: str) -> None:
     case = CASES["attention"]
     _, q = assembled(case)
@@ -120,6 +124,7 @@ def test_hooks_are_called_once_a_call_and_with_numbers(place: str) -> None:
     assert reason == ("a module inside has hooks" if place == "inside" else "")
 
 
+@pytest.mark.slow
 def test_autocast_and_gradients_are_for_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -130,6 +135,7 @@ def test_autocast_and_gradients_are_for_the_modules(pair: tuple[nn.Module, list[
     assert answered == []
 
 
+@pytest.mark.slow
 def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
     q, _ = pair
     with torch.no_grad():
@@ -142,6 +148,7 @@ def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
     assert not torch.equal(after, later)
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_from_the_modules_is_dropped(pair: tuple[nn.Module, list[str]], monkeypatch: Any) -> None:
     q, _ = pair
     monkeypatch.setattr(Graph, "__call__", lambda self, bound: {"hidden": torch.zeros(1), "pooled": torch.zeros(1)})
@@ -153,6 +160,7 @@ def test_a_graph_that_differs_from_the_modules_is_dropped(pair: tuple[nn.Module,
     assert server.reason(bound_of(q, {"ids": IDS})) == "the graph does not give what the modules give"
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_make_graphs_of_their_own(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     twin = copy.deepcopy(q)
@@ -164,6 +172,7 @@ def test_copies_and_pickles_make_graphs_of_their_own(pair: tuple[nn.Module, list
     assert answered.count("graph") > 2
 
 
+@pytest.mark.slow
 def test_eight_threads_share_a_graph(pair: tuple[nn.Module, list[str]]) -> None:
     q, _ = pair
     served(q, {"ids": IDS})
@@ -182,6 +191,7 @@ def test_eight_threads_share_a_graph(pair: tuple[nn.Module, list[str]]) -> None:
     assert all(torch.equal(one, found[0]) for one in found)
 
 
+@pytest.mark.slow
 def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     case = CASES["attention"]
     model, q = assembled(case)
@@ -223,6 +233,7 @@ def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path,
         assert torch.equal(loaded(IDS)["hidden"], q(IDS)["hidden"])
 
 
+@pytest.mark.slow
 def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     (small,) = arguments_of(bound_of(q, {"ids": IDS}))
@@ -232,6 +243,7 @@ def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, l
     assert answered == []
 
 
+@pytest.mark.slow
 def test_an_argument_that_is_given_twice_is_an_error_of_python(pair: tuple[nn.Module, list[str]]) -> None:
     q, _ = pair
     assert bind(("ids",), (IDS,), {"ids": IDS}) is None
@@ -239,6 +251,7 @@ def test_an_argument_that_is_given_twice_is_an_error_of_python(pair: tuple[nn.Mo
         q(IDS, ids=IDS)
 
 
+@pytest.mark.slow
 def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple[nn.Module, list[str]]) -> None:
     case = CASES["attention"]
     model, q = assembled(case)

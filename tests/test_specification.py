@@ -101,6 +101,7 @@ def test_the_reader_alone_reads_the_example(kind: str, tmp_path: Path) -> None:
     assert tensors["n"] == 7
 
 
+@pytest.mark.child
 def test_the_reader_alone_needs_neither_torch_nor_pared(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(example())
     script = DOCS / "read_artifact.py"
@@ -126,6 +127,7 @@ def test_the_reader_alone_refuses_flipped_bytes(tmp_path: Path) -> None:
     st.sampled_from([1, 2, 5, 100, 4001, 140_000, 300_000]),
     st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_the_reader_alone_decodes_what_the_coder_writes(dtype: str, spread: float, count: int, seed: int) -> None:
     limits = np.iinfo(dtype)
     codes = np.random.default_rng(seed).laplace(0, spread, count).round().clip(limits.min, limits.max).astype(dtype)
@@ -138,6 +140,7 @@ def test_the_reader_alone_decodes_what_the_coder_writes(dtype: str, spread: floa
 
 @settings(deadline=None)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))
+@pytest.mark.slow
 def test_the_reader_alone_rounds_to_bfloat16_as_torch_does(values: list[float]) -> None:
     given_values = torch.tensor(values)
     expected = given_values.to(torch.bfloat16).float().numpy()
@@ -212,6 +215,7 @@ def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
+@pytest.mark.slow
 def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> None:
     """Not every lie can be known for one, a base for instance; but none leads to any other error."""
     with open_records(SMALL) as records:

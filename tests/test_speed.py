@@ -159,6 +159,7 @@ def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample()
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_tune_speed_writes_what_it_measured_and_leaves_the_file(tmp_path: Path) -> None:
     path = pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
     before = path.read_bytes()
@@ -181,6 +182,7 @@ def test_tune_speed_refuses_what_load_refuses(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_the_command_line_tunes(tmp_path: Path) -> None:
     from pared.cli import app
 
@@ -240,6 +242,7 @@ def test_captures_tell_apart_what_is_tied_and_types_and_keep_refusals() -> None:
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.slow
 def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
     torch.manual_seed(0)
@@ -257,6 +260,7 @@ def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.Mo
 
 
 @pytest.mark.whole_models_are_timed
+@pytest.mark.model
 def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     model = minilm.load()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), minilm.calibration()[:3], quiet=True)

@@ -151,6 +151,7 @@ def grids(draw: st.DrawFn) -> tuple[Codes, View]:
 
 @settings(deadline=None, max_examples=150)
 @given(grids())
+@pytest.mark.slow
 def test_any_codes_come_back_and_take_no_more_than_one_stream(grid: tuple[Codes, View]) -> None:
     codes, view = grid
     parts = encode_codes(codes, view)

@@ -45,12 +45,14 @@ def in_child(*arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(bool(available()), reason="no int8 kernels here")
+@pytest.mark.child
 def test_kernels_start_no_more_threads_than_are_allowed() -> None:
     before, one, two = in_child("kernels")[THREADS]
     assert one == before
     assert two > before, "no kernel shared its work out, so this shows nothing"
 
 
+@pytest.mark.child
 def test_nothing_changes_how_many_threads_are_allowed(tmp_path: Path) -> None:
     found = in_child("everything", str(tmp_path))
     assert found["allowed"] == [1, 1, 1, 1]
@@ -99,6 +101,7 @@ class Chain(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_ten_thousand_calls_leave_nothing_behind() -> None:
     torch.manual_seed(0)
     model = Chain().eval()

@@ -52,6 +52,7 @@ MOBILE = Case(Mobile, lambda n, size: {"x": torch.randn(n, 16, size, 9, generato
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 @pytest.mark.parametrize("name", [*CASES, "mobile"])
+@pytest.mark.slow
 def test_a_graph_gives_what_the_modules_give(tiles: None, name: str, mode: str) -> None:
     case = MOBILE if name == "mobile" else CASES[name]
     _, q = assembled(case, mode)
@@ -67,6 +68,7 @@ def test_a_graph_gives_what_the_modules_give(tiles: None, name: str, mode: str) 
 
 
 @pytest.mark.parametrize("mask", [None, torch.bool, torch.float32], ids=str)
+@pytest.mark.slow
 def test_attention_runs_in_bfloat16_from_the_products_on(tiles: None, mask: torch.dtype | None) -> None:
     case = CASES["attention"]
     _, q = assembled(case)
@@ -89,6 +91,7 @@ def test_attention_runs_in_bfloat16_from_the_products_on(tiles: None, mask: torc
         assert (graph(bound_of(q, call))["hidden"] - expected).square().sum() <= 1e-4 * expected.square().sum()
 
 
+@pytest.mark.slow
 def test_a_number_far_below_zero_masks_no_less_and_no_more_than_it_does_in_float32(tiles: None) -> None:
     case = CASES["attention"]
     _, q = assembled(case)
@@ -120,6 +123,7 @@ def test_what_also_others_read_stays_in_float32(tiles: None) -> None:
     assert targets(graph).count(to_bfloat16) == 3
 
 
+@pytest.mark.slow
 def test_attention_of_other_types_is_left_alone(tiles: None) -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -136,6 +140,7 @@ def test_attention_of_other_types_is_left_alone(tiles: None) -> None:
     assert to_bfloat16 not in targets(graph_of(q, case.call(4, 24)))
 
 
+@pytest.mark.slow
 def test_filters_of_one_tap_join_as_convolutions_do(tiles: None) -> None:
     _, q = assembled(MOBILE)
     graph = graph_of(q, MOBILE.call(4, 24))
@@ -150,6 +155,7 @@ def test_filters_of_one_tap_join_as_convolutions_do(tiles: None) -> None:
     assert operators.count(channels_first) == 3
 
 
+@pytest.mark.slow
 def test_elsewhere_they_are_convolutions() -> None:
     _, q = assembled(MOBILE)
     operators = targets(graph_of(q, MOBILE.call(4, 24)))

@@ -11,6 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 import pared
 from pared import PostTrainingQuantConfig
 
+pytestmark = pytest.mark.slow  # almost every test here fits a whole model
+
 IDS = torch.arange(1, 13).reshape(2, 6)
 
 

@@ -112,6 +112,7 @@ def test_a_root_linear_in_int8_pickles() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(q))(x), q(x))
 
 
+@pytest.mark.slow
 def test_a_model_goes_to_another_process() -> None:
     q, x = fast(nn.Sequential(nn.Linear(64, 64))), torch.randn(4, 64)
     context = torch.multiprocessing.get_context("spawn")

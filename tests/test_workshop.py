@@ -56,6 +56,7 @@ def shop() -> Compressor[Net]:
 DAMAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
+@pytest.mark.slow
 def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
     offers = [shop.offer(damage) for damage in DAMAGES]
     assert all(a.nbytes > b.nbytes and a.price < b.price for a, b in itertools.pairwise(offers))
@@ -65,6 +66,7 @@ def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.slow
 def test_an_offer_is_kept(shop: Compressor[Net], damage: float) -> None:
     offer = shop.offer(damage)
     assert shop.offer(offer.damage) == offer
@@ -90,6 +92,7 @@ def test_bytes_are_kept_and_used(shop: Compressor[Net], nbytes: int) -> None:
     assert 0.96 * nbytes < real <= nbytes
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     shop = compressor(approach="weight_only")
     rounded: list[Any] = []
@@ -120,6 +123,7 @@ def test_inputs_get_their_share_of_the_damage(shop: Compressor[Net]) -> None:
         assert inputs <= workshop.ACTIVATION_SHARE + 0.02
 
 
+@pytest.mark.slow
 def test_rules_stand() -> None:
     shop = compressor(rules=[Rule("head", bits=5), Rule("gru.*", keep=True)])
     lines = {line.name: line for line in quantized.plan_of(shop.build(shop.offer(1e-2)))}

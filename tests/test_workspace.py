@@ -43,6 +43,7 @@ def child(workspace: Path, log: Path, fatal: int) -> int:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.child
 def test_a_search_killed_in_its_third_evaluation_loses_that_one_alone(tmp_path: Path) -> None:
     reference = workspace_child.run(None, tmp_path / "reference.log")
     calls = (tmp_path / "reference.log").read_text().splitlines()
@@ -205,6 +206,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         Workspace(tmp_path / "file" / "work", FINGERPRINT)
 
 
+@pytest.mark.slow
 def test_rules_are_told_apart_by_what_they_do(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), torch.randn(4, 8)
 

@@ -1,7 +1,8 @@
 """pared: the smallest, fastest PyTorch model that keeps the accuracy you asked for.
 
 The public names are listed in `__init__.pyi`, for type checkers and for this module alike. Each is imported when it is
-first used, so that importing the package imports no torch, and `pared inspect` on a file stays light.
+first used, so that importing the package does not import torch. `inspect`, `compress`, `expand` and `compare` work on
+files without torch; whatever takes a model says what to install (`pared[torch]`).
 """
 
 import importlib
@@ -9,7 +10,26 @@ from typing import Any
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_fetch, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module, at its first use.
+
+    Raises:
+        AttributeError: there is no such name.
+        ConfigError: it needs torch, which is not installed.
+    """
+    try:
+        return _fetch(name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise _fetch("ConfigError")(
+            "needs torch, which is not installed",
+            where=f"pared.{name}",
+            remedy="pip install 'pared[torch]' (inspect, compress, expand and compare work on files without it)",
+        ) from error
 
 
 def _revive(*state: Any) -> Any:

@@ -87,6 +87,7 @@ def fit(
 ) -> None:
     """Compress a model and write it to a directory."""
     _show_log(verbose)
+    search = pared.fit  # before anything is written: it says what to install where torch is missing
     if output is None and not dry_run:
         raise ConfigError("no place to write to", where="pared fit", remedy="Pass -o DIRECTORY, or --dry-run.")
     if curve and (workspace is not None or confirm is not None or dry_run):
@@ -132,7 +133,7 @@ def fit(
     if curve:
         _write_curve(pared.trade_off(source, conf, calibration, _named(evaluate), quiet=quiet), output, quiet)
         return
-    small = pared.fit(source, conf, calibration, _named(evaluate), _named(confirm), workspace=workspace, quiet=quiet)
+    small = search(source, conf, calibration, _named(evaluate), _named(confirm), workspace=workspace, quiet=quiet)
     path = pared.save(small, output)
     text = _reported(small, output / page.REPORT)
     if not quiet:
