@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from tests import browser
+from tests.inspection import browser
 from torch import nn
 
 import pared

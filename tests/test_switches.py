@@ -21,8 +21,8 @@ from pared.files.memory_limit import Allowance
 from pared.files.pickles import read_pickle
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
-exporting = importlib.import_module("pared.exporting.capture")  # the package has a function of that name
-graphs = importlib.import_module("pared.graphs.capture")
+exporting = importlib.import_module("pared.runtime.onnx.capture")  # the package has a function of that name
+graphs = importlib.import_module("pared.runtime.graphs.capture")
 
 THREADS = 8
 SPEAKERS = (*graphs._SPEAKERS, *exporting._SPEAKERS)

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from tests.test_ledger import artifact, as_pt, as_safetensors
+from tests.inspection.test_ledger import artifact, as_pt, as_safetensors
 
 
 class Pair(nn.Module):

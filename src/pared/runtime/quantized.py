@@ -1,6 +1,6 @@
 """The quantized model: a copy of the user's model, of a subclass of its own class, whose state is codes.
 
-Weights that run in int8 live in counterparts (`pared.layers`). All others stay ordinary float parameters, on which the
+Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters, on which the
 original modules run unchanged; hooks let `state_dict` give their codes, recovered exactly as `round(weight / step)`.
 """
 

@@ -108,7 +108,7 @@ class Packed:
         channels: of the input.
         channels_last: whether the plain codes were in channels-last memory.
         levels: the largest activation code that the filter allows.
-        taps: the filter's size, if it is multiplied with patches (`pared.kernels.patches`); else empty.
+        taps: the filter's size, if it is multiplied with patches (`pared.runtime.kernels.patches`); else empty.
     """
 
     weight: Tensor

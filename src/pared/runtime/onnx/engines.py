@@ -97,7 +97,7 @@ class Runner(nn.Module):
     """An exported model in a runtime of its own, without the Python class; made by `pared.load(..., engine=...)`.
 
     It is called like the model, on the CPU, with the arguments of the export, and gives its outputs in their structure:
-    a class with named fields becomes `pared.exporting.Outputs`. It holds no parameters.
+    a class with named fields becomes `pared.runtime.onnx.signature.Outputs`. It holds no parameters.
 
     Attributes:
         engine: "onnxruntime" or "openvino".

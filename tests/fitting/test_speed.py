@@ -187,7 +187,7 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     from pared.cli import app
 
     pared.save(pared.fit(network(), STATIC, batches(), quiet=True), tmp_path)
-    options = ["--model", "tests.test_speed:network", "--calib", "tests.test_speed:batches"]
+    options = ["--model", "tests.fitting.test_speed:network", "--calib", "tests.fitting.test_speed:batches"]
     result = CliRunner().invoke(app, ["tune-speed", str(tmp_path), *options])
     assert result.exit_code == 0, result.output
     assert result.output.startswith("runs ")

@@ -15,7 +15,7 @@ from pared import AccuracyCriterion
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
-from tests.workshop import Probe, Synthetic, damage_of
+from tests.fitting.fakes import Probe, Synthetic, damage_of
 
 FINGERPRINT = {"model": "checksum", "tolerable_loss": "0.01"}
 

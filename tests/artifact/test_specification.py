@@ -28,7 +28,7 @@ from pared.model.contents import Contents
 from tests.golden import make
 from tests.mutations import mutations
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def specification() -> str:

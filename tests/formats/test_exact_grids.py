@@ -87,9 +87,9 @@ def test_half_precision_stays_half_precision(dtype: torch.dtype, approach: str, 
 
 @pytest.mark.child
 def test_a_machine_without_the_kernels_computes_in_floats_and_says_so() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(root / "src")}
-    command = [sys.executable, str(root / "tests" / "reference_child.py")]
+    command = [sys.executable, str(root / "tests" / "formats" / "reference_child.py")]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     report = json.loads(child.stdout)
@@ -139,7 +139,7 @@ def test_off_the_cpu_all_runs_in_floats(approach: str, caplog: pytest.LogCapture
     in_int8 = any(line.kernel.startswith("int8") for line in q.plan)
     with caplog.at_level(logging.WARNING):
         moved = q.to("meta")  # the one device that is everywhere
-    told = [record.message for record in caplog.records if record.name.startswith("pared.layers")]
+    told = [record.message for record in caplog.records if record.name.startswith("pared.runtime.layers")]
     words = "int8 kernels are CPU only: on meta the layers run on floats, decoded from the codes"
     assert told == ([words] if in_int8 else [])
     assert moved(torch.empty(4, 32, device="meta"))[0].shape == (4, 16)

@@ -511,10 +511,10 @@ def test_the_reason_for_having_no_kernels_is_said(monkeypatch: pytest.MonkeyPatc
 @needs_kernels
 @pytest.mark.child
 def test_without_vnni_activations_get_seven_bits_and_results_stay_right() -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(root / "src")}
     child = subprocess.run(
-        [sys.executable, str(root / "tests" / "avx2_child.py")],
+        [sys.executable, str(root / "tests" / "runtime" / "avx2_child.py")],
         env=environment,
         capture_output=True,
         text=True,

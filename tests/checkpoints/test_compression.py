@@ -431,16 +431,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pared.compression.journal._write", full)
+        patch.setattr("pared.checkpoints.journal._write", full)
         with pytest.raises(FileError, match="cannot be written: No space left on device"):
             pared.compress(source, tmp_path / "out", bits=5)
     with monkeypatch.context() as patch:
-        patch.setattr("pared.compression.checkpoint.write_torch", full)
+        patch.setattr("pared.checkpoints.compress.write_torch", full)
         with pytest.raises(FileError, match="cannot be written: No space left on device"):
             pared.compress(source, tmp_path / "out", bits=5)
     assert (tmp_path / "out" / "best_model.pt").read_bytes() == old
     with monkeypatch.context() as patch:
-        patch.setattr("pared.compression.expansion.decode", full)
+        patch.setattr("pared.checkpoints.expand.decode", full)
         with pytest.raises(FileError):
             pared.expand(tmp_path / "out", tmp_path / "big")
     assert list((tmp_path / "big").iterdir()) == []

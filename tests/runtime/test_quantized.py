@@ -21,7 +21,7 @@ from pared import AccuracyCriterion, CorruptError, ModelError, PostTrainingQuant
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.record import record_of
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 pytestmark = pytest.mark.slow  # almost every test here fits a whole model
 

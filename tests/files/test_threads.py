@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pared.runtime.kernels.machine import available
-from tests.test_layers import EVERY, build, counterpart_of, tensors
-from tests.threads_child import THREADS
+from tests.files.threads_child import THREADS
+from tests.runtime.test_layers import EVERY, build, counterpart_of, tensors
 
 CALLERS, CALLS_EACH = 8, 4
 # Of each way that a kernel is called: static, dynamic, convolutions, recurrent layers, attention, tables.
@@ -38,8 +38,8 @@ LEFT_BYTES = 8 << 20  # the output of each call would be 160 MB
 
 
 def in_child(*arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.threads_child", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-m", "tests.files.threads_child", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

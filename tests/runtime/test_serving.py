@@ -21,7 +21,7 @@ from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import Halved
 from pared.runtime.serving.served import forward_of, serve, server_of
 from pared.runtime.serving.server import Server
-from tests.test_graphs import CASES, assembled, bound_of, leaves
+from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
 
 
 def served(q: nn.Module, call: dict[str, Any]) -> Server:

@@ -20,11 +20,11 @@ from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
 from pared.runtime.record import record_of
-from tests import workspace_child
-from tests.workshop import Probe, Synthetic, damage_of
-from tests.workspace_child import FINGERPRINT
+from tests.fitting import workspace_child
+from tests.fitting.fakes import Probe, Synthetic, damage_of
+from tests.fitting.workspace_child import FINGERPRINT
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRIAL = Trial(1e-9, 1e-3, 25_000, 0.5, 0.25, False, 1.5, 0.01, Confirmation(0.4, 1.0, 0.6, 0.02))
 
 
@@ -38,7 +38,7 @@ def timeless(outcome: Outcome) -> Outcome:
 
 def child(workspace: Path, log: Path, fatal: int) -> int:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
-    command = [sys.executable, "-m", "tests.workspace_child", str(workspace), str(log), str(fatal)]
+    command = [sys.executable, "-m", "tests.fitting.workspace_child", str(workspace), str(log), str(fatal)]
     return subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
 
 

@@ -252,6 +252,6 @@ def test_a_rule_that_fails_costs_the_graph_and_not_the_call(monkeypatch: pytest.
         raise KeyError("val")
 
     q, call = made("chain")
-    monkeypatch.setattr("pared.graphs.graph.fuse", broken)
+    monkeypatch.setattr("pared.runtime.graphs.graph.fuse", broken)
     with pytest.raises(pared.ModelError, match="its graph cannot be put together"):
         graph_of(q, call(64))

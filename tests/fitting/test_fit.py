@@ -225,7 +225,7 @@ def test_approaches(approach: str) -> None:
 @pytest.mark.child
 def test_the_same_search_gives_the_same_file_in_another_process(tmp_path: Path) -> None:
     code = (
-        "import sys, pared; from tests.test_fit import *; "
+        "import sys, pared; from tests.fitting.test_fit import *; "
         "pared.save(pared.fit(build(), conf(1e-3), BATCHES, lost, quiet=True), sys.argv[1])"
     )
     for run in ("one", "other"):

@@ -23,8 +23,8 @@ from pared.inspection import findings
 from pared.inspection.findings import KINDS, Finding, find
 from pared.inspection.findings.content import Content
 from pared.readers.listing import Listing
+from tests.inspection.wasteful import CASES, TABLE, WEIGHT, checkpoint, drawn, network, on_levels, per_channel
 from tests.mutations import mutations
-from tests.wasteful import CASES, TABLE, WEIGHT, checkpoint, drawn, network, on_levels, per_channel
 
 
 def saved(state: Any, folder: Path) -> Path:
@@ -152,7 +152,7 @@ def test_a_quantized_model_that_was_pickled_is_not_to_be_compressed_again(tmp_pa
 
 
 def test_a_pickled_quantized_model_of_before_is_known_too() -> None:
-    causes = pared.inspect(Path(__file__).parent / "golden" / "pickle_5192997.pt").findings
+    causes = pared.inspect(Path(__file__).parents[1] / "golden" / "pickle_5192997.pt").findings
     (finding,) = (cause for cause in causes if cause.kind == "executable-pickle")
     assert "pared.model._revive" in finding.names
     assert "use the artifact that save(directory) wrote" in finding.remedy

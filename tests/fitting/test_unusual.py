@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pared
 from pared import ModelError, PostTrainingQuantConfig
 from pared.runtime.layers.counterpart import Counterpart
-from tests.test_model import snr
+from tests.runtime.test_quantized import snr
 
 
 class Referring(nn.Linear):

@@ -19,7 +19,7 @@ from pared.inspection.ledger import Ledger, Row
 from pared.inspection.page import charts, facts, page
 from pared.inspection.page.drawing import LIGHT, Sheet, sheet
 from pared.inspection.page.treemap import SIDES, Tile, lay_out
-from tests.pages import HOSTILE, full
+from tests.inspection.pages import HOSTILE, full
 
 TEMPLATE = Path(page.__file__).with_name("template")
 SECTIONS = ["findings", "bytes", "formats", "trade-off", "damage", "times", "ranges", "tensors", "provenance"]

@@ -16,7 +16,7 @@ from pared.fitting.search.compressor import Offer
 from pared.fitting.search.search import Judge
 from pared.fitting.search.trade_off import trace
 from pared.inspection.page import charts
-from tests.workshop import Probe, Synthetic, damage_of
+from tests.fitting.fakes import Probe, Synthetic, damage_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 

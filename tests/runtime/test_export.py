@@ -246,7 +246,7 @@ def test_int16_codes_are_in_the_file_as_they_are(tmp_path: Path) -> None:
 def test_the_numbers_of_a_very_large_model_get_a_file_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pared.exporting._INLINE_BYTES", 1000)
+    monkeypatch.setattr("pared.runtime.onnx.export._INLINE_BYTES", 1000)
     x = torch.randn(6, 5, 64)
     q = pared.fit(CASES["linear"][0](), quiet=True)
     exported = pared.export(q, tmp_path, x)

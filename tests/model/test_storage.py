@@ -110,7 +110,7 @@ def test_a_fresh_process_gives_the_same_outputs(q: Net, tmp_path: Path) -> None:
     pared.save(q, tmp_path)
     (tmp_path / "deploy.yaml").unlink()
     code = (
-        "import sys, torch, pared\nfrom tests.test_artifact import IDS, Net\n"
+        "import sys, torch, pared\nfrom tests.model.test_storage import IDS, Net\n"
         "torch.set_num_threads(int(sys.argv[2]))\n"
         "q = pared.load(sys.argv[1], model=Net())\n"
         "torch.save(q(IDS).detach(), sys.argv[1] + '/out.pt')\n"
@@ -274,7 +274,7 @@ def test_an_engine_file_of_another_machine_is_not_used(q: Net, tmp_path: Path) -
     assert same(contents_of(pared.load(tmp_path, model=Net())), contents_of(q))
 
 
-GOLDEN = Path(__file__).parent / "golden" / "v1"
+GOLDEN = Path(__file__).parents[1] / "golden" / "v1"
 
 
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])

@@ -15,8 +15,8 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from pared.inspection.ledger import Row
 from pared.inspection.page import page
-from tests.browser import INSTALLED, start
-from tests.pages import HOSTILE, full
+from tests.inspection.browser import INSTALLED, start
+from tests.inspection.pages import HOSTILE, full
 
 LIMIT = 3_000_000  # bytes of the page of a model of 1,000 layers
 

@@ -16,7 +16,7 @@ from pared.fitting.search.compressor import Offer
 from pared.fitting.search.search import Judge, search
 from pared.runtime import quantized
 from pared.runtime.record import record_of
-from tests.workshop import Probe, Synthetic, damage_of
+from tests.fitting.fakes import Probe, Synthetic, damage_of
 
 Law = Callable[[float], float]
 

@@ -130,7 +130,7 @@ def test_a_missing_package_is_named(engine: Any, saved: Path, monkeypatch: pytes
             raise ImportError(f"No module named {name!r}")
         return real(name, package)
 
-    monkeypatch.setattr("pared.exporting.importlib.import_module", without)
+    monkeypatch.setattr("pared.runtime.onnx.export.importlib.import_module", without)
     with pytest.raises(ConfigError, match=f"pip install 'pared\\[{engine}\\]'"):
         pared.load(saved, engine=engine)
     found = pared.load(saved, engine="auto")
