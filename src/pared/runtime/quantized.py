@@ -1,7 +1,7 @@
 """The quantized model: a copy of the user's model, of a subclass of its own class, whose state is codes.
 
-Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters, on which the
-original modules run unchanged; hooks let `state_dict` give their codes, recovered exactly as `round(weight / step)`.
+Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters, on which
+the original modules run unchanged; hooks let `state_dict` give their codes, recovered exactly as `round(weight / step)`.
 """
 
 from __future__ import annotations
