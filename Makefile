@@ -14,7 +14,7 @@ WORKERS ?= auto
 CONSTRAINTS ?= constraints.txt
 PIP := -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 INSTALL := $(BIN)/python $(PIP)
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 EMPTY := out/dist/empty
 
 # Only the files in these packages are used, so what they themselves depend on is left out.
@@ -40,10 +40,10 @@ demo: setup  ## compress a real model, load it, measure it: one table, files in 
 	$(BIN)/python -m examples.demo
 
 quick: check  ## under a minute, while you work: check, and the tests that need no real model, process or browser
-	$(PYTEST) --dist worksteal -m "not model and not child and not engine and not browser and not slow"
+	$(PYTEST) -m "not model and not child and not engine and not browser and not slow"
 
 test: $(VENV)/.installed-all check  ## check, and all tests (COVERAGE=1: also which branches they take; WORKERS=4: processes)
-	$(PYTEST) --dist loadfile $(if $(COVERAGE),--cov)
+	$(PYTEST) $(if $(COVERAGE),--cov)
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
