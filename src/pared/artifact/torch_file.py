@@ -1,7 +1,8 @@
-"""An artifact's torch container, written without torch: the bytes that `torch.save` writes for the two records.
+"""The torch container of an artifact, written without torch: byte for byte what `torch.save` writes.
 
-torch's own writer is built on miniz. What it does that zip leaves open: no dates, sizes and checksums behind each
-member, extra fields named "FB" that move each member's content to a multiple of 64, and a zip64 directory always.
+torch's own writer is built on miniz. Where zip leaves a choice, it writes no dates, puts sizes and checksums after
+each member, aligns each member's content to 64 bytes by an extra field named "FB", and always ends with a zip64
+directory. The standard `zipfile` cannot be told to do so: see `docs/decisions/020-zip-writer.md`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import pickle
 import struct
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 _ALIGNMENT: Final = 64
-_WIDE: Final = 0xFFFFFFFF  # from here on, sizes and offsets stand in 64 bits elsewhere
+_WIDE: Final = 0xFFFFFFFF  # sizes and offsets from here on are written as this, and in 64 bits in an extra field
 
-_LOCAL: Final = struct.Struct("<4sHHHHHIIIHH")
-_CENTRAL: Final = struct.Struct("<4sHHHHHHIIIHHHHHII")
+_LOCAL: Final = struct.Struct("<4s2xH18xHH")  # signature, flags, lengths of name and extra field
+_CENTRAL: Final = struct.Struct("<4s4xH6xIIIHH10xI")  # signature, flags, CRC-32, sizes, the same lengths, offset
 _UTF8: Final = 0x0800
-_SIZES_BEHIND: Final = 0x0008  # the content, which an empty member does without
+_SIZES_BEHIND: Final = 0x0008  # the content, unless that is empty
 
 # torch's identifier of an archive begins with a hash of its members' names, which are always the same here.
 _NAMES_HASH: Final = "05611085236196705294"
@@ -36,10 +36,10 @@ def write_torch(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryvie
     """Write the two records of an artifact as `torch.save` does.
 
     Args:
-        stream: begins here; it need not be seekable.
+        stream: where the file begins; it need not be seekable.
         index: the first record.
         data: the second record, in pieces.
-        nbytes: of the second record.
+        nbytes: the size of the second record in bytes.
 
     >>> import io, zipfile
     >>> stream = io.BytesIO()
@@ -60,59 +60,55 @@ def write_torch(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryvie
 
 
 def _pickle(*sizes: int) -> bytes:
-    """Torch's pickle of two tensors of so many bytes."""
+    """torch's pickle of two uint8 tensors with these numbers of elements."""
     words = (pickle.dumps(size, protocol=2)[2:-1] for size in sizes for _ in range(2))  # without frame and end
     return _PICKLE % tuple(words)
 
 
-@dataclass(frozen=True)
-class _Member:
-    name: bytes
-    start: int
-    nbytes: int
-    crc32: int
-
-
 class _Zip:
-    """A zip archive, written from its beginning to its end."""
+    """A zip archive of uncompressed members, written from beginning to end.
+
+    Attributes:
+        fingerprint: torch's hash of the checksums of all members so far.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._position = 0
-        self._members: list[_Member] = []
+        self._directory: list[bytes] = []
         self.fingerprint = 0
 
     def add(self, name: str, content: bytes) -> None:
         self.add_pieces(name, (content,), len(content))
 
     def add_pieces(self, name: str, pieces: Iterable[bytes | memoryview], nbytes: int) -> None:
-        """Add a member whose content comes in pieces of so many bytes in all."""
-        encoded, start = f"archive/{name}".encode(), self._position
-        extra = _wide_fields((nbytes, 0), start)
-        extra += _padding(start + _LOCAL.size + len(encoded) + len(extra))
-        self._write(
-            _LOCAL.pack(b"PK\x03\x04", 0, _flags(nbytes), 0, 0, 0, 0, 0, 0, len(encoded), len(extra)) + encoded + extra
-        )
-        crc32 = written = 0
+        """Add a member whose content comes in pieces, `nbytes` bytes in total."""
+        path, start = f"archive/{name}".encode(), self._position
+        flags = _UTF8 | (_SIZES_BEHIND if nbytes else 0)
+        extra = _wide_field((nbytes, 0), start)
+        extra += _padding(start + _LOCAL.size + len(path) + len(extra))
+        self._write(_LOCAL.pack(b"PK\x03\x04", flags, len(path), len(extra)) + path + extra)
+        crc32 = 0
+        content = self._position
         for piece in pieces:
             self._write(piece)
-            crc32, written = zlib.crc32(piece, crc32), written + len(piece)
-        assert written == nbytes
+            crc32 = zlib.crc32(piece, crc32)
+        assert self._position - content == nbytes
         if nbytes:
-            self._write(
-                struct.pack("<4sIQQ" if _is_wide(nbytes, start) else "<4sIII", b"PK\x07\x08", crc32, nbytes, nbytes)
-            )
-        self._members.append(_Member(encoded, start, nbytes, crc32))
-        if nbytes:
+            layout = "<4sIQQ" if max(nbytes, start) >= _WIDE else "<4sIII"
+            self._write(struct.pack(layout, b"PK\x07\x08", crc32, nbytes, nbytes))
             self.fingerprint = _combined(self.fingerprint, crc32)
+        extra = _wide_field((nbytes, nbytes), start)
+        size, offset = min(nbytes, _WIDE), min(start, _WIDE)
+        head = _CENTRAL.pack(b"PK\x01\x02", flags, crc32, size, size, len(path), len(extra), offset)
+        self._directory.append(head + path + extra)
 
     def close(self) -> None:
-        start = self._position
-        for member in self._members:
-            self._write(_central(member))
-        nbytes, count = self._position - start, len(self._members)
+        start, directory, count = self._position, b"".join(self._directory), len(self._directory)
+        end, nbytes = start + len(directory), len(directory)
+        self._write(directory)
         self._write(struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 0x31E, 45, 0, 0, count, count, nbytes, start))
-        self._write(struct.pack("<4sIQI", b"PK\x06\x07", 0, start + nbytes, 1))
+        self._write(struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1))
         self._write(struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, nbytes, min(start, _WIDE), 0))
 
     def _write(self, piece: bytes | memoryview) -> None:
@@ -120,53 +116,18 @@ class _Zip:
         self._position += len(piece)
 
 
-def _flags(nbytes: int) -> int:
-    return _UTF8 | (_SIZES_BEHIND if nbytes else 0)
-
-
-def _is_wide(nbytes: int, start: int) -> bool:
-    return nbytes >= _WIDE or start >= _WIDE
-
-
-def _central(member: _Member) -> bytes:
-    """The member in the archive's directory."""
-    extra = _wide_fields((member.nbytes, member.nbytes), member.start)
-    flags = _flags(member.nbytes)
-    nbytes, start = min(member.nbytes, _WIDE), min(member.start, _WIDE)
-    head = _CENTRAL.pack(
-        b"PK\x01\x02",
-        0,
-        0,
-        flags,
-        0,
-        0,
-        0,
-        member.crc32,
-        nbytes,
-        nbytes,
-        len(member.name),
-        len(extra),
-        0,
-        0,
-        0,
-        0,
-        start,
-    )
-    return head + member.name + extra
-
-
-def _wide_fields(sizes: tuple[int, int], start: int) -> bytes:
-    """The extra field with those of sizes (of the content, and as it is stored) and offset that need 64 bits."""
+def _wide_field(sizes: tuple[int, int], start: int) -> bytes:
+    """The zip64 extra field: the two sizes of a member and its offset, as far as 32 bits cannot hold them."""
     values = [*(sizes if sizes[0] >= _WIDE else ()), *((start,) if start >= _WIDE else ())]
     return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
 
 
 def _padding(start: int) -> bytes:
-    """An extra field that ends at a multiple of 64, where one that began there would."""
+    """An extra field that begins at byte `start` of the file and ends at a multiple of 64."""
     length = -(start + 4) % _ALIGNMENT
     return b"FB" + struct.pack("<H", length) + b"Z" * length
 
 
 def _combined(seed: int, value: int) -> int:
-    """Torch's way to combine two hashes of 64 bits."""
+    """torch's combination of two 64-bit hashes."""
     return (seed ^ (value + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & 0xFFFFFFFFFFFFFFFF
