@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import pared
 
 SOURCE = Path(pared.__file__).parent
@@ -67,6 +69,7 @@ def test_rooms_are_small() -> None:
     assert {folder: size for folder, size in sizes.items() if size > 8} == {}
 
 
+@pytest.mark.child
 def test_rooms_for_files_do_without_torch() -> None:
     names = [name for name in FILES if name.split(".")[0] in WITHOUT_TORCH and name not in WITH_TORCH]
     code = "".join(f"import pared.{name.removesuffix('.__init__')}\n" for name in names)

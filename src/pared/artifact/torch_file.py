@@ -60,7 +60,7 @@ def write_torch(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryvie
 
 
 def _pickle(*sizes: int) -> bytes:
-    """torch's pickle of two uint8 tensors with these numbers of elements."""
+    """The pickle that torch writes of two uint8 tensors with these numbers of elements."""
     words = (pickle.dumps(size, protocol=2)[2:-1] for size in sizes for _ in range(2))  # without frame and end
     return _PICKLE % tuple(words)
 
@@ -129,5 +129,5 @@ def _padding(start: int) -> bytes:
 
 
 def _combined(seed: int, value: int) -> int:
-    """torch's combination of two 64-bit hashes."""
+    """Combine two 64-bit hashes as torch does."""
     return (seed ^ (value + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & 0xFFFFFFFFFFFFFFFF
