@@ -27,7 +27,7 @@ from bench.calibrated import Calibrated
 from bench.scatter import picture
 from pared.fitting.rounding import plan
 from pared.fitting.search.activations import Candidate, find_candidates
-from pared.fitting.search.options import Free, rounded, trace_slot
+from pared.fitting.search.options import FreeTensor, rounded, trace_slot
 from pared.model.calls import Call
 from pared.model.contents import Stored
 from pared.model.copies import shadow
@@ -144,7 +144,7 @@ def weights(known: Calibrated, judge: Judge, pairs: int = PAIRS) -> Iterator[Pai
             yield Pair(slot.name, what, predicted, judge.with_tensor(slot.name, rounded(free, option).decode()))
 
 
-def _option(free: Free, bits: float) -> int:
+def _option(free: FreeTensor, bits: float) -> int:
     """The option on a grid whose rate is nearest."""
     nbytes = free.options.nbytes[: len(free.curve.codes)]
     return int(np.abs(8 * nbytes / free.slot.tensor.numel() - bits).argmin())

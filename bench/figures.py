@@ -93,12 +93,12 @@ def minilm_points() -> Iterator[SizePoint]:
         compressor = known.compressor(PostTrainingQuantConfig(approach=approach))
         for nbytes in SIZES:
             start = time.perf_counter()
-            offer = compressor.offer_bytes(nbytes)
-            built = compressor.build(offer)
+            point = compressor.within_bytes(nbytes)
+            built = compressor.build(point)
             seconds = time.perf_counter() - start
             found = pair.metrics(built, 0)
             lee, wikipedia = found["1 - cos on Lee"], found["1 - cos on Wikipedia"]
-            yield SizePoint(approach, nbytes, offer.nbytes, built.nbytes, offer.damage, lee, wikipedia, seconds)
+            yield SizePoint(approach, nbytes, point.nbytes, built.nbytes, point.damage, lee, wikipedia, seconds)
 
 
 def photo_points() -> list[PhotoPoint]:
@@ -109,13 +109,13 @@ def photo_points() -> list[PhotoPoint]:
     float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
 
     def divergence(damage: float) -> float:
-        return float(pair.scores(compressor.build(compressor.offer(damage)), "test", 0).mean())
+        return float(pair.scores(compressor.build(compressor.at_damage(damage)), "test", 0).mean())
 
     def point(damage: float) -> PhotoPoint:
-        offer = compressor.offer(damage)
-        built = compressor.build(offer)
+        operating = compressor.at_damage(damage)
+        built = compressor.build(operating)
         kl, agreement = float(pair.scores(built, "test", 0).mean()), pair.metrics(built, 0)["agreement with FP32"]
-        return PhotoPoint(damage, offer.nbytes, built.nbytes, built.nbytes / float_bytes, kl, agreement)
+        return PhotoPoint(damage, operating.nbytes, built.nbytes, built.nbytes / float_bytes, kl, agreement)
 
     damage = most_damage(divergence, compressor)
     return sorted((point(damage * share) for share in (*_BESIDE, 1.0)), key=lambda p: p.damage)

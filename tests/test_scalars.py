@@ -55,7 +55,7 @@ def test_truth_values(made: Callable[[bool], Any]) -> None:
             PostTrainingQuantConfig(**{option: made(True)})
     with pytest.raises(ConfigError):
         parse_size(made(True))
-    with pytest.raises(EvaluationError, match="no score"):
+    with pytest.raises(EvaluationError, match="not a score"):
         evaluate(lambda _: made(True), nn.Identity())
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from bench.calibrated import Calibrated
-from pared.fitting.search.compressor import Compressor, Offer
+from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime import quantized
@@ -52,26 +52,26 @@ class Series:
         seconds: of this process's processors: those of a busy machine's clock would say nothing.
         contents: of each file.
         compressor: that made them.
-        offers: to it.
+        chosen: the operating point of each file.
     """
 
     points: tuple[Point, ...]
     seconds: float
     contents: tuple[Contents, ...]
     compressor: Compressor[Any]
-    offers: tuple[Offer, ...]
+    chosen: tuple[OperatingPoint, ...]
 
 
 def series(subject: Subject, known: Calibrated) -> Series:
     """The library's files of the subject's damages."""
     start = time.process_time()
     compressor = known.compressor()
-    offers = tuple(compressor.offer(damage) for damage in subject.damages)
-    built = [compressor.build(offer) for offer in offers]
+    chosen = tuple(compressor.at_damage(damage) for damage in subject.damages)
+    built = [compressor.build(point) for point in chosen]
     seconds = time.process_time() - start
     contents = tuple(quantized.contents_of(model) for model in built)
     points = tuple(Point(size(c), subject.losses(model)) for c, model in zip(contents, built, strict=True))
-    return Series(points, seconds, contents, compressor, offers)
+    return Series(points, seconds, contents, compressor, chosen)
 
 
 def size(contents: Contents) -> int:

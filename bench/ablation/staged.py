@@ -18,7 +18,7 @@ from bench.ablation.series import Series
 from bench.calibrated import Calibrated
 from pared.fitting.calibration.blocks import Layout
 from pared.fitting.rounding.feedback import factor
-from pared.fitting.search.options import Free, rounded
+from pared.fitting.search.options import FreeTensor, rounded
 from pared.formats.coded import Grid
 from pared.model.calls import Call
 from pared.model.contents import Contents, Stored
@@ -122,8 +122,8 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
     Args:
         own_moments: round with the moments of the compressed inputs, in place of those of gradients.
     """
-    for contents, offer in zip(base.contents, base.offers, strict=True):
-        options = offer.choice.options
+    for contents, point in zip(base.contents, base.chosen, strict=True):
+        options = point.choice.options
         free = {one.slot.name: (one, o) for one, o in zip(base.compressor._free, options, strict=True)}
         walk, coded = _Walk(known, contents), {stored.name: stored.coded for stored in contents.tensors}
         for linears in walk.start():
@@ -137,7 +137,7 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
         yield replace(contents, tensors=tuple(replace(s, coded=coded[s.name]) for s in contents.tensors))
 
 
-def _corrected(one: Free, seen: _Seen, own_moments: bool) -> Free:
+def _corrected(one: FreeTensor, seen: _Seen, own_moments: bool) -> FreeTensor:
     damped = seen.moments.double()
     damped += torch.eye(len(damped), dtype=torch.float64) * (_DAMPING * damped.diagonal().mean())
     shift = torch.linalg.solve(damped, seen.missing.double().T).T  # (X - Xq)^T Xq (Xq^T Xq)^-1

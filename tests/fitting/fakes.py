@@ -1,4 +1,4 @@
-"""A workshop whose models are nothing but their damage and some bytes: the laws of the search are tested on it."""
+"""A compressor whose models are nothing but their damage and some bytes: the laws of the search are tested on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pared.fitting.search.allocate import Choice
-from pared.fitting.search.compressor import Compressor, Offer
+from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.formats.coded import Raw
 from pared.model.contents import Contents, Decision, Stored
 from pared.runtime import quantized
@@ -40,29 +40,29 @@ class Synthetic(Compressor[Probe]):
 
     least: float = 1e-9
     most: float = 0.3
-    built: list[Offer] = field(default_factory=list)
+    built: list[OperatingPoint] = field(default_factory=list)
 
     def nbytes(self, damage: float) -> int:
         return OVERHEAD + int(WEIGHTS * 0.5 * math.log2(1 / damage) / 8)
 
-    def offer(self, damage: float) -> Offer:
+    def at_damage(self, damage: float) -> OperatingPoint:
         assert self.least <= damage <= self.most
         nbytes = self.nbytes(damage)
-        return Offer(Choice(damage * 16 * math.log(2) / WEIGHTS, (), nbytes, damage), damage, nbytes)
+        return OperatingPoint(Choice(damage * 16 * math.log(2) / WEIGHTS, (), nbytes, damage), damage, nbytes)
 
-    def offer_bytes(self, nbytes: int) -> Offer:
+    def within_bytes(self, nbytes: int) -> OperatingPoint:
         damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
-        return self.offer(min(max(damage, self.least), self.most))
+        return self.at_damage(min(max(damage, self.least), self.most))
 
-    def build(self, offer: Offer) -> Probe:
-        self.built.append(offer)
-        source = Probe(offer.damage)
+    def build(self, point: OperatingPoint) -> Probe:
+        self.built.append(point)
+        source = Probe(point.damage)
         coded = Raw("float64").encode(source.get_buffer("damage"))
         stored = Stored(("damage",), "buffer", coded, Decision("damage", "exact", None, ""))
         # The bytes that weights would take are letters in the index: so all models have the same structure.
-        letters = base64.b64encode(random.Random(0).randbytes(offer.nbytes)).decode()
-        provenance = {"weights": letters[: offer.nbytes - OVERHEAD]}
+        letters = base64.b64encode(random.Random(0).randbytes(point.nbytes)).decode()
+        provenance = {"weights": letters[: point.nbytes - OVERHEAD]}
         return quantized.assemble(source, Contents((stored,), {}, provenance), Profile(this_machine()))
 
-    def blame(self, offer: Offer) -> list[tuple[str, float]]:
+    def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         return [("encoder.weight", 0.75), ("decoder.weight", 0.25)]

@@ -1,4 +1,4 @@
-"""The compressor behind the search: offers at any damage, and models that keep them."""
+"""The compressor behind the search: an operating point at any damage, and models that keep what it says."""
 
 import itertools
 from pathlib import Path
@@ -13,8 +13,7 @@ from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule
 from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.rounding.targets import solve
 from pared.fitting.search import allocate, options
-from pared.fitting.search import compressor as workshop
-from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.compressor import ACTIVATION_SHARE, Compressor
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
 from pared.model import storage
@@ -40,7 +39,7 @@ class Net(nn.Module):
 BATCHES = [torch.randint(0, 400, (4, 20), generator=torch.Generator().manual_seed(i)) for i in range(8)]
 
 
-def compressor(**settings: Any) -> Compressor[Net]:
+def make_compressor(**settings: Any) -> Compressor[Net]:
     torch.manual_seed(0)
     model = Net().eval()
     seen = observe.collect(model, BATCHES, 1000)
@@ -49,52 +48,53 @@ def compressor(**settings: Any) -> Compressor[Net]:
 
 
 @pytest.fixture(scope="module")
-def shop() -> Compressor[Net]:
-    return compressor()
+def compressor() -> Compressor[Net]:
+    return make_compressor()
 
 
 DAMAGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
 @pytest.mark.slow
-def test_more_damage_takes_fewer_bytes(shop: Compressor[Net]) -> None:
-    offers = [shop.offer(damage) for damage in DAMAGES]
-    assert all(a.nbytes > b.nbytes and a.price < b.price for a, b in itertools.pairwise(offers))
-    assert [offer.damage for offer in offers] == list(DAMAGES)
-    assert 0 < shop.least < 1e-5
-    assert shop.most > 0.1
+def test_more_damage_takes_fewer_bytes(compressor: Compressor[Net]) -> None:
+    points = [compressor.at_damage(damage) for damage in DAMAGES]
+    assert all(a.nbytes > b.nbytes and a.price < b.price for a, b in itertools.pairwise(points))
+    assert [point.damage for point in points] == list(DAMAGES)
+    assert 0 < compressor.least < 1e-5
+    assert compressor.most > 0.1
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.slow
-def test_an_offer_is_kept(shop: Compressor[Net], damage: float) -> None:
-    offer = shop.offer(damage)
-    assert shop.offer(offer.damage) == offer
-    one, other = (storage.to_bytes(quantized.contents_of(shop.build(offer))) for _ in range(2))
+def test_a_model_is_what_its_operating_point_says(compressor: Compressor[Net], damage: float) -> None:
+    point = compressor.at_damage(damage)
+    assert compressor.at_damage(point.damage) == point
+    one, other = (storage.to_bytes(quantized.contents_of(compressor.build(point))) for _ in range(2))
     assert one == other
-    assert len(one) == pytest.approx(offer.nbytes, rel=0.02, abs=500)  # real models: 0.2 %, see bench.figures
+    assert len(one) == pytest.approx(point.nbytes, rel=0.02, abs=500)  # real models: 0.2 %, see bench.figures
 
 
-def test_predicted_damage_is_about_what_is_measured(shop: Compressor[Net]) -> None:
+def test_predicted_damage_is_about_what_is_measured(compressor: Compressor[Net]) -> None:
     torch.manual_seed(0)
     model = Net().eval()
     unseen = torch.randint(0, 400, (64, 20), generator=torch.Generator().manual_seed(99))
     with torch.no_grad():
         exact = model(unseen)
         for damage in (1e-4, 1e-3, 1e-2):
-            lost = float((shop.build(shop.offer(damage))(unseen) - exact).square().sum() / exact.square().sum())
+            output = compressor.build(compressor.at_damage(damage))(unseen)
+            lost = float((output - exact).square().sum() / exact.square().sum())
             assert 0.4 < lost / damage < 2.5
 
 
 @pytest.mark.parametrize("nbytes", [20_000, 26_000, 40_000])
-def test_bytes_are_kept_and_used(shop: Compressor[Net], nbytes: int) -> None:
-    real = quantized.nbytes(shop.build(shop.offer_bytes(nbytes)))
+def test_bytes_are_kept_and_used(compressor: Compressor[Net], nbytes: int) -> None:
+    real = quantized.nbytes(compressor.build(compressor.within_bytes(nbytes)))
     assert 0.96 * nbytes < real <= nbytes
 
 
 @pytest.mark.slow
 def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    shop = compressor(approach="weight_only")
+    compressor = make_compressor(approach="weight_only")
     rounded: list[Any] = []
 
     def counted(*args: Any) -> Any:
@@ -102,37 +102,38 @@ def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> 
         return solve(*args)
 
     monkeypatch.setattr(options, "solve", counted)
-    shop.build(shop.offer(1e-3))
+    compressor.build(compressor.at_damage(1e-3))
     first = len(rounded)
-    shop.build(shop.offer(1e-3))
+    compressor.build(compressor.at_damage(1e-3))
     assert len(rounded) == first
-    shop.build(shop.offer(1.05e-3))
+    compressor.build(compressor.at_damage(1.05e-3))
     assert first < len(rounded) < 2 * first, "a little more damage changes a few tensors only"
 
 
-def test_blame_is_the_whole_damage(shop: Compressor[Net]) -> None:
-    found = shop.blame(shop.offer(1e-2))
+def test_contributors_add_up_to_the_whole_damage(compressor: Compressor[Net]) -> None:
+    found = compressor.contributors(compressor.at_damage(1e-2))
     assert sum(share for _, share in found) == pytest.approx(1.0)
     assert [share for _, share in found] == sorted((share for _, share in found), reverse=True)
     assert any("(input, " in name for name, _ in found)
 
 
-def test_inputs_get_their_share_of_the_damage(shop: Compressor[Net]) -> None:
+def test_inputs_get_their_share_of_the_damage(compressor: Compressor[Net]) -> None:
     for damage in DAMAGES:
-        inputs = sum(share for name, share in shop.blame(shop.offer(damage)) if "(input, " in name)
-        assert inputs <= workshop.ACTIVATION_SHARE + 0.02
+        contributors = compressor.contributors(compressor.at_damage(damage))
+        inputs = sum(share for name, share in contributors if "(input, " in name)
+        assert inputs <= ACTIVATION_SHARE + 0.02
 
 
 @pytest.mark.slow
 def test_rules_stand() -> None:
-    shop = compressor(rules=[Rule("head", bits=5), Rule("gru.*", keep=True)])
-    lines = {line.name: line for line in quantized.plan_of(shop.build(shop.offer(1e-2)))}
+    compressor = make_compressor(rules=[Rule("head", bits=5), Rule("gru.*", keep=True)])
+    lines = {line.name: line for line in quantized.plan_of(compressor.build(compressor.at_damage(1e-2)))}
     assert lines["head.weight"].bits == 5
     assert lines["gru.weight_hh_l0"].treatment == "exact"
 
 
-def test_words_never_seen_are_no_coarser_than_ordinary_ones(shop: Compressor[Net]) -> None:
-    step = shop.build(shop.offer(1e-2)).state_dict()["table.weight_step"]
+def test_words_never_seen_are_no_coarser_than_ordinary_ones(compressor: Compressor[Net]) -> None:
+    step = compressor.build(compressor.at_damage(1e-2)).state_dict()["table.weight_step"]
     seen = torch.zeros(500, dtype=torch.bool)
     seen[torch.cat([b.reshape(-1) for b in BATCHES])] = True
     assert float(step[~seen].max()) <= float(step[seen].sort().values[int(seen.sum()) // 2]) * 1.001
@@ -157,17 +158,18 @@ def test_a_weight_that_hardly_matters_is_not_wiped_out() -> None:
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_the_blamed_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_path: Path) -> None:
-    """Within a size the plan is filled up: at its price alone, another plan would be blamed for other shares."""
-    shop, size = compressor(), 26_000
-    assert allocate.choose(shop._options, shop.offer_bytes(size).price).options != shop.offer_bytes(size).choice.options
+def test_contributors_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_path: Path) -> None:
+    """Within a size the plan is filled up: at its price alone, another plan would be named, with other shares."""
+    compressor, size = make_compressor(), 26_000
+    point = compressor.within_bytes(size)
+    assert allocate.choose(compressor._options, point.price).options != point.choice.options
     judge = Judge(AccuracyCriterion(tolerable_loss=0.0), lambda model: float(model is original), max_trials=1)
     original = Net().eval()
     for _ in range(1 + resumed):
         records = Workspace(tmp_path, {}) if resumed else None
-        found = search(shop, original, judge, max_size=size, workspace=records, start=shop.least)
-    blamed = record_of(found).outcome.blame
-    damages = {line.name: line.damage for line in quantized.plan_of(shop.build(shop.offer_bytes(size)))}
-    name, other, *_ = (name for name, _ in blamed if name in damages)
-    assert damages[name] / damages[other] == pytest.approx(dict(blamed)[name] / dict(blamed)[other])
-    assert list(blamed) == shop.blame(shop.offer_bytes(size))[: len(blamed)]
+        found = search(compressor, original, judge, max_size=size, workspace=records, start=compressor.least)
+    contributors = record_of(found).outcome.contributors
+    damages = {line.name: line.damage for line in quantized.plan_of(compressor.build(point))}
+    name, other, *_ = (name for name, _ in contributors if name in damages)
+    assert damages[name] / damages[other] == pytest.approx(dict(contributors)[name] / dict(contributors)[other])
+    assert list(contributors) == compressor.contributors(point)[: len(contributors)]

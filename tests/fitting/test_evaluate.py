@@ -5,7 +5,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, EvaluationError
 from pared.artifact.outcome import Confirmation
-from pared.fitting.search.evaluate import Score, compare, confirm, evaluate, strain
+from pared.fitting.search.evaluate import Score, confirm, confirm_elsewhere, deciding_loss, evaluate
 
 
 @pytest.mark.parametrize("answer", [0.5, 1, np.float32(0.5), torch.tensor(0.5), np.array([0.5]), [0.5]])
@@ -25,12 +25,12 @@ def test_samples_are_split_into_even_and_odd() -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (None, "eval_func: returned a NoneType, which is no score"),
-        ("0.9", "eval_func: returned a str, which is no score"),
-        (True, "eval_func: returned a bool, which is no score"),
-        ({"acc": 0.9}, "eval_func: returned a dict, which is no score"),
-        (np.zeros((2, 2)), "eval_func: returned a ndarray of shape (2, 2), which is no score"),
-        ([1.0, 2.0], "eval_func: returned a list, which is no score"),
+        (None, "eval_func: returned a NoneType, which is not a score"),
+        ("0.9", "eval_func: returned a str, which is not a score"),
+        (True, "eval_func: returned a bool, which is not a score"),
+        ({"acc": 0.9}, "eval_func: returned a dict, which is not a score"),
+        (np.zeros((2, 2)), "eval_func: returned a ndarray of shape (2, 2), which is not a score"),
+        ([1.0, 2.0], "eval_func: returned a list, which is not a score"),
         (float("nan"), "eval_func: returned NaN or infinity"),
     ],
 )
@@ -68,10 +68,10 @@ def test_unseen_samples_have_two_standard_errors_but_not_all_samples_together() 
     def unseen(loss: float) -> Confirmation:
         return Confirmation(score=0.0, baseline=0.0, loss=loss, standard_error=0.002)
 
-    assert strain(0.010, None) == 0.010
-    assert strain(0.010, unseen(0.004)) == 0.010
-    assert strain(0.008, unseen(0.012)) == pytest.approx(0.010)
-    assert strain(0.002, unseen(0.018)) == pytest.approx(0.014)
+    assert deciding_loss(0.010, None) == 0.010
+    assert deciding_loss(0.010, unseen(0.004)) == 0.010
+    assert deciding_loss(0.008, unseen(0.012)) == pytest.approx(0.010)
+    assert deciding_loss(0.002, unseen(0.018)) == pytest.approx(0.014)
 
 
 def test_scores_of_different_samples_are_not_compared() -> None:
@@ -83,5 +83,5 @@ def test_scores_of_different_samples_are_not_compared() -> None:
 
 
 def test_other_data_are_used_whole() -> None:
-    confirmation = compare(AccuracyCriterion(), Score(1.0, np.array([1.0, 0.0] * 8)), Score(1.0, np.ones(16)))
+    confirmation = confirm_elsewhere(AccuracyCriterion(), Score(1.0, np.array([1.0, 0.0] * 8)), Score(1.0, np.ones(16)))
     assert confirmation.loss == 0.5

@@ -128,8 +128,8 @@ def test_a_goal_out_of_reach_gives_the_best_and_the_truth() -> None:
     assert outcome.met is False
     assert outcome.gap is not None
     assert outcome.gap > 0
-    assert outcome.blame
-    assert {name.partition(" (")[0] for name, _ in outcome.blame} <= {n for n, _ in MODEL.named_parameters()} | {
+    assert outcome.contributors
+    assert {name.partition(" (")[0] for name, _ in outcome.contributors} <= {n for n, _ in MODEL.named_parameters()} | {
         n for n, _ in MODEL.named_modules()
     }
     assert "NOT met" in q.report()
@@ -284,8 +284,13 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
     "building": (Compressor, "build", 2, "the best of 1 trials is returned"),
     "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
-    "choosing": (search._Market, "next", 2, "the best of 1 trials is returned"),
-    "blaming": (Compressor, "blame", 1, "what costs most of the damage was not determined"),
+    "choosing": (search._Strategy, "next", 2, "the best of 1 trials is returned"),
+    "naming contributors": (
+        Compressor,
+        "contributors",
+        1,
+        "the largest contributors to the damage were not determined",
+    ),
     "tracing, at once": (trade_off, "trace", 1, "without what was still to be measured"),
     "timing layers": (speed, "time_layers", 1, "without what was still to be measured"),
     "timing models": (speed, "time_calls", 1, "without what was still to be measured"),
@@ -298,7 +303,7 @@ def test_ctrl_c_at_any_stage_after_a_trial_returns_the_best_so_far(
 ) -> None:
     owner, name, place, said = STAGES[stage]
     monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), place))
-    loss = 0.0 if stage == "blaming" else 1e-3  # what is met has nobody to blame
+    loss = 0.0 if stage == "naming contributors" else 1e-3  # what is met has no largest contributors
     q = pared.fit(MODEL, conf(loss, max_trials=3), BATCHES, lost, workspace=tmp_path / "w", quiet=True)
     assert said in caplog.text
     assert_is_whole(q, tmp_path / "saved")
@@ -310,7 +315,7 @@ def test_ctrl_c_while_the_curve_is_traced(place: int, tmp_path: Path, monkeypatc
     trace = trade_off.trace
 
     def traced(compressor: Any, model: Any) -> Curve:
-        monkeypatch.setattr(compressor, "offer", interrupting(compressor.offer, place))
+        monkeypatch.setattr(compressor, "at_damage", interrupting(compressor.at_damage, place))
         return trace(compressor, model)
 
     monkeypatch.setattr(trade_off, "trace", traced)
@@ -327,7 +332,7 @@ def test_ctrl_c_during_the_users_functions(confirming: bool, tmp_path: Path, cap
     assert_is_whole(q, tmp_path)
 
 
-@pytest.mark.parametrize("owner_and_name", [(Workspace, "model"), (Compressor, "offer_bytes")])
+@pytest.mark.parametrize("owner_and_name", [(Workspace, "model"), (Compressor, "within_bytes")])
 def test_ctrl_c_in_a_search_that_goes_on(
     owner_and_name: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +346,7 @@ def test_ctrl_c_in_a_search_that_goes_on(
     assert pared.save(again, tmp_path / "a").read_bytes() == pared.save(first, tmp_path / "b").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["offer_bytes", "build"])
+@pytest.mark.parametrize("name", ["within_bytes", "build"])
 def test_ctrl_c_without_a_trial_is_the_callers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compressor, name, interrupting(getattr(Compressor, name), 1))
     for function in (lost, None):

@@ -13,7 +13,7 @@ from pared.fitting.calibration.blocks import Layout
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.curves import trace
 from pared.fitting.rounding.importance import make_target, table_importance
-from pared.fitting.rounding.targets import Target, solve
+from pared.fitting.rounding.targets import RoundingTarget, solve
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
 
@@ -35,11 +35,11 @@ def stats_of(rows: int, columns: int, *, moments: bool = True, spread: float = 0
     return TensorStats(importance, *both, layout=Layout())
 
 
-def target_of(matrix: Tensor, stats: TensorStats) -> Target:
+def target_of(matrix: Tensor, stats: TensorStats) -> RoundingTarget:
     return make_target(matrix, View(tuple(matrix.shape), (0,)), stats)
 
 
-def real(target: Target, common: int, codes: str) -> tuple[int, float]:
+def real(target: RoundingTarget, common: int, codes: str) -> tuple[int, float]:
     """The exact bytes, and the damage as the moments see it."""
     found, steps = solve(target, target.steps(common, codes), codes)
     coded = Coded(Grid(codes), tuple(found.shape), torch.float32, {"codes": found, "step": steps}, target.view)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, EvaluationError
 from pared.artifact.outcome import Outcome, Trial
-from pared.fitting.search.compressor import Offer
+from pared.fitting.search.compressor import OperatingPoint
 from pared.fitting.search.search import Judge, search
 from pared.runtime import quantized
 from pared.runtime.record import record_of
@@ -35,8 +35,8 @@ def judge_of(law: Law, tolerable_loss: float = 0.01, baseline: float = 1.0, **op
     return Judge(absolute(tolerable_loss), score, **options)
 
 
-def find(law: Law, workshop: Synthetic | None = None, **options: object) -> Outcome:
-    return outcome_of(search(workshop or Synthetic(), Probe(), judge_of(law, **options)))
+def find(law: Law, compressor: Synthetic | None = None, **options: object) -> Outcome:
+    return outcome_of(search(compressor or Synthetic(), Probe(), judge_of(law, **options)))
 
 
 def outcome_of(model: nn.Module) -> Outcome:
@@ -155,8 +155,8 @@ def test_noisy_samples_cost_few_trials(seed: int) -> None:
     ],
 )
 def test_losses_that_follow_no_power_law(law: Law) -> None:
-    workshop = Synthetic()
-    grid = np.exp(np.linspace(math.log(workshop.least), math.log(workshop.most), 3000))
+    compressor = Synthetic()
+    grid = np.exp(np.linspace(math.log(compressor.least), math.log(compressor.most), 3000))
     optimum = max(damage for damage in grid if law(damage) <= 0.01)
     outcome = find(law)
     assert outcome.met
@@ -178,35 +178,35 @@ def test_no_loss_is_tolerable() -> None:
 
 
 @pytest.mark.parametrize("tolerable_loss", [0.0, 0.01])
-def test_an_unreachable_goal_gives_the_best_model_the_gap_and_who_is_to_blame(tolerable_loss: float) -> None:
+def test_an_unreachable_goal_gives_the_best_model_the_gap_and_the_largest_contributors(tolerable_loss: float) -> None:
     model = search(Synthetic(), Probe(), judge_of(lambda damage: 0.03 + damage, tolerable_loss))
     assert isinstance(model, Probe)
     outcome = outcome_of(model)
-    assert damage_of(model) == Synthetic().least, "the finest offer was tried"
+    assert damage_of(model) == Synthetic().least, "the finest operating point was tried"
     assert len(outcome.trials) <= 4
     assert outcome.met is False
     assert outcome.gap == pytest.approx(0.03 - tolerable_loss)
-    assert outcome.blame == (("encoder.weight", 0.75), ("decoder.weight", 0.25))
+    assert outcome.contributors == (("encoder.weight", 0.75), ("decoder.weight", 0.25))
     report = quantized.report(model)
     assert "NOT met" in report
     assert "most of the damage: encoder.weight 75%, decoder.weight 25%" in report
     assert max(map(len, report.splitlines())) <= 100
 
 
-def test_nothing_is_blamed_when_the_criterion_is_met() -> None:
-    assert find(power(1e-4)).blame == ()
+def test_no_contributors_are_named_when_the_criterion_is_met() -> None:
+    assert find(power(1e-4)).contributors == ()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.97, 1.01, 1.5])
 def test_max_size_bounds_every_trial(share: float) -> None:
-    workshop = Synthetic()
-    limit = int(share * workshop.nbytes(1e-4))
-    model = search(workshop, Probe(), judge_of(power(1e-4)), max_size=limit)
+    compressor = Synthetic()
+    limit = int(share * compressor.nbytes(1e-4))
+    model = search(compressor, Probe(), judge_of(power(1e-4)), max_size=limit)
     outcome = outcome_of(model)
     assert max(trial.nbytes for trial in outcome.trials) <= limit
     assert outcome.met == (share >= 1)
     if not outcome.met:
-        assert workshop.nbytes(damage_of(model)) >= limit - 1, "all of the room is used"
+        assert compressor.nbytes(damage_of(model)) >= limit - 1, "all of the room is used"
         assert outcome.gap is not None
         assert outcome.gap > 0
     else:
@@ -246,10 +246,10 @@ def test_ctrl_c_during_an_evaluation_returns_the_best_so_far() -> None:
 
 def test_ctrl_c_during_a_build_returns_the_best_so_far() -> None:
     class Interrupted(Synthetic):
-        def build(self, offer: Offer) -> Probe:
+        def build(self, point: OperatingPoint) -> Probe:
             if self.built:
                 raise KeyboardInterrupt
-            return super().build(offer)
+            return super().build(point)
 
     assert len(find(power(1e-6), Interrupted()).trials) == 1
 
@@ -276,12 +276,12 @@ def test_nan_from_the_function() -> None:
 
 
 def test_a_zero_baseline_is_refused_before_any_trial() -> None:
-    workshop = Synthetic()
+    compressor = Synthetic()
     with pytest.raises(ConfigError, match="the baseline scores 0"):
-        search(workshop, Probe(), Judge(AccuracyCriterion(), lambda model: 0.0))
+        search(compressor, Probe(), Judge(AccuracyCriterion(), lambda model: 0.0))
     with pytest.raises(ConfigError, match="the baseline scores 0"):
-        search(workshop, Probe(), Judge(AccuracyCriterion(), lambda model: 1.0, lambda model: 0.0))
-    assert workshop.built == []
+        search(compressor, Probe(), Judge(AccuracyCriterion(), lambda model: 1.0, lambda model: 0.0))
+    assert compressor.built == []
 
 
 def test_the_confirming_function_is_asked_only_where_it_would_do() -> None:
@@ -313,18 +313,18 @@ def test_samples_are_confirmed_on_the_odd_ones() -> None:
     assert 0.75 * 2e-5 <= best(outcome).damage <= 2e-5 * 1.0001
 
 
-def test_a_coarse_workshop_is_never_asked_for_the_same_plan_twice() -> None:
+def test_a_coarse_compressor_is_never_asked_for_the_same_plan_twice() -> None:
     """Plans exist only at factors 4 of damage."""
 
     class Coarse(Synthetic):
-        def offer(self, damage: float) -> Offer:
-            return super().offer(max(self.least, 4.0 ** math.floor(math.log(damage, 4) + 1e-9)))
+        def at_damage(self, damage: float) -> OperatingPoint:
+            return super().at_damage(max(self.least, 4.0 ** math.floor(math.log(damage, 4) + 1e-9)))
 
-    workshop = Coarse(least=4.0**-12, most=0.25)
-    outcome = find(power(3e-4), workshop)
+    compressor = Coarse(least=4.0**-12, most=0.25)
+    outcome = find(power(3e-4), compressor)
     assert outcome.met
     assert best(outcome).damage == 4.0**-6
-    assert len({offer.damage for offer in workshop.built}) == len(workshop.built)
+    assert len({point.damage for point in compressor.built}) == len(compressor.built)
 
 
 @settings(deadline=None, max_examples=20)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError
 from pared.artifact.outcome import Curve, Point
-from pared.fitting.search.compressor import Offer
+from pared.fitting.search.compressor import OperatingPoint
 from pared.fitting.search.search import Judge
 from pared.fitting.search.trade_off import trace
 from pared.inspection.page import charts
@@ -26,12 +26,12 @@ def score(model: nn.Module) -> float:
 
 
 def test_without_a_judge_nothing_is_built() -> None:
-    workshop = Synthetic()
-    curve = trace(workshop, Probe())
-    assert workshop.built == []
+    compressor = Synthetic()
+    curve = trace(compressor, Probe())
+    assert compressor.built == []
     assert curve.baseline is None
     assert len(curve.points) == 8
-    assert [point.nbytes for point in curve.points] == [workshop.nbytes(point.damage) for point in curve.points]
+    assert [point.nbytes for point in curve.points] == [compressor.nbytes(point.damage) for point in curve.points]
 
 
 def test_damages_are_evenly_spaced_and_bytes_fall() -> None:
@@ -47,7 +47,7 @@ def test_a_judge_scores_every_point_and_the_float_model() -> None:
     assert [point.score for point in curve.points] == [0.8 - point.damage for point in curve.points]
 
 
-def test_the_span_is_kept_within_what_is_on_offer() -> None:
+def test_the_span_is_kept_within_what_the_compressor_reaches() -> None:
     curve = trace(Synthetic(least=1e-3, most=1e-2), Probe())
     assert [curve.points[0].damage, curve.points[-1].damage] == pytest.approx([1e-3, 1e-2])
     assert len(trace(Synthetic(least=0.2), Probe()).points) == 1
@@ -55,8 +55,8 @@ def test_the_span_is_kept_within_what_is_on_offer() -> None:
 
 def test_equal_plans_are_one_point() -> None:
     class Coarse(Synthetic):
-        def offer(self, damage: float) -> Offer:
-            return super().offer(10.0 ** math.floor(math.log10(damage) + 1e-9))
+        def at_damage(self, damage: float) -> OperatingPoint:
+            return super().at_damage(10.0 ** math.floor(math.log10(damage) + 1e-9))
 
     assert len(trace(Coarse(), Probe(), points=20, span=(1e-4, 1e-2)).points) == 3
 

@@ -61,14 +61,14 @@ def test_a_search_killed_in_its_third_evaluation_loses_that_one_alone(tmp_path: 
 
 def test_a_finished_search_is_repeated_without_a_call_or_a_build(tmp_path: Path) -> None:
     first = workspace_child.run(Workspace(tmp_path / "work", FINGERPRINT), tmp_path / "first.log")
-    workshop = Synthetic()
+    compressor = Synthetic()
 
     def never(model: nn.Module) -> float:
         raise AssertionError("everything is known")
 
     judge = Judge(AccuracyCriterion(tolerable_loss=0.01), never)
-    again = search(workshop, Probe(), judge, workspace=Workspace(tmp_path / "work", FINGERPRINT))
-    assert workshop.built == []
+    again = search(compressor, Probe(), judge, workspace=Workspace(tmp_path / "work", FINGERPRINT))
+    assert compressor.built == []
     assert outcome_of(again) == outcome_of(first)
     files = [pared.save(model, tmp_path / name) for model, name in ((first, "a"), (again, "b"))]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -130,7 +130,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).normal(size=1000)
     workspace.set_baseline("eval_func", Score(0.1, samples))
     workspace.set_baseline("confirm_func", Score(1 / 3))
-    workspace.add(TRIAL, Synthetic().build(Synthetic().offer(1e-3)))
+    workspace.add(TRIAL, Synthetic().build(Synthetic().at_damage(1e-3)))
     again = Workspace(tmp_path, FINGERPRINT)
     assert again.trials == (TRIAL,)
     found = again.baseline("eval_func")
@@ -145,7 +145,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"price": 1e-9, "damage"', b"\xff"])
 def test_a_torn_last_line_is_no_error(tmp_path: Path, torn: bytes) -> None:
-    model = Synthetic().build(Synthetic().offer(1e-3))
+    model = Synthetic().build(Synthetic().at_damage(1e-3))
     Workspace(tmp_path, FINGERPRINT).add(TRIAL, model)
     with (tmp_path / "trials.jsonl").open("ab") as file:
         file.write(torn)

@@ -181,7 +181,7 @@ def test_no_name_is_taken_for_markup(name: str) -> None:
     found = replace(
         found,
         ledger=replace(found.ledger, file=name, findings=(finding,)),
-        outcome=replace(found.outcome, blame=((name, 0.5),)),
+        outcome=replace(found.outcome, contributors=((name, 0.5),)),
         details={**found.details, name: facts.Detail(name, name, 0.1)},
         activations={**found.activations, name: {"mode": "static", "low": -1.0, "high": 1.0}},
         times={**found.times, name: facts.Times("int8", dict.fromkeys(charts.KERNELS, 1.0))},
@@ -259,7 +259,7 @@ def test_what_an_artifact_says_of_its_outcome_is_checked() -> None:
         {"met": 0.5},
         {"confirmation": {"score": [], "baseline": 0.0, "loss": 0.0}},
         {"confirmation": {"score": 1.0, "baseline": None, "loss": 0.0}},
-        {"blame": [1]},
+        {"contributors": [1]},
     ):
         with pytest.raises(CorruptError, match="makes no sense"):
             Outcome.from_json(data)

@@ -228,7 +228,7 @@ def searched() -> Any:
 def test_a_pickle_names_nothing_inside_of_the_package() -> None:
     q = searched()
     assert q.pared.trials
-    assert record_of(q).outcome.blame
+    assert record_of(q).outcome.contributors
     assert record_of(q).profile.whole.calls
     buffer = io.BytesIO()
     torch.save(q, buffer)

@@ -68,7 +68,7 @@ class Trial:
         return cls(**{**data, "unseen": Confirmation(**unseen) if unseen else None})
 
 
-_NOT_KEPT = ("trials", "blame")
+_NOT_KEPT = ("trials", "contributors")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Outcome:
         gap: by how much the tolerable loss was exceeded; 0 if it was met.
         confirmation: on unseen data, where there were any.
         trials: every model that was evaluated, in order.
-        blame: of a model that does not meet the criterion: the tensors or activations that cost most, each with its
-            share of the damage.
+        contributors: if the criterion is not met, the tensors and inputs that do most of the damage, each with its
+            share of it.
     """
 
     met: bool | None = None
@@ -92,23 +92,25 @@ class Outcome:
     gap: float | None = None
     confirmation: Confirmation | None = None
     trials: tuple[Trial, ...] = ()
-    blame: tuple[tuple[str, float], ...] = ()
+    contributors: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """What an artifact keeps: no trials, whose seconds depend on a clock, and no blame, which may be long."""
+        """What an artifact keeps: neither trials, whose seconds depend on a clock, nor contributors, a long list."""
         return {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_KEPT}
 
     @classmethod
     def from_state(cls, data: Mapping[str, Any]) -> Outcome:
-        """The inverse of `dataclasses.asdict`, after JSON: with trials and blame, which `to_json` leaves out.
+        """The inverse of `dataclasses.asdict`, after JSON: with trials and contributors, which `to_json` leaves out.
 
-        >>> outcome = Outcome(True, 0.9, trials=(Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0),), blame=(("a", 0.5),))
+        >>> trial = Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0)
+        >>> outcome = Outcome(True, 0.9, trials=(trial,), contributors=(("a", 0.5),))
         >>> Outcome.from_state(asdict(outcome)) == outcome
         True
         """
         plain = {key: value for key, value in data.items() if key not in _NOT_KEPT}
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
-        return replace(cls.from_json(plain), trials=trials, blame=tuple((name, share) for name, share in data["blame"]))
+        contributors = tuple((name, share) for name, share in data["contributors"])
+        return replace(cls.from_json(plain), trials=trials, contributors=contributors)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
@@ -130,8 +132,8 @@ class Outcome:
 
 def _check_numbers(outcome: Outcome) -> None:
     """Raise TypeError for what a file may say instead of a number."""
-    if outcome.trials or outcome.blame:
-        raise TypeError("it holds trials or blame, which no artifact keeps")
+    if outcome.trials or outcome.contributors:
+        raise TypeError("it holds trials or contributors, which an artifact does not record")
     if outcome.met not in (None, True, False):
         raise TypeError("met is neither true nor false")
     seen = outcome.confirmation

@@ -219,10 +219,10 @@ class _Job:
             if self.max_size is None:
                 if compressor.least > DEFAULT_DAMAGE:
                     log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
-                offer = compressor.offer(max(DEFAULT_DAMAGE, compressor.least))
+                point = compressor.at_damage(max(DEFAULT_DAMAGE, compressor.least))
             else:
-                offer = compressor.offer_bytes(self.max_size)
-            built: nn.Module = compressor.build(offer)
+                point = compressor.within_bytes(self.max_size)
+            built: nn.Module = compressor.build(point)
             record_of(built).curve = curve.trace(compressor, self.model)
             return built
 

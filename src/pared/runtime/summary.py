@@ -133,8 +133,8 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
         found.append(
             f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline or 0.0:.6g}, loss {seen.loss:.4g}{error}"
         )
-    if outcome.blame:
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.blame)
+    if outcome.contributors:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.contributors)
         found += textwrap.wrap(f"most of the damage: {shares}", WIDTH, subsequent_indent="  ")
     return found + _trials(outcome.trials)
 

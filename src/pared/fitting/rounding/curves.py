@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pared.fitting.calibration.blocks import Layout
 from pared.fitting.calibration.sensitivity import TensorStats
-from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, CodeType, Floats, Target, round_rows, round_with_feedback
+from pared.fitting.rounding.targets import (
+    STEPS_PER_OCTAVE,
+    CodeType,
+    Floats,
+    RoundingTarget,
+    round_rows,
+    round_with_feedback,
+)
 from pared.formats import entropy
 from pared.formats.grids import CODE_LIMITS
 from pared.formats.streams import encode_codes
@@ -40,7 +47,7 @@ _PART: Final = 8  # bytes of the index about one more stream, about
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class RateCurve:
     """Options of one tensor: at each, about what it takes and what it costs.
 
     Args:
@@ -56,7 +63,7 @@ class Curve:
     damage: Floats
 
 
-def trace(target: Target, stats: TensorStats) -> Curve:
+def trace(target: RoundingTarget, stats: TensorStats) -> RateCurve:
     """Measure a tensor's curve.
 
     Rows are rounded with a factor from one half of the calls and judged by the other half, since a factor flatters
@@ -64,7 +71,7 @@ def trace(target: Target, stats: TensorStats) -> Curve:
     """
     scale = float(target.matrix.square().mean().sqrt())
     if scale == 0:
-        return Curve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
+        return RateCurve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
     target = replace(target, factored=target.judged)
     middle = round(STEPS_PER_OCTAVE * math.log2(scale))
     octaves = _TRIED_OF_FEW if target.matrix.numel() <= _FEW else _TRIED
@@ -78,10 +85,12 @@ def trace(target: Target, stats: TensorStats) -> Curve:
     common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1)
     parts = [_options(target, codes, common, tried, rates, errors) for codes in _KINDS]
     kinds = [codes for codes in _KINDS for _ in common]
-    return Curve(np.concatenate([common, common]), tuple(kinds), *(np.concatenate(p) for p in zip(*parts, strict=True)))
+    return RateCurve(
+        np.concatenate([common, common]), tuple(kinds), *(np.concatenate(p) for p in zip(*parts, strict=True))
+    )
 
 
-def sample_rows(target: Target) -> Tensor:
+def sample_rows(target: RoundingTarget) -> Tensor:
     """Rows, or whole groups of rows, that hold about `_SAMPLE` weights and are spread over all rates."""
     rows, columns = target.matrix.shape
     group = rows // target.layout.groups if target.layout.groups > 1 else 1
@@ -95,7 +104,7 @@ def sample_rows(target: Target) -> Tensor:
     return found
 
 
-def try_steps(target: Target, rows: Tensor, tried: list[int], moments: Tensor | None) -> tuple[Floats, Floats]:
+def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: Tensor | None) -> tuple[Floats, Floats]:
     """Bits per weight, and squared error relative to that of fine steps, at each step, from the sampled rows.
 
     Rows are independent, so all steps are tried at once: as so many copies of the rows.
@@ -114,7 +123,7 @@ def try_steps(target: Target, rows: Tensor, tried: list[int], moments: Tensor | 
     return np.array([rate(one, len(target.matrix)) for one in narrow]), errors.numpy()
 
 
-def _row_errors(target: Target, rows: Tensor, codes: Tensor, steps: Tensor, moments: Tensor | None) -> Tensor:
+def _row_errors(target: RoundingTarget, rows: Tensor, codes: Tensor, steps: Tensor, moments: Tensor | None) -> Tensor:
     """The mean squared error of each row, weighted by the second moments of its inputs: float64 (rows,)."""
     error = target.matrix[rows] - codes * steps[:, None]
     if moments is None:
@@ -145,7 +154,7 @@ def rate(codes: NDArray[np.int16], rows: int) -> float:
 
 
 def _options(
-    target: Target, codes: CodeType, common: NDArray[np.int64], tried: list[int], rates: Floats, errors: Floats
+    target: RoundingTarget, codes: CodeType, common: NDArray[np.int64], tried: list[int], rates: Floats, errors: Floats
 ) -> tuple[Floats, Floats]:
     """Bytes and damage at each common step: the measured curve, shifted by what each row's bound moves it."""
     rows, columns = target.matrix.shape

@@ -12,7 +12,7 @@ from torch import Tensor
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.curves import sample_rows, try_steps
 from pared.fitting.rounding.feedback import factor
-from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, Target
+from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, RoundingTarget
 from pared.formats.views import View
 
 _JUDGED_AT: Final = -1.0  # octaves, where ways to round are compared: about three bits
@@ -29,7 +29,7 @@ _LEAST_IMPORTANCE: Final = 0.02
 _TABLE_POWER: Final = 0.75
 
 
-def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
+def make_target(matrix: Tensor, view: View, stats: TensorStats) -> RoundingTarget:
     """Gather what rounding a tensor needs.
 
     Args:
@@ -40,7 +40,7 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
     importance, power = _importance(stats)
     exponents = _exponents(importance, matrix.shape[1], power)
     absmax = matrix.abs().amax(1)
-    plain = Target(matrix, view, importance, exponents, None, None, stats.layout, absmax)
+    plain = RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax)
     if not bool((absmax > 0).any()):
         return plain
     candidates = [plain]
@@ -57,7 +57,7 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> Target:
     return replace(best, factored=factor(stats.moments, damping), judged=judged.factored)
 
 
-def _damped(target: Target, moments: Tensor, judge: Tensor | None) -> tuple[float, Target]:
+def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:
     """The damping of `DAMPINGS` that is better than its neighbours, and the target with it.
 
     Only the best target is held on to: wide weights have factors of a gigabyte.
@@ -78,7 +78,7 @@ def _damped(target: Target, moments: Tensor, judge: Tensor | None) -> tuple[floa
         place = found
 
 
-def _merit(target: Target, judge: Tensor | None) -> float:
+def _merit(target: RoundingTarget, judge: Tensor | None) -> float:
     """Bits per weight at equal damage, up to what all ways to round a tensor share; at about three bits."""
     scale = float(target.matrix.square().mean().sqrt())
     common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _JUDGED_AT))

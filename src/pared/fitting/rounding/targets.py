@@ -31,7 +31,7 @@ HEADROOM: Final = {"int8": 120, "int16": 32000}
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class RoundingTarget:
     """A tensor that may go on a grid, and what is known of it.
 
     Args:
@@ -66,7 +66,7 @@ class Target:
         return torch.where(self.absmax > 0, log_step(torch.maximum(wished, least)), torch.zeros_like(wished))
 
 
-def solve(target: Target, steps: Tensor, codes: CodeType) -> tuple[Tensor, Tensor]:
+def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tensor, Tensor]:
     """Round the whole matrix.
 
     Returns:
@@ -97,7 +97,7 @@ def solve(target: Target, steps: Tensor, codes: CodeType) -> tuple[Tensor, Tenso
 _RAISE: Final = 1.02  # up to the next member of the table of steps
 
 
-def _whole_groups(rows: Tensor, target: Target) -> Tensor:
+def _whole_groups(rows: Tensor, target: RoundingTarget) -> Tensor:
     """All rows of the groups that these rows belong to."""
     size = len(target.matrix) // target.layout.groups
     groups = torch.unique(rows // size)
@@ -111,7 +111,7 @@ def round_rows(matrix: Tensor, steps: Tensor, limit: int) -> Tensor:
     return (matrix * inverse[:, None]).round_().clamp_(-limit, limit)
 
 
-def round_with_feedback(target: Target, rows: Tensor, steps: Tensor, limit: int) -> Tensor:
+def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, limit: int) -> Tensor:
     """Feedback on some rows: all of some groups, or any of a matrix that is one group."""
     assert target.factored is not None
     whole = target.layout

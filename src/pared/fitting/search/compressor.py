@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from pared.fitting.rounding import plan
 from pared.fitting.search import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
 from pared.fitting.search.allocate import Choice
-from pared.fitting.search.options import GRID_ENTRY, rounded, trace_slot
+from pared.fitting.search.options import GRID_ENTRY, FreeTensor, rounded, trace_slot
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View, view_of
@@ -35,36 +35,45 @@ log = logging.getLogger(__name__)
 
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
-# Where a search begins, and what a model costs that nobody evaluates: a thousandth of the output's energy.
+# Damage at which a search begins, and of a model that nobody evaluates: a thousandth of the output's energy.
 DEFAULT_DAMAGE: Final = 1e-3
 
-# Of the damage asked for, the share that rounding the inputs of layers may do: it buys speed, but no bytes.
+# Share of the damage that rounding the inputs of layers may do, which makes a model faster but not smaller ...
 ACTIVATION_SHARE: Final = 0.1
-# ... where the user has asked for static or dynamic activations.
-_WISHED_SHARE: Final = 0.5
+# ... and that share where the user asked for static or dynamic activations.
+_REQUESTED_ACTIVATION_SHARE: Final = 0.5
 
-# Bytes that the scores of the search may add to an index later, at most.
+# Bytes that stay free below max_size: the search later adds its scores to the index.
 RESERVE: Final = 700
 
-_LEAST_SHARE: Final = 0.01  # of what the median tensor counts
-_MOST_TOTAL: Final = 10.0  # ... which is at most this, at a relative error of 1: beyond, squares say nothing
+# Total importance (damage at a relative error of 1): no tensor's is below this share of the median tensor's, so that
+# what calibration hardly touches is not wiped out ...
+_MIN_SHARE_OF_MEDIAN: Final = 0.01
+# ... and the median itself is capped: such errors are too large for damage to be quadratic in them.
+_MAX_MEDIAN: Final = 10.0
+
+# Closing in on max_size: attempts that correct the planned bytes by what the last file was off, then attempts at
+# ever fewer planned bytes until a file fits; it is close enough at this share of the bytes.
+_CORRECTING_ATTEMPTS: Final = 10
+_MAX_ATTEMPTS: Final = 60
+_FEWER_BYTES: Final = 0.97
+_CLOSE_ENOUGH: Final = 0.998
+_ALIGNMENT: Final = 64  # bytes: a file grows in steps of this size
+
 _FEWER_RULES: Final = "Allow more bytes, or give fewer rules that keep tensors in float."
 _LESS_THAN_EIGHT: Final = (
     'quant_level=0 allows nothing coarser than 8 bits: allow more bytes, or take quant_level="auto".'
 )
-_ALIGNED: Final = 64  # bytes by which a file grows at once
-_ROUNDS: Final = 10  # of closing in on max_size
-_MOST_ROUNDS: Final = 60  # ... and of stepping down until a file fits
 
 
 @dataclass(frozen=True)
-class Offer:
-    """A model that can be built: the format of every tensor, and what is predicted of it.
+class OperatingPoint:
+    """A point on the trade-off between bytes and damage: a model that can be built, and what is predicted of it.
 
     Args:
         choice: the option of each tensor whose step is free.
-        damage: predicted: the expected share of the output's energy that is lost, activations included; above 0.
-        nbytes: planned, of `best_model.pt`.
+        damage: predicted share of the output's energy that is lost, activations included; above 0.
+        nbytes: predicted size of `best_model.pt`.
     """
 
     choice: Choice
@@ -80,15 +89,19 @@ class Offer:
 class Compressor(Generic[ModuleT_co]):
     """Makes quantized models of any damage or size from one set of statistics.
 
-    `least` and `most` are the damages of the finest and of the smallest model on offer.
+    `least` and `most` are the damages of the finest and of the smallest model that can be made.
 
     Args:
         model: the float model; it is left as it is.
         slots: its tensors.
         conf: what is wanted.
-        seen: what calibration saw; None without it.
-        sensitivity: what errors cost; None where it was not measured: then every tensor's relative error counts alike.
-        obey: use the approach asked for in every layer that has it, whatever it costs.
+        seen: what calibration saw; None without calibration.
+        sensitivity: what errors cost; None if it was not measured: the same relative error then costs the same in
+            every tensor.
+        obey: use the requested approach in every layer that supports it, whatever the damage.
+
+    Raises:
+        ConfigError: a rule matches nothing, or `conf.strict` and a tensor would stay in float without a rule.
     """
 
     def __init__(
@@ -114,23 +127,27 @@ class Compressor(Generic[ModuleT_co]):
             if not _is_free(decision)
         }
         free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
-        known = _complete(free, sensitivity.tensors if sensitivity else {})
+        stats = _complete(free, sensitivity.tensors if sensitivity else {})
         fine = conf.quant_level == 0
-        self._free = [trace_slot(slot, known[slot.name], strict=conf.strict, fine=fine) for slot in free]
-        self._options = [one.options for one in self._free]
-        self._solved: dict[tuple[str, int], Coded] = {}
+        self._free = [trace_slot(slot, stats[slot.name], strict=conf.strict, fine=fine) for slot in free]
+        self._options = [tensor.options for tensor in self._free]
+        self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option
         self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
-        # With a hair more, so that the smallest itself is on offer whatever the division rounds to.
-        self.most = max(coarsest.damage * (1 + 1e-9) / (1 - self._share), self.least)
+        # A little more, so that the smallest model stays within reach in spite of floating-point rounding.
+        self.most = max(coarsest.damage * (1 + 1e-9) / (1 - self._activation_share), self.least)
 
-    def offer(self, damage: float) -> Offer:
+    def at_damage(self, damage: float) -> OperatingPoint:
         """The smallest plan whose predicted damage is at most this."""
-        return self._offered(allocate.within_damage(self._options, damage * (1 - self._share)), damage)
+        choice = allocate.within_damage(self._options, damage * (1 - self._activation_share))
+        return self._point(choice, damage)
 
-    def offer_bytes(self, nbytes: int) -> Offer:
-        """The plan of least damage whose file takes at most so many bytes; it is rounded and measured.
+    def within_bytes(self, nbytes: int) -> OperatingPoint:
+        """The plan of least damage whose file is at most `nbytes` large.
+
+        Predicted sizes are a little off, so the model is rounded and coded for each attempt: up to 60 times, though
+        tensors that keep their option are not rounded again.
 
         Raises:
             ConfigError: even the smallest file is larger.
@@ -138,28 +155,28 @@ class Compressor(Generic[ModuleT_co]):
         wanted = nbytes - RESERVE
         planned = float(wanted)
         best: Choice | None = None
-        low, high = 0.0, float("inf")  # planned bytes known to fit, and known not to
-        for attempt in range(_MOST_ROUNDS):
-            spend = planned - self._overhead
-            choice = allocate.fill(self._options, allocate.within_bytes(self._options, spend), spend)
+        fitting, too_many = 0.0, math.inf  # planned bytes whose file fits, and whose file does not
+        for attempt in range(_MAX_ATTEMPTS):
+            budget = planned - self._overhead
+            choice = allocate.fill(self._options, allocate.within_bytes(self._options, budget), budget)
             real = self._nbytes(choice)
             if real <= wanted:
-                best, low = choice, planned
+                best, fitting = choice, planned
             else:
-                high = planned
-            if best is None and choice.nbytes > spend:
-                break  # nothing smaller is on offer
-            if best is not None and (attempt >= _ROUNDS or wanted >= real > 0.998 * wanted):
+                too_many = planned
+            if best is None and choice.nbytes > budget:
+                break  # there is nothing smaller
+            if best is not None and (attempt >= _CORRECTING_ATTEMPTS or wanted >= real > _CLOSE_ENOUGH * wanted):
                 break
-            if attempt < _ROUNDS:
-                planned += wanted - real - (_ALIGNED if real > wanted else 0)
+            if attempt < _CORRECTING_ATTEMPTS:
+                planned += wanted - real - (_ALIGNMENT if real > wanted else 0)
             else:
-                planned *= 0.97
-            if best is not None and not low < planned < high:
-                planned = (low + high) / 2 if np.isfinite(high) else low * 1.01
+                planned *= _FEWER_BYTES
+            if best is not None and not fitting < planned < too_many:
+                planned = (fitting + too_many) / 2 if math.isfinite(too_many) else fitting * 1.01
         if best is None:
             raise self._too_small(nbytes)
-        return self._offered(best, best.damage / (1 - self._share))
+        return self._point(best, best.damage / (1 - self._activation_share))
 
     def _too_small(self, nbytes: int) -> ConfigError:
         coarsest = allocate.choose(self._options, allocate.ends(self._options)[1])
@@ -170,45 +187,47 @@ class Compressor(Generic[ModuleT_co]):
         )
 
     @property
-    def _share(self) -> float:
+    def _activation_share(self) -> float:
         """The share of the damage that is left to activations."""
         if self._conf.approach == "weight_only" or not self._noise:
             return 0.0
-        return ACTIVATION_SHARE if self._conf.approach == "auto" else _WISHED_SHARE
+        return ACTIVATION_SHARE if self._conf.approach == "auto" else _REQUESTED_ACTIVATION_SHARE
 
-    def _offered(self, choice: Choice, damage: float) -> Offer:
-        return Offer(choice, damage, round(choice.nbytes + self._overhead))
+    def _point(self, choice: Choice, damage: float) -> OperatingPoint:
+        return OperatingPoint(choice, damage, round(choice.nbytes + self._overhead))
 
-    def _stored(self, choice: Choice) -> tuple[Stored, ...]:
-        """Every tensor in its format; what an earlier call has rounded alike is not rounded again."""
-        keys = {one.slot.name: (one, option) for one, option in zip(self._free, choice.options, strict=True)}
-        solved = {}
+    def _chosen(self, choice: Choice) -> list[tuple[FreeTensor, int]]:
+        """The free tensors, each with its option."""
+        return list(zip(self._free, choice.options, strict=True))
+
+    def _stored(self, choice: Choice) -> list[Stored]:
+        """Every tensor in its format. Tensors that keep the option of the last call are not rounded again."""
+        chosen = {tensor.slot.name: (tensor, option) for tensor, option in self._chosen(choice)}
+        earlier, self._rounded = self._rounded, {}
         stored = []
         for slot, decision in zip(self._slots, self._plan, strict=True):
-            if slot.name not in keys:
+            if slot.name not in chosen:
                 stored.append(Stored(slot.names, slot.kind, self._fixed[slot.name], decision))
                 continue
-            one, option = keys[slot.name]
-            coded = self._solved.get((slot.name, option)) or rounded(one, option)
-            solved[slot.name, option] = coded
-            stored.append(Stored(slot.names, slot.kind, coded, one.decision(option)))
-        self._solved = solved
-        return tuple(stored)
+            tensor, option = chosen[slot.name]
+            coded = earlier.get((slot.name, option)) or rounded(tensor, option)
+            self._rounded[slot.name, option] = coded
+            stored.append(Stored(slot.names, slot.kind, coded, tensor.decision(option)))
+        return stored
 
     def _measure_overhead(self) -> int:
-        """What a file takes beside the numbers of its free tensors: one is written whose free tensors are all zero."""
-        empty = {one.slot.name: _zeros(one.slot, one.target.view) for one in self._free}
+        """Bytes of a file beside the numbers of its free tensors, from writing one in which these are all zero."""
+        zeros = {tensor.slot.name: _zeros(tensor.slot, tensor.target.view) for tensor in self._free}
         stored = [
-            Stored(slot.names, slot.kind, empty.get(slot.name) or self._fixed[slot.name], decision)
+            Stored(slot.names, slot.kind, zeros.get(slot.name) or self._fixed[slot.name], decision)
             for slot, decision in zip(self._slots, self._plan, strict=True)
         ]
-        numbers = [part for coded in empty.values() for part in coded.format.streams(coded).values()]
-        whole = len(storage.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
-        return whole - sum(len(part.payload) for part in numbers) - GRID_ENTRY * len(empty)
+        file = len(storage.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
+        return file - sum(coded.nbytes for coded in zeros.values()) - GRID_ENTRY * len(zeros)
 
     def _nbytes(self, choice: Choice) -> int:
-        contents = self._contents(self._stored(choice), choice.damage)
-        return len(storage.to_bytes(contents))
+        """The size of the file, from rounding and coding every tensor."""
+        return len(storage.to_bytes(self._contents(self._stored(choice), choice.damage)))
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
         activations = self._activations(self._candidates(stored), damage)
@@ -218,39 +237,37 @@ class Compressor(Generic[ModuleT_co]):
         return find_candidates(self._model, stored, self._seen.inputs if self._seen else None)
 
     def _activations(self, candidates: Sequence[Candidate], damage: float) -> dict[str, Activation]:
-        share = self._share
-        obeyed = self._obey and self._conf.approach != "auto"
-        budget = float("inf") if obeyed else damage * share / (1 - share)
+        """How inputs are treated, by module name, where the weights do this damage."""
+        share = self._activation_share
+        unlimited = self._obey and self._conf.approach != "auto"
+        budget = math.inf if unlimited else damage * share / (1 - share)
         return choose_activations(candidates, self._conf.approach, self._noise, budget)
 
-    def build(self, offer: Offer) -> ModuleT_co:
-        """The quantized model of an offer.
+    def build(self, point: OperatingPoint) -> ModuleT_co:
+        """The quantized model at an operating point.
 
-        Layers that may run in int8 do: which kernels are fastest is no part of what is scored, so that the same search
+        Layers that may run in int8 do: which kernels are fastest is not part of what is scored, so that the same search
         gives the same file on a busy machine.
         """
-        choice = offer.choice
-        contents = self._contents(self._stored(choice), choice.damage)
+        contents = self._contents(self._stored(point.choice), point.choice.damage)
         return quantized.assemble(self._model, contents, Profile(this_machine()))
 
-    def blame(self, offer: Offer) -> list[tuple[str, float]]:
-        """Tensors and activations by falling share of the damage."""
-        choice = offer.choice
-        costs = {
-            one.slot.name: float(one.options.damage[option])
-            for one, option in zip(self._free, choice.options, strict=True)
-        }
+    def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
+        """Tensors and inputs with their shares of the damage, the largest first; the shares add up to 1."""
+        choice = point.choice
+        damages = {tensor.slot.name: float(tensor.options.damage[option]) for tensor, option in self._chosen(choice)}
         candidates = self._candidates(self._stored(choice))
         activations = self._activations(candidates, choice.damage)
         for candidate in candidates:
             activation, noise = activations.get(candidate.name), candidate.noise(self._noise)
             if activation is not None and noise is not None and activation.mode != "gather":
-                costs[f"{candidate.name} (input, {activation.mode})"] = noise.cost(activation)
-        total = sum(costs.values()) or 1.0
-        return sorted(((name, cost / total) for name, cost in costs.items()), key=lambda pair: -pair[1])
+                damages[f"{candidate.name} (input, {activation.mode})"] = noise.cost(activation)
+        total = sum(damages.values()) or 1.0
+        shares = [(name, damage / total) for name, damage in damages.items()]
+        return sorted(shares, key=lambda pair: -pair[1])
 
 
-def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[str, Any]:
+def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[str, str | int]:
     """Where a model comes from: plain data for its artifact."""
     return {
         "pared": __version__,
@@ -262,29 +279,29 @@ def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[s
 
 
 def _is_free(decision: Decision) -> bool:
+    """Whether the search decides the tensor's step."""
     return decision.treatment == "grid" and decision.bits is None
 
 
 def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
-    """Statistics of every tensor.
+    """Statistics of every tensor, by name.
 
-    One that no output depends on, as far as was seen, counts like the median one at the same relative error; and none
-    counts less than a hundredth of that: what calibration hardly touches is not wiped out.
+    A tensor on which no output was seen to depend counts like the median one at the same relative error.
     """
     energies = {slot.name: float(slot.tensor.detach().float().square().mean()) or 1.0 for slot in slots}
     totals = {name: float(stats.rows.sum()) * energies[name] for name, stats in known.items() if name in energies}
-    seen = [total for total in totals.values() if 0 < total < math.inf]
-    relative = min(float(np.median(seen)), _MOST_TOTAL) if seen else 1.0 / max(1, len(slots))
-    found = {}
+    positive = [total for total in totals.values() if 0 < total < math.inf]
+    median = min(float(np.median(positive)), _MAX_MEDIAN) if positive else 1.0 / max(1, len(slots))
+    completed = {}
     for slot in slots:
         stats, total = known.get(slot.name), totals.get(slot.name, 0.0)
         if stats is None or not 0 < total < math.inf:
             rows = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).n_rows
-            stats = TensorStats(torch.full((rows,), relative / energies[slot.name] / rows, dtype=torch.float64))
-        elif total < _LEAST_SHARE * relative:
-            stats = replace(stats, rows=stats.rows * (_LEAST_SHARE * relative / total))
-        found[slot.name] = stats
-    return found
+            stats = TensorStats(torch.full((rows,), median / energies[slot.name] / rows, dtype=torch.float64))
+        elif total < _MIN_SHARE_OF_MEDIAN * median:
+            stats = replace(stats, rows=stats.rows * (_MIN_SHARE_OF_MEDIAN * median / total))
+        completed[slot.name] = stats
+    return completed
 
 
 def _zeros(slot: Slot, view: View) -> Coded:

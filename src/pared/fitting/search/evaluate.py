@@ -1,11 +1,11 @@
-"""Scores: what `eval_func` may return, how it is read, and what is kept back to confirm the result."""
+"""Scores: what `eval_func` may return, how it is read, and which samples are kept back to confirm the result."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from torch import Tensor, nn
@@ -16,26 +16,31 @@ from pared.fitting.config import AccuracyCriterion
 from pared.scalars import plain
 
 EvalFunc = Callable[[nn.Module], Any]
-
-
 Samples = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+_MIN_SAMPLES: Final = 4  # two that the search sees, and two that give the confirmation a standard error
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What `eval_func` said of one model.
+    """What `eval_func` returned for one model.
 
     Args:
         value: what the search sees: the number, or the mean of the even samples.
-        samples: all of them; None where the score is one number.
+        samples: the scores of all samples, float64 (samples,); None if the score is one number.
     """
 
     value: float
     samples: Samples | None = None
 
     @property
+    def seen(self) -> Score:
+        """The score on the even samples, which the search may look at."""
+        return Score(self.value, None if self.samples is None else self.samples[0::2])
+
+    @property
     def unseen(self) -> Samples | None:
-        """The odd samples, kept back for the confirmation."""
+        """The odd samples, which are kept back for the confirmation."""
         return None if self.samples is None else self.samples[1::2]
 
 
@@ -44,11 +49,12 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
 
     Args:
         function: returns a number, or a one-dimensional array with a score per sample.
-        model: to be scored.
+        model: the model to score.
         name: of the function, for errors.
 
     Raises:
-        EvaluationError: it raised (its traceback is kept as the cause), or returned no finite number.
+        EvaluationError: the function raised (its exception is the cause), or returned something that is not a score:
+            neither a finite number nor at least four of them.
 
     >>> evaluate(lambda model: [1.0, 0.0, 3.0, 0.0], nn.Identity()).value
     2.0
@@ -59,48 +65,53 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
         raise EvaluationError(
             f"raised {type(error).__name__}: {error}",
             where=name,
-            remedy="See the traceback above: it is the function's own. It is called as function(model).",
+            remedy="The traceback above is the function's own; it is called as function(model).",
         ) from error
     return _read(answer, name)
 
 
 def _read(answer: object, name: str) -> Score:
     if isinstance(answer, (list, tuple)):
-        answer = [plain(one) for one in answer]
+        answer = [plain(sample) for sample in answer]
     answer = plain(answer)
     if isinstance(answer, Tensor):
         answer = answer.detach().cpu().double().numpy()
-    if isinstance(answer, bool):
-        raise _no_number(answer, name)
-    if isinstance(answer, (int, float, list, np.ndarray)):
-        try:
-            values = np.asarray(answer, dtype=np.float64)
-        except (TypeError, ValueError, OverflowError):
-            raise _no_number(answer, name) from None
-    else:
-        raise _no_number(answer, name)
-    if values.ndim > 1 or values.size == 0 or (values.ndim == 1 and 1 < values.size < 4):
-        raise _no_number(answer, name)
+    if isinstance(answer, bool) or not isinstance(answer, (int, float, list, np.ndarray)):
+        raise _not_a_score(answer, name)
+    try:
+        values = np.asarray(answer, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise _not_a_score(answer, name) from None
+    if values.ndim > 1 or values.size == 0 or (values.ndim == 1 and 1 < values.size < _MIN_SAMPLES):
+        raise _not_a_score(answer, name)
     if not np.isfinite(values).all():
         raise EvaluationError(
-            "returned NaN or infinity", where=name, remedy="Check the function on the float model by itself."
+            "returned NaN or infinity", where=name, remedy="Call the function on the float model alone to find out why."
         )
     if values.size == 1:
         return Score(float(values.reshape(-1)[0]))
     return Score(float(values[0::2].mean()), values)
 
 
-def _no_number(answer: object, name: str) -> EvaluationError:
+def _not_a_score(answer: object, name: str) -> EvaluationError:
     shape = f" of shape {answer.shape}" if isinstance(answer, np.ndarray) else ""
     return EvaluationError(
-        f"returned a {type(answer).__name__}{shape}, which is no score",
+        f"returned a {type(answer).__name__}{shape}, which is not a score",
         where=name,
         remedy="Return one number, or a one-dimensional array with a score for each of at least four samples.",
     )
 
 
 def confirm(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation | None:
-    """The result on the samples that the search has not seen, where there are any, with a paired standard error.
+    """The result on the odd samples, which the search has not seen, with a paired standard error.
+
+    Args:
+        criterion: gives the loss.
+        score: of the quantized model.
+        baseline: of the float model, on the same samples.
+
+    Returns:
+        None if the scores are single numbers.
 
     Raises:
         EvaluationError: the two scores do not have the same number of samples.
@@ -111,11 +122,10 @@ def confirm(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Conf
     return _paired(criterion, score.unseen, baseline.unseen)
 
 
-def compare(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation:
-    """The result of a function that was called on other data: all of its samples are unseen.
+def confirm_elsewhere(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Confirmation:
+    """The result of a function that scores other data: it uses all samples.
 
-    Raises:
-        EvaluationError: the two scores do not have the same number of samples.
+    Args and errors are those of `confirm`.
     """
     _check_pairs(score, baseline, "confirm_func")
     if score.samples is None or baseline.samples is None:
@@ -124,35 +134,35 @@ def compare(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Conf
 
 
 def _check_pairs(score: Score, baseline: Score, name: str) -> None:
-    sizes = [None if one.samples is None else len(one.samples) for one in (baseline, score)]
-    if sizes[0] != sizes[1]:
+    expected, returned = _amount(baseline), _amount(score)
+    if expected != returned:
         raise EvaluationError(
-            f"returned {_amount(sizes[0])} for the float model and {_amount(sizes[1])} for the quantized one",
+            f"returned {expected} for the float model and {returned} for the quantized one",
             where=name,
             remedy="Score the same samples, in the same order, at every call.",
         )
 
 
-def _amount(samples: int | None) -> str:
-    return "one number" if samples is None else f"{samples} samples"
+def _amount(score: Score) -> str:
+    return "one number" if score.samples is None else f"{len(score.samples)} samples"
 
 
 def _paired(criterion: AccuracyCriterion, score: Samples, baseline: Samples) -> Confirmation:
-    own, reference = float(score.mean()), float(baseline.mean())
+    mean, reference = float(score.mean()), float(baseline.mean())
     difference = score - baseline
     error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
     if criterion.criterion == "relative":
         error /= abs(reference) or 1.0
-    return Confirmation(own, reference, criterion.loss(own, reference), error)
+    return Confirmation(mean, reference, criterion.loss(mean, reference), error)
 
 
-def strain(loss: float, confirmation: Confirmation | None) -> float:
-    """The loss that decides: at most the tolerable one if and only if the criterion is met, on unseen data too.
+def deciding_loss(loss: float, confirmation: Confirmation | None) -> float:
+    """The loss that decides: the criterion is met, on unseen data too, if it is at most the tolerable one.
 
-    It is the largest of three: the loss that the search saw; its mean with the unseen one, so that all samples together
-    keep what was asked for; and the unseen one, given two standard errors.
+    It is the largest of three: the loss that the search saw; the mean of that and the unseen loss, so that all samples
+    together meet the criterion; and the unseen loss less two standard errors.
 
-    >>> strain(0.008, Confirmation(score=0.0, baseline=0.0, loss=0.011, standard_error=0.001))
+    >>> deciding_loss(0.008, Confirmation(score=0.0, baseline=0.0, loss=0.011, standard_error=0.001))
     0.0095
     """
     if confirmation is None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import plan
-from pared.fitting.rounding.curves import Curve, trace
+from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target
-from pared.fitting.rounding.targets import CodeType, Target, solve
+from pared.fitting.rounding.targets import CodeType, RoundingTarget, solve
 from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
 from pared.formats.grids import CODE_LIMITS
@@ -34,7 +34,7 @@ _WHY_FLOAT: Final[Mapping[Treatment, str]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Free:
+class FreeTensor:
     """A tensor whose step the allocation decides.
 
     Args:
@@ -46,8 +46,8 @@ class Free:
     """
 
     slot: Slot
-    target: Target
-    curve: Curve
+    target: RoundingTarget
+    curve: RateCurve
     options: Options
     plain: tuple[Decision, ...] = ()
 
@@ -60,7 +60,7 @@ class Free:
         return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
 
 
-def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> Free:
+def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> FreeTensor:
     """What a tensor could become, and at what price.
 
     Where even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
@@ -92,19 +92,19 @@ def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bo
         extra.append((float(tensor.numel() * tensor.element_size()), 0.0))
     nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for nbytes, _ in extra])
     options = Options(nbytes, np.append(curve.damage, [damage for _, damage in extra]))
-    return Free(slot, replace(target, judged=None), curve, options, tuple(plain))
+    return FreeTensor(slot, replace(target, judged=None), curve, options, tuple(plain))
 
 
 def _in_float(slot: Slot, treatment: Treatment) -> Decision:
     return Decision(slot.name, treatment, None, _WHY_FLOAT[treatment])
 
 
-def _cost(target: Target, error: Tensor) -> float:
+def _cost(target: RoundingTarget, error: Tensor) -> float:
     """The damage of an error of the whole tensor."""
     return float((target.importance * target.view.matrix(error.square()).double().mean(1)).sum())
 
 
-def _finer_than_eight_bits(curve: Curve, target: Target, nbytes: int, damage: float) -> Curve:
+def _finer_than_eight_bits(curve: RateCurve, target: RoundingTarget, nbytes: int, damage: float) -> RateCurve:
     """The int16 options at which no row has a coarser step than at plain 8 bits, and which buy accuracy for bytes."""
     coarsest = target.absmax / CODE_LIMITS["int8"]
     worth = (curve.nbytes > nbytes) & (curve.damage * _WORTH_INT16 < damage)
@@ -112,13 +112,15 @@ def _finer_than_eight_bits(curve: Curve, target: Target, nbytes: int, damage: fl
     return _some(curve, [i for i in wide if bool((target.steps(int(curve.common[i]), "int16") <= coarsest).all())])
 
 
-def _some(curve: Curve, keep: Sequence[int]) -> Curve:
+def _some(curve: RateCurve, keep: Sequence[int]) -> RateCurve:
     """The options of these numbers."""
     chosen = np.array(keep, dtype=np.int64)
-    return Curve(curve.common[chosen], tuple(curve.codes[i] for i in keep), curve.nbytes[chosen], curve.damage[chosen])
+    return RateCurve(
+        curve.common[chosen], tuple(curve.codes[i] for i in keep), curve.nbytes[chosen], curve.damage[chosen]
+    )
 
 
-def _pruned(curve: Curve) -> Curve:
+def _pruned(curve: RateCurve) -> RateCurve:
     """Without the options of int16 that are hardly better than int8 at the same step."""
     narrow = {int(k): d for k, d, codes in zip(curve.common, curve.damage, curve.codes, strict=True) if codes == "int8"}
     keep = [
@@ -129,7 +131,7 @@ def _pruned(curve: Curve) -> Curve:
     return _some(curve, keep)
 
 
-def rounded(one: Free, option: int) -> Coded:
+def rounded(one: FreeTensor, option: int) -> Coded:
     """Round a tensor as one of its options says."""
     tensor = one.slot.tensor.detach()
     if option >= len(one.curve.codes):

@@ -1,4 +1,4 @@
-"""The trade-off curve traced: bytes against damage and score for several damages."""
+"""Traces the trade-off curve: bytes, damage and score at several operating points."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pared.runtime import quantized
 
 log = logging.getLogger(__name__)
 
-# From where nobody can tell the models apart to where most are of no more use.
+# Damages from where nobody can tell the models apart to where most of them are no longer of use.
 SPAN: Final = (1e-5, 0.1)
 
 
@@ -31,48 +31,54 @@ def trace(
     points: int = 8,
     span: tuple[float, float] = SPAN,
 ) -> Curve:
-    """Follow the trade-off between bytes and damage.
+    """Trace the trade-off between bytes and damage.
 
     Args:
         compressor: makes the models, all from one set of statistics.
         original: the float model, in eval mode; scored once.
-        judge: whose `eval_func` scores each model; None: nothing is built, and bytes are planned ones.
-        points: how many, evenly spaced in log damage; fewer if the compressor has no more different plans.
-        span: the least and the most damage, as far as the compressor offers them.
+        judge: its `eval_func` scores each model. If None, nothing is built, and bytes are the planned ones.
+        points: how many operating points to try, evenly spaced in log damage; equal plans are one point of the curve.
+        span: the least and the most damage, moved into the range that the compressor reaches.
 
     Returns:
         the curve. Ctrl-C ends it with the points so far.
 
     Raises:
-        ConfigError: no points, or a span that is none.
-        EvaluationError: `eval_func` raised, or gave no score.
+        ConfigError: `points` is below 1, or the span is empty or not positive.
+        EvaluationError: `eval_func` raised, or returned no score.
+        KeyboardInterrupt: Ctrl-C before the first point.
     """
     if points < 1 or not 0 < span[0] <= span[1]:
         raise ConfigError(
             f"{points} points between damages {span[0]:g} and {span[1]:g} make no curve",
             where="curve",
-            remedy="Ask for one point at least, and for 0 < least <= most.",
+            remedy="Ask for at least one point, and for 0 < least <= most.",
         )
     baseline = evaluate(judge.eval_func, original).value if judge is not None else None
-    low, high = (math.log(min(max(damage, compressor.least), compressor.most)) for damage in span)
-    wanted = [math.exp(low + (high - low) * i / max(1, points - 1)) for i in range(points)]
-    found: list[Point] = []
+
+    def reachable(damage: float) -> float:
+        return min(max(damage, compressor.least), compressor.most)
+
+    low, high = (math.log(reachable(damage)) for damage in span)
+    log_damages = [low + (high - low) * i / max(1, points - 1) for i in range(points)]
+    traced: list[Point] = []
     known: set[Choice] = set()
     try:
-        for damage in wanted:
-            offer = compressor.offer(min(max(damage, compressor.least), compressor.most))
-            if offer.choice in known:
+        for log_damage in log_damages:
+            operating_point = compressor.at_damage(reachable(math.exp(log_damage)))
+            if operating_point.choice in known:
                 continue
-            known.add(offer.choice)
+            known.add(operating_point.choice)
             began = time.monotonic()
-            nbytes, score = offer.nbytes, None
+            nbytes, score = operating_point.nbytes, None
             if judge is not None:
-                model = compressor.build(offer)
+                model = compressor.build(operating_point)
                 nbytes, score = quantized.nbytes(model), evaluate(judge.eval_func, model).value
-            found.append(Point(offer.price, offer.damage, nbytes, score, time.monotonic() - began))
-            log.info("point %d: %s", len(found), found[-1])
+            seconds = time.monotonic() - began
+            traced.append(Point(operating_point.price, operating_point.damage, nbytes, score, seconds))
+            log.info("point %d: %s", len(traced), traced[-1])
     except KeyboardInterrupt:
-        if not found:
+        if not traced:
             raise
-        log.warning("interrupted: the curve has %d points", len(found))
-    return Curve(tuple(found), baseline)
+        log.warning("interrupted: the curve has %d points", len(traced))
+    return Curve(tuple(traced), baseline)
