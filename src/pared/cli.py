@@ -216,7 +216,7 @@ def expand_file(
 def inspect_file(
     path: Annotated[
         Path,
-        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of them."),
+        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF or NumPy, or a folder of them."),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write a page for a browser to this file.")] = None,

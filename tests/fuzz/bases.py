@@ -4,13 +4,11 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
-import h5py
 import numpy as np
 import safetensors.torch
 import torch
@@ -125,17 +123,6 @@ def write_gguf(path: Path) -> None:
     writer.close()
 
 
-def write_hdf5(path: Path, dense: bool) -> None:
-    """Groups of the old kind, or of the new one with more links than fit into a header."""
-    with h5py.File(path, "w", track_order=dense, libver="latest" if dense else "earliest") as file:
-        group = file.create_group("layer", track_order=dense)
-        for i in range(10 if dense else 2):
-            group.create_dataset(f"w{i}", data=np.arange(3.0))
-        file["tied"] = group["w0"]
-        if not dense:
-            file.create_dataset("chunked", data=np.zeros((4, 4), "f4"), chunks=(2, 2), compression="gzip")
-
-
 def arrays(write: Callable[..., None]) -> bytes:
     """An .npz archive."""
     stream = io.BytesIO()
@@ -152,15 +139,6 @@ def array() -> bytes:
     """An .npy file."""
     stream = io.BytesIO()
     np.save(stream, np.asfortranarray(np.arange(6.0).reshape(2, 3)))
-    return stream.getvalue()
-
-
-def keras() -> bytes:
-    """A .keras archive."""
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("config.json", "{}")
-        archive.writestr("model.weights.h5", written(partial(write_hdf5, dense=False)))
     return stream.getvalue()
 
 
@@ -203,7 +181,5 @@ BASES: dict[str, Callable[[], list[bytes]]] = {
     "GGUF": lambda: [written(write_gguf)],
     "npy": lambda: [array()],
     "npz": lambda: [arrays(np.savez), arrays(np.savez_compressed)],
-    "HDF5": lambda: [written(partial(write_hdf5, dense=dense)) for dense in (False, True)],
-    "Keras": lambda: [keras()],
     "folder": lambda: [index()],
 }

@@ -90,9 +90,7 @@ def _packed_again(file: bytes, random: Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(file)) as archive:
         members = [(info, archive.read(info)) for info in archive.infolist()]
     # Mostly what describes the rest; numbers may be anything.
-    described = [
-        i for i, (info, _) in enumerate(members) if info.filename.endswith((".pkl", ".json", ".npy", ".h5", "/0"))
-    ]
+    described = [i for i, (info, _) in enumerate(members) if info.filename.endswith((".pkl", ".json", ".npy", "/0"))]
     chosen = {random.choice(described or range(len(members))), random.randrange(len(members))}
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:

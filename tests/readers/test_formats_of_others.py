@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import h5py
 import numpy as np
 import onnx
 import pytest
@@ -443,72 +442,42 @@ def test_what_inflates_a_thousandfold_is_listed_and_not_inflated(tmp_path: Path)
     check_sum(tmp_path / "a.npz")
 
 
-# --- HDF5
+# --- Keras, whose files are refused
 
 
-@pytest.mark.parametrize("track", [False, True])
-@pytest.mark.parametrize("libver", ["earliest", "latest"])
-@pytest.mark.slow
-def test_hdf5_datasets(tmp_path: Path, libver: str, track: bool) -> None:
-    expected: dict[str, Any] = {}
-    with h5py.File(tmp_path / "a.h5", "w", libver=libver, track_order=track) as file:
-        file.attrs["model_config"] = "{}" * 1000
-        for layer in range(40):
-            group = file.create_group(f"layers/dense_{layer}", track_order=track)
-            group.attrs["names"] = [b"a", b"b"]
-            for name, dtype in (("kernel:0", "f4"), ("bias:0", "f2"), ("steps", "i8"), ("flag", "?")):
-                array = np.arange(12).reshape(3, 4).astype(dtype)
-                group.create_dataset(name, data=array)
-                expected[f"layers/dense_{layer}/{name}"] = array
-        many = file.create_group("optimizer", track_order=track)
-        for i in range(1200):
-            many.create_dataset(f"v{i}", data=np.float32(i))
-            expected[f"optimizer/v{i}"] = np.float32(i)
-        file["tied"] = file["layers/dense_0/kernel:0"]
-        file["path"] = h5py.SoftLink("/layers")
-        expected["tied"] = expected["layers/dense_0/kernel:0"]
-        big = np.arange(5, dtype=">f4")
-        file.create_dataset("big", data=big)
-        expected["big"] = big.astype("<f4")
-    check(tmp_path / "a.h5", expected)
-
-
-def test_hdf5_chunks_are_listed_with_their_bytes(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("w", data=np.zeros((100, 100), "f4"), chunks=(10, 10), compression="gzip")
-        file.create_dataset("t", data=["text"])
-        file.create_dataset("unwritten", shape=(3,), dtype="f4")
-        stored = file["w"].id.get_storage_size()
-    listing = listed(tmp_path / "a.h5")
-    found = {held.name: held for held in listing.tensors}
-    assert found["w"].storage is not None
-    assert listing.storages[found["w"].storage].nbytes == stored
-    assert listing.array(found["w"]) is None
-    assert listing.array(found["unwritten"]) is None
-    check_sum(tmp_path / "a.h5")
-
-
-def test_hdf5_types_with_names_are_no_damage(tmp_path: Path) -> None:
-    with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["type"] = np.dtype("f4")
-        file.create_dataset("w", data=np.ones((4, 4), "f4"), dtype=file["type"])
-    listing = listed(tmp_path / "a.h5")
-    assert [(held.name, held.shape, held.nbytes) for held in listing.tensors] == [("w", (4, 4), 64)]
-    assert listing.array(listing.tensors[0]) is None
-    check_sum(tmp_path / "a.h5")
-
-
-def test_a_keras_archive(tmp_path: Path) -> None:
-    weights = io.BytesIO()
-    with h5py.File(weights, "w") as file:
-        file.create_group("layers/dense").create_group("vars", track_order=True).create_dataset(
-            "0", data=np.ones((2, 3))
-        )
-    with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
+def keras_archive() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("config.json", "{}")
-        archive.writestr("model.weights.h5", weights.getvalue())
-    listing = check(tmp_path / "a.keras", {"layers/dense/vars/0": np.ones((2, 3))})
-    assert listing.kind == "a .keras file"
+        archive.writestr("model.weights.h5", HDF5)
+    return stream.getvalue()
+
+
+HDF5 = b"\x89HDF\r\n\x1a\n" + bytes(88)
+KERAS = {"a.h5": (HDF5, "an HDF5 file, as Keras writes them"), "a.keras": (keras_archive(), "a .keras file")}
+
+
+@pytest.mark.parametrize("name", KERAS)
+def test_a_file_of_keras_is_refused_with_a_way_out(tmp_path: Path, name: str) -> None:
+    content, kind = KERAS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileError) as error:
+        listed(tmp_path / name)
+    assert type(error.value) is FileError
+    assert error.value.what == f"is {kind}; pared does not read the files of Keras"
+    assert error.value.where == str(tmp_path / name)
+    assert "save the weights by name with numpy.savez or safetensors" in error.value.remedy
+
+
+def test_a_folder_says_why_it_does_not_list_a_file_of_keras(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones(2, np.float32))
+    (tmp_path / "tf_model.h5").write_bytes(HDF5)
+    listing = listed(tmp_path)
+    assert [held.name for held in listing.tensors] == ["array"]
+    assert listing.notes["(tf_model.h5)"].because.startswith("is an HDF5 file")
+    (tmp_path / "a.npy").unlink()
+    with pytest.raises(FileError, match=r"holds no file of weights that pared reads \(tf_model.h5 is an HDF5 file"):
+        listed(tmp_path)
 
 
 # --- real files

@@ -78,7 +78,7 @@ _RANDOM: Final = re.compile(r"(?i)(.*_)?rng(_|$)|random_state")
 # What optimizers keep for each weight, whatever the dictionary is called.
 _MOMENTS: Final = re.compile(r".*[/.](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta)$")
 # Before the names of a folder's tensors that are not in its main file.
-_IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckpt|pt2|onnx|gguf|npz|npy|h5|keras))/")
+_IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckpt|pt2|onnx|gguf|npz|npy))/")
 # Where a pickled LSTM or GRU holds its weights a second time.
 _AGAIN: Final = re.compile(r"(.*[./])?_flat_weights/\d+$")
 # The attributes of a module through which a pickle reaches its tensors.

@@ -157,7 +157,7 @@ def inspect(target: object, *, depth: Depth = "default") -> Ledger:
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
-            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF, NumPy or Keras; of a folder of
+            checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF or NumPy; of a folder of
             such files; or a `torch.nn.Module`.
         depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
             all of them.

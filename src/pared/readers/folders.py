@@ -55,8 +55,9 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     named = [name for name in sizes if PurePosixPath(name).suffix in SUFFIXES or name in placed.values()]
     listings, unread = _listings(folder, named, set(placed.values()), files)
     if not listings:
+        why = "".join(f" that pared reads ({name} {reason})" for name, reason in list(unread.items())[:1])
         raise FileError(
-            "holds no file of weights",
+            f"holds no file of weights{why}",
             where=str(folder),
             remedy="Pass the directory that save wrote, a Hugging Face folder, or the path of a file.",
         )

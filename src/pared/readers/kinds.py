@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import replace
+from typing import Final, NoReturn
 
+from pared.errors import FileError
 from pared.files.disk import File
 from pared.files.magic import kind_of
 from pared.files.safetensors_file import is_safetensors
-from pared.files.zip_file import is_zip, read_archive, torch_folder
+from pared.files.zip_file import Archive, is_zip, read_archive, torch_folder
 from pared.readers.gguf import is_gguf, read_gguf
-from pared.readers.hdf5.datasets import is_hdf5, read_hdf5
-from pared.readers.hdf5.keras import is_keras, read_keras
 from pared.readers.listing import Listing, unknown
 from pared.readers.numpy_files import is_npy, is_npz, read_npy, read_npz
 from pared.readers.onnx.model import is_onnx, read_onnx
@@ -30,36 +29,43 @@ def _read_zip(file: File) -> Listing:
         return read_torch_export(file, archive, exported)
     if is_npz(archive):
         return read_npz(file, archive)
-    if is_keras(archive):
-        return read_keras(file, archive)
+    if _is_keras(archive):
+        _refuse_keras(file, "a .keras file")
     saved = torch_folder(file, archive)
     if saved is not None:
         return read_torch_zip(file, archive, saved)
     raise unknown(file, "a zip archive of a kind unknown here")
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of file.
-
-    Args:
-        begins: tells from the file's first bytes whether it is of this kind.
-        read: gives its listing.
-    """
-
-    begins: Callable[[File], bool]
-    read: Callable[[File], Listing]
+def _is_keras(archive: Archive) -> bool:
+    return any(member.name == "model.weights.h5" for member in archive.members)
 
 
-# Asked in this order; the first that knows the file reads it.
-KINDS: Final = (
-    Kind(is_safetensors, read_safetensors),
-    Kind(is_zip, _read_zip),
-    Kind(is_torch_legacy, read_torch_legacy),
-    Kind(is_gguf, read_gguf),
-    Kind(is_npy, read_npy),
-    Kind(is_hdf5, read_hdf5),
-    Kind(is_onnx, read_onnx),
+def _is_hdf5(file: File) -> bool:
+    return bytes(file.data[:8]) == b"\x89HDF\r\n\x1a\n"
+
+
+def _read_hdf5(file: File) -> NoReturn:
+    _refuse_keras(file, "an HDF5 file, as Keras writes them")
+
+
+def _refuse_keras(file: File, kind: str) -> NoReturn:
+    raise FileError(
+        f"is {kind}; pared does not read the files of Keras",
+        where=file.where,
+        remedy="Load it with Keras, and save the weights by name with numpy.savez or safetensors: pared reads both.",
+    )
+
+
+# Whether a file's first bytes are those of a kind, and the reader of that kind; the first match reads the file.
+_READERS: Final[tuple[tuple[Callable[[File], bool], Callable[[File], Listing]], ...]] = (
+    (is_safetensors, read_safetensors),
+    (is_zip, _read_zip),
+    (is_torch_legacy, read_torch_legacy),
+    (is_gguf, read_gguf),
+    (is_npy, read_npy),
+    (_is_hdf5, _read_hdf5),
+    (is_onnx, read_onnx),
 )
 
 
@@ -71,9 +77,9 @@ def list_tensors(file: File) -> Listing:
         CorruptError: it contradicts itself.
         UnsafeError: it cannot be understood without running code, or would take memory without bound.
     """
-    for kind in KINDS:
-        if kind.begins(file):
-            listing = kind.read(file)
+    for is_kind, read in _READERS:
+        if is_kind(file):
+            listing = read(file)
             return replace(
                 listing,
                 where=file.where,

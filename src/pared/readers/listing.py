@@ -132,5 +132,5 @@ def unknown(file: File, kind: str) -> FileError:
     return FileError(
         f"is {kind}, which pared cannot look into yet",
         where=file.where,
-        remedy="Pass a file of torch, safetensors, ONNX, GGUF, NumPy or Keras, or a folder of such files.",
+        remedy="Pass a file of torch, safetensors, ONNX, GGUF or NumPy, or a folder of such files.",
     )

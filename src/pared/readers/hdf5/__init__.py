@@ -1,1 +1,0 @@
-"""Files of HDF5 and Keras."""
