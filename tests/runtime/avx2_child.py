@@ -8,6 +8,7 @@ import torch
 from pared.formats.activation import Range
 from pared.runtime.kernels import conv, linear
 from pared.runtime.kernels.machine import available, exact_products, levels_for
+from tests.runtime import reference
 
 
 def error(fast: torch.Tensor, slow: torch.Tensor) -> float:
@@ -30,9 +31,9 @@ def main() -> None:
     for name, codes in (("largest", largest), ("small", small), ("mixed", mixed)):
         packed = linear.pack(codes, step)
         levels = packed.levels
-        slow = linear.reference(x, codes, step, span=span, levels=levels)
+        slow = reference.linear(x, codes, step, span=span, levels=levels)
         errors[f"linear static {name}"] = error(linear.static(x, packed, None, span), slow)
-        slow = linear.reference(noise, codes, step, levels=levels)
+        slow = reference.linear(noise, codes, step, levels=levels)
         errors[f"linear dynamic {name}"] = error(linear.dynamic(noise, packed), slow)
     for dimensions in (1, 2, 3):
         for groups in (1, 8):
@@ -40,13 +41,13 @@ def main() -> None:
             geometry = conv.Geometry.of(codes.shape[2:], padding=1, groups=groups)
             filters = conv.pack(codes, torch.ones(8), geometry)
             x = torch.ones(2, 8, *[5] * dimensions)
-            slow = conv.reference(x, codes, torch.ones(8), geometry, span=span, levels=filters.levels)
+            slow = reference.convolution(x, codes, torch.ones(8), geometry, span=span, levels=filters.levels)
             errors[f"conv{dimensions}d groups {groups}"] = error(conv.static(x, filters, None, span), slow)
     report["errors"] = errors
     # What goes wrong where this is ignored: all 8 bits against the largest weights.
     careless = linear.Packed(**{**vars(linear.pack(largest, step)), "levels": 255})
     full = linear.static(torch.ones(3, 66), careless, None, span)
-    report["careless"] = error(full, linear.reference(torch.ones(3, 66), largest, step, span=span))
+    report["careless"] = error(full, reference.linear(torch.ones(3, 66), largest, step, span=span))
     json.dump(report, sys.stdout)
 
 

@@ -17,14 +17,9 @@ from torch import Tensor, nn
 from pared.errors import CalibrationError, ModelError
 from pared.formats.activation import Range
 from pared.runtime.kernels import conv, linear, machine
-from pared.runtime.kernels.activation import (
-    quantize,
-    quantize_reference,
-    quantize_rows,
-    quantize_rows_reference,
-    tensor_range,
-)
+from pared.runtime.kernels.activation import quantize, quantize_rows, tensor_range
 from pared.runtime.kernels.machine import available, exact_products, levels_for
+from tests.runtime import reference
 
 needs_kernels = pytest.mark.skipif(available() != "", reason=available() or "the int8 kernels run here")
 
@@ -68,7 +63,7 @@ def test_the_fast_quantizer_equals_the_reference_bit_for_bit(
     x = torch.tensor(values)
     codes = quantize(x, scale, zero_point, levels)
     assert codes.dtype == torch.uint8
-    assert torch.equal(codes, quantize_reference(x, scale, zero_point, levels))
+    assert torch.equal(codes, reference.quantize(x, scale, zero_point, levels))
 
 
 @given(finite, finite, st.sampled_from([127, 255]))
@@ -89,7 +84,7 @@ def test_halves_go_to_the_even_code() -> None:
 
 def test_values_beyond_the_grid_take_its_ends_and_nan_takes_zero() -> None:
     x = torch.tensor([math.inf, -math.inf, 3e38, -3e38, math.nan])
-    for quantizer in (quantize, quantize_reference):
+    for quantizer in (quantize, reference.quantize):
         assert quantizer(x, 0.01, 100, 127).tolist() == [127, 0, 127, 0, 0]
 
 
@@ -97,7 +92,7 @@ def test_values_beyond_the_grid_take_its_ends_and_nan_takes_zero() -> None:
 def test_quantizing_does_not_depend_on_size_or_layout(shape: tuple[int, ...]) -> None:
     x = random(*shape)
     scale, zero_point = SPAN.grid(255)
-    expected = quantize_reference(x, scale, zero_point, 255)
+    expected = reference.quantize(x, scale, zero_point, 255)
     assert torch.equal(quantize(x, scale, zero_point, 255), expected)
     strided = torch.stack((x, x), -1)[..., 0]
     assert torch.equal(quantize(strided, scale, zero_point, 255), expected)
@@ -112,7 +107,7 @@ def test_quantizing_keeps_channels_last() -> None:
 @settings(deadline=None)
 def test_rows_are_quantized_like_the_reference_to_within_half_a_step(values: list[list[float]], levels: int) -> None:
     x = torch.tensor(values)
-    fast, slow = quantize_rows(x, levels), quantize_rows_reference(x, levels)
+    fast, slow = quantize_rows(x, levels), reference.quantize_rows(x, levels)
     for one, other in zip(fast, slow, strict=True):
         assert torch.equal(one, other)
     codes, scale, zero_point = fast
@@ -172,7 +167,7 @@ def test_linear_equals_its_reference(inputs: int, outputs: int) -> None:
             (linear.static(x, packed, offset, SPAN), SPAN),
             (linear.dynamic(x, packed, offset), None),
         ):
-            assert_same(fast, linear.reference(x, codes, step, offset, span=span, levels=packed.levels))
+            assert_same(fast, reference.linear(x, codes, step, offset, span=span, levels=packed.levels))
 
 
 @needs_kernels
@@ -221,7 +216,7 @@ def test_linear_takes_inputs_of_any_layout_and_leaves_them_alone() -> None:
     for x in (base[:, ::2, 0], base[:, :17].transpose(1, 2), base[0, 0, 0].expand(3, 17), base[:, 17:, 1]):
         kept = x.clone()
         for fast, span in ((linear.static(x, packed, None, SPAN), SPAN), (linear.dynamic(x, packed), None)):
-            assert_same(fast, linear.reference(x, codes, step, span=span, levels=packed.levels))
+            assert_same(fast, reference.linear(x, codes, step, span=span, levels=packed.levels))
         assert torch.equal(x, kept)
 
 
@@ -229,7 +224,7 @@ def test_linear_takes_inputs_of_any_layout_and_leaves_them_alone() -> None:
 def test_codes_and_steps_of_any_layout_are_packed_right() -> None:
     codes, step, x = random_codes(17, 10).t()[::2], random_step(10)[::2], random(3, 17)
     packed = linear.pack(codes, step)
-    assert_same(linear.dynamic(x, packed), linear.reference(x, codes, step, levels=packed.levels))
+    assert_same(linear.dynamic(x, packed), reference.linear(x, codes, step, levels=packed.levels))
 
 
 @needs_kernels
@@ -365,7 +360,7 @@ def test_convolutions_equal_their_reference_and_have_the_float_layers_layout(
             (conv.static(x, packed, offset, SPAN), SPAN),
             (conv.dynamic(x, packed, offset), None),
         ):
-            slow = conv.reference(x, codes, step, geometry, offset, span=span, levels=packed.levels)
+            slow = reference.convolution(x, codes, step, geometry, offset, span=span, levels=packed.levels)
             assert_same(fast, slow)
             assert fast.shape == exact.shape
             assert fast.is_contiguous()
@@ -380,7 +375,7 @@ def test_channels_last_comes_out_where_the_input_or_the_filter_is(
     codes, step = random_codes(6, 4, *(3 for _ in space)), random_step(6)
     geometry = conv.Geometry.of(codes.shape[2:], padding=1)
     x = random(2, 4, *space)
-    slow = conv.reference(x, codes, step, geometry, levels=levels_for(codes))
+    slow = reference.convolution(x, codes, step, geometry, levels=levels_for(codes))
     for filters, input_, expected in (
         (codes, x.contiguous(memory_format=layout), layout),
         (codes.contiguous(memory_format=layout), x, layout),
@@ -404,7 +399,7 @@ def test_convolutions_take_inputs_of_any_layout_and_type() -> None:
         base[0, 0].expand(2, 4, 11, 20),
     ):
         for fast, span in ((conv.static(x, packed, None, SPAN), SPAN), (conv.dynamic(x, packed), None)):
-            assert_same(fast, conv.reference(x, codes, step, geometry, span=span, levels=packed.levels))
+            assert_same(fast, reference.convolution(x, codes, step, geometry, span=span, levels=packed.levels))
     half = base[:, :4].bfloat16()
     assert torch.equal(conv.dynamic(half, packed), conv.dynamic(half.float(), packed).bfloat16())
 
@@ -418,7 +413,7 @@ def test_a_channel_without_a_step_gives_the_bias_and_nan_shows() -> None:
     assert conv.static(x, packed, bias, SPAN)[0, 0].tolist() == [0.25] * 6
     x[0, 1, 2] = math.nan
     assert conv.dynamic(x, packed, bias).isnan().all()
-    assert conv.reference(x, codes, step, geometry, bias).isnan().all()
+    assert reference.convolution(x, codes, step, geometry, bias).isnan().all()
 
 
 def test_convolutions_refuse_what_does_not_fit() -> None:
@@ -452,39 +447,6 @@ def test_convolutions_refuse_inputs_of_another_shape(shape: tuple[int, ...]) -> 
     )
 
 
-# --- export -----------------------------------------------------------------------------------------------
-
-
-class References(nn.Module):
-    """Both references as one model."""
-
-    filters: Tensor
-    codes: Tensor
-    steps: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.geometry = conv.Geometry.of((4,), padding="same")
-        self.register_buffer("filters", random_codes(5, 3, 4))
-        self.register_buffer("codes", random_codes(2, 5))
-        self.register_buffer("steps", random_step(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        sums, steps = torch.float32, self.steps
-        out = conv.reference(x, self.filters, steps, self.geometry, span=SPAN, dtype=sums).transpose(1, 2)
-        static = linear.reference(out, self.codes, steps[:2], span=SPAN, dtype=sums)
-        return static + linear.reference(out, self.codes, steps[:2], dtype=sums)
-
-
-@pytest.mark.slow
-def test_the_references_can_be_exported_for_any_batch() -> None:
-    model = References()
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (random(4, 3, 9),), dynamic_shapes={"x": {0: batch}})
-    x = random(7, 3, 9, seed=5)
-    assert_same(program.module()(x), model(x))
-
-
 # --- machine ----------------------------------------------------------------------------------------------
 
 
@@ -512,7 +474,7 @@ def test_the_reason_for_having_no_kernels_is_said(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.child
 def test_without_vnni_activations_get_seven_bits_and_results_stay_right() -> None:
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(root / "src")}
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
     child = subprocess.run(
         [sys.executable, str(root / "tests" / "runtime" / "avx2_child.py")],
         env=environment,

@@ -19,9 +19,10 @@ from pared.model.storage import from_bytes, to_bytes
 from pared.runtime import quantized
 from pared.runtime.kernels import linear
 from pared.runtime.kernels.activation import quantize
-from pared.runtime.kernels.linear import pack, reference, static
+from pared.runtime.kernels.linear import pack, static
 from pared.runtime.kernels.outliers import columns_of, further
 from pared.runtime.profile import Profile, this_machine
+from tests.runtime import reference
 
 numbers = st.floats(-1e4, 1e4, width=32)
 ranges = st.tuples(st.floats(-9, 0, width=32), st.floats(0, 9, width=32)).filter(lambda r: r[1] - r[0] > 1e-3)
@@ -45,7 +46,7 @@ def test_the_codes_equal_the_reference_bit_for_bit(
     x = torch.tensor([*rows, [torch.inf, -torch.inf, torch.nan, 3e38]])
     codes = more.codes(x)
     assert codes.shape == (len(x), len(columns_of(outliers)))
-    assert torch.equal(codes, more.codes_reference(x))
+    assert torch.equal(codes, reference.extra_codes(more, x))
 
 
 @given(st.lists(numbers, min_size=1, max_size=9), ranges, levels, st.integers(0, 3), st.integers(0, 3))
@@ -76,10 +77,10 @@ def test_a_layer_equals_its_reference(leading: tuple[int, ...], dtype: torch.dty
     outliers, span = ((3, 2), (3, -1), (69, -2)), Range(-2.0, 3.0)
     packed = pack(codes, step, outliers)
     found = static(x, packed, bias, span, outliers)
-    expected = reference(x, codes, step, bias, span=span, outliers=outliers, levels=packed.levels)
+    expected = reference.linear(x, codes, step, bias, span=span, outliers=outliers, levels=packed.levels)
     assert (found.dtype, found.shape) == (dtype, (*leading, 33))
     torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, reference(x, codes, step, bias, span=span, levels=packed.levels), atol=0.1)
+    assert not torch.allclose(found, reference.linear(x, codes, step, bias, span=span, levels=packed.levels), atol=0.1)
 
 
 @pytest.mark.parametrize(("there", "width"), [(False, 76), (True, 128)])
@@ -94,7 +95,7 @@ def test_columns_are_filled_up_to_what_an_instruction_takes(
     assert packed.width == width
     assert pack(codes, step).width == 70, "what has no further columns need not be copied"
     x = torch.randn(5, 70, generator=generator) * 2
-    expected = reference(x, codes, step, span=span, outliers=outliers, levels=packed.levels)
+    expected = reference.linear(x, codes, step, span=span, outliers=outliers, levels=packed.levels)
     torch.testing.assert_close(static(x, packed, None, span, outliers), expected)
 
 

@@ -11,6 +11,7 @@ from pared.runtime.kernels import recurrent, transposed
 from pared.runtime.kernels.machine import levels_for
 from pared.runtime.kernels.recurrent import Kind, Weights
 from pared.runtime.kernels.transposed import Moves
+from tests.runtime import reference
 
 pytestmark = pytest.mark.skipif(bool(recurrent.available()), reason="the kernels do not run on this machine")
 
@@ -61,7 +62,7 @@ def test_a_sequence_is_what_the_reference_says(
         parts = []
         for way, own in enumerate(one):
             first = [s[layer * ways + way] for s in state]
-            ran, *end = recurrent.reference(kind, expected.flip(0) if way else expected, first, own)
+            ran, *end = reference.sequence(kind, expected.flip(0) if way else expected, first, own)
             parts.append(ran.flip(0) if way else ran)
             ends.append(end)
         expected = torch.cat(parts, -1).float()
@@ -97,6 +98,6 @@ def test_a_transposed_convolution_is_what_the_reference_says(
         return
     span = None if dynamic else Range.of(float(x.min()), float(x.max()))
     ours = transposed.run(x, transposed.pack(weight, step), bias, taps, moves, span)
-    expected = transposed.reference(x, weight, step, bias, moves, span, levels_for(weight))
+    expected = reference.transposed_convolution(x, weight, step, bias, moves, span, levels_for(weight))
     assert ours.shape == expected.shape
     assert torch.allclose(ours.double(), expected, atol=1e-4, rtol=1e-4)

@@ -17,6 +17,7 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.machine import available, extensions, has_tiles
 from pared.runtime.kernels.patches import channels_first, patches_of
 from pared.runtime.quantized import outline_of
+from tests.runtime import reference
 from tests.runtime.test_graphs import CASES, SIZES, Case, assembled, bound_of, graph_of, leaves, targets
 from tests.runtime.test_kernels import SPAN, assert_same, random, random_codes, random_step
 
@@ -176,7 +177,7 @@ def test_products_of_pixels_equal_their_reference(tiles: None, dimensions: int, 
     for batch in ((), (0,), (1,), (3,)):
         x = random(*batch, 10, *space)
         for fast, span in ((conv.static(x, packed, bias, SPAN), SPAN), (conv.dynamic(x, packed, bias), None)):
-            slow = conv.reference(x, codes, step, geometry, bias, span=span, levels=packed.levels)
+            slow = reference.convolution(x, codes, step, geometry, bias, span=span, levels=packed.levels)
             assert_same(fast, slow)
             assert fast.is_contiguous()
 

@@ -34,12 +34,6 @@ def quantize(x: Tensor, scale: float, zero_point: int, levels: int, out: Tensor 
     return codes.to(torch.uint8) if out is None else out.copy_(codes)
 
 
-def quantize_reference(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
-    """What `quantize` computes, bit for bit, in plain float64."""
-    nearest = torch.round(x.double() * float32(1.0 / scale) + zero_point)
-    return nearest.clamp(0, levels).nan_to_num(0.0).to(torch.uint8)
-
-
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of `x` (float32, rows x columns, at least one column), each row on the grid of its own range.
 
@@ -55,14 +49,6 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     origin = torch.rsub(low.mul_(inverse), ORIGIN)
     codes = (x * inverse).add_(origin).view(torch.int32).to(torch.uint8)
     return codes, scale, origin.sub_(ORIGIN)
-
-
-def quantize_rows_reference(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `quantize_rows` computes, bit for bit, with plain rounding."""
-    low, scale, inverse = _row_grids(x, levels)
-    zero_point = torch.round(-(low * inverse))
-    nearest = torch.round((x * inverse).double() + zero_point)
-    return nearest.nan_to_num(0.0).to(torch.uint8), scale, zero_point
 
 
 def _row_grids(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

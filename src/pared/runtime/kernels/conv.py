@@ -22,9 +22,9 @@ from torch import Tensor
 
 from pared.errors import ModelError
 from pared.formats.activation import Range
-from pared.runtime.kernels.activation import quantize, quantize_reference, tensor_range
+from pared.runtime.kernels.activation import quantize, tensor_range
 from pared.runtime.kernels.linear import check_step, float_bias
-from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
+from pared.runtime.kernels.machine import levels_for
 from pared.runtime.kernels.patches import channels_first, patches_of, pays, rows_of_filter
 
 _FLOAT_CONVOLUTIONS: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -203,56 +203,6 @@ def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     if span is None:
         return _convolve(x, batch, packed, bias, Range(0.0, 0.0)).fill_(math.nan)
     return _convolve(x, batch, packed, bias, span)
-
-
-def reference(
-    x: Tensor,
-    codes: Tensor,
-    step: Tensor,
-    geometry: Geometry,
-    bias: Tensor | None = None,
-    *,
-    span: Range | None = None,
-    levels: int = FULL_LEVELS,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """What `static` (with a span) or `dynamic` (without) computes, with ordinary operations.
-
-    With a span it can be exported; without, the range is read from the input.
-
-    Args:
-        x: as for `static`.
-        codes: as for `pack`.
-        step: as for `pack`.
-        geometry: as for `pack`.
-        bias: as for `static`.
-        span: the calibrated range; None takes the input's own.
-        levels: the largest activation code.
-        dtype: what products are summed in. float64 is exact; an exported graph may prefer float32.
-
-    >>> codes, step = torch.tensor([[[1, 2]]], dtype=torch.int8), torch.tensor([0.5])
-    >>> reference(torch.tensor([[1.0, 0.0, 255.0]]), codes, step, Geometry.of((2,))).tolist()
-    [[0.5, 255.0]]
-    """
-    span = tensor_range(x) if span is None else span
-    if span is None:
-        span, bias = Range(0.0, 0.0), torch.full_like(step, math.nan)
-    scale, zero_point = span.grid(levels)
-    centred = quantize_reference(x.float(), scale, zero_point, levels).to(dtype) - zero_point
-    trailing = [zeros for more in reversed(geometry.trailing) for zeros in (0, more)]
-    convolve = _FLOAT_CONVOLUTIONS[codes.dim() - 2]
-    out = convolve(
-        F.pad(centred, trailing),
-        codes.to(dtype),
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        geometry.groups,
-    )
-    channel = (-1, *(1 for _ in codes.shape[2:]))
-    out = out * (scale * step.to(dtype)).reshape(channel)
-    return (out if bias is None else out + bias.reshape(channel)).to(x.dtype)
 
 
 def _batch(x: Tensor, packed: Packed) -> Tensor:

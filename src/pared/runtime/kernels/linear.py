@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pared.errors import ModelError
 from pared.formats.activation import Outliers, Range
-from pared.runtime.kernels.activation import quantize, quantize_reference, quantize_rows, quantize_rows_reference
-from pared.runtime.kernels.machine import FULL_LEVELS, has_tiles, levels_for
+from pared.runtime.kernels.activation import quantize, quantize_rows
+from pared.runtime.kernels.machine import has_tiles, levels_for
 from pared.runtime.kernels.outliers import Further, columns_of, further, widened
 
 # The codes of a row that an instruction multiplies at once, with tiles and without.
@@ -174,48 +174,6 @@ def product_of_rows(rows: Rows, packed: Packed, bias: Tensor | None) -> Tensor:
     bias = float_bias(bias)
     out = out.mul_(rows.scale) if bias is None else torch.addcmul(bias, out, rows.scale, out=out)
     return out.view(*rows.leading, out.shape[-1])
-
-
-def reference(
-    x: Tensor,
-    codes: Tensor,
-    step: Tensor,
-    bias: Tensor | None = None,
-    *,
-    span: Range | None = None,
-    outliers: Outliers = (),
-    levels: int = FULL_LEVELS,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """What `static` (with a span) or `dynamic` (without) computes, with operations that can be exported.
-
-    Args:
-        x: as for `static`.
-        codes: as for `pack`.
-        step: as for `pack`.
-        bias: as for `static`.
-        span: the calibrated range; None gives each row its own.
-        outliers: columns that leave it.
-        levels: the largest activation code.
-        dtype: what products are summed in. float64 is exact; an exported graph may prefer float32.
-
-    >>> codes, step = torch.tensor([[2, 0], [0, -4]], dtype=torch.int8), torch.tensor([0.5, 0.25])
-    >>> reference(torch.tensor([3.0, 1.0]), codes, step, span=Range(0.0, 255.0)).tolist()
-    [3.0, -1.0]
-    """
-    if span is None:
-        row_codes, row_scale, row_zero_point = quantize_rows_reference(x.float(), levels)
-        centred, scale = row_codes.to(dtype) - row_zero_point, row_scale.to(dtype) * step
-    else:
-        size, zero_point = span.grid(levels)
-        found = quantize_reference(x.float(), size, zero_point, levels)
-        if outliers:
-            found = torch.cat([found, further(outliers, span, levels).codes_reference(x.float())], -1)
-            codes = widened(codes, outliers)
-        centred = found.to(dtype) - zero_point
-        scale = size * step.to(dtype)
-    out = F.linear(centred, codes.to(dtype)) * scale
-    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def check_step(step: Tensor, rows: int) -> None:

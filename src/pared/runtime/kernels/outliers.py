@@ -51,12 +51,6 @@ class Further:
         codes = shifted.view(torch.int32).view(*x.shape[:-1], len(self.columns))
         return codes.to(torch.uint8) if out is None else out.copy_(codes)
 
-    def codes_reference(self, x: Tensor) -> Tensor:
-        """What `codes` computes, bit for bit, in plain float64."""
-        codes = x[..., self.columns].double() * float32(1.0 / self.scale) + (self.zero_point - self.shift.double())
-        least, most = self.low.double() - ORIGIN, self.high.double() - ORIGIN
-        return torch.clamp(torch.round(codes), least, most).nan_to_num(self.zero_point).to(torch.uint8)
-
 
 def columns_of(outliers: Outliers) -> list[int]:
     """The column of each further column, in their order.

@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pared.formats.activation import Range
-from pared.runtime.kernels.activation import quantize_reference, tensor_range
 from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
 from pared.runtime.kernels.machine import available as products_available
 from pared.switches import ignoring, quantized_engine
@@ -117,42 +114,3 @@ def run(
     else:
         found = torch.quantized_gru(*data, state[0], *options)
     return found
-
-
-def reference(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
-    """What `run` computes for one direction of one layer, with ordinary operations in float64: slow, for tests.
-
-    Args:
-        kind: of layer.
-        x: floats (steps, batch, inputs).
-        state: one or two of (batch, hidden).
-        weights: plain ones.
-
-    Returns:
-        the outputs (steps, batch, hidden), and the last state or states. Gates stand in the order that PyTorch
-        documents for its layers (Hochreiter and Schmidhuber 1997; Cho et al. 2014).
-    """
-    inputs = _product(x, weights, 0)
-    now = [one.double() for one in state]
-    outputs = []
-    for step in inputs:
-        hidden = _product(now[0], weights, 1)
-        if kind == "lstm":
-            i, f, g, o = (step + hidden).chunk(4, 1)
-            cell = f.sigmoid() * now[1] + i.sigmoid() * g.tanh()
-            now = [o.sigmoid() * cell.tanh(), cell]
-        else:
-            (r, z, n), (hr, hz, hn) = step.chunk(3, 1), hidden.chunk(3, 1)
-            update = (z + hz).sigmoid()
-            now = [(1 - update) * (n + (r + hr).sigmoid() * hn).tanh() + update * now[0]]
-        outputs.append(now[0])
-    return torch.stack(outputs), *now
-
-
-def _product(x: Tensor, weights: Weights, which: int) -> Tensor:
-    span = tensor_range(x.float()) or Range(0.0, 0.0)
-    scale, zero_point = span.grid(weights.levels)
-    centred = quantize_reference(x.float(), scale, zero_point, weights.levels).double() - zero_point
-    bias = weights.biases[which]
-    out = F.linear(centred, weights.codes[which].double()) * (scale * weights.steps[which].double())
-    return out if bias is None else out + bias.double()

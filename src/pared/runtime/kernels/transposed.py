@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.formats.activation import Range
-from pared.runtime.kernels.activation import quantize_reference, quantize_rows_reference
 from pared.runtime.kernels.linear import Packed, dynamic, float_bias, static
 from pared.runtime.kernels.linear import pack as pack_rows
 
@@ -99,39 +98,3 @@ def run(
     if floats is not None:
         out = out.add_(floats.reshape(-1, *[1] * dimensions))
     return (out if x.dim() == dimensions + 2 else out[0]).to(x.dtype)
-
-
-def reference(
-    x: Tensor, codes: Tensor, step: Tensor, bias: Tensor | None, moves: Moves, span: Range | None, levels: int
-) -> Tensor:
-    """What `run` computes, with PyTorch's own transposed convolution in float64; for inputs with a batch.
-
-    Args:
-        x: floats (batch, in, *space).
-        codes: as for `pack`.
-        step: as for `pack`.
-        bias: as for `run`.
-        moves: as for `run`.
-        span: as for `run`.
-        levels: the largest activation code.
-    """
-    rows = x.movedim(1, -1).float()
-    if span is None:
-        quantized, scale, zero_point = quantize_rows_reference(rows, levels)
-        values = (quantized.double() - zero_point) * scale
-    else:
-        size, zero = span.grid(levels)
-        values = (quantize_reference(rows, size, zero, levels).double() - zero) * size
-    weight = codes.double() * step.double().reshape(1, -1, *[1] * (codes.dim() - 2))
-    convolve = F.conv_transpose1d if codes.dim() == 3 else F.conv_transpose2d
-    out: Tensor = convolve(
-        values.movedim(-1, 1),
-        weight,
-        None if bias is None else bias.double(),
-        moves.stride,
-        moves.padding,
-        moves.output_padding,
-        1,
-        moves.dilation,
-    )
-    return out
