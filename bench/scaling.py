@@ -142,7 +142,7 @@ def limits() -> dict[str, float]:
     return {name: (2 * _COPIED if name == "copy" else 2 * _SIDE**3) / took for name, took in best.items()}
 
 
-def _product(codes: Tensor, packed: linear.Packed) -> Tensor:
+def _product(codes: Tensor, packed: linear.PackedLinear) -> Tensor:
     """The operator behind our kernels, without what turns floats into codes."""
     operator = torch.ops.onednn.qlinear_pointwise.default
     weight = (packed.weight, packed.step, packed.zeros)

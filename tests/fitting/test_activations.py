@@ -100,7 +100,7 @@ def test_sums_of_products_stay_within_32_bits() -> None:
     inputs["filter"] = InputStats(-1.0, 1.0, (1, 1024, 64))
     found = {one.name: one for one in activations.find_candidates(model, stored, inputs)}
     assert set(found) == {"most", "filter"}
-    assert [one.outliers for one in found["most"].options("static")] == [()], "there is no room for a further column"
+    assert [one.outliers for one in found["most"].options("static")] == [()], "there is no room for an extra column"
 
 
 def test_a_layer_that_is_not_faster_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:

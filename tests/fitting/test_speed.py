@@ -24,13 +24,13 @@ from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.runtime.record import record_of
-from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, serve, server_of
 from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)
-WAY = (Argument("input", "float32", (64, 64)),)
+CALL = (Argument("input", "float32", (64, 64)),)
 
 
 def network() -> nn.Module:
@@ -43,7 +43,7 @@ def batches() -> list[Tensor]:
 
 
 def timed(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Profile:
-    return Profile(this_machine(), whole=Whole((CallTiming(WAY, float32, bfloat16, modules, graph),)))
+    return Profile(this_machine(), whole=Whole((CallTiming(CALL, float32, bfloat16, modules, graph),)))
 
 
 @pytest.mark.parametrize(
@@ -65,16 +65,16 @@ def test_what_replaces_the_default_is_faster_by_a_tenth(times: Any, whole: str, 
 
 
 def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
-    large, small = CallTiming(WAY, 9.0, None, 4.0, 2.0), CallTiming(WAY, 2.0, None, 1.0, 3.0)
-    assert Whole((large,)).graphs == (WAY,)
+    large, small = CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(CALL, 2.0, None, 1.0, 3.0)
+    assert Whole((large,)).graphs == (CALL,)
     assert Whole((large, small)).graphs == ()
-    assert Whole((large, replace(small, graph_ms=0.9))).graphs == (WAY,)
-    little = CallTiming(WAY, 9.0, None, 4.0, 3.9)
-    assert Whole((little, replace(small, graph_ms=0.9))).graphs == (WAY,), "a tenth in one, slower in none"
+    assert Whole((large, replace(small, graph_ms=0.9))).graphs == (CALL,)
+    little = CallTiming(CALL, 9.0, None, 4.0, 3.9)
+    assert Whole((little, replace(small, graph_ms=0.9))).graphs == (CALL,), "a tenth in one, slower in none"
     assert Whole((little, replace(small, graph_ms=0.95))).graphs == ()
     assert Whole((replace(little, graph_ms=4.1), replace(small, graph_ms=0.89))).graphs == ()
     other = replace(small, arguments=(Argument("input", "int64", (2,)),))
-    assert Whole((large, other)).graphs == (WAY,), "other ways are judged by themselves"
+    assert Whole((large, other)).graphs == (CALL,), "other call kinds are judged by themselves"
 
 
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
     contents = quantized.contents_of(pared.fit(model, STATIC, batches(), quiet=True))
     half = quantized.assemble(model, contents, timed(3.0, 1.0, 2.0, 2.0))
-    assert isinstance(server_of(half), Halved)
+    assert isinstance(server_of(half), BFloat16Server)
     x = batches()[0]
     with torch.no_grad():
         found, floats = half(x), forward_of(half)(half, x)
@@ -108,7 +108,7 @@ def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytes
 
     def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any, _captures: Any) -> tuple[CallTiming, ...]:
         kernels = [line.kernel for line in quantized.plan_of(by_layers) if line.name in ("0.weight", "2.weight")]
-        return (CallTiming(WAY, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
+        return (CallTiming(CALL, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
 
     monkeypatch.setattr(speed, "time_calls", time_calls)
     q = pared.fit(model, STATIC, batches(), quiet=True)
@@ -265,7 +265,7 @@ def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     model = minilm.load()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), minilm.calibration()[:3], quiet=True)
     calls = record_of(q).profile.whole.calls
-    assert {one.way for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
+    assert {one.kind for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
     assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
     # Whatever was fastest here in this moment: as a graph it is the same model.
     graph = quantized.assemble(model, quantized.contents_of(q), timed(1.0, None, 1.0, None))

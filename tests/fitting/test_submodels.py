@@ -21,11 +21,11 @@ from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.profile import CallTiming, Profile, Timing, Whole, this_machine
 from pared.runtime.record import record_of
-from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, server_of
 from pared.runtime.serving.server import Server
 
-WAY = (Argument("x", "float32", (4, 64)),)
+CALL = (Argument("x", "float32", (4, 64)),)
 
 
 class Encoder(nn.Module):
@@ -139,7 +139,7 @@ def test_finding_leaves_no_hooks() -> None:
 
 
 def timing(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Whole:
-    return Whole((CallTiming(WAY, float32, bfloat16, modules, graph),))
+    return Whole((CallTiming(CALL, float32, bfloat16, modules, graph),))
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), ti
 def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whole) -> None:
     q, plain, heard = assembled(contents, part), assembled(contents, Whole()), call()
     encoder, x = q.body.encoder, heard.args[0]
-    assert isinstance(server_of(encoder), Halved if part is HALF else Server)
+    assert isinstance(server_of(encoder), BFloat16Server if part is HALF else Server)
     assert isinstance(encoder, Encoder)
     asked: list[object] = []
     answer = server_of(encoder).serve
@@ -193,7 +193,7 @@ def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_pat
     assert pared.save(q, tmp_path / "a").read_bytes() == pared.save(plain, tmp_path / "b").read_bytes()
     assert list(q.state_dict()) == list(plain.state_dict())
     loaded = pared.load(tmp_path / "a", model=model())
-    assert isinstance(server_of(loaded.body.encoder), Halved)
+    assert isinstance(server_of(loaded.body.encoder), BFloat16Server)
     assert record_of(loaded).profile == record_of(q).profile
     floats = quantized.skeleton_of(q)
     assert [type(one) for one in floats.modules()] == [type(one) for one in model().modules()]

@@ -45,7 +45,7 @@ def main() -> None:
             errors[f"conv{dimensions}d groups {groups}"] = error(conv.static(x, filters, None, span), slow)
     report["errors"] = errors
     # What goes wrong where this is ignored: all 8 bits against the largest weights.
-    careless = linear.Packed(**{**vars(linear.pack(largest, step)), "levels": 255})
+    careless = linear.PackedLinear(**{**vars(linear.pack(largest, step)), "levels": 255})
     full = linear.static(torch.ones(3, 66), careless, None, span)
     report["careless"] = error(full, reference.linear(torch.ones(3, 66), largest, step, span=span))
     json.dump(report, sys.stdout)

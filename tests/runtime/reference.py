@@ -11,7 +11,7 @@ from pared.runtime.kernels import outliers as columns
 from pared.runtime.kernels.activation import ORIGIN, tensor_range
 from pared.runtime.kernels.conv import Geometry
 from pared.runtime.kernels.machine import FULL_LEVELS
-from pared.runtime.kernels.outliers import Further
+from pared.runtime.kernels.outliers import ExtraColumns
 from pared.runtime.kernels.recurrent import Kind, Weights
 from pared.runtime.kernels.transposed import Moves
 
@@ -35,7 +35,7 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     return nearest.nan_to_num(0.0).to(torch.uint8), scale, zero_point
 
 
-def extra_codes(extra: Further, x: Tensor) -> Tensor:
+def extra_codes(extra: ExtraColumns, x: Tensor) -> Tensor:
     """The codes of extra columns, bit for bit."""
     codes = x[..., extra.columns].double() * float32(1.0 / extra.scale) + (extra.zero_point - extra.shift.double())
     low, high = extra.low.double() - ORIGIN, extra.high.double() - ORIGIN
@@ -60,7 +60,7 @@ def linear(
         size, zero_point = span.grid(levels)
         found = quantize(x.float(), size, zero_point, levels)
         if outliers:
-            extra = columns.further(outliers, span, levels)
+            extra = columns.extra_columns(outliers, span, levels)
             found = torch.cat([found, extra_codes(extra, x.float())], -1)
             codes = torch.cat([codes, codes[:, extra.columns]], 1)
         centred, scale = found.double() - zero_point, size * step.double()

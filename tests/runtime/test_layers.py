@@ -156,11 +156,11 @@ def counterpart_of(module: nn.Module, mode: str, low: float = 0.0, high: float =
     """In int8; the module gets the weights that the codes stand for."""
     layer = layer_of(module)
     assert layer is not None
-    held = [(module, weights_of(module))] + [(module.get_submodule(part), ("weight",)) for part in layer.parts]
+    held = [(module, weights_of(module))] + [(module.get_submodule(part), ("weight",)) for part in layer.children]
     coded = {(one, a): quantize(one, a) for one, attributes in held for a in attributes}
     counterpart = copy.deepcopy(module)
     stand_in(counterpart, {a: coded[module, a] for a in held[0][1]}, Activation(mode, low, high, held[0][1]))
-    for part in layer.parts:
+    for part in layer.children:
         whole = {"weight": coded[module.get_submodule(part), "weight"]}
         stand_in(counterpart.get_submodule(part), whole, Activation("dynamic"))
     return counterpart

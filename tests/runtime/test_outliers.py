@@ -1,4 +1,4 @@
-"""Columns that leave a layer's range: what is beyond it goes on in further columns."""
+"""Columns that leave a layer's range: what is beyond it goes on in extra columns."""
 
 import itertools
 from dataclasses import replace
@@ -20,7 +20,7 @@ from pared.runtime import quantized
 from pared.runtime.kernels import linear
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.linear import pack, static
-from pared.runtime.kernels.outliers import columns_of, further
+from pared.runtime.kernels.outliers import columns_of, extra_columns
 from pared.runtime.profile import Profile, this_machine
 from tests.runtime import reference
 
@@ -42,7 +42,7 @@ def test_the_codes_equal_the_reference_bit_for_bit(
     rows: list[list[float]], ends: tuple[float, float], top: int, found: list[tuple[int, int]]
 ) -> None:
     outliers = unique(found)
-    more = further(outliers, Range(*ends), top)
+    more = extra_columns(outliers, Range(*ends), top)
     x = torch.tensor([*rows, [torch.inf, -torch.inf, torch.nan, 3e38]])
     codes = more.codes(x)
     assert codes.shape == (len(x), len(columns_of(outliers)))
@@ -58,7 +58,7 @@ def test_all_columns_together_reach_as_many_ranges_further(
     scale, zero_point = span.grid(top)
     outliers = unique([(0, n) for n in (above, -below) if n])
     x = torch.tensor(values)[:, None]
-    codes = torch.cat([quantize(x, scale, zero_point, top), further(outliers, span, top).codes(x)], 1)
+    codes = torch.cat([quantize(x, scale, zero_point, top), extra_columns(outliers, span, top).codes(x)], 1)
     total = (codes.double() - zero_point).sum(1)
     # In steps, one rounding for all: the grid is as fine as without outliers, and longer.
     nearest = torch.round(x[:, 0].double() * float(torch.tensor(1.0 / scale)))
@@ -93,7 +93,7 @@ def test_columns_are_filled_up_to_what_an_instruction_takes(
     step, outliers, span = torch.full((33,), 0.01), ((3, 2), (3, -1), (69, -2)), Range(-2.0, 3.0)
     packed = pack(codes, step, outliers)
     assert packed.width == width
-    assert pack(codes, step).width == 70, "what has no further columns need not be copied"
+    assert pack(codes, step).width == 70, "what has no extra columns need not be copied"
     x = torch.randn(5, 70, generator=generator) * 2
     expected = reference.linear(x, codes, step, span=span, outliers=outliers, levels=packed.levels)
     torch.testing.assert_close(static(x, packed, None, span, outliers), expected)

@@ -18,14 +18,14 @@ from pared.runtime.graphs.call_kinds import arguments_of, bind
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile import CallTiming, Whole
 from pared.runtime.record import record_of
-from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, serve, server_of
 from pared.runtime.serving.server import Server
 from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
 
 
 def served(q: nn.Module, call: dict[str, Any]) -> Server:
-    """The model with a graph for a way of calling."""
+    """The model with a graph for a call kind."""
     server = Server(quantized.outline_of, [arguments_of(bound_of(q, call))])
     serve(q, server)
     return server
@@ -258,7 +258,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
     profile = replace(record_of(q).profile, whole=Whole((timing,)))
     q = quantized.assemble(model, quantized.contents_of(q), profile)
-    assert isinstance(server_of(q), Halved)
+    assert isinstance(server_of(q), BFloat16Server)
     with torch.no_grad():
         before = q(IDS)["hidden"]
         assert not torch.equal(before, forward_of(q)(q, IDS)["hidden"])

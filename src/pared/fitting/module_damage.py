@@ -44,7 +44,7 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
         f"{name}.{attribute}".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
         if name in seen.inputs and (layer := layer_of(module)) and layer.forward is not None and not layer.missing()
-        for attribute in (*weights_of(module), *(f"{part}.weight" for part in layer.parts))
+        for attribute in (*weights_of(module), *(f"{part}.weight" for part in layer.children))
     }
     stored = [
         Stored(slot.names, slot.kind, encode(slot, decision), decision)

@@ -26,13 +26,13 @@ from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
 from pared.runtime import quantized
-from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, parameters_of, text_of
+from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_kind, parameters_of
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.kernels.outliers import columns_of
 from pared.runtime.load import check_model
 from pared.runtime.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, Profile, Timing, Whole, this_machine
 from pared.runtime.record import record_of
-from pared.runtime.serving.bfloat16 import halved
+from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.served import forward_of
 from pared.runtime.serving.server import Server, agree
 from pared.runtime.stopwatch import fastest_ms
@@ -40,7 +40,7 @@ from pared.scalars import checked_number
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_MOST_WAYS: Final = 3  # of calling that are measured
+_MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # of the layers' time has to be in float32 for them to be tried all in int8
 _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
 _FAR: Final = 2  # times as large, or as slow
@@ -105,16 +105,18 @@ def time_calls(
     Args:
         model: the float model in eval mode, or a part of it.
         by_layers: the same, quantized, without a graph of its own.
-        calls: that calibration made; of each way of calling the largest and the smallest are made again, and the
+        calls: that calibration made; of each call kind the largest and the smallest are made again, and the
             first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
         captures: of its architecture.
     """
     names = parameters_of(model)
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
-    ways = {text_of(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
-    server = Server(quantized.outline_of, list(ways.values()), captures)  # a graph for each way, of its largest call
-    forms = _Forms(model, halved(model), by_layers, server)
+    kinds = {describe_kind(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
+    server = Server(
+        quantized.outline_of, list(kinds.values()), captures
+    )  # a graph for each call kind, of its largest call
+    forms = _Forms(model, in_bfloat16(model), by_layers, server)
     times: list[CallTiming] = []
     for call, one in zip(found, bound, strict=True):
         times.append(forms.time(call, one, in_bfloat16=not times or not _is_hopeless(times[0])))
@@ -127,14 +129,14 @@ def _is_hopeless(timing: CallTiming) -> bool:
 
 
 def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
-    """The calls that are timed: of each way of calling the largest, the smallest if far smaller, a single sample."""
-    ways: dict[object, list[Call]] = {}
+    """The calls that are timed: of each call kind the largest, the smallest if far smaller, a single sample."""
+    kinds: dict[object, list[Call]] = {}
     for call in calls:
         bound = bind(names, call.args, call.kwargs)
-        ways.setdefault(None if bound is None else text_of(arguments_of(bound)), []).append(call)
+        kinds.setdefault(None if bound is None else describe_kind(arguments_of(bound)), []).append(call)
     found = []
-    for way in list(ways.values())[:_MOST_WAYS]:
-        largest, smallest = max(way, key=_numbers), min(way, key=_numbers)
+    for same in list(kinds.values())[:_MOST_KINDS]:
+        largest, smallest = max(same, key=_numbers), min(same, key=_numbers)
         found += [largest, *([smallest] if _FAR * _numbers(smallest) < _numbers(largest) else []), *_single(smallest)]
     return found
 

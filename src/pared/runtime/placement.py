@@ -251,7 +251,7 @@ def _check(model: nn.Module, contents: Contents) -> None:
 def _parts(model: nn.Module, name: str) -> list[str]:
     """The children of a module that it uses without calling them."""
     layer = layer_of(model.get_submodule(name))
-    return [f"{name}.{part}".removeprefix(".") for part in layer.parts] if layer is not None else []
+    return [f"{name}.{part}".removeprefix(".") for part in layer.children] if layer is not None else []
 
 
 def _missing(module: nn.Module) -> str:

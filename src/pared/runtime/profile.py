@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import torch
 
-from pared.runtime.graphs.call_kinds import Argument, text_of
+from pared.runtime.graphs.call_kinds import Argument, describe_kind
 from pared.runtime.kernels.machine import extensions
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,9 @@ class CallTiming:
     because: str = ""
 
     @property
-    def way(self) -> str:
-        """The way of calling."""
-        return text_of(self.arguments)
+    def kind(self) -> str:
+        """The kind of call, as text."""
+        return describe_kind(self.arguments)
 
     def __str__(self) -> str:
         """One line, for people."""
@@ -124,23 +124,23 @@ class Whole:
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
-        """The calls, one for each way of calling, in which a graph is faster than modules.
+        """The calls, one for each call kind, in which a graph is faster than modules.
 
         By a tenth at least: on the whole, or in one of the calls and slower in none.
         """
-        return tuple(arguments for own, arguments in self._ways if _is_worth_a_graph(own))
+        return tuple(arguments for own, arguments in self._by_kind if _is_worth_a_graph(own))
 
     @property
-    def ways(self) -> tuple[tuple[Argument, ...], ...]:
-        """The largest calls, one for each way of calling."""
-        return tuple(arguments for _, arguments in self._ways)
+    def largest_calls(self) -> tuple[tuple[Argument, ...], ...]:
+        """The largest calls, one for each call kind."""
+        return tuple(arguments for _, arguments in self._by_kind)
 
     @property
-    def _ways(self) -> list[tuple[list[CallTiming], tuple[Argument, ...]]]:
-        """The calls of each way, and the arguments of the largest."""
+    def _by_kind(self) -> list[tuple[list[CallTiming], tuple[Argument, ...]]]:
+        """The calls of each kind, and the arguments of the largest."""
         found: dict[str, list[CallTiming]] = {}
         for one in self.calls:
-            found.setdefault(one.way, []).append(one)
+            found.setdefault(one.kind, []).append(one)
         return [(own, max((one.arguments for one in own), key=_numbers)) for own in found.values()]
 
     @property
@@ -173,8 +173,8 @@ class Whole:
     @property
     def _int8(self) -> float:
         """The share of their time in int8."""
-        served = {text_of(arguments) for arguments in self.graphs}
-        times = [(one.graph_ms if one.way in served else None) or one.modules_ms for one in self.calls]
+        served = {describe_kind(arguments) for arguments in self.graphs}
+        times = [(one.graph_ms if one.kind in served else None) or one.modules_ms for one in self.calls]
         return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
 
     def summary(self, name: str = "") -> list[str]:

@@ -1,7 +1,7 @@
 """The quantized model: a copy of the user's model, of a subclass of its own class, whose state is codes.
 
 Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters, on which
-the original modules run unchanged; hooks let `state_dict` give their codes, recovered exactly as `round(weight / step)`.
+the original modules run unchanged; hooks let `state_dict` give their codes, recovered as `round(weight / step)`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pared.runtime.placement import Memory, detach, held_in_codes, install, runn
 from pared.runtime.profile import ENGINE_FILE, Profile, Whole
 from pared.runtime.record import RECORD, Record, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.result import Offered, Result, Yielding, refuse_save_pretrained
-from pared.runtime.serving.bfloat16 import Halved
+from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import release, serve
 from pared.runtime.serving.server import Server
 
@@ -285,7 +285,11 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
 def _server(whole: Whole) -> Server:
     if whole.kernel == "float32":
         return Server(outline_of)
-    return Halved(floats_of, whole.ways) if whole.kernel == "bfloat16" else Server(outline_of, whole.graphs)
+    return (
+        BFloat16Server(floats_of, whole.largest_calls)
+        if whole.kernel == "bfloat16"
+        else Server(outline_of, whole.graphs)
+    )
 
 
 def _like(new: Tensor, tensor: Tensor) -> Tensor:

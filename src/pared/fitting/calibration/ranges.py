@@ -13,13 +13,13 @@ from pared.formats.activation import Outliers
 _SHARES: Final = tuple(2.0 ** (-i / 16) for i in range(97))
 
 
-# One further column for so many columns, at most: the product takes as much longer.
+# One extra column for so many columns, at most: the product takes as much longer.
 COLUMNS_EACH: Final = 32
 _MOST: Final = 16  # in all: more gain little
 
 
 def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
-    """The narrowest range that takes a few further columns: one for every `COLUMNS_EACH` at most.
+    """The narrowest range that takes a few extra columns: one for every `COLUMNS_EACH` at most.
 
     Args:
         lows: the least value of each column.
@@ -47,7 +47,7 @@ def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
 
 
 def _totals(reach: Tensor, end: float) -> list[int]:
-    """For each share of an end, how many further columns there are where columns reach so far."""
+    """For each share of an end, how many extra columns there are where columns reach so far."""
     ends = torch.tensor(_SHARES, dtype=torch.float64)[:, None] * end
     totals: list[int] = _further(reach, ends).sum(1).tolist()
     return totals

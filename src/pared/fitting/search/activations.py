@@ -140,11 +140,11 @@ def find_candidates(
         if layer is None:
             continue
         prefix = f"{name}." if name else ""
-        used.update(f"{prefix}{part}" for part in layer.parts)
+        used.update(f"{prefix}{part}" for part in layer.children)
         if not attributes or name in used or (inputs is not None and name not in inputs):
             continue
         weights = {attribute: by_name.get(f"{prefix}{attribute}") for attribute in attributes}
-        parts = {part: by_name.get(f"{prefix}{part}.weight") for part in layer.parts}
+        parts = {part: by_name.get(f"{prefix}{part}.weight") for part in layer.children}
         if None not in (*weights.values(), *parts.values()):
             seen = None if inputs is None else inputs[name]
             found.append(Candidate(name, module, layer, weights, parts, seen))  # type: ignore[arg-type]  # checked

@@ -60,7 +60,7 @@ def to_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32)
 
 
-def halve(draft: Draft) -> None:
+def run_in_bfloat16(draft: Draft) -> None:
     """Attention takes and gives bfloat16; products that only it reads give that at once."""
     known: dict[fx.Node, fx.Node] = {}
     for node in draft.calls(_ATTENTION):
@@ -71,11 +71,11 @@ def halve(draft: Draft) -> None:
         given = [draft.before(node, to_bfloat16, one) for one in (query, key, value)]
         if isinstance(mask, fx.Node) and (mask.target is as_floats or type_of(mask) is torch.float32):
             if mask not in known:
-                to_half = to_bfloat16 if mask.target is as_floats else mask_to_bfloat16
-                known[mask] = draft.before(node, to_half, mask)
+                rounded = to_bfloat16 if mask.target is as_floats else mask_to_bfloat16
+                known[mask] = draft.before(node, rounded, mask)
             rest = [known[mask], *rest[1:]]
-        halved = draft.before(node, _ATTENTION, *given, *rest, **node.kwargs)
-        draft.replace(node, draft.before(node, to_float32, halved))
+        attended = draft.before(node, _ATTENTION, *given, *rest, **node.kwargs)
+        draft.replace(node, draft.before(node, to_float32, attended))
     for node in draft.calls(QLINEAR):
         _give_bfloat16(draft, node)
 

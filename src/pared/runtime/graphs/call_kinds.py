@@ -1,6 +1,6 @@
-"""Ways of calling a model: names, types and ranks of its arguments, and the values of those that are no tensors.
+"""Call kinds: the names, types and ranks of a call's tensors, and the values of its other arguments.
 
-A graph is made for one way of calling and serves no other.
+A graph is made for one kind of call and serves no other.
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ class Argument:
     value: bool | float | str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no tensor has: `engine.json` may say anything."""
+        """Refuse impossible types and shapes: `engine.json` may hold anything."""
         known = not self.dtype or isinstance(getattr(torch, self.dtype, None), torch.dtype)
         if not known or not all(type(size) is int and size >= 0 for size in self.shape):
-            raise ValueError(f"no tensor is {self.dtype} {self.shape}")
+            raise ValueError(f"no tensor can be of type {self.dtype} and shape {self.shape}")
 
     @property
-    def way(self) -> tuple[object, ...]:
-        """What `way_of` says of it."""
+    def kind(self) -> tuple[object, ...]:
+        """The argument's share of `kind_of`."""
         if self.dtype:
             return self.name, getattr(torch, self.dtype), len(self.shape)
         return self.name, type(self.value), self.value
 
-    @property
-    def kind(self) -> str:
-        """What two calls must share to be of one way.
+    def __str__(self) -> str:
+        """The argument's share of `describe_kind`.
 
-        >>> Argument("ids", "int64", (2, 7)).kind, Argument("causal", value=True).kind
-        ('ids: int64[2]', 'causal = True')
+        >>> print(Argument("ids", "int64", (2, 7)), Argument("causal", value=True), sep=", ")
+        ids: int64[2], causal = True
         """
         return f"{self.name}: {self.dtype}[{len(self.shape)}]" if self.dtype else f"{self.name} = {self.value!r}"
 
@@ -71,7 +70,10 @@ def parameters_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound | None:
-    """The arguments by name; None where some have none or two, or are neither plain tensors on the CPU nor constants.
+    """The arguments by name; None for a call that no graph serves.
+
+    No graph serves an argument that is given twice or without a name, or that is neither a plain tensor on the CPU nor
+    a constant.
 
     >>> list(bind(("x", "scale"), (torch.zeros(1),), {"scale": 2.0}))
     ['scale', 'x']
@@ -88,25 +90,25 @@ def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return {name: bound[name] for name in sorted(bound)}
 
 
-def way_of(bound: Bound) -> tuple[object, ...]:
-    """What two calls share that the same graph may serve."""
+def kind_of(bound: Bound) -> tuple[object, ...]:
+    """The kind of a call: calls of one kind may be served by the same graph."""
     return tuple(
         (name, value.dtype, value.dim()) if type(value) is Tensor else (name, type(value), value)
         for name, value in bound.items()
     )
 
 
-def tensors_of(way: tuple[object, ...]) -> tuple[object, ...]:
-    """What a way says of tensors.
+def tensors_of(kind: tuple[object, ...]) -> tuple[object, ...]:
+    """The part of a call kind that concerns tensors.
 
     >>> tensors_of(way_of({"causal": True, "x": torch.zeros(2, 3)}))
     (('x', torch.float32, 2),)
     """
-    return tuple(one for one in way if isinstance(one, tuple) and isinstance(one[1], torch.dtype))
+    return tuple(one for one in kind if isinstance(one, tuple) and isinstance(one[1], torch.dtype))
 
 
 def arguments_of(bound: Bound) -> tuple[Argument, ...]:
-    """A call as plain data: shapes and constants, no numbers."""
+    """A call as plain data: the tensors' types and shapes, and the constants."""
     return tuple(
         Argument(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
         if type(value) is Tensor
@@ -115,10 +117,10 @@ def arguments_of(bound: Bound) -> tuple[Argument, ...]:
     )
 
 
-def text_of(arguments: Sequence[Argument]) -> str:
-    """A way of calling, for people and as a key of JSON.
+def describe_kind(arguments: Sequence[Argument]) -> str:
+    """A call kind as text, for people and as a key.
 
     >>> text_of([Argument("ids", "int64", (2, 7)), Argument("causal", value=True)])
     'ids: int64[2], causal = True'
     """
-    return ", ".join(one.kind for one in arguments)
+    return ", ".join(map(str, arguments))

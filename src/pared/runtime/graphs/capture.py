@@ -73,7 +73,7 @@ class Captures:
         tied = tuple(
             places.setdefault(id(one), len(places)) for _, one in model.named_parameters(remove_duplicate=False)
         )
-        key = (tied, *((one.way, one.shape) for one in arguments))
+        key = (tied, *((one.kind, one.shape) for one in arguments))
         if key not in self._known:
             try:
                 self._known[key] = capture(model, arguments)

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from pared.runtime.graphs.attention import halve, share_masks
+from pared.runtime.graphs.attention import run_in_bfloat16, share_masks
 from pared.runtime.graphs.draft import Draft, given_to, only_user, rank_of, type_of
 from pared.runtime.graphs.merging import merge, take_sums
 from pared.runtime.graphs.products import PLAIN, QCONVS, QLINEAR, joined, quantize_contiguous, quantize_contiguous_all
@@ -76,7 +76,7 @@ def fuse(draft: Draft) -> None:
     merge(draft)
     take_sums(draft)
     if has_tiles():
-        halve(draft)
+        run_in_bfloat16(draft)
     for node in draft.calls(FLOAT_CONV):
         _pack(draft, node)
 

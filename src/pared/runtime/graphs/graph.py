@@ -1,4 +1,4 @@
-"""A graph that runs in place of a model's modules, for calls of one way of calling."""
+"""A graph that runs in place of a model's modules, for calls of one kind."""
 
 from __future__ import annotations
 

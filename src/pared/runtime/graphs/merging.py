@@ -67,7 +67,7 @@ def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
     assert activation is not None, "it runs on codes"
     # The first layer keeps it, for other graphs of the same model.
     key = ("merged", *((id(owner), attribute) for owner, attribute in layers))
-    packed: linear.Packed = layers[0][0].pared_packed(
+    packed: linear.PackedLinear = layers[0][0].pared_packed(
         key, lambda: linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
     )
     biases = [draft.held(given_to(node)[6]) for node in nodes]

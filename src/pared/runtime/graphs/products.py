@@ -19,7 +19,7 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import Geometry, pad_codes
 from pared.runtime.kernels.linear import product_of_rows, quantize_all, rows_of
 from pared.runtime.kernels.machine import operator_of
-from pared.runtime.kernels.outliers import Further, further
+from pared.runtime.kernels.outliers import ExtraColumns, extra_columns
 from pared.runtime.kernels.patches import channels_first, patches_of
 from pared.runtime.layers.counterpart import Counterpart, run_kernel
 from pared.runtime.layers.dispatch import OUTPUTS, packed_filter, packed_linear
@@ -52,13 +52,15 @@ def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -
     return quantize(x.contiguous(), scale, zero_point, levels)
 
 
-def quantize_contiguous_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Further, width: int) -> Tensor:
-    """The same, with further columns."""
+def quantize_contiguous_all(
+    x: Tensor, scale: float, zero_point: int, levels: int, more: ExtraColumns, width: int
+) -> Tensor:
+    """The same, with extra columns."""
     return quantize_all(x.contiguous(), scale, zero_point, levels, more, width)
 
 
-def joined(codes: Tensor, x: Tensor, more: Further, width: int) -> Tensor:
-    """Codes that a product gave, with those of further columns."""
+def joined(codes: Tensor, x: Tensor, more: ExtraColumns, width: int) -> Tensor:
+    """Codes that a product gave, with those of extra columns."""
     whole = codes.new_empty((*codes.shape[:-1], width))
     inputs = codes.shape[-1]
     whole[..., :inputs] = codes
@@ -154,7 +156,7 @@ def _static_linear(
     scale, zero_point = activation.span.grid(packed.levels)
     grid = (scale, zero_point, packed.levels)
     if activation.outliers:
-        more = further(activation.outliers, activation.span, packed.levels)
+        more = extra_columns(activation.outliers, activation.span, packed.levels)
         codes = draft.before(node, quantize_contiguous_all, x, *grid, more, packed.width)
     else:
         codes = draft.before(node, quantize_contiguous, x, *grid)

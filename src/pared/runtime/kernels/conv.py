@@ -96,7 +96,7 @@ class Geometry:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedConv:
     """A filter as the kernel wants it. It can be neither copied nor pickled.
 
     Args:
@@ -122,7 +122,7 @@ class Packed:
     taps: tuple[int, ...] = ()
 
 
-def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
+def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
     """A filter for `static` and `dynamic`.
 
     Args:
@@ -147,7 +147,7 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> Packed:
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
     by_patches = pays(codes.shape, geometry.stride, geometry.dilation, geometry.groups)
-    return Packed(
+    return PackedConv(
         weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
         step=step,
         zeros=torch.zeros(len(step), dtype=torch.int32, device="cpu"),
@@ -172,7 +172,7 @@ def _prepacked_rows(codes: Tensor) -> Tensor:
     return packed
 
 
-def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> Tensor:
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
@@ -192,7 +192,7 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tenso
     return _convolve(x, _batch(x, packed), packed, bias, span)
 
 
-def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def dynamic(x: Tensor, packed: PackedConv, bias: Tensor | None = None) -> Tensor:
     """The layer's output, with the range taken from this input.
 
     As `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
@@ -205,7 +205,7 @@ def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     return _convolve(x, batch, packed, bias, span)
 
 
-def _batch(x: Tensor, packed: Packed) -> Tensor:
+def _batch(x: Tensor, packed: PackedConv) -> Tensor:
     """The input with a batch dimension, in float32."""
     dimensions = len(packed.geometry.stride)
     missing = dimensions + 2 - x.dim()
@@ -218,7 +218,7 @@ def _batch(x: Tensor, packed: Packed) -> Tensor:
     return (x.unsqueeze(0) if missing else x).detach().float()
 
 
-def _convolve(x: Tensor, batch: Tensor, packed: Packed, bias: Tensor | None, span: Range) -> Tensor:
+def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> Tensor:
     """The convolution of `batch`, in the layout, the type and the dimensions that `x` asks for."""
     scale, zero_point = span.grid(packed.levels)
     codes = quantize(batch, scale, zero_point, packed.levels)

@@ -19,7 +19,7 @@ from pared.errors import ModelError
 from pared.formats.activation import Outliers, Range
 from pared.runtime.kernels.activation import quantize, quantize_rows
 from pared.runtime.kernels.machine import has_tiles, levels_for
-from pared.runtime.kernels.outliers import Further, columns_of, further, widened
+from pared.runtime.kernels.outliers import ExtraColumns, columns_of, extra_columns, widened
 
 # The codes of a row that an instruction multiplies at once, with tiles and without.
 _TILE: Final = 64
@@ -27,7 +27,7 @@ _WORD: Final = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedLinear:
     """A weight as the kernel wants it. It can be neither copied nor pickled.
 
     Args:
@@ -35,8 +35,8 @@ class Packed:
         step: float32, one per output.
         zeros: the weight's zero points, all 0.
         sums: of each output's weights, float32.
-        inputs: the weight's width, without further columns.
-        width: the codes of a row that it takes, further columns and what fills them up included.
+        inputs: the weight's width, without extra columns.
+        width: the codes of a row that it takes, extra columns and what fills them up included.
         levels: the largest activation code that it allows.
     """
 
@@ -49,7 +49,7 @@ class Packed:
     levels: int
 
 
-def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> Packed:
+def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> PackedLinear:
     """A weight for `static` and `dynamic`.
 
     Args:
@@ -72,7 +72,7 @@ def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> Packed:
             remedy="Quantize the model anew: its weight has another shape than the one that was calibrated.",
         )
     whole = filled_up(widened(codes, outliers)) if outliers else codes
-    return Packed(
+    return PackedLinear(
         weight=torch.ops.onednn.qlinear_prepack.default(whole.contiguous(), None),
         step=step.detach().contiguous(),
         zeros=torch.zeros(len(codes), dtype=torch.int32, device="cpu"),
@@ -83,7 +83,7 @@ def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> Packed:
     )
 
 
-def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range, outliers: Outliers = ()) -> Tensor:
+def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, outliers: Outliers = ()) -> Tensor:
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
@@ -107,7 +107,7 @@ def static(x: Tensor, packed: Packed, bias: Tensor | None, span: Range, outliers
     scale, zero_point = span.grid(packed.levels)
     grid = (scale, zero_point, packed.levels)
     if outliers:
-        codes = quantize_all(floats, *grid, further(outliers, span, packed.levels), packed.width)
+        codes = quantize_all(floats, *grid, extra_columns(outliers, span, packed.levels), packed.width)
     else:
         codes = quantize(floats, *grid)
     out = _product(codes, scale, zero_point, packed, float_bias(bias))
@@ -122,7 +122,7 @@ def filled_up(codes: Tensor) -> Tensor:
     return F.pad(codes, (0, -codes.shape[1] % (_TILE if has_tiles() else _WORD)))
 
 
-def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Further, width: int) -> Tensor:
+def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: ExtraColumns, width: int) -> Tensor:
     """The codes of all columns of float32 of shape (..., in).
 
     Those that fill them up meet zeros, so they may be anything.
@@ -134,7 +134,7 @@ def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Fu
     return whole
 
 
-def dynamic(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+def dynamic(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
     """The layer's output, each row of the input on a grid of its own.
 
     As `static`, but nothing is clipped, and a row that holds NaN or Inf gives only NaN or Inf.
@@ -165,7 +165,7 @@ def rows_of(x: Tensor, levels: int) -> Rows:
     return Rows(*quantize_rows(x.reshape(-1, x.shape[-1]), levels), tuple(x.shape[:-1]))
 
 
-def product_of_rows(rows: Rows, packed: Packed, bias: Tensor | None) -> Tensor:
+def product_of_rows(rows: Rows, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """What `dynamic` computes, in float32 of shape (..., out)."""
     out = _product(rows.codes, 1.0, 0, packed, None)
     # The kernel knows one zero point for all rows: each row's own comes off here. In place: new memory is
@@ -192,7 +192,7 @@ def float_bias(bias: Tensor | None) -> Tensor | None:
     return bias.detach().float()
 
 
-def _floats(x: Tensor, packed: Packed) -> Tensor:
+def _floats(x: Tensor, packed: PackedLinear) -> Tensor:
     """The input in contiguous float32, at least one row."""
     if x.dim() == 0 or x.shape[-1] != packed.inputs:
         raise ModelError(
@@ -204,7 +204,7 @@ def _floats(x: Tensor, packed: Packed) -> Tensor:
     return floats.contiguous() if x.dim() > 1 else floats.reshape(1, -1)
 
 
-def _product(codes: Tensor, scale: float, zero_point: int, packed: Packed, bias: Tensor | None) -> Tensor:
+def _product(codes: Tensor, scale: float, zero_point: int, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """`scale * (codes - zero_point) @ (step * weight).T + bias` in float32."""
     out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         codes,
@@ -229,7 +229,7 @@ def _like(x: Tensor, out: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
-def _without_input(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _without_input(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """What is left where there are no rows, or nothing in them: the bias. The kernel would divide by zero."""
     out = x.new_zeros(*x.shape[:-1], len(packed.step))
     return out if bias is None else out + bias.detach().to(x.dtype)

@@ -1,8 +1,8 @@
-"""Columns of a linear layer's input that leave its range: further columns carry what is beyond.
+"""Columns of a linear layer's input that leave its range: extra columns carry what is beyond.
 
 A few columns of a transformer's inputs, sometimes a single one, are many times as large as all others, and a grid that
 reaches them is too coarse for the rest. So the range leaves them out. Such a column stops at the range's end, and
-further columns, which meet the same weights, carry what is left, one range each. That is outlier channel splitting
+extra columns, which meet the same weights, carry what is left, one range each. That is outlier channel splitting
 (Zhao et al., 2019, arXiv:1901.09504), but a number is not divided evenly: all of its codes but one are exact.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 from pared.formats.activation import Outliers, Range, float32
 from pared.runtime.kernels.activation import ORIGIN
 
-"""Columns, each with the number of its further columns: above the range, or, if it is negative, below."""
+"""Columns, each with the number of its extra columns: above the range, or, if it is negative, below."""
 
 
 @dataclass(frozen=True, eq=False)
-class Further:
-    """Further columns, and what each of them carries. All tensors have a number for each.
+class ExtraColumns:
+    """Extra columns, and what each of them carries. All tensors have a number for each.
 
     Args:
         columns: int64, of the input.
@@ -43,7 +43,7 @@ class Further:
     zero_point: int
 
     def codes(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The codes of further columns, as uint8 of shape (..., further), of float32 of shape (..., in)."""
+        """The codes of extra columns, as uint8 of shape (..., further), of float32 of shape (..., in)."""
         rows = x.reshape(-1, x.shape[-1])  # of a matrix columns are picked in two thirds of the time
         shifted = torch.rsub(rows.index_select(1, self.columns), self.origin, alpha=-float32(1.0 / self.scale))
         # NaN has no code: the column itself takes 0, and nothing is left.
@@ -53,7 +53,7 @@ class Further:
 
 
 def columns_of(outliers: Outliers) -> list[int]:
-    """The column of each further column, in their order.
+    """The column of each extra column, in their order.
 
     >>> columns_of(((7, 2), (1, -1)))
     [7, 7, 1]
@@ -62,15 +62,15 @@ def columns_of(outliers: Outliers) -> list[int]:
 
 
 def _each(outliers: Outliers) -> Iterator[tuple[int, int]]:
-    """The column of each further column, and how many ranges come before it: negative ones below zero."""
+    """The column of each extra column, and how many ranges come before it: negative ones below zero."""
     for column, count in outliers:
         for ranges in range(1, abs(count) + 1):
             yield column, ranges if count > 0 else -ranges
 
 
 @functools.lru_cache(maxsize=4096)
-def further(outliers: Outliers, span: Range, levels: int) -> Further:
-    """The further columns of an input whose grid spans a range.
+def extra_columns(outliers: Outliers, span: Range, levels: int) -> ExtraColumns:
+    """The extra columns of an input whose grid spans a range.
 
     >>> found = further(((0, 2), (1, -1)), Range(-10.0, 20.0), 30)
     >>> found.codes(torch.tensor([[55.0, -14.0], [5.0, 90.0]])).tolist()  # what is left: 35, 15 and -4
@@ -85,7 +85,7 @@ def further(outliers: Outliers, span: Range, levels: int) -> Further:
     def floats(numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
-    return Further(
+    return ExtraColumns(
         columns=torch.tensor(columns_of(outliers), dtype=torch.int64, device="cpu"),
         shift=floats(shift),
         origin=floats([zero_point - codes for codes in shift]) + ORIGIN,
@@ -97,7 +97,7 @@ def further(outliers: Outliers, span: Range, levels: int) -> Further:
 
 
 def widened(columns: Tensor, outliers: Outliers) -> Tensor:
-    """A matrix with its further columns behind the others.
+    """A matrix with its extra columns behind the others.
 
     >>> widened(torch.tensor([[1, 2, 3]]), ((2, 1),)).tolist()
     [[1, 2, 3, 3]]

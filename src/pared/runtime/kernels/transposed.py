@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pared.formats.activation import Range
-from pared.runtime.kernels.linear import Packed, dynamic, float_bias, static
+from pared.runtime.kernels.linear import PackedLinear, dynamic, float_bias, static
 from pared.runtime.kernels.linear import pack as pack_rows
 
 
@@ -55,7 +55,7 @@ class Moves:
         ]
 
 
-def pack(codes: Tensor, step: Tensor) -> Packed:
+def pack(codes: Tensor, step: Tensor) -> PackedLinear:
     """A weight for `run`.
 
     Args:
@@ -68,7 +68,7 @@ def pack(codes: Tensor, step: Tensor) -> Packed:
 
 
 def run(
-    x: Tensor, packed: Packed, bias: Tensor | None, taps: Sequence[int], moves: Moves, span: Range | None
+    x: Tensor, packed: PackedLinear, bias: Tensor | None, taps: Sequence[int], moves: Moves, span: Range | None
 ) -> Tensor:
     """The layer's output.
 

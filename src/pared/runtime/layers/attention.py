@@ -90,7 +90,7 @@ def _part(module: Any, which: int, x: Tensor) -> Tensor:
     """The product with one third of the weight for all three."""
     rows = slice(which * module.embed_dim, (which + 1) * module.embed_dim)
 
-    def pack() -> linear.Packed:
+    def pack() -> linear.PackedLinear:
         steps = module.pared_row_steps("in_proj_weight")[rows].contiguous()
         return linear.pack(module.pared_codes("in_proj_weight")[rows].contiguous(), steps)
 

@@ -186,7 +186,7 @@ class Counterpart(nn.Module):
         return not any(isinstance(one, Tensor) and one.requires_grad for one in floats)
 
     def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any:
-        """The kernel's own form of the weight, made once per way of calling, under a lock."""
+        """The kernel's own form of the weight, made once per key, under a lock."""
         found = self._pared_packed.get(key)
         if found is None:
             with self._pared_lock:

@@ -34,9 +34,9 @@ def _activation(owner: Owner) -> Activation:
     return owner.pared_activation
 
 
-def packed_linear(owner: Owner, attribute: str) -> linear.Packed:
+def packed_linear(owner: Owner, attribute: str) -> linear.PackedLinear:
     """A weight of `F.linear` as its kernel wants it."""
-    packed: linear.Packed = owner.pared_packed(
+    packed: linear.PackedLinear = owner.pared_packed(
         attribute,
         lambda: linear.pack(
             owner.pared_codes(attribute), owner.pared_row_steps(attribute), _activation(owner).outliers
@@ -45,9 +45,9 @@ def packed_linear(owner: Owner, attribute: str) -> linear.Packed:
     return packed
 
 
-def packed_filter(owner: Owner, attribute: str, geometry: Geometry) -> conv.Packed:
+def packed_filter(owner: Owner, attribute: str, geometry: Geometry) -> conv.PackedConv:
     """A convolution's weight as its kernel wants it."""
-    packed: conv.Packed = owner.pared_packed(
+    packed: conv.PackedConv = owner.pared_packed(
         (attribute, geometry),
         lambda: conv.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute), geometry),
     )

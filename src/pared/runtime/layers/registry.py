@@ -24,7 +24,7 @@ class Layer:
             for a call that it does not serve. None: the module's own forward runs, and each weight that reaches
             `F.linear`, a convolution or a table lookup there is served.
         reason: why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
-        parts: children whose `weight` the forward uses without calling them.
+        children: names of children whose `weight` the forward uses without calling them.
         columns: each number along the last dimension of its input meets a column of its weight, and nothing else: so a
             static range may leave columns out (`kernels.outliers`).
     """
@@ -33,7 +33,7 @@ class Layer:
     modes: tuple[str, ...]
     forward: Callable[..., Any] | None = None
     reason: Callable[[], str] = str
-    parts: tuple[str, ...] = ()
+    children: tuple[str, ...] = ()
     columns: bool = False
 
     def missing(self) -> str:

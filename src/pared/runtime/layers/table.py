@@ -49,6 +49,6 @@ LAYERS.update(
         nn.LSTMCell: _CELL,
         nn.GRUCell: _CELL,
         nn.RNNCell: Layer(cell_weights, ("dynamic",), plain_cell_forward),
-        nn.MultiheadAttention: Layer(attention_weights, ("dynamic",), attention_forward, parts=("out_proj",)),
+        nn.MultiheadAttention: Layer(attention_weights, ("dynamic",), attention_forward, children=("out_proj",)),
     }
 )

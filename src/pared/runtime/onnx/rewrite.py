@@ -14,7 +14,7 @@ from pared.formats.activation import Activation
 from pared.formats.coded import Float, Grid, dtype_name
 from pared.model.contents import Contents
 from pared.runtime.kernels.machine import FULL_LEVELS
-from pared.runtime.kernels.outliers import further
+from pared.runtime.kernels.outliers import extra_columns
 from pared.runtime.onnx.codes import Weight, find_weights, numbers_of, numpy_of
 from pared.runtime.onnx.fold import Fold, fold_of
 from pared.runtime.onnx.layout import Array, along
@@ -169,13 +169,13 @@ class _Rewriter:
         return self._cast(self._node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
 
     def _add_outliers(self, weight: Weight, node: Any, other: int, owner: str, activation: Activation) -> bool:
-        """Add what further columns carry, by a product of their own; whether that was possible.
+        """Add what extra columns carry, by a product of their own; whether that was possible.
 
         A column's value less what the columns before carry, cut off at zero, is rounded to the grid of the input.
         """
         if other != 0 or len(weight.sources) > 1:
             return False
-        more = further(activation.outliers, activation.span, FULL_LEVELS)
+        more = extra_columns(activation.outliers, activation.span, FULL_LEVELS)
         above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
         name = f"{owner}.outliers"
         constants = {

@@ -12,10 +12,10 @@ from torch import nn
 from pared.model.copies import clone_structure, refresh_recurrent
 from pared.runtime.graphs.call_kinds import Argument, Bound
 from pared.runtime.layers.casts import cast_floats
-from pared.runtime.serving.server import Args, Server, Skeleton, Watch
+from pared.runtime.serving.server import Args, ModelSnapshot, Server, Skeleton
 
 
-def halved(model: nn.Module) -> Callable[..., Any]:
+def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
     """A copy of a float model in bfloat16, as a function from and to float32.
 
     Args:
@@ -34,17 +34,17 @@ def halved(model: nn.Module) -> Callable[..., Any]:
     return run
 
 
-class Halved(Server):
+class BFloat16Server(Server):
     """Answers calls with a copy in bfloat16, made at the first.
 
     Args:
         skeleton: gives a float model of the same architecture and class, all of whose numbers are there.
-        wanted: an example call for every way of calling that is to be served.
+        wanted: an example call for every call kind that is to be served.
     """
 
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
         super().__init__(skeleton, wanted)
-        self._copy: tuple[Callable[..., Any], Watch] | None = None
+        self._copy: tuple[Callable[..., Any], ModelSnapshot] | None = None
         self._making = threading.Lock()
 
     def _answer(
@@ -53,6 +53,6 @@ class Halved(Server):
         del bound, modules
         with self._making:
             if self._copy is None or not self._copy[1].is_current():
-                self._copy = halved(self._skeleton(model)), Watch(model)
+                self._copy = in_bfloat16(self._skeleton(model)), ModelSnapshot(model)
             run, watch = self._copy
         return run(*args, **kwargs) if watch.is_undisturbed() else NotImplemented

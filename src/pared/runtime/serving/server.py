@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ModelError
-from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, bind, parameters_of, tensors_of, way_of
+from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, bind, kind_of, parameters_of, tensors_of
 from pared.runtime.graphs.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.layers.counterpart import Counterpart, is_ordinary_call
@@ -41,7 +41,7 @@ class Server:
 
     Args:
         skeleton: gives a float model of the same architecture and class, whose numbers are not read.
-        wanted: an example call for every way of calling that is to be served.
+        wanted: an example call for every call kind that is to be served.
         captured: how a float model's call becomes a graph.
     """
 
@@ -50,10 +50,10 @@ class Server:
     ) -> None:
         self._skeleton, self._captured = skeleton, captured
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
-        self._ways: dict[tuple[object, ...], tuple[Argument, ...]] = {
-            tuple(one.way for one in arguments): arguments for arguments in self.wanted
+        self._kinds: dict[tuple[object, ...], tuple[Argument, ...]] = {
+            tuple(one.kind for one in arguments): arguments for arguments in self.wanted
         }
-        self._tensors = {tensors_of(way) for way in self._ways}
+        self._tensors = {tensors_of(kind) for kind in self._kinds}
         self._graphs: dict[object, _Served] = {}
         self._lock = threading.RLock()
         self._names: tuple[str, ...] | None = None
@@ -76,38 +76,38 @@ class Server:
 
     def _bound(self, model: nn.Module, args: Args, kwargs: dict[str, Any]) -> Bound | None:
         """The call's arguments, if it is one to be answered."""
-        if not self._ways or not is_ordinary_call() or torch.is_autocast_enabled("cpu"):
+        if not self._kinds or not is_ordinary_call() or torch.is_autocast_enabled("cpu"):
             return None
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        if bound is None or tensors_of(way_of(bound)) not in self._tensors or wants_gradients(model, bound):
+        if bound is None or tensors_of(kind_of(bound)) not in self._tensors or wants_gradients(model, bound):
             return None
         return bound
 
     def _answer(
         self, model: nn.Module, bound: Bound, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]
     ) -> Any:
-        way = way_of(bound)
-        served = self._graphs.get(way)
-        if served is None and way not in self._ways and len(self._graphs) >= len(self._ways) + _MOST_OTHERS:
+        kind = kind_of(bound)
+        served = self._graphs.get(kind)
+        if served is None and kind not in self._kinds and len(self._graphs) >= len(self._kinds) + _MOST_OTHERS:
             return NotImplemented
         if served is None or not served.is_current():
             if has_listeners(model):
                 return NotImplemented  # nor is a graph made: they would be called with what has no numbers
-            served = self._made(model, way, self._ways.get(way) or arguments_of(bound))
+            served = self._made(model, kind, self._kinds.get(kind) or arguments_of(bound))
         return served.run(bound, lambda: modules(model, *args, **kwargs))
 
-    def _made(self, model: nn.Module, way: object, arguments: Sequence[Argument]) -> _Served:
+    def _made(self, model: nn.Module, kind: object, arguments: Sequence[Argument]) -> _Served:
         with self._lock:
-            found = self._graphs.get(way)
+            found = self._graphs.get(kind)
             if found is None or not found.is_current():
-                found = self._graphs[way] = _Served(model, lambda: self._captured(self._skeleton(model), arguments))
+                found = self._graphs[kind] = _Served(model, lambda: self._captured(self._skeleton(model), arguments))
         return found
 
     def reason(self, bound: Bound) -> str:
         """Why no graph serves a call that one should, in words; empty if one does."""
-        served = self._graphs.get(way_of(bound))
+        served = self._graphs.get(kind_of(bound))
         return "a module inside has hooks" if served is None else served.reason
 
 
@@ -117,7 +117,7 @@ class _Served:
     def __init__(self, model: nn.Module, captured: Callable[[], Captured]) -> None:
         self.graph: Graph | None = None
         self.reason = ""
-        self._watch = Watch(model)
+        self._watch = ModelSnapshot(model)
         self._checked: set[tuple[bool, ...]] = set()
         self._lock = threading.Lock()
         try:
@@ -155,7 +155,7 @@ class _Served:
         log.warning("the modules run from now on: %s", reason)
 
 
-class Watch:
+class ModelSnapshot:
     """What stands for modules takes for granted about them."""
 
     def __init__(self, model: nn.Module) -> None:
