@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, MismatchError, PostTrainingQuantConfig, Rule
-from pared.fitting.search import activations
+from pared.fitting import speed
 from pared.formats.views import OWN_ROWS
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.layers.table import LAYERS
@@ -24,7 +24,7 @@ from pared.runtime.profile import Timing
 def _tables_as_they_were(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     layers, rows = dict(LAYERS), dict(OWN_ROWS)
     # int8 is taken to be the fastest everywhere, so that it runs.
-    monkeypatch.setattr(activations, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(speed, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
     yield
     for table, before in ((LAYERS, layers), (OWN_ROWS, rows)):
         table.clear()
@@ -236,7 +236,7 @@ def test_layers_of_different_sizes_are_timed_apart(monkeypatch: pytest.MonkeyPat
         timed.append(forms["float32"].weight.shape)
         return Timing(shape, 3.0, 2.0, 1.0)
 
-    monkeypatch.setattr(activations, "measure", measure)
+    monkeypatch.setattr(speed, "measure", measure)
     pared.register(Wide, int8=["weight"])
 
     class Net(nn.Module):

@@ -101,7 +101,7 @@ def kind_of(bound: Bound) -> tuple[object, ...]:
 def tensors_of(kind: tuple[object, ...]) -> tuple[object, ...]:
     """The part of a call kind that concerns tensors.
 
-    >>> tensors_of(way_of({"causal": True, "x": torch.zeros(2, 3)}))
+    >>> tensors_of(kind_of({"causal": True, "x": torch.zeros(2, 3)}))
     (('x', torch.float32, 2),)
     """
     return tuple(one for one in kind if isinstance(one, tuple) and isinstance(one[1], torch.dtype))
@@ -120,7 +120,7 @@ def arguments_of(bound: Bound) -> tuple[Argument, ...]:
 def describe_kind(arguments: Sequence[Argument]) -> str:
     """A call kind as text, for people and as a key.
 
-    >>> text_of([Argument("ids", "int64", (2, 7)), Argument("causal", value=True)])
+    >>> describe_kind([Argument("ids", "int64", (2, 7)), Argument("causal", value=True)])
     'ids: int64[2], causal = True'
     """
     return ", ".join(map(str, arguments))

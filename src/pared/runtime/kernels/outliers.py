@@ -72,7 +72,7 @@ def _each(outliers: Outliers) -> Iterator[tuple[int, int]]:
 def extra_columns(outliers: Outliers, span: Range, levels: int) -> ExtraColumns:
     """The extra columns of an input whose grid spans a range.
 
-    >>> found = further(((0, 2), (1, -1)), Range(-10.0, 20.0), 30)
+    >>> found = extra_columns(((0, 2), (1, -1)), Range(-10.0, 20.0), 30)
     >>> found.codes(torch.tensor([[55.0, -14.0], [5.0, 90.0]])).tolist()  # what is left: 35, 15 and -4
     [[30, 25, 6], [10, 10, 10]]
     """
