@@ -19,7 +19,7 @@ import pared
 from pared.checkpoints import compress, expand
 from pared.errors import ConfigError, ParedError, printable
 from pared.files.disk import as_path, make_directory, write_atomic
-from pared.inspection.page import charts, facts, page
+from pared.inspection.page import charts, data, page
 from pared.inspection.page.drawing import require_library
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def inspect_file(
             raise ConfigError("is the file itself", where=str(html), remedy="Choose another place for the page.")
     ledger = pared.inspect(path, **_given(depth="quick" if quick else "deep" if deep else None))
     if html is not None:
-        page.write(facts.of_file(path, ledger), html)
+        page.write(data.of_file(path, ledger), html)
     typer.echo(json.dumps(ledger.to_json(), indent=1) if as_json else ledger.render())
     if html is not None:
         typer.echo(f"written: {html}", err=as_json)

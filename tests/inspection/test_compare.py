@@ -93,13 +93,13 @@ def test_the_tensor_that_differs_comes_first_and_has_its_figures(tmp_path: Path)
     found = pared.compare(saved(state, tmp_path / "a.pt"), in_safetensors(other, tmp_path / "b.safetensors"))
     worst, second, *rest = found.pairs
     assert (worst.name, second.name) == ("3.weight", "4.weight")
-    assert worst.likeness is not None
+    assert worst.similarity is not None
     difference = (other["3.weight"] - state["3.weight"]).double()
     signal = state["3.weight"].double().square().sum()
-    assert worst.likeness.sqnr == pytest.approx(float(10 * torch.log10(signal / difference.square().sum())))
-    assert worst.likeness.error == pytest.approx(float(difference.abs().max()))
+    assert worst.similarity.sqnr == pytest.approx(float(10 * torch.log10(signal / difference.square().sum())))
+    assert worst.similarity.error == pytest.approx(float(difference.abs().max()))
     expected = torch.cosine_similarity(state["3.weight"].flatten().double(), other["3.weight"].flatten().double(), 0)
-    assert worst.likeness.cosine == pytest.approx(float(expected))
+    assert worst.similarity.cosine == pytest.approx(float(expected))
     assert worst.nbytes == (4 * 64 * 64, 4 * 64 * 64)
     assert all(pair.identical for pair in rest)
 
@@ -117,10 +117,10 @@ def test_an_artifact_and_its_source(container: str, approach: str, tmp_path: Pat
         pairs = {pair.name: pair for pair in found.pairs}
         weight = pairs["3.weight"]
         assert weight.formats == ("float32", "grid int8")
-        assert weight.likeness is not None
+        assert weight.similarity is not None
         decoded = pared.load(path, model=network())[3].weight.double()
         error = decoded - model[3].weight.detach().double()
-        assert weight.likeness.noise == pytest.approx(float(error.square().sum()), rel=1e-9)
+        assert weight.similarity.noise == pytest.approx(float(error.square().sum()), rel=1e-9)
         assert weight.ratio < 0.3
         assert pairs["1.num_batches_tracked"].identical
     assert pared.compare(path, q).weights.same
@@ -134,11 +134,11 @@ def test_a_copy_in_bfloat16_is_alike_and_half_as_large(tmp_path: Path) -> None:
     weight = next(pair for pair in found.pairs if pair.name == "0.weight")
     assert weight.formats == ("float32", "bfloat16")
     assert weight.ratio == 0.5
-    assert weight.likeness is not None
-    assert 45 < weight.likeness.sqnr < 60
+    assert weight.similarity is not None
+    assert 45 < weight.similarity.sqnr < 60
     ones = next(pair for pair in found.pairs if pair.name == "1.weight")
-    assert ones.likeness is not None
-    assert ones.likeness.same
+    assert ones.similarity is not None
+    assert ones.similarity.same
     assert not ones.identical
     assert found.equal > found.identical
 
@@ -154,8 +154,8 @@ def test_renamed_and_transposed_tensors_are_found_by_their_numbers() -> None:
     for name in ("0.weight", "0.bias", "3.weight", "3.bias", "4.weight", "4.bias", "1.num_batches_tracked"):
         assert pairs[name].names[1] == names[name]
         assert pairs[name].by == "content"
-    assert pairs["0.weight"].likeness is not None
-    assert pairs["0.weight"].likeness.same
+    assert pairs["0.weight"].similarity is not None
+    assert pairs["0.weight"].similarity.same
     assert "transposed in B" in pairs["0.weight"].note
     assert f"found by its numbers: {names['3.weight']} in B" in found.render()
 
@@ -175,8 +175,8 @@ def test_a_tensor_laid_out_in_another_way_is_compared(change: Any, note: str, na
     found = pared.compare(state, state | {name: change(state[name])})
     pair = next(pair for pair in found.pairs if pair.name == name)
     assert pair.note == note
-    assert pair.likeness is not None
-    assert pair.likeness.same
+    assert pair.similarity is not None
+    assert pair.similarity.same
 
 
 def test_positions_do_not_count_as_weights() -> None:
@@ -191,7 +191,7 @@ def test_other_shapes_and_missing_tensors_are_rows(tmp_path: Path) -> None:
     other |= {"4.weight": torch.randn(12, 64), "extra": torch.randn(7, 9)}
     found = pared.compare(state, in_safetensors(other, tmp_path / "b.safetensors"))
     first = found.pairs[0]
-    assert (first.name, first.likeness, first.shapes) == ("4.weight", None, ((10, 64), (12, 64)))
+    assert (first.name, first.similarity, first.shapes) == ("4.weight", None, ((10, 64), (12, 64)))
     assert [(one.name, one.side) for one in found.alone] == [("0.bias", "A"), ("extra", "B")]
     text = found.render()
     assert "shape [10, 64] in A, [12, 64] in B" in text
@@ -224,7 +224,7 @@ def test_the_state_dict_of_a_quantized_model_is_compared_by_value(form: str, tmp
     assert same.alone == ()
     for found in (pared.compare(model, state), pared.compare(state, model)):
         weights = [pair for pair in found.pairs if pair.name.endswith("weight")]
-        assert all(pair.likeness is not None and pair.likeness.sqnr > 38 for pair in weights)
+        assert all(pair.similarity is not None and pair.similarity.sqnr > 38 for pair in weights)
         assert {pair.formats for pair in weights} <= {("float32", "grid int8"), ("grid int8", "float32")}
         tied = next(pair for pair in weights if pair.name == "3.weight")
         assert tied.nbytes == (0, 0)
@@ -236,11 +236,11 @@ def test_quantized_tensors_compare_where_scales_are_known(tmp_path: Path) -> Non
     q = torch.quantize_per_tensor(weight, 0.05, 0, torch.qint8)
     live = pared.compare({"w": weight}, {"w": q}).pairs[0]
     assert live.formats == ("float32", "qint8")
-    assert live.likeness is not None
-    assert live.likeness.error == pytest.approx(float((q.dequantize() - weight).abs().max()))
+    assert live.similarity is not None
+    assert live.similarity.error == pytest.approx(float((q.dequantize() - weight).abs().max()))
     path = saved({"w": q}, tmp_path / "q.pt")
     (unknown,) = pared.compare({"w": weight}, path).pairs
-    assert unknown.likeness is None
+    assert unknown.similarity is None
     assert "whose scales are not read" in unknown.note
     (same,) = pared.compare(path, path).pairs
     assert same.identical

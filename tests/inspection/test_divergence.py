@@ -82,14 +82,14 @@ def damage(model: nn.Module, name: str, attribute: str) -> nn.Module:
 def test_the_damaged_layer_is_named(case: str) -> None:
     model, batches, name, attribute = made(case)
     found = pared.compare(model, damage(model, name, attribute), batches)
-    assert found.parts == name
+    assert found.diverges_at == name
     (layer,) = (layer for layer in found.layers if layer.name == name)
-    assert layer.likeness is not None
-    assert not layer.likeness.same
+    assert layer.similarity is not None
+    assert not layer.similarity.same
     before = found.layers[: found.layers.index(layer)]
-    assert all(one.likeness is not None and one.likeness.same for one in before)
+    assert all(one.similarity is not None and one.similarity.same for one in before)
     assert found.pairs[0].name == f"{name}.{attribute}"
-    assert "parts here" in found.render()
+    assert "diverges here" in found.render()
 
 
 @pytest.mark.parametrize("case", ["linear", "feed forward", "recurrent"])
@@ -98,7 +98,7 @@ def test_the_damaged_layer_is_named_between_quantized_models(case: str, approach
     model, batches, name, attribute = made(case)
     conf = PostTrainingQuantConfig(approach=approach, quant_level=0)
     q = pared.fit(damage(model, name, attribute), conf, batches)
-    assert pared.compare(model, q, batches).parts == name
+    assert pared.compare(model, q, batches).diverges_at == name
 
 
 @pytest.mark.parametrize("case", ["linear", "attention", "cell"])
@@ -110,7 +110,7 @@ def test_a_quantized_model_is_followed_by_the_same_names(case: str) -> None:
     assert found.outputs.sqnr > 20
     assert {layer.name for layer in found.layers} <= {name for name, _ in model.named_modules()}
     assert found.layers[-1].name == ""
-    assert all(layer.likeness is not None for layer in found.layers)
+    assert all(layer.similarity is not None for layer in found.layers)
 
 
 def test_rows_are_in_the_order_in_which_modules_finish_and_count_their_calls() -> None:
@@ -119,7 +119,7 @@ def test_rows_are_in_the_order_in_which_modules_finish_and_count_their_calls() -
     assert [(layer.name, layer.calls) for layer in found.layers] == [("lstm", 3), ("cell", 18), ("head", 3), ("", 3)]
     assert found.outputs is not None
     assert found.outputs.same
-    assert found.parts is None
+    assert found.diverges_at is None
     assert "nowhere" in found.render()
 
 
@@ -130,8 +130,8 @@ def test_the_figures_of_a_layer_are_those_of_its_outputs() -> None:
     head = next(layer for layer in found.layers if layer.name == "7")
     outputs = [torch.cat([m[:8](x) for x in batches]).detach().double() for m in (model, other)]
     expected = 10 * torch.log10(outputs[0].square().sum() / (outputs[1] - outputs[0]).square().sum())
-    assert head.likeness is not None
-    assert head.likeness.sqnr == pytest.approx(float(expected), abs=1e-3)
+    assert head.similarity is not None
+    assert head.similarity.sqnr == pytest.approx(float(expected), abs=1e-3)
     whole = [torch.cat([m(x) for x in batches]).detach().double() for m in (model, other)]
     assert found.outputs is not None
     assert found.outputs.error == pytest.approx(float((whole[1] - whole[0]).abs().max()), rel=1e-6)
@@ -152,7 +152,7 @@ def test_a_function_calls_the_model_as_it_likes() -> None:
         one.generate(torch.arange(1, 7).reshape(1, 6), max_new_tokens=4, do_sample=False)
 
     found = pared.compare(model, other, generate)
-    assert found.parts == "transformer.h.1.mlp.c_fc"
+    assert found.diverges_at == "transformer.h.1.mlp.c_fc"
     assert found.layers[-1].calls == 4
     assert pared.compare(model, copy.deepcopy(model), generate).outputs.same
 
@@ -174,7 +174,7 @@ def test_a_module_whose_parts_are_sound_is_named_itself() -> None:
     a = nn.Sequential(nn.Linear(8, 8), Doubled(1.0), nn.Linear(8, 8))
     b = copy.deepcopy(a)
     b[1].factor = 3.0  # type: ignore[assignment]  # a Doubled
-    assert pared.compare(a, b, vectors(4, 8)).parts == "1"
+    assert pared.compare(a, b, vectors(4, 8)).diverges_at == "1"
 
 
 def test_wrapped_models_are_followed() -> None:
@@ -187,14 +187,14 @@ def test_wrapped_models_are_followed() -> None:
             return self.module(x)
 
     model, batches, name, attribute = made("linear")
-    assert pared.compare(model, Wrapper(damage(model, name, attribute)), batches).parts == name
+    assert pared.compare(model, Wrapper(damage(model, name, attribute)), batches).diverges_at == name
 
 
 def test_outputs_of_another_shape_are_where_models_part() -> None:
     a = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6), nn.Flatten(0))
     b = nn.Sequential(copy.deepcopy(a[0]), nn.Linear(8, 5), nn.Flatten(0))
     found = pared.compare(a, b, vectors(4, 8))
-    assert found.parts == "1"
+    assert found.diverges_at == "1"
     assert "gives [4, 6] in A, [4, 5] in B" in found.render()
 
 
@@ -274,10 +274,10 @@ def test_large_outputs_are_sampled_and_the_models_outputs_are_not() -> None:
     x = torch.randn(100, 64)
     found = pared.compare(a, b, [x])
     layer = found.layers[0]
-    assert layer.likeness is not None
+    assert layer.similarity is not None
     assert found.outputs is not None
-    assert layer.likeness.count == 1 << 16
+    assert layer.similarity.count == 1 << 16
     assert found.outputs.count == 100 * 2048
     one, other = (m[0](x).detach().double() for m in (a, b))
     expected = float(10 * torch.log10(one.square().sum() / (other - one).square().sum()))
-    assert layer.likeness.sqnr == pytest.approx(expected, abs=0.2)
+    assert layer.similarity.sqnr == pytest.approx(expected, abs=0.2)

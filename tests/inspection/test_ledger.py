@@ -161,12 +161,16 @@ def test_live_models_of_unusual_tensors() -> None:
     assert found.elements == 10 + 9
 
 
-def test_a_class_may_know_better() -> None:
-    class Ours(nn.Linear):
-        def _pared_ledger(self) -> Ledger:
-            return Ledger("ours", 3, (Row("a", (3,), "x", 3),), 3)
+def test_a_model_with_an_artifact_is_accounted_for_by_its_bytes() -> None:
+    data = as_pt(*artifact())
 
-    assert ledger.inspect(Ours(1, 1)).file == "ours"
+    class Ours(nn.Linear):
+        def _pared_artifact(self) -> bytes:
+            return data
+
+    found = ledger.inspect(Ours(1, 1))
+    assert (found.file, found.nbytes) == ("Ours", len(data))
+    assert found == ledger.of_artifact_bytes(data, "Ours")
 
 
 def test_nothing_that_can_be_inspected(tmp_path: Path) -> None:
@@ -222,7 +226,7 @@ def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(3, 4)}, tmp_path / "a.safetensors")
     (tmp_path / "text").write_text("hello")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pared import ledger\nfrom pared.errors import FileError\n"
+        "import sys\nfrom pathlib import Path\nfrom pared.inspection import ledger\nfrom pared.errors import FileError\n"
         "for path in [Path(sys.argv[1]), *Path(sys.argv[1]).iterdir()]:\n"
         "    try:\n        print(ledger.inspect(path).nbytes)\n"
         "    except FileError as error:\n        print(error)\n"

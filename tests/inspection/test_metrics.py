@@ -1,4 +1,4 @@
-"""Figures of likeness: against a plain reference, and the laws that they keep."""
+"""Figures of similarity: against a plain reference, and the laws that they keep."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from pared.inspection.comparison.metrics import Likeness, as_numbers, identical, measure
+from pared.inspection.comparison.metrics import Similarity, as_numbers, identical, measure
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 ARRAYS = arrays(np.float32, array_shapes(max_dims=3, max_side=6), elements=FLOATS)
@@ -122,8 +122,8 @@ def test_signs_of_zero_are_bits() -> None:
 
 
 def test_nothing_is_like_nothing() -> None:
-    assert measure(np.zeros((0, 3)), np.zeros((0, 3))) == Likeness()
-    assert Likeness().same
+    assert measure(np.zeros((0, 3)), np.zeros((0, 3))) == Similarity()
+    assert Similarity().same
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pared
 from pared.artifact.outcome import Curve, Outcome, Point
 from pared.errors import ConfigError, CorruptError
 from pared.inspection.ledger import Ledger, Row
-from pared.inspection.page import charts, facts, page
+from pared.inspection.page import charts, data, page
 from pared.inspection.page.drawing import LIGHT, Sheet, sheet
 from pared.inspection.page.treemap import SIDES, Tile, lay_out
 from tests.inspection.pages import HOSTILE, full
@@ -62,7 +62,7 @@ def test_everything_that_is_known_has_its_section() -> None:
 
 
 @pytest.mark.slow
-def test_the_same_facts_give_the_same_bytes() -> None:
+def test_the_same_data_give_the_same_bytes() -> None:
     assert page.render(full()) == page.render(full())
 
 
@@ -88,7 +88,7 @@ def test_a_file_is_shown_with_what_it_records(tmp_path: Path) -> None:
     model = fitted()
     model.save(tmp_path)
     for path in (tmp_path, tmp_path / "best_model.pt"):
-        found = facts.of_file(path, pared.inspect(path))
+        found = data.of_file(path, pared.inspect(path))
         assert set(found.ranges) == {"0", "2"}
         assert found.provenance["approach"] == "static"
         sections = Document(page.render(found)).sections()
@@ -97,7 +97,7 @@ def test_a_file_is_shown_with_what_it_records(tmp_path: Path) -> None:
 
 def test_a_bare_file_leaves_out_what_nobody_knows(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.zeros(8, 8), "b": torch.zeros(3, dtype=torch.int64)}, tmp_path / "bare.pt")
-    text = page.render(facts.of_file(tmp_path / "bare.pt", pared.inspect(tmp_path / "bare.pt")))
+    text = page.render(data.of_file(tmp_path / "bare.pt", pared.inspect(tmp_path / "bare.pt")))
     document = Document(text)
     assert document.sections() == ["bytes", "formats", "tensors"]
     assert [tag for tag, _ in document.tags].count("svg") == 2
@@ -105,13 +105,13 @@ def test_a_bare_file_leaves_out_what_nobody_knows(tmp_path: Path) -> None:
 
 
 def test_a_model_without_tensors_has_a_page() -> None:
-    text = page.render(facts.Facts(Ledger("empty", 0, (), 0)))
+    text = page.render(data.PageData(Ledger("empty", 0, (), 0)))
     assert Document(text).sections() == ["tensors"]
 
 
 def test_the_maps_hold_every_byte() -> None:
     found = full(57)
-    tiles = facts.tiles(found.ledger)
+    tiles = data.tiles(found.ledger)
     totals = [sum(tile.sizes[i] for tile in tiles) for i in range(2)]
     assert totals == [found.ledger.original_nbytes, found.ledger.nbytes]
     scale = SIDES[0] * SIDES[1] / totals[0]
@@ -124,7 +124,7 @@ def test_the_maps_hold_every_byte() -> None:
 
 
 def test_tiles_do_not_overlap_and_stay_in_the_map() -> None:
-    tiles = facts.tiles(full(57).ledger)
+    tiles = data.tiles(full(57).ledger)
     layout = lay_out(tiles, 1, 1.0)
     boxes = [box for _, box in layout.tiles]
     for i, (x, y, w, h) in enumerate(boxes):
@@ -182,9 +182,11 @@ def test_no_name_is_taken_for_markup(name: str) -> None:
         found,
         ledger=replace(found.ledger, file=name, findings=(finding,)),
         outcome=replace(found.outcome, contributors=((name, 0.5),)),
-        details={**found.details, name: facts.Detail(name, name, 0.1)},
+        kernels={**found.kernels, name: name},
+        damages={**found.damages, name: 0.1},
         activations={**found.activations, name: {"mode": "static", "low": -1.0, "high": 1.0}},
-        times={**found.times, name: facts.Times("int8", dict.fromkeys(charts.KERNELS, 1.0))},
+        times={**found.times, name: dict.fromkeys(charts.KERNELS, 1.0)},
+        running={**found.running, name: "int8"},
         provenance={name: name, "inner": {name: [name]}},
     )
     text = page.render(found)
@@ -253,7 +255,7 @@ def test_a_missing_library_is_named_with_its_cure(
 
 
 def test_what_an_artifact_says_of_its_outcome_is_checked() -> None:
-    for data in (
+    for broken in (
         {"score": HOSTILE},
         {"score": 10**400},
         {"met": 0.5},
@@ -262,7 +264,7 @@ def test_what_an_artifact_says_of_its_outcome_is_checked() -> None:
         {"contributors": [1]},
     ):
         with pytest.raises(CorruptError, match="makes no sense"):
-            Outcome.from_json(data)
+            Outcome.from_json(broken)
 
 
 def colours(theme: str) -> dict[str, str]:
@@ -321,7 +323,7 @@ def test_models_without_damage_have_a_place_on_the_curve() -> None:
 
 def test_the_summary_of_a_file_counts_what_is_there() -> None:
     rows = (Row("w", (1,), "float32", 4), Row("(header)", None, "header", 2))
-    assert '<p class="lead">6 B, tensors: 1.</p>' in page.render(facts.Facts(Ledger("f", 6, rows, 1)))
+    assert '<p class="lead">6 B, tensors: 1.</p>' in page.render(data.PageData(Ledger("f", 6, rows, 1)))
 
 
 @pytest.mark.slow

@@ -323,12 +323,13 @@ def draw(
         shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
         bits = f"{row.bits:.2f}" if row.elements else ""
         cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
-        cells += [_damage(damages.get(row.name))] if damages is not None else []
+        cells += [damage_text(damages.get(row.name))] if damages is not None else []
         cells += [kernels.get(row.name, "")] if kernels is not None else []
         cells += [notes.mark(row.because).strip()] if explained else []
         add_row(table, cells)
     return [*drawn(table), *notes.lines()]
 
 
-def _damage(damage: float | None) -> str:
+def damage_text(damage: float | None) -> str:
+    """A damage as tables show it; "" if it is unknown."""
     return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"

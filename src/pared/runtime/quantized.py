@@ -162,8 +162,8 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     contents = contents_of(model)
     found = ledger.of_artifact_bytes(storage.to_bytes(contents), where=type(model).__name__)
     if html is not None:
-        facts = summary.facts(found, contents, record.outcome, record.running, record.profile, record.curve)
-        page.write(facts, html)
+        data = summary.page_data(found, contents, record.outcome, record.running, record.profile, record.curve)
+        page.write(data, html)
     small = record.memory == "small"
     notes = (
         [f"weights stay in codes; decoding all of them takes {_decoding_ms(model):.1f} ms"]

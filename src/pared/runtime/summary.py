@@ -11,7 +11,7 @@ import yaml
 from pared.artifact.outcome import Curve, Outcome, Trial
 from pared.formats.activation import Activation
 from pared.inspection.ledger import Ledger, draw
-from pared.inspection.page.facts import Detail, Facts, Times
+from pared.inspection.page.data import PageData
 from pared.model.contents import Contents, Stored
 from pared.runtime.profile import Profile, Running
 from pared.terminal import WIDTH
@@ -70,30 +70,31 @@ def _line(stored: Stored, activations: Mapping[str, Activation], running: Mappin
     )
 
 
-def facts(
+def page_data(
     ledger: Ledger,
     contents: Contents,
     outcome: Outcome,
     running: Mapping[str, Running],
     profile: Profile,
     curve: Curve | None,
-) -> Facts:
+) -> PageData:
     """What a page shows of a quantized model."""
-    return Facts(
-        ledger,
+    found = lines(contents, running)
+    times = {
+        name: {"float32": timing.float32_ms, "bfloat16": timing.bfloat16_ms, "int8": timing.int8_ms}
+        for name, timing in profile.layers.items()
+        if name in running
+    }
+    return PageData(
+        _explained(ledger, found),
         fitted=True,
         outcome=outcome,
         curve=curve,
-        details={one.name: Detail(one.kernel, one.because, one.damage) for one in lines(contents, running)},
+        kernels={line.name: line.kernel for line in found},
+        damages=_damages(found),
         activations={name: activation.to_json() for name, activation in contents.activations.items()},
-        times={
-            name: Times(
-                running[name].kernel,
-                {"float32": timing.float32_ms, "bfloat16": timing.bfloat16_ms, "int8": timing.int8_ms},
-            )
-            for name, timing in profile.layers.items()
-            if name in running
-        },
+        times=times,
+        running={name: running[name].kernel for name in times},
         provenance={key: value for key, value in contents.provenance.items() if key != "outcome"},
     )
 
@@ -102,14 +103,21 @@ def report(
     ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], notes: Sequence[str] = ()
 ) -> str:
     """The report of a quantized model: totals, scores, notes, and a row per tensor."""
-    found = {line.name: line for line in lines(contents, running)}
-    rows = [
-        replace(row, because=_both(found[row.name].because, row.because)) if row.name in found else row
-        for row in ledger.rows
-    ]
-    kernels = {line.name: line.kernel for line in found.values() if line.kernel != "float"}
-    damages = {line.name: line.damage for line in found.values() if line.damage is not None}
-    return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *draw(rows, kernels or None, damages or None)))
+    found = lines(contents, running)
+    kernels = {line.name: line.kernel for line in found if line.kernel != "float"}
+    table = draw(_explained(ledger, found).rows, kernels or None, _damages(found) or None)
+    return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *table))
+
+
+def _explained(ledger: Ledger, found: Sequence[Line]) -> Ledger:
+    """The ledger with the reasons for each tensor's format and kernel."""
+    reasons = {line.name: line.because for line in found}
+    rows = (replace(row, because=_both(reasons.get(row.name, ""), row.because)) for row in ledger.rows)
+    return replace(ledger, rows=tuple(rows))
+
+
+def _damages(found: Sequence[Line]) -> dict[str, float]:
+    return {line.name: line.damage for line in found if line.damage is not None}
 
 
 def _wrapped(notes: Sequence[str]) -> list[str]:

@@ -55,7 +55,7 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
     >>> a, b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     >>> compare(a, a).weights.same, compare(a, b).weights.same
     (True, False)
-    >>> compare(a, b, inputs=[torch.ones(1, 4)]).parts
+    >>> compare(a, b, inputs=[torch.ones(1, 4)]).diverges_at
     ''
     """
     if inputs is not None and not (is_model(a) and is_model(b)):
@@ -71,8 +71,8 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
     from pared.inspection.comparison.divergence import follow  # files are compared without torch
 
     one_model, other_model = cast("Any", a), cast("Any", b)
-    outputs, layers, parts = follow(one_model, other_model, inputs)
-    return replace(found, outputs=outputs, layers=layers, parts=parts)
+    outputs, layers, diverges_at = follow(one_model, other_model, inputs)
+    return replace(found, outputs=outputs, layers=layers, diverges_at=diverges_at)
 
 
 def _tensors(one: Source, other: Source) -> Comparison:
@@ -102,9 +102,9 @@ def _names(source: Source) -> str:
 
 
 def _badness(pair: Pair) -> float:
-    if pair.likeness is None:
+    if pair.similarity is None:
         return -math.inf
-    return pair.likeness.sqnr if not math.isnan(pair.likeness.sqnr) else -math.inf
+    return pair.similarity.sqnr if not math.isnan(pair.similarity.sqnr) else -math.inf
 
 
 def _alone(source: Source, side: str, matched: Sequence[Piece]) -> list[Alone]:
@@ -136,15 +136,15 @@ def _compared(match: Match) -> Pair:
 
     arrays = _read(a, b)
     if arrays[0] is None or arrays[1] is None:
-        return row("" if a.note or b.note else "its numbers cannot be read", likeness=None)
+        return row("" if a.note or b.note else "its numbers cannot be read", similarity=None)
     if (a.note or b.note) and a.dtype != b.dtype:
-        return row("codes cannot be compared with values", likeness=None)
+        return row("codes cannot be compared with values", similarity=None)
     x, y, layout = _aligned(arrays[0], arrays[1], match)
     if x.shape != y.shape:
-        return row("", likeness=None)
-    likeness = measure(x, y, (a.dtype, b.dtype))
-    same_bits = a.dtype == b.dtype and not layout and likeness.same and identical(x, y)
-    return row(f"{layout} in B" if layout else "", likeness=likeness, identical=same_bits)
+        return row("", similarity=None)
+    similarity = measure(x, y, (a.dtype, b.dtype))
+    same_bits = a.dtype == b.dtype and not layout and similarity.same and identical(x, y)
+    return row(f"{layout} in B" if layout else "", similarity=similarity, identical=same_bits)
 
 
 def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import ModelError
-from pared.inspection.comparison.metrics import Likeness, measure
-from pared.inspection.comparison.result import Layer
+from pared.inspection.comparison.metrics import Similarity, measure
+from pared.inspection.comparison.result import LayerOutput
 from pared.inspection.comparison.sources import array_of
 from pared.model import calls
 from pared.model.outputs import leaves_of, tensors_of
@@ -48,15 +48,15 @@ class _Track:
 
     kind: str
     calls: int = 0
-    output: Likeness = field(default_factory=Likeness)
-    first: Likeness = field(default_factory=Likeness)
-    inputs: dict[int, Likeness] = field(default_factory=dict)
+    output: Similarity = field(default_factory=Similarity)
+    first: Similarity = field(default_factory=Similarity)
+    inputs: dict[int, Similarity] = field(default_factory=dict)
     note: str = ""
 
 
 def follow(
     a: nn.Module, b: nn.Module, inputs: calls.Calibration
-) -> tuple[Likeness | None, tuple[Layer, ...], str | None]:
+) -> tuple[Similarity | None, tuple[LayerOutput, ...], str | None]:
     """Run two models on the same data and compare what their modules give, by name.
 
     Args:
@@ -107,7 +107,7 @@ class _Pursuit:
         self.a, self.b = a, b
         self.tracks: dict[str, _Track] = {}  # in the order in which modules of A finish
         self.inside: dict[str, set[str]] = {}  # the modules that each calls, and those that these call
-        self.outputs: Likeness | None = None
+        self.outputs: Similarity | None = None
         self._running = ""  # which of both is
         self._kept: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         self._seen: dict[str, int] = {}
@@ -163,7 +163,7 @@ class _Pursuit:
         self._kept = {}
         ones, others = ([leaf.value.detach() for leaf in leaves_of(value)] for value in (output, other))
         if ones and [one.shape for one in ones] == [one.shape for one in others]:
-            self.outputs = (self.outputs or Likeness()) + _likeness(ones, others)
+            self.outputs = (self.outputs or Similarity()) + _similarity(ones, others)
 
     def _enter(self, mark: str, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -203,14 +203,14 @@ class _Pursuit:
             shapes = [" and ".join(str(list(one.shape)) for one in side) for side in (after, samples)]
             track.note = f"gives {shapes[0]} in A, {shapes[1]} in B"
             return
-        found = _likeness(after, samples)
+        found = _similarity(after, samples)
         track.output += found
         if call > 1:
             return
         track.first += found
         if [one.shape for one in before] == [one.shape for one in given]:
             for i, (one, other) in enumerate(zip(before, given, strict=True)):
-                track.inputs[i] = track.inputs.get(i, Likeness()) + _likeness([one], [other])
+                track.inputs[i] = track.inputs.get(i, Similarity()) + _similarity([one], [other])
 
 
 def _by_name(a: nn.Module, b: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
@@ -251,8 +251,8 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[torch.from_numpy(places).to(tensor.device)]
 
 
-def _likeness(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Likeness:
-    found = Likeness()
+def _similarity(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Similarity:
+    found = Similarity()
     for one, other in zip(ones, others, strict=True):
         x, y = array_of(one), array_of(other)
         if x is not None and y is not None:
@@ -267,7 +267,7 @@ def _dtype(tensor: Tensor) -> str:
 # --- what it means
 
 
-def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) -> tuple[Layer, ...]:
+def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) -> tuple[LayerOutput, ...]:
     """The modules in order, with the drop of each.
 
     A drop is what the SQNR of the output is less than that of the input. Noise that is far below the worst there is
@@ -275,10 +275,10 @@ def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) ->
     module whose parts were called, only what they do not explain is its own.
     """
     layers = [
-        Layer(name, track.kind, track.calls, _or_none(track), _input(track), 0.0, track.note)
+        LayerOutput(name, track.kind, track.calls, _or_none(track), _input(track), 0.0, track.note)
         for name, track in tracks.items()
     ]
-    outputs = [layer.likeness.sqnr for layer in layers if layer.likeness is not None]
+    outputs = [layer.similarity.sqnr for layer in layers if layer.similarity is not None]
     ceiling = _bounded(min(outputs, default=0.0)) + _MATTERS
     drops = {
         name: max(0.0, min(_input(track), ceiling) - _bounded(track.first.sqnr))
@@ -299,7 +299,7 @@ def _bounded(sqnr: float) -> float:
     return max(sqnr, _LEAST_SQNR) if sqnr == sqnr else _LEAST_SQNR  # NaN
 
 
-def _or_none(track: _Track) -> Likeness | None:
+def _or_none(track: _Track) -> Similarity | None:
     return track.output if track.output.count else None
 
 
@@ -307,9 +307,9 @@ def _input(track: _Track) -> float:
     return min((one.sqnr for one in track.inputs.values()), default=float("inf"))
 
 
-def _parting(layers: Sequence[Layer]) -> str | None:
+def _parting(layers: Sequence[LayerOutput]) -> str | None:
     """The first module with the steepest drop, if any is steep; one that gives another shape comes before that."""
-    misfit = next((layer.name for layer in layers if layer.likeness is None and layer.note), None)
+    misfit = next((layer.name for layer in layers if layer.similarity is None and layer.note), None)
     if misfit is not None:
         return misfit
     steepest = max(layers, key=lambda layer: layer.drop, default=None)

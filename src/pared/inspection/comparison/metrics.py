@@ -19,7 +19,7 @@ _BLOCK: Final = 1 << 16  # numbers at a time: what is computed of them stays in 
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Similarity:
     """What tells a second array `b` from a first one `a`.
 
     Numbers that are NaN in both, or the same infinity, count as equal and in nothing else.
@@ -82,9 +82,9 @@ class Likeness:
         """The largest error as a share of the greatest |a|."""
         return self.error / self.largest if self.largest else math.inf if self.error else 0.0
 
-    def __add__(self, other: Likeness) -> Likeness:
+    def __add__(self, other: Similarity) -> Similarity:
         """Of both pairs of arrays, one behind the other."""
-        return Likeness(
+        return Similarity(
             self.count + other.count,
             self.equal + other.equal,
             self.broken + other.broken,
@@ -100,7 +100,7 @@ class Likeness:
 _LEAST: Final = 5e-324
 
 
-def measure(a: Array, b: Array, dtypes: tuple[str, str] | None = None) -> Likeness:
+def measure(a: Array, b: Array, dtypes: tuple[str, str] | None = None) -> Similarity:
     """Compare two arrays of one shape.
 
     Args:
@@ -112,7 +112,7 @@ def measure(a: Array, b: Array, dtypes: tuple[str, str] | None = None) -> Likene
         sums in float64. Squares beyond its range count as infinite, so that the ratio of numbers above 1e154 is NaN.
     """
     kinds = dtypes or (a.dtype.name, b.dtype.name)
-    found = Likeness()
+    found = Similarity()
     for one, two in _blocks(a, b):
         found += _measure(one, two, kinds)
     return found
@@ -127,7 +127,7 @@ def _bits(array: Array) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Likeness:
+def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Similarity:
     # Whole numbers of 64 bits are more exact than float64.
     whole = a.dtype == b.dtype and a.dtype.kind in "iu"
     x, y = as_numbers(a, dtypes[0]).reshape(-1), as_numbers(b, dtypes[1]).reshape(-1)
@@ -140,13 +140,13 @@ def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Likeness:
         equal, broken = int(alike.sum()), int((~alike & ~finite).sum())
         x, y = x[finite], y[finite]
     if not x.size:
-        return Likeness(count, equal, broken)
+        return Similarity(count, equal, broken)
     with np.errstate(over="ignore"):
         difference = y - x
     largest = float(np.abs(x).max())
     error = math.inf if broken else float(np.abs(difference).max())
     noise = _product(difference, difference)
-    return Likeness(count, equal, broken, _product(x, x), _product(y, y), _product(x, y), noise, largest, error)
+    return Similarity(count, equal, broken, _product(x, x), _product(y, y), _product(x, y), noise, largest, error)
 
 
 def _product(x: Floats, y: Floats) -> float:

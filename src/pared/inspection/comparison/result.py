@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pared.inspection.comparison.metrics import Likeness
+from pared.inspection.comparison.metrics import Similarity
 from pared.terminal import Notes, add_row, and_more, drawn, new_table, wrapped
 
 _WHOLE: Final = ("int", "uint", "bool")
@@ -40,7 +40,7 @@ class Pair:
         shapes: in each.
         formats: how its numbers are stored in each.
         nbytes: that it takes in each; 0 where it is tied to a tensor that counts them.
-        likeness: of the numbers; None where they cannot be compared, and `note` says why.
+        similarity: of the numbers; None where they cannot be compared, and `note` says why.
         identical: whether type and bits are the same.
         by: "name", or "content" where nothing but the numbers says that it is one tensor.
         note: what else there is to know.
@@ -50,7 +50,7 @@ class Pair:
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
     formats: tuple[str, str]
     nbytes: tuple[int, int]
-    likeness: Likeness | None
+    similarity: Similarity | None
     identical: bool = False
     by: str = "name"
     note: str = ""
@@ -81,7 +81,7 @@ class Pair:
             "identical": self.identical,
             "note": self.note,
         }
-        return found | _json(self.likeness)
+        return found | _json(self.similarity)
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerOutput:
     """The output of a module in both models, over all of its calls.
 
     Args:
         name: dotted; "" is the model itself.
         kind: the module's class in A.
         calls: how often it was called.
-        likeness: of its output; None where outputs cannot be compared, and `note` says why.
+        similarity: of its output; None where outputs cannot be compared, and `note` says why.
         input: the SQNR of what it was given, in dB: of the worst of its inputs, at its first call within each call of
             the model.
         drop: by how many dB its output is worse than its input, as far as no module in it is to blame.
@@ -131,7 +131,7 @@ class Layer:
     name: str
     kind: str
     calls: int
-    likeness: Likeness | None
+    similarity: Similarity | None
     input: float
     drop: float = 0.0
     note: str = ""
@@ -139,7 +139,7 @@ class Layer:
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind, "calls": self.calls, "note": self.note}
-        return found | {"input_sqnr": _plain(self.input), "drop": _plain(self.drop)} | _json(self.likeness)
+        return found | {"input_sqnr": _plain(self.input), "drop": _plain(self.drop)} | _json(self.similarity)
 
 
 @dataclass(frozen=True)
@@ -153,22 +153,28 @@ class Comparison:
         alone: the tensors of one of them.
         outputs: how alike the models' outputs are; None where they were not run.
         layers: of each module that both called its output, in the order in which they finish.
-        parts: the name of the module at which the models part; None where they do not, or were not run.
+        diverges_at: the name of the module at which the outputs diverge; None if they do not, or if the models were
+            not run.
     """
 
     a: Side
     b: Side
     pairs: tuple[Pair, ...]
     alone: tuple[Alone, ...] = ()
-    outputs: Likeness | None = None
-    layers: tuple[Layer, ...] = ()
-    parts: str | None = None
+    outputs: Similarity | None = None
+    layers: tuple[LayerOutput, ...] = ()
+    diverges_at: str | None = None
 
     @property
-    def weights(self) -> Likeness:
+    def parts(self) -> str | None:
+        """The former name of `diverges_at`."""
+        return self.diverges_at
+
+    @property
+    def weights(self) -> Similarity:
         """Of all tensors that were compared, as if they were one; whole numbers, which are no weights, left out."""
-        found = (p.likeness for p in self.pairs if p.likeness is not None and not p.formats[0].startswith(_WHOLE))
-        return functools.reduce(operator.add, found, Likeness())
+        found = (p.similarity for p in self.pairs if p.similarity is not None and not p.formats[0].startswith(_WHOLE))
+        return functools.reduce(operator.add, found, Similarity())
 
     @property
     def identical(self) -> int:
@@ -178,7 +184,7 @@ class Comparison:
     @property
     def equal(self) -> int:
         """How many tensors have the same values in both, whatever their types."""
-        return sum(pair.likeness is not None and pair.likeness.same for pair in self.pairs)
+        return sum(pair.similarity is not None and pair.similarity.same for pair in self.pairs)
 
     def to_json(self) -> dict[str, Any]:
         """The same facts as plain data, that is valid JSON.
@@ -193,7 +199,8 @@ class Comparison:
             "equal": self.equal,
             "weights": _json(self.weights),
             "outputs": _json(self.outputs) if self.outputs is not None else None,
-            "parts": self.parts,
+            "diverges_at": self.diverges_at,
+            "parts": self.diverges_at,  # its former name
             "layers": [layer.to_json() for layer in self.layers],
             "rows": [pair.to_json() for pair in self.pairs],
             "only_in_a": [one.to_json() for one in self.alone if one.side == "A"],
@@ -220,17 +227,17 @@ class Comparison:
         if self.outputs is not None:
             yield f"outputs   {_words(self.outputs)}"
         if self.layers:
-            where = "nowhere: no module makes much of the difference"
-            if self.parts is not None:
-                (layer,) = (one for one in self.layers if one.name == self.parts)
-                where = f"at {_label(layer)}: {_level(layer.input)} before it, {_after(layer)} behind it"
-            yield from wrapped("parts     ", where)
+            where = "nowhere: no module adds much to the difference"
+            if self.diverges_at is not None:
+                (layer,) = (one for one in self.layers if one.name == self.diverges_at)
+                where = f"at {_label(layer)}: {_level(layer.input)} at its input, {_after(layer)} at its output"
+            yield from wrapped("diverges  ", where)
         if self.pairs:
             yield f"weights   {_words(self.weights)}"
             yield f"tensors   {self._counts()}"
 
     def _counts(self) -> str:
-        misfits = sum(pair.likeness is None for pair in self.pairs)
+        misfits = sum(pair.similarity is None for pair in self.pairs)
         sides = [sum(one.side == side for one in self.alone) for side in "AB"]
         counts = {
             "in both": len(self.pairs),
@@ -252,7 +259,7 @@ class Comparison:
         for pair in shown:
             format = " → ".join(dict.fromkeys(pair.formats))
             cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes)]
-            add_row(table, [*cells, *_figures(pair.likeness)])
+            add_row(table, [*cells, *_figures(pair.similarity)])
         yield from drawn(table)
         yield from notes.lines()
         rest = len(self.pairs) - len(shown)
@@ -276,12 +283,12 @@ class Comparison:
             return
         table = new_table("output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", "")
         notes = Notes()
-        steepest = sorted(self.layers, key=lambda layer: (layer.name != self.parts, -layer.drop))[:most]
+        steepest = sorted(self.layers, key=lambda layer: (layer.name != self.diverges_at, -layer.drop))[:most]
         shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
         for layer in shown:
-            sqnr, error, apart = _figures(layer.likeness)
+            sqnr, error, apart = _figures(layer.similarity)
             drop = f"{layer.drop:.1f}" if layer.drop >= 1 else ""
-            mark = "parts here" if layer.name == self.parts else ""
+            mark = "diverges here" if layer.name == self.diverges_at else ""
             name = _label(layer) + notes.mark(layer.note)
             cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, apart, mark]
             add_row(table, cells)
@@ -290,7 +297,7 @@ class Comparison:
         yield from and_more(len(self.layers) - most, "modules, where less is lost")
 
 
-def _label(layer: Layer) -> str:
+def _label(layer: LayerOutput) -> str:
     return layer.name or "(the model)"
 
 
@@ -298,15 +305,15 @@ def _level(sqnr: float) -> str:
     return "equal" if sqnr == math.inf else f"{sqnr:.1f} dB"
 
 
-def _after(layer: Layer) -> str:
-    return _level(layer.likeness.sqnr) if layer.likeness is not None else layer.note
+def _after(layer: LayerOutput) -> str:
+    return _level(layer.similarity.sqnr) if layer.similarity is not None else layer.note
 
 
 def _note(pair: Pair) -> str:
     parts = [pair.note]
     if pair.by == "content":
         parts.append(f"found by its numbers: {pair.names[1]} in B")
-    if pair.likeness is None and pair.shapes[0] != pair.shapes[1]:
+    if pair.similarity is None and pair.shapes[0] != pair.shapes[1]:
         parts.append(f"shape {list(pair.shapes[0])} in A, {list(pair.shapes[1])} in B")
     return "; ".join(filter(None, parts))
 
@@ -315,20 +322,20 @@ def _ratio(a: Side, b: Side) -> float:
     return b.nbytes / a.nbytes if a.nbytes else math.nan
 
 
-def _words(likeness: Likeness) -> str:
-    if likeness.same:
+def _words(similarity: Similarity) -> str:
+    if similarity.same:
         return "equal"
-    error = f"largest error {likeness.error:.3g} ({likeness.relative_error:.2g} of the largest number)"
-    return f"SQNR {_level(likeness.sqnr)}, 1 - cosine {_apart(likeness.cosine)}, {error}"
+    error = f"largest error {similarity.error:.3g} ({similarity.relative_error:.2g} of the largest number)"
+    return f"SQNR {_level(similarity.sqnr)}, 1 - cosine {_apart(similarity.cosine)}, {error}"
 
 
-def _figures(likeness: Likeness | None) -> tuple[str, str, str]:
+def _figures(similarity: Similarity | None) -> tuple[str, str, str]:
     """SQNR, the largest error, and what the cosine lacks to 1."""
-    if likeness is None:
+    if similarity is None:
         return "differs", "", ""
-    if likeness.same:
+    if similarity.same:
         return "equal", "", ""
-    return _decibels(likeness.sqnr), f"{likeness.error:.1e}", _apart(likeness.cosine)
+    return _decibels(similarity.sqnr), f"{similarity.error:.1e}", _apart(similarity.cosine)
 
 
 def _decibels(sqnr: float) -> str:
@@ -343,13 +350,13 @@ def _plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _json(likeness: Likeness | None) -> dict[str, Any]:
-    if likeness is None:
+def _json(similarity: Similarity | None) -> dict[str, Any]:
+    if similarity is None:
         return {"sqnr": None, "max_error": None, "relative_error": None, "cosine": None, "equal": None}
     return {
-        "sqnr": _plain(likeness.sqnr),
-        "max_error": _plain(likeness.error),
-        "relative_error": _plain(likeness.relative_error),
-        "cosine": _plain(likeness.cosine),
-        "equal": likeness.same,
+        "sqnr": _plain(similarity.sqnr),
+        "max_error": _plain(similarity.error),
+        "relative_error": _plain(similarity.relative_error),
+        "cosine": _plain(similarity.cosine),
+        "equal": similarity.same,
     }

@@ -34,15 +34,15 @@ _MADE_ANEW: Final = "If the model can make it anew, leave it out: register_buffe
 
 
 def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], Iterator[Cause]]:
-    """Tensors of floats, or of others, whose numbers show one of the traits in `looks`."""
+    """Tensors of floats, or of others, whose numbers show one of the traits in `traits`."""
 
     def detect(case: Case) -> Iterator[Cause]:
         details: dict[str, int] = {}
         names = []
-        for look in case.unexplained():
-            if look.trait is not None and look.trait.kind == kind and (look.held.dtype in FLOATING) == floats:
-                names.append(look.held.name)
-                details[look.trait.detail] = details.get(look.trait.detail, 0) + case.stored(look.held)
+        for seen in case.unexplained():
+            if seen.trait is not None and seen.trait.kind == kind and (seen.held.dtype in FLOATING) == floats:
+                names.append(seen.held.name)
+                details[seen.trait.detail] = details.get(seen.trait.detail, 0) + case.stored(seen.held)
         if names:
             most = max(details, key=lambda detail: details[detail])
             more = f" and {len(names) - 1} more" if names[1:] else ""

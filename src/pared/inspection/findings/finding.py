@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pared.checkpoints.selection import Selection, select
 from pared.inspection.findings.content import Content
-from pared.inspection.findings.traits import Look, look_at
+from pared.inspection.findings.traits import Seen, examine
 from pared.readers.listing import Held, Listing
 
 Depth = Literal["quick", "default", "deep"]
@@ -109,9 +109,9 @@ class Case:
         return select(self.listing, compare=False)
 
     @cached_property
-    def looks(self) -> Mapping[str, Look]:
+    def seen(self) -> Mapping[str, Seen]:
         """What was seen in the numbers of every tensor of size, by name; one of each place in the file."""
-        return look_at(self.content, [held for held in self.distinct if held.nbytes >= JUDGED_NBYTES])
+        return examine(self.content, [held for held in self.distinct if held.nbytes >= JUDGED_NBYTES])
 
     @cached_property
     def distinct(self) -> tuple[Held, ...]:
@@ -130,9 +130,9 @@ class Case:
     def equal(self) -> list[list[Held]]:
         """Groups of tensors with the same numbers, in the file's order; constant ones are no copies of each other."""
         alike: dict[bytes, list[Held]] = {}
-        for look in self.looks.values():
-            if not look.constant:
-                alike.setdefault(look.mark, []).append(look.held)
+        for seen in self.seen.values():
+            if not seen.constant:
+                alike.setdefault(seen.mark, []).append(seen.held)
         groups = []
         for waiting in alike.values():
             while len(waiting) > 1:
@@ -147,6 +147,6 @@ class Case:
         storage = self.listing.storages[held.storage or ""]
         return storage.nbytes if storage.coded else min(held.nbytes, storage.nbytes)
 
-    def unexplained(self) -> list[Look]:
+    def unexplained(self) -> list[Seen]:
         """What was seen in the tensors that no finding is about yet."""
-        return [look for name, look in self.looks.items() if name not in self.explained]
+        return [seen for name, seen in self.seen.items() if name not in self.explained]

@@ -32,7 +32,7 @@ _MOST_OFF: Final = 0.25  # farther, and anything would pass
 
 
 @dataclass(frozen=True)
-class Grid:
+class Levels:
     """A uniform grid with a step for each row, column or group of a tensor.
 
     Args:
@@ -47,7 +47,7 @@ class Grid:
         return f"at most {self.levels} levels per {self.per}"
 
 
-def grid_of(array: Array, dtype: str) -> Grid | None:
+def grid_of(array: Array, dtype: str) -> Levels | None:
     """The grid with the largest groups that all of a tensor's numbers are on; None if there is none.
 
     Args:
@@ -66,7 +66,7 @@ def grid_of(array: Array, dtype: str) -> Grid | None:
         if _levels(spread(groups, _TRIED), dtype, least=1):
             levels = _levels(groups, dtype, least=min(_TELLING, len(groups)))
             if levels:
-                return Grid(levels, per)
+                return Levels(levels, per)
     return None
 
 

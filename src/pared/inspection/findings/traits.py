@@ -36,7 +36,7 @@ class Trait:
 
 
 @dataclass(frozen=True)
-class Look:
+class Seen:
     """What was seen in a tensor.
 
     Args:
@@ -55,13 +55,13 @@ class Look:
         return self.trait is not None and self.trait.detail == _CONSTANT.detail
 
 
-def look_at(content: Content, tensors: Sequence[Held]) -> Mapping[str, Look]:
+def examine(content: Content, tensors: Sequence[Held]) -> Mapping[str, Seen]:
     """Look at tensors, by name; what has no numbers to be read is left out."""
-    looks = threads.each(lambda held: _look(content, held), tensors, [held.nbytes for held in tensors])
-    return {look.held.name: look for look in looks if look is not None}
+    examined = threads.each(lambda held: _examine(content, held), tensors, [held.nbytes for held in tensors])
+    return {seen.held.name: seen for seen in examined if seen is not None}
 
 
-def _look(content: Content, held: Held) -> Look | None:
+def _examine(content: Content, held: Held) -> Seen | None:
     array = content.array(held)
     if array is None:
         return None
@@ -69,7 +69,7 @@ def _look(content: Content, held: Held) -> Look | None:
     assert rows is not None
     with np.errstate(all="ignore"):  # what overflows or is no number answers every question with no
         trait = next(filter(None, (ask(rows, held.dtype) for ask in _TRAITS)), None)
-    return Look(held, _mark(array, held), trait)
+    return Seen(held, _mark(array, held), trait)
 
 
 def _mark(array: Array, held: Held) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal
 
+from pared.artifact.outcome import Point
 from pared.inspection.page.drawing import Picture, Sheet, axes, bytes_in_words, colour, sheet
 
 if TYPE_CHECKING:
@@ -32,22 +33,6 @@ KERNELS: Final[Mapping[str, tuple[str, str]]] = {
     "bfloat16": ("half", "^"),
     "int8": ("codes", "o"),
 }
-
-
-class Point(Protocol):
-    """What is drawn of a model on a trade-off curve."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of its file."""
-
-    @property
-    def damage(self) -> float:
-        """The share of the output's energy that is lost."""
-
-    @property
-    def score(self) -> float | None:
-        """None where nothing was evaluated."""
 
 
 def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | None = None) -> Picture:

@@ -14,11 +14,11 @@ from typing import Any, Final
 
 from pared.errors import printable
 from pared.files.disk import as_path, write_atomic
-from pared.inspection.ledger import Row
+from pared.inspection.ledger import Row, damage_text
 from pared.inspection.page import charts
+from pared.inspection.page.data import FLOATS, PageData, family_of, tiles
 from pared.inspection.page.drawing import Picture, bytes_in_words, require_library
-from pared.inspection.page.facts import FLOATS, Facts, family_of, tiles
-from pared.inspection.page.treemap import SIDES
+from pared.inspection.page.treemap import SIDES, Tile
 from pared.inspection.page.treemap import draw as draw_treemap
 
 REPORT: Final = "report.html"  # beside an artifact
@@ -28,23 +28,23 @@ _ONE_LINE: Final = 36  # characters
 _MOST_MODULES: Final = 12
 
 
-def write(facts: Facts, path: str | Path) -> None:
+def write(data: PageData, path: str | Path) -> None:
     """Write the page, atomically.
 
     Args:
-        facts: what it shows.
+        data: what it shows.
         path: of the file; its directory is made if it is missing.
 
     Raises:
         ConfigError: the drawing libraries are not installed.
         FileError: the file cannot be written.
     """
-    data = render(facts).encode()
-    write_atomic(as_path(path, "report"), lambda file: file.write(data))
+    text = render(data).encode()
+    write_atomic(as_path(path, "report"), lambda file: file.write(text))
 
 
-def render(facts: Facts) -> str:
-    """The page: the same facts give the same text.
+def render(data: PageData) -> str:
+    """The page as HTML; the same data always give the same text.
 
     Raises:
         ConfigError: the drawing libraries are not installed.
@@ -61,7 +61,7 @@ def render(facts: Facts) -> str:
     digest = base64.b64encode(hashlib.sha256(texts["script.js"].encode()).digest()).decode()
     page = environment.from_string(texts["page.html"])
     return page.render(
-        **_content(facts),
+        **_content(data),
         svg=lambda picture: Markup(picture.inline()),  # an XML library wrote it, with its escapes
         breakable=lambda name: _breakable(Markup("{}").format(name)),
         style=Markup(texts["style.css"]),  # our own file
@@ -77,31 +77,31 @@ def _breakable(name: Any) -> Any:
     return name if len(name) <= _ONE_LINE else name.replace(".", Markup(".<wbr>"))
 
 
-def _content(facts: Facts) -> dict[str, Any]:
+def _content(data: PageData) -> dict[str, Any]:
     """What the template is given: text and pictures, by section; None for a section without data."""
-    ledger = facts.ledger
+    ledger = data.ledger
     return {
         "file": _text(ledger.file),
         "words": bytes_in_words,
         "text": _text,
         "ledger": ledger,
-        "fitted": facts.fitted,
-        "outcome": facts.outcome,
-        "loss": _loss(facts),
-        "summary": _summary(facts),
+        "fitted": data.fitted,
+        "outcome": data.outcome,
+        "loss": _loss(data),
+        "summary": _summary(data),
         "findings": ledger.findings,
         "names": _names,
-        "maps": _maps(facts),
-        "formats": _formats(facts),
-        "curve": _curve(facts),
-        "points": facts.curve.points if facts.curve is not None else (),
-        "trials": facts.outcome.trials,
-        "damage": _damages(facts),
-        "table": _table(facts),
-        "ranges": _ranges(facts),
-        "times": _times(facts),
-        "provenance": [(_text(str(k)), _text(_plain(v))) for k, v in sorted(facts.provenance.items())],
-        "absent": list(_absent(facts)),
+        "maps": _maps(data),
+        "formats": _formats(data),
+        "curve": _curve(data),
+        "points": data.curve.points if data.curve is not None else (),
+        "trials": data.outcome.trials,
+        "damage": _damages(data),
+        "table": _table(data),
+        "ranges": _ranges(data),
+        "times": _times(data),
+        "provenance": [(_text(str(k)), _text(_plain(v))) for k, v in sorted(data.provenance.items())],
+        "absent": list(_absent(data)),
         "families": {name: words for name, (words, _) in charts.FAMILIES.items()},
     }
 
@@ -121,9 +121,9 @@ def _names(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5:,} more"
 
 
-def _summary(facts: Facts) -> str:
+def _summary(data: PageData) -> str:
     """In a sentence, for the browser's preview and for a reader who reads no further."""
-    ledger = facts.ledger
+    ledger = data.ledger
     if not ledger.original_nbytes:
         tensors = sum(row.shape is not None for row in ledger.rows)
         found = f"; findings: {len(ledger.findings)}" if ledger.findings else ""
@@ -133,9 +133,9 @@ def _summary(facts: Facts) -> str:
     return f"{bytes_in_words(ledger.original_nbytes)} became {bytes_in_words(ledger.nbytes)}: {size}."
 
 
-def _loss(facts: Facts) -> float | None:
+def _loss(data: PageData) -> float | None:
     """Of the chosen model, in the unit of what was tolerated."""
-    found = [t.loss for t in facts.outcome.trials if t.nbytes == facts.ledger.nbytes]
+    found = [t.loss for t in data.outcome.trials if t.nbytes == data.ledger.nbytes]
     return found[0] if found else None
 
 
@@ -148,8 +148,8 @@ class _Maps:
     families: tuple[str, ...]
 
 
-def _maps(facts: Facts) -> _Maps | None:
-    ledger = facts.ledger
+def _maps(data: PageData) -> _Maps | None:
+    ledger = data.ledger
     found = tiles(ledger)
     totals = [sum(sizes) for sizes in zip(*(tile.sizes for tile in found), strict=True)]
     if not max(totals, default=0):
@@ -169,7 +169,7 @@ def _maps(facts: Facts) -> _Maps | None:
     return _Maps(pictures, tuple(_modules(found)), tuple(name for name in charts.FAMILIES if name in shown))
 
 
-def _modules(found: Sequence[Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _modules(found: Sequence[Tile]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The largest modules, where the tree first branches out; the others together."""
     depth, most = 1, max(len(tile.path) for tile in found)
     while depth < most and len({tile.path[:depth] for tile in found if tile.families[-1] != "rest"}) < 3:
@@ -185,45 +185,40 @@ def _modules(found: Sequence[Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{len(rest):,} others", tuple(map(sum, zip(*(sizes for _, sizes in rest), strict=True)))
 
 
-def _formats(facts: Facts) -> Picture | None:
+def _formats(data: PageData) -> Picture | None:
     totals: dict[tuple[str, str], int] = {}
-    for row in facts.ledger.rows:
+    for row in data.ledger.rows:
         key = (_text(row.format), family_of(row))
         totals[key] = totals.get(key, 0) + row.nbytes
     found = sorted(((*key, nbytes) for key, nbytes in totals.items() if nbytes), key=lambda one: -one[2])
     return charts.formats(found[:20]) if found else None
 
 
-def _curve(facts: Facts) -> Picture | None:
-    if facts.curve is None or not facts.curve.points:
+def _curve(data: PageData) -> Picture | None:
+    if data.curve is None or not data.curve.points:
         return None
-    return charts.trade_off(facts.curve.points, facts.curve.baseline, facts.chosen)
+    return charts.trade_off(data.curve.points, data.curve.baseline, data.chosen)
 
 
-def _damages(facts: Facts) -> Picture | None:
+def _damages(data: PageData) -> Picture | None:
     found = [
         (_text(row.name), family_of(row), row.nbytes, damage)
-        for row in facts.ledger.rows
-        if row.nbytes and (damage := _damage(facts, row)) is not None and damage > 0
+        for row in data.ledger.rows
+        if row.nbytes and (damage := data.damages.get(row.name, 0.0)) > 0
     ]
     return charts.damages(found) if found else None
 
 
-def _damage(facts: Facts, row: Row) -> float | None:
-    detail = facts.details.get(row.name)
-    return None if detail is None else detail.damage
+def _ranges(data: PageData) -> tuple[Picture, str] | None:
+    widest = sorted(data.ranges.items(), key=lambda item: item[1][0] - item[1][1])
+    shown = [(_text(name), low, high) for name, (low, high) in widest[: charts.MOST_BARS]]
+    return (charts.ranges(shown), _partly(len(shown), len(widest), "widest")) if widest else None
 
 
-def _ranges(facts: Facts) -> tuple[Picture, str] | None:
-    found = sorted(facts.ranges.items(), key=lambda one: one[1][0] - one[1][1])
-    shown = [(_text(name), low, high) for name, (low, high) in found[: charts.MOST_BARS]]
-    return (charts.ranges(shown), _partly(len(shown), len(found), "widest")) if found else None
-
-
-def _times(facts: Facts) -> tuple[Picture, str] | None:
-    found = sorted(facts.times.items(), key=lambda one: -one[1].milliseconds["float32"])
-    shown = [(_text(name), one.kernel, one.milliseconds) for name, one in found[: charts.MOST_BARS]]
-    return (charts.timings(shown), _partly(len(shown), len(found), "slowest")) if found else None
+def _times(data: PageData) -> tuple[Picture, str] | None:
+    slowest = sorted(data.times.items(), key=lambda item: -item[1]["float32"])
+    shown = [(_text(name), data.running[name], times) for name, times in slowest[: charts.MOST_BARS]]
+    return (charts.timings(shown), _partly(len(shown), len(slowest), "slowest")) if slowest else None
 
 
 def _partly(shown: int, all_of_them: int, which: str) -> str:
@@ -245,43 +240,24 @@ class _Column:
 
     title: str
     kind: str
-    cell: Callable[[Facts, Row], str]
+    cell: Callable[[PageData, Row], str]
     about: str = ""
     style: str = ""
     width: float = 5.5
 
 
-def _because(facts: Facts, row: Row) -> str:
-    detail = facts.details.get(row.name)
-    return "; ".join(dict.fromkeys(filter(None, (detail.because if detail else "", row.because))))
+def _milliseconds(data: PageData, row: Row, kernel: str | None = None) -> str:
+    """The time of the layer with a kernel; None: with the one that runs."""
+    module = data.module_of(row)
+    return f"{data.times[module][kernel or data.running[module]]:.3g}" if module in data.times else ""
 
 
-def _milliseconds(facts: Facts, row: Row) -> str:
-    one = facts.times.get(facts.carrier(row) or "")
-    return "" if one is None else f"{one.milliseconds[one.kernel]:.3g}"
+def _range(data: PageData, row: Row) -> str:
+    module = data.module_of(row)
+    return "{:.3g} to {:.3g}".format(*data.ranges[module]) if module in data.ranges else ""
 
 
-def _float_milliseconds(facts: Facts, row: Row) -> str:
-    one = facts.times.get(facts.carrier(row) or "")
-    return "" if one is None else f"{one.milliseconds['float32']:.3g}"
-
-
-def _range(facts: Facts, row: Row) -> str:
-    one = facts.ranges.get(facts.carrier(row) or "")
-    return "" if one is None else f"{one[0]:.3g} to {one[1]:.3g}"
-
-
-def _kernel(facts: Facts, row: Row) -> str:
-    detail = facts.details.get(row.name)
-    return "" if detail is None else detail.kernel
-
-
-def _damage_text(facts: Facts, row: Row) -> str:
-    damage = _damage(facts, row)
-    return "" if damage is None else f"{damage:.1e}" if damage > 1e-12 else "0"
-
-
-def _shape(_: Facts, row: Row) -> str:
+def _shape(_: PageData, row: Row) -> str:
     return "" if row.shape is None else "x".join(map(str, row.shape[:12])) or "scalar"
 
 
@@ -303,12 +279,29 @@ _COLUMNS: Final = (
         width=7.2,
     ),
     _Column("bytes", "number", lambda _, row: f"{row.nbytes:,}", "in the file", width=7.2),
-    _Column("damage", "number", _damage_text, "share of the output's energy that is lost, predicted"),
-    _Column("runs", "text", _kernel, "the kernel, on this machine", "t", width=7.2),
+    _Column(
+        "damage",
+        "number",
+        lambda data, row: damage_text(data.damages.get(row.name)),
+        "the share of the output's energy that is lost, predicted",
+    ),
+    _Column(
+        "runs",
+        "text",
+        lambda data, row: data.kernels.get(row.name, ""),
+        "the kernel that runs on this machine",
+        "t",
+        width=7.2,
+    ),
     _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs", width=4.4),
-    _Column("float ms", "number", _float_milliseconds, "milliseconds of the layer in float32"),
+    _Column(
+        "float ms",
+        "number",
+        lambda data, row: _milliseconds(data, row, "float32"),
+        "milliseconds of the layer in float32",
+    ),
     _Column("input", "range", _range, "the range of the layer's input, from calibration", width=9),
-    _Column("why", "text", _because, style="t y", width=14),
+    _Column("why", "text", lambda _, row: row.because, style="t y", width=14),
 )
 
 
@@ -329,13 +322,13 @@ class _Table:
         return [Markup(f' class="{one.style}"') if one.style else "" for one in self.columns]  # ours
 
 
-def _table(facts: Facts) -> _Table:
-    rows = facts.ledger.rows
+def _table(data: PageData) -> _Table:
+    rows = data.ledger.rows
     shown = rows
     if len(rows) > _MOST_ROWS:
         largest = sorted(range(len(rows)), key=lambda i: -rows[i].nbytes)[:_MOST_ROWS]
         shown = tuple(rows[i] for i in sorted(largest))
-    texts = [[_text(column.cell(facts, row)) for row in shown] for column in _COLUMNS]
+    texts = [[_text(column.cell(data, row)) for row in shown] for column in _COLUMNS]
     kept = [i for i, cells in enumerate(texts) if any(cells)]
     cells = list(zip(*(texts[i] for i in kept), strict=True)) if kept else [() for _ in shown]
     floats = [family_of(row) in FLOATS for row in shown]
@@ -343,23 +336,23 @@ def _table(facts: Facts) -> _Table:
         tuple(_COLUMNS[i] for i in kept),
         tuple(zip((_text(row.name) for row in shown), floats, cells, strict=True)),
         sum(floats),
-        (len(rows) - len(shown), facts.ledger.nbytes - sum(row.nbytes for row in shown)),
+        (len(rows) - len(shown), data.ledger.nbytes - sum(row.nbytes for row in shown)),
     )
 
 
-def _absent(facts: Facts) -> Iterator[str]:
+def _absent(data: PageData) -> Iterator[str]:
     """Which sections have no data, and why."""
-    if facts.ledger.original_nbytes is None:
+    if data.ledger.original_nbytes is None:
         yield "bytes before: the file does not say what it was made from"
-    if not facts.fitted:
+    if not data.fitted:
         why = "known when a model is fitted, and kept in no file"
         yield f"damage, the trade-off and milliseconds: {why}"
         return
-    if facts.curve is None:
+    if data.curve is None:
         yield "the trade-off: made at 8 bits without a search, or loaded; pared.trade_off traces it"
-    if not any(one.damage for one in facts.details.values()):
+    if not any(data.damages.values()):
         yield "damage: predicted from calibration data, and not kept in a file"
-    if not facts.ranges:
+    if not data.ranges:
         yield "activation ranges: no layer runs in int8 with a range from calibration"
-    if not facts.times:
+    if not data.times:
         yield "milliseconds: no layer that may run in int8 was timed on this machine"

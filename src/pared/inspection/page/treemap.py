@@ -60,7 +60,7 @@ Box = tuple[float, float, float, float]  # x, y, width, height: in pixels from t
 
 
 @dataclass
-class Layout:
+class TreemapLayout:
     """Where everything lies in one map.
 
     Args:
@@ -76,7 +76,7 @@ class Layout:
     frames: list[tuple[Box, int]] = field(default_factory=list)
 
 
-def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> Layout:
+def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> TreemapLayout:
     """Place the tiles of one map: areas are exact, and modules stay together, in the same order in every map.
 
     Args:
@@ -87,7 +87,7 @@ def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> Layout:
     merged = list(_merged(tiles))
     total = sum(tile.sizes[which] for tile in merged)
     side = math.sqrt(total * area_per_byte / (SIDES[0] * SIDES[1]))
-    found = Layout(SIDES[0] * side, SIDES[1] * side)
+    found = TreemapLayout(SIDES[0] * side, SIDES[1] * side)
     _place(_tree(merged), which, found)
     return found
 
@@ -132,7 +132,7 @@ def _tree(tiles: Sequence[Tile]) -> _Node:
     return root
 
 
-def _place(root: _Node, which: int, found: Layout) -> None:
+def _place(root: _Node, which: int, found: TreemapLayout) -> None:
     """Without recursion: names from a file may have any number of parts."""
     waiting = [(root, (0.0, 0.0, found.width, found.height), 0)]
     while waiting:
