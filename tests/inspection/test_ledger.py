@@ -226,7 +226,8 @@ def test_inspecting_files_imports_no_torch(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(3, 4)}, tmp_path / "a.safetensors")
     (tmp_path / "text").write_text("hello")
     code = (
-        "import sys\nfrom pathlib import Path\nfrom pared.inspection import ledger\nfrom pared.errors import FileError\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from pared.errors import FileError\nfrom pared.inspection import ledger\n"
         "for path in [Path(sys.argv[1]), *Path(sys.argv[1]).iterdir()]:\n"
         "    try:\n        print(ledger.inspect(path).nbytes)\n"
         "    except FileError as error:\n        print(error)\n"
