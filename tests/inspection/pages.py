@@ -13,7 +13,9 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"
 def full(layers: int = 12, extra: tuple[Row, ...] = ()) -> PageData:
     """Every other layer runs in int8; every tenth is left in float."""
     draw = random.Random(0)
-    rows, kernels, damages, times, running, activations = [], {}, {}, {}, {}, {}
+    rows, times, running, activations = [], {}, {}, {}
+    kernels: dict[str, str] = {}
+    damages: dict[str, float] = {}
     for i in range(layers):
         module = f"blocks.{i // 10}.layers.{i % 10}.projection"
         format, nbytes = ("float32", 65536) if i % 10 == 9 else ("grid int8", draw.randrange(5000, 16000))
