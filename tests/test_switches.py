@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
@@ -198,6 +198,6 @@ def test_eight_threads_read_pickles_and_pack_weights() -> None:
     def work(i: int) -> str:
         with quantized_engine(("onednn", "fbgemm")[i % 2]):
             assert torch.backends.quantized.engine == ("onednn", "fbgemm")[i % 2]
-        return str(read_pickle(old, (), "file", Allowance("file", 100)).root)
+        return str(read_pickle(old, (), "file", MemoryLimit("file", 100)).root)
 
     assert set(in_threads(work)) == {"\\q"}

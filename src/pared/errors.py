@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+DAMAGED: Final = "Fetch the file again; it is damaged."
+
 
 def printable(text: str) -> str:
-    r"""Text from a file, without what would move a terminal's cursor or change its colours.
+    r"""Escape what would move a terminal's cursor or change its colours, in text from a file.
 
     >>> print(printable("a\x1b[2J"))
     a\x1b[2J
@@ -19,7 +23,7 @@ class ParedError(ValueError):
 
     Args:
         what: what is wrong, in one sentence without a full stop.
-        where: the tensor, module, option or file concerned; printed first.
+        where: the tensor, module, option or file concerned; printed first. Empty: nowhere in particular.
         remedy: what the reader can do; printed on a line of its own.
 
     >>> print(ParedError("holds NaN at row 3", where="encoder.weight", remedy="Repair the checkpoint."))
@@ -57,7 +61,7 @@ class CalibrationError(ParedError):
 
 
 class EvaluationError(ParedError):
-    """`eval_func` or `confirm_func` raised or returned something that is no score."""
+    """`eval_func` or `confirm_func` raised or returned something that is not a score."""
 
 
 class FileError(ParedError):
@@ -66,6 +70,9 @@ class FileError(ParedError):
 
 class CorruptError(FileError):
     """The bytes of a file contradict themselves: truncated, flipped, missing or extra."""
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = DAMAGED) -> None:
+        super().__init__(what, where=where, remedy=remedy)
 
 
 class VersionError(FileError):

@@ -259,8 +259,8 @@ LIES: dict[str, tuple[Edit, str]] = {
         "float32, float64, complex64, complex128",
     ),
     "an unknown format": (
-        at(PLAIN, "format")({"tag": "lattice"}),
-        "file: plain: its format 'lattice' is not one of grid, float, raw",
+        at(PLAIN, "format")({"tag": "mesh"}),
+        "file: plain: its format 'mesh' is not one of grid, float, raw",
     ),
     "an unknown code type": (
         at(PLAIN, "format")({"tag": "grid", "codes": "int4"}),

@@ -232,7 +232,7 @@ def test_a_callers_own_threads_do_not_wait_for_each_other() -> None:
 FORK = """
 import multiprocessing
 import numpy as np
-from pared import entropy
+from pared.formats import entropy
 
 codes = np.random.default_rng(0).integers(-20, 20, 20 * entropy.CHUNK).astype("int8")
 stream = entropy.encode(codes, 4)

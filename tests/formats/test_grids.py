@@ -11,7 +11,7 @@ from pared.fitting.rounding.nearest import nearest
 from pared.formats import dtypes, grids
 from pared.formats.dtypes import Array
 from pared.formats.entropy import cost
-from pared.formats.exact_grids import find_lattice
+from pared.formats.exact_grids import find_exact_grid
 from pared.formats.views import View
 
 FLOATS = ["float32", "float16", "bfloat16", "float64"]
@@ -86,7 +86,7 @@ def test_steps_between_two_of_the_scale_are_mixed() -> None:
     assert values[1] == 0.5
 
 
-# --- lattices
+# --- exact grids
 
 
 def quantized(tensor: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ def quantized(tensor: torch.Tensor, step: torch.Tensor, limit: int) -> torch.Ten
 
 
 def decoded(array: Array, dtype: str, bits: float = 8) -> torch.Tensor | None:
-    found = find_lattice(array, dtype, bits)
+    found = find_exact_grid(array, dtype, bits)
     if found is None:
         return None
     spread = [n if i in found.view.rows else 1 for i, n in enumerate(found.view.split)]
@@ -129,19 +129,19 @@ def test_a_grid_with_a_zero_point_is_found() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_ordinary_weights_are_on_no_grid(dtype: str) -> None:
-    assert find_lattice(as_array(drawn(64, 256).to(getattr(torch, dtype))), dtype, 8) is None
+    assert find_exact_grid(as_array(drawn(64, 256).to(getattr(torch, dtype))), dtype, 8) is None
 
 
 def test_one_number_off_the_grid_is_enough() -> None:
     source = quantized(drawn(64, 300), torch.tensor(0.03), 127)
-    assert find_lattice(source.numpy(), "float32", 8) is not None
+    assert find_exact_grid(source.numpy(), "float32", 8) is not None
     source[40, 211] += 0.001
-    assert find_lattice(source.numpy(), "float32", 8) is None
+    assert find_exact_grid(source.numpy(), "float32", 8) is None
 
 
 def test_a_grid_that_takes_more_bits_is_left_alone() -> None:
     source = quantized(drawn(64, 300), torch.tensor(0.03), 127)
-    assert find_lattice(source.numpy(), "float32", 4) is None
+    assert find_exact_grid(source.numpy(), "float32", 4) is None
 
 
 @settings(max_examples=50, deadline=None)

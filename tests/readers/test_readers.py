@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pared.errors import CorruptError, FileError, ParedError, UnsafeError
 from pared.files.disk import open_file
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import Name, Node, read_pickle
 from pared.formats.dtypes import as_floats
 from pared.readers.kinds import list_tensors
@@ -36,7 +36,7 @@ TRUST = (
 
 
 def described(data: bytes, harmless: Container[str] = ()) -> Any:
-    return read_pickle(data, harmless, "file", Allowance("file", len(data))).root
+    return read_pickle(data, harmless, "file", MemoryLimit("file", len(data))).root
 
 
 def listed(file: bytes) -> Listing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,6 @@ from pared.errors import CorruptError
 from pared.formats.dtypes import ELEMENTS, Array, as_floats, narrowed
 from pared.formats.streams import EncodedPart, decode_codes, decode_steps
 from pared.formats.views import View
-
-_DAMAGED: Final = "Fetch the file again; it is damaged."
 
 
 def decode(entry: Entry, data: memoryview) -> Array:
@@ -54,7 +51,7 @@ def _on_grid(entry: Entry, parts: Mapping[str, EncodedPart]) -> NDArray[np.float
     else:
         steps = np.frombuffer(step.payload, "<f4")
         if not (np.isfinite(steps) & (steps >= 0)).all():
-            raise CorruptError("a step is negative or not finite", remedy=_DAMAGED)
+            raise CorruptError("a step is negative or not finite")
     spread = steps.reshape([n if i in rows else 1 for i, n in enumerate(split)])
     values: NDArray[np.float32] = codes.reshape(split).astype(np.float32)
     values *= spread

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from pared.errors import CorruptError, FileError
-from pared.files.checks import DAMAGED
 from pared.files.disk import File, open_file
 from pared.files.magic import kind_of
 from pared.files.safetensors_file import is_safetensors, read_header
@@ -169,4 +168,4 @@ def _safetensors_records(file: File) -> Records | None:
 
 
 def _corrupt(file: File, what: str) -> CorruptError:
-    return CorruptError(what, where=file.where, remedy=DAMAGED)
+    return CorruptError(what, where=file.where)

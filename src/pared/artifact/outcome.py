@@ -124,9 +124,7 @@ class Outcome:
             found = cls(**{**data, "confirmation": Confirmation(**confirmation) if confirmation else None})
             _check_numbers(found)
         except (TypeError, AttributeError) as error:
-            raise CorruptError(
-                f"the recorded outcome makes no sense ({error})", remedy="Fetch the file again; it is damaged."
-            ) from error
+            raise CorruptError(f"the recorded outcome makes no sense ({error})") from error
         return found
 
 

@@ -184,8 +184,7 @@ def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
         crc32 = zlib.crc32(payload, crc32)
         if part.crc32 is not None:
             if crc32 != part.crc32:
-                remedy = "Fetch the file again; it is damaged."
-                raise CorruptError("the checksum of its numbers does not match", where=entry.name, remedy=remedy)
+                raise CorruptError("the checksum of its numbers does not match", where=entry.name)
             crc32 = 0
         found[name] = EncodedPart(payload, part.coding, part.rows, part.base)
     return found

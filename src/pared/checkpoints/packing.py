@@ -19,7 +19,7 @@ from pared.artifact.parts import placed
 from pared.checkpoints.rates import steps_at_level, steps_at_rate
 from pared.checkpoints.selection import Kept
 from pared.formats.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
-from pared.formats.exact_grids import find_lattice
+from pared.formats.exact_grids import find_exact_grid
 from pared.formats.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
 from pared.formats.streams import EncodedPart, Steps, encode_codes, encode_steps
 from pared.formats.views import View, matrix_of, plain_view
@@ -97,7 +97,7 @@ def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) 
     largest = magnitudes(matrix, dtype, threads)
     if not np.isfinite(largest).all():
         return _unbounded(array, dtype, name)
-    found = find_lattice(array, dtype, target.bits if target.level is None else INT8_BITS)
+    found = find_exact_grid(array, dtype, target.bits if target.level is None else INT8_BITS)
     if found is not None and _affordable(found.step, target):
         parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
         because = "its numbers lie on this grid already: nothing is lost"

@@ -11,8 +11,6 @@ from typing import Any, Final, NoReturn
 
 from pared.errors import CorruptError, UnsafeError
 
-DAMAGED: Final = "Fetch the file again; it is damaged."
-
 _LARGEST_RANK: Final = 64  # numpy's
 _LARGEST_PRODUCT: Final = 1 << 48  # of the sizes that are not zero: strides in bytes fit 64 bits
 
@@ -32,7 +30,7 @@ class Place:
 
     def fail(self, what: str) -> NoReturn:
         """Say that the file is damaged."""
-        raise CorruptError(what, where=self.place, remedy=DAMAGED)
+        raise CorruptError(what, where=self.place)
 
     def refuse(self, what: str) -> NoReturn:
         """Say that reading on would be unsafe."""

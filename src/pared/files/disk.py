@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pared.errors import ConfigError, FileError
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 
 
 def as_path(value: object, where: str) -> Path:
@@ -56,9 +56,9 @@ class File:
     path: Path | None = None
 
     @cached_property
-    def allowance(self) -> Allowance:
+    def memory(self) -> MemoryLimit:
         """The memory that reading it may take: whoever makes something of it for each of its parts, counts that."""
-        return Allowance(self.where, len(self.data))
+        return MemoryLimit(self.where, len(self.data))
 
 
 @contextmanager

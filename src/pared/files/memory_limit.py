@@ -10,14 +10,14 @@ _PER_BYTE: Final = 4
 _LEAST: Final = 64 << 20  # about what Python and NumPy take before any file is opened
 
 
-class Allowance:
+class MemoryLimit:
     """The memory that reading one file may take: four times its bytes, and 64 MiB.
 
     Args:
         where: the file's name, for messages.
         nbytes: of the file.
 
-    >>> Allowance("file", 1000).affords(100 << 20)
+    >>> MemoryLimit("file", 1000).affords(100 << 20)
     False
     """
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from pared.errors import CorruptError, UnsafeError
-from pared.files.checks import DAMAGED
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.switches import ignoring
 
-_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any allowance
+_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any limit
 _MOST_FOREIGN: Final = 1000  # names beyond these are not collected
 _NODE_NBYTES: Final = 192  # of a node with a list of a few things
 _NAME_NBYTES: Final = 256  # beside its characters
@@ -81,25 +80,25 @@ class Pickle:
     nbytes: int
 
 
-def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, allowance: Allowance) -> Pickle:
+def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, memory: MemoryLimit) -> Pickle:
     """What a pickle describes; nothing that it names is imported or called.
 
     Args:
         data: the pickle, and maybe more behind it.
         harmless: the paths of the names that need not be mentioned.
         where: the file's name, for messages.
-        allowance: the memory that it may take.
+        memory: how much it may take.
 
     Raises:
         UnsafeError: it uses instructions that need code to be understood, or takes more than it may.
         CorruptError: it is malformed.
 
     >>> import pickle
-    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file", Allowance("file", 100)).root.pairs
+    >>> read_pickle(pickle.dumps({"epoch": 3}), (), "file", MemoryLimit("file", 100)).root.pairs
     [('epoch', 3)]
     """
-    machine = _Machine(harmless, where, allowance)
-    stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), allowance)
+    machine = _Machine(harmless, where, memory)
+    stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), memory)
     try:
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
         with ignoring(DeprecationWarning):
@@ -108,7 +107,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
     except UnsafeError:  # which is a ValueError too
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where, remedy=DAMAGED) from error
+        raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where) from error
 
 
 def _shown(text: str) -> str:
@@ -120,15 +119,15 @@ class _Stream:
 
     _LONGEST_LINE: Final = 1 << 20
 
-    def __init__(self, data: memoryview, allowance: Allowance) -> None:
+    def __init__(self, data: memoryview, memory: MemoryLimit) -> None:
         self.data = data
-        self.allowance = allowance
+        self.memory = memory
         self.position = 0
 
     def read(self, length: int) -> bytes:
         length = max(0, min(length, len(self.data) - self.position))
-        self.allowance.take(length * _MOST_BYTES_PER_CHARACTER)
-        self.allowance.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
+        self.memory.take(length * _MOST_BYTES_PER_CHARACTER)
+        self.memory.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
         return self._next(length)
 
     def readline(self) -> bytes:
@@ -151,10 +150,10 @@ class _Stream:
 class _Machine:
     """The stack, the marks in it, and the memo."""
 
-    def __init__(self, harmless: Container[str], where: str, allowance: Allowance) -> None:
+    def __init__(self, harmless: Container[str], where: str, memory: MemoryLimit) -> None:
         self.harmless = harmless
         self.where = where
-        self.allowance = allowance
+        self.memory = memory
         self.foreign: set[str] = set()
         self.references: list[Persistent] = []
         self.stack: list[object] = []
@@ -166,7 +165,7 @@ class _Machine:
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
-            self.allowance.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
+            self.memory.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
             action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
@@ -248,7 +247,7 @@ class _Machine:
         node.values = _longer(node.values, values)
 
     def add_pairs(self, pairs: list[tuple[object, object]]) -> None:
-        self.allowance.take(_PAIR_NBYTES * len(pairs))
+        self.memory.take(_PAIR_NBYTES * len(pairs))
         node = self.top()
         node.pairs = _longer(node.pairs, pairs)
 

@@ -75,7 +75,7 @@ def read_header(file: File) -> Header:
     nbytes = _LENGTH.size + _LENGTH.unpack_from(file.data)[0]
     if nbytes > len(file.data):
         at.fail(f"its header has {nbytes:,} bytes, and the file {len(file.data):,}: it is truncated")
-    file.allowance.take(_NBYTES_PER_BYTE * nbytes)
+    file.memory.take(_NBYTES_PER_BYTE * nbytes)
     top = at.mapping(at.json(bytes(file.data[_LENGTH.size : nbytes]), "its header"), "its header")
     metadata = at.mapping(top.pop("__metadata__", {}), "its metadata")
     for key, value in metadata.items():

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import BinaryIO, Final
 
 from pared.errors import CorruptError
-from pared.files.checks import DAMAGED
 from pared.files.disk import File
 
 PICKLE: Final = "data.pkl"
@@ -92,7 +91,6 @@ def read_archive(file: File) -> Archive:
         raise CorruptError(
             f"its zip directory cannot be read ({error}): it is truncated or damaged",
             where=file.where,
-            remedy=DAMAGED,
         ) from error
     members = sorted((_member(file, info) for info in infos), key=lambda member: member.start)
     bounds = [*(member.start for member in members), directory]
@@ -109,7 +107,7 @@ class _Bounded:
 
     def __init__(self, file: File) -> None:
         self.stream = file.stream
-        self.allowance = file.allowance
+        self.memory = file.memory
         self.seek, self.tell = file.stream.seek, file.stream.tell
 
     def read(self, length: int = -1) -> bytes:
@@ -117,7 +115,7 @@ class _Bounded:
         whole = self.seek(0, 2)
         self.seek(here)
         wanted = whole - here if length < 0 else min(length, whole - here)
-        self.allowance.take(wanted * _ENTRY_NBYTES)
+        self.memory.take(wanted * _ENTRY_NBYTES)
         return self.stream.read(wanted)
 
 
@@ -206,4 +204,4 @@ def torch_folder(file: File, archive: Archive) -> str | None:
 
 
 def _corrupt(file: File, what: str) -> CorruptError:
-    return CorruptError(what, where=file.where, remedy=DAMAGED)
+    return CorruptError(what, where=file.where)

@@ -152,7 +152,7 @@ class Grid(Format):
         step = _from_bytes(part.payload, torch.float32, view.row_sizes)
         steps = step.numpy()  # numpy: torch would start threads of its own in each thread that reads
         if not (np.isfinite(steps) & (steps >= 0)).all():
-            raise CorruptError("a step is negative or not finite", remedy="Fetch the file again; it is damaged.")
+            raise CorruptError("a step is negative or not finite")
         return {"codes": codes, "step": step}
 
     def nbytes(self, coded: Coded) -> int:
@@ -320,7 +320,6 @@ def _from_bytes(payload: bytes | memoryview, dtype: torch.dtype, shape: tuple[in
     if len(payload) != expected:
         raise CorruptError(
             f"a part holds {len(payload)} bytes where its shape {list(shape)} needs {expected}",
-            remedy="Fetch the file again; it is damaged.",
         )
     if expected == 0:
         return torch.empty(shape, dtype=dtype)

@@ -102,7 +102,7 @@ class Coding:
             layout = coding.per_symbol, coding.low_bits
             if layout in _LAYOUTS[1] + _LAYOUTS[2] and coding.to_json() == data:
                 return coding
-        raise _corrupt(f"{str(data)[:80]} is not a coding")
+        raise CorruptError(f"{str(data)[:80]} is not a coding")
 
     @property
     def limit(self) -> int:
@@ -201,15 +201,15 @@ def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLik
     data = memoryview(payload)
     if coding is None:
         if len(data) != count * kind.itemsize:
-            raise _corrupt(f"{count} plain {kind} codes take {count * kind.itemsize} bytes, not {len(data)}")
+            raise CorruptError(f"{count} plain {kind} codes take {count * kind.itemsize} bytes, not {len(data)}")
         return np.frombuffer(data, kind.newbyteorder("<")).astype(kind)
     value = coding.constant
     if value is not None:
         if data or not count or not np.iinfo(kind).min <= value <= np.iinfo(kind).max:
-            raise _corrupt(f"{len(data)} bytes cannot stand for {count} {kind} codes that are all {value}")
+            raise CorruptError(f"{len(data)} bytes cannot stand for {count} {kind} codes that are all {value}")
         return np.full(count, value, kind)
     if not count or (coding.per_symbol, coding.low_bits) not in _LAYOUTS[kind.itemsize]:
-        raise _corrupt(f"{count} {kind} codes cannot have the coding {coding.to_json()}")
+        raise CorruptError(f"{count} {kind} codes cannot have the coding {coding.to_json()}")
     starts = range(0, count, coding.span)
     chunks = _cut(data, [min(coding.span, count - start) for start in starts], coding)
     out = np.empty(count, kind)
@@ -263,13 +263,13 @@ def _decode_chunk(place: Codes, chunk: memoryview, coding: Coding) -> None:
     symbols, listed = _inflate(chunk[low_size:], _quotient(place.size, coding.per_symbol))
     digits = _unpack(symbols, coding)
     if (digits[place.size :] != coding.limit).any():
-        raise _corrupt("the spare digits of a chunk are not those of zeros")
+        raise CorruptError("the spare digits of a chunk are not those of zeros")
     digits = digits[: place.size]
     place[:] = (digits - np.uint8(coding.limit)).view(np.int8)
     escaped = digits == coding.escape if _has_escapes(coding, place.dtype) else np.zeros(0, bool)
     count = int(np.count_nonzero(escaped))
     if len(listed) != count * place.itemsize:
-        raise _corrupt(f"a chunk with {count} escapes lists {len(listed)} bytes of them")
+        raise CorruptError(f"a chunk with {count} escapes lists {len(listed)} bytes of them")
     if listed:
         place[escaped] = _escapes(listed, coding, place.dtype)
     if coding.low_bits:
@@ -281,14 +281,14 @@ def _cut(data: memoryview, sizes: list[int], coding: Coding) -> list[memoryview]
     """The chunks of a payload, none of them too short for the number of its codes."""
     start = 4 * (len(sizes) - 1)
     if len(data) < start:
-        raise _corrupt(f"{len(data)} bytes cannot hold {len(sizes)} chunks")
+        raise CorruptError(f"{len(data)} bytes cannot hold {len(sizes)} chunks")
     lengths = np.frombuffer(data[:start], "<u4").tolist()
     lengths.append(len(data) - start - sum(lengths))
     chunks = []
     for size, length in zip(sizes, lengths, strict=True):
         symbols = _quotient(size, coding.per_symbol)
         if length < _quotient(size * coding.low_bits, 8) + _quotient(symbols, 8):
-            raise _corrupt(f"{length} bytes cannot hold a chunk of {symbols} symbols")
+            raise CorruptError(f"{length} bytes cannot hold a chunk of {symbols} symbols")
         chunks.append(data[start : start + length])
         start += length
     return chunks
@@ -300,9 +300,9 @@ def _inflate(data: memoryview, symbols: int) -> tuple[_Bytes, bytes]:
     try:
         inflated = stream.decompress(data, symbols + 1)
     except zlib.error as error:
-        raise _corrupt(f"a chunk does not inflate: {error}") from error
+        raise CorruptError(f"a chunk does not inflate: {error}") from error
     if len(inflated) != symbols or not stream.eof:
-        raise _corrupt(f"a chunk does not inflate to exactly {symbols} symbols")
+        raise CorruptError(f"a chunk does not inflate to exactly {symbols} symbols")
     return np.frombuffer(inflated, np.uint8), stream.unused_data
 
 
@@ -323,7 +323,7 @@ def _unpack(symbols: _Bytes, coding: Coding) -> _Bytes:
     if each == 1:
         return symbols
     if symbols.max() >= RADIX[each] ** each:
-        raise _corrupt(f"a chunk holds symbols beyond {RADIX[each] ** each - 1}")
+        raise CorruptError(f"a chunk holds symbols beyond {RADIX[each] ** each - 1}")
     digits = np.empty(len(symbols) * each, np.uint8)
     for position in range(each):
         quotient = symbols // np.uint8(RADIX[each])
@@ -338,7 +338,7 @@ def _escapes(data: bytes, coding: Coding, kind: np.dtype[Any]) -> Codes:
     wide = escapes.astype(np.int32)
     largest = np.iinfo(kind).max >> coding.low_bits
     if (abs(wide) <= coding.limit).any() or (wide > largest).any() or (wide < ~largest).any():
-        raise _corrupt("an escape is listed that needs none, or that no code can have")
+        raise CorruptError("an escape is listed that needs none, or that no code can have")
     return escapes
 
 
@@ -364,7 +364,7 @@ def _low_values(data: memoryview, count: int, bits: int) -> _Bytes:
     if bits == 4:
         low = np.concatenate([low & np.uint8(15), low >> np.uint8(4)])
         if low[count:].any():
-            raise _corrupt("the spare low bits of a chunk are not zero")
+            raise CorruptError("the spare low bits of a chunk are not zero")
     return low[:count]
 
 
@@ -385,7 +385,3 @@ def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
 def _quotient(amount: int, unit: int) -> int:
     """How many units hold the amount."""
     return -(-amount // unit)
-
-
-def _corrupt(what: str) -> CorruptError:
-    return CorruptError(what, remedy="Fetch the file again; it is damaged.")

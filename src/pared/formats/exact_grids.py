@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
-class Lattice:
+class ExactGrid:
     """A tensor on the grid that it was made on.
 
     Args:
@@ -46,7 +46,7 @@ class Lattice:
     step: Steps
 
 
-def find_lattice(array: Array, dtype: str, bits: float) -> Lattice | None:
+def find_exact_grid(array: Array, dtype: str, bits: float) -> ExactGrid | None:
     """The grid that all numbers of a tensor lie on; None if there is none, or if its codes take more bits.
 
     Args:
@@ -55,7 +55,7 @@ def find_lattice(array: Array, dtype: str, bits: float) -> Lattice | None:
         bits: the most that a code may take.
 
     >>> weights = np.array([[3, -7, 8], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)
-    >>> find_lattice(weights, "float32", 8).codes.tolist()
+    >>> find_exact_grid(weights, "float32", 8).codes.tolist()
     [[3, -7, 8], [1, 2, 100]]
     """
     for view in _views(array.shape):
@@ -105,7 +105,7 @@ def _some(array: Array, view: View) -> Array:
     return some
 
 
-def _whole(array: Array, dtype: str, view: View, largest: int) -> Lattice | None:
+def _whole(array: Array, dtype: str, view: View, largest: int) -> ExactGrid | None:
     """The grid of all numbers, by blocks of rows; None as soon as one of them is not on it."""
     if not view.rows:
         return _single(array, dtype, view)
@@ -118,10 +118,10 @@ def _whole(array: Array, dtype: str, view: View, largest: int) -> Lattice | None
         if found is None:
             return None
         codes[part], step[part] = found
-    return _lattice(view, codes, step, array.shape)
+    return _exact_grid(view, codes, step, array.shape)
 
 
-def _single(array: Array, dtype: str, view: View) -> Lattice | None:
+def _single(array: Array, dtype: str, view: View) -> ExactGrid | None:
     """A grid of one step, which the distinct magnitudes give."""
     matrix = array.reshape(1, -1)
     levels = np.zeros(0)
@@ -139,12 +139,12 @@ def _single(array: Array, dtype: str, view: View) -> Lattice | None:
         block = as_floats(matrix[:, start : start + _BLOCK], dtype).astype(np.float64)
         place = np.searchsorted(levels, abs(block))
         codes[:, start : start + _BLOCK] = by_level[0][place] * np.sign(block)
-    return _lattice(view, codes, step, array.shape)
+    return _exact_grid(view, codes, step, array.shape)
 
 
-def _lattice(view: View, codes: NDArray[Any], step: Steps, shape: tuple[int, ...]) -> Lattice:
+def _exact_grid(view: View, codes: NDArray[Any], step: Steps, shape: tuple[int, ...]) -> ExactGrid:
     kind: CodeType = "int8" if codes.min() >= -127 and codes.max() <= 127 else "int16"
-    return Lattice(view, restored(codes.astype(kind), shape, view), step)
+    return ExactGrid(view, restored(codes.astype(kind), shape, view), step)
 
 
 def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16], Steps] | None:

@@ -123,7 +123,7 @@ def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view:
     classes = _decoded(parts["classes"], view.n_rows, np.int8)
     sizes = [part.rows for part in parts.values() if part.rows is not None]
     if np.bincount(classes.view(np.uint8), minlength=len(sizes)).tolist() != sizes:
-        raise _corrupt("the classes of its rows are not as large as its index says")
+        raise CorruptError("the classes of its rows are not as large as its index says")
     matrix = np.empty((view.n_rows, view.n_columns), kind)
     for number, rows in enumerate(sizes):
         chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
@@ -254,7 +254,7 @@ def decode_steps(part: EncodedPart, count: int) -> Steps:
     zero = differences == _ZERO
     indexes = np.where(zero, 0, differences.astype(np.int64) + part.base)
     if ((indexes < _LOWEST) | (indexes > _HIGHEST)).any():
-        raise _corrupt("a step is beyond the scale of steps")
+        raise CorruptError("a step is beyond the scale of steps")
     return np.where(zero, np.float32(0), scale(indexes))
 
 
@@ -272,7 +272,3 @@ def scale(indexes: NDArray[np.int64]) -> Steps:
     """
     scaled: NDArray[Any] = np.ldexp(_OCTAVE[indexes % 8], indexes // 8)
     return scaled.astype(np.float32, copy=False)
-
-
-def _corrupt(what: str) -> CorruptError:
-    return CorruptError(what, remedy="Fetch the file again; it is damaged.")

@@ -19,7 +19,6 @@ from pared.artifact.parse import parse_index
 from pared.artifact.parts import parts_of, placed
 from pared.artifact.torch_file import write_torch
 from pared.errors import ConfigError, CorruptError, UnsafeError
-from pared.files.checks import DAMAGED
 from pared.files.disk import as_path, make_directory, write_atomic
 from pared.files.safetensors_file import write_safetensors
 from pared.files.threads import each
@@ -117,9 +116,7 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
         for attribute in activation.weights if activation.outliers else ():
             shape = shapes.get(f"{module}.{attribute}".removeprefix("."), ())
             if len(shape) != 2 or any(column >= shape[1] for column, _ in activation.outliers):
-                raise CorruptError(
-                    f"outliers of its input are no columns of {attribute!r}", where=module or "the root", remedy=DAMAGED
-                )
+                raise CorruptError(f"outliers of its input are no columns of {attribute!r}", where=module or "the root")
             more = sum(abs(count) for _, count in activation.outliers)
             if more > min(shape[1], MOST_COLUMNS - shape[1]):
                 raise UnsafeError(

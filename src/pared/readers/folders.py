@@ -16,7 +16,7 @@ from typing import Final
 from pared.errors import FileError
 from pared.files.checks import Place
 from pared.files.disk import open_file, reading
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
 
@@ -131,7 +131,7 @@ def _index(path: Path, sizes: Mapping[str, int]) -> dict[str, str]:
     """The file of each tensor, as an index says."""
     at = Place(str(path))
     with open_file(path) as file:
-        Allowance(str(path), sum(sizes.values())).take(_NBYTES_PER_BYTE * len(file.data))
+        MemoryLimit(str(path), sum(sizes.values())).take(_NBYTES_PER_BYTE * len(file.data))
         top = at.mapping(at.json(bytes(file.data), "it"), "it")
     placed = at.mapping(top.get("weight_map"), "its 'weight_map'")
     for tensor, name in placed.items():

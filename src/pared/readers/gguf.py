@@ -89,10 +89,10 @@ def read_gguf(file: File) -> Listing:
     if not 0 < alignment <= 1 << 20:
         reader.at.fail("its alignment is none")
     metadata = reader.position
-    allowance = file.allowance
+    memory = file.memory
     found = []
     for _ in range(tensors):
-        allowance.take(_HELD_NBYTES)
+        memory.take(_HELD_NBYTES)
         found.append(_tensor(reader))
     start = -(-reader.position // alignment) * alignment
     _check_apart([(start + offset, held) for offset, held in found], len(file.data), reader.at)

@@ -13,7 +13,7 @@ import numpy as np
 
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.files.zip_file import Archive, Member, inflated
 from pared.readers.listing import Held, Listing, Note, Storage
@@ -69,8 +69,8 @@ def read_npy(file: File) -> Listing:
     notes = {"(header)": Note(header.nbytes)}
     behind = len(file.data) - header.nbytes
     if header.dtype == "O":
-        allowance = file.allowance
-        found = read_pickle(file.data[header.nbytes :], HARMLESS, file.where, allowance)
+        memory = file.memory
+        found = read_pickle(file.data[header.nbytes :], HARMLESS, file.where, memory)
         return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.foreign)
     if header.content != behind:
         at.fail(f"its numbers take {header.content:,} bytes, and behind its header there are {behind:,}")
@@ -90,45 +90,45 @@ def read_npz(file: File, archive: Archive) -> Listing:
         CorruptError: an array contradicts itself, or the archive.
         UnsafeError: there are more of them than the file's size allows.
     """
-    allowance = file.allowance
+    memory = file.memory
     tensors: list[Held] = []
     storages: dict[str, Storage] = {}
     notes: dict[str, Note] = {}
     foreign: set[str] = set()
     headers = 0
     for member in archive.members:
-        allowance.take(_HELD_NBYTES)
+        memory.take(_HELD_NBYTES)
         name = member.name.removesuffix(".npy")
         at = Place(f"{file.where}: {name}")
         header = _header(inflated(file, member, most=_LARGEST_HEADER + 12), at)
         if header.dtype == "O":
             notes[f"({name})"] = Note(member.stored, _OBJECTS)
-            foreign |= _foreign(file, member, header.nbytes, allowance)
+            foreign |= _foreign(file, member, header.nbytes, memory)
             continue
         if header.nbytes + header.content != member.nbytes:
             at.fail(f"it takes {header.nbytes + header.content:,} bytes, and its member has {member.nbytes:,}")
         tensors.append(header.held(name, name))
-        storages[name] = _storage(file, member, header, allowance)
+        storages[name] = _storage(file, member, header, memory)
         headers += header.nbytes if member.plain else 0
     notes["(headers)"] = Note(headers)
     return Listing(tuple(tensors), storages, notes, tuple(sorted(foreign)), kind="a NumPy .npz archive", flat=True)
 
 
-def _storage(file: File, member: Member, header: _Header, allowance: Allowance) -> Storage:
+def _storage(file: File, member: Member, header: _Header, memory: MemoryLimit) -> Storage:
     if member.plain:
         view = partial(_view, file, member.offset + header.nbytes, member.end)
         return Storage(header.content, partial(_numbers, view, header))
     # Twice: pieces are joined when all are inflated.
-    affordable = allowance.affords(2 * member.nbytes)
+    affordable = memory.affords(2 * member.nbytes)
     content = partial(_numbers, partial(_inflated, file, member, header.nbytes), header) if affordable else None
     return Storage(member.stored, content, coded=True)
 
 
-def _foreign(file: File, member: Member, start: int, allowance: Allowance) -> set[str]:
+def _foreign(file: File, member: Member, start: int, memory: MemoryLimit) -> set[str]:
     """What the objects of an array would import."""
-    allowance.take(2 * member.nbytes)
+    memory.take(2 * member.nbytes)
     content = memoryview(inflated(file, member))
-    return set(read_pickle(content[start:], HARMLESS, file.where, allowance).foreign)
+    return set(read_pickle(content[start:], HARMLESS, file.where, memory).foreign)
 
 
 def _view(file: File, begin: int, end: int) -> memoryview:

@@ -64,7 +64,6 @@ def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(
             f"the pickle of a quantized model makes no sense ({error})",
-            remedy="Fetch the file again; it is damaged.",
         ) from error
 
 

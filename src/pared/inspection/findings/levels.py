@@ -1,7 +1,7 @@
 """Whether numbers that are stored as floats lie on few evenly spaced levels: what a fake quantizer leaves behind.
 
-This is a judgement, within the rounding of the numbers and wherever zero lies; `lattices` finds codes that give every
-number back exactly.
+This is a judgement, within the rounding of the numbers and wherever zero lies; `exact_grids` finds codes that give
+every number back exactly.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def read_onnx(file: File) -> Listing:
         UnsafeError: it has more tensors or nesting than its size allows.
     """
     at = Place(file.where)
-    tensors = Tensors(file, file.allowance)
+    tensors = Tensors(file, file.memory)
     for number, value in _messages(file.data, at):
         if number == _MODEL_GRAPH:
             _graph(value, tensors, 0)

@@ -15,7 +15,7 @@ import numpy as np
 from pared.errors import FileError
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.readers.listing import Held, Storage
 from pared.readers.onnx.protobuf import Value, fields, numbers, unpack_varints
 
@@ -57,7 +57,7 @@ class Tensors:
 
     Args:
         file: the model.
-        allowance: the memory that listing it may take.
+        memory: how much listing it may take.
         listed: the tensors so far.
         storages: what holds their numbers; those in another file have its name before the place in it.
         inside: the bytes that numbers take in the model itself.
@@ -65,7 +65,7 @@ class Tensors:
     """
 
     file: File
-    allowance: Allowance
+    memory: MemoryLimit
     listed: list[Held] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     inside: int = 0
@@ -79,11 +79,11 @@ class Tensors:
             data: its message.
             name: of it; "" if it has one of its own.
         """
-        self.allowance.take(_HELD_NBYTES)
+        self.memory.take(_HELD_NBYTES)
         at = Place(self.file.where)
         parts: dict[int, list[Value]] = {}
         for number, value in fields(data, at):
-            self.allowance.take(_PART_NBYTES)
+            self.memory.take(_PART_NBYTES)
             parts.setdefault(number, []).append(value)
         name = self._unique(name or text_of(parts.get(_NAME, [0])[-1], at) or "(tensor)")
         at = Place(f"{self.file.where}: {name}")
@@ -96,7 +96,7 @@ class Tensors:
         if parts.get(_LOCATION, [0])[-1] == _OUTSIDE:
             key, storage = self._from_outside(parts.get(_EXTERNAL, []), nbytes, at)
         else:
-            key, storage = name, _inline(parts, element, nbytes, self.allowance, at)
+            key, storage = name, _inline(parts, element, nbytes, self.memory, at)
             self.inside += storage.nbytes
         self.storages[key] = storage
         self.listed.append(Held(name, element.name, shape, nbytes if element.bits else storage.nbytes, key))
@@ -184,7 +184,7 @@ def _mapped(path: Path, offset: int, length: int) -> memoryview:
     return memoryview(mapped)[offset : offset + length]
 
 
-def _inline(parts: Mapping[int, list[Value]], element: _Type, nbytes: int, allowance: Allowance, at: Place) -> Storage:
+def _inline(parts: Mapping[int, list[Value]], element: _Type, nbytes: int, memory: MemoryLimit, at: Place) -> Storage:
     """The numbers in the message itself: raw, or typed."""
     raw = _joined(parts.get(_RAW, []), at)
     typed = parts.get(element.typed, [])
@@ -198,7 +198,7 @@ def _inline(parts: Mapping[int, list[Value]], element: _Type, nbytes: int, allow
     count, stored = nbytes // size, sum(1 if isinstance(value, int) else len(value) for value in typed)
     if count > stored:
         at.fail(f"it has {stored:,} bytes for {count:,} numbers")
-    content = partial(_unpacked, typed, f"<u{size}", count, at) if allowance.affords(nbytes + stored) else None
+    content = partial(_unpacked, typed, f"<u{size}", count, at) if memory.affords(nbytes + stored) else None
     return Storage(stored, content, coded=True)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from pared.files.disk import File
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.files.zip_file import PICKLE, Archive, Member, checked_content
 from pared.readers.listing import Held, Listing, Note, Storage, unknown
@@ -44,11 +44,11 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
     order = members.get(_BYTE_ORDER)
     if order is not None and bytes(_content(file, order)[:3]) == b"big":
         raise unknown(file, BIG_ENDIAN)
-    allowance = file.allowance
-    listing = _described(file, members, PICKLE, "data/", allowance)
+    memory = file.memory
+    listing = _described(file, members, PICKLE, "data/", memory)
     if _CONSTANTS not in members:
         return replace(listing, kind="a torch file")
-    constants = _described(file, members, _CONSTANTS, "constants/", allowance)
+    constants = _described(file, members, _CONSTANTS, "constants/", memory)
     return Listing(
         tensors=(*listing.tensors, *(_constant(held) for held in constants.tensors)),
         storages={**listing.storages, **{f"constants/{key}": storage for key, storage in constants.storages.items()}},
@@ -58,12 +58,12 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
     )
 
 
-def _described(file: File, members: Mapping[str, Member], pickle: str, folder: str, allowance: Allowance) -> Listing:
+def _described(file: File, members: Mapping[str, Member], pickle: str, folder: str, memory: MemoryLimit) -> Listing:
     """What one pickle of the archive describes, with the storages of one folder."""
     content = checked_content(file, members[pickle])
-    found = read_pickle(content, HARMLESS, file.where, allowance)
+    found = read_pickle(content, HARMLESS, file.where, memory)
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
-    tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, allowance)
+    tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, memory)
     storages = {key: Storage(member.stored, partial(_content, file, member)) for key, member in stored.items()}
     return Listing(tuple(tensors), storages, {"(pickle)": Note(members[pickle].stored)}, found.foreign)
 

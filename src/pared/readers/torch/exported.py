@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.zip_file import Archive, Member, checked_content
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.torch.names import BITS
@@ -51,14 +51,14 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
         UnsafeError: reading it would take memory without bound.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
-    allowance = file.allowance
+    memory = file.memory
     configs = [name for name in members if name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS)]
     programs = {_program(name) for name in configs}
     tensors: list[Held] = []
     pickled: set[str] = set()
     for name in configs:
         prefix = f"{_program(name)}/" if len(programs) > 1 else ""
-        for tensor, path, entry in _entries(file, members, name, allowance):
+        for tensor, path, entry in _entries(file, members, name, memory):
             # Subclasses of tensors and custom objects are files of torch, or pickles, inside this one.
             if entry.get("use_pickle"):
                 pickled.add(path)
@@ -98,15 +98,15 @@ def _content(file: File, member: Member) -> memoryview:
 
 
 def _entries(
-    file: File, members: Mapping[str, Member], config: str, allowance: Allowance
+    file: File, members: Mapping[str, Member], config: str, memory: MemoryLimit
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """The names in a configuration, where each is in the archive, and what is said of it."""
     at = Place(f"{file.where}: {config}")
-    allowance.take(_JSON_NBYTES * members[config].stored)
+    memory.take(_JSON_NBYTES * members[config].stored)
     top = at.mapping(at.json(checked_content(file, members[config]), "it"), "it")
     folder = config.rpartition("/")[0]
     for name, value in at.mapping(top.get("config"), "its 'config'").items():
-        allowance.take(_HELD_NBYTES)
+        memory.take(_HELD_NBYTES)
         entry = at.mapping(value, f"its entry {name[:80]!r}")
         path = at.text(entry.get("path_name"), f"the path of {at.text(name, 'the name of a tensor')[:80]!r}")
         yield name, f"{folder}/{path}", entry

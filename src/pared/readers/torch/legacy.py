@@ -32,10 +32,10 @@ def read_torch_legacy(file: File) -> Listing:
         UnsafeError: its pickle cannot be understood, or would take memory without bound.
     """
     at = Place(file.where)
-    allowance = file.allowance
+    memory = file.memory
     position, pickles = len(_MAGIC), []
     for _ in ("version", "system", "content", "keys"):
-        pickles.append(read_pickle(file.data[position:], HARMLESS, file.where, allowance))
+        pickles.append(read_pickle(file.data[position:], HARMLESS, file.where, memory))
         position += pickles[-1].nbytes
     _, system, content, keys = pickles
     if isinstance(system.root, Node) and ("little_endian", False) in system.root.pairs:
@@ -43,7 +43,7 @@ def read_torch_legacy(file: File) -> Listing:
     storages = dict(_storages(file, position, keys.root, _kinds(content, at), at))
     sizes = {key: storage.nbytes for key, storage in storages.items()}
     return Listing(
-        tensors=tuple(tensors_of(content.root, sizes, file.where, allowance)),
+        tensors=tuple(tensors_of(content.root, sizes, file.where, memory)),
         storages=storages,
         notes={"(pickle)": Note(position)},
         foreign=content.foreign,

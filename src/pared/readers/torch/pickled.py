@@ -10,7 +10,7 @@ from typing import Final
 
 from pared.errors import UnsafeError
 from pared.files.checks import Place
-from pared.files.memory_limit import Allowance
+from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import Name, Node, Persistent
 from pared.readers.listing import Held
 from pared.readers.torch.names import (
@@ -55,7 +55,7 @@ class _Step:
     depth: int = 0
 
 
-def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Allowance) -> Iterator[Held]:
+def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[Held]:
     """Every tensor in what a pickle describes, under the name that a state dict would give it.
 
     Whatever holds others is entered once, so that nothing is endless; a module that has several places in another is
@@ -65,20 +65,20 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         root: from `read_pickle`.
         sizes: the bytes of each storage.
         where: the file's name, for messages.
-        allowance: for names and tensors, which may be far longer than the pickle.
+        memory: for names and tensors, which may be far longer than the pickle.
     """
     waiting = [_Step("", root)] if isinstance(root, Node) else []
-    allowance.take(_STEP_NBYTES)
+    memory.take(_STEP_NBYTES)
     entered: set[int] = set()
     while waiting:
         step = waiting.pop()
-        allowance.give(_STEP_NBYTES + len(step.name))
+        memory.give(_STEP_NBYTES + len(step.name))
         node, call, arguments = _resolved(step.node)
         if call in REBUILD or call == REBUILD_META:
-            allowance.take(_HELD_NBYTES + len(step.name))
+            memory.take(_HELD_NBYTES + len(step.name))
             yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
-        allowance.take(_PAIR_NBYTES * len(node.states))
-        allowance.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
+        memory.take(_PAIR_NBYTES * len(node.states))
+        memory.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
         known = id(node) in entered
         if known and not again:
@@ -86,7 +86,7 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, allowance: Al
         entered.add(id(node))
         inside = []
         for inner in _inside(step, node, arguments):
-            allowance.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
+            memory.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
             inside.append(inner)
             if step.depth == _DEEPEST:
                 raise UnsafeError(
