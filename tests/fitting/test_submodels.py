@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig
 from pared.fitting import speed, submodels
-from pared.fitting.submodels import find_parts
+from pared.fitting.submodels import find_submodels
 from pared.model.calls import Call
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
 from pared.runtime.layers.counterpart import Counterpart
-from pared.runtime.profile import CallTiming, Profile, Timing, Whole, this_machine
+from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, server_of
@@ -95,15 +95,15 @@ def named(one: nn.Module) -> nn.Module:
 
 def test_a_part_is_given_inputs_alone_and_is_neither_a_layer_nor_nearly_everything(seconds: dict[str, float]) -> None:
     heard = call()
-    found = find_parts(named(model()), heard)
+    found = find_submodels(named(model()), heard)
     # The body is given all inputs, the decoder what was computed, and `small` is a layer.
     assert list(found) == ["body.encoder"], "the outermost"
     assert found["body.encoder"].args[0] is heard.args[0]
     seconds["body.decoder.0"] = 40.0
-    assert find_parts(named(model()), heard) == {}, "the encoder takes too little of the time"
+    assert find_submodels(named(model()), heard) == {}, "the encoder takes too little of the time"
     seconds["body.encoder.layers.0"] = 1000.0
-    assert find_parts(named(model()), heard) == {}, "the encoder is nearly everything"
-    assert find_parts(nn.Linear(64, 64), Call((heard.args[0],), {})) == {}
+    assert find_submodels(named(model()), heard) == {}, "the encoder is nearly everything"
+    assert find_submodels(nn.Linear(64, 64), Call((heard.args[0],), {})) == {}
 
 
 def test_of_a_single_input_the_wrapper_is_a_part_if_it_is_not_nearly_everything(seconds: dict[str, float]) -> None:
@@ -116,7 +116,7 @@ def test_of_a_single_input_the_wrapper_is_a_part_if_it_is_not_nearly_everything(
             out: Tensor = self.body.decoder(self.body.encoder(x))
             return out
 
-    assert list(find_parts(named(Alone()), Call(call().args, {}))) == ["body.encoder"]
+    assert list(find_submodels(named(Alone()), Call(call().args, {}))) == ["body.encoder"]
 
 
 @pytest.mark.usefixtures("seconds")
@@ -126,20 +126,20 @@ def test_what_is_called_twice_is_no_part() -> None:
             both: Tensor = self.body(x, said) + self.body.encoder(x)
             return both
 
-    assert find_parts(named(Twice().eval()), call()) == {}
+    assert find_submodels(named(Twice().eval()), call()) == {}
 
 
 @pytest.mark.usefixtures("seconds")
 def test_finding_leaves_no_hooks() -> None:
     one = named(model())
-    find_parts(one, call())
+    find_submodels(one, call())
     with pytest.raises(TypeError):
-        find_parts(one, Call((), {}))
+        find_submodels(one, Call((), {}))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in one.modules())
 
 
-def timing(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> Whole:
-    return Whole((CallTiming(CALL, float32, bfloat16, modules, graph),))
+def timing(float32: float, bfloat16: float | None, modules: float, graph: float | None) -> ModelTiming:
+    return ModelTiming((CallTiming(CALL, float32, bfloat16, modules, graph),))
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +150,8 @@ def contents() -> Any:
     return quantized.contents_of(q)
 
 
-def assembled(contents: Any, part: Whole, whole: Whole | None = None) -> Any:
-    profile = Profile(this_machine(), whole=whole or Whole(), parts={"body.encoder": part})
+def assembled(contents: Any, part: ModelTiming, whole: ModelTiming | None = None) -> Any:
+    profile = Profile(this_machine(), model=whole or ModelTiming(), submodels={"body.encoder": part})
     return quantized.assemble(model(), contents, profile)
 
 
@@ -160,8 +160,8 @@ GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), ti
 
 @pytest.mark.parametrize("part", [GRAPH, HALF], ids=["graph", "bfloat16"])
 @pytest.mark.slow
-def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whole) -> None:
-    q, plain, heard = assembled(contents, part), assembled(contents, Whole()), call()
+def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: ModelTiming) -> None:
+    q, plain, heard = assembled(contents, part), assembled(contents, ModelTiming()), call()
     encoder, x = q.body.encoder, heard.args[0]
     assert isinstance(server_of(encoder), BFloat16Server if part is HALF else Server)
     assert isinstance(encoder, Encoder)
@@ -189,7 +189,7 @@ def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Whol
 
 
 def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_path: Path) -> None:
-    q, plain = assembled(contents, HALF), assembled(contents, Whole())
+    q, plain = assembled(contents, HALF), assembled(contents, ModelTiming())
     assert pared.save(q, tmp_path / "a").read_bytes() == pared.save(plain, tmp_path / "b").read_bytes()
     assert list(q.state_dict()) == list(plain.state_dict())
     loaded = pared.load(tmp_path / "a", model=model())
@@ -239,7 +239,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
 
     source = model()
     source.body.encoder.__class__ = Flagged
-    profile = Profile(this_machine(), parts={"body.encoder": GRAPH})
+    profile = Profile(this_machine(), submodels={"body.encoder": GRAPH})
     q: Any = quantized.assemble(source, contents, profile)
     encoder, x = q.body.encoder, call().args[0]
     own = forward_of(encoder)
@@ -259,7 +259,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
 
 
 def test_a_slice_of_a_served_sequence_runs_by_itself(contents: Any) -> None:
-    profile = Profile(this_machine(), parts={"body.encoder.layers": GRAPH})
+    profile = Profile(this_machine(), submodels={"body.encoder.layers": GRAPH})
     q: Any = quantized.assemble(model(), contents, profile)
     part, x = q.body.encoder.layers[:2], call().args[0]
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_objects_that_a_model_makes_are_no_inputs() -> None:
     one = model()
     one.body.__class__ = Cached
     one.body.encoder.__class__ = Taking
-    assert "body.encoder" not in find_parts(named(one), call())
+    assert "body.encoder" not in find_submodels(named(one), call())
 
 
 def test_a_model_that_is_fastest_in_float_has_no_parts(contents: Any) -> None:
@@ -298,7 +298,7 @@ def test_a_model_that_is_fastest_in_float_has_no_parts(contents: Any) -> None:
 
 
 def test_a_profile_of_parts_that_are_not_there_is_harmless(contents: Any) -> None:
-    profile = Profile(this_machine(), parts={"body.nothing": HALF})
+    profile = Profile(this_machine(), submodels={"body.nothing": HALF})
     q, heard = quantized.assemble(model(), contents, profile), call()
     with torch.no_grad():
         assert q(*heard.args, **heard.kwargs).shape == (4, 64)
@@ -309,7 +309,7 @@ def test_a_profile_survives_json() -> None:
         this_machine(), {"body.small": Timing((4, 64), 2.0, 3.0, 1.0)}, GRAPH, {"body.encoder": HALF}, together=True
     )
     assert Profile.from_json(profile.to_json()) == profile
-    assert replace(profile, parts={}) != profile
+    assert replace(profile, submodels={}) != profile
 
 
 def in_codes(source: nn.Module, x: Tensor) -> Any:
@@ -366,8 +366,8 @@ def test_fit_times_parts() -> None:
     batch = {"x": heard.args[0].repeat(64, 1), "said": heard.kwargs["said"].repeat(64, 1)}
     q = pared.fit(model(), PostTrainingQuantConfig(quant_level=0), [batch], quiet=True)
     # What takes the time, and what is fastest, is up to the machine.
-    assert set(record_of(q).profile.parts) <= {"body.encoder", "body.encoder.layers"}
-    for one in record_of(q).profile.parts.values():
+    assert set(record_of(q).profile.submodels) <= {"body.encoder", "body.encoder.layers"}
+    for one in record_of(q).profile.submodels.values():
         assert one.is_served
         assert {call.arguments[0].shape for call in one.calls} == {(256, 64), (1, 64)}
 
@@ -383,10 +383,10 @@ def test_a_part_is_timed_and_kept_if_something_answers_it(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(speed, "time_calls", time_calls)
         monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine()))
-        monkeypatch.setattr(speed, "find_parts", lambda *_: {"body.encoder": Call(call().args, {})})
+        monkeypatch.setattr(speed, "find_submodels", lambda *_: {"body.encoder": Call(call().args, {})})
         heard = call()
         config = PostTrainingQuantConfig(quant_level=0, approach="static")
         q: Any = pared.fit(model(), config, [{"x": heard.args[0], **heard.kwargs}], quiet=True)
         assert asked == [Encoder, Hearing]
-        assert list(record_of(q).profile.parts) == (["body.encoder"] if name == "half" else [])
+        assert list(record_of(q).profile.submodels) == (["body.encoder"] if name == "half" else [])
         assert hasattr(q.body.encoder, "_pared_server") is (name == "half")

@@ -229,7 +229,7 @@ def test_a_pickle_names_nothing_inside_of_the_package() -> None:
     q = searched()
     assert q.pared.trials
     assert record_of(q).outcome.contributors
-    assert record_of(q).profile.whole.calls
+    assert record_of(q).profile.model.calls
     buffer = io.BytesIO()
     torch.save(q, buffer)
     for data in (buffer.getvalue(), *(pickle.dumps(q, protocol) for protocol in (2, 3, 4, 5))):
@@ -532,7 +532,7 @@ def test_the_kept_are_exact(original: Everything) -> None:
     assert lines["table.weight"].bits == 3  # a rule on one name of a tied tensor holds for the tensor
 
 
-def test_keepers_give_tied_names_the_same_codes() -> None:
+def test_stored_forms_give_tied_names_the_same_codes() -> None:
     q = pared.fit(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}))
     state = q.state_dict()
     assert state["a.weight"].data_ptr() != state["b.weight"].data_ptr()

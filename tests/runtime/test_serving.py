@@ -16,7 +16,7 @@ import pared
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import arguments_of, bind
 from pared.runtime.graphs.graph import Graph
-from pared.runtime.profile import CallTiming, Whole
+from pared.runtime.profile import CallTiming, ModelTiming
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, serve, server_of
@@ -197,7 +197,7 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     model, q = assembled(case)
     arguments = arguments_of(bound_of(q, case.call(4, 24)))
     timing = CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
-    profile = replace(record_of(q).profile, whole=Whole((timing,)))
+    profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
     fast = quantized.assemble(model, quantized.contents_of(q), profile)
     loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
     assert server_of(loaded).wanted == (arguments,)
@@ -256,7 +256,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     case = CASES["attention"]
     model, q = assembled(case)
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
-    profile = replace(record_of(q).profile, whole=Whole((timing,)))
+    profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
     q = quantized.assemble(model, quantized.contents_of(q), profile)
     assert isinstance(server_of(q), BFloat16Server)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from pared.fitting import speed
 from pared.fitting.calibration import observe
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.search.activations import Candidate, find_candidates
-from pared.fitting.submodels import find_parts
+from pared.fitting.submodels import find_submodels
 from pared.formats.activation import Activation
 from pared.model import calls, storage
 from pared.model.calls import Call
@@ -30,7 +30,7 @@ from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.kernels.outliers import columns_of
 from pared.runtime.load import check_model
-from pared.runtime.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, Profile, Timing, Whole, this_machine
+from pared.runtime.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.served import forward_of
@@ -59,13 +59,13 @@ def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
     profile = time_layers(candidates, contents.activations)
     outright = shadow(model)
     largest = max(seen.calls, key=_numbers, default=None)
-    parts = find_parts(outright, largest) if largest is not None else {}
-    captures = {name: Captures() for name in ("", *parts)}
-    best = _timed(outright, contents, profile, seen.calls, parts, captures)
+    submodels = find_submodels(outright, largest) if largest is not None else {}
+    captures = {name: Captures() for name in ("", *submodels)}
+    best = _timed(outright, contents, profile, seen.calls, submodels, captures)
     if _left(profile) >= _WORTH_TRYING:
         # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
-        together = _timed(outright, contents, replace(profile, together=True), seen.calls, parts, captures)
-        if together.whole.kernel == "int8" and together.whole.share <= WORTH * best.whole.share:
+        together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
+        if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
             best = together
     return quantized.assemble(model, contents, best)
 
@@ -82,19 +82,21 @@ def _timed(
     contents: Contents,
     profile: Profile,
     calls: Sequence[Call],
-    parts: Mapping[str, Call],
+    submodels: Mapping[str, Call],
     captures: Mapping[str, Captures],
 ) -> Profile:
-    """The profile with the times of the model's parts, and then those of the model, which is made of these."""
+    """The profile with the times of the submodels, and then those of the model, which contains them."""
     by_layers = quantized.assemble(model, contents, profile)
-    if parts:
+    if submodels:
         times = {
-            name: Whole(time_calls(model.get_submodule(name), by_layers.get_submodule(name), [call], captures[name]))
-            for name, call in parts.items()
+            name: ModelTiming(
+                time_calls(model.get_submodule(name), by_layers.get_submodule(name), [call], captures[name])
+            )
+            for name, call in submodels.items()
         }
-        profile = replace(profile, parts={name: part for name, part in times.items() if part.is_served})
+        profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.is_served})
         by_layers = quantized.assemble(model, contents, profile)
-    return replace(profile, whole=Whole(time_calls(model, by_layers, calls, captures[""])))
+    return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""])))
 
 
 def time_calls(

@@ -1,6 +1,7 @@
-"""Parts of a model that are called by themselves, too: the encoder of a model that then decodes, the towers of two.
+"""Submodels that are also called on their own: the encoder of an encoder-decoder model, the towers of a two-tower one.
 
-Such a part is known by what it is given: inputs of the model and nothing else, so whoever has these can call it.
+Such a submodel is recognized by its inputs: they are inputs of the model and nothing else, so callers of the model can
+call it as well.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from pared.runtime.graphs.call_kinds import bind, parameters_of
 from pared.runtime.layers.registry import layer_of
 from pared.switches import WITHOUT_FAST_PATHS
 
-# What a part takes of the model's time, at least: else it is not worth a graph of its own; and at most: else it is the
-# model itself in a wrapper.
+# The least and the greatest share of the model's time that a submodel takes: below, it is not worth a graph of its own;
+# above, it is the model itself in a wrapper.
 _LEAST: Final = 0.2
 _MOST: Final = 0.9
 
 
-def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
-    """The parts of a model, the outermost ones, each with the call that the model makes of it.
+def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
+    """The outermost of such submodels by name, each with the call that the model makes of it.
 
     Args:
         model: a float model in eval mode, which is left as it is.
-        call: of the model; it is made again.
+        call: a call of the model; it is repeated.
     """
     watches = {
         name: _Watch(call)
@@ -55,10 +56,10 @@ def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
 
 
 class _Watch:
-    """The calls that a model makes of one module, None for those with more than inputs, and how long they take.
+    """The calls that a model makes of one module, None where it is given more than inputs, and the seconds they take.
 
     Args:
-        call: of the model.
+        call: the call of the model.
     """
 
     def __init__(self, call: Call) -> None:
@@ -67,7 +68,7 @@ class _Watch:
         self.seconds = 0.0
 
     def over(self, module: nn.Module) -> tuple[Any, Any]:
-        """Watch a module; the handles of the hooks."""
+        """Add hooks to a module, and return their handles."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append(Call(args, kwargs) if self._is_of_inputs(module, args, kwargs) else None)
@@ -80,7 +81,7 @@ class _Watch:
 
     def _is_of_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         given = {id(one) for one in _tensors(args, kwargs)}
-        # What is given all of several inputs is the model in a wrapper.
+        # A module that is given all of several inputs is the model in a wrapper.
         if not given or not given <= self._inputs or (given == self._inputs and len(given) > 1):
             return False
         return bind(parameters_of(module), args, kwargs) is not None

@@ -23,7 +23,7 @@ from pared.runtime.layers.registry import layer_of, weights_of
 from pared.runtime.profile import Profile, Running
 
 
-class Keeper:
+class StoredForm:
     """Gives a float tensor of a live model its stored form again: in its state dict and in files.
 
     Args:
@@ -79,19 +79,19 @@ class Keeper:
 
 
 def _narrow(
-    keeper: Keeper, attribute: str, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+    form: StoredForm, attribute: str, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
     """State dict hook: codes and steps, or narrow floats, in the place of floats."""
     name = f"{prefix}{attribute}"
     if name not in state:
         return
-    coded = keeper.coded(name, state[name])
+    coded = form.coded(name, state[name])
     state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
     if isinstance(coded.format, Grid):
         state[f"{name}_step"] = coded.parts["step"]
 
 
-def _widen(keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """The inverse, before a module reads a state dict. What is stored may have another type than it had here."""
     name = f"{prefix}{attribute}"
     step, value = state.pop(f"{name}_step", None), state.get(name)
@@ -99,19 +99,19 @@ def _widen(keeper: Keeper, attribute: str, module: nn.Module, state: dict[str, A
     if value is None or value.shape != own.shape:
         return  # the module reports what is missing or misshapen
     if step is None and (value.is_floating_point() or not own.is_floating_point()):
-        narrow = keeper.format if isinstance(keeper.format, Float) and survives_float16(value) else None
-        keeper.format = narrow or Raw(dtype_name(own.dtype))
-        keeper.view = keeper.step = None
+        narrow = form.format if isinstance(form.format, Float) and survives_float16(value) else None
+        form.format = narrow or Raw(dtype_name(own.dtype))
+        form.view = form.step = None
         state[name] = value.to(own.dtype)
     elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
         error_messages: list[str] = rest[-1]
         error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")
     else:
-        keeper.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
-        keeper.view = keeper.view or view_of(module, attribute, tuple(value.shape))
-        keeper.step = step.detach().float().reshape(keeper.view.row_sizes).clone()
-        parts = {"codes": value, "step": keeper.step}
-        state[name] = Coded(keeper.format, tuple(value.shape), own.dtype, parts, keeper.view).decode()
+        form.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
+        form.view = form.view or view_of(module, attribute, tuple(value.shape))
+        form.step = step.detach().float().reshape(form.view.row_sizes).clone()
+        parts = {"codes": value, "step": form.step}
+        state[name] = Coded(form.format, tuple(value.shape), own.dtype, parts, form.view).decode()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -121,10 +121,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def attach(keeper: Keeper, module: nn.Module, attribute: str) -> None:
+def attach(form: StoredForm, module: nn.Module, attribute: str) -> None:
     """Let a module's state dict show a tensor's stored form, and take it back."""
-    module.register_state_dict_post_hook(functools.partial(_narrow, keeper, attribute))
-    module.register_load_state_dict_pre_hook(functools.partial(_widen, keeper, attribute))
+    module.register_state_dict_post_hook(functools.partial(_narrow, form, attribute))
+    module.register_load_state_dict_pre_hook(functools.partial(_widen, form, attribute))
 
 
 def detach(module: nn.Module) -> None:
@@ -196,9 +196,9 @@ def held_in_codes(
 
 def install(
     clone: nn.Module, contents: Contents, in_codes: set[str], running: Mapping[str, Running]
-) -> dict[str, Keeper]:
-    """Counterparts and hooks for every tensor; the keepers of those that are held as floats."""
-    keepers: dict[str, Keeper] = {}
+) -> dict[str, StoredForm]:
+    """Counterparts and hooks for every tensor; the stored_forms of those that are held as floats."""
+    stored_forms: dict[str, StoredForm] = {}
     hooked: set[tuple[int, str]] = set()
     held: dict[str, dict[str, Coded]] = {}  # what stays in codes, by module and attribute
     for stored in contents.tensors:
@@ -208,13 +208,13 @@ def install(
             for owner, attribute in _owners(stored):
                 held.setdefault(owner, {})[attribute] = replace(coded, parts={**coded.parts, "step": step})
             continue
-        keeper = Keeper(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
-        keepers[stored.name] = keeper
+        form = StoredForm(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
+        stored_forms[stored.name] = form
         for owner, attribute in _owners(stored):
             module = clone.get_submodule(owner)
             if (id(module), attribute) not in hooked:
                 hooked.add((id(module), attribute))
-                attach(keeper, module, attribute)
+                attach(form, module, attribute)
     for owner, coded_by_attribute in held.items():
         module = clone.get_submodule(owner)
         if isinstance(module, Counterpart):  # a shared module is met under each of its names
@@ -222,7 +222,7 @@ def install(
         here = running.get(owner, Running("float32"))
         activation = contents.activations[owner] if here.kernel != "float32" else _lookup(module, coded_by_attribute)
         stand_in(module, coded_by_attribute, activation, in_bfloat16=here.kernel == "bfloat16")
-    return keepers
+    return stored_forms
 
 
 def _lookup(module: nn.Module, coded: Mapping[str, Coded]) -> Activation | None:

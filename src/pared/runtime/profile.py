@@ -1,4 +1,4 @@
-"""Which kernel runs where, on one machine: measured, kept beside the artifact, reused on an equal machine."""
+"""Which kernel runs each layer: measured on one machine, kept beside the artifact, reused on machines like it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ log = logging.getLogger(__name__)
 ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
 
-# What is not the default, float32 in modules and each layer by itself, takes so much of its time at most: else the
-# difference is noise, or not worth the rounding.
+# Anything but the default (float32, layer by layer) is used only if it takes at most this share of the default's time:
+# a smaller gain is noise, or not worth the rounding.
 WORTH: Final = 0.9
-
 
 Kernel = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One layer's measured times, from input to output in the layer's own type.
+    """The measured times of one layer, in milliseconds, from an input to an output of the layer's own type.
 
     Args:
-        shape: of the input that was timed.
-        float32_ms: the best of several runs of the float layer as it is, in milliseconds.
-        bfloat16_ms: the same with weight and input turned into bfloat16, and the output turned back.
+        shape: the shape of the input that was timed.
+        float32_ms: the fastest of several runs of the float layer.
+        bfloat16_ms: the same with weight and input cast to bfloat16, and the output cast back.
         int8_ms: the same in int8.
     """
 
@@ -48,7 +47,7 @@ class Timing:
 
     @property
     def kernel(self) -> Kernel:
-        """The fastest, if it is faster than float32 by a tenth at least.
+        """The fastest kernel if it is at least a tenth faster than float32, else float32.
 
         >>> Timing((1, 2), 3.0, 2.0, 2.5).kernel, Timing((1, 2), 3.0, 3.5, 2.9).kernel
         ('bfloat16', 'float32')
@@ -59,15 +58,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class CallTiming:
-    """The measured times of one call of a model, or of a part of one.
+    """The measured times of one call of a model or submodel, in milliseconds.
 
     Args:
-        arguments: of the call, without their numbers.
-        float32_ms: the best of several runs of the float model, in milliseconds.
-        bfloat16_ms: of a copy in bfloat16, from and to float32; None if there is none.
-        modules_ms: of the quantized model, each layer with its own kernel.
-        graph_ms: of its graph; None if there is none.
-        because: why something is None.
+        arguments: the call's arguments without their numbers.
+        float32_ms: the fastest of several runs of the float model.
+        bfloat16_ms: the same for a copy in bfloat16, with float32 inputs and outputs; None if there is none.
+        modules_ms: the same for the quantized model, each layer with its own kernel.
+        graph_ms: the same for its graph; None if there is none.
+        because: why there is none.
     """
 
     arguments: tuple[Argument, ...]
@@ -84,7 +83,7 @@ class CallTiming:
 
     def __str__(self) -> str:
         """One line, for people."""
-        sizes = ", ".join(f"{one.name} {' x '.join(map(str, one.shape))}" for one in self.arguments if one.dtype)
+        sizes = ", ".join(f"{a.name} {' x '.join(map(str, a.shape))}" for a in self.arguments if a.dtype)
         times = {
             "float32": self.float32_ms,
             "bfloat16": self.bfloat16_ms,
@@ -97,7 +96,7 @@ class CallTiming:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CallTiming:
         """The inverse of `dataclasses.asdict`."""
-        arguments = tuple(Argument(**{**one, "shape": tuple(one["shape"])}) for one in data["arguments"])
+        arguments = tuple(Argument(**{**given, "shape": tuple(given["shape"])}) for given in data["arguments"])
         for name, ms in data.items():
             if name.endswith("_ms") and ms is not None and not 0 < ms < math.inf:
                 raise ValueError(f"{name} is {ms}")
@@ -106,27 +105,27 @@ class CallTiming:
 
 @dataclass(frozen=True)
 class Running:
-    """What a module that may run in int8 runs in here, and why if it is something else."""
+    """The kernel of a module that may run in int8, and the reason if it is another one."""
 
     kernel: Kernel
     because: str = ""
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The measured calls of a model, or of a part of one, and what they say about all that it is made of.
+class ModelTiming:
+    """The measured calls of a model or submodel, and what they say about how it should run.
 
     Args:
-        calls: those that were timed; none if nothing was.
+        calls: the calls that were timed; default: none.
     """
 
     calls: tuple[CallTiming, ...] = ()
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
-        """The calls, one for each call kind, in which a graph is faster than modules.
+        """The largest call of each kind of call for which a graph is faster than modules.
 
-        By a tenth at least: on the whole, or in one of the calls and slower in none.
+        That is, at least a tenth faster on average, or in one of the calls and slower in none.
         """
         return tuple(arguments for own, arguments in self._by_kind if _is_worth_a_graph(own))
 
@@ -145,9 +144,9 @@ class Whole:
 
     @property
     def kernel(self) -> Kernel:
-        """What all of it runs in: "int8" (each layer in its own kernel) if that beats float by a tenth at least.
+        """How the model runs: "int8" (each layer with its own kernel) if that is at least a tenth faster than float32.
 
-        Over the calls that were measured, by the geometric mean; int8 if none was.
+        The geometric mean over the measured calls decides; int8 if none was measured.
         """
         if not self.calls:
             return "int8"
@@ -157,65 +156,65 @@ class Whole:
 
     @property
     def is_served(self) -> bool:
-        """Whether something else than its modules answers calls."""
+        """Whether calls are answered by something other than its modules."""
         return self.kernel == "bfloat16" or (self.kernel == "int8" and bool(self.graphs))
 
     @property
     def share(self) -> float:
-        """The time that the calls take in what is fastest, as a share of float32's; 1 if none was timed."""
+        """The time of the fastest form as a share of float32's; 1 if nothing was timed."""
         return min(self._int8, self._bfloat16, 1.0) if self.calls else 1.0
 
     @property
     def _bfloat16(self) -> float:
-        """The share of their time in bfloat16; infinite if there is none for one of them."""
-        return _mean(one.bfloat16_ms / one.float32_ms if one.bfloat16_ms else math.inf for one in self.calls)
+        """The time in bfloat16 as a share of float32's; infinite if a call has no time in bfloat16."""
+        return _mean(call.bfloat16_ms / call.float32_ms if call.bfloat16_ms else math.inf for call in self.calls)
 
     @property
     def _int8(self) -> float:
-        """The share of their time in int8."""
+        """The time in int8 as a share of float32's."""
         served = {describe_kind(arguments) for arguments in self.graphs}
-        times = [(one.graph_ms if one.kind in served else None) or one.modules_ms for one in self.calls]
-        return _mean(ms / one.float32_ms for ms, one in zip(times, self.calls, strict=True))
+        times = [(call.graph_ms if call.kind in served else None) or call.modules_ms for call in self.calls]
+        return _mean(ms / call.float32_ms for ms, call in zip(times, self.calls, strict=True))
 
     def summary(self, name: str = "") -> list[str]:
-        """What runs, and the times that decided it, as lines for people.
+        """How it runs, and the times that decided it, as lines for people.
 
         Args:
-            name: of the part.
+            name: the submodel's name; default: the lines are about the model.
         """
         if not self.calls:
             return []
         chosen = {
             "int8": "as a graph, each layer in its own kernel" if self.graphs else "layer by layer",
-            "float32": "in float32: nothing else was faster by a tenth",
+            "float32": "in float32: nothing else was at least a tenth faster",
             "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
         }[self.kernel]
-        what = f"called by itself, {name} runs" if name else "runs"
-        return [f"{what} {chosen} (measured on this machine):", *(f"  {one}" for one in self.calls)]
+        what = f"called on its own, {name} runs" if name else "runs"
+        return [f"{what} {chosen} (measured on this machine):", *(f"  {call}" for call in self.calls)]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Measured choices of kernels, and the machine they hold for.
+    """The measured times that decide which kernel runs each layer, and the machine they hold for.
 
     Args:
-        machine: see `this_machine`.
-        layers: the times of each layer by itself, by name.
-        whole: of the model.
-        parts: of its parts that may be called by themselves, by name: those that something else than modules answers.
-        together: the whole model was faster with every layer in int8 that may be, whatever is fastest for each alone.
+        machine: what `this_machine` returned there.
+        layers: the times of each layer on its own, by name.
+        model: the times of the whole model.
+        submodels: the times of those submodels that are also called on their own and run as a graph or in bfloat16.
+        together: the model was fastest with every layer in int8 that may be, whatever is fastest for each on its own.
     """
 
     machine: Mapping[str, Any]
     layers: Mapping[str, Timing] = field(default_factory=dict)
-    whole: Whole = field(default_factory=Whole)
-    parts: Mapping[str, Whole] = field(default_factory=dict)
+    model: ModelTiming = field(default_factory=ModelTiming)
+    submodels: Mapping[str, ModelTiming] = field(default_factory=dict)
     together: bool = False
 
     def to_json(self) -> str:
         """The text of `engine.json`."""
         layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
-        calls = {name: [asdict(timing) for timing in one.calls] for name, one in {"": self.whole, **self.parts}.items()}
+        calls = {name: asdict(timing)["calls"] for name, timing in {"": self.model, **self.submodels}.items()}
         data = {"machine": dict(self.machine), "together": self.together, "layers": layers, "calls": calls}
         return json.dumps(data, indent=1)
 
@@ -226,52 +225,54 @@ class Profile:
         layers = {
             name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
         }
-        parts = {name: Whole(tuple(map(CallTiming.from_json, calls))) for name, calls in data["calls"].items()}
-        return cls(dict(data["machine"]), layers, parts.pop("", Whole()), parts, bool(data.get("together", False)))
+        models = {name: ModelTiming(tuple(map(CallTiming.from_json, calls))) for name, calls in data["calls"].items()}
+        model = models.pop("", ModelTiming())
+        return cls(dict(data["machine"]), layers, model, models, bool(data.get("together", False)))
 
     def summary(self) -> list[str]:
-        """What runs, and the times that decided it, as lines for people."""
-        return self.whole.summary() + [line for name, one in self.parts.items() for line in one.summary(name)]
+        """How everything runs, and the times that decided it, as lines for people."""
+        timings = {"": self.model, **self.submodels}
+        return [line for name, timing in timings.items() for line in timing.summary(name)]
 
     def running(self, module: str, reason: str = "") -> Running:
-        """What a module that may run in int8 runs in: the fastest here; int8 if it was never measured here.
+        """The kernel of a module that may run in int8: the fastest on this machine, or int8 if it was not measured.
 
-        What is fastest in bfloat16 as a whole has its layers beside that, for calls of other kinds.
+        A model that runs in bfloat16 as a whole keeps its layers' kernels for other kinds of calls.
 
         Args:
-            module: its name.
-            reason: why its kernels cannot run here; empty if they can.
+            module: the module's name.
+            reason: why its int8 kernel cannot run on this machine; empty if it can.
 
         >>> Profile(this_machine()).running("encoder").kernel
         'int8'
         """
         if reason:
             return Running("float32", reason)
-        if self.whole.kernel == "float32":
-            return Running("float32", "the whole model was faster in float32 here")
+        if self.model.kernel == "float32":
+            return Running("float32", "the whole model is faster in float32 on this machine")
         timing = self.layers.get(module)
         kernel = "int8" if timing is None or self.together else timing.kernel
-        return Running(kernel, "" if kernel == "int8" else "int8 was not the fastest here")
+        return Running(kernel, "" if kernel == "int8" else "int8 is not the fastest on this machine")
 
 
 def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
-    ratios = [one.graph_ms / one.modules_ms for one in calls if one.graph_ms is not None]
+    ratios = [call.graph_ms / call.modules_ms for call in calls if call.graph_ms is not None]
     faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
     return len(ratios) == len(calls) and faster
 
 
 def _mean(ratios: Iterable[float]) -> float:
-    """The geometric mean; 1 of nothing."""
-    logarithms = [math.log(one) for one in ratios]
+    """The geometric mean; 1 if there are no ratios."""
+    logarithms = [math.log(ratio) for ratio in ratios]
     return math.exp(statistics.mean(logarithms)) if logarithms else 1.0
 
 
 def _numbers(arguments: tuple[Argument, ...]) -> int:
-    return sum(math.prod(one.shape) for one in arguments if one.dtype)
+    return sum(math.prod(argument.shape) for argument in arguments if argument.dtype)
 
 
 def this_machine() -> dict[str, Any]:
-    """What a measurement depends on: processor, threads, torch."""
+    """What a measurement depends on: the processor, the number of threads, and torch's version."""
     return {
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -282,7 +283,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def profile_beside(artifact: Path) -> Profile:
-    """The measured choices of kernels in `engine.json`, if they hold for this machine; else none."""
+    """The profile in the `engine.json` beside an artifact if it holds for this machine, else an empty one."""
     file = artifact.with_name(ENGINE_FILE)
     machine = this_machine()
     try:
@@ -290,9 +291,9 @@ def profile_beside(artifact: Path) -> Profile:
             return Profile(machine)
         profile = Profile.from_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.warning("%s cannot be read (%s): every layer that may run in int8 does", file, error)
+        log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, error)
         return Profile(machine)
     if profile.machine != machine:
-        log.info("%s was measured on another machine: every layer that may run in int8 does", file)
+        log.info("%s was measured on another machine: every layer that may run in int8 will", file)
         return Profile(machine)
     return profile

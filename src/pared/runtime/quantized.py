@@ -1,7 +1,7 @@
 """The quantized model: a copy of the user's model, of a subclass of its own class, whose state is codes.
 
-Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters, on which
-the original modules run unchanged; hooks let `state_dict` give their codes, recovered as `round(weight / step)`.
+Weights that run in int8 live in counterparts (`runtime.layers`). All others stay ordinary float parameters of the
+original modules; hooks let `state_dict` return their codes, recovered exactly as `round(weight / step)`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pared.runtime.layers.counterpart import Counterpart, restore
 from pared.runtime.onnx.capture import Dynamic
 from pared.runtime.onnx.export import Exported, export_onnx
 from pared.runtime.placement import Memory, detach, held_in_codes, install, running_of
-from pared.runtime.profile import ENGINE_FILE, Profile, Whole
+from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
 from pared.runtime.record import RECORD, Record, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.result import Offered, Result, Yielding, refuse_save_pretrained
 from pared.runtime.serving.bfloat16 import BFloat16Server
@@ -207,7 +207,7 @@ _OFFERED: Final[Mapping[str, tuple[Callable[..., Any], bool]]] = {
 }
 
 
-def plan_of(model: nn.Module) -> tuple[summary.Line, ...]:
+def plan_of(model: nn.Module) -> tuple[summary.TensorSummary, ...]:
     """What each tensor became: one line per tensor, in the model's order."""
     return _result_of(model).plan
 
@@ -256,7 +256,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
             new = stored.coded.decode()
         replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
     clone = clone_structure(model, replacement).eval()
-    keepers = install(clone, contents, in_codes, running)
+    stored_forms = install(clone, contents, in_codes, running)
     if in_codes:
         keep_freed_memory()
         leave_fast_paths(clone)
@@ -264,7 +264,7 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(known, keepers, dict(contents.activations), provenance, profile, running, memory, outcome)
+    record = Record(known, stored_forms, dict(contents.activations), provenance, profile, running, memory, outcome)
     offered = frozenset(name for name in _OFFERED if not hasattr(clone, name))
     _serve(clone, profile, memory)
     clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
@@ -273,22 +273,22 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
 
 
 def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
-    """Let something faster answer the calls of the model and of its parts, where that was measured."""
+    """Let something faster than modules answer the calls of the model and its submodels, where that was measured."""
     modules = dict(model.named_modules())
-    parts = {} if memory == "small" or profile.whole.kernel == "float32" else profile.parts
-    for name, part in parts.items():
-        if name in modules and part.is_served:
-            serve(modules[name], _server(part))
-    serve(model, Server(outline_of) if memory == "small" else _server(profile.whole))
+    submodels = {} if memory == "small" or profile.model.kernel == "float32" else profile.submodels
+    for name, timing in submodels.items():
+        if name in modules and timing.is_served:
+            serve(modules[name], _server(timing))
+    serve(model, Server(outline_of) if memory == "small" else _server(profile.model))
 
 
-def _server(whole: Whole) -> Server:
-    if whole.kernel == "float32":
+def _server(timing: ModelTiming) -> Server:
+    if timing.kernel == "float32":
         return Server(outline_of)
     return (
-        BFloat16Server(floats_of, whole.largest_calls)
-        if whole.kernel == "bfloat16"
-        else Server(outline_of, whole.graphs)
+        BFloat16Server(floats_of, timing.largest_calls)
+        if timing.kernel == "bfloat16"
+        else Server(outline_of, timing.graphs)
     )
 
 
@@ -325,7 +325,7 @@ def contents_of(model: nn.Module) -> Contents:
         if isinstance(module, Counterpart) and attribute in module.pared_views:
             coded = module.pared_coded(attribute)
         else:
-            coded = record.keepers[names[0]].coded(names[0], dict(registered(module))[attribute])
+            coded = record.stored_forms[names[0]].coded(names[0], dict(registered(module))[attribute])
         tensors.append(Stored(names, kind, coded, decision))
     provenance = {**record.provenance, "outcome": record.outcome.to_json()}
     return Contents(tuple(tensors), record.activations, provenance)

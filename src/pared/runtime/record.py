@@ -12,7 +12,7 @@ from torch import nn
 from pared.artifact.outcome import Curve, Outcome
 from pared.errors import CorruptError, ModelError
 from pared.model.contents import Decision
-from pared.runtime.placement import Keeper, Memory
+from pared.runtime.placement import Memory, StoredForm
 from pared.runtime.profile import Profile, Running
 
 RECORD: Final = "_pared"  # the attribute of a model that holds it
@@ -24,7 +24,7 @@ class Record:
 
     Args:
         tensors: of each tensor its names, kind and decision; its numbers are in the modules.
-        keepers: for each tensor that is held as floats, by first name.
+        stored_forms: for each tensor that is held as floats, by first name.
         activations, provenance: as they stand in the artifact.
         profile: which kernels are fastest here.
         running: what each module that may run in int8 runs in.
@@ -35,7 +35,7 @@ class Record:
     """
 
     tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
-    keepers: Mapping[str, Keeper]
+    stored_forms: Mapping[str, StoredForm]
     activations: Mapping[str, Any]
     provenance: Mapping[str, Any]
     profile: Profile

@@ -56,9 +56,9 @@ class Result:
         return record_of(self.model).outcome.trials
 
     @property
-    def plan(self) -> tuple[summary.Line, ...]:
+    def plan(self) -> tuple[summary.TensorSummary, ...]:
         """What each tensor became: one line per tensor, in the model's order."""
-        return summary.lines(self.contents_of(self.model), record_of(self.model).running)
+        return summary.tensor_summaries(self.contents_of(self.model), record_of(self.model).running)
 
     @property
     def curve(self) -> Curve:

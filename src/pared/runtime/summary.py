@@ -18,7 +18,7 @@ from pared.terminal import WIDTH
 
 
 @dataclass(frozen=True)
-class Line:
+class TensorSummary:
     """What one tensor became.
 
     Args:
@@ -42,7 +42,7 @@ class Line:
     damage: float | None = field(default=None, compare=False)
 
 
-def lines(contents: Contents, running: Mapping[str, Running]) -> tuple[Line, ...]:
+def tensor_summaries(contents: Contents, running: Mapping[str, Running]) -> tuple[TensorSummary, ...]:
     """One line per tensor, in the model's order."""
     return tuple(_line(stored, contents.activations, running) for stored in contents.tensors)
 
@@ -50,7 +50,7 @@ def lines(contents: Contents, running: Mapping[str, Running]) -> tuple[Line, ...
 _KERNEL_LABELS = {"int8": "int8 {}", "bfloat16": "bfloat16", "float32": "float"}
 
 
-def _line(stored: Stored, activations: Mapping[str, Activation], running: Mapping[str, Running]) -> Line:
+def _line(stored: Stored, activations: Mapping[str, Activation], running: Mapping[str, Running]) -> TensorSummary:
     module, _, attribute = stored.name.rpartition(".")
     kernel, because = "float", stored.decision.because
     if module in activations and attribute in activations[module].weights and module in running:
@@ -58,7 +58,7 @@ def _line(stored: Stored, activations: Mapping[str, Activation], running: Mappin
         kernel = _KERNEL_LABELS[here.kernel].format(activations[module].mode)
         because = "; ".join(filter(None, (because, here.because)))
     decision, coded = stored.decision, stored.coded
-    return Line(
+    return TensorSummary(
         stored.name,
         coded.shape,
         decision.treatment,
@@ -79,7 +79,7 @@ def page_data(
     curve: Curve | None,
 ) -> PageData:
     """What a page shows of a quantized model."""
-    found = lines(contents, running)
+    found = tensor_summaries(contents, running)
     times = {
         name: {"float32": timing.float32_ms, "bfloat16": timing.bfloat16_ms, "int8": timing.int8_ms}
         for name, timing in profile.layers.items()
@@ -103,20 +103,20 @@ def report(
     ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], notes: Sequence[str] = ()
 ) -> str:
     """The report of a quantized model: totals, scores, notes, and a row per tensor."""
-    found = lines(contents, running)
+    found = tensor_summaries(contents, running)
     kernels = {line.name: line.kernel for line in found if line.kernel != "float"}
     table = draw(_explained(ledger, found).rows, kernels or None, _damages(found) or None)
     return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *table))
 
 
-def _explained(ledger: Ledger, found: Sequence[Line]) -> Ledger:
+def _explained(ledger: Ledger, found: Sequence[TensorSummary]) -> Ledger:
     """The ledger with the reasons for each tensor's format and kernel."""
     reasons = {line.name: line.because for line in found}
     rows = (replace(row, because=_both(reasons.get(row.name, ""), row.because)) for row in ledger.rows)
     return replace(ledger, rows=tuple(rows))
 
 
-def _damages(found: Sequence[Line]) -> dict[str, float]:
+def _damages(found: Sequence[TensorSummary]) -> dict[str, float]:
     return {line.name: line.damage for line in found if line.damage is not None}
 
 
@@ -178,7 +178,7 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: M
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
         "plan": [
             asdict(line) | {"shape": list(line.shape), "bytes": rows[line.name].nbytes, "rate": rows[line.name].bits}
-            for line in lines(contents, running)
+            for line in tensor_summaries(contents, running)
         ],
     }
     text: str = yaml.safe_dump(data, sort_keys=False, width=WIDTH, allow_unicode=True)

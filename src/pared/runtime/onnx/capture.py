@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pared.errors import ConfigError, ModelError
-from pared.runtime.onnx.signature import Input, Signature, output_names, signature_of, tensors_of
+from pared.runtime.onnx.signature import GraphInput, Signature, output_names, signature_of, tensors_of
 from pared.switches import CAPTURING, ignoring, quiet_loggers
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ Dynamic = bool | Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Captured:
+class OnnxGraph:
     """A graph, and how it is called.
 
     Args:
@@ -62,7 +62,7 @@ class _Flat(nn.Module):
 
 def capture(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic, weights: Container[str]
-) -> Captured:
+) -> OnnxGraph:
     """Export a float model through torch.export, without the rewriting that would change its weights.
 
     Args:
@@ -87,8 +87,8 @@ def capture(
     graph_model = _translated(program, signature)
     _tidy(graph_model, weights)
     tensors = zip(graph_model.graph.inputs, tensors_of(call), strict=True)
-    inputs = {value.name: Input.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
-    return Captured(graph_model, replace(signature, inputs=inputs))
+    inputs = {value.name: GraphInput.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
+    return OnnxGraph(graph_model, replace(signature, inputs=inputs))
 
 
 def shape_of(value: Any) -> tuple[int | str, ...] | None:

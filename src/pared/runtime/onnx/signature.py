@@ -42,7 +42,7 @@ class Outputs(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Argument:
+class ExportedArgument:
     """One argument of the model's `forward`.
 
     Args:
@@ -57,7 +57,7 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Input:
+class GraphInput:
     """One tensor that the graph takes.
 
     Args:
@@ -74,7 +74,7 @@ class Input:
     high: float
 
     @classmethod
-    def of(cls, tensor: Tensor, shape: tuple[int | str, ...]) -> Input:
+    def of(cls, tensor: Tensor, shape: tuple[int | str, ...]) -> GraphInput:
         """What the example shows."""
         low, high = (float(end) for end in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
         return cls(dtype_name(tensor.dtype), shape, tuple(tensor.shape), low, high)
@@ -106,10 +106,10 @@ class Signature:
         inputs: the graph's inputs.
     """
 
-    arguments: tuple[Argument, ...]
+    arguments: tuple[ExportedArgument, ...]
     parameters: tuple[str, ...]
     outputs: Any
-    inputs: Mapping[str, Input] = field(default_factory=dict)
+    inputs: Mapping[str, GraphInput] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """As it stands in the file."""
@@ -119,9 +119,9 @@ class Signature:
     def from_json(cls, text: str) -> Signature:
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
         data = json.loads(text)
-        arguments = (Argument(one["name"], tuple(one["inputs"]), one["value"]) for one in data["arguments"])
+        arguments = (ExportedArgument(one["name"], tuple(one["inputs"]), one["value"]) for one in data["arguments"])
         inputs = {
-            name: Input(**{**one, "shape": tuple(one["shape"]), "example": tuple(one["example"])})
+            name: GraphInput(**{**one, "shape": tuple(one["shape"]), "example": tuple(one["example"])})
             for name, one in data["inputs"].items()
         }
         return cls(tuple(arguments), tuple(data["parameters"]), data["outputs"], inputs)
@@ -172,7 +172,7 @@ class Signature:
         return _rebuild(self.outputs, tensors)
 
 
-def _literal(argument: Argument) -> Any:
+def _literal(argument: ExportedArgument) -> Any:
     try:
         return ast.literal_eval(argument.value)
     except (ValueError, SyntaxError) as error:
@@ -195,7 +195,7 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     (Argument(name='input', inputs=('input',), value=''),)
     """
     called = inspect.signature(model.forward)
-    arguments: list[Argument] = []
+    arguments: list[ExportedArgument] = []
     used: set[str] = set()
     for name, value in _named(called, args, kwargs):
         count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(value))
@@ -203,7 +203,7 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
         if used & set(inputs):
             raise ConfigError(f"two inputs would be called {inputs[0]}", where="export", remedy="Rename an argument.")
         used |= set(inputs)
-        arguments.append(Argument(name, inputs, "" if count else repr(value)))
+        arguments.append(ExportedArgument(name, inputs, "" if count else repr(value)))
     places = [p.name for p in called.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     places += [name for name, _ in _named(called, args, {}) if name not in places]
     return Signature(tuple(arguments), tuple(places), describe(outputs))
