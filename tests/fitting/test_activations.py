@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import CalibrationError, PostTrainingQuantConfig
+from pared.fitting import speed
 from pared.fitting.calibration.observe import InputStats, collect
 from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
 from pared.fitting.rounding.plan import encode, make_plan
@@ -45,7 +46,7 @@ X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Let every measurement come out the same way."""
     times = [1.0 if name == kernel else 2.0 for name in ("float32", "bfloat16", "int8")]
-    monkeypatch.setattr(activations, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
+    monkeypatch.setattr(speed, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
 
 
 def kernels(model: nn.Module) -> dict[str, str]:
