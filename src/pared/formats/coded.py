@@ -1,16 +1,15 @@
-"""What one stored number may be: on a grid, a float, or exactly as it came.
+"""The formats of stored numbers: on a grid, as floats, or exactly as they came.
 
-A `Format` is data. `encode` turns a tensor into a `Coded`: the numbers that are kept in memory and on disk, by part
-("codes" and "step", or "values"). The laws that every format keeps, and that the tests check for each:
+A `Format` is data. Its `encode` turns a tensor into a `Coded`: the numbers that are kept in memory and on disk, by part
+("codes" and "step", or "values"). Laws that hold for every format, and that the tests check for each:
 
-* `decode(encode(w))` has the dtype and the shape of `w`, and is as near to it as the format promises;
-* `nbytes(coded)` is exactly the number of bytes that `streams(coded)` holds, before the container's alignment.
+* `encode(w).decode()` has the dtype and the shape of `w`, and is as near to it as the format promises;
+* `coded.nbytes` is exactly the number of bytes in `format.streams(coded)`, before the container's alignment.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, final
@@ -33,63 +32,34 @@ class Coded:
     """A tensor in a format.
 
     Args:
-        format: what its numbers are.
-        shape: of the source tensor.
-        dtype: of the source tensor; `decode` gives it back.
-        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, one per row of the view), or "values".
-        view: which dimensions have a step of their own; only for grids.
+        format: how its numbers are stored.
+        shape: the source tensor's.
+        dtype: the source tensor's; `decode` gives it back.
+        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, of the view's `row_sizes`); or "values".
+        view: which dimensions have a step of their own; only for grids. Default: the first.
     """
 
-    format: Grid | Float | Raw
+    format: Format
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Mapping[str, Tensor]
     view: View | None = None
 
     def decode(self) -> Tensor:
-        """The tensor that the numbers stand for, in the source's dtype and shape."""
+        """Compute the tensor that the numbers stand for, in the source's dtype and shape."""
         return self.format.decode(self)
 
     @property
     def nbytes(self) -> int:
-        """The exact bytes of the streams that hold it."""
-        return self.format.nbytes(self)
-
-
-class Format(ABC):
-    """What one stored number may be."""
-
-    tag: ClassVar[str]
-
-    @abstractmethod
-    def decode(self, coded: Coded) -> Tensor:
-        """The tensor that the parts stand for."""
-
-    @abstractmethod
-    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
-        """The bytes to store, by part."""
-
-    @abstractmethod
-    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
-        """The inverse of `streams`: the parts from their bytes, whose lengths must be exactly right."""
-
-    @abstractmethod
-    def nbytes(self, coded: Coded) -> int:
-        """How many bytes `streams` takes."""
-
-    @abstractmethod
-    def to_json(self) -> dict[str, str]:
-        """The format as it stands in an artifact's index."""
-
-    @property
-    @abstractmethod
-    def label(self) -> str:
-        """A short name for tables."""
+        """The size of its streams in bytes. Of a grid this takes as long as writing them."""
+        if "values" in self.parts:
+            return self.parts["values"].nbytes
+        return sum(len(part.payload) for part in self.format.streams(self).values())
 
 
 @final
 @dataclass(frozen=True)
-class Grid(Format):
+class Grid:
     """Integer codes on a uniform grid with one step per row: `value = step[row] * code`.
 
     Args:
@@ -134,16 +104,20 @@ class Grid(Format):
         """`step[row] * code`, in float32, then in the source's dtype."""
         view = coded.view or first_dimension(coded.shape)
         codes, step = coded.parts["codes"], coded.parts["step"]
-        values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types would be slower
+        values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types are slower
         return values.to(coded.dtype).reshape(coded.shape)
 
     def streams(self, coded: Coded) -> dict[str, EncodedPart]:
-        """The codes through the entropy coder, by classes of rows where that pays; the steps too, or as float32."""
+        """The bytes to store, by part: codes, by classes of rows where that pays, and steps."""
         codes = encode_codes(_plain(coded.parts["codes"]), coded.view or first_dimension(coded.shape))
         return codes | {"step": encode_steps(_plain(coded.parts["step"]))}
 
     def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
-        """Codes and steps from their bytes."""
+        """Codes and steps from their bytes, whose lengths must be exactly right.
+
+        Raises:
+            CorruptError: they are not, or a step is negative or not finite.
+        """
         view = view or first_dimension(shape)
         codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
         part = streams["step"]
@@ -155,10 +129,6 @@ class Grid(Format):
             raise CorruptError("a step is negative or not finite")
         return {"codes": codes, "step": step}
 
-    def nbytes(self, coded: Coded) -> int:
-        """Codes and steps as they would be written: it takes as long as writing them."""
-        return sum(len(part.payload) for part in self.streams(coded).values())
-
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index."""
         return {"tag": self.tag, "codes": self.codes}
@@ -167,8 +137,8 @@ class Grid(Format):
 _CODE_TYPES: Final = {"int8": torch.int8, "int16": torch.int16}
 
 
-class _Plain(Format):
-    """A format with one part, "values", stored as plain little-endian numbers of one type."""
+class _Plain:
+    """A format with one part, "values": plain little-endian numbers of one type."""
 
     dtype: str
 
@@ -181,10 +151,6 @@ class _Plain(Format):
     def streams(self, coded: Coded) -> dict[str, EncodedPart]:
         """The values' bytes."""
         return {"values": EncodedPart(_to_bytes(coded.parts["values"]))}
-
-    def nbytes(self, coded: Coded) -> int:
-        """Elements times the size of one."""
-        return coded.parts["values"].numel() * coded.parts["values"].element_size()
 
     def decode(self, coded: Coded) -> Tensor:
         """The values in the source's dtype."""
@@ -221,7 +187,7 @@ class Float(_Plain):
 @final
 @dataclass(frozen=True)
 class Raw(_Plain):
-    """Exactly the source's numbers, whatever their type.
+    """Exactly the source's numbers, of any type.
 
     Args:
         dtype: the name of the source's type, "int64" for instance.
@@ -244,9 +210,11 @@ class Raw(_Plain):
         return Coded(self, tuple(tensor.shape), tensor.dtype, {"values": values})
 
     def to_json(self) -> dict[str, str]:
-        """The format as it stands in an artifact's index; the entry's dtype says the rest."""
+        """The format as it stands in an artifact's index, where the entry says the dtype."""
         return {"tag": self.tag}
 
+
+Format = Grid | Float | Raw
 
 # The element types that an artifact may hold.
 RAW_TYPES: Final[dict[str, torch.dtype]] = {
@@ -263,8 +231,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def from_json(data: Mapping[str, str], dtype: str) -> Grid | Float | Raw:
-    """The format that an index entry names; the index has been validated before.
+def from_json(data: Mapping[str, str], dtype: str) -> Format:
+    """The format of an index entry that has been checked.
+
+    Args:
+        data: the entry's "format".
+        dtype: the entry's.
 
     >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
     Grid(codes='int8')
@@ -285,17 +257,17 @@ def survives_float16(tensor: Tensor) -> bool:
 
 
 def log_step(step: Tensor) -> Tensor:
-    """Raise each step to the next of eight to the octave: 2^(k / 8), k whole. Such steps take a byte or less in a file.
+    """Raise each step to the next 2^(k / 8) with an integer k. Such steps take at most a byte in a file.
 
     Args:
-        step: float32 of any shape, not negative. Zero stays zero; what is below 2^-126, the smallest normal number,
-            becomes it.
+        step: float32 of any shape, not negative. Zero stays zero; other steps become at least 2^-126, the smallest
+            normal number.
 
     Returns:
         float32 of the same shape: the least 2^(k / 8), as a fixed table rounds it, that is not below the step.
 
     Raises:
-        ParedError: a step is negative, NaN or above the last of the scale, 3.12e38.
+        ParedError: a step is negative, NaN or above 3.12e38, the largest step of that form.
 
     >>> log_step(torch.tensor([1.0, 1.05, 0.51, 0.0])).tolist()
     [1.0, 1.0905077457427979, 0.5452538728713989, 0.0]
@@ -303,7 +275,7 @@ def log_step(step: Tensor) -> Tensor:
     return torch.from_numpy(ceiling(_plain(step))).reshape(step.shape)
 
 
-FORMATS: Final[dict[str, type[Grid] | type[Float] | type[Raw]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
+FORMATS: Final[dict[str, type[Format]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
 
 
 def _plain(tensor: Tensor) -> NDArray[Any]:

@@ -225,7 +225,7 @@ def encode_steps(step: Steps) -> EncodedPart:
     """Steps as differences on the scale where all are on it and near enough to each other, else as float32.
 
     >>> encode_steps(np.array([0.5, 0.5], np.float32))
-    Part(payload=b'', coding=Coding(per_symbol=1, low_bits=0, constant=0), rows=None, base=-8)
+    EncodedPart(payload=b'', coding=Coding(per_symbol=1, low_bits=0, constant=0), rows=None, base=-8)
     """
     plain = EncodedPart(step.astype("<f4").tobytes())
     some = step[step > 0]
