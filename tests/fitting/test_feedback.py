@@ -170,7 +170,7 @@ def test_wide_matrices_are_cut_into_parts() -> None:
 def test_blocks_are_factored_alike_however_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = correlated(5, 12)
     together = factor(moments)
-    monkeypatch.setattr("pared.feedback._MOST_ENTRIES", 300)  # two blocks
+    monkeypatch.setattr("pared.fitting.rounding.feedback._MAX_ENTRIES", 300)  # two blocks
     apart = factor(moments)
     for field in fields(together):
         assert torch.equal(getattr(together, field.name), getattr(apart, field.name))

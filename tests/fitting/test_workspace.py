@@ -170,7 +170,7 @@ def test_the_workspace_of_another_search_is_refused(tmp_path: Path, now: dict[st
         Workspace(tmp_path, now)
     assert str(error.value) == (
         f"{tmp_path}: belongs to another search: {words}\n"
-        "  Delete the workspace to start afresh, or pass another directory."
+        "  Delete the workspace to start again, or pass another directory."
     )
 
 
@@ -190,7 +190,7 @@ def test_damaged_records_are_refused(tmp_path: Path, name: str, content: str) ->
     (tmp_path / name).write_text(content)
     with pytest.raises(FileError, match=f"{name}: cannot be read") as error:
         Workspace(tmp_path, FINGERPRINT)
-    assert "Delete the workspace to start afresh" in str(error.value)
+    assert "Delete the workspace to start again" in str(error.value)
 
 
 @pytest.mark.parametrize("baseline", [{"value": 1}, {"value": "x", "samples": None}, 3, {"value": 1, "samples": "x"}])

@@ -63,7 +63,7 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
         candidate.name: candidate.weights,
-        **{f"{candidate.name}.{part}".removeprefix("."): {"weight": one} for part, one in candidate.parts.items()},
+        **{f"{candidate.name}.{child}".removeprefix("."): {"weight": one} for child, one in candidate.children.items()},
     }
     for name, weights in held.items():
         for attribute, one in weights.items():

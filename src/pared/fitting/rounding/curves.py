@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -61,6 +62,12 @@ class RateCurve:
     codes: tuple[CodeType, ...]
     nbytes: Floats
     damage: Floats
+
+    def some(self, options: Sequence[int]) -> RateCurve:
+        """The options at these indices."""
+        chosen = np.array(options, dtype=np.int64)
+        codes = tuple(self.codes[i] for i in options)
+        return RateCurve(self.common[chosen], codes, self.nbytes[chosen], self.damage[chosen])
 
 
 def trace(target: RoundingTarget, stats: TensorStats) -> RateCurve:

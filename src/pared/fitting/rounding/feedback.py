@@ -1,9 +1,9 @@
-"""Rounding with error feedback: what one column loses is made up for in the columns that are not rounded yet.
+"""Rounding with error feedback: columns that are not rounded yet make up for the errors of those that are.
 
 The error that counts is not that of the weights but that of the layer's output, `tr(E M E^T)` for a weight error E and
 second moments M of the inputs. With `M = L D L^T` (L unit lower triangular), rounding columns one by one and pushing
-each one's error into the later ones leaves `sum_j D_j * (rounding error of column j)^2`, where `D_j`, the part of an
-input that later inputs do not predict, is far less than `M_jj` when inputs are correlated. Sources: GPTQ (Frantar et
+each one's error into the later ones leaves `sum_j D_j * (rounding error of column j)^2`. `D_j`, the part of an input
+that later inputs do not predict, is far less than `M_jj` when inputs are correlated. Sources: GPTQ (Frantar et
 al. 2022, arXiv 2210.17323); successive cancellation in WaterSIC (arXiv 2603.04956).
 """
 
@@ -15,12 +15,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-# Share of the mean second moment that is added to each: inputs that calibration hardly saw keep a weight of their own.
+# Share of the mean second moment that is added to each one, so that inputs which calibration hardly saw still count.
 DAMPING: Final = 0.05
-# Columns that are rounded before what they owe to all later ones is passed on in one product.
-_BLOCK: Final = 64
-# Entries of moments that are factored at once.
-_MOST_ENTRIES: Final = 1 << 24
+# Columns that are rounded before their errors are passed on to all later columns in one product; for speed only.
+_COLUMNS_AT_ONCE: Final = 64
+# Entries of moments that are factored at once, to bound memory: 128 MB for each float64 copy.
+_MAX_ENTRIES: Final = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,9 @@ class Factor:
 
     Args:
         order: int64 (blocks, columns): the columns in the order of rounding.
-        spill: float32 (blocks, columns, columns), in that order: what each column's error adds to each later column.
-        remaining: float64 (blocks, columns), in that order: the error that a unit error of a column leaves.
+        spill: float32 (blocks, columns, columns), in that order: what a column's unit error adds to later ones.
+        remaining: float64 (blocks, columns), in that order: the squared error of the output that a unit error of a
+            column leaves after feedback, `D_j` above.
     """
 
     order: Tensor
@@ -38,7 +39,7 @@ class Factor:
     remaining: Tensor
 
     def some(self, blocks: Tensor) -> Factor:
-        """Only some of the blocks, by their indices."""
+        """The blocks at these indices, int64 (some,)."""
         return Factor(self.order[blocks], self.spill[blocks], self.remaining[blocks])
 
 
@@ -46,18 +47,18 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     """Order and factor second moments.
 
     Args:
-        moments: (blocks, columns, columns), symmetric and positive semi-definite.
-        damping: see `DAMPING`.
+        moments: float32 (blocks, columns, columns), symmetric and positive semi-definite.
+        damping: share of the mean second moment that is added to each, see `DAMPING`.
 
     >>> f = factor(torch.tensor([[[1.0, 0.9], [0.9, 2.0]]]))
     >>> f.order.tolist(), bool(f.remaining.sum() < 3.0)
     ([[1, 0]], True)
     """
     blocks, columns, _ = moments.shape
-    at_once = max(1, _MOST_ENTRIES // columns**2)
-    if blocks > at_once:  # float64 takes several times what the moments do
-        parts = [factor(some, damping) for some in moments.split(at_once)]
-        return Factor(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Factor)))
+    at_once = max(1, _MAX_ENTRIES // columns**2)
+    if blocks > at_once:
+        factors = [factor(some, damping) for some in moments.split(at_once)]
+        return Factor(*(torch.cat([getattr(one, field.name) for one in factors]) for field in fields(Factor)))
     exact = moments.double()
     diagonal = exact.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
@@ -76,16 +77,16 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     return Factor(order, spill, remaining)
 
 
-def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block: int = _BLOCK) -> Tensor:
+def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block: int = _COLUMNS_AT_ONCE) -> Tensor:
     """Round rows of weights to multiples of their steps with error feedback.
 
     Args:
         weights: float32 (blocks, rows, columns).
-        factored: of the second moments, with the same blocks and columns.
+        factored: the factor of the second moments, with the same blocks and columns.
         steps: float32 (blocks, rows), each positive or 0; a step of 0 gives zeros.
-        limit: codes stay within plus and minus this; a row with a code at a limit may have been cut off, and is
-            better solved again with a larger step.
-        block: changes speed only.
+        limit: codes are clamped to plus and minus this. A row with a code at a limit may have been clamped; it is
+            better rounded again with a larger step.
+        block: columns that are rounded before their errors are passed on; changes speed only.
 
     Returns:
         codes, float32 (blocks, rows, columns): whole numbers.
@@ -95,7 +96,7 @@ def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block
     [[[0.0, 1.0]]]
     """
     columns = weights.shape[2]
-    # Column by column: each is then one run of memory.
+    # Transposed, so that a column is contiguous in memory.
     rest = weights.gather(2, factored.order[:, None, :].expand_as(weights)).transpose(1, 2).contiguous()
     codes = torch.empty_like(rest)
     inverse = torch.where(steps > 0, steps.reciprocal(), torch.zeros_like(steps))
@@ -111,7 +112,19 @@ def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block
 
 
 def _round_block(rest: Tensor, spill: Tensor, codes: Tensor, steps: Tensor, inverse: Tensor, limit: int) -> Tensor:
-    """Round some columns in turn, in place; what they did wrong, (blocks, columns, rows)."""
+    """Round some columns in turn, into `codes`, and push their errors into `rest`.
+
+    Args:
+        rest: float32 (blocks, columns, rows): the columns' weights with the errors of earlier columns; changed.
+        spill: float32 (blocks, columns, columns): what each column's error adds to each later one.
+        codes: float32 (blocks, columns, rows): filled.
+        steps: float32 (blocks, rows).
+        inverse: their reciprocals; 0 where a step is 0.
+        limit: the largest magnitude of a code.
+
+    Returns:
+        the errors of the columns, float32 (blocks, columns, rows).
+    """
     errors = torch.empty_like(codes)
     for j in range(rest.shape[1]):
         torch.mul(rest[:, j], inverse, out=codes[:, j])

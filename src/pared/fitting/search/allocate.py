@@ -1,8 +1,8 @@
 """The allocation: one price for a byte decides every tensor's step at once.
 
 At a price λ (damage per byte) each tensor takes the option with the least `damage + λ * bytes` (Shoham and Gersho
-1988). Whatever the options are, the bytes of what is chosen never grow with λ and the damage never falls, and no
-other choice has less damage in as few bytes.
+1988). Whatever the options are, as λ rises the chosen bytes never grow and the damage never falls, and no other choice
+has less damage in as few bytes.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-# Prices are searched to this relative width: choices are discrete, and closer ones are alike.
-_CLOSE: Final = 1e-9
+# Relative width to which prices are bisected: choices are discrete, and closer prices give the same one.
+_PRICE_TOLERANCE: Final = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """What one tensor could be.
+    """What one tensor could become.
 
     Args:
-        nbytes: float64, of each option.
-        damage: float64, of each option.
+        nbytes: float64 (options,): bytes of each option.
+        damage: float64 (options,): expected share of the output's energy that each option loses.
     """
 
     nbytes: NDArray[np.float64]
@@ -34,13 +34,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen at one price.
+    """One option for each tensor.
 
     Args:
-        price: λ, damage per byte.
+        price: λ, damage per byte, at which it was chosen.
         options: the index of each tensor's option.
-        nbytes: in all.
-        damage: in all.
+        nbytes: of all tensors together.
+        damage: of all tensors together.
     """
 
     price: float
@@ -50,7 +50,7 @@ class Choice:
 
 
 def choose(tensors: Sequence[Options], price: float) -> Choice:
-    """The best option of each tensor at a price; of equals, the smaller.
+    """The best option of each tensor at a price; of two equally good ones the smaller.
 
     >>> tensor = Options(np.array([8.0, 4.0, 2.0]), np.array([0.0, 1.0, 5.0]))
     >>> [choose([tensor], price).options for price in (0.1, 1.0, 3.0)]
@@ -68,13 +68,18 @@ def choose(tensors: Sequence[Options], price: float) -> Choice:
 
 
 def within_bytes(tensors: Sequence[Options], nbytes: float) -> Choice:
-    """The least damage among the choices at a price that take at most so many bytes; else the smallest choice."""
+    """The choice of least damage among those at a price that take at most `nbytes`; else the smallest choice."""
     low, high = ends(tensors)
     return _cross(tensors, low, high, lambda choice: choice.nbytes > nbytes)[1]
 
 
 def fill(tensors: Sequence[Options], choice: Choice, nbytes: float) -> Choice:
-    """Spend what bytes are left: the options that win most damage per byte, as long as one fits.
+    """Spend the bytes that are left, one option at a time: that which saves most damage per byte and still fits.
+
+    Args:
+        tensors: the options of each tensor.
+        choice: what to start from.
+        nbytes: the bytes that all tensors may take.
 
     >>> tensors = [Options(np.array([9.0, 5.0, 2.0]), np.array([0.0, 3.0, 4.0]))]
     >>> fill(tensors, choose(tensors, 10.0), 6.0).options
@@ -83,50 +88,46 @@ def fill(tensors: Sequence[Options], choice: Choice, nbytes: float) -> Choice:
     chosen = list(choice.options)
     left = nbytes - choice.nbytes
     while True:
-        best = (0.0, -1, -1)
-        for i, (tensor, now) in enumerate(zip(tensors, chosen, strict=True)):
-            more = tensor.nbytes - tensor.nbytes[now]
-            won = tensor.damage[now] - tensor.damage
-            rates = np.where((more <= left) & (won > 0), won / np.maximum(more, 1e-9), 0.0)
+        best = (0.0, -1, -1)  # damage saved per byte, tensor, option
+        for i, (tensor, present) in enumerate(zip(tensors, chosen, strict=True)):
+            more = tensor.nbytes - tensor.nbytes[present]
+            saved = tensor.damage[present] - tensor.damage
+            rates = np.where((more <= left) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
             option = int(rates.argmax())
             best = max(best, (float(rates[option]), i, option))
-        gain, i, option = best
-        if gain <= 0:
+        rate, i, option = best
+        if rate <= 0:
             break
         left -= float(tensors[i].nbytes[option] - tensors[i].nbytes[chosen[i]])
         chosen[i] = option
     pairs = list(zip(tensors, chosen, strict=True))
-    spent = sum(float(t.nbytes[o]) for t, o in pairs)
-    return Choice(choice.price, tuple(chosen), spent, sum(float(t.damage[o]) for t, o in pairs))
+    total = sum(float(tensor.nbytes[option]) for tensor, option in pairs)
+    damage = sum(float(tensor.damage[option]) for tensor, option in pairs)
+    return Choice(choice.price, tuple(chosen), total, damage)
 
 
 def within_damage(tensors: Sequence[Options], damage: float) -> Choice:
-    """The fewest bytes among the choices at a price that do at most so much damage; else the least damaging."""
+    """The smallest choice among those at a price that do at most this damage; else the least damaging one."""
     low, high = ends(tensors)
     return _cross(tensors, low, high, lambda choice: choice.damage <= damage)[0]
 
 
 def ends(tensors: Sequence[Options]) -> tuple[float, float]:
-    """Prices at which every tensor takes its least damaging option, and its smallest.
+    """A price so low that every tensor takes its least damaging option, and one so high that it takes its smallest.
 
     >>> low, high = ends([Options(np.array([4.0, 2.0]), np.array([1.0, 5.0]))])
     >>> low < 2 < high
     True
     """
-    gains = [np.ptp(t.damage) for t in tensors if np.ptp(t.damage) > 0]
-    sizes = [np.ptp(t.nbytes) for t in tensors if np.ptp(t.nbytes) > 0]
-    if not gains or not sizes:
+    varied = [tensor for tensor in tensors if np.ptp(tensor.damage) > 0 and np.ptp(tensor.nbytes) > 0]
+    if not varied:
         return 1.0, 1.0
-    steps = [
-        _least_step(t.damage) / float(np.ptp(t.nbytes)) for t in tensors if np.ptp(t.damage) * np.ptp(t.nbytes) > 0
-    ]
-    falls = [
-        float(np.ptp(t.damage)) / _least_step(t.nbytes) for t in tensors if np.ptp(t.damage) * np.ptp(t.nbytes) > 0
-    ]
-    return min(steps, default=1.0) / 2, max(falls, default=1.0) * 2
+    low = min(_least_difference(tensor.damage) / float(np.ptp(tensor.nbytes)) for tensor in varied)
+    high = max(float(np.ptp(tensor.damage)) / _least_difference(tensor.nbytes) for tensor in varied)
+    return low / 2, high * 2
 
 
-def _least_step(values: NDArray[np.float64]) -> float:
+def _least_difference(values: NDArray[np.float64]) -> float:
     """The least difference between two values that differ."""
     return float(np.diff(np.unique(values)).min())
 
@@ -134,16 +135,16 @@ def _least_step(values: NDArray[np.float64]) -> float:
 def _cross(
     tensors: Sequence[Options], low: float, high: float, before: Callable[[Choice], bool]
 ) -> tuple[Choice, Choice]:
-    """The last choice for which `before` holds and the first for which it does not, as the price rises.
+    """The last choice for which `before` holds and the first for which it does not, as the price rises to `high`.
 
-    Where it holds at neither end, or at both, the two are the same end.
+    If it holds nowhere both are the first choice; if it holds everywhere both are the last.
     """
     first, last = choose(tensors, low), choose(tensors, high)
     if not before(first):
         return first, first
     if before(last):
         return last, last
-    while high / low > 1 + _CLOSE:
+    while high / low > 1 + _PRICE_TOLERANCE:
         middle = choose(tensors, math.sqrt(low * high))
         if before(middle):
             first, low = middle, middle.price

@@ -1,8 +1,8 @@
-"""What one tensor could become when its step is free: grids from fine to coarse, and floats, with bytes and damage."""
+"""The options of a tensor whose step is free: grids from fine to coarse, and floats, with bytes and damage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -21,12 +21,13 @@ from pared.formats.views import view_of
 from pared.model.contents import Decision, Treatment
 from pared.model.tensors import Slot
 
-# Overhead of an index entry for codes and steps, against one for plain values, in bytes (an estimate).
+# Bytes by which an index entry for codes and steps is longer than one for plain values (an estimate).
 GRID_ENTRY: Final = 24
-# Options of int16 are for where int8 loses: at the same step, by this factor in damage.
-_WORTH_INT16: Final = 1.25
-# Damage of the finest grid from which on a tensor may also stay as it is: a thousandth of what is lost unasked.
-_COUNTS: Final = 1e-6
+# An int16 option is kept if int8 at the same step does at least this many times its damage.
+_MIN_GAIN_OF_INT16: Final = 1.25
+# If the finest grid does more damage than this, the tensor may also stay as it is: a thousandth of the damage at which
+# a search begins.
+_MAX_DAMAGE_OF_FINEST: Final = 1e-6
 _WHY_FLOAT: Final[Mapping[Treatment, str]] = {
     "float16": "as float16 it does less damage in as few bytes than on a grid",
     "exact": "no grid is fine enough for it",
@@ -39,10 +40,10 @@ class FreeTensor:
 
     Args:
         slot: the tensor.
-        target: what rounding it needs.
+        target: what is needed to round it.
         curve: its grids, from fine to coarse.
-        options: bytes and damage: of the curve's grids, then of the plain ones.
-        plain: what needs no search: plain 8 bits, or floats.
+        options: bytes and damage of the curve's grids, then of the `plain` ones.
+        plain: decisions that need no search: a grid at 8 bits, or floats.
     """
 
     slot: Slot
@@ -61,9 +62,9 @@ class FreeTensor:
 
 
 def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> FreeTensor:
-    """What a tensor could become, and at what price.
+    """What a tensor could become, with bytes and damage.
 
-    Where even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
+    If even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
 
     Args:
         slot: the tensor.
@@ -74,74 +75,71 @@ def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bo
     tensor = slot.tensor.detach()
     view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
-    curve = _pruned(trace(target, stats))
-    plain: list[Decision] = []
-    extra: list[tuple[float, float]] = []  # bytes and damage of each of these
+    curve = _without_idle_int16(trace(target, stats))
+    plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
-        plain.append(Decision(slot.name, "grid", plan.DEFAULT_BITS, ""))
-        coded = plan.encode(slot, plain[-1])
-        damage = _cost(target, tensor.float() - coded.decode().float())
+        decision = Decision(slot.name, "grid", plan.DEFAULT_BITS, "")
+        coded = plan.encode(slot, decision)
+        damage = _damage(target, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
-        extra.append((coded.nbytes + GRID_ENTRY, damage))
+        plain.append((decision, coded.nbytes + GRID_ENTRY, damage))
     may_stay = not (strict and slot.weight_like)
     if may_stay and survives_float16(tensor):
-        plain.append(_in_float(slot, "float16"))
-        extra.append((2.0 * tensor.numel(), _cost(target, tensor.float() - tensor.half().float())))
-    if may_stay and min([*curve.damage, *(damage for _, damage in extra)]) > _COUNTS:
-        plain.append(_in_float(slot, "exact"))
-        extra.append((float(tensor.numel() * tensor.element_size()), 0.0))
-    nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for nbytes, _ in extra])
-    options = Options(nbytes, np.append(curve.damage, [damage for _, damage in extra]))
-    return FreeTensor(slot, replace(target, judged=None), curve, options, tuple(plain))
+        damage = _damage(target, tensor.float() - tensor.half().float())
+        plain.append((_in_float(slot, "float16"), 2.0 * tensor.numel(), damage))
+    if may_stay and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:
+        plain.append((_in_float(slot, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
+    nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
+    options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
+    return FreeTensor(slot, replace(target, judged=None), curve, options, tuple(decision for decision, _, _ in plain))
 
 
 def _in_float(slot: Slot, treatment: Treatment) -> Decision:
     return Decision(slot.name, treatment, None, _WHY_FLOAT[treatment])
 
 
-def _cost(target: RoundingTarget, error: Tensor) -> float:
-    """The damage of an error of the whole tensor."""
+def _damage(target: RoundingTarget, error: Tensor) -> float:
+    """The damage of an error, float32 of the tensor's shape."""
     return float((target.importance * target.view.matrix(error.square()).double().mean(1)).sum())
 
 
 def _finer_than_eight_bits(curve: RateCurve, target: RoundingTarget, nbytes: int, damage: float) -> RateCurve:
-    """The int16 options at which no row has a coarser step than at plain 8 bits, and which buy accuracy for bytes."""
+    """The int16 options at which no row has a coarser step than at plain 8 bits.
+
+    Args:
+        curve: all options.
+        target: what the curve is of.
+        nbytes: of the tensor at plain 8 bits; only options that take more are kept ...
+        damage: ... and that do clearly less than this, the damage at plain 8 bits.
+    """
     coarsest = target.absmax / CODE_LIMITS["int8"]
-    worth = (curve.nbytes > nbytes) & (curve.damage * _WORTH_INT16 < damage)
+    worth = (curve.nbytes > nbytes) & (curve.damage * _MIN_GAIN_OF_INT16 < damage)
     wide = [i for i, codes in enumerate(curve.codes) if codes == "int16" and worth[i]]
-    return _some(curve, [i for i in wide if bool((target.steps(int(curve.common[i]), "int16") <= coarsest).all())])
+    return curve.some([i for i in wide if bool((target.steps(int(curve.common[i]), "int16") <= coarsest).all())])
 
 
-def _some(curve: RateCurve, keep: Sequence[int]) -> RateCurve:
-    """The options of these numbers."""
-    chosen = np.array(keep, dtype=np.int64)
-    return RateCurve(
-        curve.common[chosen], tuple(curve.codes[i] for i in keep), curve.nbytes[chosen], curve.damage[chosen]
+def _without_idle_int16(curve: RateCurve) -> RateCurve:
+    """Without the int16 options that are hardly better than int8 at the same step."""
+    options = list(zip(curve.common.tolist(), curve.codes, curve.damage, strict=True))
+    of_int8 = {common: damage for common, codes, damage in options if codes == "int8"}
+    return curve.some(
+        [
+            i
+            for i, (common, codes, damage) in enumerate(options)
+            if codes == "int8" or damage * _MIN_GAIN_OF_INT16 < of_int8[common]
+        ]
     )
 
 
-def _pruned(curve: RateCurve) -> RateCurve:
-    """Without the options of int16 that are hardly better than int8 at the same step."""
-    narrow = {int(k): d for k, d, codes in zip(curve.common, curve.damage, curve.codes, strict=True) if codes == "int8"}
-    keep = [
-        i
-        for i, codes in enumerate(curve.codes)
-        if codes == "int8" or curve.damage[i] * _WORTH_INT16 < narrow[int(curve.common[i])]
-    ]
-    return _some(curve, keep)
-
-
-def rounded(one: FreeTensor, option: int) -> Coded:
+def rounded(free: FreeTensor, option: int) -> Coded:
     """Round a tensor as one of its options says."""
-    tensor = one.slot.tensor.detach()
-    if option >= len(one.curve.codes):
-        return plan.encode(one.slot, one.decision(option))
-    codes_type: CodeType = one.curve.codes[option]
-    steps = one.target.steps(int(one.curve.common[option]), codes_type)
-    codes, steps = solve(one.target, steps, codes_type)
-    view = one.target.view
+    if option >= len(free.curve.codes):
+        return plan.encode(free.slot, free.decision(option))
+    tensor, target = free.slot.tensor.detach(), free.target
+    code_type: CodeType = free.curve.codes[option]
+    codes, steps = solve(target, target.steps(int(free.curve.common[option]), code_type), code_type)
     parts = {
-        "codes": view.restore(codes, tuple(tensor.shape)).contiguous(),
-        "step": steps.reshape(view.row_sizes),
+        "codes": target.view.restore(codes, tuple(tensor.shape)).contiguous(),
+        "step": steps.reshape(target.view.row_sizes),
     }
-    return Coded(Grid(codes_type), tuple(tensor.shape), tensor.dtype, parts, view)
+    return Coded(Grid(code_type), tuple(tensor.shape), tensor.dtype, parts, target.view)

@@ -1,4 +1,4 @@
-"""The workspace: what a search has found out so far, in a directory that survives the death of the process."""
+"""The workspace: the records of a search, in a directory that outlives a killed process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -31,19 +31,20 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 _FINGERPRINT: Final = "fingerprint.json"
 _BASELINE: Final = "baseline.json"
 _TRIALS: Final = "trials.jsonl"
-_AFRESH: Final = "Delete the workspace to start afresh, or pass another directory."
+_START_AGAIN: Final = "Delete the workspace to start again, or pass another directory."
+_VALUE_LENGTH: Final = 60  # characters of a fingerprint's value that an error shows
 
 
 class Workspace:
     """The records of one search. Each is on the disk before the next step begins.
 
     The directory holds `fingerprint.json`, `baseline.json`, `trials.jsonl` (a line for each finished trial), and
-    `trial-1`, `trial-2`, ...: what `save` writes, so that each trial can be loaded by itself.
+    `trial-1`, `trial-2`, ...: what `save` writes, so that the model of each trial can be loaded.
 
     Args:
-        directory: made if it is missing; an earlier search in it is continued.
-        fingerprint: what the search depends on, as words: checksum of the model, configuration, versions. The user's
-            functions cannot be compared: a workspace must not be used for two of them.
+        directory: created if it is missing; an earlier search in it is continued.
+        fingerprint: what the search depends on, as text: checksum of the model, configuration, versions. The user's
+            functions are not part of it, because functions cannot be compared: use a workspace for one `eval_func`.
 
     Raises:
         ConfigError: the directory belongs to a search with another fingerprint.
@@ -63,7 +64,7 @@ class Workspace:
         self._baselines: dict[str, Any] = self._read(_BASELINE) or {}
         self._trials = self._read_trials()
         if self._trials:
-            log.info("%s: %d finished trials are taken from an earlier run", directory, len(self._trials))
+            log.info("%s: %d trials of an earlier run are used again", directory, len(self._trials))
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -71,10 +72,13 @@ class Workspace:
         return tuple(self._trials)
 
     def baseline(self, name: str) -> Score | None:
-        """What a function said of the float model; None if it was not asked yet.
+        """The float model's recorded score; None if there is none yet.
 
         Args:
-            name: of the function: "eval_func" or "confirm_func".
+            name: of the function that scored it: "eval_func" or "confirm_func".
+
+        Raises:
+            FileError: the record is damaged.
         """
         data = self._baselines.get(name)
         if data is None:
@@ -86,13 +90,17 @@ class Workspace:
             raise _damaged(self._directory / _BASELINE, error) from error
 
     def set_baseline(self, name: str, score: Score) -> None:
-        """Record what a function said of the float model."""
+        """Record the float model's score; `name` is that of the function."""
         samples = None if score.samples is None else score.samples.tolist()
         self._baselines = {**self._baselines, name: {"value": score.value, "samples": samples}}
         self._write(_BASELINE, self._baselines)
 
     def add(self, trial: Trial, model: nn.Module) -> None:
-        """Record a finished trial and its model; the trial counts from the moment its line is complete."""
+        """Record a finished trial and its model; the trial counts once its line is complete.
+
+        Raises:
+            FileError: the directory cannot be written.
+        """
         quantized.save(model, self._place(len(self._trials)))
         line = json.dumps(asdict(trial)) + "\n"
         try:
@@ -109,11 +117,14 @@ class Workspace:
         self._trials.append(trial)
 
     def model(self, number: int, skeleton: ModuleT) -> ModuleT:
-        """The model of a finished trial, from the bytes that were stored.
+        """The model of a finished trial, read from its file.
 
         Args:
             number: of the trial, counted from 0.
-            skeleton: gives structure and class.
+            skeleton: a model of the same architecture, which gives structure and class.
+
+        Raises:
+            FileError, CorruptError: the file is missing or damaged.
         """
         file = find_artifact(self._place(number))
         return quantized.assemble(skeleton, storage.read(file), profile_beside(file))
@@ -132,7 +143,7 @@ class Workspace:
                 raise ConfigError(
                     f"belongs to another search: {field} was {_short(then)} and is {_short(now)}",
                     where=str(self._directory),
-                    remedy=_AFRESH,
+                    remedy=_START_AGAIN,
                 )
 
     def _read(self, name: str) -> dict[str, Any] | None:
@@ -144,42 +155,42 @@ class Workspace:
         except (OSError, ValueError, RecursionError) as error:
             raise _damaged(path, error) from error
         if not isinstance(data, dict):
-            raise _damaged(path, "no mapping")
+            raise _damaged(path, "it is not a JSON object")
         return data
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_atomic(self._directory / name, lambda file: file.write(json.dumps(data, indent=1).encode()))
 
     def _read_trials(self) -> list[Trial]:
-        """The complete lines. A torn last one is cut off, so that the next line does not grow onto it."""
+        """The complete lines. An incomplete last one is cut off, so that the next line is not appended to it."""
         path = self._directory / _TRIALS
         if not path.is_file():
             return []
         with reading(path):
             data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            log.info("%s: the last line is torn; its trial is made again", path)
-            write_atomic(path, lambda file: file.write(whole))
+        complete = data[: data.rfind(b"\n") + 1]
+        if complete != data:
+            log.info("%s: the last line is incomplete; its trial is made again", path)
+            write_atomic(path, lambda file: file.write(complete))
         try:
-            return [Trial.from_json(json.loads(line)) for line in whole.splitlines()]
+            return [Trial.from_json(json.loads(line)) for line in complete.splitlines()]
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _damaged(path, error) from error
 
 
 def _short(value: str | None) -> str:
-    """A value of the fingerprint, short enough for one line."""
+    """A value of the fingerprint, short enough for one line of an error."""
     if value is None:
         return "not recorded"
-    return repr(value if len(value) <= 60 else value[:57] + "...")
+    return repr(value if len(value) <= _VALUE_LENGTH else value[: _VALUE_LENGTH - 3] + "...")
 
 
 def _damaged(path: Path, why: object) -> FileError:
-    return FileError(f"cannot be read ({why})", where=str(path), remedy=_AFRESH)
+    return FileError(f"cannot be read ({why})", where=str(path), remedy=_START_AGAIN)
 
 
-def checksum(values: Any) -> str:
-    """A checksum of tensors' bytes; other values by their text."""
+def checksum(values: Iterable[object]) -> str:
+    """A CRC-32 as eight hexadecimal digits: of tensors' types, shapes and bytes, and of other values' `repr`."""
     total = 0
     for value in values:
         if isinstance(value, torch.Tensor):
