@@ -77,8 +77,8 @@ def test_raw(dtype: str) -> None:
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1))
 def test_bfloat16_is_rounded_as_torch_rounds(values: list[float]) -> None:
-    bits = dtypes.narrowed(np.array(values, np.float32), "bfloat16")
-    assert bits.tobytes() == bits_of(torch.tensor(values, dtype=torch.float32).to(torch.bfloat16))
+    rounded = dtypes.converted(np.array(values, np.float32), dtypes.ELEMENTS["bfloat16"])
+    assert rounded.tobytes() == bits_of(torch.tensor(values, dtype=torch.float32).to(torch.bfloat16))
 
 
 def test_a_flipped_bit_is_found() -> None:

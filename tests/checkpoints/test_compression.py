@@ -450,7 +450,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
 
 _CHILD = """
 import os, signal, sys
-from pared.compression import checkpoint, journal
+from pared.checkpoints import compress, journal
 left = int(sys.argv[3])
 write = journal._write
 def dying(file, piece):
@@ -461,7 +461,7 @@ def dying(file, piece):
         os.kill(os.getpid(), signal.SIGKILL)
     write(file, piece)
 journal._write = dying
-checkpoint.compress(sys.argv[1], sys.argv[2], **eval(sys.argv[4]))
+compress.compress(sys.argv[1], sys.argv[2], **eval(sys.argv[4]))
 """
 
 

@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from pared.formats.dtypes import ELEMENTS
 from pared.inspection.comparison.metrics import Similarity, as_numbers, identical, measure
 
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -132,12 +133,12 @@ def test_nothing_is_like_nothing() -> None:
 def test_every_float_of_eight_bits_is_what_torch_says(dtype: str) -> None:
     bits = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(bits).view(getattr(torch, dtype)).double().numpy()
-    np.testing.assert_array_equal(as_numbers(bits, dtype), expected)
+    np.testing.assert_array_equal(as_numbers(bits.view(ELEMENTS[dtype])), expected)
 
 
 def test_bfloat16_is_compared_by_value() -> None:
     values = torch.randn(1000)
-    bits = values.bfloat16().view(torch.int16).numpy().view("<u2")
-    found = measure(values.numpy(), bits, ("float32", "bfloat16"))
+    rounded = values.bfloat16().view(torch.int16).numpy().view(ELEMENTS["bfloat16"])
+    found = measure(values.numpy(), rounded)
     assert found.error == float((values - values.bfloat16().float()).abs().max())
     assert 40 < found.sqnr < 60

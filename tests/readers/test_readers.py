@@ -141,7 +141,7 @@ def test_floats_are_widened_exactly(dtype: torch.dtype) -> None:
     listing = listed(saved({"a": tensor}))
     array = listing.array(listing.tensors[0])
     assert array is not None
-    assert as_floats(array, listing.tensors[0].dtype).tolist() == tensor.double().tolist()
+    assert as_floats(array).tolist() == tensor.double().tolist()
 
 
 def test_a_checkpoint_is_listed_with_paths() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pared.artifact.index import Entry
 from pared.artifact.parts import parts_of
 from pared.errors import CorruptError
-from pared.formats.dtypes import ELEMENTS, Array, as_floats, narrowed
+from pared.formats.dtypes import ELEMENTS, Array, converted
 from pared.formats.streams import EncodedPart, decode_codes, decode_steps
 from pared.formats.views import View
 
@@ -23,8 +23,7 @@ def decode(entry: Entry, data: memoryview) -> Array:
         data: the artifact's second record.
 
     Returns:
-        an array of the tensor's shape and of its source's type, as `Listing.array` would give it: see
-        `readers.ELEMENTS`.
+        an array of the tensor's shape and of its source's type, as `Listing.array` would give it.
 
     Raises:
         CorruptError: the bytes contradict the index or their checksum.
@@ -32,10 +31,10 @@ def decode(entry: Entry, data: memoryview) -> Array:
     parts = parts_of(entry, data)
     try:
         if entry.format["tag"] == "grid":
-            return narrowed(_on_grid(entry, parts), entry.dtype)
+            return converted(_on_grid(entry, parts), ELEMENTS[entry.dtype])
         stored = entry.format.get("dtype", entry.dtype)
         values = np.frombuffer(parts["values"].payload, ELEMENTS[stored]).reshape(entry.shape)
-        return values if stored == entry.dtype else narrowed(as_floats(values, stored), entry.dtype)
+        return converted(values, ELEMENTS[entry.dtype])
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
 

@@ -7,7 +7,7 @@ import os
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,16 +22,11 @@ from pared.checkpoints import side_files
 from pared.errors import ConfigError, printable
 from pared.files.disk import as_path, forget, make_directory, write_atomic, writing_to
 from pared.files.threads import each
-from pared.formats.dtypes import Array
+from pared.formats.dtypes import TYPES, Array
 from pared.terminal import bytes_done
 
 WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
 _BATCH: Final = 1 << 27
-
-_TYPES: Final[Mapping[str, str]] = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16",
-    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,7 +130,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
     tensors: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        if entry.dtype not in _TYPES:
+        if not (dtype := TYPES[entry.dtype].safetensors):
             raise ConfigError(
                 f"is of type {entry.dtype}, which .safetensors files do not have",
                 where=f"{where}: {entry.name}",
@@ -149,7 +144,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
                     remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
                 )
             span = [end, end + entry.source_nbytes]
-            tensors[name] = {"dtype": _TYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+            tensors[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": span}
             end = span[1]
     text = json.dumps(tensors, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -18,7 +18,7 @@ from pared.artifact.index import Entry
 from pared.artifact.parts import placed
 from pared.checkpoints.rates import steps_at_level, steps_at_rate
 from pared.checkpoints.selection import Kept
-from pared.formats.dtypes import FLOATING, Array, as_floats, narrowed, survives_float16
+from pared.formats.dtypes import ELEMENTS, FLOATING, Array, as_floats, converted, survives_float16
 from pared.formats.exact_grids import find_exact_grid
 from pared.formats.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
 from pared.formats.streams import EncodedPart, Steps, encode_codes, encode_steps
@@ -75,12 +75,11 @@ def goes_on_grid(dtype: str, shape: tuple[int, ...]) -> bool:
     return dtype in FLOATING and not flat and 0 not in shape
 
 
-def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) -> Packed:
+def pack(array: Array, target: Target, name: str, threads: int = 1) -> Packed:
     """Give a tensor its format, and code it.
 
     Args:
         array: as `Listing.array` gives it.
-        dtype: of its numbers, in torch's words.
         target: how finely.
         name: for messages.
         threads: at most so many at work.
@@ -88,24 +87,25 @@ def pack(array: Array, dtype: str, target: Target, name: str, threads: int = 1) 
     Raises:
         ModelError: it holds NaN, or infinities that are no mask.
     """
+    dtype = array.dtype.name
     if dtype not in FLOATING or array.size == 0:
         return _exact(array, f"{dtype} is kept exactly")
     if not goes_on_grid(dtype, array.shape):
-        return _flat(array, dtype, name)
+        return _flat(array, name)
     view = plain_view(array.shape)
     matrix = matrix_of(array, view)
-    largest = magnitudes(matrix, dtype, threads)
+    largest = magnitudes(matrix, threads)
     if not np.isfinite(largest).all():
-        return _unbounded(array, dtype, name)
-    found = find_exact_grid(array, dtype, target.bits if target.level is None else INT8_BITS)
+        return _unbounded(array, name)
+    found = find_exact_grid(array, target.bits if target.level is None else INT8_BITS)
     if found is not None and _affordable(found.step, target):
         parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
         because = "its numbers lie on this grid already: nothing is lost"
         return Packed(_grid(found.codes.dtype.name), parts, found.view, None, because)
     if target.level is None and target.bits == FLOAT_BITS:
-        return _half(array, dtype, largest)
-    kind, step = _steps(matrix, dtype, largest, target)
-    codes = encode(matrix, dtype, step, kind, threads).reshape(array.shape)
+        return _half(array, largest)
+    kind, step = _steps(matrix, largest, target)
+    codes = encode(matrix, step, kind, threads).reshape(array.shape)
     parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
     return Packed(_grid(kind), parts, view, target.bits if target.level is None else None)
 
@@ -115,7 +115,7 @@ def _affordable(step: Steps, target: Target) -> bool:
     return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
-def _steps(matrix: Array, dtype: str, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
+def _steps(matrix: Array, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
     if target.level is not None:
         step = steps_at_level(target.level, finest_steps(largest, "int16"))
         with np.errstate(over="ignore"):  # of a step so large, no code is
@@ -123,7 +123,7 @@ def _steps(matrix: Array, dtype: str, largest: Steps, target: Target) -> tuple[C
         return kind, step
     kind = "int8" if target.bits <= INT8_BITS else "int16"
     finest = finest_steps(largest, kind)
-    return kind, finest if target.bits == INT8_BITS else steps_at_rate(matrix, dtype, target.bits, finest, kind)
+    return kind, finest if target.bits == INT8_BITS else steps_at_rate(matrix, target.bits, finest, kind)
 
 
 def _grid(codes: str) -> dict[str, str]:
@@ -136,45 +136,45 @@ def _exact(array: Array, because: str) -> Packed:
     return Packed({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
 
 
-def _float(array: Array, dtype: str, to: str, because: str) -> Packed:
-    values = narrowed(as_floats(array, dtype), to)
+def _float(array: Array, to: str, because: str) -> Packed:
+    values = converted(array, ELEMENTS[to])
     return Packed({"tag": "float", "dtype": to}, {"values": EncodedPart(values.tobytes())}, because=because)
 
 
-def _flat(array: Array, dtype: str, name: str) -> Packed:
+def _flat(array: Array, name: str) -> Packed:
     """A tensor of one dimension or none, or with a number for each row."""
-    values = as_floats(array, dtype)
+    values = as_floats(array)
     if not np.isfinite(values).all():
-        return _unbounded(array, dtype, name)
+        return _unbounded(array, name)
     kind = "one number for each row" if array.ndim > 1 else "one dimension" if array.ndim else "a single number"
     if array.itemsize == 2:
         return _exact(array, f"{kind}: kept exactly")
     if survives_float16(values):
-        return _float(array, dtype, "float16", f"{kind}: every value survives float16")
-    if dtype == "float64" and (values == values.astype(np.float32)).all():
-        return _float(array, dtype, "float32", f"{kind}: float32 holds every value")
+        return _float(array, "float16", f"{kind}: every value survives float16")
+    if array.itemsize == 8 and (values == values.astype(np.float32)).all():
+        return _float(array, "float32", f"{kind}: float32 holds every value")
     return _exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
 
 
-def _half(array: Array, dtype: str, largest: Steps) -> Packed:
+def _half(array: Array, largest: Steps) -> Packed:
     """16 bits for each number."""
-    if dtype != "float16" and array.itemsize == 2:
+    if array.dtype.name == "bfloat16":
         return _exact(array, "bfloat16 is kept exactly")
-    values = as_floats(array, dtype)
+    values = as_floats(array)
     typical = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
     if typical >= _SMALLEST_HALF and largest.max() <= _LARGEST_HALF:
-        return _float(array, dtype, "float16", "")
+        return _float(array, "float16", "")
     return _exact(array, "its values do not survive float16")
 
 
-def _unbounded(array: Array, dtype: str, name: str) -> Packed:
+def _unbounded(array: Array, name: str) -> Packed:
     """A tensor that is not finite in float32: a mask or numbers of float64, which are kept; anything else is damage."""
-    values = as_floats(array, dtype)
+    values = as_floats(array)
     finite = np.isfinite(values)
     if finite.all():
         return _exact(array, "its values are beyond float32")
     if np.isnan(values).any() or len(np.unique(values[finite])) > 1:
-        refuse_damaged(array, dtype, name)
+        refuse_damaged(array, name)
     return _exact(array, "a mask of infinities is kept exactly")
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from pared.formats.dtypes import Array, as_floats
+from pared.formats.dtypes import Array
 from pared.formats.entropy import entropy
 from pared.formats.grids import CodeType, encode
 from pared.formats.streams import STEP_INDEXES, Steps, ceiling, encode_codes, scale
@@ -48,12 +48,11 @@ def steps_at_level(level: float, finest: Steps) -> Steps:
     return np.where(finest > 0, step, np.float32(0))
 
 
-def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: CodeType) -> Steps:
+def steps_at_rate(matrix: Array, bits: float, finest: Steps, codes: CodeType) -> Steps:
     """The steps at which the coded stream costs so many bits for each weight; or the finest, if it costs less.
 
     Args:
         matrix: of (rows, columns).
-        dtype: of its numbers.
         bits: for each weight.
         finest: step of each row.
         codes: their type.
@@ -65,7 +64,7 @@ def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: 
         return finest
 
     def rate(step: Steps) -> float:
-        found = encode(part, dtype, step, codes)
+        found = encode(part, step, codes)
         if matrix.size < _FEW:
             return entropy(found)
         parts = encode_codes(found, View((len(part), part.shape[1]), (0,)))
@@ -73,7 +72,7 @@ def steps_at_rate(matrix: Array, dtype: str, bits: float, finest: Steps, codes: 
 
     if rate(bound) <= bits:
         return finest
-    spread = float(np.sqrt(np.mean(np.square(as_floats(part, dtype), dtype=np.float64))))
+    spread = float(np.sqrt(np.mean(np.square(part.astype(np.float64)))))
     start = _OCTAVE * (math.log2(spread) + 2 - bits)  # of a normal distribution, about
     level = crossing(lambda level: rate(steps_at_level(level, bound)), bits, start, _TOLERANCE)
     return steps_at_level(level, finest)

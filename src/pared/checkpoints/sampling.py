@@ -21,7 +21,7 @@ from pared.checkpoints.selection import Kept, select
 from pared.errors import ConfigError
 from pared.files.disk import forget
 from pared.files.threads import each
-from pared.formats.dtypes import Array, as_floats
+from pared.formats.dtypes import Array
 from pared.readers.listing import Listing
 
 # So many numbers of each tensor are looked at; fewer where there are many tensors.
@@ -142,7 +142,7 @@ class Prospect:
             kept, sample = self._kept[i], self._samples[i]
             if sample is None:
                 return self._plain[kept.name]
-            return pack(sample.part, kept.held.dtype, targets[i], kept.held.name)
+            return pack(sample.part, targets[i], kept.held.name)
 
         sizes = [0 if sample is None else sample.part.size for sample in self._samples]
         return each(one, range(len(sizes)), sizes)
@@ -158,7 +158,7 @@ def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
     release(listing, kept)
     weight = array.size / part.size
     with np.errstate(over="ignore", invalid="ignore"):  # a size that is no finite number decides no step
-        size = math.sqrt(weight * float(np.sum(np.square(as_floats(part, kept.held.dtype), dtype=np.float64))))
+        size = math.sqrt(weight * float(np.sum(np.square(part.astype(np.float64)))))
     return Sample(part, weight, size if 0 < size < math.inf else 1.0)
 
 
@@ -198,7 +198,7 @@ def unsupported(kept: Kept) -> ConfigError:
 
 def pack_held(listing: Listing, kept: Kept, target: Target, threads: int = 1) -> Packed:
     """A tensor of a file, packed; what was read of the file is given back."""
-    packed = pack(array_of(listing, kept), kept.held.dtype, target, kept.held.name, threads)
+    packed = pack(array_of(listing, kept), target, kept.held.name, threads)
     release(listing, kept)
     return packed
 

@@ -217,13 +217,7 @@ class Raw(_Plain):
 Format = Grid | Float | Raw
 
 # The element types that an artifact may hold.
-RAW_TYPES: Final[dict[str, torch.dtype]] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
-    )
-}
+RAW_TYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in dtypes.ITEM_SIZES}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,70 +1,117 @@
-"""Element types by name, as files and artifacts call them, and their values as floats."""
+"""The types of a tensor's elements, by the names that torch gives them, and floats put into other types.
+
+NumPy gets bfloat16 and the floats of eight bits from `ml_dtypes`, so that an array always knows its type. Nothing here
+uses torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
+import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
 
-# NumPy's type for the elements of an array, by the tensor's dtype. What NumPy lacks comes as its bits: bfloat16 as
-# uint16, eight-bit floats as uint8.
-ELEMENTS: Final[Mapping[str, str]] = {
-    "bool": "?", "uint8": "u1", "int8": "i1", "uint16": "<u2", "int16": "<i2", "uint32": "<u4", "int32": "<i4",
-    "uint64": "<u8", "int64": "<i8", "float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8",
-    "complex64": "<c8", "complex128": "<c16", "qint8": "i1", "quint8": "u1", "qint32": "<i4",
-    "float8_e4m3fn": "u1", "float8_e5m2": "u1", "float8_e4m3fnuz": "u1", "float8_e5m2fnuz": "u1",
-    "float8_e8m0fnu": "u1",
-}  # fmt: skip
-
-
-# The types of weights, narrowest first; all of them can be widened to float32 or float64 by `as_floats`.
-FLOATING: Final = ("float16", "bfloat16", "float32", "float64")
-
-
-def as_floats(array: Array, dtype: str) -> Array:
-    """The values of an array that `Listing.array` gave, of a dtype in `FLOATING`, in a type that NumPy computes with.
+@dataclass(frozen=True)
+class ElementType:
+    """How the elements of one type are stored.
 
     Args:
-        array: of any shape.
-        dtype: the tensor's.
-
-    Returns:
-        float32, or float64 for float64; the array itself where it is so already.
-
-    >>> as_floats(np.array([0x3F80, 0xC000], "<u2"), "bfloat16").tolist()
-    [1.0, -2.0]
+        bits: of one element.
+        numpy: NumPy's type for them, lowest byte first; None where it has none.
+        safetensors: the type's name in a .safetensors file; "" where that format has none.
+        in_artifact: whether an artifact may hold tensors of this type.
     """
-    if dtype == "bfloat16":
-        wide: Array = (array.astype(np.uint32) << 16).view(np.float32)
-        return wide
-    return array.astype(np.float32) if dtype == "float16" else array
 
+    bits: int
+    numpy: np.dtype[Any] | None = None
+    safetensors: str = ""
+    in_artifact: bool = False
+
+
+def _type(kind: DTypeLike, safetensors: str = "", in_artifact: bool = False) -> ElementType:
+    dtype = np.dtype(kind)
+    return ElementType(8 * dtype.itemsize, dtype, safetensors, in_artifact)
+
+
+# Types that are quantized have scales of their own elsewhere: their codes are read as whole numbers. Those of less than
+# a byte are packed, and not read.
+TYPES: Final[Mapping[str, ElementType]] = {
+    "bool": _type("?", "BOOL", True),
+    "uint8": _type("u1", "U8", True),
+    "int8": _type("i1", "I8", True),
+    "int16": _type("<i2", "I16", True),
+    "int32": _type("<i4", "I32", True),
+    "int64": _type("<i8", "I64", True),
+    "uint16": _type("<u2", "U16"),
+    "uint32": _type("<u4", "U32"),
+    "uint64": _type("<u8", "U64"),
+    "float16": _type("<f2", "F16", True),
+    "bfloat16": _type(ml_dtypes.bfloat16, "BF16", True),
+    "float32": _type("<f4", "F32", True),
+    "float64": _type("<f8", "F64", True),
+    "complex32": ElementType(32),
+    "complex64": _type("<c8", "C64", True),
+    "complex128": _type("<c16", "", True),
+    "float8_e4m3fn": _type(ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+    "float8_e5m2": _type(ml_dtypes.float8_e5m2, "F8_E5M2"),
+    "float8_e4m3fnuz": _type(ml_dtypes.float8_e4m3fnuz, "F8_E4M3FNUZ"),
+    "float8_e5m2fnuz": _type(ml_dtypes.float8_e5m2fnuz, "F8_E5M2FNUZ"),
+    "float8_e8m0fnu": _type(ml_dtypes.float8_e8m0fnu, "F8_E8M0"),
+    "float4_e2m1fn_x2": ElementType(8),
+    "float4_e2m1": ElementType(4),
+    "uint4": ElementType(4),
+    "int4": ElementType(4),
+    "uint2": ElementType(2),
+    "int2": ElementType(2),
+    "qint8": _type("i1"),
+    "quint8": _type("u1"),
+    "qint32": _type("<i4"),
+    "quint4x2": ElementType(4),
+    "quint2x4": ElementType(2),
+}
+
+# NumPy's types, by name.
+ELEMENTS: Final[Mapping[str, np.dtype[Any]]] = {
+    name: kind.numpy for name, kind in TYPES.items() if kind.numpy is not None
+}
+# The element types that an artifact may hold, and the bytes of one element.
+ITEM_SIZES: Final[Mapping[str, int]] = {name: kind.bits // 8 for name, kind in TYPES.items() if kind.in_artifact}
+
+# The types of weights, narrowest first.
+FLOATING: Final = ("float16", "bfloat16", "float32", "float64")
 
 # float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
 _FLOAT16_ERROR: Final = 2.0**-11
 
 
-def narrowed(values: Array, dtype: str) -> Array:
-    """Floats as numbers of a type of `FLOATING`, rounded to the nearest, ties to even; bfloat16 as its bits.
+def is_floating(array: Array) -> bool:
+    """Whether an array is of one of the types in `FLOATING`."""
+    return array.dtype.name in FLOATING
 
-    Args:
-        values: float32 or float64.
-        dtype: what they become.
 
-    >>> narrowed(np.array([1.0, -2.0], np.float32), "bfloat16").tolist() == [0x3F80, 0xC000]
-    True
+def as_floats(array: Array) -> Array:
+    """Floats in a type that NumPy computes with quickly: 16 bits widened to float32, all others as they are.
+
+    >>> as_floats(np.ones(2, np.float16)).dtype.name, as_floats(np.ones(2)).dtype.name
+    ('float32', 'float64')
     """
-    if dtype != "bfloat16":
-        with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, as in torch
-            return values.astype(ELEMENTS[dtype], copy=False)
-    bits = values.astype(np.float32, copy=False).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    return array.astype(np.float32) if array.itemsize == 2 else array
+
+
+def converted(values: Array, dtype: DTypeLike) -> Array:
+    """Floats in another type, rounded to the nearest, ties to even; what it cannot hold becomes infinite, as in torch.
+
+    >>> converted(np.array([1.00390625, 1e39]), ELEMENTS["bfloat16"]).tolist()
+    [1.0, inf]
+    """
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 def survives_float16(values: Array) -> bool:
@@ -77,10 +124,3 @@ def survives_float16(values: Array) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         error = abs(wide.astype(np.float16).astype(np.float64) - wide)
         return bool((error <= _FLOAT16_ERROR * abs(wide)).all())
-
-
-# The element types that an artifact may hold, and the bytes of one element.
-ITEM_SIZES: Final[Mapping[str, int]] = {
-    "bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2,
-    "float32": 4, "float64": 8, "complex64": 8, "complex128": 16,
-}  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pared.formats import entropy
-from pared.formats.dtypes import ELEMENTS, Array, as_floats, narrowed
+from pared.formats.dtypes import Array, as_floats, converted
 from pared.formats.grids import CodeType
 from pared.formats.streams import Steps
 from pared.formats.views import View, matrix_of, restored
@@ -46,21 +46,20 @@ class ExactGrid:
     step: Steps
 
 
-def find_exact_grid(array: Array, dtype: str, bits: float) -> ExactGrid | None:
+def find_exact_grid(array: Array, bits: float) -> ExactGrid | None:
     """The grid that all numbers of a tensor lie on; None if there is none, or if its codes take more bits.
 
     Args:
-        array: of two dimensions or more, finite.
-        dtype: of its numbers, one of `FLOATING`.
+        array: of two dimensions or more, of one of the types of `FLOATING`, finite.
         bits: the most that a code may take.
 
     >>> weights = np.array([[3, -7, 8], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)
-    >>> find_exact_grid(weights, "float32", 8).codes.tolist()
+    >>> find_exact_grid(weights, 8).codes.tolist()
     [[3, -7, 8], [1, 2, 100]]
     """
     for view in _views(array.shape):
-        for largest in _promising(array, dtype, view, bits):
-            if (found := _whole(array, dtype, view, largest)) is not None:
+        for largest in _promising(array, view, bits):
+            if (found := _whole(array, view, largest)) is not None:
                 return found
     return None
 
@@ -76,15 +75,15 @@ def _views(shape: tuple[int, ...]) -> Iterator[View]:
             yield View(split, tuple(range(len(shape))))
 
 
-def _promising(array: Array, dtype: str, view: View, bits: float) -> Iterator[int]:
+def _promising(array: Array, view: View, bits: float) -> Iterator[int]:
     """Those of `_LARGEST` that explain some rows of a view in codes of so many bits."""
-    sample = as_floats(_some(array, view), dtype).astype(np.float64)
+    sample = _some(array, view).astype(np.float64)
     if sample.shape[1] < 2 or not sample.any():
         return
     for largest in _LARGEST:
-        if _on_grid(sample[:1], dtype, largest) is None:  # nearly always, and cheaper than all of them
+        if _on_grid(sample[:1], array.dtype, largest) is None:  # nearly always, and cheaper than all of them
             continue
-        found = _on_grid(sample, dtype, largest)
+        found = _on_grid(sample, array.dtype, largest)
         if found is not None and entropy.entropy(found[0]) <= bits:
             yield largest
 
@@ -105,38 +104,38 @@ def _some(array: Array, view: View) -> Array:
     return some
 
 
-def _whole(array: Array, dtype: str, view: View, largest: int) -> ExactGrid | None:
+def _whole(array: Array, view: View, largest: int) -> ExactGrid | None:
     """The grid of all numbers, by blocks of rows; None as soon as one of them is not on it."""
     if not view.rows:
-        return _single(array, dtype, view)
+        return _single(array, view)
     matrix = matrix_of(array, view)
     codes, step = np.empty(matrix.shape, np.int16), np.empty(len(matrix), np.float32)
     rows = max(1, _BLOCK // matrix.shape[1])
     for start in range(0, len(matrix), rows):
         part = slice(start, start + rows)
-        found = _on_grid(as_floats(matrix[part], dtype).astype(np.float64), dtype, largest)
+        found = _on_grid(matrix[part].astype(np.float64), array.dtype, largest)
         if found is None:
             return None
         codes[part], step[part] = found
     return _exact_grid(view, codes, step, array.shape)
 
 
-def _single(array: Array, dtype: str, view: View) -> ExactGrid | None:
+def _single(array: Array, view: View) -> ExactGrid | None:
     """A grid of one step, which the distinct magnitudes give."""
     matrix = array.reshape(1, -1)
     levels = np.zeros(0)
     for start in range(0, matrix.shape[1], _BLOCK):
-        block = as_floats(matrix[:, start : start + _BLOCK], dtype)
+        block = as_floats(matrix[:, start : start + _BLOCK])
         levels = np.union1d(levels, np.unique(abs(block)).astype(np.float64))
         if len(levels) > _MOST + 1:
             return None
-    found = _on_grid(levels[None], dtype, 0)
+    found = _on_grid(levels[None], array.dtype, 0)
     if found is None:
         return None
     by_level, step = found
     codes = np.empty(matrix.shape, np.int16)
     for start in range(0, matrix.shape[1], _BLOCK):
-        block = as_floats(matrix[:, start : start + _BLOCK], dtype).astype(np.float64)
+        block = matrix[:, start : start + _BLOCK].astype(np.float64)
         place = np.searchsorted(levels, abs(block))
         codes[:, start : start + _BLOCK] = by_level[0][place] * np.sign(block)
     return _exact_grid(view, codes, step, array.shape)
@@ -147,7 +146,7 @@ def _exact_grid(view: View, codes: NDArray[Any], step: Steps, shape: tuple[int, 
     return ExactGrid(view, restored(codes.astype(kind), shape, view), step)
 
 
-def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16], Steps] | None:
+def _on_grid(rows: Floats, kind: np.dtype[Any], largest: int) -> tuple[NDArray[np.int16], Steps] | None:
     """The codes and the steps that give every number exactly; None if some row has none."""
     magnitudes = abs(rows)
     top = magnitudes.max(1)
@@ -155,14 +154,14 @@ def _on_grid(rows: Floats, dtype: str, largest: int) -> tuple[NDArray[np.int16],
     if codes_of_top is None:
         return None
     guess = np.divide(top, codes_of_top, out=np.zeros_like(top), where=codes_of_top > 0)
-    if ELEMENTS[dtype].endswith("2"):
+    if kind.itemsize == 2:
         guess = _settled(magnitudes, guess)
     codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(rows), where=guess[:, None] > 0))
-    if codes.max() > _MOST or not _near(magnitudes, codes, guess, dtype):
+    if codes.max() > _MOST or not _near(magnitudes, codes, guess, kind):
         return None
-    step = _refined(magnitudes, codes, guess, dtype)
+    step = _refined(magnitudes, codes, guess, kind)
     signed = np.copysign(codes, rows)
-    exact = as_floats(narrowed(signed.astype(np.float32) * step[:, None], dtype), dtype) == rows
+    exact = converted(signed.astype(np.float32) * step[:, None], kind).astype(np.float64) == rows
     return (signed.astype(np.int16), step) if exact.all() else None
 
 
@@ -176,9 +175,9 @@ def _settled(magnitudes: Floats, guess: Floats) -> Floats:
     return guess
 
 
-def _near(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> bool:
+def _near(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> bool:
     """Whether the codes can be right, before it is found out exactly: what they miss is rounding, not half a step."""
-    if ELEMENTS[dtype].endswith("2"):  # the rounding of 16 bits may be most of a step
+    if kind.itemsize == 2:  # the rounding of 16 bits may be most of a step
         return True
     return bool((abs(magnitudes - codes * guess[:, None]) <= _ROUNDING * magnitudes.max(1)[:, None]).all())
 
@@ -193,28 +192,23 @@ def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None
     return codes.astype(np.int64) if ((codes > 0) | (top == 0)).all() and codes.max() <= _MOST else None
 
 
-def _refined(magnitudes: Floats, codes: Floats, guess: Floats, dtype: str) -> Steps:
+def _refined(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> Steps:
     """The step of each row that gives all magnitudes within their rounding, if there is one; else the guess."""
-    half = _spacing(magnitudes, dtype) / 2
+    half = _spacing(magnitudes, kind) / 2
     below = np.where(np.frexp(magnitudes)[0] == 0.5, half / 2, half)  # a power of two has a nearer neighbour below
     some = codes > 0
     with np.errstate(divide="ignore", invalid="ignore"):
         low = np.where(some, (magnitudes - below) / codes, 0).max(1)
         high = np.where(some, (magnitudes + half) / codes, math.inf).min(1)
     middle = np.where((low <= high) & np.isfinite(high), (low + np.where(np.isfinite(high), high, 0)) / 2, guess)
-    if ELEMENTS[dtype].endswith("2"):
+    if kind.itemsize == 2:
         return middle.astype(np.float32)
     plain = guess.astype(np.float32)
     # What made the numbers divided the largest magnitude; where that explains them too, it is what they were made with.
     return np.where((plain >= low) & (plain <= high), plain, middle.astype(np.float32))
 
 
-def _spacing(magnitudes: Floats, dtype: str) -> Floats:
-    """The distance of each magnitude to the next number of its type."""
-    if dtype == "bfloat16":
-        distance: Floats = np.ldexp(1.0, np.frexp(magnitudes)[1] - 8)
-        return distance
-    spacing: Floats = np.spacing(magnitudes.astype(ELEMENTS["float32" if dtype == "float64" else dtype])).astype(
-        np.float64
-    )
+def _spacing(magnitudes: Floats, kind: np.dtype[Any]) -> Floats:
+    """The distance of each magnitude to the next number of its type; float64 was computed in float32."""
+    spacing: Floats = np.spacing(magnitudes.astype(np.float32 if kind.itemsize == 8 else kind)).astype(np.float64)
     return spacing

@@ -1,7 +1,7 @@
 """Matrices put on grids, without torch: steps, codes, and the way back, in blocks of rows that fit a core's cache.
 
-A matrix here is a NumPy array of two dimensions with one step for each row, of one of the types of `FLOATING`
-(bfloat16 as its bits); all arithmetic is in float32, as in `formats.Grid`, whose codes are the same.
+A matrix here is a NumPy array of two dimensions with one step for each row, of one of the types of `FLOATING`;
+all arithmetic is in float32, as in `formats.Grid`, whose codes are the same.
 """
 
 from __future__ import annotations
@@ -46,20 +46,19 @@ def tiles(shape: tuple[int, int], size: int = _BLOCK) -> Iterator[_Tile]:
             yield slice(row, row + rows), slice(column, column + columns)
 
 
-def magnitudes(matrix: Array, dtype: str, threads: int = 1) -> Steps:
+def magnitudes(matrix: Array, threads: int = 1) -> Steps:
     """The largest magnitude of each row, as float32; NaN where there is one.
 
     Args:
         matrix: of (rows, columns).
-        dtype: of its numbers.
         threads: at most so many at work.
 
-    >>> magnitudes(np.array([[1, -2], [0, 0]], np.float32), "float32").tolist()
+    >>> magnitudes(np.array([[1, -2], [0, 0]], np.float32)).tolist()
     [2.0, 0.0]
     """
 
     def look(tile: _Tile) -> Steps:
-        block = as_floats(matrix[tile], dtype)
+        block = as_floats(matrix[tile])
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
             highest: Steps = np.maximum(block.max(1), -block.min(1)).astype(np.float32, copy=False)
         return highest
@@ -80,12 +79,11 @@ def finest_steps(largest: Steps, codes: CodeType) -> Steps:
     return np.where(step >= _SMALLEST_STEP, step, np.float32(0))
 
 
-def encode(matrix: Array, dtype: str, step: Steps, codes: CodeType, threads: int = 1) -> NDArray[Any]:
+def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDArray[Any]:
     """Every number rounded to the nearest multiple of its row's step; codes beyond the limit are clamped.
 
     Args:
         matrix: of (rows, columns), finite.
-        dtype: of its numbers.
         step: for each row; zero gives zeros.
         codes: the type of the codes.
         threads: at most so many at work.
@@ -93,7 +91,7 @@ def encode(matrix: Array, dtype: str, step: Steps, codes: CodeType, threads: int
     Returns:
         codes of (rows, columns).
 
-    >>> encode(np.array([[0.5, -1.0]], np.float32), "float32", np.array([0.5], np.float32), "int8").tolist()
+    >>> encode(np.array([[0.5, -1.0]], np.float32), np.array([0.5], np.float32), "int8").tolist()
     [[1, -2]]
     """
     found = np.empty(matrix.shape, codes)
@@ -102,7 +100,7 @@ def encode(matrix: Array, dtype: str, step: Steps, codes: CodeType, threads: int
     limit = np.float32(CODE_LIMITS[codes])
 
     def round_(tile: _Tile) -> None:
-        block = as_floats(matrix[tile], dtype).astype(np.float32, copy=False)
+        block = as_floats(matrix[tile]).astype(np.float32, copy=False)
         scaled = block * inverse[tile[0]]
         np.rint(scaled, out=scaled)
         np.clip(scaled, -limit, limit, out=scaled)
@@ -120,15 +118,14 @@ def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tup
     return [done for run in each(lambda run: [(tile, work(tile)) for tile in run], runs, most=threads) for done in run]
 
 
-def refuse_damaged(array: Array, dtype: str, name: str) -> None:
+def refuse_damaged(array: Array, name: str) -> None:
     """Say where a tensor holds NaN or an infinity.
 
     Raises:
         ModelError: always; it is called when there is one.
     """
-    wrong = np.argwhere(~np.isfinite(as_floats(array, dtype)))
-    first = array[tuple(wrong[0])]
-    value = "NaN" if np.isnan(as_floats(np.atleast_1d(first), dtype)).any() else "an infinity"
+    wrong = np.argwhere(~np.isfinite(array))
+    value = "NaN" if np.isnan(array[tuple(wrong[0])]) else "an infinity"
     raise ModelError(
         f"holds {value} ({len(wrong):,} of {array.size:,} numbers are not finite, the first at {wrong[0].tolist()})",
         where=name,

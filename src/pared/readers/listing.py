@@ -102,7 +102,7 @@ class Listing:
     flat: bool = False
 
     def array(self, held: Held) -> Array | None:
-        """The numbers of a tensor, mapped where the file has them plainly; see `ELEMENTS` for their types.
+        """The numbers of a tensor, mapped where the file has them plainly; of the types in `formats.dtypes.ELEMENTS`.
 
         Args:
             held: one of `tensors`.
@@ -117,7 +117,7 @@ class Listing:
         storage = None if held.storage is None else self.storages[held.storage]
         if storage is None or storage.content is None or held.dtype not in ELEMENTS:
             return None
-        kind = np.dtype(ELEMENTS[held.dtype])
+        kind = ELEMENTS[held.dtype]
         content = storage.content()
         if held.stride is None:
             flat = np.frombuffer(content, kind, count=held.nbytes // kind.itemsize, offset=held.offset)

@@ -8,14 +8,11 @@ from typing import Final
 
 from pared.files.disk import File
 from pared.files.safetensors_file import read_header
+from pared.formats.dtypes import TYPES
 from pared.readers.listing import Held, Listing, Note, Storage
 
-_TYPES: Final[Mapping[str, str]] = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32",
-    "I32": "int32", "U64": "uint64", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32",
-    "F64": "float64", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
-}  # fmt: skip
+# The names in a file of the types that torch has too.
+_NAMES: Final[Mapping[str, str]] = {kind.safetensors: name for name, kind in TYPES.items() if kind.safetensors}
 
 
 def read_safetensors(file: File) -> Listing:
@@ -26,7 +23,7 @@ def read_safetensors(file: File) -> Listing:
     """
     header = read_header(file)
     tensors = tuple(
-        Held(span.name, _TYPES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
+        Held(span.name, _NAMES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
         for span in header.spans
     )
     storages = {

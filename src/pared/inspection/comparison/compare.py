@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pared.errors import ConfigError, MismatchError
 from pared.files.threads import each
-from pared.formats.dtypes import FLOATING, Array
+from pared.formats.dtypes import Array, is_floating
 from pared.inspection.comparison.metrics import identical, measure
 from pared.inspection.comparison.pairing import Layout, Match, correlation, layout_of, pair, sampled
 from pared.inspection.comparison.result import Alone, Comparison, Pair, Side
@@ -142,7 +142,7 @@ def _compared(match: Match) -> Pair:
     x, y, layout = _aligned(arrays[0], arrays[1], match)
     if x.shape != y.shape:
         return row("", similarity=None)
-    similarity = measure(x, y, (a.dtype, b.dtype))
+    similarity = measure(x, y)
     same_bits = a.dtype == b.dtype and not layout and similarity.same and identical(x, y)
     return row(f"{layout} in B" if layout else "", similarity=similarity, identical=same_bits)
 
@@ -152,31 +152,30 @@ def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
     x, y = a.read(), b.read()
     if x is not None and y is not None and x.shape == y.shape:
         if a.by_columns is not None and b.by_columns is None:
-            x = _nearer(y, b.dtype, x, a.by_columns())
+            x = _nearer(y, x, a.by_columns())
         elif b.by_columns is not None and a.by_columns is None:
-            y = _nearer(x, a.dtype, y, b.by_columns())
+            y = _nearer(x, y, b.by_columns())
     return x, y
 
 
-def _nearer(given: Array, dtype: str, by_rows: Array, by_columns: Array | None) -> Array:
+def _nearer(given: Array, by_rows: Array, by_columns: Array | None) -> Array:
     """Which of two readings of codes correlates with what the other side has."""
     if by_columns is None:
         return by_rows
-    wanted = sampled(given, dtype)
-    return max((by_rows, by_columns), key=lambda found: correlation(wanted, sampled(found, "float32")))
+    wanted = sampled(given)
+    return max((by_rows, by_columns), key=lambda found: correlation(wanted, sampled(found)))
 
 
 def _aligned(a: Array, b: Array, match: Match) -> tuple[Array, Array, Layout]:
     """Both arrays in the shape of the first, where that can be found."""
     layout: Layout | None = match.layout
-    dtypes = match.a.dtype, match.b.dtype
     square = a.shape == b.shape and a.ndim == 2 and a.shape[0] == a.shape[1] > 1
-    if not layout and (a.shape != b.shape or (square and _unlike(a, b, dtypes))):
-        layout = layout_of(a, b, dtypes)
+    if not layout and (a.shape != b.shape or (square and _unlike(a, b))):
+        layout = layout_of(a, b)
     if layout == "transposed":
         return a, b.T, layout
     return (a, b.reshape(a.shape), layout) if layout == "reshaped" and a.shape != b.shape else (a, b, "")
 
 
-def _unlike(a: Array, b: Array, dtypes: tuple[str, str]) -> bool:
-    return dtypes[0] in FLOATING and correlation(sampled(a, dtypes[0]), sampled(b, dtypes[1])) < _UNLIKE
+def _unlike(a: Array, b: Array) -> bool:
+    return is_floating(a) and correlation(sampled(a), sampled(b)) < _UNLIKE

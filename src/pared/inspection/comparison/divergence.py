@@ -256,12 +256,8 @@ def _similarity(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Similarity:
     for one, other in zip(ones, others, strict=True):
         x, y = array_of(one), array_of(other)
         if x is not None and y is not None:
-            found += measure(x, y, (_dtype(one), _dtype(other)))
+            found += measure(x, y)
     return found
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 # --- what it means

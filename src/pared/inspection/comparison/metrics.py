@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pared.formats.dtypes import FLOATING, Array, as_floats
+from pared.formats.dtypes import Array
 
 Floats = NDArray[np.float64]
 
@@ -100,21 +99,19 @@ class Similarity:
 _LEAST: Final = 5e-324
 
 
-def measure(a: Array, b: Array, dtypes: tuple[str, str] | None = None) -> Similarity:
+def measure(a: Array, b: Array) -> Similarity:
     """Compare two arrays of one shape.
 
     Args:
-        a: the reference, as `Listing.array` gives it: mapped, strided, of any type of `readers.ELEMENTS`.
-        b: the other.
-        dtypes: of both, in torch's words; default: NumPy's own. What NumPy lacks is in its bits: see `as_numbers`.
+        a: the reference, as `Listing.array` gives it: mapped, strided, of any type.
+        b: the other, of any type.
 
     Returns:
         sums in float64. Squares beyond its range count as infinite, so that the ratio of numbers above 1e154 is NaN.
     """
-    kinds = dtypes or (a.dtype.name, b.dtype.name)
     found = Similarity()
     for one, two in _blocks(a, b):
-        found += _measure(one, two, kinds)
+        found += _measure(one, two)
     return found
 
 
@@ -127,11 +124,11 @@ def _bits(array: Array) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _measure(a: Array, b: Array, dtypes: tuple[str, str]) -> Similarity:
+def _measure(a: Array, b: Array) -> Similarity:
     # Whole numbers of 64 bits are more exact than float64.
     whole = a.dtype == b.dtype and a.dtype.kind in "iu"
-    x, y = as_numbers(a, dtypes[0]).reshape(-1), as_numbers(b, dtypes[1]).reshape(-1)
-    same = (a == b).reshape(-1) if whole and dtypes[0] == dtypes[1] not in _BITS else x == y
+    x, y = as_numbers(a).reshape(-1), as_numbers(b).reshape(-1)
+    same = (a == b).reshape(-1) if whole else x == y
     count, equal = len(x), int(same.sum())
     finite = np.isfinite(x) & np.isfinite(y)
     broken = 0
@@ -167,59 +164,12 @@ def _blocks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
         yield from _blocks(a[start : start + rows], b[start : start + rows])
 
 
-# --- numbers that NumPy has no type for
-
-# The bits of exponent and mantissa of floats of eight bits, the exponent's bias, and what the highest exponent means:
-# as in IEEE 754; only all ones are NaN; only the negative zero is NaN.
-_EIGHTS: Final = {
-    "float8_e4m3fn": (4, 3, 7, "ones"),
-    "float8_e5m2": (5, 2, 15, "ieee"),
-    "float8_e4m3fnuz": (4, 3, 8, "zero"),
-    "float8_e5m2fnuz": (5, 2, 16, "zero"),
-}
-_POWERS: Final = "float8_e8m0fnu"  # powers of two
-
-# The types of readers.ELEMENTS that come as bits.
-_BITS: Final = ("bfloat16", *_EIGHTS, _POWERS)
-
-
-def as_numbers(array: Array, dtype: str) -> Floats:
+def as_numbers(array: Array) -> Floats:
     """The values of an array as float64; of complex numbers both parts, one behind the other in the last dimension.
 
-    Args:
-        array: as `Listing.array` gives it.
-        dtype: the tensor's, in torch's words.
-
-    >>> as_numbers(np.array([0x38, 0xC4, 0x7F], np.uint8), "float8_e4m3fn").tolist()
-    [1.0, -3.0, nan]
+    >>> as_numbers(np.array([1 + 2j])).tolist()
+    [[1.0, 2.0]]
     """
-    if dtype in _EIGHTS or dtype == _POWERS:
-        values: Floats = _values_of(dtype)[array]
-        return values
-    if dtype in FLOATING:
-        floats: Floats = as_floats(array, dtype).astype(np.float64, copy=False)
-        return floats
     if array.dtype.kind == "c":
-        return np.stack([array.real, array.imag], -1).astype(np.float64)
-    return array.astype(np.float64)
-
-
-@functools.cache
-def _values_of(dtype: str) -> Floats:
-    """What each of the 256 patterns of bits stands for."""
-    bits = np.arange(256)
-    if dtype == _POWERS:
-        return np.where(bits == 255, np.nan, np.ldexp(1.0, bits - 127))
-    exponents, mantissas, bias, special = _EIGHTS[dtype]
-    exponent, mantissa = bits >> mantissas & (1 << exponents) - 1, bits & (1 << mantissas) - 1
-    fraction = (mantissa + np.where(exponent > 0, 1 << mantissas, 0)) / (1 << mantissas)
-    values = np.where(bits < 128, 1, -1) * np.ldexp(fraction, np.maximum(exponent, 1) - bias)
-    if special == "zero":
-        values[128] = np.nan
-    elif special == "ones":
-        values[bits & 127 == 127] = np.nan
-    else:
-        highest = exponent == (1 << exponents) - 1
-        values[highest] = np.where(mantissa > 0, np.nan, np.where(bits < 128, np.inf, -np.inf))[highest]
-    found: Floats = values
-    return found
+        array = np.stack([array.real, array.imag], -1)
+    return array.astype(np.float64, copy=False)

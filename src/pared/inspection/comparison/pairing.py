@@ -154,24 +154,23 @@ def _sample(piece: Piece, transposed: bool = False) -> Floats | None:
     array = piece.read()
     if array is None:
         return None
-    return sampled(array.T if transposed else array, piece.dtype)
+    return sampled(array.T if transposed else array)
 
 
-def sampled(array: Array, dtype: str) -> Floats:
+def sampled(array: Array) -> Floats:
     """Some numbers of an array: of two arrays of one shape, those at the same places."""
     if array.size > _SAMPLE:
         places = np.random.default_rng(0).integers(array.size, size=_SAMPLE)
         array = array[np.unravel_index(places, array.shape)]
-    return as_numbers(array, dtype).reshape(-1)
+    return as_numbers(array).reshape(-1)
 
 
-def layout_of(a: Array, b: Array, dtypes: tuple[str, str]) -> Layout | None:
+def layout_of(a: Array, b: Array) -> Layout | None:
     """How a tensor of the same name but of another shape holds the same numbers; None if it does not.
 
     Args:
         a: the reference.
         b: the other.
-        dtypes: of both, in torch's words.
     """
     if a.size != b.size:
         return None
@@ -179,6 +178,6 @@ def layout_of(a: Array, b: Array, dtypes: tuple[str, str]) -> Layout | None:
     for layout, way in ways.items():
         if layout == "transposed" and (a.ndim != 2 or way.shape != a.shape):
             continue
-        if correlation(sampled(a, dtypes[0]), sampled(way, dtypes[1])) >= _ALIKE:
+        if correlation(sampled(a), sampled(way)) >= _ALIKE:
             return layout
     return None

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from pared import readers
 from pared.artifact.decoding import decode
 from pared.artifact.envelope import Records, artifact_in, open_records, records_of
@@ -202,7 +204,7 @@ def _on_grid(codes: Piece, step: Piece, row: int | None) -> Array | None:
     numbers, steps = codes.read(), step.read()
     if numbers is None or steps is None:
         return None
-    values: Array = numbers.astype("f4")
+    values: Array = numbers.astype(np.float32)
     values *= steps.reshape([n if i == row else 1 for i, n in enumerate(codes.shape)])
     return values
 
@@ -251,9 +253,7 @@ def array_of(tensor: Any) -> Array | None:
     tensor = tensor.cpu().resolve_conj().resolve_neg()
     kind = ELEMENTS[str(tensor.dtype).removeprefix("torch.")]
     torch = sys.modules["torch"]
-    if kind in ("u1", "<u2") and tensor.dtype is not torch.uint8:  # bits, for what NumPy has no type for
-        plain = torch.uint8 if kind == "u1" else torch.int16
-        bits: Array = tensor.contiguous().view(plain).numpy().view(kind)
-        return bits
-    array: Array = tensor.numpy()
+    if kind.isbuiltin != 1:  # torch hands over the types of NumPy itself
+        tensor = tensor.contiguous().view(torch.int16 if kind.itemsize == 2 else torch.uint8)
+    array: Array = tensor.numpy().view(kind)
     return array

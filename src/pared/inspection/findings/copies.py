@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from pared.formats.dtypes import FLOATING, Array, as_floats
+from pared.formats.dtypes import FLOATING, Array
 from pared.inspection.findings.content import Content, spread
 from pared.inspection.findings.finding import Case, Cause
 from pared.readers.listing import Held
@@ -198,4 +198,4 @@ def _sample(content: Content, held: Held) -> Array | None:
         return None
     matrix = spread(array, _ROWS)
     matrix = spread(matrix.reshape(len(matrix), -1).T, _COLUMNS).T
-    return as_floats(matrix, held.dtype).astype(np.float64)
+    return matrix.astype(np.float64)

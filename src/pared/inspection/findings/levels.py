@@ -94,7 +94,7 @@ def _levels(groups: Array, dtype: str, least: int) -> int:
     most = telling = agreeing = 0
     rows = max(1, _CHUNK // groups.shape[1])
     for start in range(0, len(groups), rows):
-        levels, distinct = _fit(as_floats(groups[start : start + rows], dtype), _EPSILON[dtype])
+        levels, distinct = _fit(as_floats(groups[start : start + rows]), _EPSILON[dtype])
         tells = distinct >= 3
         telling += int(tells.sum())
         agreeing += int((levels[tells] > 0).sum())

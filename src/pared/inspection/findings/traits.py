@@ -101,7 +101,7 @@ def _on_grid(array: Array, dtype: str) -> Trait | None:
 def _sparse(array: Array, dtype: str) -> Trait | None:
     if dtype not in (*FLOATING, "bool"):  # among codes of a few bits many are 0, as they should be
         return None
-    flat = array.reshape(-1)  # bfloat16 and eight-bit floats come as bits, in which 0 is 0 too
+    flat = array.reshape(-1)
     tried = spread(flat, 4096)
     if np.count_nonzero(tried) > (1 - _SPARSE) * len(tried) * 1.1:
         return None

@@ -16,6 +16,7 @@ from pared.errors import FileError
 from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
+from pared.formats.dtypes import TYPES
 from pared.readers.listing import Held, Storage
 from pared.readers.onnx.protobuf import Value, fields, numbers, unpack_varints
 
@@ -30,24 +31,18 @@ _HELD_NBYTES: Final = 3000
 _PART_NBYTES: Final = 300
 
 
-@dataclass(frozen=True)
-class _Type:
-    """An element type: its name in torch's words where torch has it, its bits, and where a tensor has them typed."""
-
-    name: str
-    bits: int
-    typed: int = _INT32S
-
-
-_TYPES: Final[Mapping[int, _Type]] = {
-    1: _Type("float32", 32, _FLOATS), 2: _Type("uint8", 8), 3: _Type("int8", 8), 4: _Type("uint16", 16),
-    5: _Type("int16", 16), 6: _Type("int32", 32), 7: _Type("int64", 64, _INT64S), 8: _Type("string", 0, _TEXTS),
-    9: _Type("bool", 8), 10: _Type("float16", 16), 11: _Type("float64", 64, _DOUBLES),
-    12: _Type("uint32", 32, _UINT64S), 13: _Type("uint64", 64, _UINT64S), 14: _Type("complex64", 64, _FLOATS),
-    15: _Type("complex128", 128, _DOUBLES), 16: _Type("bfloat16", 16), 17: _Type("float8_e4m3fn", 8),
-    18: _Type("float8_e4m3fnuz", 8), 19: _Type("float8_e5m2", 8), 20: _Type("float8_e5m2fnuz", 8),
-    21: _Type("uint4", 4), 22: _Type("int4", 4), 23: _Type("float4_e2m1", 4), 24: _Type("float8_e8m0fnu", 8),
-    25: _Type("uint2", 2), 26: _Type("int2", 2),
+# The element types by number.
+_STRING: Final = "string"
+_NAMES: Final[Mapping[int, str]] = {
+    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 8: _STRING, 9: "bool",
+    10: "float16", 11: "float64", 12: "uint32", 13: "uint64", 14: "complex64", 15: "complex128", 16: "bfloat16",
+    17: "float8_e4m3fn", 18: "float8_e4m3fnuz", 19: "float8_e5m2", 20: "float8_e5m2fnuz", 21: "uint4", 22: "int4",
+    23: "float4_e2m1", 24: "float8_e8m0fnu", 25: "uint2", 26: "int2",
+}  # fmt: skip
+# The field in which a tensor has its numbers if they are not raw, where that is not `_INT32S`.
+_TYPED: Final[Mapping[str, int]] = {
+    "float32": _FLOATS, "complex64": _FLOATS, "float64": _DOUBLES, "complex128": _DOUBLES, "int64": _INT64S,
+    "uint32": _UINT64S, "uint64": _UINT64S, _STRING: _TEXTS,
 }  # fmt: skip
 
 
@@ -89,17 +84,18 @@ class Tensors:
         at = Place(f"{self.file.where}: {name}")
         shape = _shape(parts.get(_DIMS, []), at)
         kind = parts.get(_TYPE, [0])[-1]
-        element = _TYPES.get(kind) if isinstance(kind, int) else None
-        if element is None:
+        dtype = _NAMES.get(kind) if isinstance(kind, int) else None
+        if dtype is None:
             at.fail("its element type is none that is known here")
-        nbytes = -(-math.prod(shape) * element.bits // 8)
+        bits = 0 if dtype == _STRING else TYPES[dtype].bits
+        nbytes = -(-math.prod(shape) * bits // 8)
         if parts.get(_LOCATION, [0])[-1] == _OUTSIDE:
             key, storage = self._from_outside(parts.get(_EXTERNAL, []), nbytes, at)
         else:
-            key, storage = name, _inline(parts, element, nbytes, self.memory, at)
+            key, storage = name, _inline(parts, dtype, nbytes, self.memory, at)
             self.inside += storage.nbytes
         self.storages[key] = storage
-        self.listed.append(Held(name, element.name, shape, nbytes if element.bits else storage.nbytes, key))
+        self.listed.append(Held(name, dtype, shape, nbytes if bits else storage.nbytes, key))
 
     def _unique(self, name: str) -> str:
         """The name, with a number behind it if it was there before: subgraphs have names of their own."""
@@ -184,17 +180,18 @@ def _mapped(path: Path, offset: int, length: int) -> memoryview:
     return memoryview(mapped)[offset : offset + length]
 
 
-def _inline(parts: Mapping[int, list[Value]], element: _Type, nbytes: int, memory: MemoryLimit, at: Place) -> Storage:
+def _inline(parts: Mapping[int, list[Value]], dtype: str, nbytes: int, memory: MemoryLimit, at: Place) -> Storage:
     """The numbers in the message itself: raw, or typed."""
     raw = _joined(parts.get(_RAW, []), at)
-    typed = parts.get(element.typed, [])
-    if raw and element.bits:
+    place = _TYPED.get(dtype, _INT32S)
+    typed = parts.get(place, [])
+    if raw and dtype != _STRING:
         return _plain(raw, nbytes, at)
-    if element.typed == _TEXTS:
+    if dtype == _STRING:
         return Storage(sum(len(value) for value in typed if not isinstance(value, int)), coded=True)
-    if element.typed in (_FLOATS, _DOUBLES):
+    if place in (_FLOATS, _DOUBLES):
         return _plain(_joined(typed, at), nbytes, at)
-    size = max(1, element.bits // 8)
+    size = max(1, TYPES[dtype].bits // 8)
     count, stored = nbytes // size, sum(1 if isinstance(value, int) else len(value) for value in typed)
     if count > stored:
         at.fail(f"it has {stored:,} bytes for {count:,} numbers")

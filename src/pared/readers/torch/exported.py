@@ -10,8 +10,8 @@ from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
 from pared.files.zip_file import Archive, Member, checked_content
+from pared.formats.dtypes import TYPES
 from pared.readers.listing import Held, Listing, Note, Storage
-from pared.readers.torch.names import BITS
 from pared.readers.torch.pickled import view_of
 
 _WEIGHTS: Final = "data/weights/"
@@ -117,7 +117,7 @@ def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at:
     if path not in members or not members[path].plain:
         at.fail(f"its member {path[:80]!r} is missing")
     kind = _TYPES.get(at.whole(fields.get("dtype"), "its dtype"), "")
-    if kind not in BITS:
+    if kind not in TYPES:
         at.fail("its dtype is none that is known here")
     shape = at.shape([_int(size, at) for size in at.sequence(fields.get("sizes"), "its sizes")], "sizes")
     stride = tuple(at.whole(_int(s, at), "a stride") for s in at.sequence(fields.get("strides"), "its strides"))

@@ -10,8 +10,9 @@ from typing import Final
 from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.pickles import Node, Persistent, Pickle, read_pickle
+from pared.formats.dtypes import TYPES
 from pared.readers.listing import Listing, Note, Storage, unknown
-from pared.readers.torch.names import BIG_ENDIAN, BITS, HARMLESS
+from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import storage_of, tensors_of
 
 _MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
@@ -72,7 +73,7 @@ def _storages(
             at.fail(f"its storage {key[:80]!r} begins outside the file: it is truncated")
         (count,) = _COUNT.unpack_from(file.data, position)
         position += _COUNT.size
-        nbytes = at.whole(count, f"the size of its storage {key[:80]!r}") * max(1, BITS[kinds.pop(key)] // 8)
+        nbytes = at.whole(count, f"the size of its storage {key[:80]!r}") * max(1, TYPES[kinds.pop(key)].bits // 8)
         if position + nbytes > len(file.data):
             at.fail(f"its storage {key[:80]!r} ends outside the file: it is truncated")
         yield key, Storage(nbytes, partial(_content, file, position, position + nbytes))

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from pared.formats.dtypes import ITEM_SIZES
-
-# The bits of one element of each of torch's types.
-BITS: Final[Mapping[str, int]] = {
-    **{name: 8 * size for name, size in ITEM_SIZES.items()},
-    "uint16": 16, "uint32": 32, "uint64": 64, "complex32": 32,
-    "float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e4m3fnuz": 8, "float8_e5m2fnuz": 8, "float8_e8m0fnu": 8,
-    "float4_e2m1fn_x2": 8, "qint8": 8, "quint8": 8, "qint32": 32, "quint4x2": 4, "quint2x4": 2,
-}  # fmt: skip
+from pared.formats.dtypes import TYPES
 
 # What a file is whose numbers are the other way round.
 BIG_ENDIAN: Final = "a torch file of a machine that puts the highest byte first"
@@ -44,7 +36,7 @@ REBUILD_PARAMETER: Final = ("torch._utils._rebuild_parameter", "torch._utils._re
 # What else state dicts, optimizer states and plain data refer to. None of it is ever called here.
 HARMLESS: Final = frozenset(
     (
-        *REBUILD, REBUILD_META, REBUILD_SUBCLASS, *STORAGES, *(f"torch.{name}" for name in BITS),
+        *REBUILD, REBUILD_META, REBUILD_SUBCLASS, *STORAGES, *(f"torch.{name}" for name in TYPES),
         *REBUILD_PARAMETER, "torch._utils._rebuild_sparse_tensor", "torch.Tensor",
         "torch.ScriptObject", "torch.nn.parameter.Parameter",
         "torch.nn.parameter.Buffer", "torch.Size", "torch.device", "torch.serialization._get_layout",

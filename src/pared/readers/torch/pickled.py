@@ -12,9 +12,9 @@ from pared.errors import UnsafeError
 from pared.files.checks import Place
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import Name, Node, Persistent
+from pared.formats.dtypes import TYPES
 from pared.readers.listing import Held
 from pared.readers.torch.names import (
-    BITS,
     REBUILD,
     REBUILD_META,
     REBUILD_PARAMETER,
@@ -185,7 +185,7 @@ def view_of(
 
     Args:
         name: of it.
-        dtype: of its elements, one of `BITS`.
+        dtype: of its elements, one of `TYPES`.
         shape: of it.
         stride: between neighbours in each dimension, in elements.
         first: the place of its first element in the storage, in elements.
@@ -196,7 +196,7 @@ def view_of(
         CorruptError: it is not within the storage.
     """
     key, nbytes = storage
-    bits = BITS[dtype]
+    bits = TYPES[dtype].bits
     if len(stride) != len(shape):
         at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
     reach = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -229,7 +229,7 @@ def _checked_size(reference: object, sizes: Mapping[str, int], key: str, kind: s
     if key not in sizes:
         at.fail(f"its storage {key[:80]!r} is missing")
     nbytes, count = sizes[key], reference.fields[4] if isinstance(reference, Persistent) else None
-    expected = at.whole(count, "the size of its storage") * max(1, BITS[kind] // 8)
+    expected = at.whole(count, "the size of its storage") * max(1, TYPES[kind].bits // 8)
     if nbytes != expected:
         at.fail(f"its storage {key[:80]!r} has {nbytes:,} bytes where the pickle says {expected:,}")
     return nbytes
@@ -249,4 +249,4 @@ def _shape(value: object, at: Place) -> tuple[int, ...]:
 
 def _element_type(value: object, at: Place) -> str:
     kind = value.path.removeprefix("torch.") if isinstance(value, Name) else ""
-    return kind if kind in BITS else at.fail("its element type is none of torch's")
+    return kind if kind in TYPES else at.fail("its element type is none of torch's")
