@@ -53,7 +53,7 @@ def load(
     Returns:
         the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
         measured on an equal machine; else all that the artifact allows. With another engine, a
-        `pared.engines.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
+        `pared.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
 
     Raises:
         ConfigError: an option is none that there is, `model` is missing, or the engine's package is.
