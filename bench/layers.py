@@ -92,7 +92,7 @@ def dual_path_rnn() -> dict[str, Any]:
         "float_bytes": 4 * sum(p.numel() for p in model.parameters()),
         "times": times,
         "snr": dual_path.snr(eight, model),
-        "kernels": sorted({line.kernel for line in eight.plan}),
+        "kernels": sorted({line.kernel for line in eight.pared.plan}),
         "smallest_bytes": path.stat().st_size,
         "smallest_snr": dual_path.snr(smallest, model),
         "unseen_snr": dual_path.snr(smallest, model, _UNSEEN),
