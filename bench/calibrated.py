@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.search.compressor import Compressor
 from pared.model.calls import Calibration
-from pared.model.tensors import Slot, find_tensors
+from pared.model.tensors import ModelTensors, find_tensors
 
 ALL_SAMPLES = 10**6  # the bench's calibration data are read whole
 
@@ -24,17 +23,18 @@ class Calibrated:
     """A model, its tensors, what they saw, and what their errors cost."""
 
     model: nn.Module
-    slots: Sequence[Slot]
+    slots: ModelTensors[nn.Module]
     seen: Statistics
     sensitivity: Sensitivity
 
     @classmethod
     def on(cls, model: nn.Module, calibration: Calibration, seed: int = 0) -> Calibrated:
         seen = observe.collect(model, calibration, ALL_SAMPLES)
-        measured = sensitivity.measure(model, seen.calls, seen.energies, seed)
+        tensors = find_tensors(model)
+        measured = sensitivity.measure(tensors, seen.calls, seen.energies, seed)
         assert measured is not None, "its outputs cannot be differentiated"
-        return cls(model, find_tensors(model), seen, measured)
+        return cls(model, tensors, seen, measured)
 
     def compressor(self, conf: PostTrainingQuantConfig | None = None) -> Compressor[Any]:
         conf = conf or PostTrainingQuantConfig(approach="weight_only")
-        return Compressor(self.model, self.slots, conf, self.seen, self.sensitivity)
+        return Compressor(self.slots, conf, self.seen, self.sensitivity)

@@ -152,7 +152,7 @@ def _option(free: FreeTensor, bits: float) -> int:
 
 def inputs(known: Calibrated, judge: Judge, layers: int = PAIRS // 2) -> Iterator[Pair]:
     """Layers with 8-bit weights, whose inputs alone are rounded: by static ranges, and row by row."""
-    decisions = plan.make_plan(known.model, known.slots, ())
+    decisions = plan.make_plan(known.slots, ())
     stored = [
         Stored(slot.names, slot.kind, plan.encode(slot, decision), decision)
         for slot, decision in zip(known.slots, decisions, strict=True)

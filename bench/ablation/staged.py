@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.ablation.series import Series
 from bench.calibrated import Calibrated
-from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import factor
 from pared.fitting.search.options import FreeTensor, rounded
 from pared.formats.coded import Grid
@@ -144,7 +144,7 @@ def _corrected(one: FreeTensor, seen: _Seen, own_moments: bool) -> FreeTensor:
     target = one.target
     matrix = (target.matrix.double() + target.matrix.double() @ shift).float().contiguous()
     factored = factor(seen.moments[None]) if own_moments else target.factored
-    layout = Layout() if own_moments else target.layout
+    layout = Blocks() if own_moments else target.layout
     return replace(
         one, target=replace(target, matrix=matrix, factored=factored, layout=layout, absmax=matrix.abs().amax(1))
     )

@@ -14,6 +14,7 @@ from pared.fitting.search.allocate import Choice
 from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.formats.coded import Raw
 from pared.model.contents import Contents, Decision, Stored
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
 
@@ -62,7 +63,7 @@ class Synthetic(Compressor[Probe]):
         # The bytes that weights would take are letters in the index: so all models have the same structure.
         letters = base64.b64encode(random.Random(0).randbytes(point.nbytes)).decode()
         provenance = {"weights": letters[: point.nbytes - OVERHEAD]}
-        return quantized.assemble(source, Contents((stored,), {}, provenance), Profile(this_machine()))
+        return quantized.assemble(find_tensors(source), Contents((stored,), {}, provenance), Profile(this_machine()))
 
     def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         return [("encoder.weight", 0.75), ("decoder.weight", 0.25)]

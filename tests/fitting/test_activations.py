@@ -224,7 +224,7 @@ def test_outliers_have_to_be_worth_their_columns() -> None:
 
 def stored_of(model: nn.Module) -> list[Stored]:
     slots = find_tensors(model)
-    plan = make_plan(model, slots, ())
+    plan = make_plan(slots, ())
     return [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, plan, strict=True)]
 
 

@@ -43,8 +43,8 @@ def make_compressor(**settings: Any) -> Compressor[Net]:
     torch.manual_seed(0)
     model = Net().eval()
     seen = observe.collect(model, BATCHES, 1000)
-    measured = sensitivity.measure(model, seen.calls, seen.energies, 0)
-    return Compressor(model, find_tensors(model), PostTrainingQuantConfig(**settings), seen, measured)
+    measured = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
+    return Compressor(find_tensors(model), PostTrainingQuantConfig(**settings), seen, measured)
 
 
 @pytest.fixture(scope="module")

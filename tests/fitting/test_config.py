@@ -44,7 +44,7 @@ def test_an_option_like_no_other_gets_the_whole_list() -> None:
         ({"seed": 2**70}, f"seed={2**70} is not a whole number of at least 0 and below 2^63"),
         ({"quant_level": True}, "quant_level=True is not one of 'auto', 0, 1"),
         ({"max_size": "0.4B"}, "'0.4B' is no size"),
-        ({"rules": ["encoder.*"]}, "'encoder.*' is no Rule"),
+        ({"rules": ["encoder.*"]}, "'encoder.*' is not a Rule"),
     ],
 )
 def test_values_are_checked_when_they_are_given(options: dict[str, object], words: str) -> None:
@@ -58,11 +58,11 @@ def test_values_are_checked_when_they_are_given(options: dict[str, object], word
     [
         ({"target": "a"}, "needs either bits=... or keep=True"),
         ({"target": "a", "bits": 4, "keep": True}, "needs either bits=... or keep=True"),
-        ({"target": "a", "bits": 0}, "bits=0 is no rate"),
-        ({"target": "a", "bits": 20}, "bits=20 is no rate"),
-        ({"target": "a", "bits": True}, "bits=True is no rate"),
+        ({"target": "a", "bits": 0}, "bits=0 is not a rate"),
+        ({"target": "a", "bits": 20}, "bits=20 is not a rate"),
+        ({"target": "a", "bits": True}, "bits=True is not a rate"),
         ({"target": "a", "keep": "yes"}, "needs either bits=... or keep=True"),
-        ({"target": "a", "keep": True, "because": 3}, "because=3 is no text"),
+        ({"target": "a", "keep": True, "because": 3}, "because=3 is not text"),
         *(
             (
                 {"target": target, "bits": 4},

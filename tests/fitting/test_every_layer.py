@@ -169,7 +169,7 @@ def lost(model: nn.Module, other: nn.Module, batches: list[Tensor]) -> float:
 def test_every_weight_has_second_moments_or_counts(name: str) -> None:
     model, batches = build(name)
     seen = observe.collect(model, batches, 10**6)
-    found = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    found = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
     assert found is not None
     for slot in find_tensors(model):
         if slot.weight_like:
@@ -219,7 +219,7 @@ def test_a_fused_layer_calls_its_parts_when_they_are_in_int8() -> None:
 def test_what_running_a_module_in_int8_costs_is_tried(name: str) -> None:
     model, batches = build(name)
     seen = observe.collect(model, batches, 10**6)
-    found = module_damage.try_modules(model, find_tensors(model), seen)
+    found = module_damage.try_modules(find_tensors(model), seen)
     assert {key.rpartition(".")[0] for key in found} == {
         one for one in NETWORKS[name][2] if not one.endswith(("linear1", "linear2"))
     }
@@ -350,7 +350,7 @@ def test_a_tied_table_that_is_also_multiplied_has_moments() -> None:
             return x
 
     seen = observe.collect(model := Tied(), [torch.randint(0, 40, (4, 5)) for _ in range(2)], 100)
-    found = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    found = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
     assert found is not None
     assert found.tensors["table.weight"].moments is not None
     assert found.tensors["plain.weight"].moments is None
@@ -360,7 +360,7 @@ def test_a_tied_table_that_is_also_multiplied_has_moments() -> None:
 def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
     model = nn.Sequential(nn.Embedding(40, width), nn.Linear(width, 8), nn.Linear(8, 8))
     seen = observe.collect(model, [torch.randint(0, 40, (4, n)) for n in (5, 9)], 100)
-    found = sensitivity.measure(model, seen.calls, seen.energies, 0)
+    found = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
     assert found is not None
     assert found.tensors["2.weight"].moments is not None
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.sensitivity import MOST_COLUMNS, TensorStats
 from pared.fitting.rounding.feedback import DAMPING, factor, feedback
 from pared.fitting.rounding.importance import DAMPINGS, make_target
@@ -109,7 +109,7 @@ def test_singular_moments_are_damped() -> None:
     assert float(codes.sum()) == 2  # 6 * 0.4 is 2.4: the sum is right, where nearest gives 0
 
 
-def solved(matrix: Tensor, moments: Tensor, layout: Layout, step: float) -> tuple[Tensor, Tensor]:
+def solved(matrix: Tensor, moments: Tensor, layout: Blocks, step: float) -> tuple[Tensor, Tensor]:
     stats = TensorStats(torch.ones(len(matrix), dtype=torch.float64), moments, layout=layout)
     target = make_target(matrix, View(tuple(matrix.shape), (0,)), stats)
     common = round(8 * np.log2(step))
@@ -120,7 +120,7 @@ def test_monsters_do_not_spoil_their_row() -> None:
     matrix = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)) * 0.05
     matrix[3, 5] = 175 * 0.05
     moments = correlated(1, 64)
-    codes, steps = solved(matrix, moments, Layout(), 0.01)
+    codes, steps = solved(matrix, moments, Blocks(), 0.01)
     assert int(codes.abs().max()) < 127
     error = matrix - codes * steps[:, None]
     per_row = ((error @ moments[0]) * error).sum(1) / ((matrix @ moments[0]) * matrix).sum(1)
@@ -131,13 +131,13 @@ def test_monsters_do_not_spoil_their_row() -> None:
 def test_rows_that_leave_the_range_are_solved_again() -> None:
     matrix = torch.full((2, 40), 1.0)
     moments = torch.ones(1, 40, 40) * 3
-    codes, steps = solved(matrix, moments, Layout(), 1e-4)
+    codes, steps = solved(matrix, moments, Blocks(), 1e-4)
     assert int(codes.abs().max()) < 127
     assert torch.allclose(codes * steps[:, None], matrix, atol=0.1)
 
 
 def rounded(matrix: Tensor, moments: Tensor, steps: Tensor, damping: float) -> Tensor:
-    layout = Layout(groups=len(moments))
+    layout = Blocks(groups=len(moments))
     blocks = layout.row_blocks(steps).contiguous()
     codes = feedback(layout.blocks(matrix), factor(moments, damping), blocks, 127)
     return layout.matrix(codes, matrix.shape[1]).to(torch.int8)
@@ -146,7 +146,7 @@ def rounded(matrix: Tensor, moments: Tensor, steps: Tensor, damping: float) -> T
 def test_groups_in_one_batch_are_groups_one_by_one() -> None:
     matrix = torch.randn(24, 9, generator=torch.Generator().manual_seed(0))
     moments = correlated(8, 9)
-    codes, steps = solved(matrix, moments, Layout(groups=8), 0.25)
+    codes, steps = solved(matrix, moments, Blocks(groups=8), 0.25)
     damping = next(d for d in DAMPINGS if torch.equal(codes, rounded(matrix, moments, steps, d)))
     for group in range(8):
         rows = slice(3 * group, 3 * group + 3)
@@ -155,7 +155,7 @@ def test_groups_in_one_batch_are_groups_one_by_one() -> None:
 
 
 def test_wide_matrices_are_cut_into_parts() -> None:
-    layout = Layout(1, 2)
+    layout = Blocks(1, 2)
     matrix = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(layout.matrix(layout.blocks(matrix), matrix.shape[1]), matrix)
     moments = correlated(2, 6)

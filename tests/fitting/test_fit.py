@@ -255,6 +255,16 @@ def test_a_workspace_saves_evaluations(tmp_path: Path) -> None:
         pared.fit(other, conf(1e-3), BATCHES, counted, workspace=tmp_path / "w")
 
 
+def test_a_workspace_takes_models_with_single_numbers(tmp_path: Path) -> None:
+    """A BatchNorm counts its batches in a tensor without dimensions, which the fingerprint has to get through."""
+    model = nn.Sequential(nn.Linear(48, 16), nn.BatchNorm1d(16)).eval()
+    wanted = PostTrainingQuantConfig(max_trials=1)
+    for _ in range(2):
+        q = pared.fit(model, wanted, BATCHES, lambda _: 1.0, workspace=tmp_path / "w")
+    assert q.pared.met
+    assert len(q.pared.trials) == 1
+
+
 def interrupting(function: Any, place: int) -> Any:
     """The function, during whose call of this number the user presses Ctrl-C."""
     calls: list[Any] = []
@@ -291,9 +301,9 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
         1,
         "the largest contributors to the damage were not determined",
     ),
-    "tracing, at once": (trade_off, "trace", 1, "without what was still to be measured"),
-    "timing layers": (speed, "time_layers", 1, "without what was still to be measured"),
-    "timing models": (speed, "time_calls", 1, "without what was still to be measured"),
+    "tracing, at once": (trade_off, "trace", 1, "without its remaining measurements"),
+    "timing layers": (speed, "time_layers", 1, "without its remaining measurements"),
+    "timing models": (speed, "time_calls", 1, "without its remaining measurements"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Damage where nothing can be differentiated: each weight disturbed by itself."""
+"""Damage where nothing can be differentiated: weights are disturbed one at a time."""
 
 import copy
 from typing import Any
@@ -12,6 +12,7 @@ from pared.errors import CalibrationError
 from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.perturbation import perturb
 from pared.model.calls import Call
+from pared.model.tensors import find_tensors
 
 
 class Frozen(nn.Module):
@@ -42,7 +43,7 @@ def calls(samples: int = 64) -> list[Call]:
 def test_a_model_without_gradients_is_not_measured_by_them() -> None:
     model = Frozen()
     seen = observe.collect(model, [calls()[0].args[0]], 100)
-    assert sensitivity.measure(model, seen.calls, seen.energies, 0) is None
+    assert sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0) is None
 
 
 class Overwritten(nn.Linear):
@@ -66,7 +67,7 @@ def test_a_model_whose_gradient_fails_is_disturbed(make: type[nn.Linear], caplog
     torch.manual_seed(0)
     model = make(32, 32)
     quantized = pared.fit(model, calib_dataloader=[torch.randn(64, 32)])
-    assert "each weight is disturbed by itself" in caplog.text
+    assert "its weights are disturbed one at a time" in caplog.text
     assert pared.report(quantized).count("grid int8") >= 1
 
 
@@ -74,7 +75,7 @@ def test_predicted_damage_is_what_noise_does() -> None:
     torch.manual_seed(0)
     model = Frozen()
     before = copy.deepcopy(model.state_dict())
-    found = perturb(model, calls(), 0).tensors
+    found = perturb(find_tensors(model), calls(), 0).tensors
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert set(found) == {"loud.weight", "quiet.weight"}
     (call,) = calls(256)
@@ -90,14 +91,14 @@ def test_predicted_damage_is_what_noise_does() -> None:
 
 def test_tokens_are_compared_by_how_many_change() -> None:
     torch.manual_seed(0)
-    found = perturb(Tokens(), calls(512), 0).tensors
+    found = perturb(find_tensors(Tokens()), calls(512), 0).tensors
     assert float(found["loud.weight"].rows.sum()) > float(found["quiet.weight"].rows.sum())
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
     torch.manual_seed(0)
     model = Frozen()
-    one, other = (perturb(model, calls(), 3).tensors["loud.weight"].rows for _ in range(2))
+    one, other = (perturb(find_tensors(model), calls(), 3).tensors["loud.weight"].rows for _ in range(2))
     assert torch.equal(one, other)
 
 
@@ -107,7 +108,7 @@ def test_a_model_that_draws_at_random_is_refused() -> None:
             return super().forward(x) + torch.rand(())
 
     with pytest.raises(CalibrationError, match="gives different outputs for the same input"):
-        perturb(Random(), calls(), 0)
+        perturb(find_tensors(Random()), calls(), 0)
 
 
 def test_fit_spends_its_bytes_where_errors_cost() -> None:
@@ -132,7 +133,7 @@ def test_damage_is_the_same_notion_as_with_gradients() -> None:
     found = []
     for offset in (0.0, 100.0):
         torch.manual_seed(0)
-        found.append(perturb(Offset(offset), calls(), 0).tensors["loud.weight"].rows.sum())
+        found.append(perturb(find_tensors(Offset(offset)), calls(), 0).tensors["loud.weight"].rows.sum())
     assert float(found[0]) == pytest.approx(float(found[1]), rel=0.02)
 
 
@@ -142,5 +143,5 @@ def test_masked_outputs_do_not_count() -> None:
             return super().forward(x).masked_fill(torch.arange(32) == 2, -torch.inf)
 
     torch.manual_seed(0)
-    found = perturb(Masked(), calls(), 0).tensors
+    found = perturb(find_tensors(Masked()), calls(), 0).tensors
     assert all(0 < float(one.rows.sum()) < float("inf") for one in found.values())

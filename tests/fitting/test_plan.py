@@ -26,7 +26,7 @@ class Model(nn.Module):
 
 def plan(*rules: Rule, strict: bool = False, bits: float = 8) -> dict[str, Decision]:
     model = Model()
-    return {d.name: d for d in make_plan(model, find_tensors(model), rules, strict=strict, bits=bits)}
+    return {d.name: d for d in make_plan(find_tensors(model), rules, strict=strict, bits=bits)}
 
 
 def test_what_is_decided_without_rules() -> None:
@@ -68,7 +68,7 @@ def test_values_that_do_not_survive_float16_stay_exact() -> None:
     with torch.no_grad():
         model.weight[0, 0] = 1e6
         model.bias[0] = 1e-7
-    decided = {d.name: d for d in make_plan(model, find_tensors(model), [Rule("weight", bits=16)])}
+    decided = {d.name: d for d in make_plan(find_tensors(model), [Rule("weight", bits=16)])}
     assert decided["weight"].treatment == "exact"
     assert "do not survive float16" in decided["weight"].because
     assert decided["bias"].treatment == "exact"
@@ -109,7 +109,7 @@ def test_strict_lists_what_would_stay_in_float() -> None:
 @pytest.mark.parametrize("bits", [3, 8, 10])
 def test_a_guess_is_near_what_rounding_gives(bits: float) -> None:
     model = nn.Linear(700, 900)
-    slot = find_tensors(model)[0]
+    slot = find_tensors(model).tensors[0]
     decision = Decision("weight", "grid", bits, "")
     guess = sample_cost(slot, decision, 64)
     assert guess.sampled == 64 * 700

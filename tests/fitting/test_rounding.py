@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.curves import trace
 from pared.fitting.rounding.importance import make_target, table_importance
@@ -32,7 +32,7 @@ def stats_of(rows: int, columns: int, *, moments: bool = True, spread: float = 0
     mix = torch.randn(columns, columns, generator=generator) * 0.3 + 1
     x = torch.randn(64 * columns, columns, generator=generator) @ mix
     both = (x.T @ x)[None], (x[::2].T @ x[::2])[None]
-    return TensorStats(importance, *both, layout=Layout())
+    return TensorStats(importance, *both, layout=Blocks())
 
 
 def target_of(matrix: Tensor, stats: TensorStats) -> RoundingTarget:

@@ -18,6 +18,7 @@ import pared
 from pared import ConfigError, ModelError, PostTrainingQuantConfig
 from pared.fitting import speed
 from pared.model.calls import Call
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs import capture
 from pared.runtime.graphs.call_kinds import Argument
@@ -80,7 +81,7 @@ def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
     q = pared.fit(network(), STATIC, batches(), quiet=True)
     contents = quantized.contents_of(q)
-    slow = quantized.assemble(network(), contents, timed(1.0, None, 2.0, 3.0))
+    slow = quantized.assemble(find_tensors(network()), contents, timed(1.0, None, 2.0, 3.0))
     assert {line.kernel for line in slow.plan} == {"float"}
     assert "runs in float32: nothing else was at least a tenth faster" in pared.report(slow)
     one, other = pared.save(q, tmp_path / "a"), pared.save(slow, tmp_path / "b")
@@ -90,7 +91,7 @@ def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) 
 def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
     contents = quantized.contents_of(pared.fit(model, STATIC, batches(), quiet=True))
-    half = quantized.assemble(model, contents, timed(3.0, 1.0, 2.0, 2.0))
+    half = quantized.assemble(find_tensors(model), contents, timed(3.0, 1.0, 2.0, 2.0))
     assert isinstance(server_of(half), BFloat16Server)
     x = batches()[0]
     with torch.no_grad():
@@ -268,7 +269,7 @@ def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     assert {one.kind for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
     assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
     # Whatever was fastest here in this moment: as a graph it is the same model.
-    graph = quantized.assemble(model, quantized.contents_of(q), timed(1.0, None, 1.0, None))
+    graph = quantized.assemble(find_tensors(model), quantized.contents_of(q), timed(1.0, None, 1.0, None))
     serve(graph, Server(quantized.outline_of, [calls[0].arguments]))
     texts = minilm.documents()[:16]
     expected = minilm.embed(model, texts)

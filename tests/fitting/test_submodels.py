@@ -16,6 +16,7 @@ from pared import PostTrainingQuantConfig
 from pared.fitting import speed, submodels
 from pared.fitting.submodels import find_submodels
 from pared.model.calls import Call
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
 from pared.runtime.layers.counterpart import Counterpart
@@ -152,7 +153,7 @@ def contents() -> Any:
 
 def assembled(contents: Any, part: ModelTiming, whole: ModelTiming | None = None) -> Any:
     profile = Profile(this_machine(), model=whole or ModelTiming(), submodels={"body.encoder": part})
-    return quantized.assemble(model(), contents, profile)
+    return quantized.assemble(find_tensors(model()), contents, profile)
 
 
 GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), timing(1.0, 2.0, 3.0, 2.0)
@@ -240,7 +241,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
     source = model()
     source.body.encoder.__class__ = Flagged
     profile = Profile(this_machine(), submodels={"body.encoder": GRAPH})
-    q: Any = quantized.assemble(source, contents, profile)
+    q: Any = quantized.assemble(find_tensors(source), contents, profile)
     encoder, x = q.body.encoder, call().args[0]
     own = forward_of(encoder)
     server = server_of(encoder)
@@ -260,7 +261,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
 
 def test_a_slice_of_a_served_sequence_runs_by_itself(contents: Any) -> None:
     profile = Profile(this_machine(), submodels={"body.encoder.layers": GRAPH})
-    q: Any = quantized.assemble(model(), contents, profile)
+    q: Any = quantized.assemble(find_tensors(model()), contents, profile)
     part, x = q.body.encoder.layers[:2], call().args[0]
     with torch.no_grad():
         assert torch.equal(part(x), q.body.encoder.layers[1](q.body.encoder.layers[0](x)))
@@ -299,7 +300,7 @@ def test_a_model_that_is_fastest_in_float_has_no_parts(contents: Any) -> None:
 
 def test_a_profile_of_parts_that_are_not_there_is_harmless(contents: Any) -> None:
     profile = Profile(this_machine(), submodels={"body.nothing": HALF})
-    q, heard = quantized.assemble(model(), contents, profile), call()
+    q, heard = quantized.assemble(find_tensors(model()), contents, profile), call()
     with torch.no_grad():
         assert q(*heard.args, **heard.kwargs).shape == (4, 64)
 
@@ -315,7 +316,7 @@ def test_a_profile_survives_json() -> None:
 def in_codes(source: nn.Module, x: Tensor) -> Any:
     """The quantized model with every layer in int8 that may be, whatever is fastest."""
     found = pared.fit(source, PostTrainingQuantConfig(quant_level=0), [x], quiet=True)
-    return quantized.assemble(source, quantized.contents_of(found), Profile(this_machine()))
+    return quantized.assemble(find_tensors(source), quantized.contents_of(found), Profile(this_machine()))
 
 
 def test_floats_of_a_quantized_model_keep_ties() -> None:

@@ -151,9 +151,9 @@ def test_integers_are_refused_as_the_float_layer_refuses_them() -> None:
 def test_a_quantized_model_is_not_compressed_again(tmp_path: Path) -> None:
     q = fast(nn.Sequential(nn.Linear(8, 8)))
     for model in (q, nn.Sequential(q), q[0]):
-        with pytest.raises(ModelError, match="is quantized already"):
+        with pytest.raises(ModelError, match="is already quantized"):
             pared.fit(model)
-    with pytest.raises(ModelError, match="is quantized already"):
+    with pytest.raises(ModelError, match="is already quantized"):
         pared.load(pared.save(q, tmp_path), model=q)
 
 

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pared.fitting.calibration.watch import Product, Watch
+from pared.fitting.calibration.watch import Product, ProductWatch
 
 
 def seen(model: nn.Module, *inputs: Tensor, gradients: bool = False) -> tuple[list[Product], Tensor]:
     found: list[Product] = []
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    with Watch(names, found.append, gradients=gradients):
+    with ProductWatch(names, found.append, gradients=gradients):
         out = model(*inputs)
     return found, out
 
@@ -83,6 +83,6 @@ def test_watching_changes_no_output() -> None:
 
 def test_weights_of_others_are_not_told_of() -> None:
     found: list[Product] = []
-    with Watch({}, found.append):
+    with ProductWatch({}, found.append):
         nn.Linear(2, 2)(torch.zeros(1, 2))
     assert found == []

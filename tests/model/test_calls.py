@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_fit_shows_the_signature(batch: object) -> None:
 def test_no_data_is_an_error(empty: Any) -> None:
     with pytest.raises(CalibrationError) as error:
         calls.run(nn.Identity(), empty, 10)
-    assert error.value.what == "the calibration data are empty: the model was never called"
+    assert error.value.what == "the calibration data are empty: the model was not called"
 
 
 @pytest.mark.parametrize("wrong", [A, {"x": A}, "text", 3])

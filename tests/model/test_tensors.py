@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pared import ModelError
-from pared.model.checks import check_supported
+from pared.model.checks import supported_tensors
 from pared.model.copies import clone_structure
 from pared.model.tensors import find_tensors
 
@@ -104,15 +104,18 @@ def scripted() -> object:
         (nan_model, "1.weight: holds NaN (1 of 4 values, the first at [1, 0])"),
         (
             lambda: with_buffer(torch.eye(2).to_sparse()),
-            "odd: is a tensor that no format holds (torch.float32, torch.sparse_coo)",
+            "odd: has a type or layout that no format can hold (torch.float32, torch.sparse_coo)",
         ),
-        (lambda: with_buffer(torch.ones(2).to(torch.float8_e4m3fn)), "odd: is a tensor that no format holds"),
+        (
+            lambda: with_buffer(torch.ones(2).to(torch.float8_e4m3fn)),
+            "odd: has a type or layout that no format can hold",
+        ),
         (infinite_model, "bias: holds Inf (1 of 2 values, the first at [1])"),
     ],
 )
 def test_what_cannot_be_compressed_is_refused_by_name(make, words: str) -> None:  # type: ignore[no-untyped-def]  # any
     with pytest.raises(ModelError, match=re.escape(words)) as error:
-        check_supported(make())
+        supported_tensors(make())
     assert error.value.remedy
 
 
@@ -125,7 +128,7 @@ def test_models_quantized_by_others_are_refused() -> None:
     with pytest.raises(
         ModelError, match=re.escape("0: is already quantized, or prepared for it (torch.ao.nn.quantized")
     ):
-        check_supported(model)
+        supported_tensors(model)
 
 
 def test_a_deep_copy_is_still_what_torch_makes_it() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ModelError, PostTrainingQuantConfig, Rule
+from pared.model.tensors import find_tensors
 from pared.runtime.onnx.export import Exported
 from pared.runtime.profile import Profile, this_machine
 from pared.runtime.quantized import assemble, contents_of, skeleton_of
@@ -103,7 +104,7 @@ def fitted(model: nn.Module, approach: str, batches: list[Any]) -> nn.Module:
     """At 8 bits, every layer in int8 that may be, whatever is faster here: an export does not depend on that."""
     conf = PostTrainingQuantConfig(approach=approach, quant_level=0)
     q = pared.fit(model.eval(), conf, batches, quiet=True)
-    return assemble(skeleton_of(q), contents_of(q), Profile(this_machine()))
+    return assemble(find_tensors(skeleton_of(q)), contents_of(q), Profile(this_machine()))
 
 
 def flat(outputs: Any) -> list[np.ndarray]:

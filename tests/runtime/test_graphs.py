@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig
 from pared.errors import ModelError
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs import fusion
 from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
@@ -122,7 +123,7 @@ def forced(model: nn.Module, found: nn.Module, kernel: str) -> nn.Module:
     timing = Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
     contents = quantized.contents_of(found)
     profile = Profile(this_machine(), dict.fromkeys(contents.activations, timing))
-    return quantized.assemble(model, contents, profile)
+    return quantized.assemble(find_tensors(model), contents, profile)
 
 
 def graph_of(model: nn.Module, call: dict[str, Any]) -> Graph:

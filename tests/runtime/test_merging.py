@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capture import capture
@@ -144,7 +145,7 @@ def made(name: str) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
     model = make().eval()
     conf = PostTrainingQuantConfig(approach="static", quant_level=0)
     found = pared.fit(model, conf, [call(64)], quiet=True)
-    return quantized.assemble(model, quantized.contents_of(found), Profile(this_machine())), call
+    return quantized.assemble(find_tensors(model), quantized.contents_of(found), Profile(this_machine())), call
 
 
 def graph_of(model: nn.Module, call: dict[str, Tensor]) -> tuple[Graph, Callable[[dict[str, Tensor]], Any]]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import pared
 from pared import CorruptError, ModelError, PostTrainingQuantConfig
 from pared.fitting.calibration.observe import collect
-from pared.fitting.calibration.ranges import COLUMNS_EACH, narrowed
+from pared.fitting.calibration.ranges import COLUMNS_EACH, without_outliers
 from pared.formats.activation import Activation, Outliers, Range
 from pared.model.storage import from_bytes, to_bytes
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.kernels import linear
 from pared.runtime.kernels.activation import quantize
@@ -112,7 +113,7 @@ columns = st.lists(st.tuples(st.floats(-8, 8, width=32), st.floats(-8, 8, width=
 def test_a_narrowed_range_holds_every_column(found: list[tuple[float, float]], more: int) -> None:
     lows = torch.tensor([min(pair) for pair in found] * (COLUMNS_EACH if more else 1))
     highs = torch.tensor([max(pair) for pair in found] * (COLUMNS_EACH if more else 1))
-    low, high, outliers = narrowed(lows, highs)
+    low, high, outliers = without_outliers(lows, highs)
     assert low <= 0 <= high
     assert sum(abs(count) for _, count in outliers) <= len(lows) // COLUMNS_EACH
     reach = {(column, count > 0): abs(count) for column, count in outliers}
@@ -125,7 +126,7 @@ def test_the_narrowest_range_is_found() -> None:
     generator = torch.Generator().manual_seed(3)
     lows, highs = -torch.rand(96, generator=generator), torch.rand(96, generator=generator)
     highs[7], highs[40], lows[40] = 3.0, 2.0, -5.0
-    low, high, outliers = narrowed(lows, highs)
+    low, high, outliers = without_outliers(lows, highs)
 
     def needed(one: float, other: float) -> int:
         above, below = (highs / other).ceil() - 1, (lows / one).ceil() - 1
@@ -174,7 +175,7 @@ def test_one_column_does_not_make_the_grid_of_all_coarse(tmp_path: Any) -> None:
     assert {column for column, _ in activation.outliers} >= {9}
     assert activation.high < 10
     plain = {**contents.activations, "second": Activation("static", activation.low, 60.0)}
-    coarse = quantized.assemble(model, replace(contents, activations=plain), Profile(this_machine()))
+    coarse = quantized.assemble(find_tensors(model), replace(contents, activations=plain), Profile(this_machine()))
     assert loss(q, model, x) < 0.2 * loss(coarse, model, x)
     loaded = pared.load(pared.save(q, tmp_path), model=wild()[0])
     assert quantized.contents_of(loaded).activations == contents.activations

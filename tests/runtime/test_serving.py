@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import pared
+from pared.model.tensors import find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import arguments_of, bind
 from pared.runtime.graphs.graph import Graph
@@ -198,7 +199,7 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     arguments = arguments_of(bound_of(q, case.call(4, 24)))
     timing = CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
-    fast = quantized.assemble(model, quantized.contents_of(q), profile)
+    fast = quantized.assemble(find_tensors(model), quantized.contents_of(q), profile)
     loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
     assert server_of(loaded).wanted == (arguments,)
     assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
@@ -257,7 +258,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     model, q = assembled(case)
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
-    q = quantized.assemble(model, quantized.contents_of(q), profile)
+    q = quantized.assemble(find_tensors(model), quantized.contents_of(q), profile)
     assert isinstance(server_of(q), BFloat16Server)
     with torch.no_grad():
         before = q(IDS)["hidden"]

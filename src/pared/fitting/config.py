@@ -25,10 +25,10 @@ INC_EQUIVALENTS: Final[Mapping[str, str]] = {
     "backend": "Leave it out: models run in plain PyTorch.",
     "domain": "Leave it out: nothing depends on it.",
     "quant_format": "Leave it out: an artifact has one format.",
-    "inputs": "Leave it out: modules are found by themselves.",
-    "outputs": "Leave it out: modules are found by themselves.",
+    "inputs": "Leave it out: modules are found automatically.",
+    "outputs": "Leave it out: modules are found automatically.",
     "example_inputs": "Pass calib_dataloader to pared.fit instead.",
-    "excluded_precisions": "Use rules=[Rule(..., keep=True)] to keep a part exactly as it is.",
+    "excluded_precisions": "Use rules=[Rule(..., keep=True)] to keep tensors exactly as they are.",
     "reduce_range": "Leave it out: the range is reduced at load time, on machines that need it.",
     "diagnosis": "Use q_model.report().",
     "ni_workload_name": "Leave it out: nothing depends on it.",
@@ -39,7 +39,7 @@ INC_EQUIVALENTS: Final[Mapping[str, str]] = {
 
 
 def _strict_options(cls: type[T]) -> type[T]:
-    """Turn an unknown keyword into an error of ours that names the nearest option, or INC's equivalent."""
+    """Make an unknown keyword a ConfigError that names the nearest option, or what replaces an option of INC."""
     plain: Any = cls.__init__
     known = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # applied to dataclasses only
 
@@ -64,7 +64,7 @@ def _remedy_for_option(option: str, known: list[str]) -> str:
 
 
 def _make_plain(options: Any) -> None:
-    """Let the fields hold Python's own numbers and truth values, whatever was given."""
+    """Turn scalars of NumPy and torch in the fields into Python's own."""
     for field in fields(options):
         object.__setattr__(options, field.name, plain(getattr(options, field.name)))
 
@@ -72,12 +72,15 @@ def _make_plain(options: Any) -> None:
 @_strict_options
 @dataclass(frozen=True)
 class AccuracyCriterion:
-    """How much of the baseline's score may be lost.
+    """How much worse than the float model's score (the baseline) the quantized model may score.
 
     Args:
-        higher_is_better: False for losses, error rates and perplexities.
-        criterion: "relative" to the magnitude of the baseline, or "absolute" in the score's own unit.
-        tolerable_loss: the loss allowed; with "relative", 0.01 is one percent of |baseline|.
+        higher_is_better: True (default) for accuracies; False for losses, error rates and perplexities.
+        criterion: "relative" (default): the loss is a share of |baseline|; "absolute": it is in the unit of the score.
+        tolerable_loss: the most that may be lost, at least 0. Default 0.01: one percent of |baseline|.
+
+    Raises:
+        ConfigError: an option is unknown, or has a value that is not among these.
 
     >>> AccuracyCriterion(tolerable_loss=0.02).met(score=0.79, baseline=0.80)
     True
@@ -94,10 +97,10 @@ class AccuracyCriterion:
         checked_number("AccuracyCriterion", "tolerable_loss", self.tolerable_loss, least=0)
 
     def loss(self, score: float, baseline: float) -> float:
-        """What was lost, in the unit of `tolerable_loss`; negative for a gain.
+        """How much was lost, in the unit of `tolerable_loss`; negative if the score is better than the baseline.
 
         Raises:
-            ConfigError: the criterion is relative and the baseline is zero.
+            ConfigError: the criterion is relative, and the baseline is 0.
         """
         lost = baseline - score if self.higher_is_better else score - baseline
         if self.criterion == "absolute":
@@ -111,7 +114,7 @@ class AccuracyCriterion:
         return lost / abs(baseline)
 
     def met(self, score: float, baseline: float) -> bool:
-        """Whether no more was lost than is tolerable (exactly the tolerable loss is met, up to rounding)."""
+        """Whether at most `tolerable_loss` was lost, up to rounding errors."""
         return self.loss(score, baseline) <= self.tolerable_loss + 1e-12
 
 
@@ -127,15 +130,21 @@ _RATES: Final = "Use a number above 0 and below 16, or 16 (float16), or 32 (floa
 @_strict_options
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the tensors it matches; the first rule that matches a tensor decides.
+    """Decides the format of the tensors that it matches. Of several rules for a tensor the first one counts.
+
+    Give either `bits` or `keep=True`.
 
     Args:
-        target: a glob on tensor names ("encoder.*.query.weight") or on the names of the modules that own them
-            ("encoder.*.query", which covers everything below); a module type; or a function that is given a tensor's
-            shape, a tuple, and says whether it matches.
-        bits: the rate, in bits per weight: above 0 and below 16 on a grid, 16 for float16, 32 for float32.
-        keep: leave exactly as it is.
-        because: the reason, shown in reports.
+        target: which tensors: a glob pattern for names of tensors ("encoder.*.query.weight") or of modules
+            ("encoder.*.query", for everything inside them); a module type, subclasses included; or a function that is
+            called with the shape of every tensor, a tuple, and returns True where it matches.
+        bits: bits per weight: above 0 and below 16 for a grid, 16 for float16, 32 for float32. A rate on a grid applies
+            to weights of two or more dimensions; other tensors that match keep their usual format.
+        keep: True leaves the tensors exactly as they are.
+        because: the reason, which reports show.
+
+    Raises:
+        ConfigError: the target, the rate or an option is not one of these.
 
     >>> Rule("encoder.*", bits=4)
     Rule(target='encoder.*', bits=4, keep=False, because='')
@@ -161,13 +170,15 @@ class Rule:
         if not isinstance(self.keep, bool) or (self.bits is None) == (not self.keep):
             raise ConfigError("needs either bits=... or keep=True", where=where, remedy="Give exactly one of them.")
         if self.bits is not None and not _is_rate(self.bits):
-            raise ConfigError(f"bits={self.bits!r} is no rate", where=where, remedy=_RATES)
+            raise ConfigError(f"bits={self.bits!r} is not a rate", where=where, remedy=_RATES)
         if not isinstance(self.because, str):
-            raise ConfigError(f"because={self.because!r} is no text", where=where, remedy="Give the reason in words.")
+            raise ConfigError(
+                f"because={self.because!r} is not text", where=where, remedy="Give the reason as a string."
+            )
 
     @property
     def label(self) -> str:
-        """The target as it is shown to people."""
+        """The target as messages and reports show it."""
         return (
             repr(self.target) if isinstance(self.target, str) else getattr(self.target, "__name__", repr(self.target))
         )
@@ -179,21 +190,37 @@ Approach = Literal["auto", "static", "dynamic", "weight_only"]
 @_strict_options
 @dataclass(frozen=True)
 class PostTrainingQuantConfig:
-    """How `fit` works. The names are those of Intel Neural Compressor 2.x where the meaning is the same.
+    """What you want from `fit`; every option has a default, and none can be changed afterwards.
+
+    The names are those of Intel Neural Compressor 2.x where the meaning is the same.
 
     Args:
-        approach: how activations are quantized: "static" (ranges from calibration), "dynamic" (from each call),
-            "weight_only" (not at all), or "auto": for each layer the first of these that is accurate enough there.
-        accuracy_criterion: what `eval_func` may lose.
-        device: only "cpu".
-        quant_level: 0: nothing coarser than 8 bits; 1: whatever the criterion or the size allows; "auto": 1.
-        max_size: the most bytes that `best_model.pt` may take: a number, "12MB" (12 * 10^6) or "12MiB" (12 * 2^20).
-        rules: decisions of the user; the first that matches a tensor wins.
-        calibration_sampling_size: how many calibration samples are read (whole batches).
-        max_trials: how many evaluations may be made, without the baseline's.
-        timeout: seconds after which no new trial begins; 0: no limit.
-        seed: of the directions in which the damage is measured. It is recorded in the artifact.
-        strict: refuse to leave a floating tensor of two or more dimensions in float unless a rule says so.
+        approach: whether the inputs of layers are rounded to 8 bits as well, so that the layers can run in int8:
+            "static" (in ranges found in calibration), "dynamic" (in the range that each call has), "weight_only" (not
+            at all), or "auto" (default): for each layer the fastest of these whose damage is small enough.
+            "static" needs calibration data; without any, "auto" is "weight_only".
+        accuracy_criterion: how much worse than the float model the result may score. Only for `eval_func`.
+            Default: one percent of the float model's score, where higher is better.
+        device: where the result runs. Only "cpu".
+        quant_level: 0: no tensor is coarser than 8 bits, except by a rule; 1 or "auto" (default): tensors are as
+            coarse as the criterion or the size allows.
+        max_size: the largest `best_model.pt` allowed: bytes as an int, or a string such as "12MB" (12 * 10^6 bytes) or
+            "12MiB" (12 * 2^20 bytes). Default None: no limit.
+        rules: your own decisions about tensors; of several rules that match a tensor, the first one counts.
+        calibration_sampling_size: the number of samples read from the calibration data. Reading stops after the batch
+            that reaches it. Default 100.
+        max_trials: the most models that `eval_func` may score, not counting the float model. Default 20.
+        timeout: seconds after which no new trial begins. Default 0: no limit.
+        seed: of the random directions in which errors are measured, recorded in the artifact. The same seed, data and
+            machine give the same file. Default 0.
+        strict: True makes it an error if a floating tensor of two or more dimensions would stay in float, unless a rule
+            says so. Default False.
+
+    Raises:
+        ConfigError: an option is unknown (the message names the nearest one), or its value is none of these.
+
+    >>> PostTrainingQuantConfig(max_size="12MB").max_size
+    12000000
     """
 
     approach: Approach = "auto"
@@ -231,7 +258,7 @@ class PostTrainingQuantConfig:
             )
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise ConfigError(f"{rule!r} is no Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...).")
+                raise ConfigError(f"{rule!r} is not a Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...).")
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.max_size is not None:
             object.__setattr__(self, "max_size", parse_size(self.max_size))

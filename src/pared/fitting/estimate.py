@@ -1,4 +1,4 @@
-"""Before any work: whether the arguments of `fit` are right, and what will come of it, about."""
+"""Before any work: whether the arguments of `fit` are right, and about how large and slow the result will be."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pared.fitting.calibration import observe
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding import plan
 from pared.model import calls
-from pared.model.checks import check_supported
-from pared.model.tensors import find_tensors
+from pared.model.checks import supported_tensors
 from pared.runtime.layers.registration import check_registered
 
 
 def check_arguments(conf: object, calibration: object, eval_func: object = None, confirm_func: object = None) -> None:
-    """Refuse arguments of `fit` that do not go together, or are of another type.
+    """Refuse arguments of `fit` that have a wrong type or contradict each other.
 
     Raises:
-        ConfigError, CalibrationError: they are.
+        ConfigError: `conf`, `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone.
+        CalibrationError: `approach="static"` without calibration data.
     """
     if not isinstance(conf, PostTrainingQuantConfig):
         raise ConfigError(
-            f"conf is a {type(conf).__name__}",
+            f"conf is a {type(conf).__name__}, not a configuration",
             where="pared.fit",
             remedy="Pass a PostTrainingQuantConfig(...).",
         )
@@ -38,7 +38,7 @@ def check_arguments(conf: object, calibration: object, eval_func: object = None,
             )
     if confirm_func is not None and eval_func is None:
         raise ConfigError(
-            "confirm_func without eval_func confirms nothing",
+            "there is a confirm_func but no eval_func",
             where="pared.fit",
             remedy="Pass eval_func as well.",
         )
@@ -52,12 +52,12 @@ def check_arguments(conf: object, calibration: object, eval_func: object = None,
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `fit` would give at 8 bits, from a look at samples of the weights: what a search starts from.
+    """What `fit` would make at 8 bits, estimated from samples of the weights.
 
     Args:
-        nbytes: of `best_model.pt`, about.
-        original_nbytes: of the model's tensors as they are.
-        seconds: that `fit(quant_level=0)` would take without evaluations, about.
+        nbytes: about the size of `best_model.pt` in bytes; at most `max_size`.
+        original_nbytes: the size of the model's tensors as they are, in bytes.
+        seconds: about the time that `fit` would take with `quant_level=0` and without evaluations.
     """
 
     nbytes: int
@@ -65,7 +65,7 @@ class Estimate:
     seconds: float
 
 
-# What an index takes, about: for each tensor, and by itself.
+# About the bytes of an index: for each tensor, and for everything else.
 _PER_TENSOR = 70
 _ENVELOPE = 1500
 # An estimate rounds this many evenly spaced rows of each tensor.
@@ -77,37 +77,38 @@ def estimate(
     conf: PostTrainingQuantConfig | None = None,
     calib_dataloader: calls.Calibration | None = None,
 ) -> Estimate:
-    """Predict bytes and seconds before any work: rounds a few rows of each tensor and runs one calibration batch.
+    """Estimate the size of the file and the time that `fit` takes, from a few rows of each tensor and one batch.
 
     Args:
-        model: as for `fit`.
+        model: a float model on the CPU. It is left exactly as it is.
         conf: as for `fit`.
-        calib_dataloader: as for `fit`; one batch is read.
+        calib_dataloader: as for `fit`; only its first batch is read, to estimate the time of calibration.
 
     Raises:
-        ParedError: as `fit`.
+        ParedError: as `fit` does.
 
     >>> guess = estimate(nn.Linear(256, 256))
     >>> guess.nbytes < 0.4 * guess.original_nbytes
     True
     """
     conf = PostTrainingQuantConfig() if conf is None else conf
-    check_supported(model)
+    tensors = supported_tensors(model)
     check_registered(model)
     check_arguments(conf, calib_dataloader)
-    slots = find_tensors(model)
-    decisions = plan.make_plan(model, slots, conf.rules, strict=conf.strict)
+    decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
     start = time.monotonic()
-    guesses = [plan.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(slots, decisions, strict=True)]
-    share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in slots))
+    guesses = [
+        plan.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(tensors, decisions, strict=True)
+    ]
+    share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in tensors))
     rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
     calibrating = 0.0
     if calib_dataloader is not None and conf.approach != "weight_only":
         start = time.monotonic()
         seen = observe.collect(model, calib_dataloader, 1)
         calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
-    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(slots) + _ENVELOPE
+    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)
-    original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in slots)
+    original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in tensors)
     return Estimate(nbytes, original, rounding + calibrating)

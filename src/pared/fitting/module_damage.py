@@ -1,6 +1,6 @@
-"""What running a module in int8 costs, where no product of it can be watched: it is run, and the outputs are compared.
+"""What running a module in int8 costs, measured by running it, for modules whose products cannot be watched.
 
-Recurrent layers and attention compute in one function of PyTorch's, whose inner inputs (states, contexts) nobody sees.
+Recurrent layers and attention compute in one function of PyTorch, which hides its inner inputs (states, contexts).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pared.model.calls import Call
 from pared.model.contents import Decision, Stored
 from pared.model.copies import shadow
 from pared.model.outputs import Leaf, leaves_of
-from pared.model.tensors import Slot
+from pared.model.tensors import ModelTensors
 from pared.runtime.layers.counterpart import stand_in
 from pared.runtime.layers.registry import layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
@@ -27,19 +27,19 @@ from pared.switches import WITHOUT_FAST_PATHS
 _MOST_CALLS: Final = 4
 
 
-def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> dict[str, InputNoise]:
-    """The damage of 8-bit inputs of every module that has a forward of its own in the table of layers.
+def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str, InputNoise]:
+    """Measure the damage of 8-bit inputs for every module with a forward of its own in the table of layers.
 
     Args:
-        model: left as it is.
-        slots: its tensors.
-        seen: what calibration saw; the first of its calls are made again, twice for each module.
+        tensors: of the model, which is left as it is.
+        seen: what calibration saw; the first four of its calls are repeated, twice for each module.
 
     Returns:
-        by the name of the module's first weight; nothing where the model returns no floats.
+        the damage by the name of the module's first weight; empty if the model returns no floats.
     """
     if not seen.energies:
         return {}
+    model = tensors.model
     wanted = {
         f"{name}.{attribute}".removeprefix(".")
         for name, module in model.named_modules(remove_duplicate=False)
@@ -47,10 +47,10 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
         for attribute in (*weights_of(module), *(f"{part}.weight" for part in layer.children))
     }
     stored = [
-        Stored(slot.names, slot.kind, encode(slot, decision), decision)
-        for slot in slots
-        if slot.weight_like and wanted & set(slot.names)
-        for decision in (Decision(slot.name, "grid", DEFAULT_BITS, ""),)
+        Stored(tensor.names, tensor.kind, encode(tensor, decision), decision)
+        for tensor in tensors
+        if tensor.weight_like and wanted & set(tensor.names)
+        for decision in (Decision(tensor.name, "grid", DEFAULT_BITS, ""),)
     ]
     candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
@@ -59,7 +59,7 @@ def try_modules(model: nn.Module, slots: Sequence[Slot], seen: Statistics) -> di
 
 
 def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> float:
-    """The mean share of the outputs' energies that running one module in int8 costs."""
+    """The share of the outputs' energy that is lost when one module runs in int8; the mean over the outputs."""
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
         candidate.name: candidate.weights,

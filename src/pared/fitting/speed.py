@@ -1,4 +1,4 @@
-"""What is fastest on this machine: kernels of layers, graph or modules, int8 or float. No file depends on it."""
+"""What is fastest on this machine: int8, bfloat16 or float, layer by layer or as a graph. No artifact depends on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from pared.artifact.envelope import find_artifact
 from pared.files.disk import as_path
-from pared.fitting import speed
 from pared.fitting.calibration import observe
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.search.activations import Candidate, find_candidates
@@ -25,6 +24,7 @@ from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
+from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import quantized
 from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_kind, parameters_of
 from pared.runtime.graphs.capture import Captures
@@ -38,55 +38,53 @@ from pared.runtime.serving.server import Server, agree
 from pared.runtime.stopwatch import fastest_ms
 from pared.scalars import checked_number
 
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
 _MOST_KINDS: Final = 3  # of calls that are measured
-_WORTH_TRYING: Final = 0.1  # of the layers' time has to be in float32 for them to be tried all in int8
+_WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
 _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
-_FAR: Final = 2  # times as large, or as slow
-_HALF_LOSS: Final = 1e-3  # of the output's energy: as much as `fit` loses unasked
+_FAR: Final = 2  # a call this many times as large, or as slow, is far larger or slower
+_BFLOAT16_LOSS: Final = 1e-3  # share of the output's energy that bfloat16 may lose: the default damage of `fit`
 
 
-def tuned(model: ModuleT, contents: Contents, seen: Statistics) -> ModuleT:
-    """The quantized model, with what was measured to be fastest here.
+def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> ModuleT:
+    """The quantized model in the form that was measured to be fastest on this machine.
 
     Args:
-        model: the float model; it is left as it is.
-        contents: of the artifact.
-        seen: of calibration: its calls are made again.
+        tensors: of the float model, which is left as it is.
+        contents: everything that the artifact holds.
+        seen: what calibration saw; its calls are made again.
     """
-    candidates = find_candidates(model, contents.tensors, seen.inputs)
+    candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
-    outright = shadow(model)
+    outright = tensors.in_copy(shadow(tensors.model))
     largest = max(seen.calls, key=_numbers, default=None)
-    submodels = find_submodels(outright, largest) if largest is not None else {}
+    submodels = find_submodels(outright.model, largest) if largest is not None else {}
     captures = {name: Captures() for name in ("", *submodels)}
     best = _timed(outright, contents, profile, seen.calls, submodels, captures)
     if _left(profile) >= _WORTH_TRYING:
-        # A layer that is slower by itself may be faster where a graph joins it with its neighbours.
+        # A layer that is slower on its own may be faster where a graph joins it with its neighbours.
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
             best = together
-    return quantized.assemble(model, contents, best)
+    return quantized.assemble(tensors, contents, best)
 
 
 def _left(profile: Profile) -> float:
-    """The share of the layers' time, in float32, of those that are not fastest in int8."""
+    """The share of the layers' time in float32 that those take which are not fastest in int8."""
     total = sum(timing.float32_ms for timing in profile.layers.values())
     left = sum(timing.float32_ms for timing in profile.layers.values() if timing.kernel != "int8")
     return left / total if total else 0.0
 
 
 def _timed(
-    model: nn.Module,
+    tensors: ModelTensors[nn.Module],
     contents: Contents,
     profile: Profile,
     calls: Sequence[Call],
     submodels: Mapping[str, Call],
     captures: Mapping[str, Captures],
 ) -> Profile:
-    """The profile with the times of the submodels, and then those of the model, which contains them."""
-    by_layers = quantized.assemble(model, contents, profile)
+    """The profile with the times of the submodels, and then of the model in which the fastest of these run."""
+    model, by_layers = tensors.model, quantized.assemble(tensors, contents, profile)
     if submodels:
         times = {
             name: ModelTiming(
@@ -95,21 +93,21 @@ def _timed(
             for name, call in submodels.items()
         }
         profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.is_served})
-        by_layers = quantized.assemble(model, contents, profile)
+        by_layers = quantized.assemble(tensors, contents, profile)
     return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""])))
 
 
 def time_calls(
     model: nn.Module, by_layers: nn.Module, calls: Sequence[Call], captures: Captures
 ) -> tuple[CallTiming, ...]:
-    """Time a model, or a part of one, in all of its forms.
+    """Time a model, or a submodel, in all of its forms.
 
     Args:
-        model: the float model in eval mode, or a part of it.
-        by_layers: the same, quantized, without a graph of its own.
-        calls: that calibration made; of each call kind the largest and the smallest are made again, and the
-            first sample of that by itself. bfloat16 is no choice if the first of them is far slower in it.
-        captures: of its architecture.
+        model: the float model or submodel, in eval mode.
+        by_layers: the same, quantized, and run layer by layer.
+        calls: the calls that calibration made. Of each kind the largest, the smallest and the first sample of the
+            smallest are made again. bfloat16 is given up if the first call is far slower in it.
+        captures: the graphs captured so far of this architecture.
     """
     names = parameters_of(model)
     found = chosen(calls, names)
@@ -126,12 +124,12 @@ def time_calls(
 
 
 def _is_hopeless(timing: CallTiming) -> bool:
-    """Whether bfloat16 was so slow that it need not be tried again."""
+    """Whether bfloat16 was too slow to be tried again."""
     return timing.bfloat16_ms is not None and timing.bfloat16_ms > _FAR * min(timing.float32_ms, timing.modules_ms)
 
 
 def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
-    """The calls that are timed: of each call kind the largest, the smallest if far smaller, a single sample."""
+    """The calls that are timed: of each kind the largest, the smallest if it is far smaller, and a single sample."""
     kinds: dict[object, list[Call]] = {}
     for call in calls:
         bound = bind(names, call.args, call.kwargs)
@@ -148,7 +146,7 @@ def _numbers(call: Call) -> int:
 
 
 def _single(call: Call) -> list[Call]:
-    """The first sample of a call, if all of its tensors count as many, and something in each."""
+    """A call with only the first sample, if all tensors of the call have the same number of samples, two or more."""
     tensors = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor)]
     if any(one.dim() < 2 for one in tensors) or len({len(one) for one in tensors}) != 1 or len(tensors[0]) < 2:
         return []
@@ -161,7 +159,7 @@ def _single(call: Call) -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class _Forms:
-    """A model in all of its forms: in float32, in bfloat16, by layers, and as graphs."""
+    """A model in all of its forms: float32, bfloat16, quantized and run layer by layer, and as graphs."""
 
     float32: nn.Module
     bfloat16: Callable[..., Any]
@@ -188,15 +186,15 @@ class _Forms:
         )
 
     def _in_bfloat16(self, call: Call) -> Callable[[], Any] | str:
-        """The call in bfloat16; or why it is no choice."""
+        """The call in bfloat16; or why it cannot be chosen."""
         run = partial(self.bfloat16, *call.args, **call.kwargs)
         with torch.inference_mode():
             expected = self.float32(*call.args, **call.kwargs)
             try:
                 found = run()
-            except Exception as error:  # noqa: BLE001  # whatever the model raises in another type is told as the reason
+            except Exception as error:  # noqa: BLE001  # whatever the model raises in bfloat16 becomes the reason
                 return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return run if agree(found, expected, _HALF_LOSS) else "it is too far from float32"
+        return run if agree(found, expected, _BFLOAT16_LOSS) else "it is too far from float32"
 
     def _as_graph(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
         """The call as a graph; or why there is none."""
@@ -207,18 +205,11 @@ class _Forms:
             return self.server.reason(bound) if run() is NotImplemented else run
 
 
-def kept(old: nn.Module, new: ModuleT) -> ModuleT:
-    """A newly assembled model with what is known of an old one."""
-    known, record = record_of(old), record_of(new)
-    record.outcome, record.curve = known.outcome, known.curve
-    return new
-
-
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 
 
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Measure each module in float32, bfloat16 and int8 on a call that calibration saw; equal ones only once."""
+    """Time each module in float32, bfloat16 and int8 on a call that calibration saw; equal modules only once."""
     timings: dict[str, Timing] = {}
     known: dict[object, Timing] = {}
     for candidate in candidates:
@@ -256,13 +247,13 @@ def measure(
     dtype: torch.dtype = torch.float32,
     call: Call | None = None,
 ) -> Timing:
-    """Time one layer in each of its forms, interleaved.
+    """Time one layer in each of its forms, in turns.
 
     Args:
         layers: the float layer, and its counterparts in bfloat16 and int8.
-        shape: of the input.
-        dtype: of the input.
-        call: what each is called with; None: random numbers of the shape and the type.
+        shape: the shape of the input.
+        dtype: the type of the input.
+        call: the arguments; None: one tensor of random numbers with this shape and type.
     """
     call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
     forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
@@ -273,22 +264,23 @@ def measure(
 def tune_speed(
     path: str | Path, model: ModuleT, calib_dataloader: calls.Calibration, *, calibration_sampling_size: int = 100
 ) -> ModuleT:
-    """Measure anew what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
+    """Measure what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
 
-    `fit` does this by itself. It is worth repeating on another machine, with other threads, or where calls are of other
-    sizes than those that `fit` saw.
+    `fit` measures this too. Measure again on another machine, with another number of threads, or if your calls have
+    other sizes than the calibration data of `fit`.
 
     Args:
-        path: the directory that `save` wrote, or the artifact itself.
-        model: the architecture, as for `load`.
-        calib_dataloader: calls of the sizes that matter, as for `fit`; their numbers decide nothing.
-        calibration_sampling_size: how many samples are read.
+        path: the directory that `save` wrote, or the artifact in it.
+        model: any instance of the architecture, as for `load`; its numbers are not used.
+        calib_dataloader: calls of the sizes that you will make, in the form that `fit` takes. Only sizes and types
+            matter, not the numbers.
+        calibration_sampling_size: the number of samples read; reading stops after the batch that reaches it.
 
     Returns:
-        the quantized model, as `load` gives it from now on.
+        the quantized model as `load` will return it from now on.
 
     Raises:
-        ParedError: as `load`, and as `fit` for the calibration data.
+        ParedError: as `load` does, and as `fit` does for the calibration data.
     """
     check_model(model, "pared.tune_speed")
     limit = checked_number(
@@ -296,8 +288,9 @@ def tune_speed(
     )
     file = find_artifact(as_path(path, "tune_speed"))
     contents = storage.read(file)
-    floats = quantized.decoded(model, completed(model, contents))
+    tensors = find_tensors(model)
+    floats = quantized.decoded(tensors, completed(tensors, contents))
     seen = observe.collect(floats, calib_dataloader, limit)
-    found: ModuleT = speed.tuned(floats, contents, seen)
+    found: ModuleT = tuned(tensors.in_copy(floats), contents, seen)
     storage.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
     return found

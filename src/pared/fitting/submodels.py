@@ -1,7 +1,6 @@
-"""Submodels that are also called on their own: the encoder of an encoder-decoder model, the towers of a two-tower one.
+"""Submodels that users may also call directly: the encoder of an encoder-decoder, the towers of a two-tower model.
 
-Such a submodel is recognized by its inputs: they are inputs of the model and nothing else, so callers of the model can
-call it as well.
+They are recognized by their arguments: inputs of the model and nothing else, so that callers can pass them, too.
 """
 
 from __future__ import annotations
@@ -18,27 +17,27 @@ from pared.runtime.graphs.call_kinds import bind, parameters_of
 from pared.runtime.layers.registry import layer_of
 from pared.switches import WITHOUT_FAST_PATHS
 
-# The least and the greatest share of the model's time that a submodel takes: below, it is not worth a graph of its own;
-# above, it is the model itself in a wrapper.
-_LEAST: Final = 0.2
-_MOST: Final = 0.9
+# The share of the model's time that a submodel takes: below, it is not worth a graph of its own; above, the model is
+# only a wrapper of it.
+_LEAST_SHARE: Final = 0.2
+_MOST_SHARE: Final = 0.9
 
 
 def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
-    """The outermost of such submodels by name, each with the call that the model makes of it.
+    """The outermost submodels, by name, each with the call that the model makes of it.
 
     Args:
         model: a float model in eval mode, which is left as it is.
-        call: a call of the model; it is repeated.
+        call: a call of the model, which is repeated.
     """
-    watches = {
-        name: _Watch(call)
+    recorders = {
+        name: _CallRecorder(call)
         for name, module in model.named_modules()
         if name and any(True for _ in module.children()) and layer_of(module) is None
     }
-    if not watches:
+    if not recorders:
         return {}
-    handles = [handle for name, watch in watches.items() for handle in watch.over(model.get_submodule(name))]
+    handles = [handle for name, recorder in recorders.items() for handle in recorder.over(model.get_submodule(name))]
     try:
         with torch.inference_mode(), WITHOUT_FAST_PATHS:
             start = time.perf_counter()
@@ -48,30 +47,35 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     found = {
-        name: watch.calls[0]
-        for name, watch in watches.items()
-        if len(watch.calls) == 1 and watch.calls[0] is not None and _LEAST * total <= watch.seconds <= _MOST * total
+        name: recorder.calls[0]
+        for name, recorder in recorders.items()
+        if len(recorder.calls) == 1 and recorder.calls[0] is not None
+        if _LEAST_SHARE * total <= recorder.seconds <= _MOST_SHARE * total
     }
-    return {name: one for name, one in found.items() if not any(name.startswith(f"{other}.") for other in found)}
+    return {name: call for name, call in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}
 
 
-class _Watch:
-    """The calls that a model makes of one module, None where it is given more than inputs, and the seconds they take.
+class _CallRecorder:
+    """Hooks that record the calls that a model makes of one module, and how long they take.
 
     Args:
         call: the call of the model.
+
+    Attributes:
+        calls: None for a call whose arguments are not only inputs of the model.
+        seconds: the time of all calls.
     """
 
     def __init__(self, call: Call) -> None:
-        self._inputs = {id(one) for one in _tensors(call.args, call.kwargs)}
+        self._inputs = {id(tensor) for tensor in _tensors(call.args, call.kwargs)}
         self.calls: list[Call | None] = []
         self.seconds = 0.0
 
     def over(self, module: nn.Module) -> tuple[Any, Any]:
-        """Add hooks to a module, and return their handles."""
+        """Hook a module; returns the handles of the hooks."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.calls.append(Call(args, kwargs) if self._is_of_inputs(module, args, kwargs) else None)
+            self.calls.append(Call(args, kwargs) if self._has_only_inputs(module, args, kwargs) else None)
             self.seconds -= time.perf_counter()
 
         def after(*_: object) -> None:
@@ -79,9 +83,9 @@ class _Watch:
 
         return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
 
-    def _is_of_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        given = {id(one) for one in _tensors(args, kwargs)}
-        # A module that is given all of several inputs is the model in a wrapper.
+    def _has_only_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = {id(tensor) for tensor in _tensors(args, kwargs)}
+        # A module that gets all of several inputs is the model inside a wrapper.
         if not given or not given <= self._inputs or (given == self._inputs and len(given) > 1):
             return False
         return bind(parameters_of(module), args, kwargs) is not None

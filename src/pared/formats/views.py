@@ -72,8 +72,8 @@ class View:
 
 
 def first_dimension(shape: tuple[int, ...]) -> View:
-    """Rows are dimension 0, as in Linear, Conv, Embedding and the gates of LSTM and GRU."""
-    return View(shape, (0,))
+    """Rows are dimension 0, as in Linear, Conv, Embedding and the gates of LSTM and GRU; a single number is one row."""
+    return View(shape, (0,) if shape else ())
 
 
 def single_row(shape: tuple[int, ...]) -> View:

@@ -1,4 +1,4 @@
-"""Calibration data as calls of the model: what a batch means is decided here, once, and never guessed."""
+"""Calibration data as calls of the model: the one place that decides how a batch becomes arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pared.errors import CalibrationError, ParedError
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of the model, to be made again: its arguments, in tensors of their own."""
+    """The arguments of one call of the model, in tensors that nobody else writes to, so that it can be repeated."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -30,17 +30,18 @@ def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "cal
     """Call the model on the calibration data, once, without gradients.
 
     Args:
-        model: called as it is; hooks on it see the calls.
+        model: called as it is, so hooks on it see the calls.
         calibration: an iterable of batches, each a tensor, a tuple or list of arguments, or a dict of keyword
-            arguments; or a callable that is given the model and calls it.
-        limit: stop reading batches when this many samples were seen.
-        name: what the caller's argument is called, for messages.
+            arguments; or a function that gets the model and calls it.
+        limit: reading stops after the batch that reaches this number of samples.
+        name: the name of the caller's argument, for messages.
 
     Returns:
-        the number of samples seen: first dimensions of the first tensors, added up.
+        the number of samples seen: the sum over the calls of the first dimension of their first tensor.
 
     Raises:
-        CalibrationError: there are no data, or a batch does not fit the model's `forward`, or fits it in two ways.
+        CalibrationError: there are no data, a batch does not fit the model's `forward` or fits it in two ways, or the
+            model raised an exception.
     """
     counter = _SampleCounter()
     handle = model.register_forward_pre_hook(counter, with_kwargs=True)
@@ -54,7 +55,7 @@ def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "cal
         handle.remove()
     if counter.calls == 0:
         raise CalibrationError(
-            "the calibration data are empty: the model was never called",
+            "the calibration data are empty: the model was not called",
             where=name,
             remedy="Pass an iterable with at least one batch (an exhausted generator gives none), or a callable that "
             "calls the model.",
@@ -78,7 +79,7 @@ def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCou
 
 
 def _guarded(call: Callable[[], object], where: str) -> None:
-    """Name the batch in whatever error the model raises; its traceback is kept as the cause."""
+    """Turn whatever the model raises into an error that names the batch; the original is its cause."""
     try:
         call()
     except ParedError:
@@ -87,7 +88,7 @@ def _guarded(call: Callable[[], object], where: str) -> None:
         raise CalibrationError(
             f"the model raised {type(error).__name__}: {error}",
             where=where,
-            remedy="Check that the model runs on this batch by itself; the traceback above shows where it stopped.",
+            remedy="Call the model on this batch yourself; the traceback above shows where it failed.",
         ) from error
 
 
@@ -104,12 +105,12 @@ class _SampleCounter:
 
 
 def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    """How many samples a call holds: the first dimension of its first tensor.
+    """The number of samples in a call: the first dimension of its first tensor; 1 if it has none.
 
     >>> samples_of((torch.zeros(8, 3),), {}), samples_of((2.0,), {})
     (8, 1)
     """
-    leaves = tree_leaves((args, dict(kwargs)), is_leaf=lambda one: isinstance(one, PackedSequence))
+    leaves = tree_leaves((args, dict(kwargs)), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
     first = next((leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))), None)
     if isinstance(first, PackedSequence):
         return int(first.batch_sizes[0])
@@ -119,12 +120,12 @@ def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 def bind(model: nn.Module, batch: object, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and keyword arguments that a batch stands for.
 
-    A tuple or list of k items is passed whole where `forward` requires at least k. Where `forward` can take fewer
-    than k, the items beyond are labels and are left out.
+    All k items of a tuple or list are arguments if `forward` requires at least k. Items beyond what `forward` can take
+    are labels, and are left out.
 
     Raises:
-        CalibrationError: `forward` requires fewer than k but could take more than that, so that there are two
-            readings; or the batch does not fit at all.
+        CalibrationError: `forward` requires fewer than k but could take more than that, so the other items could be
+            arguments or labels; or the batch does not fit at all.
 
     >>> bind(nn.Linear(2, 2), (torch.zeros(1, 2), "label"), "batch 0")
     ((tensor([[0., 0.]]),), {})

@@ -1,4 +1,4 @@
-"""Whether a model can be compressed, said before any work."""
+"""Refuses models that cannot be compressed, before any work is done."""
 
 from __future__ import annotations
 
@@ -9,47 +9,49 @@ from torch import Tensor, nn
 
 from pared.errors import ModelError
 from pared.formats.coded import RAW_TYPES, dtype_name
-from pared.model.tensors import Slot, find_tensors
+from pared.model.tensors import ModelTensor, ModelTensors, ModuleT, find_tensors
 
 
-def check_supported(model: object) -> None:
-    """Refuse what cannot be compressed, before any work is done.
+def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
+    """The tensors of a model, which can be compressed.
 
     Raises:
-        ModelError: not a module; compiled, scripted or lazy; on the meta device; already quantized by others;
-            or a parameter that is NaN or infinite.
+        ModelError: it is not a module; compiled, scripted or lazy; on the meta device; quantized already; or one of its
+            parameters holds NaN or infinity.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"expected a torch.nn.Module, got {type(model).__name__}",
-            remedy="Pass the model itself, not its weights.",
+            remedy="Pass the model, not its weights or its name.",
         )
     check_unquantized(model)
     check_modules(model)
-    for slot in find_tensors(model):
-        _check_tensor(slot)
+    tensors = find_tensors(model)
+    for tensor in tensors:
+        _check_tensor(tensor)
+    return tensors
 
 
 def check_unquantized(model: nn.Module) -> None:
-    """Refuse a model that is quantized already, or holds one that is.
+    """Refuse a model that pared has quantized, or that contains such a model.
 
     Raises:
-        ModelError: it is.
+        ModelError: it is quantized already.
     """
     for name, module in model.named_modules():
         if "_pared" in vars(module) or "pared_views" in vars(module):
             raise ModelError(
-                "is quantized already",
+                "is already quantized by pared",
                 where=name or type(module).__name__,
                 remedy="Pass the float model, or an empty one of its class.",
             )
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse modules whose weights cannot be got at.
+    """Refuse modules whose weights are hidden or not there yet.
 
     Raises:
-        ModelError: compiled, scripted or lazy; prepared for quantization or quantized by others.
+        ModelError: a module is compiled, scripted or lazy; prepared for quantization, or quantized by another tool.
     """
     for name, module in model.named_modules():
         _check_module(name or type(module).__name__, module)
@@ -58,7 +60,7 @@ def check_modules(model: nn.Module) -> None:
 _LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
 
-# Where PyTorch's own quantization has its modules.
+# Modules of PyTorch's own quantization.
 _QUANTIZED: Final = (
     "torch.ao.nn.quantized",
     "torch.ao.nn.qat",
@@ -78,8 +80,12 @@ def _check_module(name: str, module: nn.Module) -> None:
             where=name,
             remedy="Pass the model as it was before torch.compile (its `_orig_mod`).",
         )
-    if any(isinstance(one, _LAZY) for one in (*module._parameters.values(), *module._buffers.values())):
-        raise ModelError("has lazy parameters", where=name, remedy="Run the model once on real inputs before `fit`.")
+    if any(isinstance(tensor, _LAZY) for tensor in (*module._parameters.values(), *module._buffers.values())):
+        raise ModelError(
+            "has lazy parameters, which have no shape yet",
+            where=name,
+            remedy="Call the model once on real inputs first.",
+        )
     if type(module).__module__.startswith(_QUANTIZED):
         raise ModelError(
             f"is already quantized, or prepared for it ({type(module).__module__})",
@@ -88,31 +94,31 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
 
 
-def _check_tensor(slot: Slot) -> None:
-    tensor = slot.tensor
+def _check_tensor(named: ModelTensor) -> None:
+    tensor = named.tensor
     if tensor.is_meta:
         raise ModelError(
-            "is on the meta device: it holds no numbers", where=slot.name, remedy="Load the weights first."
+            "is on the meta device: it holds no numbers", where=named.name, remedy="Load the weights first."
         )
     if tensor.layout is not torch.strided or dtype_name(tensor.dtype) not in RAW_TYPES:
         raise ModelError(
-            f"is a tensor that no format holds ({tensor.dtype}, {tensor.layout})",
-            where=slot.name,
-            remedy="Make it dense, of a type such as float32, float16, bfloat16, int64 or bool.",
+            f"has a type or layout that no format can hold ({tensor.dtype}, {tensor.layout})",
+            where=named.name,
+            remedy="Convert it to a dense tensor of a type such as float32, float16, bfloat16, int64 or bool.",
         )
     if tensor.is_quantized or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ModelError(
-            f"is a {type(tensor).__name__}, a tensor that another tool made",
-            where=slot.name,
+            f"is a {type(tensor).__name__}, a tensor of another quantization tool",
+            where=named.name,
             remedy="Pass the float model instead.",
         )
-    if slot.kind == "parameter" and tensor.is_floating_point() and tensor.numel():
+    if named.kind == "parameter" and tensor.is_floating_point() and tensor.numel():
         low, high = torch.aminmax(tensor.detach())
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             wrong = torch.nonzero(~torch.isfinite(tensor.detach()))
             value = "NaN" if bool(torch.isnan(tensor.detach()).any()) else "Inf"
             raise ModelError(
                 f"holds {value} ({len(wrong)} of {tensor.numel()} values, the first at {wrong[0].tolist()})",
-                where=slot.name,
-                remedy="Repair or reload the weights: no compressed model can be better than its source.",
+                where=named.name,
+                remedy="Repair or reload the weights.",
             )

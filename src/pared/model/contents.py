@@ -1,4 +1,4 @@
-"""What an artifact holds, as values in memory: the hand-over between fit, files and live models."""
+"""What an artifact holds, as values in memory: what fit makes, files store and live models are built from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pared.errors import MismatchError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Raw, dtype_name
-from pared.model.tensors import find_tensors
+from pared.model.tensors import ModelTensors
 from pared.readers.naming import aligned
 
 Treatment = Literal["grid", "float16", "float32", "exact"]
@@ -23,10 +23,10 @@ class Decision:
 
     Args:
         name: the tensor's first name.
-        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact".
-        bits: the rate asked for, or planned by the search; only for grids. None while the search has yet to decide.
-        because: the reason, for people.
-        damage: predicted, as a share of the output's energy; only with calibration data.
+        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact", bit for bit.
+        bits: bits per weight, as a rule or the search decided; only for grids. None until the search has decided.
+        because: the reason, as reports show it; empty where it is the usual format.
+        damage: the predicted share of the output's energy that is lost; None without calibration data.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Stored:
     Args:
         names: every dotted name it goes by; the first is its name in tables.
         kind: whether it is a parameter or a buffer.
-        coded: its numbers.
-        decision: what was decided about it, and why.
+        coded: its numbers in this format.
+        decision: which format, and why.
     """
 
     names: tuple[str, ...]
@@ -71,9 +71,9 @@ class Contents:
 
     Args:
         tensors: every parameter and buffer of the model, once.
-        activations: how each int8 counterpart treats its input, by module name; modules that are not named run in
-            float.
-        provenance: versions, configuration, scores: plain data, for people.
+        activations: by module name, how the input of each module that can run in int8 is rounded; all other modules run
+            in float.
+        provenance: versions, configuration and scores, as JSON data that nothing depends on.
     """
 
     tensors: tuple[Stored, ...]
@@ -81,71 +81,72 @@ class Contents:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-def match(model: nn.Module, contents: Contents) -> list[tuple[Stored, list[Tensor]]]:
-    """Pair what is stored with the model's own tensors, strictly.
+def match(model: ModelTensors[nn.Module], contents: Contents) -> list[tuple[Stored, list[Tensor]]]:
+    """Pair each stored tensor with the tensors of the model that have its names.
+
+    Args:
+        model: the tensors of a model of the same architecture.
+        contents: of an artifact, as `completed` returns them.
 
     Returns:
-        (stored, the model's tensors of its names) for everything stored; several objects where the source tied them
-        and this model does not.
+        for everything stored, the model's tensors: several objects where they are tied in the source but not here.
 
     Raises:
         MismatchError: a tensor is missing on either side, has another shape, or is tied in the model but not in the
             contents.
     """
-    slots = find_tensors(model)
     by_name = {name: stored for stored in contents.tensors for name in stored.names}
-    wanted = {name for slot in slots for name in slot.names}
+    wanted = {name for tensor in model for name in tensor.names}
     _refuse_difference(wanted, set(by_name))
     found: dict[int, tuple[Stored, list[Tensor]]] = {}
-    for slot in slots:
-        stored = by_name[slot.name]
-        if any(by_name[name] is not stored for name in slot.names):
+    for tensor in model:
+        stored = by_name[tensor.name]
+        if any(by_name[name] is not stored for name in tensor.names):
             raise MismatchError(
-                f"the model ties {' and '.join(slot.names)}, the artifact holds them apart",
-                where=slot.name,
+                f"the model ties {' and '.join(tensor.names)}, the artifact holds them apart",
+                where=tensor.name,
                 remedy="Build the model with the configuration that the artifact was made from.",
             )
-        if tuple(slot.tensor.shape) != stored.coded.shape:
+        if tuple(tensor.tensor.shape) != stored.coded.shape:
             raise MismatchError(
-                f"the model has shape {list(slot.tensor.shape)}, the artifact {list(stored.coded.shape)}",
-                where=slot.name,
+                f"the model has shape {list(tensor.tensor.shape)}, the artifact {list(stored.coded.shape)}",
+                where=tensor.name,
                 remedy="Build the model with the configuration that the artifact was made from.",
             )
         objects = found.setdefault(id(stored), (stored, []))[1]
-        objects.extend(slot.objects)
+        objects.extend(tensor.objects)
     return list(found.values())
 
 
-def completed(model: nn.Module, contents: Contents) -> Contents:
-    """Contents with what a checkpoint leaves to the model.
+def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
+    """The contents with everything that only the model knows, where they were made from a checkpoint.
 
-    That is which tensors are buffers, further names of those that are tied, and buffers in no state dict. What was made
-    from a model holds all of this already. Names that differ from the model's by what wrappers put into them, or by one
-    prefix before all, become the model's.
+    That is which tensors are buffers, the other names of tied tensors, and buffers that are in no state dict. Contents
+    made by `fit` have all of this. Names that differ from the model's by the prefix of a wrapper become the model's.
 
     Args:
-        model: of the right architecture; on the CPU, or on the meta device if it has no such buffers.
-        contents: of an artifact.
+        model: the tensors of a model of the same architecture; on the CPU, or on the meta device if all of its buffers
+            are in the state dict.
+        contents: everything that an artifact holds.
     """
-    slots = find_tensors(model)
-    contents = _renamed(contents, [name for slot in slots for name in slot.names])
+    contents = _renamed(contents, [name for tensor in model for name in tensor.names])
     held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
     tensors = list(contents.tensors)
-    for slot in slots:
-        missing = tuple(name for name in slot.names if name not in held)
-        places = {held[name] for name in slot.names if name in held}
+    for tensor in model:
+        missing = tuple(name for name in tensor.names if name not in held)
+        places = {held[name] for name in tensor.names if name in held}
         if len(places) == 1:
             (place,) = places
-            tensors[place] = replace(tensors[place], names=(*tensors[place].names, *missing), kind=slot.kind)
-        elif not places and not slot.persistent and not slot.tensor.is_meta:
-            coded = Raw(dtype_name(slot.tensor.dtype)).encode(slot.tensor)
+            tensors[place] = replace(tensors[place], names=(*tensors[place].names, *missing), kind=tensor.kind)
+        elif not places and not tensor.persistent and not tensor.tensor.is_meta:
+            coded = Raw(dtype_name(tensor.tensor.dtype)).encode(tensor.tensor)
             because = "a buffer that the state dict leaves out"
-            tensors.append(Stored(slot.names, slot.kind, coded, Decision(slot.name, "exact", None, because)))
+            tensors.append(Stored(tensor.names, tensor.kind, coded, Decision(tensor.name, "exact", None, because)))
     return replace(contents, tensors=tuple(tensors))
 
 
 def _renamed(contents: Contents, wanted: Sequence[str]) -> Contents:
-    """The same under the names of a model, where it is clear which is which."""
+    """The same contents under the names of the model, where it is clear which is which."""
     known = aligned([name for stored in contents.tensors for name in stored.names], wanted)
     if not known:
         return contents

@@ -1,4 +1,4 @@
-"""Copies of a model that share its structure and not its numbers."""
+"""Copies of a model's structure, with other numbers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from pared.model.tensors import ModuleT, loose_tensors, registrations
 
 
 def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Mapping[int, Tensor]) -> ModuleT:
-    """A deep copy of the model whose parameters and buffers are not copied but replaced.
+    """A deep copy of the model in which other tensors take the place of its parameters and buffers.
 
     Args:
-        model: left as it is.
-        new_tensor: called with each registered tensor, gives the one that takes its place; or a mapping from `id`.
+        model: it is left as it is.
+        new_tensor: gives for each registered tensor the one that takes its place: a function, or a mapping by `id`.
     """
     memo: dict[int, object] = {}
-    for _, attribute, loose in loose_tensors(model):
+    for _, _, loose in loose_tensors(model):
         if loose.grad_fn is not None:  # weight_norm's `weight`: recomputed by its hook, and deepcopy would refuse it
             memo[id(loose)] = loose.detach().clone()
-        del attribute
     for module in model.modules():
         for _, tensor, kind, _ in registrations(module):
             if id(tensor) in memo:
@@ -36,14 +35,14 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
 
 
 def refresh_recurrent(model: nn.Module) -> None:
-    """Let every LSTM and GRU look at its present weights: they keep weak references that copying leaves stale."""
+    """Let every LSTM and GRU use its present weights: after copying, their weak references point to the old ones."""
     for module in model.modules():
         if isinstance(module, nn.RNNBase) and all(name in module._parameters for name in module._flat_weights_names):
             module._init_flat_weights()
 
 
 def shadow(model: ModuleT) -> ModuleT:
-    """A copy in eval mode, for functions of the user, which may do with it what they like."""
+    """A copy in eval mode that can be changed without changing the model, as functions of the user may do."""
 
     def copied(tensor: Tensor) -> Tensor:
         data = tensor.detach().clone()

@@ -1,7 +1,7 @@
-"""The outputs of a model as tensors that can be compared: what damage is measured on.
+"""The outputs of a model as tensors that can be compared, to measure damage.
 
 Damage is the expected share of the output's energy that is lost: `|y' - y|^2 / |y|^2`, the mean over all floating
-outputs of a call. Where a model returns `logits`, they alone count, and an error counts by what it changes in the
+outputs of a call. Where a model returns `logits`, only they count, and an error counts by how it changes the
 probabilities: twice the divergence KL(p || p'), which for small errors is the variance of the error under p.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# Parts of an output that are by-products: caches and traces that nobody scores.
+# By-products in an output: caches and traces that nobody scores.
 _BY_PRODUCTS: Final = ("past_key_values", "hidden_states", "attentions", "cross_attentions", "mems", "cache_params")
 _LOGITS: Final = "logits"
 
@@ -26,7 +26,7 @@ class Leaf:
     """One floating output of a call.
 
     Args:
-        value: any shape.
+        value: floating, of any shape.
         is_logits: the last dimension holds logarithms of unnormalized probabilities.
     """
 
@@ -34,7 +34,7 @@ class Leaf:
     is_logits: bool = False
 
     def counts(self) -> Tensor:
-        """Which numbers count, and of logits which distributions: those that are finite, as masked ones are not."""
+        """Which numbers count, and of logits which distributions: the finite ones (a boolean tensor)."""
         value = self.value.detach()
         if not self.is_logits:
             return value.isfinite()
@@ -42,13 +42,13 @@ class Leaf:
         return value.isfinite().any(-1) & ~broken.any(-1)
 
     def energy(self) -> float:
-        """What damage is relative to: the sum of squares; for logits, the number of distributions."""
+        """What damage is relative to: the sum of squares, or the number of distributions if these are logits."""
         if self.is_logits:
             return float(self.counts().sum())
         return float(self.value.detach()[self.counts()].double().square().sum())
 
     def error(self, other: Tensor) -> float:
-        """How far another value of this output is from this one, in the unit of `energy`."""
+        """The error of another value of this output against this one, in the unit of `energy`."""
         counts = self.counts()
         ours, theirs = (tensor.detach()[counts].double() for tensor in (self.value, other))
         if self.is_logits:
@@ -59,14 +59,14 @@ class Leaf:
         return lost if math.isfinite(lost) else math.inf
 
     def probe(self, generator: torch.Generator) -> Tensor:
-        """A random direction r with `E[(r . e)^2] = error(value + e)` for small errors e: of the output's shape."""
+        """A random direction r of the output's shape with `E[(r . e)^2] = error(value + e)` for small errors e."""
         value = self.value.detach()
         if self.is_logits:  # the score function of a sampled class: its covariance is the Fisher information
             flat = torch.where(self.counts()[..., None], value, torch.zeros_like(value)).float()
             probabilities = flat.softmax(-1).reshape(-1, value.shape[-1])
             drawn = torch.multinomial(probabilities, 1, generator=generator)
             scores = probabilities.neg().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
-            # Signs of its own for each distribution keep sums over distributions free of cross terms.
+            # A random sign for each distribution keeps sums over distributions free of cross terms.
             signed = (scores * _signs((len(scores), 1), generator)).reshape(value.shape)
             return (signed * self.counts()[..., None]).to(value.dtype)
         return (_signs(value.shape, generator) * self.counts()).to(value.dtype)
@@ -77,7 +77,7 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
 
 
 def leaves_of(output: Any) -> list[Leaf]:
-    """The floating tensors of what a model returned; none if it returned no floats.
+    """The floating tensors in what a model returned.
 
     >>> [leaf.is_logits for leaf in leaves_of({"logits": torch.zeros(2, 3), "past_key_values": torch.zeros(4)})]
     [True]
@@ -93,7 +93,7 @@ def leaves_of(output: Any) -> list[Leaf]:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The floating tensors, empty ones left out, in whatever a module is given or gives.
+    """The floating tensors, except empty ones, in the arguments or the output of a module.
 
     >>> [tuple(found.shape) for found in tensors_of({"a": (torch.zeros(2), None), "b": torch.tensor([1])})]
     [(2,)]
@@ -103,7 +103,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def _plain(output: Any) -> Any:
-    """Mappings and dataclasses that torch's trees do not know, as dicts."""
+    """The same with dicts and lists for mappings and sequences of classes that torch's trees do not know."""
     if isinstance(output, Mapping):
         return {key: _plain(value) for key, value in output.items()}
     if isinstance(output, (list, tuple)):

@@ -1,20 +1,28 @@
-"""Which tensors a model has: every parameter and buffer once, with all the names it goes by."""
+"""The tensors of a model: every parameter and buffer once, with all of its names and its view as a matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared.formats.views import View, view_of
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
+
+
+# float64 is kept exactly: models use it where a grid would be too coarse.
+GRID_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
+class ModelTensor:
     """One tensor of a model.
 
     Args:
@@ -23,6 +31,7 @@ class Slot:
         kind: whether it is registered as a parameter or as a buffer.
         persistent: whether it is in the model's `state_dict`.
         module: the module that owns its first name.
+        view: which of its dimensions count rows, with one step each on a grid, and which count columns.
     """
 
     names: tuple[str, ...]
@@ -30,6 +39,7 @@ class Slot:
     kind: Literal["parameter", "buffer"]
     persistent: bool
     module: nn.Module
+    view: View
 
     @property
     def name(self) -> str:
@@ -48,47 +58,85 @@ class Slot:
 
     @property
     def weight_like(self) -> bool:
-        """A floating tensor of two or more dimensions that the model's own state holds: it belongs on a grid."""
+        """A float32, float16 or bfloat16 tensor of two or more dimensions in the state dict: it belongs on a grid."""
         return self.persistent and self.tensor.dim() >= 2 and self.tensor.dtype in GRID_SOURCES
 
     @property
     def fits_grid(self) -> bool:
-        """Weight-like, or a parameter of one dimension: a bias, a norm's scale."""
+        """Weight-like, or a parameter of one dimension (a bias, the scale of a norm); and not empty."""
         flat = self.kind == "parameter" and self.tensor.dim() == 1 and self.tensor.dtype in GRID_SOURCES
         return self.tensor.numel() > 0 and (self.weight_like or flat)
 
 
-# float64 is kept exactly: whoever chose it needs more than a grid gives.
-GRID_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
+@dataclass(frozen=True, eq=False)
+class ModelTensors(Generic[ModuleT_co]):
+    """A model with its tensors, which are found once and handed on. It iterates over them, in the model's order.
+
+    Args:
+        model: the model.
+        tensors: every parameter and buffer of it once.
+    """
+
+    model: ModuleT_co
+    tensors: tuple[ModelTensor, ...]
+
+    def __iter__(self) -> Iterator[ModelTensor]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @functools.cached_property
+    def names(self) -> Mapping[int, str]:
+        """The first name of each tensor, by the `id` of every object that is this tensor."""
+        return {id(an_object): tensor.name for tensor in self for an_object in tensor.objects}
+
+    def in_copy(self, model: ModuleT) -> ModelTensors[ModuleT]:
+        """The tensors of the same names in a copy of the model."""
+        known = dict(named_tensors(model))
+
+        def copied(tensor: ModelTensor) -> ModelTensor:
+            objects = {id(known[name]): known[name] for name in tensor.names}
+            module = model.get_submodule(tensor.name.rpartition(".")[0])
+            return replace(tensor, objects=tuple(objects.values()), module=module)
+
+        return ModelTensors(model, tuple(map(copied, self)))
 
 
-def find_tensors(model: nn.Module) -> tuple[Slot, ...]:
+def find_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
     """Every parameter and buffer of the model once, in the model's order.
 
-    Two names share a slot if they are one tensor: the same object, or the same place in memory with the same
-    shape, strides and type.
+    Two names are one tensor if they are the same object, or the same place in memory with the same shape, strides and
+    dtype.
 
     >>> a = nn.Linear(2, 2, bias=False)
-    >>> [slot.names for slot in find_tensors(nn.ModuleDict({"x": a, "y": a}))]
+    >>> [tensor.names for tensor in find_tensors(nn.ModuleDict({"x": a, "y": a}))]
     [('x.weight', 'y.weight')]
     """
-    found: dict[object, Slot] = {}
+    found: dict[object, ModelTensor] = {}
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor, kind, persistent in registrations(module):
             name = f"{module_name}.{attribute}" if module_name else attribute
             key = _identity(tensor)
             known = found.get(key)
             if known is None:
-                found[key] = Slot((name,), (tensor,), kind, persistent, module)
+                view = view_of(module, attribute, tuple(tensor.shape))
+                found[key] = ModelTensor((name,), (tensor,), kind, persistent, module, view)
             else:
-                others = () if any(tensor is one for one in known.objects) else (tensor,)
+                others = () if any(tensor is an_object for an_object in known.objects) else (tensor,)
                 found[key] = replace(
                     known,
                     names=(*known.names, name),
                     objects=known.objects + others,
                     persistent=known.persistent or persistent,
                 )
-    return tuple(found.values())
+    return ModelTensors(model, tuple(found.values()))
+
+
+def _identity(tensor: Tensor) -> object:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def registrations(module: nn.Module) -> Iterator[tuple[str, Tensor, Literal["parameter", "buffer"], bool]]:
@@ -101,20 +149,21 @@ def registrations(module: nn.Module) -> Iterator[tuple[str, Tensor, Literal["par
             yield attribute, buffer, "buffer", attribute not in module._non_persistent_buffers_set
 
 
-def _identity(tensor: Tensor) -> object:
-    if tensor.layout is not torch.strided or tensor.is_meta or tensor.numel() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 def registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's own parameters and buffers by attribute, those of its children left out."""
+    """A module's own parameters and buffers by attribute, without those of its children."""
     for attribute, tensor, _, _ in registrations(module):
         yield attribute, tensor
 
 
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of the model, under each of its names."""
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in registered(module):
+            yield (f"{module_name}.{attribute}" if module_name else attribute), tensor
+
+
 def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Tensors that stand in a module as plain attributes: in no state dict, but part of the model all the same."""
+    """Tensors that are plain attributes of a module, so in no state dict: module, attribute and tensor."""
     for module in model.modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor):
@@ -122,8 +171,8 @@ def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def held_elsewhere(model: nn.Module) -> set[int]:
-    """The identities of tensors that modules also hold in attributes of their own: in lists, dicts or by themselves."""
-    registries = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is an LSTM's, which is renewed
+    """The `id` of every tensor that a module also holds as a plain attribute, or in a list or dict that is one."""
+    registries = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is an LSTM's, which copying renews
     return {
         id(leaf)
         for module in model.modules()

@@ -12,7 +12,7 @@ from pared.errors import ConfigError
 from pared.files.disk import as_path
 from pared.model import storage
 from pared.model.checks import check_modules
-from pared.model.tensors import ModuleT
+from pared.model.tensors import ModuleT, find_tensors
 from pared.runtime import quantized
 from pared.runtime.layers.registration import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
@@ -99,4 +99,4 @@ def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.M
     model = check_model(model, "pared.load")
     file = find_artifact(as_path(path, "load"))
     contents = storage.read(file)
-    return quantized.assemble(model, contents, profile_beside(file), memory)
+    return quantized.assemble(find_tensors(model), contents, profile_beside(file), memory)

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from pared.model import storage
 from pared.model.checks import check_unquantized
 from pared.model.contents import Contents, Stored, completed, match
 from pared.model.copies import clone_structure, refresh_recurrent
-from pared.model.tensors import find_tensors, loose_tensors, registered
+from pared.model.tensors import ModelTensors, ModuleT, find_tensors, loose_tensors, named_tensors, registered
 from pared.runtime import summary
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
@@ -39,8 +39,6 @@ from pared.runtime.result import Offered, Result, Yielding, refuse_save_pretrain
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import release, serve
 from pared.runtime.serving.server import Server
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:
     """The quantized model of a pickle: the inverse of `Quantized.__reduce_ex__`."""
     raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
     profile, outcome, memory = state_from_json(state)
-    model = assemble(skeleton, storage.from_bytes(raw), profile, memory)
+    model = assemble(find_tensors(skeleton), storage.from_bytes(raw), profile, memory)
     set_outcome(model, outcome)
     return model
 
@@ -125,15 +123,15 @@ def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic 
         FileError: the file cannot be written.
     """
     contents = contents_of(model)
-    return export_onnx(decoded(skeleton_of(model), contents), contents, path, inputs, dynamic)
+    return export_onnx(decoded(find_tensors(skeleton_of(model)), contents), contents, path, inputs, dynamic)
 
 
-def decoded(model: ModuleT, contents: Contents) -> ModuleT:
+def decoded(tensors: ModelTensors[ModuleT], contents: Contents) -> ModuleT:
     """A float model of the same architecture, in eval mode, with the numbers that the contents stand for."""
     numbers: dict[int, Tensor] = {}
-    for stored, tensors in match(model, contents):  # one object for all that are tied
-        numbers |= dict.fromkeys(map(id, tensors), _like(stored.coded.decode(), tensors[0]))
-    return clone_structure(model, numbers).eval()
+    for stored, objects in match(tensors, contents):  # one object for all that are tied
+        numbers |= dict.fromkeys(map(id, objects), _like(stored.coded.decode(), objects[0]))
+    return clone_structure(tensors.model, numbers).eval()
 
 
 def nbytes(model: nn.Module) -> int:
@@ -231,11 +229,11 @@ def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.
     return _CLASSES[base, offered]
 
 
-def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
+def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
     """Make the quantized model from a float model or an empty skeleton, and contents that fit it.
 
     Args:
-        model: gives structure and class; it is left as it is, and its numbers are not used.
+        tensors: of the model that gives structure and class; it is left as it is, and its numbers are not used.
         contents: every tensor.
         profile: which layers run in int8 here.
         memory: "small": every weight stays in codes, and is decoded whenever it is read.
@@ -243,18 +241,19 @@ def assemble(model: ModuleT, contents: Contents, profile: Profile, memory: Memor
     Raises:
         MismatchError: the contents do not fit the model, or the model holds a meta tensor that is in no state.
     """
+    model = tensors.model
     check_unquantized(model)
-    contents = completed(model, contents)
-    pairs = match(model, contents)
+    contents = completed(tensors, contents)
+    pairs = match(tensors, contents)
     running = running_of(model, contents, profile, memory)
     in_codes = held_in_codes(model, pairs, contents, running, memory)
     replacement: dict[int, Tensor] = {}
-    for stored, tensors in pairs:
+    for stored, objects in pairs:
         if stored.name in in_codes:
             new = torch.empty(stored.coded.shape, dtype=stored.coded.dtype, device="meta")
         else:
             new = stored.coded.decode()
-        replacement |= {id(tensor): _like(new, tensor) for tensor in tensors}
+        replacement |= {id(tensor): _like(new, tensor) for tensor in objects}
     clone = clone_structure(model, replacement).eval()
     stored_forms = install(clone, contents, in_codes, running)
     if in_codes:
@@ -300,7 +299,7 @@ def _like(new: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _refuse_meta(model: nn.Module) -> None:
-    left = [slot.name for slot in find_tensors(model) if slot.tensor.is_meta]
+    left = [name for name, tensor in named_tensors(model) if tensor.is_meta]
     left += [attribute for _, attribute, tensor in loose_tensors(model) if tensor.is_meta]
     if left:
         raise MismatchError(
@@ -340,8 +339,7 @@ def _refuse_edited(model: nn.Module, record: Record) -> None:
         if isinstance(module, Counterpart)
         for attribute in module.pared_views
     }
-    names = {name for slot in find_tensors(model) for name in slot.names}
-    found = {name for name in names if not name.rpartition(".")[2].startswith("pared_")}
+    found = {name for name, _ in named_tensors(model) if not name.rpartition(".")[2].startswith("pared_")}
     changed = sorted(known ^ (found | {name.removeprefix(".") for name in codes}))
     if changed:
         raise ModelError(

@@ -1,1 +1,1 @@
-"""What calibration calls say: the inputs of layers, and what an error of each weight costs."""
+"""What calibration calls show: the inputs of layers, and what an error in each weight costs."""

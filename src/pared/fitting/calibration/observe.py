@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pared.errors import CalibrationError
-from pared.fitting.calibration.ranges import narrowed
+from pared.fitting.calibration.ranges import without_outliers
 from pared.formats.activation import Outliers
 from pared.model import calls
 from pared.model.calls import Call
@@ -28,15 +28,16 @@ from pared.switches import WITHOUT_FAST_PATHS
 
 @dataclass(frozen=True, eq=False)
 class InputStats:
-    """What one layer's input looked like.
+    """The inputs of one layer in calibration.
 
     Args:
-        low: the least value, or 0 if that is less.
-        high: the greatest value, or 0 if that is greater.
-        shape: the shape of the call with the median number of elements: the one that timing uses.
-        call: of layers that take more than one tensor, the largest call: timing makes it again.
-        lows, highs: the least and the greatest value of each number along the last dimension; only of layers whose
-            range may leave columns out.
+        low: the smaller of 0 and the least value.
+        high: the larger of 0 and the greatest value.
+        shape: the input with the median number of elements has this shape; timing uses it.
+        call: the largest call, for layers that take more than one tensor; timing repeats it.
+        lows: float32, the least value of each column (number along the last dimension), for layers whose range may
+            leave columns out; else None.
+        highs: the greatest value of each column, likewise.
     """
 
     low: float
@@ -47,23 +48,24 @@ class InputStats:
     highs: Tensor | None = None
 
     @functools.cached_property
-    def narrowed(self) -> tuple[float, float, Outliers]:
-        """The least and the greatest value that a range need hold which may leave columns out, and these columns."""
+    def without_outliers(self) -> tuple[float, float, Outliers]:
+        """The ends of the narrowest range that leaves a few columns out, and these columns."""
         if self.lows is None or self.highs is None:
             return self.low, self.high, ()
-        return narrowed(self.lows, self.highs)
+        return without_outliers(self.lows, self.highs)
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """The result of the pass.
+    """What one pass over the calibration data recorded.
 
     Args:
-        samples: how many were seen.
-        inputs: of each layer that was called, by module name.
-        calls: of the model, in order, until the limit of samples was reached.
-        energies_of_calls: of each of the model's floating outputs, for each call; empty where it returns no floats.
-        samples_of_calls: how many each call had.
+        samples: the number of samples seen.
+        inputs: the inputs of each layer that was called, by module name.
+        calls: the calls of the model, in order, until the limit of samples was reached.
+        energies_of_calls: for each call the energy of each floating output, see `Leaf.energy`; empty where the model
+            returns no floats.
+        samples_of_calls: the number of samples in each call.
     """
 
     samples: int
@@ -74,11 +76,11 @@ class Statistics:
 
     @property
     def energies(self) -> tuple[float, ...]:
-        """Of each of the model's floating outputs, over all calls."""
+        """The energy of each floating output, summed over all calls."""
         return tuple(map(sum, zip_longest(*self.energies_of_calls, fillvalue=0.0)))
 
     def some(self, samples: int) -> Statistics:
-        """The same with fewer calls, evenly spaced: of about so many samples."""
+        """The same with fewer calls, evenly spaced, that have about this number of samples."""
         wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(sum(self.samples_of_calls), 1)))
         places = [i * len(self.calls) // wanted for i in range(wanted)]
         return replace(
@@ -91,22 +93,22 @@ class Statistics:
 
 
 def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Statistics:
-    """Run the calibration data through the model once; remember its calls and each candidate layer's inputs.
+    """Run the calibration data through the model once; record its calls, and the inputs of layers that can run in int8.
 
     Args:
-        model: runs in eval mode, as a structural copy that shares its weights: it is left as it is.
+        model: it is left as it is; a copy runs, in eval mode.
         calibration: see `calls.run`.
-        limit: of samples.
+        limit: the number of samples after which reading stops.
 
     Raises:
-        CalibrationError: see `calls.run`; or a layer's input is NaN or infinite.
+        CalibrationError: see `calls.run`; or an input of a layer holds NaN or infinity.
     """
     copied = shadow(model)
     collectors = {
         name: _Collector(
             name,
             whole=layer.forward is not None,
-            own=type(module).__module__.startswith("torch.nn."),
+            builtin=type(module).__module__.startswith("torch.nn."),
             columns=has_columns(module),
         )
         for name, module in copied.named_modules()
@@ -131,7 +133,7 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
 
 
 class _Recorder:
-    """A forward hook that remembers calls of the model, up to a number of samples, and what came of them."""
+    """A forward hook that records calls of the model, up to a number of samples, and the energies of their outputs."""
 
     def __init__(self, limit: int) -> None:
         self.calls: list[Call] = []
@@ -149,7 +151,7 @@ class _Recorder:
 
 
 def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call with tensors of its own; what was one tensor stays one."""
+    """The call with copies of its tensors; a tensor that is in it twice stays one tensor."""
     known: dict[int, object] = {}
 
     def own(value: object) -> object:
@@ -164,17 +166,17 @@ def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
 
 
 class _Collector:
-    """A forward hook that remembers the range and the shapes of one layer's inputs.
+    """A forward hook that records the range and the shapes of one layer's inputs.
 
     Args:
-        name: of the layer.
-        whole: remember its largest call, too.
-        own: the layer is PyTorch's: its first tensor is its input, however it is called.
-        columns: remember the range of each number along the last dimension.
+        name: the layer's name.
+        whole: record its largest call, too.
+        builtin: the class is one of PyTorch's, so the first tensor is the input, however the layer is called.
+        columns: record the range of each column, too.
     """
 
-    def __init__(self, name: str, whole: bool, own: bool, columns: bool) -> None:
-        self._own = own
+    def __init__(self, name: str, whole: bool, builtin: bool, columns: bool) -> None:
+        self._builtin = builtin
         self._columns = columns
         self.name = name
         self.low = self.high = 0.0
@@ -193,13 +195,13 @@ class _Collector:
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Tensor, PackedSequence))]
         if not self._whole and (len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor):
-            # A subclass that is called in its own way cannot be tried by itself.
-            self.plain, self._whole = self._own, self._own
+            # A subclass with a signature of its own cannot be run alone.
+            self.plain, self._whole = self._builtin, self._builtin
         if not self.plain or not found or found[0].data.numel() == 0:
             return
         x = found[0].data.detach()
         self.shapes[tuple(x.shape)] += 1
-        size = sum(one.data.numel() for one in found)
+        size = sum(tensor.data.numel() for tensor in found)
         if self._whole and size > self._most:
             self._largest, self._most = _owned(args, kwargs), size
         if not x.is_floating_point():
@@ -210,12 +212,12 @@ class _Collector:
             raise CalibrationError(
                 f"its input holds {'NaN' if math.isnan(low) else 'Inf'} during calibration",
                 where=self.name,
-                remedy="Check the calibration data, and that the float model itself is sound on them.",
+                remedy="Check the calibration data, and that the float model gives finite outputs on them.",
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the greatest value, of each column where these are remembered."""
+        """The least and the greatest value; of each column, where columns are recorded."""
         if not self._columns:
             return torch.aminmax(x)
         rows = x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)

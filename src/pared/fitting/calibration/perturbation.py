@@ -1,7 +1,7 @@
-"""What errors cost where no gradient flows: each weight is disturbed by itself, and the outputs are compared.
+"""What errors cost where no gradient flows: weights are disturbed one at a time, and the outputs are compared.
 
-For models that switch gradients off in their own forward, compute in numpy, or return tokens. One run of the recorded
-calls for each weight; a gradient would tell every row of every weight in one.
+For models that switch gradients off in their own forward, compute in NumPy, or return tokens. This takes one run of the
+recorded calls for each weight, where one gradient would give every row of every weight.
 """
 
 from __future__ import annotations
@@ -16,55 +16,54 @@ from torch.utils._pytree import tree_leaves
 
 from pared.errors import CalibrationError
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
-from pared.formats.views import view_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Leaf, leaves_of
-from pared.model.tensors import Slot, find_tensors
+from pared.model.tensors import ModelTensor, ModelTensors
 
-# The disturbance, as a share of the root mean square of the weight: about what six bits would do.
+# The disturbance as a share of the root mean square of the weight: about the error at six bits.
 _NOISE: Final = 2.0**-5
-# Tokens change all at once or not at all, so the disturbance is doubled until some do, at most so often.
+# Small disturbances change no token, so they are doubled until some change, at most this many times.
 _DOUBLINGS: Final = 4
 _MOST_CALLS: Final = 16
 
 
-def perturb(model: nn.Module, calls: Sequence[Call], seed: int) -> Sensitivity:
-    """Disturb one weight after the other.
+def perturb(tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int) -> Sensitivity:
+    """Measure what errors in each weight cost by disturbing it, with the same cost for all of its rows.
 
     Args:
-        model: left as it is.
-        calls: what calibration called it with; the first of them are used.
-        seed: of the disturbances.
+        tensors: of the model, which is left as it is.
+        calls: the calls of calibration; the first 16 are repeated.
+        seed: seeds the random disturbances.
 
     Raises:
-        CalibrationError: two calls with the same input gave different outputs: nothing can be compared.
+        CalibrationError: the same input gave two different outputs, so nothing can be compared.
 
     >>> layer = nn.Linear(8, 2)
-    >>> found = perturb(layer, [Call((torch.randn(4, 8),), {})], 0)
+    >>> from pared.model.tensors import find_tensors
+    >>> found = perturb(find_tensors(layer), [Call((torch.randn(4, 8),), {})], 0)
     >>> found.tensors["weight"].rows.shape
     torch.Size([2])
     """
-    copied = shadow(model)
+    copied = shadow(tensors.model)
     calls = calls[:_MOST_CALLS]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         expected: list[list[Leaf]] = [_values(copied(*call.args, **call.kwargs)) for call in calls]
         if _difference(copied, calls, expected) > 0:
             raise CalibrationError(
-                "the model gives different outputs for the same input, so what an error costs cannot be told",
-                where=type(model).__name__,
-                remedy="Switch off what is random in it, also in eval mode; or leave calib_dataloader out.",
+                "the model gives different outputs for the same input, so the cost of errors cannot be measured",
+                where=type(tensors.model).__name__,
+                remedy="Switch off what is random in eval mode, or leave calib_dataloader out.",
             )
-        slots = [slot for slot in find_tensors(copied) if slot.weight_like and slot.tensor.numel()]
-        return Sensitivity({slot.name: _disturb(slot, copied, calls, expected, generator) for slot in slots})
+        weights = [tensor for tensor in tensors.in_copy(copied) if tensor.weight_like and tensor.tensor.numel()]
+        return Sensitivity({w.name: _disturb(w, copied, calls, expected, generator) for w in weights})
 
 
 def _disturb(
-    slot: Slot, model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]], generator: torch.Generator
+    weight: ModelTensor, model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]], generator: torch.Generator
 ) -> TensorStats:
-    tensor = slot.tensor.detach()
-    rows = view_of(slot.module, slot.attribute, tuple(tensor.shape)).n_rows
+    tensor, rows = weight.tensor.detach(), weight.view.n_rows
     original = tensor.clone()
     scale = float(original.float().square().mean().sqrt())
     damage = variance = 0.0
@@ -81,13 +80,13 @@ def _disturb(
 
 
 def _values(output: Any) -> list[Leaf]:
-    """The outputs that are compared: the floats, or else all tensors."""
+    """The outputs that are compared: the floating ones, or all tensors if there are none."""
     floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output)]
     return floats or [Leaf(leaf.clone()) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> float:
-    """The mean over the outputs of the share that is lost: of the energy of floats, of the number of others."""
+    """The share that is lost, of the energy of floats or of the number of other values; the mean over the outputs."""
     lost: dict[int, float] = {}
     total: dict[int, float] = {}
     for call, wanted in zip(calls, expected, strict=True):
@@ -100,7 +99,7 @@ def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Lea
 
 
 def _compared(ours: Leaf, theirs: Tensor) -> tuple[float, float]:
-    """What is lost, and of how much; all of it where the shape has changed."""
+    """The loss and the total of which it is a part; everything is lost if the shape has changed."""
     if not ours.value.is_floating_point():
         total = float(ours.value.numel())
         return float((ours.value != theirs).sum()) if ours.value.shape == theirs.shape else total, total

@@ -1,4 +1,4 @@
-"""Which columns of an input its static range leaves out."""
+"""Which columns of a layer's input are outliers, which its static range leaves out."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pared.formats.activation import Outliers
 _SHARES: Final = tuple(2.0 ** (-i / 16) for i in range(97))
 
 
-# One extra column for so many columns, at most: the product takes as much longer.
+# At most one extra column for this number of columns: it makes the product longer by the same share.
 COLUMNS_EACH: Final = 32
-_MOST: Final = 16  # in all: more gain little
+_MOST: Final = 16  # extra columns in all: more gain little
 
 
-def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
-    """The narrowest range that takes a few extra columns: one for every `COLUMNS_EACH` at most.
+def without_outliers(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
+    """The narrowest range that needs only a few extra columns: at most one for every `COLUMNS_EACH`.
 
     Args:
-        lows: the least value of each column.
-        highs: the greatest.
+        lows: float, (columns,): the least value of each column.
+        highs: float, (columns,): the greatest value of each column.
 
     Returns:
-        The ends of the range, which holds zero, and the columns that leave it.
+        the ends of the range, which contains 0, and the columns outside it, each with its number of extra columns.
 
     >>> highs = torch.ones(64)
     >>> highs[5] = 2
-    >>> narrowed(-torch.ones(64), highs)
+    >>> without_outliers(-torch.ones(64), highs)
     (-1.0, 1.0, ((5, 1),))
     """
     most = min(len(lows) // COLUMNS_EACH, _MOST)
@@ -40,24 +40,29 @@ def narrowed(lows: Tensor, highs: Tensor) -> tuple[float, float, Outliers]:
         (low * _SHARES[i], high * _SHARES[j])
         for i, fewer in enumerate(below)
         # Counts only grow as the range shrinks.
-        if (j := sum(fewer + one <= most for one in above) - 1) >= 0
+        if (j := sum(fewer + more <= most for more in above) - 1) >= 0
     ]
     low, high = min(ends, key=lambda range: range[1] - range[0])
     return low, high, _outliers(lows, low, -1) + _outliers(highs, high, 1)
 
 
 def _totals(reach: Tensor, end: float) -> list[int]:
-    """For each share of an end, how many extra columns there are where columns reach so far."""
+    """The number of extra columns at each share of an end.
+
+    Args:
+        reach: (columns,): how far each column reaches in the direction of the end.
+        end: the end of the full range.
+    """
     ends = torch.tensor(_SHARES, dtype=torch.float64)[:, None] * end
-    totals: list[int] = _further(reach, ends).sum(1).tolist()
+    totals: list[int] = _extra(reach, ends).sum(1).tolist()
     return totals
 
 
-def _further(reach: Tensor, end: Tensor | float) -> Tensor:
-    """How many ranges of that length each column takes beyond the first; none where the range is empty, as all are."""
+def _extra(reach: Tensor, end: Tensor | float) -> Tensor:
+    """How many ranges of this length each column needs beyond the first; 0 where the range is empty."""
     return (reach.double() / end).nan_to_num(0.0, 0.0, 0.0).ceil().sub(1).clamp(min=0).long()
 
 
 def _outliers(values: Tensor, end: float, sign: int) -> Outliers:
-    counts = _further(values * sign, end * sign)
+    counts = _extra(values * sign, end * sign)
     return tuple((int(column), sign * int(counts[column])) for column in counts.nonzero().flatten())

@@ -1,8 +1,8 @@
-"""What errors cost: the damage that noise in each weight and in each layer's input does to the model's output.
+"""What errors cost: how much noise in each weight and in each layer's input damages the model's output.
 
 One pass of gradients over recorded calls. For a random direction r of the outputs with `E[r r^T] = I`, the gradient of
-`r . y` by a weight has as its mean square the energy that an error of that weight puts into the output (Hutchinson
-1990). No labels are needed, and the loss of the user plays no part. The same pass gathers the second moments of
+`r . y` by a weight has a mean square that is the energy which an error of that weight puts into the output (Hutchinson
+1990). Neither labels nor a loss function are needed. The same pass gathers the second moments of
 every layer's inputs, each sample weighted by how much the output depends on it, for rounding with error feedback.
 """
 
@@ -17,51 +17,49 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from pared.fitting.calibration.blocks import Layout
-from pared.fitting.calibration.watch import Product, Watch
+from pared.fitting.calibration.blocks import Blocks
+from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
-from pared.formats.views import View, view_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Leaf, leaves_of
-from pared.model.tensors import Slot, find_tensors
+from pared.model.tensors import ModelTensor, ModelTensors
 
 log = logging.getLogger(__name__)
 
-# A matrix of second moments has at most so many columns: 64 MiB. Wider weights are cut into independent parts.
+# The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
 MOST_COLUMNS: Final = 4096
-# Recorded calls are probed in turns until there are about so many probes; each at least once.
+# Recorded calls are probed in turns until there are about this many probes; each call at least once.
 _PROBES: Final = 16
-LEVELS: Final = 255  # between the ends of an unsigned eight-bit range
+LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
 
 
-LeavesOfCall = Callable[[nn.Module, Call], list[Leaf]]
+LeavesOfCall = Callable[[ModelTensors[nn.Module], Call], list[Leaf]]
 
 
 @dataclass(frozen=True, eq=False)
 class TensorStats:
-    """What calibration says of one weight.
+    """What calibration tells about one weight.
 
     Args:
-        rows: float64, one per row of the view: the damage if each element of the row had an independent error of
-            variance 1.
-        moments: float32 (blocks, columns, columns): second moments of the weight's gradients, in which inputs stand
-            as the output depends on them; None for tables.
-        unseen: the part of `moments` that comes from every other call, or from every other sample of a lone one: to
-            judge what was made from the rest.
+        rows: float64 (rows of the view,): the damage if each element of the row had an independent error of variance 1.
+        moments: float32 (blocks, columns, columns): second moments of the weight's gradients, in which each input
+            counts by how much the output depends on it; None for embedding tables and where not measured.
+        unseen: the part of `moments` from every other call, or from every other sample of a single call; it judges what
+            was made from the rest. None: there is no such part.
         layout: how the blocks cover the weight's matrix.
-        uses: float64, for tables: how often each row was looked up; None for other weights.
+        uses: float64 (rows,): how often each row of an embedding table was looked up; None for other weights.
     """
 
     rows: Tensor
     moments: Tensor | None = None
     unseen: Tensor | None = None
-    layout: Layout = field(default_factory=Layout)
+    layout: Blocks = field(default_factory=Blocks)
     uses: Tensor | None = None
 
     @property
     def judge(self) -> Tensor | None:
-        """The moments that errors are measured with: unseen ones, where there are any."""
+        """The moments that errors are measured with: the unseen ones if there are any."""
         return self.moments if self.unseen is None else self.unseen
 
 
@@ -70,79 +68,84 @@ class InputNoise:
     """What noise in one layer's input costs.
 
     Args:
-        total: damage if each input number had an independent error of variance 1.
-        dynamic: damage of rounding each row of the input to 255 levels of its own range.
+        total: the damage if each number of the input had an independent error of variance 1.
+        dynamic: the damage of rounding each row of the input to 8 bits in its own range.
     """
 
     total: float
     dynamic: float
 
     def cost(self, activation: Activation) -> float:
-        """The damage of treating the input in this way; a static range and its outliers hold all that was seen."""
+        """The damage of rounding the input like this; a static range and its outliers hold all that calibration saw."""
         if activation.mode == "static":
             return self.total * ((activation.high - activation.low) / LEVELS) ** 2 / 12
         return self.dynamic
 
     def __add__(self, other: InputNoise) -> InputNoise:
-        """Both."""
+        """The cost of both, which are independent."""
         return InputNoise(self.total + other.total, self.dynamic + other.dynamic)
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """The result of the pass: by the first name of each tensor."""
+    """What errors cost: in each tensor, and in the input that it is multiplied with; both by its first name."""
 
     tensors: Mapping[str, TensorStats]
     inputs: Mapping[str, InputNoise] = field(default_factory=dict)
 
 
 def measure(
-    model: nn.Module, calls: Sequence[Call], energies: Sequence[float], seed: int, *, rounds: int | None = None
+    tensors: ModelTensors[nn.Module],
+    calls: Sequence[Call],
+    energies: Sequence[float],
+    seed: int,
+    *,
+    rounds: int | None = None,
 ) -> Sensitivity | None:
-    """Probe the recorded calls with gradients.
+    """Measure what errors cost, by gradients along random directions of the outputs of the recorded calls.
 
     Args:
-        model: left as it is.
-        calls: what calibration called it with.
-        energies: of each floating output, over all calls; empty where there are no such outputs.
-        seed: of the random directions.
-        rounds: how often each call is probed, without second moments: enough where no error is to be made up for.
-            None: until there are about 16 probes, with moments.
+        tensors: of the model, which is left as it is.
+        calls: the calls of calibration, which are repeated.
+        energies: the energy of each floating output, summed over all calls; empty if there are no such outputs.
+        seed: seeds the random directions.
+        rounds: how often each call is probed, without second moments, which rounding without feedback does not need.
+            None: until there are about 16 probes, with second moments.
 
     Returns:
-        None where nothing can be differentiated: no floating number of the model's products leads to its weights, or a
-        gradient fails in the model's own code, as after writing into a tensor that it still needs.
+        None if nothing can be differentiated: no gradient leads from the outputs to the weights, or it fails in the
+        model's own code, which may overwrite a tensor that the gradient needs.
     """
-    if not any(slot.fits_grid for slot in find_tensors(model)):
+    if not any(tensor.fits_grid for tensor in tensors):
         return Sensitivity({})
     try:
-        return _probed(model, calls, energies, seed, ("parameter", "buffer"), rounds)
+        return _probed(tensors, calls, energies, seed, ("parameter", "buffer"), rounds)
     except RuntimeError as first:
         _refuse_exhausted(first)
         try:  # a buffer that the forward writes into cannot have a gradient
-            return _probed(model, calls, energies, seed, ("parameter",), rounds)
+            return _probed(tensors, calls, energies, seed, ("parameter",), rounds)
         except RuntimeError as error:
             _refuse_exhausted(error)
             # The same calls ran before without gradients.
-            log.warning("no gradient goes through the model, so each weight is disturbed by itself: %s", error)
+            log.warning("gradients fail in the model, so its weights are disturbed one at a time instead: %s", error)
             return None
 
 
 def _refuse_exhausted(error: RuntimeError) -> None:
-    """Raise what has nothing to do with gradients."""
+    """Raise an error that is about memory and not about gradients."""
     if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
         raise error
 
 
 def _probed(
-    model: nn.Module,
+    tensors: ModelTensors[nn.Module],
     calls: Sequence[Call],
     energies: Sequence[float],
     seed: int,
     kinds: Sequence[str],
     wanted: int | None,
 ) -> Sensitivity | None:
-    copied = shadow(model)
+    copied = tensors.in_copy(shadow(tensors.model))
     pass_ = _Pass(copied, seed, kinds, moments=wanted is None)
     rounds = wanted or max(1, round(_PROBES / len(calls)))
     leaves_of_call = output_leaves if energies else last_products
@@ -158,41 +161,40 @@ def _probed(
     return pass_.result(rounds)
 
 
-def _energies(model: nn.Module, calls: Iterable[Call]) -> list[float]:
-    """The energies, over all calls, of what stands in for outputs that are not floats."""
+def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> list[float]:
+    """The energies, summed over all calls, of what stands in for the outputs of a model that returns no floats."""
     totals: list[float] = []
     for call in calls:
-        leaves = last_products(model, call)
+        leaves = last_products(tensors, call)
         totals += [0.0] * (len(leaves) - len(totals))
         for i, leaf in enumerate(leaves):
             totals[i] += leaf.energy()
     return totals
 
 
-def output_leaves(model: nn.Module, call: Call) -> list[Leaf]:
+def output_leaves(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
     """The floating outputs of a call."""
-    return leaves_of(model(*call.args, **call.kwargs))
+    return leaves_of(tensors.model(*call.args, **call.kwargs))
 
 
-def last_products(model: nn.Module, call: Call) -> list[Leaf]:
-    """What stands in for the outputs of a model that returns no floats, a decoder that returns tokens for instance.
+def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
+    """What stands in for the outputs of a model that returns no floats, such as a decoder that returns tokens.
 
-    They are the products of weights that no other product was computed from.
+    These are the products of weights from which no other product was computed.
     """
     ends: list[Tensor] = []
-    names = {id(one): slot.name for slot in find_tensors(model) for one in slot.objects}
 
     def tell(product: Product) -> None:
         if product.kind != "embedding":
             ends.append(product.y)
 
-    with Watch(names, tell):
-        model(*call.args, **call.kwargs)
+    with ProductWatch(tensors.names, tell):
+        tensors.model(*call.args, **call.kwargs)
     return [Leaf(y) for y in _last(ends)]
 
 
 def _last(ends: list[Tensor]) -> list[Tensor]:
-    """Those of the tensors that no other one was computed from."""
+    """The tensors from which none of the others was computed."""
     ends = [y for y in ends if y.grad_fn is not None]
     seen: set[Any] = set()
     queue = [node for y in ends if y.grad_fn is not None for node, _ in y.grad_fn.next_functions]
@@ -205,27 +207,26 @@ def _last(ends: list[Tensor]) -> list[Tensor]:
 
 
 class _Pass:
-    """Gathers everything while gradients flow."""
+    """Sums up what the gradients of all probes show."""
 
-    def __init__(self, model: nn.Module, seed: int, kinds: Sequence[str], *, moments: bool) -> None:
-        self._model = model
+    def __init__(self, tensors: ModelTensors[nn.Module], seed: int, kinds: Sequence[str], *, moments: bool) -> None:
+        self._tensors = tensors
         self._wants_moments = moments
         self._generator = torch.Generator().manual_seed(seed)
-        self.slots = [slot for slot in find_tensors(model) if slot.fits_grid and slot.kind in kinds]
-        self._views = {slot.name: view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)) for slot in self.slots}
-        self._names = {id(one): slot.name for slot in self.slots for one in slot.objects}
+        self._probed = {tensor.name: tensor for tensor in tensors if tensor.fits_grid and tensor.kind in kinds}
+        self._names = {key: name for key, name in tensors.names.items() if name in self._probed}
         self._rows: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
         self._unseen: dict[str, Tensor] = {}
-        self._layouts = {slot.name: _layout(slot, self._views[slot.name]) for slot in self.slots}
+        self._layouts = {name: _blocks(tensor) for name, tensor in self._probed.items()}
         self._uses: dict[str, Tensor] = {}
-        self._otherwise: set[str] = set()  # what other functions than the watched ones had as well
+        self._otherwise: set[str] = set()  # used by other functions than the watched ones, too
         self._noise: dict[str, _Noise] = {}
         self._first: list[Tensor] = []
         self._judged = True
         self._refused: set[str] = set()
-        for slot in self.slots:
-            slot.tensor.requires_grad_(True)
+        for tensor in self._probed.values():
+            tensor.tensor.requires_grad_(True)
 
     def probe(
         self,
@@ -236,44 +237,49 @@ class _Pass:
         unseen: bool,
         half: int | None = None,
     ) -> None:
-        """One call, one random direction; the moments of unseen ones are also kept apart.
+        """Take the gradients of one call along one random direction.
 
-        With a half, 0 or 1, the direction is that of every other sample, starting there: their first dimension.
+        Args:
+            leaves_of_call: gives the outputs of a call.
+            call: is repeated.
+            energies: the energy of each output, for all probes together.
+            unseen: also keep the moments of this probe apart, in `TensorStats.unseen`.
+            half: 0 or 1: the direction covers only every other sample, beginning with this one; None: all of them.
         """
         self._first = []
-        for buffer in self._model.buffers():
+        for buffer in self._tensors.model.buffers():
             if buffer.grad_fn is not None:
                 buffer.detach_()  # written by the last call, whose graph is gone
-        with Watch(self._names, self._tell, gradients=True) as watch:
-            leaves = leaves_of_call(self._model, call)
+        with ProductWatch(self._names, self._tell, gradients=True) as watch:
+            leaves = leaves_of_call(self._tensors, call)
         self._otherwise |= watch.otherwise
         pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
         if not pairs:
             return
         directions = [leaf.probe(self._generator) / (energy * len(leaves)) ** 0.5 for leaf, energy in pairs]
         if half is not None:
-            self._judged = all(one.dim() > 0 and len(one) > 1 for one in directions)
-            directions = [_every_other(one, half) for one in directions] if self._judged else directions
-        wanted = [slot.tensor for slot in self.slots]
+            self._judged = all(d.dim() > 0 and len(d) > 1 for d in directions)
+            directions = [_every_other(d, half) for d in directions] if self._judged else directions
+        wanted = [tensor.tensor for tensor in self._probed.values()]
         outputs = [leaf.value for leaf, _ in pairs]
-        # The model's own inputs have to be asked for: no weight stands before them.
+        # The gradients of the model's own inputs come only when asked for: no weight stands before them.
         found = torch.autograd.grad(outputs, wanted + self._first, directions, allow_unused=True)
-        for slot, gradient in zip(self.slots, found[: len(wanted)], strict=True):
+        for tensor, gradient in zip(self._probed.values(), found[: len(wanted)], strict=True):
             if gradient is not None:
-                self._gather(slot.name, self._views[slot.name].matrix(gradient).float(), unseen)
+                self._gather(tensor.name, tensor.view.matrix(gradient).float(), unseen)
 
     def _gather(self, name: str, gradient: Tensor, unseen: bool) -> None:
-        """Add a weight's gradient, as a matrix, to what is known of its rows and of its columns."""
+        """Add a weight's gradient, (rows, columns), to the sums over its rows and to its second moments."""
         rows = gradient.double().square().sum(1)
         if not bool(rows.isfinite().all()):
             if name not in self._refused:  # once is enough
-                log.warning("%s: a gradient is not finite, and does not count", name)
+                log.warning("%s: a gradient is not finite, and is left out", name)
             self._refused.add(name)
             return
         _add(self._rows, name, rows)
         is_table = name in self._uses and name not in self._noise and name not in self._otherwise
-        if self._wants_moments and not is_table and self._views[name].rows:
-            # A row of a table, or a bias, meets no inputs that could make up for each other's errors.
+        if self._wants_moments and not is_table and self._probed[name].view.rows:
+            # A table or a bias has no inputs whose errors could make up for each other.
             blocks = self._layouts[name].blocks(gradient)
             moments = torch.bmm(blocks.transpose(1, 2), blocks)
             _add(self._moments, name, moments)
@@ -282,7 +288,7 @@ class _Pass:
 
     def _tell(self, product: Product) -> None:
         if product.kind == "embedding":
-            view = self._views[product.tensor]
+            view = self._probed[product.tensor].view
             if view.rows == (0,):  # where each entry has a step of its own
                 counted = torch.bincount(product.x.reshape(-1), minlength=view.n_rows)
                 _add(self._uses, product.tensor, counted.double())
@@ -301,7 +307,7 @@ class _Pass:
         if not self._rows:
             return None
         if not self._judged:
-            log.warning("one sample says nothing of others: error feedback needs two or more in the calibration data")
+            log.warning("error feedback needs two or more samples in the calibration data, and there is one")
             self._moments, self._unseen = {}, {}
         uses = {name: counted / rounds for name, counted in self._uses.items()}
         tensors = {
@@ -314,7 +320,7 @@ class _Pass:
 
 
 def _every_other(direction: Tensor, first: int) -> Tensor:
-    """The samples from the first on, as long as all of them are in the mean."""
+    """The direction with every other sample zero, as long in the mean as the whole one."""
     kept = torch.zeros_like(direction)
     kept[first::2] = direction[first::2] * 2**0.5
     return kept
@@ -328,7 +334,7 @@ def _add(known: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 class _Noise:
-    """What noise in one layer's input costs, gathered over products."""
+    """What noise in one layer's input costs, summed over its products."""
 
     def __init__(self) -> None:
         self._total = self._dynamic = 0.0
@@ -342,7 +348,7 @@ class _Noise:
         flat, spread = (t.reshape(-1, t.shape[-1] if by_rows else t.numel()) for t in (x.float(), energy))
         total = float(spread.sum())
         if not math.isfinite(total):
-            return  # the gradient of the weight is not finite either, which is told
+            return  # the gradient of the weight is not finite either, of which `_gather` warns
         self._total += total
         reach = (flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)) / LEVELS
         self._dynamic += float((reach.square() / 12 * spread.sum(1)).sum())
@@ -351,13 +357,9 @@ class _Noise:
         return InputNoise(self._total, self._dynamic)
 
 
-def _layout(slot: Slot, view: View) -> Layout:
-    groups = getattr(slot.module, "groups", 1) if slot.attribute == "weight" else 1
-    if not isinstance(groups, int) or groups < 1 or view.n_rows % groups:
+def _blocks(tensor: ModelTensor) -> Blocks:
+    """The groups of its rows, as the module says, and the least number of blocks of at most `MOST_COLUMNS` columns."""
+    groups = getattr(tensor.module, "groups", 1) if tensor.attribute == "weight" else 1
+    if not isinstance(groups, int) or groups < 1 or tensor.view.n_rows % groups:
         groups = 1
-    return Layout(groups, _parts(view.n_columns))
-
-
-def _parts(columns: int) -> int:
-    """The least number of parts of at most `MOST_COLUMNS` columns."""
-    return max(1, -(-columns // MOST_COLUMNS))
+    return Blocks(groups, max(1, -(-tensor.view.n_columns // MOST_COLUMNS)))

@@ -1,7 +1,7 @@
-"""Where weights meet their inputs: every product of a watched weight, as it happens, whoever asks for it.
+"""Where weights meet their inputs: every product of a watched weight, reported as it is computed.
 
-A `Watch` sees the calls of `F.linear`, the convolutions, `addmm` and the embeddings while a model runs, so subclasses,
-functional uses and tied weights are seen alike, each with the input as the product gets it (padded, scaled).
+A `ProductWatch` sees the calls of `F.linear`, the convolutions, `addmm` and the embeddings while a model runs: of
+subclasses, functional uses and tied weights alike, each with the input that the product gets (padded, scaled).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Product:
 
     Args:
         tensor: the weight's name.
-        kind: of product.
-        x: its input: floats, or the indices into a table. With gradients watched, an alias whose gradient is this
-            product's alone.
-        y: its output.
+        kind: of which function.
+        x: the input: floats, or the indices into an embedding table. If gradients are watched, an alias whose gradient
+            comes from this product only.
+        y: the output.
     """
 
     tensor: str
@@ -36,7 +36,7 @@ class Product:
     y: Tensor
 
 
-# The functions that are watched, with the places of the input and of the weight among their arguments.
+# The watched functions: kind, position of the input, and position of the weight among the arguments.
 PRODUCTS: Final[dict[Callable[..., Any], tuple[Kind, int, int]]] = {
     F.linear: ("linear", 0, 1),
     torch.addmm: ("linear", 1, 2),
@@ -51,20 +51,19 @@ PRODUCTS: Final[dict[Callable[..., Any], tuple[Kind, int, int]]] = {
 }
 
 
-class Watch(TorchFunctionMode):
-    """While it is entered, tells of each product of a watched weight.
+class ProductWatch(TorchFunctionMode):
+    """While it is entered, reports each product of a watched weight.
 
     Args:
-        names: of the watched tensors, by `id`.
+        names: the names of the watched tensors, by `id`.
         tell: called with each product, right after it was computed.
-        gradients: let each product have an input of its own, whose gradient can be had.
+        gradients: give each product an alias of its input, so that the gradient by it can be asked for.
 
     Attributes:
-        otherwise: watched tensors that other functions than the products took and gave a tensor for, a transposition
-            for instance.
+        otherwise: the names of watched tensors from which other functions computed a tensor, such as a transposition.
 
     >>> layer, seen = torch.nn.Linear(3, 2), []
-    >>> with Watch({id(layer.weight): "weight"}, seen.append):
+    >>> with ProductWatch({id(layer.weight): "weight"}, seen.append):
     ...     y = layer(torch.zeros(4, 3))
     >>> seen[0].tensor, seen[0].kind, seen[0].x.shape
     ('weight', 'linear', torch.Size([4, 3]))
@@ -80,7 +79,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the function; tell of it if it is a product of a watched weight."""
+        """Run the function, and report it if it is a product of a watched weight."""
         kwargs = kwargs or {}
         kind, input_place, weight_place = PRODUCTS.get(func, ("linear", 0, len(args)))
         if func in PRODUCTS and len(args) <= weight_place and "weight" in kwargs:  # the name in all but addmm
@@ -89,7 +88,7 @@ class Watch(TorchFunctionMode):
         if weight_place >= len(args) or id(args[weight_place]) not in self._names:
             y = func(*args, **kwargs)
             if isinstance(y, Tensor):
-                self.otherwise |= {self._names[id(one)] for one in args if id(one) in self._names}
+                self.otherwise |= {self._names[id(arg)] for arg in args if id(arg) in self._names}
             return y
         x = args[input_place]
         if self._gradients and x.is_floating_point():

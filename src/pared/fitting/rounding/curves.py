@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.targets import (
     STEPS_PER_OCTAVE,
@@ -137,13 +137,13 @@ def _row_errors(target: RoundingTarget, rows: Tensor, codes: Tensor, steps: Tens
         return error.double().square().mean(1)
     layout, size = target.layout, len(target.matrix) // target.layout.groups
     if layout.groups > 1:
-        chosen = (rows[::size] // size)[:, None] * layout.parts + torch.arange(layout.parts)
+        chosen = (rows[::size] // size)[:, None] * layout.column_blocks + torch.arange(layout.column_blocks)
         moments = moments[chosen.reshape(-1)]
-        layout = Layout(len(rows) // size, layout.parts)
+        layout = Blocks(len(rows) // size, layout.column_blocks)
     blocks = layout.blocks(error)
     energy = (torch.bmm(blocks, moments) * blocks).sum(2).double()
     trace = moments.diagonal(dim1=1, dim2=2).sum(1).double()[:, None].expand_as(energy)
-    total, norm = (t.reshape(layout.groups, layout.parts, -1).sum(1).reshape(-1) for t in (energy, trace))
+    total, norm = (t.reshape(layout.groups, layout.column_blocks, -1).sum(1).reshape(-1) for t in (energy, trace))
     return torch.where(norm > 0, total / norm.clamp(min=1e-300), torch.zeros_like(total))
 
 

@@ -18,17 +18,16 @@ from pared.fitting.config import Rule
 from pared.fitting.rounding.nearest import nearest
 from pared.formats.coded import Coded, Float, Raw, dtype_name, survives_float16
 from pared.formats.grids import CODE_LIMITS
-from pared.formats.views import View, view_of
+from pared.formats.views import View
 from pared.model.contents import Decision, Plan, Treatment
-from pared.model.tensors import Slot
+from pared.model.tensors import ModelTensor, ModelTensors
 
 DEFAULT_BITS: Final = 8.0
 MOST_BITS: Final = 15.0
 
 
 def make_plan(
-    model: nn.Module,
-    slots: Sequence[Slot],
+    slots: ModelTensors[nn.Module],
     rules: Sequence[Rule],
     *,
     bits: float | None = DEFAULT_BITS,
@@ -41,7 +40,7 @@ def make_plan(
     Raises:
         ConfigError: a rule matches nothing, or `strict` and a tensor would be left in float without a rule.
     """
-    types = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    types = {name: type(module) for name, module in slots.model.named_modules(remove_duplicate=False)}
     used: set[int] = set()
     plan = []
     for slot in slots:
@@ -58,7 +57,9 @@ def make_plan(
     return tuple(plan)
 
 
-def finer(plan: Plan, slots: Sequence[Slot], known: Mapping[str, TensorStats], *, strict: bool = False) -> Plan:
+def finer(
+    plan: Plan, slots: ModelTensors[nn.Module], known: Mapping[str, TensorStats], *, strict: bool = False
+) -> Plan:
     """The plan with its damages, and more than 8 bits for each tensor of which these alone would do too much.
 
     That happens where the channels of an input differ widely in scale: then so do the columns of a row, and its step
@@ -95,11 +96,11 @@ def _allowed(weights: int, of: int) -> float:
     return max(_ALONE, _TOGETHER * weights / of) if weights >= _MANY else _ALONE
 
 
-def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats], weights: int) -> Decision:
+def _finer(decision: Decision, slot: ModelTensor, known: Mapping[str, TensorStats], weights: int) -> Decision:
     stats = known.get(slot.name)
     if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
         return decision
-    matrix = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).matrix(slot.tensor.detach().float())
+    matrix = slot.view.matrix(slot.tensor.detach().float())
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12
     allowed = _allowed(slot.tensor.numel(), weights)
@@ -117,7 +118,7 @@ def _finer(decision: Decision, slot: Slot, known: Mapping[str, TensorStats], wei
     return replace(decision, treatment=treatment, bits=None, because=because)
 
 
-def _matches(rule: Rule, slot: Slot, types: Mapping[str, type[nn.Module]]) -> bool:
+def _matches(rule: Rule, slot: ModelTensor, types: Mapping[str, type[nn.Module]]) -> bool:
     target = rule.target
     if isinstance(target, type):
         return any(issubclass(types[p], target) for name in slot.names for p in _places(name) if p in types)
@@ -142,7 +143,7 @@ def _places(name: str) -> Iterable[str]:
     yield ""
 
 
-def _by_rule(slot: Slot, rule: Rule) -> Decision:
+def _by_rule(slot: ModelTensor, rule: Rule) -> Decision:
     reason = rule.because or f"rule {rule.label}"
     if _edits_itself(slot):
         return _default(slot, DEFAULT_BITS)
@@ -161,7 +162,7 @@ def _by_rule(slot: Slot, rule: Rule) -> Decision:
     return Decision(slot.name, "grid", rule.bits, reason)
 
 
-def _edits_itself(slot: Slot) -> bool:
+def _edits_itself(slot: ModelTensor) -> bool:
     return getattr(slot.module, "max_norm", None) is not None
 
 
@@ -170,7 +171,7 @@ def _is_flat(tensor: Tensor) -> bool:
     return tensor.numel() == tensor.shape[0]
 
 
-def _default(slot: Slot, bits: float | None) -> Decision:
+def _default(slot: ModelTensor, bits: float | None) -> Decision:
     tensor = slot.tensor
     if _edits_itself(slot):
         return Decision(slot.name, "exact", None, "its module edits it while reading it (max_norm)")
@@ -199,7 +200,7 @@ def _default(slot: Slot, bits: float | None) -> Decision:
 _SHAPES_SHOWN: Final = 8
 
 
-def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Module]]) -> ConfigError:
+def _unmatched(rule: Rule, slots: ModelTensors[nn.Module], types: Mapping[str, type[nn.Module]]) -> ConfigError:
     if isinstance(rule.target, str):
         names = [name for slot in slots for name in slot.names] + [name for name in types if name]
         near = difflib.get_close_matches(rule.target, names, n=3, cutoff=0.4)
@@ -218,7 +219,7 @@ def _unmatched(rule: Rule, slots: Sequence[Slot], types: Mapping[str, type[nn.Mo
     return ConfigError("matches no tensor of the model", where=f"Rule({rule.label})", remedy=hint)
 
 
-def _refuse(decided: Iterable[tuple[Slot, Decision]]) -> None:
+def _refuse(decided: Iterable[tuple[ModelTensor, Decision]]) -> None:
     """Raise if a float tensor of two or more dimensions would be left in float."""
     left = [
         f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"
@@ -234,12 +235,12 @@ def _refuse(decided: Iterable[tuple[Slot, Decision]]) -> None:
         )
 
 
-def encode(slot: Slot, decision: Decision) -> Coded:
+def encode(slot: ModelTensor, decision: Decision) -> Coded:
     """Carry out one decision."""
     tensor = slot.tensor.detach()
     if decision.treatment == "grid":
         assert decision.bits is not None
-        return nearest(tensor, decision.bits, view_of(slot.module, slot.attribute, tuple(tensor.shape)))
+        return nearest(tensor, decision.bits, slot.view)
     if decision.treatment == "exact":
         return Raw(dtype_name(tensor.dtype)).encode(tensor)
     return Float(decision.treatment).encode(tensor)
@@ -258,14 +259,14 @@ class Guess:
     sampled: int
 
 
-def sample_cost(slot: Slot, decision: Decision, rows: int) -> Guess:
+def sample_cost(slot: ModelTensor, decision: Decision, rows: int) -> Guess:
     """Judge what a tensor would take by rounding at most `rows` evenly spaced rows of it."""
     tensor = slot.tensor.detach()
     if decision.treatment != "grid" or tensor.numel() == 0:
         width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
         return Guess(tensor.numel() * width, 0)
     assert decision.bits is not None
-    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
+    view = slot.view
     matrix = view.matrix(tensor)
     chosen = torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()
     part = matrix[chosen]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pared.fitting.calibration.blocks import Layout
+from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import Factor, feedback
 from pared.formats.coded import log_step
 from pared.formats.grids import CODE_LIMITS
@@ -51,7 +51,7 @@ class RoundingTarget:
     exponents: Tensor
     factored: Factor | None
     judged: Factor | None
-    layout: Layout
+    layout: Blocks
     absmax: Tensor
 
     def steps(self, common: int, codes: CodeType) -> Tensor:
@@ -116,12 +116,12 @@ def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, lim
     assert target.factored is not None
     whole = target.layout
     groups = len(rows) * whole.groups // len(target.matrix) if whole.groups > 1 else 1
-    layout = Layout(groups, whole.parts)
+    layout = Blocks(groups, whole.column_blocks)
     factored = target.factored
     if groups != whole.groups:
         size = len(target.matrix) // whole.groups
         chosen = rows[::size] // size
-        blocks = (chosen[:, None] * whole.parts + torch.arange(whole.parts)).reshape(-1)
+        blocks = (chosen[:, None] * whole.column_blocks + torch.arange(whole.column_blocks)).reshape(-1)
         factored = factored.some(blocks)
     blocks_of = layout.blocks(target.matrix[rows])
     codes = feedback(blocks_of, factored, layout.row_blocks(steps).contiguous(), limit)

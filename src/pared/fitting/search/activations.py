@@ -105,7 +105,7 @@ class Candidate:
         seen = self.inputs
         assert seen is not None
         plain = Activation("static", seen.low, seen.high, weights)
-        low, high, outliers = seen.narrowed
+        low, high, outliers = seen.without_outliers
         columns = math.prod(self.tensors[0].coded.shape[1:]) + len(columns_of(outliers))
         if high - low > _NARROW_RANGE * (seen.high - seen.low) or columns > MOST_COLUMNS:
             return (plain,)

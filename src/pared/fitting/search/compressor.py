@@ -6,11 +6,10 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic
 
 import numpy as np
 import torch
-from torch import nn
 
 from pared.errors import ConfigError
 from pared.fitting.calibration.observe import Statistics
@@ -23,17 +22,15 @@ from pared.fitting.search.allocate import Choice
 from pared.fitting.search.options import GRID_ENTRY, FreeTensor, rounded, trace_slot
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
-from pared.formats.views import View, view_of
+from pared.formats.views import View
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Plan, Stored
-from pared.model.tensors import Slot
+from pared.model.tensors import ModelTensor, ModelTensors, ModuleT_co
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
 from pared.version import __version__
 
 log = logging.getLogger(__name__)
-
-ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
 # Damage at which a search begins, and of a model that nobody evaluates: a thousandth of the output's energy.
 DEFAULT_DAMAGE: Final = 1e-3
@@ -92,8 +89,7 @@ class Compressor(Generic[ModuleT_co]):
     `least` and `most` are the damages of the finest and of the smallest model that can be made.
 
     Args:
-        model: the float model; it is left as it is.
-        slots: its tensors.
+        slots: the tensors of the float model, which is left as it is.
         conf: what is wanted.
         seen: what calibration saw; None without calibration.
         sensitivity: what errors cost; None if it was not measured: the same relative error then costs the same in
@@ -106,21 +102,19 @@ class Compressor(Generic[ModuleT_co]):
 
     def __init__(
         self,
-        model: ModuleT_co,
-        slots: Sequence[Slot],
+        slots: ModelTensors[ModuleT_co],
         conf: PostTrainingQuantConfig,
         seen: Statistics | None,
         sensitivity: Sensitivity | None,
         *,
         obey: bool = False,
     ) -> None:
-        self._model = model
         self._slots = slots
         self._conf = conf
         self._seen = seen
         self._noise = sensitivity.inputs if sensitivity else {}
         self._obey = obey
-        self._plan: Plan = plan.make_plan(model, slots, conf.rules, bits=None, strict=conf.strict)
+        self._plan: Plan = plan.make_plan(slots, conf.rules, bits=None, strict=conf.strict)
         self._fixed = {
             slot.name: plan.encode(slot, decision)
             for slot, decision in zip(slots, self._plan, strict=True)
@@ -234,7 +228,7 @@ class Compressor(Generic[ModuleT_co]):
         return Contents(tuple(stored), activations, provenance(self._conf, self._seen))
 
     def _candidates(self, stored: Sequence[Stored]) -> list[Candidate]:
-        return find_candidates(self._model, stored, self._seen.inputs if self._seen else None)
+        return find_candidates(self._slots.model, stored, self._seen.inputs if self._seen else None)
 
     def _activations(self, candidates: Sequence[Candidate], damage: float) -> dict[str, Activation]:
         """How inputs are treated, by module name, where the weights do this damage."""
@@ -250,7 +244,7 @@ class Compressor(Generic[ModuleT_co]):
         gives the same file on a busy machine.
         """
         contents = self._contents(self._stored(point.choice), point.choice.damage)
-        return quantized.assemble(self._model, contents, Profile(this_machine()))
+        return quantized.assemble(self._slots, contents, Profile(this_machine()))
 
     def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         """Tensors and inputs with their shares of the damage, the largest first; the shares add up to 1."""
@@ -283,7 +277,7 @@ def _is_free(decision: Decision) -> bool:
     return decision.treatment == "grid" and decision.bits is None
 
 
-def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
+def _complete(slots: Sequence[ModelTensor], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
     """Statistics of every tensor, by name.
 
     A tensor on which no output was seen to depend counts like the median one at the same relative error.
@@ -296,7 +290,7 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     for slot in slots:
         stats, total = known.get(slot.name), totals.get(slot.name, 0.0)
         if stats is None or not 0 < total < math.inf:
-            rows = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).n_rows
+            rows = slot.view.n_rows
             stats = TensorStats(torch.full((rows,), median / energies[slot.name] / rows, dtype=torch.float64))
         elif total < _MIN_SHARE_OF_MEDIAN * median:
             stats = replace(stats, rows=stats.rows * (_MIN_SHARE_OF_MEDIAN * median / total))
@@ -304,7 +298,7 @@ def _complete(slots: Sequence[Slot], known: Mapping[str, TensorStats]) -> dict[s
     return completed
 
 
-def _zeros(slot: Slot, view: View) -> Coded:
+def _zeros(slot: ModelTensor, view: View) -> Coded:
     shape = tuple(slot.tensor.shape)
     parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
     return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)

@@ -17,9 +17,8 @@ from pared.fitting.rounding.targets import CodeType, RoundingTarget, solve
 from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
 from pared.formats.grids import CODE_LIMITS
-from pared.formats.views import view_of
 from pared.model.contents import Decision, Treatment
-from pared.model.tensors import Slot
+from pared.model.tensors import ModelTensor
 
 # Bytes by which an index entry for codes and steps is longer than one for plain values (an estimate).
 GRID_ENTRY: Final = 24
@@ -46,7 +45,7 @@ class FreeTensor:
         plain: decisions that need no search: a grid at 8 bits, or floats.
     """
 
-    slot: Slot
+    slot: ModelTensor
     target: RoundingTarget
     curve: RateCurve
     options: Options
@@ -61,7 +60,7 @@ class FreeTensor:
         return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
 
 
-def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> FreeTensor:
+def trace_slot(slot: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> FreeTensor:
     """What a tensor could become, with bytes and damage.
 
     If even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
@@ -73,7 +72,7 @@ def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bo
         fine: no row gets a coarser step than at plain 8 bits, absmax / 127.
     """
     tensor = slot.tensor.detach()
-    view = view_of(slot.module, slot.attribute, tuple(tensor.shape))
+    view = slot.view
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
     curve = _without_idle_int16(trace(target, stats))
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
@@ -94,7 +93,7 @@ def trace_slot(slot: Slot, stats: TensorStats, *, strict: bool = False, fine: bo
     return FreeTensor(slot, replace(target, judged=None), curve, options, tuple(decision for decision, _, _ in plain))
 
 
-def _in_float(slot: Slot, treatment: Treatment) -> Decision:
+def _in_float(slot: ModelTensor, treatment: Treatment) -> Decision:
     return Decision(slot.name, treatment, None, _WHY_FLOAT[treatment])
 
 

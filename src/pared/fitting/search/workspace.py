@@ -7,26 +7,31 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from pared.artifact.envelope import find_artifact
 from pared.artifact.outcome import Trial
 from pared.errors import ConfigError, FileError
 from pared.files.disk import make_directory, reading, write_atomic
+from pared.fitting.calibration.observe import Statistics
+from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search.evaluate import Score
 from pared.model import storage
+from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import quantized
+from pared.runtime.layers.registry import weights_of
 from pared.runtime.profile import profile_beside
+from pared.version import __version__
 
 log = logging.getLogger(__name__)
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 _FINGERPRINT: Final = "fingerprint.json"
 _BASELINE: Final = "baseline.json"
@@ -127,7 +132,7 @@ class Workspace:
             FileError, CorruptError: the file is missing or damaged.
         """
         file = find_artifact(self._place(number))
-        return quantized.assemble(skeleton, storage.read(file), profile_beside(file))
+        return quantized.assemble(find_tensors(skeleton), storage.read(file), profile_beside(file))
 
     def _place(self, number: int) -> Path:
         return self._directory / f"trial-{number + 1}"
@@ -187,6 +192,30 @@ def _short(value: str | None) -> str:
 
 def _damaged(path: Path, why: object) -> FileError:
     return FileError(f"cannot be read ({why})", where=str(path), remedy=_START_AGAIN)
+
+
+def fingerprint(
+    tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, seen: Statistics | None
+) -> dict[str, str]:
+    """What a search depends on, as far as it can be told: the user's functions cannot.
+
+    Args:
+        tensors: of the float model.
+        conf: what is wanted.
+        seen: what calibration saw.
+    """
+    # Rules and registered layers are told by what comes of them, as their functions cannot be compared.
+    decisions = make_plan(tensors, conf.rules, bits=None, strict=conf.strict)
+    decided = [(d.name, d.treatment, d.bits, t.view.rows) for d, t in zip(decisions, tensors, strict=True)]
+    int8 = [(name, weights_of(module)) for name, module in tensors.model.named_modules()]
+    return {
+        "pared": __version__,
+        "torch": str(torch.__version__),
+        "model": checksum(tensor.tensor for tensor in tensors),
+        "calibration": checksum(tree_leaves([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
+        "configuration": repr(replace(conf, max_trials=1, timeout=0, rules=())),
+        "decisions": checksum([decided, int8]),
+    }
 
 
 def checksum(values: Iterable[object]) -> str:

@@ -1,0 +1,88 @@
+"""What `fit` knows before it makes any model: the model's tensors, what calibration saw, and what errors cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final, Generic
+
+from pared.fitting.calibration import observe, sensitivity
+from pared.fitting.calibration.observe import Statistics
+from pared.fitting.calibration.perturbation import perturb
+from pared.fitting.calibration.sensitivity import Sensitivity
+from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.estimate import check_arguments
+from pared.fitting.module_damage import try_modules
+from pared.fitting.rounding import plan
+from pared.fitting.search.evaluate import EvalFunc
+from pared.model import calls
+from pared.model.checks import supported_tensors
+from pared.model.tensors import ModelTensors, ModuleT
+from pared.runtime.layers.registration import check_registered
+from pared.terminal import Stages
+
+_SAMPLES_AT_EIGHT_BITS: Final = 32  # enough to know what inputs and steps of 8 bits cost
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared(Generic[ModuleT]):
+    """What `fit` knows before it makes any model.
+
+    Args:
+        tensors: of the float model.
+        conf: what is wanted.
+        seen: what calibration saw; None without calibration data.
+        sensitivity: what errors cost; None without calibration data.
+    """
+
+    tensors: ModelTensors[ModuleT]
+    conf: PostTrainingQuantConfig
+    seen: Statistics | None
+    sensitivity: Sensitivity | None
+
+
+def prepare(
+    model: ModuleT,
+    conf: PostTrainingQuantConfig,
+    calibration: calls.Calibration | None,
+    functions: tuple[EvalFunc | None, EvalFunc | None],
+    stages: Stages,
+    *,
+    eight_bits: bool = False,
+) -> Prepared[ModuleT]:
+    """Check the arguments, find the tensors, run the calibration data and measure what errors cost.
+
+    Args:
+        model: the float model, which is left as it is.
+        conf: what is wanted.
+        calibration: the calibration data, or None.
+        functions: `eval_func` and `confirm_func`, which are only checked.
+        stages: shows the progress.
+        eight_bits: everything goes to 8 bits, for which a few samples and no second moments are enough.
+
+    Raises:
+        ParedError: as `fit`.
+    """
+    tensors = supported_tensors(model)
+    check_registered(model)
+    check_arguments(conf, calibration, *functions)
+    plan.make_plan(tensors, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
+    if calibration is None:
+        return Prepared(tensors, conf, None, None)
+    with stages.stage("calibrating"):
+        seen = observe.collect(model, calibration, conf.calibration_sampling_size)
+    with stages.stage("measuring what errors cost"):
+        return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
+
+
+def _measured(
+    tensors: ModelTensors[ModuleT], conf: PostTrainingQuantConfig, seen: Statistics, eight_bits: bool
+) -> Sensitivity:
+    """By gradients, or by perturbation where none flow; modules that hide their products are run in int8."""
+    some = seen.some(_SAMPLES_AT_EIGHT_BITS) if eight_bits else seen
+    rounds = max(1, _SAMPLES_AT_EIGHT_BITS // max(some.samples, 2)) if eight_bits else None
+    found = sensitivity.measure(tensors, some.calls, some.energies, conf.seed, rounds=rounds)
+    if found is None:
+        found = perturb(tensors, some.calls, conf.seed)
+    if conf.approach in ("auto", "dynamic"):
+        found = replace(found, inputs={**found.inputs, **try_modules(tensors, seen)})
+    return found
