@@ -61,11 +61,11 @@ def test_truth_values(made: Callable[[bool], Any]) -> None:
 
 @pytest.mark.parametrize("given", [np.float64(2.5), np.array([2, 2]), torch.ones(1, 1), "3", None, 3j, Decimal(3)])
 def test_what_is_no_whole_number_is_told(given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"seed=.* is not a whole number"):
+    with pytest.raises(ConfigError, match=r"seed=.* is not an integer"):
         PostTrainingQuantConfig(seed=given)
-    with pytest.raises(ConfigError, match=r"points=.* is not a whole number"):
+    with pytest.raises(ConfigError, match=r"points=.* is not an integer"):
         pared.trade_off(nn.Linear(2, 2), points=given)
-    with pytest.raises(ConfigError, match=r"calibration_sampling_size=.* is not a whole number"):
+    with pytest.raises(ConfigError, match=r"calibration_sampling_size=.* is not an integer"):
         pared.tune_speed("nowhere", nn.Linear(2, 2), [], calibration_sampling_size=given)
 
 

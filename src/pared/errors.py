@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 DAMAGED: Final = "Fetch the file again; it is damaged."
+DANGEROUS: Final = "Do not use this file: pared writes nothing like it, and reading it could exhaust the memory."
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Numbers and truth values as callers give them: Python's own, NumPy's, or one element of an array or a tensor."""
+"""Numbers and booleans that callers pass: Python's, NumPy's, or an array or tensor with one element."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from pared.errors import ConfigError
 
-_MOST: Final = 2**63  # what torch takes for a seed, and more than anyone waits
+_MOST: Final = 2**63  # the largest seed that torch takes, and longer than anyone waits
 
 
 def plain(value: object) -> Any:
-    """A scalar of NumPy, or an array or tensor without dimensions, as Python's bool, int or float; all else as it is.
+    """Turn a NumPy scalar, or an array or tensor without dimensions, into a bool, int or float; keep all others.
 
     >>> import numpy as np
     >>> plain(np.int64(3)), plain(np.float32(0.5)), plain(np.array(True)), plain("8")
@@ -30,27 +30,34 @@ def plain(value: object) -> Any:
 
 
 def checked_number(where: str, option: str, value: object, *, least: float, whole: bool = False) -> Any:
-    """A number as Python's own.
+    """Check an option that is a number, and return it as an int or float.
+
+    Args:
+        where: the function or class that has the option, for messages.
+        option: its name.
+        value: what the caller gave.
+        least: the smallest legal value; it has to be below 2^63.
+        whole: whether it must be an integer.
 
     Raises:
-        ConfigError: it is no number, is less than the least or 2^63 and more, or has a fraction where it must not.
+        ConfigError: it is not such a number.
     """
     found = plain(value)
     kinds = (int,) if whole else (int, float)
     if isinstance(found, bool) or not isinstance(found, kinds) or not least <= found < _MOST:
         raise ConfigError(
-            f"{option}={value!r} is not a {'whole ' if whole else ''}number of at least {least:g} and below 2^63",
+            f"{option}={value!r} is not {'an integer' if whole else 'a number'} of at least {least:g} and below 2^63",
             where=where,
-            remedy=f"Pass one number for {option}.",
+            remedy=f"Pass a number in that range for {option}.",
         )
     return found
 
 
 def check_choice(where: str, option: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse what is none of the choices; True is not 1 here.
+    """Check that an option is one of its choices; True is not 1 here.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: it is not one of them.
     """
     if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""What holds for the whole process, changed for a while: any number of threads may do so at once, and nothing is left.
+"""Settings of the whole process, changed for a while by any number of threads at once, and restored afterwards.
 
-Where a change can be kept to one thread, it is. Where it cannot, the first that needs it makes it and the last one
-takes it back; or one thread waits for the other.
+A change is kept to one thread where that is possible. Otherwise the first thread that needs it makes it and the last
+one undoes it; or one thread waits for the other.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any, Final, Generic, TypeVar
 
 ValueT = TypeVar("ValueT")
 
-CAPTURING: Final = threading.RLock()  # held while torch captures a graph, which it says to all threads
-DRAWING: Final = threading.RLock()  # held while the state of random numbers, or a model's mode, is put back in the end
+CAPTURING: Final = threading.RLock()  # held while torch captures a graph, a state that all threads see
+DRAWING: Final = threading.RLock()  # held while random numbers are drawn, or a model's mode is changed, and restored
 _ENGINE: Final = threading.Lock()
 
 
 class Switch(Generic[ValueT]):
-    """A setting of the process that has another value while anyone is inside.
+    """A setting of the process that has another value while any thread is inside the context.
 
     Args:
-        read: the setting.
-        write: the setting.
-        value: that it has inside.
+        read: returns the setting's value.
+        write: sets it.
+        value: its value inside.
     """
 
     def __init__(self, read: Callable[[], ValueT], write: Callable[[ValueT], object], value: ValueT) -> None:
@@ -52,17 +52,17 @@ class Switch(Generic[ValueT]):
 
 
 def quiet_loggers(names: Sequence[str], level: int) -> Switch[list[int]]:
-    """Loggers that say less inside. A logger may be in two of these switches if nobody is in both at once.
+    """A switch inside which loggers have another level. Two switches with a logger in common must not overlap in time.
 
     Args:
-        names: of the loggers.
-        level: of what is still said.
+        names: the loggers' names.
+        level: their level inside: what is below is not logged.
     """
     loggers = [logging.getLogger(name) for name in names]
 
     def write(levels: list[int]) -> None:
-        for logger, one in zip(loggers, levels, strict=True):
-            logger.setLevel(one)
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)
 
     return Switch(lambda: [logger.level for logger in loggers], write, [level] * len(loggers))
 
@@ -79,13 +79,13 @@ def _set_fast_paths(enabled: bool) -> None:
     torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-# Inside, transformer layers call their parts, whose inputs would be unseen in one fused operator.
+# Inside, transformer layers call their submodules; in one fused operator the inputs of those could not be observed.
 WITHOUT_FAST_PATHS: Final = Switch(_fast_paths, _set_fast_paths, False)
 
 
 @contextlib.contextmanager
 def quantized_engine(name: str) -> Iterator[None]:
-    """Let torch pack quantized weights for this engine; one thread at a time.
+    """Let torch prepare quantized weights for this engine; one thread at a time.
 
     Args:
         name: "onednn" or "fbgemm".
@@ -105,11 +105,11 @@ def quantized_engine(name: str) -> Iterator[None]:
 def ignoring(category: type[Warning] = Warning, message: str = "") -> Iterator[None]:
     """Ignore warnings in this thread, and in no other.
 
-    `warnings.catch_warnings` replaces the filters of all threads, and where two overlap, those of the first are put
-    back last. Here one filter is added and taken away again, and it only knows warnings of its own thread.
+    `warnings.catch_warnings` replaces the filters of all threads, and when two overlap, the first may restore its
+    filters last. Here one filter is added and removed again, and it matches only in its own thread.
 
     Args:
-        category: of the warnings.
+        category: the class of the warnings; default: all.
         message: a regular expression for the beginning of their text; default: any text.
     """
     thread = threading.get_ident()
@@ -126,5 +126,8 @@ def ignoring(category: type[Warning] = Warning, message: str = "") -> Iterator[N
         yield
     finally:
         current: Any = warnings.filters
-        for one in (filters, current):  # another list while somebody is in catch_warnings, who puts back the first
-            one[:] = [other for other in one if other is not entry]
+        for known in (
+            filters,
+            current,
+        ):  # these differ while another thread is in catch_warnings
+            known[:] = [other for other in known if other is not entry]

@@ -33,7 +33,7 @@ Json = dict[str, Any]
 Edit = Callable[[Json], object]
 
 DAMAGED = "Fetch the file again; it is damaged."
-UNSAFE = "Do not use this file: no sound artifact says so."
+UNSAFE = "Do not use this file: pared writes nothing like it, and reading it could exhaust the memory."
 
 
 class Writer:
@@ -242,17 +242,17 @@ CODED, PLAIN, WIDE, HALF, COUNT, NONE, CLASSED, SCALED = range(8)
 LIES: dict[str, tuple[Edit, str]] = {
     "no list of tensors": (without("tensors"), "file: its index lacks 'tensors'"),
     "an unknown key": (top(more=1), "file: its index has an unknown field 'more'"),
-    "no version": (without("pared"), "file: its index does not say which version of the format it has"),
-    "version zero": (top(pared=0), "file: its index does not say which version of the format it has"),
-    "version true": (top(pared=True), "file: its index does not say which version of the format it has"),
-    "tensors by name": (top(tensors={}), "file: the list of tensors is no list"),
-    "an entry that is none": (top(tensors=[3]), "file: an entry of its index is no object"),
-    "a name that is none": (at(PLAIN, "name")(7), "file: the name of a tensor is no text"),
-    "half a character": (at(PLAIN, "name")("\ud800"), "file: the name of a tensor is no text"),
+    "no version": (without("pared"), "file: its index does not state a version of the format"),
+    "version zero": (top(pared=0), "file: its index does not state a version of the format"),
+    "version true": (top(pared=True), "file: its index does not state a version of the format"),
+    "tensors by name": (top(tensors={}), "file: the list of tensors is not a list"),
+    "an entry that is none": (top(tensors=[3]), "file: an entry of its index is not an object"),
+    "a name that is none": (at(PLAIN, "name")(7), "file: the name of a tensor is not printable text"),
+    "half a character": (at(PLAIN, "name")("\ud800"), "file: the name of a tensor is not printable text"),
     "one name twice": (at(PLAIN, "name")("coded"), "file: two tensors have the name 'coded'"),
     "an alias that is a name": (at(HALF, "aliases")(["plain"]), "file: two tensors have the name 'plain'"),
     "an unknown kind": (at(PLAIN, "kind")("x"), "file: plain: its kind 'x' is not one of parameter, buffer"),
-    "an unhashable kind": (at(PLAIN, "kind")([]), "file: plain: its kind is no text"),
+    "an unhashable kind": (at(PLAIN, "kind")([]), "file: plain: its kind is not printable text"),
     "an unknown dtype": (
         at(COUNT, "dtype")("int128"),
         "file: count: its dtype 'int128' is not one of bool, uint8, int8, int16, int32, int64, float16, bfloat16, "
@@ -281,15 +281,15 @@ LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a negative size": (
         at(PLAIN, "shape")([-3, -4]),
-        f"file: plain: a size in its shape is no whole number from 0 to {2**63 - 1}",
+        f"file: plain: a size in its shape is not an integer from 0 to {2**63 - 1}",
     ),
-    "a size that is no integer": (
+    "a size that is not an integer": (
         at(PLAIN, "shape")([3.0, 4]),
-        f"file: plain: a size in its shape is no whole number from 0 to {2**63 - 1}",
+        f"file: plain: a size in its shape is not an integer from 0 to {2**63 - 1}",
     ),
     "a size that is a truth": (
         at(PLAIN, "shape")([True, 12]),
-        f"file: plain: a size in its shape is no whole number from 0 to {2**63 - 1}",
+        f"file: plain: a size in its shape is not an integer from 0 to {2**63 - 1}",
     ),
     "a huge shape": (at(PLAIN, "shape")([2**40, 2**40]), "file: plain: its shape is larger than any tensor"),
     "a huge empty shape": (
@@ -301,7 +301,7 @@ LIES: dict[str, tuple[Edit, str]] = {
         at(PLAIN, "view")({"split": [3, 5], "rows": [0]}),
         "file: plain: its view (split [3, 5], rows [0]) does not fit shape [3, 4]",
     ),
-    "a row that is no dimension": (
+    "a row that is not a dimension": (
         at(PLAIN, "view")({"split": [3, 4], "rows": [2]}),
         "file: plain: its view (split [3, 4], rows [2]) does not fit shape [3, 4]",
     ),
@@ -313,8 +313,8 @@ LIES: dict[str, tuple[Edit, str]] = {
         at(HALF, "view")({"split": [3], "rows": [0]}),
         "file: half: it has a view, which only a grid has",
     ),
-    "bits that are none": (at(PLAIN, "bits")("8"), "file: plain: its bits is no finite number"),
-    "infinite bits": (at(PLAIN, "bits")(1e999), "file: its index is no sound JSON: Infinity is not a number"),
+    "bits that are none": (at(PLAIN, "bits")("8"), "file: plain: its bits is not a finite number"),
+    "infinite bits": (at(PLAIN, "bits")(1e999), "file: its index is not valid JSON: Infinity is not a number"),
     "an unknown coding": (
         at(CODED, "parts", "codes", "coding")({"per_symbol": 5}),
         "file: coded: {'per_symbol': 5} is not a coding",
@@ -329,13 +329,13 @@ LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a range that is none": (
         top(modules={"a": {"mode": "static", "low": 1, "high": 2}}),
-        "file: module 'a' has a range that does not hold zero, or more than float32 does",
+        "file: module 'a' has a range without zero, or beyond float32",
     ),
     "a range where none belongs": (
         top(modules={"a": {"mode": "dynamic", "low": 0}}),
         "file: module 'a' has an unknown field 'low'",
     ),
-    "a provenance that is none": (top(provenance=[]), "file: provenance is no object"),
+    "a provenance that is none": (top(provenance=[]), "file: provenance is not an object"),
 }
 
 
@@ -359,15 +359,15 @@ FIRST_LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a checksum beyond 32 bits": (
         at(PLAIN, "parts", "codes", "crc32")(2**32),
-        f"file: plain: the crc32 of its codes is no whole number from 0 to {2**32 - 1}",
+        f"file: plain: the crc32 of its codes is not an integer from 0 to {2**32 - 1}",
     ),
     "an offset between boundaries": (
         at(PLAIN, "parts", "codes", "offset")(129),
-        "file: plain: its codes is said to begin at byte 129 of the data, where 128 is due",
+        "file: plain: its codes begins at byte 129 of the data, not at byte 128",
     ),
     "an overlap": (
         at(PLAIN, "parts", "step", "offset")(128),
-        "file: plain: its step is said to begin at byte 128 of the data, where 192 is due",
+        "file: plain: its step begins at byte 128 of the data, not at byte 192",
     ),
     "a missing tensor at the end": (
         lambda index: [index["tensors"].pop() for _ in range(2)],
@@ -400,19 +400,19 @@ SECOND_LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a length of plain codes": (
         at(PLAIN, "parts", "codes", "length")(12),
-        "file: plain: its codes has a length, which only coded parts have, and must have",
+        "file: plain: its codes has a length, which coded parts have, and only they",
     ),
     "a length of equal codes": (
         at(WIDE, "parts", "codes", "length")(0),
-        "file: wide: its codes has a length, which only coded parts have, and must have",
+        "file: wide: its codes has a length, which coded parts have, and only they",
     ),
     "no length of coded codes": (
         lambda index: index["tensors"][CODED]["parts"]["codes"].pop("length"),
-        "file: coded: its codes lacks a length, which only coded parts have, and must have",
+        "file: coded: its codes lacks a length, which coded parts have, and only they",
     ),
     "a length that is none": (
         at(CODED, "parts", "codes", "length")(-1),
-        f"file: coded: the length of its codes is no whole number from 0 to {2**63 - 1}",
+        f"file: coded: the length of its codes is not an integer from 0 to {2**63 - 1}",
     ),
     "no checksum": (
         lambda index: index["tensors"][PLAIN].pop("crc32"),
@@ -420,7 +420,7 @@ SECOND_LIES: dict[str, tuple[Edit, str]] = {
     ),
     "a checksum beyond 32 bits": (
         at(PLAIN, "crc32")(2**32),
-        f"file: plain: its crc32 is no whole number from 0 to {2**32 - 1}",
+        f"file: plain: its crc32 is not an integer from 0 to {2**32 - 1}",
     ),
     "a checksum of one part": (
         at(PLAIN, "parts", "codes", "crc32")(1),
@@ -437,23 +437,23 @@ SECOND_LIES: dict[str, tuple[Edit, str]] = {
     ),
     "coded steps without a base": (
         lambda index: index["tensors"][CLASSED]["parts"]["step"].pop("base"),
-        "file: classed: its step is coded, and has no base",
+        "file: classed: its step is coded but has no base",
     ),
     "a base that is none": (
         at(SCALED, "parts", "step", "base")(1.0),
-        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+        "file: scaled: the base of its step is not an integer from -1008 to 1023",
     ),
     "a base that is a truth": (
         at(SCALED, "parts", "step", "base")(True),
-        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+        "file: scaled: the base of its step is not an integer from -1008 to 1023",
     ),
     "a base too high": (
         at(SCALED, "parts", "step", "base")(1024),
-        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+        "file: scaled: the base of its step is not an integer from -1008 to 1023",
     ),
     "a base too low": (
         at(SCALED, "parts", "step", "base")(-1009),
-        "file: scaled: the base of its step is no whole number from -1008 to 1023",
+        "file: scaled: the base of its step is not an integer from -1008 to 1023",
     ),
     "a base of codes": (
         at(SCALED, "parts", "codes", "base")(0),
@@ -625,17 +625,17 @@ RECORDS = {
         "its index does not inflate: Error -3 while decompressing data: incorrect header check",
     ),
     "half a stream": (INDEX.to_bytes()[:-20], "its index is truncated"),
-    "bytes behind it": (INDEX.to_bytes() + b"x", "its index has bytes behind its end"),
+    "bytes behind it": (INDEX.to_bytes() + b"x", "its index has bytes after its end"),
     "no JSON": (
         zlib.compress(b"{]"),
-        "its index is no sound JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
+        "its index is not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
     ),
-    "a list": (zlib.compress(b"[]"), "its index is no object"),
+    "a list": (zlib.compress(b"[]"), "its index is not an object"),
     "a key twice": (
         zlib.compress(b'{"pared":1,"pared":1}'),
-        "its index is no sound JSON: an object has the same key twice",
+        "its index is not valid JSON: an object has the same key twice",
     ),
-    "not a number": (zlib.compress(b'{"pared":NaN}'), "its index is no sound JSON: NaN is not a number"),
+    "not a number": (zlib.compress(b'{"pared":NaN}'), "its index is not valid JSON: NaN is not a number"),
 }
 
 
@@ -767,7 +767,7 @@ FILES: dict[str, tuple[bytes, type[FileError], str]] = {
     "a comment": (
         zipped(members(), comment=b"hidden"),
         CorruptError,
-        "it has bytes that belong to no member of its archive",
+        "it has bytes that do not belong to any member of its archive",
     ),
     "a state dict": (pt(b"", b"").replace(b"index", b"shape"), FileError, "is a torch file, not an artifact of pared"),
     "another zip": (zipped({"a.txt": b"hello"}), FileError, "is a zip archive, not an artifact of pared"),
@@ -777,7 +777,7 @@ FILES: dict[str, tuple[bytes, type[FileError], str]] = {
         FileError,
         "is a Git LFS pointer in the place of the file, not an artifact of pared",
     ),
-    "text": (b"hello", FileError, "is of a kind unknown here, not an artifact of pared"),
+    "text": (b"hello", FileError, "is of an unknown kind, not an artifact of pared"),
     "another safetensors": (
         safetensors.numpy.save({"index": np.zeros(1, np.uint8)}),
         FileError,
@@ -801,7 +801,8 @@ FILES: dict[str, tuple[bytes, type[FileError], str]] = {
     "safetensors and more": (
         SAFE + b"more",
         CorruptError,
-        f"its tensors end at byte {len(SAFE):,}, and the file has {len(SAFE) + 4:,}: the rest belongs to no tensor",
+        f"its tensors end at byte {len(SAFE):,}, and the file has {len(SAFE) + 4:,}: "
+        "the rest does not belong to any tensor",
     ),
     "half of safetensors": (
         SAFE[:-10],
@@ -834,7 +835,7 @@ def test_bytes_between_members_are_refused() -> None:
     struct.pack_into("<Q", moved, shifted.rindex(b"PK\x06\x07") + 8, zip64)
     with pytest.raises(CorruptError) as error:
         parse(bytes(moved))
-    assert error.value.what == "it has bytes that belong to no member of its archive"
+    assert error.value.what == "it has bytes that do not belong to any member of its archive"
 
 
 def central(field: int, code: str, value: int, member: str = "archive/data/1") -> bytes:
@@ -984,7 +985,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     words = {
         "missing": "cannot be read: No such file or directory",
         "empty": "is empty",
-        "pipe": "is no regular file",
+        "pipe": "is not a regular file",
         ".": "is a directory",
     }
     for name, what in words.items():

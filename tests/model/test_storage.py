@@ -176,7 +176,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], type[ParedError]]] = {
     "a flipped bit": (flipped, CorruptError),
     "a missing record": (lambda d: rezipped(d, **{"data/1": None}), CorruptError),
     "an extra record": (lambda d: rezipped(d, **{"data/2": b"more"}), CorruptError),
-    "an index that is no JSON": (lambda d: rezipped(d, **{"data/0": zlib.compress(b"{oops")}), CorruptError),
+    "an index that is not JSON": (lambda d: rezipped(d, **{"data/0": zlib.compress(b"{oops")}), CorruptError),
     "an index that is not compressed": (lambda d: rezipped(d, **{"data/0": b"{}"}), CorruptError),
     "a newer version": (lambda d: reindexed(d, newer), VersionError),
     "a misshapen tensor": (lambda d: reindexed(d, misshapen), CorruptError),

@@ -410,7 +410,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     ),
     "a negative size": (
         replaced(STATE, **{"data.pkl": PICKLE.replace(b"K\x03K\x04\x86", b"\x8a\x01\xffK\x04\x86")}),
-        f"file: w: a size in its shape is no whole number from 0 to {2**63 - 1}",
+        f"file: w: a size in its shape is not an integer from 0 to {2**63 - 1}",
     ),
     "sizes without strides": (
         replaced(STATE, **{"data.pkl": PICKLE.replace(b"K\x04K\x01\x86", b"K\x04\x85")}),
@@ -445,12 +445,12 @@ def zip_of(**members: bytes) -> bytes:
 
 OTHERS = {
     "a plain pickle": (pickle.dumps({}), "a plain pickle"),
-    "a zip": (zip_of(a=b""), "a zip archive of a kind unknown here"),
+    "a zip": (zip_of(a=b""), "a zip archive of an unknown kind"),
     "an old tar": (
         b"pickle" + bytes(251) + b"ustar" + bytes(100),
         "a tar archive, as torch wrote before version 0.1.10",
     ),
-    "text": (b"hello", "of a kind unknown here"),
+    "text": (b"hello", "of an unknown kind"),
     "another order": (
         replaced(STATE, byteorder=b"big"),
         "a torch file of a machine that puts the highest byte first",
@@ -477,7 +477,7 @@ def entry(**changes: object) -> dict[str, object]:
 
 
 HEADERS = {
-    "no entry": (safe({"a": 1}), "file: a: its entry is no object"),
+    "no entry": (safe({"a": 1}), "file: a: its entry is not an object"),
     "an unknown type": (safe(entry(dtype="F31")), "file: a: its dtype 'F31' is not one of "),
     "another shape": (safe(entry(shape=[4])), "file: a: its offsets [0, 12] do not fit shape [4] of F32"),
     "a huge shape": (safe(entry(shape=[2**40] * 3)), "file: a: its shape is larger than any tensor"),
@@ -490,9 +490,12 @@ HEADERS = {
     "a hole": (safe(entry(data_offsets=[4, 16]), bytes(16)), "file: tensor 'a' begins at byte "),
     "an overlap": (safe(entry() | {"b": entry()["a"]}), "file: tensor 'b' begins at byte "),
     "bytes behind": (safe(entry(), bytes(13)), "file: its tensors end at byte "),
-    "metadata that are no text": (safe(entry() | {"__metadata__": {"a": 1}}), "file: its metadata 'a' is no text"),
-    "no JSON": (struct.pack("<Q", 2) + b"{]", "file: its header is no sound JSON: "),
-    "deep JSON": (struct.pack("<Q", 600_000) + b'{"a":' * 120_000, "file: its header is no sound JSON: "),
+    "metadata that are no text": (
+        safe(entry() | {"__metadata__": {"a": 1}}),
+        "file: its metadata 'a' is not printable text",
+    ),
+    "no JSON": (struct.pack("<Q", 2) + b"{]", "file: its header is not valid JSON: "),
+    "deep JSON": (struct.pack("<Q", 600_000) + b'{"a":' * 120_000, "file: its header is not valid JSON: "),
 }
 
 

@@ -217,17 +217,17 @@ def bytes_with(outliers: Any) -> bytes:
 @pytest.mark.parametrize(
     ("outliers", "message"),
     [
-        (7, "the outliers of module 'first' is no list"),
-        ([7], "an outlier of module 'first' is no list"),
+        (7, "the outliers of module 'first' is not a list"),
+        ([7], "an outlier of module 'first' is not a list"),
         ([[1]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[1, 0]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[-1, 1]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[1, 1.5]], "an outlier of module 'first' is not a column and a number of ranges"),
         ([[True, 1]], "an outlier of module 'first' is not a column and a number of ranges"),
-        ([[1, 10**9]], "64 columns of 'weight' would get 1,000,000,000 further ones"),
-        ([[64, 1]], "outliers of its input are no columns of 'weight'"),
+        ([[1, 10**9]], "64 columns of 'weight' would get 1,000,000,000 extra ones"),
+        ([[64, 1]], "outliers of its input are not columns of 'weight'"),
         ([[1, 1], [1, 2]], "module 'first' has the outlier 1 twice"),
-        ([[1, 65]], "64 columns of 'weight' would get 65 further ones"),
+        ([[1, 65]], "64 columns of 'weight' would get 65 extra ones"),
     ],
 )
 def test_hostile_outliers_are_refused(outliers: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The tensors of an artifact as NumPy arrays: what `artifact` reads into torch, for those that do without torch."""
+"""Decode the tensors of an artifact into NumPy arrays, without torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pared.formats.views import View
 
 
 def decode(entry: Entry, data: memoryview) -> Array:
-    """The numbers of a tensor, equal bit for bit to what `load` gives the model.
+    """Decode a tensor: bit for bit the values that `load` gives the model.
 
     Args:
-        entry: of the tensor, in an index that `container.parse_index` has checked.
+        entry: the tensor's entry in an index that `parse_index` has checked.
         data: the artifact's second record.
 
     Returns:

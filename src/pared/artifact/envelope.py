@@ -1,4 +1,4 @@
-"""The two records of an artifact in a torch zip or a .safetensors file; content tells which, not the name."""
+"""The two records of an artifact in a torch zip or a .safetensors file; the content decides which, not the name."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pared.files.zip_file import PICKLE, Archive, Member, checked_content, is_zi
 
 FILE_NAMES: Final[Mapping[str, str]] = {"pt": "best_model.pt", "safetensors": "best_model.safetensors"}
 
-# The members of a torch zip that holds an artifact, all in one folder; the version of torch decides on the last.
+# The members of a torch zip that holds an artifact, all in one folder; which optional ones depends on torch's version.
 _INDEX, _DATA = "data/0", "data/1"
 _REQUIRED: Final = (PICKLE, _INDEX, _DATA, "version")
 _OPTIONAL: Final = ("byteorder", ".data/serialization_id", ".format_version", ".storage_alignment")
 
 # How torch pickles the keys "index" and "data": by them a torch zip is known as an artifact.
 _MARKS: Final = (b"X\x05\x00\x00\x00index", b"X\x04\x00\x00\x00data")
-_LARGEST_NOTE: Final = 4096  # of every member but the records
+_LARGEST_NOTE: Final = 4096  # bytes; the size of each member except the records
 
-# Behind each member torch writes a descriptor of 16 bytes, or of 24 where sizes need 64 bits.
+# After each member torch writes a descriptor of 16 bytes, or of 24 where sizes need 64 bits.
 _DESCRIPTORS: Final = (0, 16, 24)
 
 
@@ -36,7 +36,7 @@ class Records:
 
     Args:
         where: the file's name, for messages.
-        nbytes: of the whole file.
+        nbytes: the size of the whole file.
         index: the first record.
         data: the second, mapped into memory rather than read; valid while the file is open.
     """
@@ -48,7 +48,7 @@ class Records:
 
 
 def artifact_in(path: Path) -> Path:
-    """The artifact in a directory; the path itself where there is none, or where it is no directory.
+    """The artifact in a directory; the path itself if there is none, or if it is not a directory.
 
     >>> artifact_in(Path("model.pt")).name
     'model.pt'
@@ -74,14 +74,14 @@ def find_artifact(path: Path) -> Path:
 
 @contextmanager
 def open_records(source: bytes | str | os.PathLike[str], where: str = "") -> Iterator[Records]:
-    """Open an artifact; of its data nothing is read.
+    """Open an artifact without reading its data.
 
     Args:
         source: a path, or a file's bytes.
         where: the name for messages; default: the path.
 
     Raises:
-        FileError: there is no such file, or it is no artifact.
+        FileError: there is no such file, or it is not an artifact.
         CorruptError: its container contradicts itself.
     """
     with open_file(source, where) as file:
@@ -120,13 +120,13 @@ def _zip_records(file: File, archive: Archive) -> Records | None:
     _check_members(file, members)
     _check_gaps(file, archive)
     data = members[_DATA]
-    # The data are large, and their parts have checksums of their own.
+    # The data are large, and each tensor in them has its own checksum.
     contents = {name: checked_content(file, member) for name, member in members.items() if name != _DATA}
     return Records(file.where, len(file.data), contents[_INDEX], file.data[data.offset : data.end])
 
 
 def _check_members(file: File, members: Mapping[str, Member]) -> None:
-    """Exactly the members of an artifact, as torch writes them."""
+    """Check that there are exactly the members of an artifact, as torch writes them."""
     if missing := sorted(set(_REQUIRED) - members.keys()):
         raise _corrupt(file, f"its member {missing[0]!r} is missing")
     if unknown := sorted(members.keys() - {*_REQUIRED, *_OPTIONAL}):
@@ -139,12 +139,12 @@ def _check_members(file: File, members: Mapping[str, Member]) -> None:
 
 
 def _check_gaps(file: File, archive: Archive) -> None:
-    """One member stands behind the other, with nothing else in the file."""
+    """Check that the members follow one another, with nothing else in the file."""
     ends = [0, *(member.end for member in archive.members)]
     starts = [*(member.start for member in archive.members), archive.directory]
     first, *gaps = (start - end for end, start in zip(ends, starts, strict=True))
     if first or any(gap not in _DESCRIPTORS for gap in gaps) or archive.comment:
-        raise _corrupt(file, "it has bytes that belong to no member of its archive")
+        raise _corrupt(file, "it has bytes that do not belong to any member of its archive")
 
 
 def _safetensors_records(file: File) -> Records | None:

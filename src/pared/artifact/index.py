@@ -12,8 +12,8 @@ from typing import Any, Final
 from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
 
-VERSION: Final = 2  # that is written; 1 is read too
-ALIGNMENT: Final = 64  # of large parts within the data, in bytes; in version 1 of every part
+VERSION: Final = 2  # the version that is written; version 1 is also read
+ALIGNMENT: Final = 64  # of large parts in the data, in bytes; in version 1, of every part
 _LARGE: Final = 4096  # bytes
 
 
@@ -22,13 +22,13 @@ class Part:
     """Where one part of a tensor stands in the data.
 
     Args:
-        offset: of its first byte.
-        length: in bytes.
-        crc32: as in zlib, of these bytes and of those of the tensor's parts before it that have none. So each part
-            has one in version 1, and the last of a tensor in version 2.
+        offset: the offset of its first byte in the data.
+        length: its size in bytes.
+        crc32: the checksum of its bytes, after those of the tensor's earlier parts without a checksum. In version 1
+            each part has one, in version 2 the last part of a tensor.
         coding: how codes are coded; None for plain little-endian values.
-        rows: of codes that are those of one class of rows: how many rows it has.
-        base: of steps that are differences of indexes: the index that they are added to.
+        rows: for the codes of one class of rows, the number of its rows.
+        base: for steps stored as differences of step indexes, the index that they are added to.
     """
 
     offset: int
@@ -40,12 +40,12 @@ class Part:
 
     @property
     def end(self) -> int:
-        """The offset behind its last byte."""
+        """The offset after its last byte."""
         return self.offset + self.length
 
     @property
     def varies(self) -> bool:
-        """Whether its length depends on its numbers, not on their count alone."""
+        """Whether its length depends on its values, not only on their number."""
         return self.coding is not None and self.coding.constant is None
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Part:
 
 
 def start_of(end: int, length: int, version: int = VERSION) -> int:
-    """Where a part of so many bytes begins, behind one that ends there.
+    """The offset of a part of `length` bytes after one that ends at `end`.
 
     >>> start_of(70, 4095), start_of(70, 4096), start_of(70, 4, version=1)
     (70, 128, 128)
@@ -73,16 +73,16 @@ class Entry:
     """One tensor of an artifact.
 
     Args:
-        names: every name it goes by; the first is its name in tables.
+        names: all its names; the first is the one shown in tables.
         kind: "parameter" or "buffer".
-        dtype: the element type of the source, a key of `ITEM_SIZES`.
-        shape: of the source.
+        dtype: the element type of the source tensor, a key of `ITEM_SIZES`.
+        shape: the source tensor's.
         format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...} or {"tag": "raw"}.
-        view: for a grid (split, rows): the shape in which codes meet steps, and which dimensions have steps.
-        bits: the rate that was asked for, if one was.
-        because: the reason for the format.
-        parts: in the order of the data. "values"; or for a grid "codes" and "step", where "classes", "codes 0",
-            "codes 1", ... may stand for "codes".
+        view: for a grid, (split, rows) as in `View`; otherwise None.
+        bits: the rate that was requested, in bits per weight; None if none was.
+        because: the reason for the format, for people.
+        parts: in the order of the data: "values"; or for a grid "codes" and "step", with "classes", "codes 0",
+            "codes 1", ... in place of "codes" if its rows are divided into classes.
     """
 
     names: tuple[str, ...]
@@ -102,28 +102,28 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """How many numbers the source has."""
+        """The number of elements of the source tensor."""
         return math.prod(self.shape)
 
     @property
     def n_rows(self) -> int:
-        """How many steps a grid has."""
+        """The number of steps of a grid."""
         split, rows = self.view or (self.shape, ())
         return math.prod(split[row] for row in rows)
 
     @property
     def source_nbytes(self) -> int:
-        """The bytes of the source's numbers."""
+        """The size of the source tensor in bytes."""
         return self.elements * ITEM_SIZES[self.dtype]
 
     @property
     def end(self) -> int:
-        """The offset in the data behind its last part."""
+        """The offset in the data after its last part."""
         return list(self.parts.values())[-1].end
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all parts."""
+        """The size of all parts in bytes, without padding."""
         return sum(part.length for part in self.parts.values())
 
     @property
@@ -159,9 +159,9 @@ class Index:
     """Everything that an artifact says about its data.
 
     Args:
-        entries: one per tensor, in the order of their parts.
-        modules: how int8 counterparts treat their input, by module name.
-        provenance: plain data for people.
+        entries: one per tensor, in the order of the data.
+        modules: how int8 counterparts treat their input, by module name: `Activation.to_json`.
+        provenance: where the model comes from and how it was made; JSON, for people.
 
     >>> Index(()).to_json()
     {'pared': 2, 'tensors': [], 'modules': {}, 'provenance': {}}
@@ -184,7 +184,7 @@ class Index:
         """The index record: compact JSON with sorted keys, compressed.
 
         Raises:
-            ValueError: the provenance holds NaN or infinity, for which JSON has no word.
+            ValueError: the provenance holds NaN or infinity, which JSON cannot express.
         """
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return zlib.compress(text.encode("utf-8"), 9)

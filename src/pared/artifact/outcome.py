@@ -129,7 +129,7 @@ class Outcome:
 
 
 def _check_numbers(outcome: Outcome) -> None:
-    """Raise TypeError for what a file may say instead of a number."""
+    """Raise TypeError where a file has something other than a number, true or false."""
     if outcome.trials or outcome.contributors:
         raise TypeError("it holds trials or contributors, which an artifact does not record")
     if outcome.met not in (None, True, False):
@@ -139,7 +139,7 @@ def _check_numbers(outcome: Outcome) -> None:
     others = (outcome.score, outcome.baseline, outcome.gap, None if seen is None else seen.standard_error)
     for value in (*needed, *(value for value in others if value is not None)):
         if not isinstance(value, float | int) or abs(value) > sys.float_info.max:
-            raise TypeError("one of its figures is no number")
+            raise TypeError("one of its figures is not a finite number")
 
 
 @dataclass(frozen=True)

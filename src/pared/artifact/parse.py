@@ -1,7 +1,7 @@
-"""From the bytes of an index to its values, or an error that says what is wrong with it and where.
+"""Parse the bytes of an index, or raise an error that says what is wrong with it and where.
 
-Every size is computed anew from shapes and types, with Python's unbounded integers; what a file claims is
-only compared with it. Nothing that an index says is believed before all of it has been checked.
+Every size is computed from shapes and types, with Python's unbounded integers, and only compared with what the file
+says. No part of an index is used before all of it has been checked.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pared.errors import VersionError
 from pared.files.checks import Place
 from pared.formats.dtypes import ITEM_SIZES
 
-# The fields of an entry, by version, that must be there.
+# The required fields of an entry, by version.
 _COMMON: Final = ("name", "kind", "dtype", "shape", "format", "because", "parts")
 _REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32")}
 
 _FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
 
-# The fields of each format beside its tag, with their values.
+# The fields of each format in addition to its tag, with their legal values.
 _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "grid": {"codes": ("int8", "int16")},
     "float": {"dtype": ("float16", "bfloat16", "float32")},
@@ -37,18 +37,18 @@ _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dyna
 
 _LARGEST_FLOAT: Final = 2.0**128 - 2.0**104  # of float32
 
-# What an index may take, inflated: more than any model needs, less than hurts.
+# The bounds of a decompressed index, in bytes: more than any model needs.
 _LARGEST_TEXT: Final = 64 << 20
 _LEAST_TEXT: Final = 1 << 20
-_TEXT_PER_BYTE: Final = 16  # beyond the least, for each byte of the records
+_TEXT_PER_BYTE: Final = 16  # in addition to the least, for each byte of the records
 
 
 def parse_index(records: Records) -> Index:
-    """Read and check the index of an artifact; the checksums of parts are left to whoever reads the parts.
+    """Read and check the index of an artifact; the checksums of parts are compared when the parts are read.
 
     Raises:
         CorruptError: the index contradicts itself or the data.
-        UnsafeError: it, or a stream that it describes, would inflate beyond what sound bytes can hold.
+        UnsafeError: it, or a stream that it describes, would decompress to more than valid files contain.
         VersionError: a newer version wrote it.
     """
     size = len(records.index) + len(records.data)
@@ -68,7 +68,7 @@ def _inflate(record: bytes, bound: int, at: Place) -> bytes:
             at.refuse(f"its index inflates to more than {bound:,} bytes")
         at.fail("its index is truncated")
     if stream.unused_data:
-        at.fail("its index has bytes behind its end")
+        at.fail("its index has bytes after its end")
     return text
 
 
@@ -86,7 +86,12 @@ def _index(text: bytes, data: memoryview, at: Place) -> Index:
 
 
 def parse_entry(value: object, end: int, at: Place) -> Entry:
-    """One entry of an index of the version that is written, whose first part stands behind one that ends there.
+    """Parse one entry of an index of the version that is written.
+
+    Args:
+        value: the entry, as JSON.
+        end: the offset after the last part of the entry before it.
+        at: the index's place.
 
     Raises:
         CorruptError, UnsafeError: as for a whole index.
@@ -96,7 +101,7 @@ def parse_entry(value: object, end: int, at: Place) -> Entry:
 
 def _version(version: object, at: Place) -> int:
     if type(version) is not int or version < 1:
-        at.fail("its index does not say which version of the format it has")
+        at.fail("its index does not state a version of the format")
     if version > VERSION:
         raise VersionError(
             f"has version {version} of the format, and this pared reads up to {VERSION}",
@@ -107,7 +112,7 @@ def _version(version: object, at: Place) -> int:
 
 
 def _entry(value: object, version: int, end: int, at: Place) -> Entry:
-    """An entry, whose first part is placed behind the `end` of the entry before it."""
+    """Parse an entry, whose first part follows the `end` of the entry before it."""
     name = at.text(at.mapping(value, "an entry of its index").get("name"), "the name of a tensor")
     at = Place(f"{at.place}: {name}")
     known = at.fields(value, "its entry", _REQUIRED[version], ("aliases", "bits", "view"))
@@ -154,23 +159,23 @@ def _view(
 
 
 def _module(name: str, value: object, at: Place) -> dict[str, Any]:
-    """How a counterpart treats its input; only a static one has a range, which holds zero."""
+    """Check how a counterpart treats its input; only a static one has a range, which holds zero."""
     what = f"module {at.text(name, 'the name of a module')!r}"
     mode = at.one_of(at.mapping(value, what).get("mode"), _MODES, f"the mode of {what}")
     more = ("weights", "outliers") if mode == "static" else ("weights",)
     known = at.fields(value, what, ("mode", *_MODES[mode]), more)
     weights = [at.text(one, f"a weight of {what}") for one in at.sequence(known.get("weights", ["weight"]), what)]
     if not weights or len(set(weights)) < len(weights):
-        at.fail(f"{what} names its weights twice or not at all")
+        at.fail(f"{what} names a weight twice, or none")
     low, high = (at.number(known.get(key, 0), f"the {key} of {what}") for key in ("low", "high"))
     if not -_LARGEST_FLOAT <= low <= 0 <= high <= _LARGEST_FLOAT:
-        at.fail(f"{what} has a range that does not hold zero, or more than float32 does")
+        at.fail(f"{what} has a range without zero, or beyond float32")
     _check_outliers(known.get("outliers", []), what, at)
     return known
 
 
 def _check_outliers(value: object, what: str, at: Place) -> None:
-    """Columns, each with how many ranges it goes beyond the first; what there is room for is for the weight to say."""
+    """Check that outliers are (column, number of extra ranges); the weight limits how many, and is checked later."""
     seen = set()
     for pair in at.sequence(value, f"the outliers of {what}"):
         numbers = at.sequence(pair, f"an outlier of {what}")

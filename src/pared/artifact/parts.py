@@ -1,6 +1,6 @@
-"""Where the parts of tensors stand, in both versions of the format: parsed, placed, and held against the data.
+"""Where the parts of tensors stand, in both versions of the format: parsed, placed, and compared with the data.
 
-What a part may inflate to is bounded here, before anybody sets memory aside for it.
+The size that a part may decompress to is bounded here, before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
 from pared.formats.streams import STEP_INDEXES, EncodedPart
 
-# Codes that are all equal take no bytes, so that nothing in the file bounds their number; this does.
+# Codes that are all equal take no bytes, so that the file does not bound their number; this does.
 LARGEST_CONSTANT: Final = 1 << 28
 _SYMBOLS_PER_BYTE: Final = 8  # a Huffman code has at least one bit
 
-# The parts of a grid whose codes are in so many classes of rows.
+# The parts of a grid, by the number of classes into which its rows are divided.
 _CLASSED: Final[Mapping[int, tuple[str, ...]]] = {
     count: ("classes", *(f"codes {number}" for number in range(count)), "step") for count in (8, 4, 2)
 }
 
 
 def parse_parts(entry: Entry, known: Mapping[str, Any], version: int, end: int, at: Place) -> dict[str, Part]:
-    """The parts of an entry, in the order of the data.
+    """Parse the parts of an entry, in the order of the data.
 
     Args:
-        entry: as yet without parts.
+        entry: the entry, still without parts.
         known: its fields in the index.
-        version: of the format.
-        end: of the part before.
+        version: the format's, 1 or 2.
+        end: the offset after the part before.
         at: the entry's place.
     """
     fields = at.mapping(known["parts"], "the object of its parts")
@@ -67,17 +67,17 @@ def _names(entry: Entry, fields: Mapping[str, Any], version: int) -> tuple[str, 
 
 
 def _first_version(name: str, value: object, end: int, at: Place) -> Part:
-    """A part of version 1, which says itself where it stands."""
+    """A part of version 1, which states its place."""
     known = at.fields(value, f"its {name}", ("offset", "length", "crc32"), ("coding",) if name == "codes" else ())
     offset, length = (at.whole(known[key], f"the {key} of its {name}") for key in ("offset", "length"))
     crc32 = at.whole(known["crc32"], f"the crc32 of its {name}", 1 << 32)
     if offset != (start := start_of(end, length, version=1)):
-        at.fail(f"its {name} is said to begin at byte {offset:,} of the data, where {start:,} is due")
+        at.fail(f"its {name} begins at byte {offset:,} of the data, not at byte {start:,}")
     return Part(offset, length, crc32, _coding(known, at))
 
 
 def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, at: Place) -> Part:
-    """A part of version 2: where it stands follows from what stands before it."""
+    """A part of version 2, whose place follows from the parts before it."""
     optional = () if name == "values" else ("base", "coding", "length") if name == "step" else ("coding", "length")
     known = at.fields(value, f"its {name}", ("rows",) if name.startswith("codes ") else (), optional)
     part = Part(
@@ -89,9 +89,9 @@ def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, a
         base=at.within(known["base"], f"the base of its {name}", STEP_INDEXES) if "base" in known else None,
     )
     if name == "step" and part.base is None and known:
-        at.fail("its step is coded, and has no base")
+        at.fail("its step is coded but has no base")
     if part.varies != ("length" in known):
-        at.fail(f"its {name} {'lacks' if part.varies else 'has'} a length, which only coded parts have, and must have")
+        at.fail(f"its {name} {'lacks' if part.varies else 'has'} a length, which coded parts have, and only they")
     if part.varies:
         length = at.whole(known["length"], f"the length of its {name}")
     else:
@@ -107,7 +107,7 @@ def _coding(known: Mapping[str, Any], at: Place) -> Coding | None:
 
 
 def _extent(entry: Entry, name: str, part: Part) -> tuple[int, int]:
-    """How many numbers a part holds, and the bytes of one where they are plain."""
+    """The number of values in a part, and the bytes of one where they are plain."""
     if name == "values":
         return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
     if name == "step":
@@ -120,7 +120,7 @@ def _extent(entry: Entry, name: str, part: Part) -> tuple[int, int]:
 
 
 def _check_size(entry: Entry, name: str, part: Part, at: Place) -> None:
-    """Compare a part's length with what its numbers need; bound what coded ones may inflate to."""
+    """Compare a part's length with what its values need; bound the size that coded ones may decompress to."""
     count, size = _extent(entry, name, part)
     if part.coding is not None and part.varies:
         if count > (most := part.length * _SYMBOLS_PER_BYTE * part.coding.per_symbol):
@@ -130,7 +130,7 @@ def _check_size(entry: Entry, name: str, part: Part, at: Place) -> None:
 
 
 def check_data(entries: Iterable[Entry], data: memoryview, at: Place) -> None:
-    """Parts follow each other with nothing but zeros between them and nothing behind the last.
+    """Check that parts follow one another with only zeros between them and nothing after the last.
 
     Raises:
         CorruptError: they do not.
@@ -154,12 +154,12 @@ def check_data(entries: Iterable[Entry], data: memoryview, at: Place) -> None:
 
 
 def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> dict[str, Part]:
-    """Where the parts of a tensor stand in the data, behind one that ends at `end`; with their checksum.
+    """Where the parts of a tensor stand in the data after a part that ends at `end`, with their checksum.
 
     Args:
-        parts: in their order.
-        end: of the part before.
-        factor: by which their bytes are more than these.
+        parts: their bytes, by name, in the order of the data.
+        end: the offset after the part before.
+        factor: for estimates from a sample: how many times as long as these the parts will be.
     """
     found, crc32 = {}, 0
     for i, (name, part) in enumerate(parts.items()):
@@ -173,7 +173,7 @@ def placed(parts: Mapping[str, EncodedPart], end: int, factor: float = 1.0) -> d
 
 
 def parts_of(entry: Entry, data: memoryview) -> dict[str, EncodedPart]:
-    """The parts of a tensor of an artifact, compared with their checksums.
+    """Read the parts of a tensor of an artifact, and compare their checksums.
 
     Raises:
         CorruptError: they do not match.

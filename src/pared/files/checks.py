@@ -1,4 +1,4 @@
-"""Checks of single values that a file claims, none of which has been believed yet."""
+"""Checks of single values that stand in a file and cannot be trusted yet."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from pared.errors import CorruptError, UnsafeError
+from pared.errors import DANGEROUS, CorruptError, UnsafeError
 
 _LARGEST_RANK: Final = 64  # numpy's
-_LARGEST_PRODUCT: Final = 1 << 48  # of the sizes that are not zero: strides in bytes fit 64 bits
+_LARGEST_PRODUCT: Final = 1 << 48  # of the sizes, except zeros: strides in bytes fit 64 bits
 
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a file: checks single values that stand there, and says what is wrong with them and where.
+    """A place in a file; its methods check values that stand there, and name the place where one is wrong.
 
     Args:
-        place: the name for messages.
+        place: its name for messages.
 
     >>> Place("file").fields({"a": 1}, "its header", ["a"])
     {'a': 1}
@@ -29,22 +29,22 @@ class Place:
     place: str
 
     def fail(self, what: str) -> NoReturn:
-        """Say that the file is damaged."""
+        """Raise CorruptError: the file is damaged."""
         raise CorruptError(what, where=self.place)
 
     def refuse(self, what: str) -> NoReturn:
-        """Say that reading on would be unsafe."""
-        raise UnsafeError(what, where=self.place, remedy="Do not use this file: no sound artifact says so.")
+        """Raise UnsafeError: reading on would be unsafe."""
+        raise UnsafeError(what, where=self.place, remedy=DANGEROUS)
 
     def json(self, text: bytes, what: str) -> object:
-        """A JSON text in UTF-8, without doubled keys, NaN or infinity."""
+        """Parse JSON in UTF-8, without repeated keys, NaN or infinity."""
         try:
             return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number)
         except (ValueError, RecursionError) as error:
-            self.fail(f"{what} is no sound JSON: {error}")
+            self.fail(f"{what} is not valid JSON: {error}")
 
     def fields(self, value: object, what: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-        """An object with all the required keys, and no others than the optional ones."""
+        """Check that the value is an object with all required keys, and no others except the optional ones."""
         known = self.mapping(value, what)
         if missing := sorted(set(required) - known.keys()):
             self.fail(f"{what} lacks {missing[0]!r}")
@@ -53,44 +53,44 @@ class Place:
         return known
 
     def mapping(self, value: object, what: str) -> dict[str, Any]:
-        """An object."""
-        return value if isinstance(value, dict) else self.fail(f"{what} is no object")
+        """Check that the value is an object."""
+        return value if isinstance(value, dict) else self.fail(f"{what} is not an object")
 
     def sequence(self, value: object, what: str) -> list[Any]:
-        """A list."""
-        return value if isinstance(value, list) else self.fail(f"{what} is no list")
+        """Check that the value is a list."""
+        return value if isinstance(value, list) else self.fail(f"{what} is not a list")
 
     def text(self, value: object, what: str) -> str:
-        """A string that can be written and printed."""
+        """Check that the value is a string that can be written and printed."""
         # A lone surrogate is legal in JSON, and can be neither written nor printed.
         sound = isinstance(value, str) and value.encode("utf-8", "replace").decode("utf-8") == value
-        return str(value) if sound else self.fail(f"{what} is no text")
+        return str(value) if sound else self.fail(f"{what} is not printable text")
 
     def one_of(self, value: object, legal: Iterable[str], what: str) -> str:
-        """One of some words."""
+        """Check that the value is one of the legal strings."""
         known = self.text(value, what)
         return known if known in legal else self.fail(f"{what} {known[:80]!r} is not one of {', '.join(legal)}")
 
     def whole(self, value: object, what: str, bound: int = 1 << 63) -> int:
-        """An integer from 0 to below the bound."""
+        """Check that the value is an integer of at least 0 and below the bound."""
         if type(value) is not int or not 0 <= value < bound:
-            self.fail(f"{what} is no whole number from 0 to {bound - 1}")
+            self.fail(f"{what} is not an integer from 0 to {bound - 1}")
         return value
 
     def within(self, value: object, what: str, legal: range) -> int:
-        """An integer in a range."""
+        """Check that the value is an integer in a range."""
         if type(value) is not int or value not in legal:
-            self.fail(f"{what} is no whole number from {legal[0]} to {legal[-1]}")
+            self.fail(f"{what} is not an integer from {legal[0]} to {legal[-1]}")
         return value
 
     def number(self, value: object, what: str) -> float:
-        """A finite number, which a float can hold."""
+        """Check that the value is a number that a float can hold."""
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-            self.fail(f"{what} is no finite number")
+            self.fail(f"{what} is not a finite number")
         return value
 
     def shape(self, value: object, what: str) -> tuple[int, ...]:
-        """The sizes of a tensor's dimensions; their product stays within what strides can count."""
+        """Check that the value is a tensor's shape: a list of integers with a product that strides can count."""
         sizes = tuple(self.whole(size, f"a size in its {what}") for size in self.sequence(value, f"its {what}"))
         if len(sizes) > _LARGEST_RANK or math.prod(max(size, 1) for size in sizes) > _LARGEST_PRODUCT:
             self.fail(f"its {what} is larger than any tensor")

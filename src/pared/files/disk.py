@@ -16,16 +16,20 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pared.errors import ConfigError, FileError
+from pared.errors import DAMAGED, ConfigError, FileError
 from pared.files.memory_limit import MemoryLimit
 
 
 def as_path(value: object, where: str) -> Path:
-    """What a caller gave for a path, of which the system says what is there, if anything is.
+    """A path that a caller gave; nothing need exist there.
+
+    Args:
+        value: a string or a path.
+        where: the function or option, for messages.
 
     Raises:
-        ConfigError: it is none.
-        FileError: the system refuses it: a name too long, links in a circle, a directory that may not be searched.
+        ConfigError: it is something else.
+        FileError: the system refuses it: the name is too long, links form a circle, a directory may not be searched.
 
     >>> as_path("models", "save").name
     'models'
@@ -57,7 +61,7 @@ class File:
 
     @cached_property
     def memory(self) -> MemoryLimit:
-        """The memory that reading it may take: whoever makes something of it for each of its parts, counts that."""
+        """The memory that reading it may take: code that makes objects from its contents has to count them."""
         return MemoryLimit(self.where, len(self.data))
 
 
@@ -86,7 +90,7 @@ def open_file(source: bytes | str | os.PathLike[str], where: str = "") -> Iterat
         yield File(where or str(path), data, stream, path)
     finally:
         stream.close()
-        # Whoever still holds a view of the data keeps the map alive; it then closes with the last view.
+        # A view of the data that is still held keeps the map alive, which then closes with the last view.
         with contextlib.suppress(BufferError):
             data.release()
             mapped.close()
@@ -96,10 +100,10 @@ def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
     try:
         # Opening a pipe would wait for its writer, and a device has no end.
         if path.exists() and not path.is_file():
-            what = "is a directory" if path.is_dir() else "is no regular file"
+            what = "is a directory" if path.is_dir() else "is not a regular file"
             raise FileError(what, where=where, remedy="Pass the path of a file.")
         if path.stat().st_size == 0:
-            raise FileError("is empty", where=where, remedy="Fetch the file again.")
+            raise FileError("is empty", where=where, remedy=DAMAGED)
         stream = path.open("rb")
         try:
             return stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
@@ -112,12 +116,12 @@ def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the system says about a path that cannot be read into an error of ours."""
+    """Turn the system's errors about a path that cannot be read into FileError."""
     try:
         yield
-    except FileError:  # which is a ValueError too
+    except FileError:  # which is also a ValueError
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name that no system has, with a NUL in it for instance
+    except (OSError, ValueError) as error:  # ValueError: an impossible name, one with a NUL for instance
         raise _unreadable(str(path), error) from error
 
 
@@ -127,16 +131,16 @@ def _unreadable(where: str, error: OSError | ValueError) -> FileError:
 
 
 def forget(view: memoryview) -> None:
-    """Give back the memory of a mapped file's pages that were read through a view; they are read again when needed.
+    """Let the system drop the pages of a mapped file that were read through a view; they are read again when needed.
 
     Args:
-        view: of a file's data; of other memory nothing is given back.
+        view: a part of `File.data`; for other memory nothing happens.
     """
     mapped = view.obj
     if not isinstance(mapped, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED") or not view.nbytes:
         return
     start = _address(view) - _address(memoryview(mapped))
-    first = start + -start % mmap.PAGESIZE  # the page before may be another's too
+    first = start + -start % mmap.PAGESIZE  # the page before may be in use by a neighbour
     if start + view.nbytes > first:
         mapped.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
 
@@ -147,10 +151,10 @@ def _address(view: memoryview) -> int:
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory if it is missing, and see that files can be written there: a check before work begins.
+    """Make a directory if it is missing, and check that files can be written there, before work begins.
 
     Raises:
-        FileError: they cannot.
+        FileError: they cannot be.
     """
     probe = directory / _temporary_name()
     with writing_to(directory):
@@ -163,10 +167,10 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Pat
     """Write a file under a temporary name, and rename it when every byte is on the disk.
 
     Args:
-        path: of the file; its directory is made if it is missing.
-        write: called once with the open file; if it raises, no trace is left and the old file still stands.
-        within: where the temporary file is, on the same file system; default: beside the file. Only there is it left
-            if the process is killed.
+        path: the file; its directory is made if it is missing.
+        write: called once with the open file. If it raises, the temporary file is removed and the old file stays.
+        within: the directory of the temporary file, on the same file system; default: beside the file. If the process
+            is killed, the temporary file is left there.
 
     Raises:
         FileError: the directory cannot be written.
@@ -192,7 +196,7 @@ def _temporary_name() -> str:
 
 @contextmanager
 def writing_to(directory: Path) -> Iterator[None]:
-    """Turn what the system says about a place that cannot be written into an error of ours."""
+    """Turn the system's errors about a directory that cannot be written into FileError."""
     try:
         yield
     except OSError as error:
@@ -204,7 +208,7 @@ def writing_to(directory: Path) -> Iterator[None]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the new name as durable as the file; Windows does so by itself, and opens no directories."""
+    """Make the new name as durable as the file. Windows does so on its own, and cannot open directories."""
     if os.name == "nt":
         return
     descriptor = os.open(directory, os.O_RDONLY)

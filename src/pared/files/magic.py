@@ -1,4 +1,4 @@
-"""What a file is, told from its first bytes."""
+"""The kind of a file, by its first bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"PK\x03\x04", "a zip archive"),
     (
         b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.",
-        "a torch file of the kind that was written before torch 1.6",
+        "a torch file as written before version 1.6",
     ),
     (b"\x80", "a plain pickle"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras)"),
@@ -27,7 +27,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
 
 
 def kind_of(file: File) -> str:
-    """What a file is, by what it begins with."""
+    """The kind of a file, for messages: "a torch file"."""
     if is_safetensors(file):
         return "a .safetensors file"
     head = bytes(file.data[:128])
@@ -35,4 +35,4 @@ def kind_of(file: File) -> str:
         return "a torch file"
     if bytes(file.data[257:262]) == b"ustar":
         return "a tar archive, as torch wrote before version 0.1.10"
-    return next((kind for magic, kind in _KINDS if head.startswith(magic)), "of a kind unknown here")
+    return next((kind for magic, kind in _KINDS if head.startswith(magic)), "of an unknown kind")

@@ -7,7 +7,7 @@ from typing import Final
 from pared.errors import UnsafeError
 
 _PER_BYTE: Final = 4
-_LEAST: Final = 64 << 20  # about what Python and NumPy take before any file is opened
+_LEAST: Final = 64 << 20  # roughly what Python and NumPy take before any file is opened
 
 
 class MemoryLimit:
@@ -15,7 +15,7 @@ class MemoryLimit:
 
     Args:
         where: the file's name, for messages.
-        nbytes: of the file.
+        nbytes: the file's size.
 
     >>> MemoryLimit("file", 1000).affords(100 << 20)
     False
@@ -26,14 +26,14 @@ class MemoryLimit:
         self.left = _PER_BYTE * nbytes + _LEAST
 
     def affords(self, nbytes: int) -> bool:
-        """Whether there is so much left."""
+        """Whether this many bytes are left."""
         return nbytes <= self.left
 
     def take(self, nbytes: int) -> None:
         """Count memory that is about to be taken.
 
         Raises:
-            UnsafeError: there is not so much left.
+            UnsafeError: less is left.
         """
         self.left -= nbytes
         if self.left < 0:
@@ -41,7 +41,7 @@ class MemoryLimit:
                 "reading it would take more memory than four times its size and 64 MiB",
                 where=self.where,
                 remedy="Do not use this file, unless you know who made it: it describes far more than it holds. If you "
-                "do: save it anew as fewer and larger tensors, or as .safetensors.",
+                "do, save it again with fewer and larger tensors, or as .safetensors.",
             )
 
     def give(self, nbytes: int) -> None:

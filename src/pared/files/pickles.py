@@ -1,4 +1,4 @@
-"""What a pickle describes, without running it.
+"""Read what a pickle describes, without running it.
 
 A pickle is a program for a machine with a stack, and some of its instructions call whatever they name. The machine
 here has no instruction that imports or calls anything: where Python would call a function, it writes down the name
@@ -19,7 +19,7 @@ from pared.errors import CorruptError, UnsafeError
 from pared.files.memory_limit import MemoryLimit
 from pared.switches import ignoring
 
-_SMALL: Final = 16 << 20  # a text in a pickle of so many bytes is within any limit
+_SMALL: Final = 16 << 20  # any text in a pickle of at most this size is within the limit
 _MOST_FOREIGN: Final = 1000  # names beyond these are not collected
 _NODE_NBYTES: Final = 192  # of a node with a list of a few things
 _NAME_NBYTES: Final = 256  # beside its characters
@@ -38,15 +38,15 @@ class Name:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """Something that holds other things; compared by identity, so that deep ones cost nothing.
+    """An object that holds others. Compared by identity, so that deep ones cost nothing.
 
     Args:
-        call: what would be called to make it, a node where the pickle makes that itself; None for a plain tuple,
-            list, set or dict.
-        arguments: of the call.
-        values: elements.
+        call: what would be called to make it: a name, or a node if the pickle makes the callable too; None for a
+            plain tuple, list, set or dict.
+        arguments: the call's.
+        values: its elements.
         pairs: the keys and values of a dict.
-        states: what the object would be given for its attributes.
+        states: what would be set as its attributes.
     """
 
     call: Name | Node | None = None
@@ -68,10 +68,10 @@ class Pickle:
     """What a pickle describes.
 
     Args:
-        root: plain values, and `Node`, `Name` and `Persistent` for all the rest.
+        root: the object: a plain value, `Node`, `Name` or `Persistent`.
         foreign: the names it refers to that its reader does not know as harmless, each once.
-        references: all that it refers to outside itself.
-        nbytes: up to its end.
+        references: everything outside itself that it refers to.
+        nbytes: its length in bytes.
     """
 
     root: object
@@ -81,16 +81,16 @@ class Pickle:
 
 
 def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, memory: MemoryLimit) -> Pickle:
-    """What a pickle describes; nothing that it names is imported or called.
+    """Read what a pickle describes; nothing that it names is imported or called.
 
     Args:
-        data: the pickle, and maybe more behind it.
-        harmless: the paths of the names that need not be mentioned.
+        data: the pickle; more bytes may follow it.
+        harmless: the names that need not be reported, as dotted paths.
         where: the file's name, for messages.
         memory: how much it may take.
 
     Raises:
-        UnsafeError: it uses instructions that need code to be understood, or takes more than it may.
+        UnsafeError: it uses instructions that only code could interpret, or takes too much memory.
         CorruptError: it is malformed.
 
     >>> import pickle
@@ -104,7 +104,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
         with ignoring(DeprecationWarning):
             machine.run(stream)
         return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
-    except UnsafeError:  # which is a ValueError too
+    except UnsafeError:  # which is also a ValueError
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise CorruptError(f"its pickle is malformed: {_shown(str(error))}", where=where) from error
@@ -115,7 +115,7 @@ def _shown(text: str) -> str:
 
 
 class _Stream:
-    """The bytes of a large pickle, as `pickletools` reads them; what is long is allowed first."""
+    """The bytes of a large pickle as a stream for `pickletools`; memory for long reads is counted first."""
 
     _LONGEST_LINE: Final = 1 << 20
 
@@ -127,11 +127,11 @@ class _Stream:
     def read(self, length: int) -> bytes:
         length = max(0, min(length, len(self.data) - self.position))
         self.memory.take(length * _MOST_BYTES_PER_CHARACTER)
-        self.memory.give(length * _MOST_BYTES_PER_CHARACTER)  # what stays of it is counted by the machine
+        self.memory.give(length * _MOST_BYTES_PER_CHARACTER)  # what is kept of it is counted by the machine
         return self._next(length)
 
     def readline(self) -> bytes:
-        """The rest of a line; where there is no end in sight, a piece that is no line, which is an error then."""
+        """The rest of a line; of a line without an end, a piece, which `pickletools` refuses."""
         length, piece = 64, b""
         while b"\n" not in piece and len(piece) < min(length, len(self.data) - self.position):
             piece = bytes(self.data[self.position : self.position + length])
@@ -148,7 +148,7 @@ class _Stream:
 
 
 class _Machine:
-    """The stack, the marks in it, and the memo."""
+    """The pickle machine: its stack, the marks in it, and its memo."""
 
     def __init__(self, harmless: Container[str], where: str, memory: MemoryLimit) -> None:
         self.harmless = harmless
@@ -310,7 +310,7 @@ class _Machine:
 
 
 def _longer(known: Sequence[Any], more: list[Any]) -> list[Any]:
-    """A list grows in place; most nodes have none."""
+    """Append to a node's list in place; most nodes have only an empty tuple, which `more` replaces."""
     if not isinstance(known, list):
         return more
     known += more
@@ -372,7 +372,7 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "BINPERSID": _Machine.persistent,
 }
 
-# The bytes that an instruction takes, beside its argument.
+# The bytes of memory that an instruction takes, in addition to its argument.
 _COSTS: Final[dict[str, int]] = {
     **dict.fromkeys(
         (

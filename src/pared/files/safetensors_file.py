@@ -1,4 +1,4 @@
-"""The header of a .safetensors file, parsed strictly; and such a file written, without torch."""
+"""Read the header of a .safetensors file, strictly; write such a file. Both without torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import BinaryIO, Final
 from pared.files.checks import Place
 from pared.files.disk import File
 
-_ALIGNMENT: Final = 64  # of the data within the file, in bytes, so that they can be mapped as they are
+_ALIGNMENT: Final = 64  # of the data in the file, in bytes, so that they can be mapped
 _LENGTH: Final = struct.Struct("<Q")
-_NBYTES_PER_BYTE: Final = 32  # of Python's objects, for each byte of the header at most
+_NBYTES_PER_BYTE: Final = 32  # the most memory that Python's objects take for a byte of the header
 _LARGEST_HEADER: Final = 100_000_000  # as in the safetensors library
 
 # The bits of one element, by the type's name in the file.
@@ -32,9 +32,9 @@ class Span:
     Args:
         name: as it stands in the header.
         dtype: the header's name for the element type, "F32" for instance.
-        shape: of the tensor.
-        begin: of its bytes in the file.
-        end: of its bytes in the file.
+        shape: the tensor's.
+        begin: the offset in the file of its first byte.
+        end: the offset after its last byte.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Span:
 
 @dataclass(frozen=True)
 class Header:
-    """What a .safetensors file says about itself.
+    """The header of a .safetensors file.
 
     Args:
         metadata: free text by key.
         spans: the tensors in the order of their bytes.
-        nbytes: of the header, its length field included.
+        nbytes: the size of the header, with its length field.
     """
 
     metadata: Mapping[str, str]
@@ -65,11 +65,11 @@ def is_safetensors(file: File) -> bool:
 
 
 def read_header(file: File) -> Header:
-    """The header of a .safetensors file; its tensors fill the rest of the file without gaps.
+    """Read the header of a .safetensors file, and check that its tensors fill the rest of the file without gaps.
 
     Raises:
         CorruptError: it contradicts itself or the size of the file.
-        UnsafeError: it is too long for so small a file.
+        UnsafeError: its header is too long for a file of this size.
     """
     at = Place(file.where)
     nbytes = _LENGTH.size + _LENGTH.unpack_from(file.data)[0]
@@ -84,10 +84,10 @@ def read_header(file: File) -> Header:
     end = nbytes
     for span in spans:
         if span.begin != end:
-            at.fail(f"tensor {span.name!r} begins at byte {span.begin:,} of the file, where {end:,} is due")
+            at.fail(f"tensor {span.name!r} begins at byte {span.begin:,} of the file, not at byte {end:,}")
         end = span.end
     if end != len(file.data):
-        what = "it is truncated" if end > len(file.data) else "the rest belongs to no tensor"
+        what = "it is truncated" if end > len(file.data) else "the rest does not belong to any tensor"
         at.fail(f"its tensors end at byte {end:,}, and the file has {len(file.data):,}: {what}")
     return Header(metadata, tuple(spans), nbytes)
 

@@ -1,4 +1,4 @@
-"""Work shared out to threads: what runs in zlib and numpy does not hold Python's lock."""
+"""Work divided among threads, which run at once while zlib and NumPy work: those release Python's lock."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ R = TypeVar("R")
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def each(
     work: Callable[[T], R], items: Sequence[T], sizes: Sequence[int] | None = None, most: int | None = None
 ) -> list[R]:
-    """The work done for every item; the results in the items' order.
+    """Call a function for every item, in threads; its results in the order of the items.
 
-    The threads live for this call only: no wait for threads that a fork lost, or that others hold.
+    The threads live for this call only: a pool that outlives it would be broken after a fork.
 
     Args:
         work: called with one item.
-        items: what there is to do.
-        sizes: how much each is; the largest is begun first, so that no core waits for the last. Default: all equal.
-        most: at most so many threads; default: one for each core that this process may use.
+        items: the arguments.
+        sizes: how long each takes, in any unit; the longest begin first. Default: all take equally long.
+        most: the largest number of threads; default: one for each core that this process may use.
 
     >>> each(abs, [-2, 1, -3], sizes=[2, 1, 3])
     [2, 1, 3]

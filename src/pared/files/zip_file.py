@@ -1,4 +1,4 @@
-"""The members of a zip archive, found without reading them; the folder in which torch keeps what it saves."""
+"""The members of a zip archive, found without reading them; the folder in which torch saves."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Member:
 
     Args:
         name: its path in the archive.
-        start: of its local header in the file.
-        offset: of its content in the file.
-        stored: the bytes of its content in the file.
-        nbytes: of its content, inflated.
-        crc32: of its content, inflated, as the archive has it; nobody has compared it yet.
+        start: the offset of its local header in the file.
+        offset: the offset of its content in the file.
+        stored: the size of its content in the file, in bytes.
+        nbytes: the size of its content, decompressed.
+        crc32: the checksum of its decompressed content that the archive states; not compared yet.
         plain: whether it is neither compressed nor encrypted.
-        deflated: whether it is compressed by the usual method, and not encrypted.
+        deflated: whether it is compressed with deflate, and not encrypted.
     """
 
     name: str
@@ -53,17 +53,17 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Of its content in the file."""
+        """The offset in the file after its content."""
         return self.offset + self.stored
 
 
 @dataclass(frozen=True)
 class Archive:
-    """What the directory of a zip archive says, as far as it is true.
+    """The directory of a zip archive, compared with the members themselves.
 
     Args:
-        members: in the order of the file; they lie apart, within the file, and have distinct names.
-        directory: the offset of the directory, behind all members.
+        members: in the order of the file; they do not overlap, and have distinct names.
+        directory: the offset of the directory, after all members.
         comment: free text at the end of the file.
     """
 
@@ -78,12 +78,12 @@ def is_zip(file: File) -> bool:
 
 
 def read_archive(file: File) -> Archive:
-    """The members of a zip archive, found by its directory and by their own headers.
+    """Find the members of a zip archive, by its directory and by their own headers.
 
     Raises:
         CorruptError: the archive contradicts itself.
     """
-    stream: BinaryIO = _Bounded(file)  # type: ignore[assignment]  # zipfile needs no more of it
+    stream: BinaryIO = _Bounded(file)  # type: ignore[assignment]  # zipfile uses only these methods
     try:
         with zipfile.ZipFile(stream) as archive:
             infos, directory, comment = archive.infolist(), archive.start_dir, archive.comment
@@ -103,7 +103,7 @@ def read_archive(file: File) -> Archive:
 
 
 class _Bounded:
-    """The file as a stream for `zipfile`, which reads a directory whole and makes large objects of its entries."""
+    """The file as a stream for `zipfile`, which makes large objects from each byte of the directory it reads."""
 
     def __init__(self, file: File) -> None:
         self.stream = file.stream
@@ -146,7 +146,7 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
 
 
 def checked_content(file: File, member: Member) -> bytes:
-    """The content of a plain member, compared with its checksum.
+    """Read a plain member, and compare its checksum.
 
     Raises:
         CorruptError: they do not match, or it is not plain.
@@ -160,12 +160,12 @@ def checked_content(file: File, member: Member) -> bytes:
 
 
 def inflated(file: File, member: Member, most: int | None = None) -> bytes:
-    """The content of a member that is plain or deflated.
+    """Read a member that is plain or deflated.
 
     Args:
         file: the archive.
         member: one of its members.
-        most: so many bytes from the beginning, unchecked; None: all, compared with its size and checksum.
+        most: the number of bytes to read from the beginning, unchecked; None: all, compared with its size and checksum.
 
     Raises:
         CorruptError: it is damaged, or neither plain nor deflated.
@@ -188,7 +188,7 @@ def inflated(file: File, member: Member, most: int | None = None) -> bytes:
 
 
 def torch_folder(file: File, archive: Archive) -> str | None:
-    """The folder of what `torch.save` wrote, with a slash behind it; None if it is some other archive.
+    """The folder in which `torch.save` wrote, with a final slash; None if it did not write this archive.
 
     Raises:
         CorruptError: the folder lacks its pickle.

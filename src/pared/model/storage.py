@@ -1,4 +1,4 @@
-"""The artifact: `Contents` to bytes and back. `docs/format.md` is the specification; `container` reads the envelope."""
+"""Artifacts of a model: `Contents` to bytes and back. `docs/format.md` is the specification."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pared.artifact.index import Entry, Index
 from pared.artifact.parse import parse_index
 from pared.artifact.parts import parts_of, placed
 from pared.artifact.torch_file import write_torch
-from pared.errors import ConfigError, CorruptError, UnsafeError
+from pared.errors import DANGEROUS, ConfigError, CorruptError, UnsafeError
 from pared.files.disk import as_path, make_directory, write_atomic
 from pared.files.safetensors_file import write_safetensors
 from pared.files.threads import each
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
-    """The artifact's bytes: the same contents give the same bytes.
+    """Encode an artifact: the same contents give the same bytes.
 
     Args:
         contents: every tensor.
-        kind: of container: "pt" or "safetensors".
+        kind: of the container, "pt" or "safetensors".
     """
     buffer = io.BytesIO()
     _write(contents, kind, buffer)
@@ -91,7 +91,7 @@ def read(path: Path) -> Contents:
     """Read an artifact.
 
     Raises:
-        FileError: there is no such file, or it is no artifact.
+        FileError: there is no such file, or it is not an artifact.
         CorruptError: its bytes contradict themselves.
         UnsafeError: it would inflate without bound.
         VersionError: a newer version wrote it.
@@ -110,19 +110,21 @@ def _contents(records: Records) -> Contents:
 
 
 def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:
-    """Refuse outliers that are no columns of the weight that they meet, and more than it has room for."""
+    """Refuse outliers that are not columns of the weight they meet, or are more than the kernels can take."""
     shapes = {name: one.coded.shape for one in tensors for name in one.names}
     for module, activation in activations.items():
         for attribute in activation.weights if activation.outliers else ():
             shape = shapes.get(f"{module}.{attribute}".removeprefix("."), ())
             if len(shape) != 2 or any(column >= shape[1] for column, _ in activation.outliers):
-                raise CorruptError(f"outliers of its input are no columns of {attribute!r}", where=module or "the root")
+                raise CorruptError(
+                    f"the outliers of its input are not columns of {attribute!r}", where=module or "the root"
+                )
             more = sum(abs(count) for _, count in activation.outliers)
             if more > min(shape[1], MOST_COLUMNS - shape[1]):
                 raise UnsafeError(
-                    f"{shape[1]} columns of {attribute!r} would get {more:,} further ones",
+                    f"{shape[1]} columns of {attribute!r} would get {more:,} extra ones",
                     where=module or "the root",
-                    remedy="Do not use this file: no sound artifact says so.",
+                    remedy=DANGEROUS,
                 )
 
 
@@ -145,13 +147,13 @@ def _stored(data: memoryview, entry: Entry) -> Stored:
 
 
 def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:
-    """Write an artifact to a directory, atomically: either the whole file stands there, or what stood there before.
+    """Write an artifact to a directory, atomically: if writing fails, what was there before is left.
 
     Args:
         contents: every tensor.
         directory: made if it is missing.
-        kind: of container: "pt" or "safetensors".
-        verify: read it back before it takes its name, and compare every number.
+        kind: of the container, "pt" or "safetensors".
+        verify: before the file is written, decode its bytes and compare every number.
 
     Returns:
         the file's path.
@@ -180,14 +182,14 @@ def _verify(contents: Contents, data: bytes) -> None:
         same = all(torch.equal(_bits(ours.coded.parts[k]), _bits(theirs.coded.parts[k])) for k in ours.coded.parts)
         if ours.names != theirs.names or not same:
             raise CorruptError(
-                "what was written does not read back as it was",
+                "what would be written does not read back as it was",
                 where=ours.name,
                 remedy="This is a defect of pared: please report it with the model's architecture.",
             )
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: NaN equals itself."""
+    """The bytes of a tensor, of which NaN equals itself."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
 
 

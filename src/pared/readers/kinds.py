@@ -34,7 +34,7 @@ def _read_zip(file: File) -> Listing:
     saved = torch_folder(file, archive)
     if saved is not None:
         return read_torch_zip(file, archive, saved)
-    raise unknown(file, "a zip archive of a kind unknown here")
+    raise unknown(file, "a zip archive of an unknown kind")
 
 
 def _is_keras(archive: Archive) -> bool:
