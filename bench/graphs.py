@@ -18,6 +18,7 @@ import pared
 from bench.markdown import markdown
 from bench.run import OUT, THREADS
 from pared import PostTrainingQuantConfig
+from pared.runtime.float_forms import outline_of
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capture import capture
 from pared.runtime.graphs.graph import Graph
@@ -25,7 +26,6 @@ from pared.runtime.graphs.merging import product_and_sum
 from pared.runtime.graphs.products import QLINEAR, joined, quantize_contiguous_all
 from pared.runtime.kernels import linear
 from pared.runtime.kernels.linear import product_of_rows
-from pared.runtime.quantized import outline_of
 
 RESULTS = OUT / "graphs.json"
 _LARGE, _ROUNDS, _BATCH, _TOKENS = 2048, 15, 8, 128

@@ -42,6 +42,7 @@ def test_results_of_verbs_have_public_types() -> None:
     assert named <= set(pared.__all__)
 
 
+@pytest.mark.child
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, pared; pared.inspect, pared.compress, pared.expand, pared.compare, pared.Ledger, pared.Finding"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

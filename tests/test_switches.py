@@ -1,6 +1,5 @@
 """What holds for the whole process is afterwards what it was, however many threads changed it at once."""
 
-import importlib
 import logging
 import random
 import threading
@@ -19,13 +18,10 @@ from torch import Tensor, nn
 import pared
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
+from pared.runtime.graphs.capture import LOGGERS
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
-exporting = importlib.import_module("pared.runtime.onnx.capture")  # the package has a function of that name
-graphs = importlib.import_module("pared.runtime.graphs.capture")
-
 THREADS = 8
-SPEAKERS = (*graphs._SPEAKERS, *exporting._SPEAKERS)
 
 
 def process() -> dict[str, Any]:
@@ -40,8 +36,8 @@ def process() -> dict[str, Any]:
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "filters": list(warnings.filters),
         "showwarning": warnings.showwarning,
-        "levels": {name: logging.getLogger(name).level for name in SPEAKERS},
-        "logging filters": {name: list(logging.getLogger(name).filters) for name in SPEAKERS},
+        "levels": {name: logging.getLogger(name).level for name in LOGGERS},
+        "logging filters": {name: list(logging.getLogger(name).filters) for name in LOGGERS},
         "disabled": logging.root.manager.disable,
         "torch": torch.get_rng_state().tolist(),
         "numpy": str(np.random.get_state()),

@@ -53,7 +53,7 @@ def test_generation_works_before_and_after_saving(make, approach: str, tmp_path:
 def test_save_pretrained_is_refused_with_the_way_out(tmp_path: Path) -> None:
     q = pared.fit(gpt2())
     with pytest.raises(
-        pared.ModelError, match="save_pretrained would write codes that from_pretrained takes for weights"
+        pared.ModelError, match="save_pretrained would write codes, which from_pretrained would take for weights"
     ):
         q.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
+from pared.runtime.record import contents_of
 
 Losses = Mapping[str, float]
 
@@ -69,7 +70,7 @@ def series(subject: Subject, known: Calibrated) -> Series:
     chosen = tuple(compressor.at_damage(damage) for damage in subject.damages)
     built = [compressor.build(point) for point in chosen]
     seconds = time.process_time() - start
-    contents = tuple(quantized.contents_of(model) for model in built)
+    contents = tuple(contents_of(model) for model in built)
     points = tuple(Point(size(c), subject.losses(model)) for c, model in zip(contents, built, strict=True))
     return Series(points, seconds, contents, compressor, chosen)
 

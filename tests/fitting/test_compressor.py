@@ -19,7 +19,7 @@ from pared.fitting.search.workspace import Workspace
 from pared.model import storage
 from pared.model.tensors import find_tensors
 from pared.runtime import quantized
-from pared.runtime.record import record_of
+from pared.runtime.record import Result, contents_of, record_of
 
 
 class Net(nn.Module):
@@ -69,7 +69,7 @@ def test_more_damage_takes_fewer_bytes(compressor: Compressor[Net]) -> None:
 def test_a_model_is_what_its_operating_point_says(compressor: Compressor[Net], damage: float) -> None:
     point = compressor.at_damage(damage)
     assert compressor.at_damage(point.damage) == point
-    one, other = (storage.to_bytes(quantized.contents_of(compressor.build(point))) for _ in range(2))
+    one, other = (storage.to_bytes(contents_of(compressor.build(point))) for _ in range(2))
     assert one == other
     assert len(one) == pytest.approx(point.nbytes, rel=0.02, abs=500)  # real models: 0.2 %, see bench.figures
 
@@ -127,7 +127,7 @@ def test_inputs_get_their_share_of_the_damage(compressor: Compressor[Net]) -> No
 @pytest.mark.slow
 def test_rules_stand() -> None:
     compressor = make_compressor(rules=[Rule("head", bits=5), Rule("gru.*", keep=True)])
-    lines = {line.name: line for line in quantized.plan_of(compressor.build(compressor.at_damage(1e-2)))}
+    lines = {line.name: line for line in Result(compressor.build(compressor.at_damage(1e-2))).plan}
     assert lines["head.weight"].bits == 5
     assert lines["gru.weight_hh_l0"].treatment == "exact"
 
@@ -169,7 +169,7 @@ def test_contributors_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_pa
         records = Workspace(tmp_path, {}) if resumed else None
         found = search(compressor, original, judge, max_size=size, workspace=records, start=compressor.least)
     contributors = record_of(found).outcome.contributors
-    damages = {line.name: line.damage for line in quantized.plan_of(compressor.build(point))}
+    damages = {line.name: line.damage for line in Result(compressor.build(point)).plan}
     name, other, *_ = (name for name, _ in contributors if name in damages)
     assert damages[name] / damages[other] == pytest.approx(dict(contributors)[name] / dict(contributors)[other])
     assert list(contributors) == compressor.contributors(point)[: len(contributors)]

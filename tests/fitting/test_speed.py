@@ -19,12 +19,12 @@ from pared import ConfigError, ModelError, PostTrainingQuantConfig
 from pared.fitting import speed
 from pared.model.calls import Call
 from pared.model.tensors import find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs import capture
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
-from pared.runtime.record import record_of
+from pared.runtime.record import Result, contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, serve, server_of
 from pared.runtime.serving.server import Server
@@ -80,7 +80,7 @@ def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
 
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
     q = pared.fit(network(), STATIC, batches(), quiet=True)
-    contents = quantized.contents_of(q)
+    contents = contents_of(q)
     slow = quantized.assemble(find_tensors(network()), contents, timed(1.0, None, 2.0, 3.0))
     assert {line.kernel for line in slow.plan} == {"float"}
     assert "runs in float32: nothing else was at least a tenth faster" in pared.report(slow)
@@ -90,7 +90,7 @@ def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) 
 
 def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
-    contents = quantized.contents_of(pared.fit(model, STATIC, batches(), quiet=True))
+    contents = contents_of(pared.fit(model, STATIC, batches(), quiet=True))
     half = quantized.assemble(find_tensors(model), contents, timed(3.0, 1.0, 2.0, 2.0))
     assert isinstance(server_of(half), BFloat16Server)
     x = batches()[0]
@@ -108,7 +108,7 @@ def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytes
     monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), {"0": slow_alone, "2": slow_alone}))
 
     def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any, _captures: Any) -> tuple[CallTiming, ...]:
-        kernels = [line.kernel for line in quantized.plan_of(by_layers) if line.name in ("0.weight", "2.weight")]
+        kernels = [line.kernel for line in Result(by_layers).plan if line.name in ("0.weight", "2.weight")]
         return (CallTiming(CALL, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
 
     monkeypatch.setattr(speed, "time_calls", time_calls)
@@ -269,8 +269,8 @@ def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     assert {one.kind for one in calls} == {"attention_mask: int64[2], input_ids: int64[2]"}
     assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
     # Whatever was fastest here in this moment: as a graph it is the same model.
-    graph = quantized.assemble(find_tensors(model), quantized.contents_of(q), timed(1.0, None, 1.0, None))
-    serve(graph, Server(quantized.outline_of, [calls[0].arguments]))
+    graph = quantized.assemble(find_tensors(model), contents_of(q), timed(1.0, None, 1.0, None))
+    serve(graph, Server(float_forms.outline_of, [calls[0].arguments]))
     texts = minilm.documents()[:16]
     expected = minilm.embed(model, texts)
     assert minilm.distance(minilm.embed(graph, texts), expected) < 0.005

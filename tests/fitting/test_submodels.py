@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 import pared
 from pared import PostTrainingQuantConfig
-from pared.fitting import speed, submodels
+from pared.fitting import speed
 from pared.fitting.submodels import find_submodels
 from pared.model.calls import Call
 from pared.model.tensors import find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized, stopwatch
 from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
-from pared.runtime.record import record_of
+from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, server_of
 from pared.runtime.serving.server import Server
@@ -76,7 +76,7 @@ def seconds(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What each layer of the model takes, by its name, on a clock that nothing else moves."""
     clock = [0.0]
     taken = {"body.encoder.layers.0": 4.0, "body.encoder.layers.2": 3.0, "body.decoder.0": 2.0, "body.small": 1.0}
-    monkeypatch.setattr(submodels, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     run = nn.Linear.forward
 
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ def contents() -> Any:
     config = PostTrainingQuantConfig(quant_level=0, approach="static")
     heard = call()
     q = pared.fit(model(), config, [{"x": heard.args[0], **heard.kwargs}], quiet=True)
-    return quantized.contents_of(q)
+    return contents_of(q)
 
 
 def assembled(contents: Any, part: ModelTiming, whole: ModelTiming | None = None) -> Any:
@@ -196,7 +196,7 @@ def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_pat
     loaded = pared.load(tmp_path / "a", model=model())
     assert isinstance(server_of(loaded.body.encoder), BFloat16Server)
     assert record_of(loaded).profile == record_of(q).profile
-    floats = quantized.skeleton_of(q)
+    floats = float_forms.skeleton_of(q)
     assert [type(one) for one in floats.modules()] == [type(one) for one in model().modules()]
 
 
@@ -316,7 +316,7 @@ def test_a_profile_survives_json() -> None:
 def in_codes(source: nn.Module, x: Tensor) -> Any:
     """The quantized model with every layer in int8 that may be, whatever is fastest."""
     found = pared.fit(source, PostTrainingQuantConfig(quant_level=0), [x], quiet=True)
-    return quantized.assemble(find_tensors(source), quantized.contents_of(found), Profile(this_machine()))
+    return quantized.assemble(find_tensors(source), contents_of(found), Profile(this_machine()))
 
 
 def test_floats_of_a_quantized_model_keep_ties() -> None:
@@ -332,7 +332,7 @@ def test_floats_of_a_quantized_model_keep_ties() -> None:
 
     ids = torch.arange(40).view(4, 10)
     q = in_codes(Tied().eval(), ids)
-    floats: Any = quantized.floats_of(q)
+    floats: Any = float_forms.floats_of(q)
     assert floats.out.weight is floats.table.weight
     assert isinstance(q.out, Counterpart), "there are codes to decode"
     assert torch.equal(floats.out.weight, q.out.weight)
@@ -352,7 +352,7 @@ def test_floats_of_layers_of_many_weights(layer: Any) -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 3, 64)
     q = in_codes(Wrapped().eval(), x)
-    floats: Any = quantized.floats_of(q)
+    floats: Any = float_forms.floats_of(q)
     assert any(isinstance(one, Counterpart) for one in q.modules())
     assert not any(tensor.is_meta for tensor in (*floats.parameters(), *getattr(floats.layer, "_flat_weights", ())))
     with torch.no_grad():

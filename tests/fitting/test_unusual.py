@@ -167,7 +167,7 @@ def test_an_edited_model_is_not_saved(change: str, tmp_path: Path) -> None:
         del q[1]
     else:
         q[1] = nn.Linear(8, 8, bias=False)
-    with pytest.raises(ModelError, match="was added to the model, or taken out of it, after it was compressed"):
+    with pytest.raises(ModelError, match="was added to the model, or removed from it, after it was compressed"):
         pared.save(q, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,7 +22,7 @@ from pared.artifact.envelope import open_records
 from pared.artifact.parse import parse_index
 from pared.model import storage
 from pared.model.contents import Contents
-from pared.runtime.quantized import contents_of
+from pared.runtime.record import contents_of
 from tests.mutations import mutations
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 import pared
 from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.model.tensors import find_tensors
+from pared.runtime.float_forms import skeleton_of
 from pared.runtime.onnx.export import Exported
 from pared.runtime.profile import Profile, this_machine
-from pared.runtime.quantized import assemble, contents_of, skeleton_of
+from pared.runtime.quantized import assemble
+from pared.runtime.record import contents_of
 
 pytestmark = pytest.mark.engine
 

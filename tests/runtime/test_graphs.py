@@ -13,7 +13,7 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.errors import ModelError
 from pared.model.tensors import find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs import fusion
 from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
 from pared.runtime.graphs.capture import capture
@@ -26,6 +26,7 @@ from pared.runtime.kernels.conv import pad_codes
 from pared.runtime.kernels.linear import product_of_rows
 from pared.runtime.layers.counterpart import run_kernel
 from pared.runtime.profile import Profile, Timing, this_machine
+from pared.runtime.record import contents_of
 from pared.runtime.serving.server import agree
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -121,13 +122,13 @@ def assembled(case: Case, mode: str = "static", kernel: str = "int8") -> tuple[n
 def forced(model: nn.Module, found: nn.Module, kernel: str) -> nn.Module:
     """The same quantized model with every layer on one kernel."""
     timing = Timing((1,), *(1.0 if kernel == one else 2.0 for one in ("float32", "bfloat16", "int8")))
-    contents = quantized.contents_of(found)
+    contents = contents_of(found)
     profile = Profile(this_machine(), dict.fromkeys(contents.activations, timing))
     return quantized.assemble(find_tensors(model), contents, profile)
 
 
 def graph_of(model: nn.Module, call: dict[str, Any]) -> Graph:
-    return Graph(model, capture(quantized.outline_of(model), arguments_of(bound_of(model, call))))
+    return Graph(model, capture(float_forms.outline_of(model), arguments_of(bound_of(model, call))))
 
 
 def bound_of(model: nn.Module, call: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig
 from pared.model.tensors import find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capture import capture
 from pared.runtime.graphs.graph import Graph
@@ -19,6 +19,7 @@ from pared.runtime.graphs.merging import product_and_sum
 from pared.runtime.graphs.products import QLINEAR
 from pared.runtime.kernels import linear, machine
 from pared.runtime.profile import Profile, this_machine
+from pared.runtime.record import contents_of
 
 
 class Adapted(nn.Module):
@@ -145,7 +146,7 @@ def made(name: str) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]]]:
     model = make().eval()
     conf = PostTrainingQuantConfig(approach="static", quant_level=0)
     found = pared.fit(model, conf, [call(64)], quiet=True)
-    return quantized.assemble(find_tensors(model), quantized.contents_of(found), Profile(this_machine())), call
+    return quantized.assemble(find_tensors(model), contents_of(found), Profile(this_machine())), call
 
 
 def graph_of(model: nn.Module, call: dict[str, Tensor]) -> tuple[Graph, Callable[[dict[str, Tensor]], Any]]:
@@ -156,7 +157,7 @@ def graph_of(model: nn.Module, call: dict[str, Tensor]) -> tuple[Graph, Callable
         assert found is not None
         return found
 
-    graph = Graph(model, capture(quantized.outline_of(model), arguments_of(bound(call))))
+    graph = Graph(model, capture(float_forms.outline_of(model), arguments_of(bound(call))))
     return graph, lambda call: graph(bound(call))
 
 

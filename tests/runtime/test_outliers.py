@@ -23,6 +23,7 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.linear import pack, static
 from pared.runtime.kernels.outliers import columns_of, extra_columns
 from pared.runtime.profile import Profile, this_machine
+from pared.runtime.record import contents_of
 from tests.runtime import reference
 
 numbers = st.floats(-1e4, 1e4, width=32)
@@ -170,7 +171,7 @@ def loss(model: nn.Module, exact: nn.Module, x: Tensor) -> float:
 def test_one_column_does_not_make_the_grid_of_all_coarse(tmp_path: Any) -> None:
     model, x = wild()
     q = pared.fit(model, PostTrainingQuantConfig(approach="static", quant_level=0), [x], quiet=True)
-    contents = quantized.contents_of(q)
+    contents = contents_of(q)
     activation = contents.activations["second"]
     assert {column for column, _ in activation.outliers} >= {9}
     assert activation.high < 10
@@ -178,7 +179,7 @@ def test_one_column_does_not_make_the_grid_of_all_coarse(tmp_path: Any) -> None:
     coarse = quantized.assemble(find_tensors(model), replace(contents, activations=plain), Profile(this_machine()))
     assert loss(q, model, x) < 0.2 * loss(coarse, model, x)
     loaded = pared.load(pared.save(q, tmp_path), model=wild()[0])
-    assert quantized.contents_of(loaded).activations == contents.activations
+    assert contents_of(loaded).activations == contents.activations
     with torch.no_grad():
         assert torch.equal(loaded(x), q(x))
 
@@ -202,9 +203,7 @@ def test_statistics_have_a_range_for_each_column_of_a_linear_layer_only() -> Non
 
 def bytes_with(outliers: Any) -> bytes:
     model, x = wild()
-    contents = quantized.contents_of(
-        pared.fit(model, PostTrainingQuantConfig(approach="static", quant_level=0), [x], quiet=True)
-    )
+    contents = contents_of(pared.fit(model, PostTrainingQuantConfig(approach="static", quant_level=0), [x], quiet=True))
     to_json = Activation.to_json
     patch = pytest.MonkeyPatch()
     try:

@@ -258,7 +258,7 @@ def test_a_pickle_of_before_is_refused_before_its_other_names_are_looked_up(monk
 
 
 def test_a_damaged_pickle_is_an_error_of_the_family() -> None:
-    with pytest.raises(CorruptError, match="the pickle of a quantized model makes no sense"):
+    with pytest.raises(CorruptError, match="the record in the pickle of a quantized model cannot be read"):
         pared._revive(nn.Linear(1, 1), b"", "{}")
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import pared
 from pared.model.tensors import find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import arguments_of, bind
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile import CallTiming, ModelTiming
-from pared.runtime.record import record_of
+from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.served import forward_of, serve, server_of
 from pared.runtime.serving.server import Server
@@ -27,7 +27,7 @@ from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
 
 def served(q: nn.Module, call: dict[str, Any]) -> Server:
     """The model with a graph for a call kind."""
-    server = Server(quantized.outline_of, [arguments_of(bound_of(q, call))])
+    server = Server(float_forms.outline_of, [arguments_of(bound_of(q, call))])
     serve(q, server)
     return server
 
@@ -144,7 +144,7 @@ def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
         after = q(IDS)["hidden"]
         q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
         later = q(IDS)["hidden"]
-        serve(q, Server(quantized.outline_of))
+        serve(q, Server(float_forms.outline_of))
         assert torch.equal(later, q(IDS)["hidden"])
     assert not torch.equal(after, later)
 
@@ -199,7 +199,7 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     arguments = arguments_of(bound_of(q, case.call(4, 24)))
     timing = CallTiming(arguments, 4.0, None, 2.0, 1.0, "no bfloat16: it is too far from float32")
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
-    fast = quantized.assemble(find_tensors(model), quantized.contents_of(q), profile)
+    fast = quantized.assemble(find_tensors(model), contents_of(q), profile)
     loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
     assert server_of(loaded).wanted == (arguments,)
     assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
@@ -238,7 +238,7 @@ def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path,
 def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     (small,) = arguments_of(bound_of(q, {"ids": IDS}))
-    serve(q, Server(quantized.outline_of, [[replace(small, shape=(10**9, 10**9))]]))
+    serve(q, Server(float_forms.outline_of, [[replace(small, shape=(10**9, 10**9))]]))
     with torch.no_grad():
         assert torch.equal(q(IDS)["hidden"], forward_of(q)(q, IDS)["hidden"])
     assert answered == []
@@ -258,7 +258,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     model, q = assembled(case)
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
-    q = quantized.assemble(find_tensors(model), quantized.contents_of(q), profile)
+    q = quantized.assemble(find_tensors(model), contents_of(q), profile)
     assert isinstance(server_of(q), BFloat16Server)
     with torch.no_grad():
         before = q(IDS)["hidden"]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pared.runtime.float_forms import outline_of
 from pared.runtime.graphs.attention import as_floats, mask_to_bfloat16, to_bfloat16, to_float32
 from pared.runtime.graphs.call_kinds import arguments_of
 from pared.runtime.graphs.capture import capture
@@ -16,7 +17,6 @@ from pared.runtime.kernels import conv
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.machine import available, extensions, has_tiles
 from pared.runtime.kernels.patches import channels_first, patches_of
-from pared.runtime.quantized import outline_of
 from tests.runtime import reference
 from tests.runtime.test_graphs import CASES, SIZES, Case, assembled, bound_of, graph_of, leaves, targets
 from tests.runtime.test_kernels import SPAN, assert_same, random, random_codes, random_step

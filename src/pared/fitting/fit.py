@@ -20,8 +20,7 @@ from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.model import calls, copies
 from pared.model.tensors import ModuleT
-from pared.runtime import quantized
-from pared.runtime.record import record_of
+from pared.runtime.record import contents_of, record_of
 from pared.scalars import checked_number
 from pared.terminal import Stages
 
@@ -148,7 +147,7 @@ def _traced_and_timed(
 
 def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
     """The same model in the form that is fastest on this machine; as it is where no layer may run in int8."""
-    contents = quantized.contents_of(found)
+    contents = contents_of(found)
     if known.seen is None or known.conf.approach == "weight_only":
         return found
     with stages.stage("timing"):

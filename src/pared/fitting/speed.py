@@ -25,7 +25,7 @@ from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
-from pared.runtime import quantized
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_kind, parameters_of
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.kernels.outliers import columns_of
@@ -114,7 +114,7 @@ def time_calls(
     bound = [bind(names, call.args, call.kwargs) for call in found]
     kinds = {describe_kind(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
     server = Server(
-        quantized.outline_of, list(kinds.values()), captures
+        float_forms.outline_of, list(kinds.values()), captures
     )  # a graph for each call kind, of its largest call
     forms = _Forms(model, in_bfloat16(model), by_layers, server)
     times: list[CallTiming] = []
@@ -289,7 +289,7 @@ def tune_speed(
     file = find_artifact(as_path(path, "tune_speed"))
     contents = storage.read(file)
     tensors = find_tensors(model)
-    floats = quantized.decoded(tensors, completed(tensors, contents))
+    floats = float_forms.decoded(tensors, completed(tensors, contents))
     seen = observe.collect(floats, calib_dataloader, limit)
     found: ModuleT = tuned(tensors.in_copy(floats), contents, seen)
     storage.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())

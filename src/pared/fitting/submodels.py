@@ -5,7 +5,6 @@ They are recognized by their arguments: inputs of the model and nothing else, so
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pared.model.calls import Call
 from pared.runtime.graphs.call_kinds import bind, parameters_of
 from pared.runtime.layers.registry import layer_of
+from pared.runtime.stopwatch import Stopwatch
 from pared.switches import WITHOUT_FAST_PATHS
 
 # The share of the model's time that a submodel takes: below, it is not worth a graph of its own; above, the model is
@@ -37,12 +37,13 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
     }
     if not recorders:
         return {}
+    total = Stopwatch()
     handles = [handle for name, recorder in recorders.items() for handle in recorder.over(model.get_submodule(name))]
     try:
         with torch.inference_mode(), WITHOUT_FAST_PATHS:
-            start = time.perf_counter()
+            total.start()
             model(*call.args, **call.kwargs)
-            total = time.perf_counter() - start
+            total.stop()
     finally:
         for handle in handles:
             handle.remove()
@@ -50,7 +51,7 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
         name: recorder.calls[0]
         for name, recorder in recorders.items()
         if len(recorder.calls) == 1 and recorder.calls[0] is not None
-        if _LEAST_SHARE * total <= recorder.seconds <= _MOST_SHARE * total
+        if _LEAST_SHARE <= recorder.time.seconds / total.seconds <= _MOST_SHARE
     }
     return {name: call for name, call in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}
 
@@ -63,23 +64,23 @@ class _CallRecorder:
 
     Attributes:
         calls: None for a call whose arguments are not only inputs of the model.
-        seconds: the time of all calls.
+        time: the time of all calls.
     """
 
     def __init__(self, call: Call) -> None:
         self._inputs = {id(tensor) for tensor in _tensors(call.args, call.kwargs)}
         self.calls: list[Call | None] = []
-        self.seconds = 0.0
+        self.time = Stopwatch()
 
     def over(self, module: nn.Module) -> tuple[Any, Any]:
         """Hook a module; returns the handles of the hooks."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.calls.append(Call(args, kwargs) if self._has_only_inputs(module, args, kwargs) else None)
-            self.seconds -= time.perf_counter()
+            self.time.start()
 
         def after(*_: object) -> None:
-            self.seconds += time.perf_counter()
+            self.time.stop()
 
         return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
 

@@ -1,4 +1,4 @@
-"""What a quantized model knows about itself, beside its numbers."""
+"""What a quantized model knows about itself: its record, `q.pared`, and the contents of its artifact."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any, Final, Literal
 
 from torch import nn
 
-from pared.artifact.outcome import Curve, Outcome
+from pared.artifact.outcome import Curve, Outcome, Trial
 from pared.errors import CorruptError, ModelError
-from pared.model.contents import Decision
+from pared.formats.activation import Activation
+from pared.model import storage
+from pared.model.contents import Contents, Decision, Stored
+from pared.model.tensors import named_tensors, registered
+from pared.runtime import summary
+from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.placement import Memory, StoredForm
 from pared.runtime.profile import Profile, Running
 
@@ -20,23 +25,24 @@ RECORD: Final = "_pared"  # the attribute of a model that holds it
 
 @dataclass(eq=False)
 class Record:
-    """What a quantized model knows about itself.
+    """What a quantized model knows about itself in addition to its numbers, which are in its modules.
 
     Args:
-        tensors: of each tensor its names, kind and decision; its numbers are in the modules.
-        stored_forms: for each tensor that is held as floats, by first name.
-        activations, provenance: as they stand in the artifact.
-        profile: which kernels are fastest here.
-        running: what each module that may run in int8 runs in.
+        tensors: the names, the kind and the decision of each tensor.
+        stored_forms: the stored form of each tensor that is held as floats, by the tensor's first name.
+        activations: how each module that may run in int8 treats its input, by the module's name.
+        provenance: where the artifact comes from, as plain data.
+        profile: which kernels are fastest on this machine.
+        running: the kernel of each module that may run in int8, by the module's name.
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
-        curve: the trade-off curve of the same calibration, where there was one.
-        engine_ms: the milliseconds of each engine, where `pared.load(..., engine="auto")` chose this one.
+        curve: the trade-off curve of the same calibration; None if none was measured.
+        engine_ms: the milliseconds of each engine if `pared.load(..., engine="auto")` chose this one, else empty.
     """
 
     tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
     stored_forms: Mapping[str, StoredForm]
-    activations: Mapping[str, Any]
+    activations: Mapping[str, Activation]
     provenance: Mapping[str, Any]
     profile: Profile
     running: Mapping[str, Running]
@@ -46,16 +52,15 @@ class Record:
     engine_ms: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """What a pickle holds beside the artifact: what was measured on this machine, and how the search went."""
-        state = {"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory}
-        return json.dumps(state)
+        """What a pickle holds in addition to the artifact: the times measured on this machine, and the search."""
+        return json.dumps({"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory})
 
 
 def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
     """The inverse of `Record.to_json`.
 
     Raises:
-        CorruptError: it is something else.
+        CorruptError: the text is something else.
     """
     try:
         state = json.loads(text)
@@ -63,7 +68,7 @@ def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
         return Profile.from_json(state["profile"]), outcome, state["memory"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(
-            f"the pickle of a quantized model makes no sense ({error})",
+            f"the record in the pickle of a quantized model cannot be read ({error!r})",
         ) from error
 
 
@@ -83,21 +88,127 @@ def record_of(model: nn.Module) -> Record:
 
 
 def set_outcome(model: nn.Module, outcome: Outcome) -> None:
-    """Say how the search went."""
+    """Set how the search went."""
     record_of(model).outcome = outcome
 
 
 def curve_of(model: nn.Module) -> Curve:
-    """The trade-off curve that `fit` found on the way: bytes against damage, and the scores of the trials.
+    """The trade-off curve that `fit` measured: bytes against damage, and the scores of the trials.
 
     Raises:
-        ModelError: the model was loaded, or made without measuring what steps cost.
+        ModelError: there is none: the model was loaded, or compressed at 8 bits without a search.
     """
-    found = record_of(model).curve
-    if found is None:
+    curve = record_of(model).curve
+    if curve is None:
         raise ModelError(
-            "has no trade-off curve: it was loaded, or made at 8 bits without a search",
+            "has no trade-off curve: it was loaded, or compressed at 8 bits without a search",
             where=type(model).__name__,
             remedy="Use pared.trade_off(model, conf, calib_dataloader, eval_func) with the float model.",
         )
-    return found
+    return curve
+
+
+def contents_of(model: nn.Module) -> Contents:
+    """Everything that the artifact of a quantized model holds.
+
+    Raises:
+        ModelError: a weight was changed, or a layer was added or removed, after compression.
+    """
+    record = record_of(model)
+    _refuse_edited(model, record)
+    tensors = []
+    for names, kind, decision in record.tensors:
+        module_name, _, attribute = names[0].rpartition(".")
+        module = model.get_submodule(module_name)
+        if isinstance(module, Counterpart) and attribute in module.pared_views:
+            coded = module.pared_coded(attribute)
+        else:
+            coded = record.stored_forms[names[0]].coded(names[0], dict(registered(module))[attribute])
+        tensors.append(Stored(names, kind, coded, decision))
+    provenance = {**record.provenance, "outcome": record.outcome.to_json()}
+    return Contents(tuple(tensors), record.activations, provenance)
+
+
+def _refuse_edited(model: nn.Module, record: Record) -> None:
+    """Refuse a model with layers that were added, removed or replaced: its record no longer describes it."""
+    known = {name for names, _, _ in record.tensors for name in names}
+    codes = {
+        f"{name}.{attribute}"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, Counterpart)
+        for attribute in module.pared_views
+    }
+    floats = {name for name, _ in named_tensors(model) if not name.rpartition(".")[2].startswith("pared_")}
+    changed = sorted(known ^ (floats | {name.removeprefix(".") for name in codes}))
+    if changed:
+        raise ModelError(
+            "was added to the model, or removed from it, after it was compressed",
+            where=changed[0],
+            remedy="Change the float model, and compress it again with pared.fit.",
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """The result of compressing a model: `q.pared`. It is read-only, and always describes the model as it is now.
+
+    Args:
+        model: the quantized model.
+    """
+
+    model: nn.Module
+
+    def __repr__(self) -> str:
+        """How it went, in one line."""
+        return f"<pared: met={self.met}, score={self.score}, baseline={self.baseline}, {len(self.trials)} trials>"
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the accuracy criterion was met; None if nothing was evaluated."""
+        return record_of(self.model).outcome.met
+
+    @property
+    def score(self) -> float | None:
+        """What `eval_func` gave for the quantized model; None if nothing was evaluated."""
+        return record_of(self.model).outcome.score
+
+    @property
+    def baseline(self) -> float | None:
+        """What `eval_func` gave for the float model; None if nothing was evaluated."""
+        return record_of(self.model).outcome.baseline
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every model that the search evaluated, in order; empty for a model that was loaded."""
+        return record_of(self.model).outcome.trials
+
+    @property
+    def plan(self) -> tuple[summary.TensorSummary, ...]:
+        """What each tensor became, in the model's order."""
+        return summary.tensor_summaries(contents_of(self.model), record_of(self.model).running)
+
+    @property
+    def curve(self) -> Curve:
+        """The trade-off curve of `fit`: bytes against damage, and the scores of the trials.
+
+        Raises:
+            ModelError: there is none: the model was loaded, or compressed at 8 bits without a search.
+        """
+        return curve_of(self.model)
+
+    def nbytes(self) -> int:
+        """The size in bytes of the `best_model.pt` that `save` writes.
+
+        The whole model is entropy-coded to find out, which takes as long as `save` without writing: keep the number.
+        """
+        return len(storage.to_bytes(contents_of(self.model)))
+
+    @property
+    def engine(self) -> Literal["torch"]:
+        """What runs the model; see `engine` of `pared.load`."""
+        return "torch"
+
+    @property
+    def engine_ms(self) -> Mapping[str, float]:
+        """The milliseconds of each engine if `pared.load(..., engine="auto")` chose this one, else empty."""
+        return record_of(self.model).engine_ms

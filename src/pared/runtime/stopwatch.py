@@ -1,33 +1,44 @@
-"""How long things take: forms of one computation, timed in turns."""
+"""How long things take: several forms of one computation, or whatever happens between two moments."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final, TypeVar
 
 import torch
 
-# The best of many runs is compared: at least so many, and for short ones until so many seconds have passed, since a
-# busy machine slows whole stretches of time. Runs before these warm caches and pack weights.
+FormT = TypeVar("FormT")
+
+# The fastest of many runs counts, because a busy machine slows whole stretches of time: at least 5 runs, and for short
+# ones up to 200 until 0.06 seconds have passed. One run before these warms caches and packs weights.
 _LEAST_RUNS: Final = 5
-
-
 _MOST_RUNS: Final = 200
-
-
 _SECONDS: Final = 0.06
-
-
 _WARM_UP: Final = 1
 
-
-# Times the fastest, by the runs that a form had: what is slower is timed no more. One run may have been disturbed.
+# After this number of runs, a form that takes more than this multiple of the fastest's time is timed no more. After a
+# single run none is given up: that run may have been disturbed.
 _HOPELESS: Final = {2: 2.0, 3: 1.5}
 
 
-def fastest_ms(forms: Mapping[Any, Callable[[], object]]) -> dict[Any, float]:
+class Stopwatch:
+    """Adds up the seconds between each `start` and the `stop` after it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def start(self) -> None:
+        """Start, or go on."""
+        self.seconds -= time.perf_counter()
+
+    def stop(self) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter()
+
+
+def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float]:
     """The shortest time of each of several functions, in milliseconds; they run in turns, without gradients."""
     best = dict.fromkeys(forms, math.inf)
     with torch.inference_mode():

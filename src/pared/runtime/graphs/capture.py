@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import Argument
 from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
 
-_PREFIX: Final = "model."  # what `_Flat` puts before the names of tensors and modules
+PREFIX: Final = "model."  # what `FlatModel` puts before the names of tensors and modules
 _REMEDY: Final = "Nothing needs to be done: its modules run instead."
-# What says that an input may be of another size, or has a hand in what is captured; both are expected here.
-_SPEAKERS: Final = ("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
-_QUIETLY: Final = quiet_loggers(_SPEAKERS, logging.CRITICAL)
+# They report sizes that are fixed or may vary, and packages that are not installed; what cannot be captured is raised.
+LOGGERS: Final = (
+    *("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes"),
+    *("torch.onnx", "torch.onnx._internal.exporter._registration"),
+)
+_QUIETLY: Final = quiet_loggers(LOGGERS, logging.CRITICAL)
+
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a call
 
 
 @dataclass(frozen=True)
@@ -85,21 +92,52 @@ class Captures:
         return found
 
 
-class _Flat(nn.Module):
-    """The model as a function of tensors that gives tensors."""
+class FlatModel(nn.Module):
+    """A model as a function of tensors that returns tensors: an exported graph has no other inputs and outputs.
 
-    def __init__(self, model: nn.Module, call: Mapping[str, Any], note: Callable[[TreeSpec], None]) -> None:
+    Args:
+        model: the model.
+        call: positional and keyword arguments; what is not a tensor keeps its value.
+        returned: makes the list that is returned out of the model's output.
+    """
+
+    def __init__(self, model: nn.Module, call: Example, returned: Callable[[Any], list[Any]]) -> None:
         super().__init__()
         self.model = model
-        self._call = dict(call)
-        self._note = note  # of the outputs' structure: attributes are set back after an export
+        self._leaves, self._structure = tree_flatten(call)
+        self._returned = returned
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The inputs of the example call."""
+        return tuple(leaf for leaf in self._leaves if isinstance(leaf, Tensor))
 
     def forward(self, *tensors: Tensor) -> list[Any]:
+        """The model's output for these tensors in place of those of the example call."""
         given = iter(tensors)
-        call = {name: next(given) if type(value) is Tensor else value for name, value in self._call.items()}
-        leaves, structure = tree_flatten(self.model(**call))
-        self._note(structure)
-        return leaves
+        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return self._returned(self.model(*args, **kwargs))
+
+
+def doubled(call: Example) -> Example:
+    """The same call with its only sample twice, because an export takes a dimension of size 1 for a constant."""
+    tensors = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or any(len(tensor) != 1 for tensor in tensors):
+        return call
+
+    def twice(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
+
+    result: Example = tree_map(twice, call)
+    return result
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Let one thread at a time capture inside, with attention unfused and without torch's warnings about itself."""
+    with CAPTURING, ignoring(), _QUIETLY, WITHOUT_FAST_PATHS, torch.no_grad():
+        yield
 
 
 def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
@@ -117,10 +155,16 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
     _materialize(model)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         hooks.clear()  # they run around the graph, as they run around the model's forward
-    structures: list[TreeSpec] = []
+    structures: list[TreeSpec] = []  # not an attribute of the flat model: those are set back after an export
+
+    def returned(output: Any) -> list[Any]:
+        leaves, structure = tree_flatten(output)
+        structures.append(structure)
+        return leaves
+
     try:
-        call = {one.name: one.example() for one in _doubled(arguments)}
-        program = _exported(_Flat(model, call, structures.append))
+        call = doubled(((), {argument.name: argument.example() for argument in arguments}))
+        program = _exported(FlatModel(model, call, returned))
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"torch.export cannot capture it: {reason}", where="graph", remedy=_REMEDY) from error
@@ -135,19 +179,10 @@ def _materialize(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
 
 
-def _doubled(arguments: Sequence[Argument]) -> list[Argument]:
-    tensors = [one for one in arguments if one.dtype and one.shape]
-    if not tensors or any(one.shape[0] != 1 for one in tensors):
-        return list(arguments)
-    return [Argument(one.name, one.dtype, (2, *one.shape[1:])) if one.dtype and one.shape else one for one in arguments]
-
-
-def _exported(flat: _Flat) -> Any:
-    tensors = tuple(value for value in flat._call.values() if type(value) is Tensor)
-    dimensions = tuple(dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors)
-    # Torch warns of its own deprecated parts.
-    with CAPTURING, ignoring(), _QUIETLY, WITHOUT_FAST_PATHS, torch.no_grad():
-        program = torch.export.export(flat, tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
+def _exported(flat: FlatModel) -> Any:
+    dimensions = tuple(dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
+    with capturing():
+        program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
         return program.run_decompositions({}) if _writes(program.graph) else program
 
 
@@ -171,7 +206,7 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensors[name] = spec.target.removeprefix(_PREFIX)
+            tensors[name] = spec.target.removeprefix(PREFIX)
         elif spec.kind is InputKind.CONSTANT_TENSOR:
             constants[name] = program.constants[spec.target]
         elif spec.kind is InputKind.USER_INPUT and isinstance(values[name], Tensor):

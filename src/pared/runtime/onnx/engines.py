@@ -1,11 +1,10 @@
-"""Runtimes beside PyTorch: an exported model in ONNX Runtime or in OpenVINO, called like the model itself."""
+"""Runtimes other than PyTorch: an exported model in ONNX Runtime or OpenVINO, called like the original model."""
 
 from __future__ import annotations
 
+import functools
 import logging
-import statistics
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +17,15 @@ from pared.errors import ConfigError, CorruptError, FileError, ModelError, Pared
 from pared.files.disk import as_path
 from pared.runtime.onnx.export import ARTIFACT, ONNX_FILE, checksum_beside, need
 from pared.runtime.onnx.signature import SIGNATURE, Signature
+from pared.runtime.stopwatch import fastest_ms
 
 log = logging.getLogger(__name__)
 
 Engine = Literal["torch", "onnxruntime", "openvino", "auto"]
 
-_ROUNDS: Final = 7  # calls of each engine that are timed, in turns, after two that warm up
-_WARM_UP: Final = 2
-
 
 class _Session(ABC):
-    """A graph in one runtime, which several threads may run at once."""
+    """A graph loaded in one runtime; several threads may run it at once."""
 
     @abstractmethod
     def __init__(self, path: Path, threads: int) -> None:
@@ -36,11 +33,11 @@ class _Session(ABC):
 
     @abstractmethod
     def metadata(self) -> Mapping[str, str]:
-        """What the file says of itself."""
+        """The metadata of the file."""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs, in the order of the graph."""
+        """The outputs, in the graph's order."""
 
 
 class _OnnxRuntime(_Session):
@@ -70,7 +67,7 @@ class _OpenVino(_Session):
             for key in (SIGNATURE, ARTIFACT)
             if model.has_rt_info(["framework", key])
         }
-        # In float32, like the other engines: by itself it computes in bfloat16 where the processor can.
+        # In float32, like the other engines: its default is bfloat16 on processors that have it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -94,15 +91,15 @@ SESSIONS: Final[Mapping[str, type[_Session]]] = {"onnxruntime": _OnnxRuntime, "o
 
 
 class Runner(nn.Module):
-    """An exported model in a runtime of its own, without the Python class; made by `pared.load(..., engine=...)`.
+    """An exported model in another runtime, without its Python class; `pared.load(..., engine=...)` makes it.
 
-    It is called like the model, on the CPU, with the arguments of the export, and gives its outputs in their structure:
-    a class with named fields becomes `pared.runtime.onnx.signature.Outputs`. It holds no parameters.
+    It is called like the model, on the CPU, with the arguments that it was exported with, and returns outputs of the
+    same structure; an output class with named fields becomes `Outputs`. It has no parameters.
 
     Attributes:
         engine: "onnxruntime" or "openvino".
-        engine_ms: the measured milliseconds of each engine, where `engine="auto"` chose.
-        signature: arguments, inputs and outputs.
+        engine_ms: the measured milliseconds of each engine if `engine="auto"` chose this one, else empty.
+        signature: the calling convention: arguments, inputs and outputs.
     """
 
     def __init__(self, path: Path, engine: str) -> None:
@@ -116,7 +113,7 @@ class Runner(nn.Module):
         """Run the graph.
 
         Raises:
-            ConfigError: the inputs are not those of the export.
+            ConfigError: the inputs do not fit the export.
         """
         inputs = self.signature.bind(args, kwargs, str(self.path.name))
         try:
@@ -134,7 +131,7 @@ def _unfit(runner: Runner, error: Exception) -> ConfigError:
     return ConfigError(
         f"{runner.engine} cannot run it on these inputs: {error}",
         where=runner.path.name,
-        remedy="Check the shapes: those that belong together must agree, and the export may have fixed some.",
+        remedy="Check the inputs' shapes: they must fit each other, and the export may have fixed some dimensions.",
     )
 
 
@@ -142,9 +139,9 @@ def _opened(path: Path, engine: str) -> _Session:
     need(engine, engine)
     if not path.is_file():
         raise FileError(
-            "is missing: the model was not exported",
+            "is missing: the model has not been exported",
             where=str(path),
-            remedy="Write it once, beside the artifact: q_model.export(directory, inputs).",
+            remedy="Export it to the artifact's directory: q_model.export(directory, inputs).",
         )
     try:
         return SESSIONS[engine](path, torch.get_num_threads())
@@ -152,7 +149,7 @@ def _opened(path: Path, engine: str) -> _Session:
         raise ModelError(
             f"{engine} cannot load it: {error}",
             where=str(path),
-            remedy='Use another engine: "torch" runs every model.',
+            remedy='Use another engine: engine="torch" runs every model.',
         ) from error
 
 
@@ -161,9 +158,9 @@ def _signature(metadata: Mapping[str, str], path: Path) -> Signature:
         return Signature.from_json(metadata[SIGNATURE])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptError(
-            f"does not say how it is called ({error!r})",
+            f"has no valid description of its inputs and outputs ({error!r})",
             where=str(path),
-            remedy="Export the model anew, with q_model.export(directory, inputs).",
+            remedy="pared did not write this file. Export the model again: q_model.export(directory, inputs).",
         ) from error
 
 
@@ -172,7 +169,7 @@ def open_runner(directory: str | Path, engine: str) -> Runner:
 
     Raises:
         ConfigError: the runtime's package is not installed.
-        FileError: there is no export, or it belongs to another artifact than the one beside it.
+        FileError: there is no export, or it was made from another artifact than the one beside it.
         ModelError: the runtime cannot run the graph.
     """
     path = as_path(directory, "load")
@@ -184,26 +181,26 @@ def open_runner(directory: str | Path, engine: str) -> Runner:
 
 
 def _refuse_stale(recorded: str, path: Path) -> None:
-    """Refuse an export of what is no longer the artifact beside it."""
+    """Refuse an export that was made from another artifact than the one beside it."""
     if recorded and recorded != checksum_beside(path):
         raise FileError(
             "was exported from another artifact than the one that is beside it now",
             where=str(path),
-            remedy="Export the model anew, with q_model.export(directory, inputs).",
+            remedy="Export the model again: q_model.export(directory, inputs).",
         )
 
 
 def fastest(model: nn.Module | None, directory: str | Path) -> tuple[nn.Module, Mapping[str, float]]:
-    """The fastest of a quantized model in PyTorch and of its export in whatever runtime is installed.
+    """The fastest of: a quantized model in PyTorch, and its export in each runtime that is installed.
 
     They are timed in turns on inputs like those of the export.
 
     Args:
         model: the model in PyTorch, or None.
-        directory: where the export is.
+        directory: the directory with the export.
 
     Returns:
-        the model or a `Runner`; and the median milliseconds of each engine.
+        the model or a `Runner`; and the milliseconds of each engine's fastest run.
 
     Raises:
         ParedError: no engine can run it.
@@ -216,7 +213,8 @@ def fastest(model: nn.Module | None, directory: str | Path) -> tuple[nn.Module, 
     runners = [one for one in found.values() if isinstance(one, Runner)]
     if not runners:
         return found["torch"], {}
-    times = _timed(found, runners[0].signature)
+    args, kwargs = runners[0].signature.sample()
+    times = fastest_ms({name: functools.partial(engine, *args, **kwargs) for name, engine in found.items()})
     best = min(times, key=times.__getitem__)
     log.info("the fastest engine is %s: %s", best, ", ".join(f"{name} {ms:.2f} ms" for name, ms in times.items()))
     return found[best], times
@@ -229,15 +227,3 @@ def _tried(directory: str | Path, engine: str) -> Runner | ParedError:
     except ParedError as error:
         log.info("%s is not tried: %s", engine, error)
         return error
-
-
-def _timed(engines: Mapping[str, nn.Module], signature: Signature) -> dict[str, float]:
-    args, kwargs = signature.sample()
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    with torch.inference_mode():
-        for _ in range(_WARM_UP + _ROUNDS):
-            for name, engine in engines.items():
-                start = time.perf_counter()
-                engine(*args, **kwargs)
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(ms[_WARM_UP:]) for name, ms in times.items()}

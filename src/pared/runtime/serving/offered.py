@@ -1,0 +1,87 @@
+"""Names that a quantized model has in addition to those of its class, and that give way to the class's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from pared.errors import ModelError
+from pared.runtime.serving.served import Served
+
+_REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
+
+
+class Offered:
+    """A name that a quantized model offers as long as the model has none of its own.
+
+    Only `__get__` is defined: what the model's `forward` assigns to the name is stored as in any module, and is what
+    the name gives from then on.
+
+    Args:
+        function: a function of the model; the name gives its result, or the function bound to the model.
+        is_method: whether the name gives the bound function.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, is_method: bool = False) -> None:
+        self.function = function
+        self.is_method = is_method
+        self.__doc__ = function.__doc__
+        self._name = ""
+
+    def __set_name__(self, _owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, model: nn.Module | None, _owner: type | None = None) -> Any:
+        """The value. AttributeError where the model has a tensor or module of that name: then torch looks it up."""
+        if model is None:
+            return self.function
+        if any(self._name in model.__dict__.get(registry, ()) for registry in _REGISTRIES):
+            raise AttributeError(self._name)
+        return MethodType(self.function, model) if self.is_method else self.function(model)
+
+
+class Yielding(Served):
+    """Lets a model register tensors and modules under the names that it offers; torch refuses names it already has."""
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in every module."""
+        with _given_up(self, "_parameters", name):
+            super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As in every module."""
+        with _given_up(self, "_buffers", name):
+            super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As in every module."""
+        with _given_up(self, "_modules", name):
+            super().add_module(name, module)
+
+
+@contextmanager
+def _given_up(model: nn.Module, registry: str, name: str) -> Iterator[None]:
+    """Enter an offered name in a registry, so that torch takes what follows for a second registration of it."""
+    is_taken = any(name in model.__dict__[known] for known in _REGISTRIES) or name in model.__dict__
+    if is_taken or not isinstance(vars(type(model)).get(name), Offered):
+        yield
+        return
+    model.__dict__[registry][name] = None
+    try:
+        yield
+    except BaseException:
+        del model.__dict__[registry][name]
+        raise
+
+
+def refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object) -> None:
+    """Refuse: `from_pretrained` would read the codes as if they were weights."""
+    raise ModelError(
+        "save_pretrained would write codes, which from_pretrained would take for weights",
+        where=type(self).__name__,
+        remedy="Use pared.save(model, directory), and model.config.save_pretrained(directory) for the configuration.",
+    )
