@@ -61,7 +61,7 @@ def test_a_page_is_not_written_over_the_file(
     torch.save(factory().state_dict(), tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
     assert run(monkeypatch, "inspect", str(tmp_path / "a.pt"), "--html", str(tmp_path / "a.pt")) == 2
-    assert "a.pt: is the file itself" in capsys.readouterr().err
+    assert "a.pt: is the file to inspect" in capsys.readouterr().err
     assert (tmp_path / "a.pt").read_bytes() == before
 
 
@@ -180,9 +180,9 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             ["fit", f"{HERE}:nothing", "-o", "x"],
             "cannot be imported (module 'tests.test_cli' has no attribute 'nothing')",
         ),
-        (["fit", f"{HERE}:factory"], "error: pared fit: no place to write to\n  Pass -o DIRECTORY, or --dry-run."),
+        (["fit", f"{HERE}:factory"], "error: pared fit: no directory to write to\n  Pass -o DIRECTORY, or --dry-run."),
         (["fit", f"{HERE}:factory", "-o", "x", "--approach", "statc"], "approach='statc' is not one of"),
-        (["fit", f"{HERE}:factory", "-o", "x", "--rule", "a=b=c"], "error: --rule: 'a=b=c' is no rule"),
+        (["fit", f"{HERE}:factory", "-o", "x", "--rule", "a=b=c"], "error: --rule: 'a=b=c' is not a rule"),
         (
             ["fit", f"{HERE}:factory", "-o", "x", "--rule", "zzz=4"],
             "error: Rule('zzz'): matches no tensor of the model",
@@ -190,7 +190,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
         (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is no size"),
         (
             ["fit", f"{HERE}:factory", "-o", "x", "--curve", "--workspace", "y"],
-            "error: pared fit: --curve goes with none of --workspace, --confirm and --dry-run",
+            "error: pared fit: --curve excludes --workspace, --confirm and --dry-run",
         ),
         (["inspect", "missing.pt"], "missing.pt"),
         (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep contradict each other"),

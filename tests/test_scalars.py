@@ -139,7 +139,7 @@ def test_bits_and_keep_exclude_each_other(bits: Any) -> None:
     [
         (["inspect", "m.pt", "--quick", "--deep"], "--quick and --deep contradict each other"),
         *[
-            (["fit", "a:b", "-o", "out", "--curve", *more], "--curve goes with none of")
+            (["fit", "a:b", "-o", "out", "--curve", *more], "--curve excludes")
             for more in (["--workspace", "w"], ["--confirm", "a:c"], ["--dry-run"])
         ],
     ],
