@@ -187,7 +187,7 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             ["fit", f"{HERE}:factory", "-o", "x", "--rule", "zzz=4"],
             "error: Rule('zzz'): matches no tensor of the model",
         ),
-        (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is no size"),
+        (["fit", f"{HERE}:factory", "-o", "x", "--max-size", "lots"], "error: max_size: 'lots' is not a size"),
         (
             ["fit", f"{HERE}:factory", "-o", "x", "--curve", "--workspace", "y"],
             "error: pared fit: --curve excludes --workspace, --confirm and --dry-run",
@@ -290,4 +290,4 @@ def test_inspect_reads_as_deep_as_it_is_told(
     )
     with pytest.raises(ConfigError) as error:
         inspect(tmp_path, depth="deeper")
-    assert str(error.value) == "inspect: 'deeper' is no depth\n  Pass one of quick, default, deep."
+    assert str(error.value) == "inspect: 'deeper' is not a depth\n  Pass one of quick, default, deep."

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -31,10 +31,10 @@ _UNITS: Final = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes from a number or from a number with a unit.
+    """Bytes from a number, or from a text with a number and a unit.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: it is neither.
 
     >>> parse_size("12MB"), parse_size("12 MiB"), parse_size(1000)
     (12000000, 12582912, 1000)
@@ -46,21 +46,21 @@ def parse_size(size: int | str) -> int:
     nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if nbytes == 0:
         raise ConfigError(
-            f"{size!r} is no size",
+            f"{size!r} is not a size",
             where="max_size",
             remedy='Use bytes (12000000), "12MB" (10^6) or "12MiB" (2^20).',
         )
     return nbytes
 
 
-_PATIENCE = 1.0
+_PATIENCE: Final = 1.0  # seconds before progress is shown
 
 
 class Stages:
     """The stages of one long job, one line at a time on standard error.
 
     Args:
-        quiet: show nothing; also the case where standard error is no terminal.
+        quiet: show nothing; nothing is shown either where standard error is not a terminal.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -76,7 +76,7 @@ class Stages:
 
     @contextmanager
     def stage(self, description: str) -> Iterator[None]:
-        """Show the description, once a second has passed, until the stage ends."""
+        """Show the description until the stage ends, unless it takes less than a second."""
         if self._silent:
             yield
             return
@@ -95,12 +95,12 @@ class Stages:
 
 @contextmanager
 def bytes_done(description: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on standard error, once a second has passed; gives the function that is told of each advance.
+    """A progress bar on standard error, from the second second on; yields the function to call with the bytes done.
 
     Args:
-        description: stands before the bar.
-        total: bytes in all.
-        quiet: show nothing; also the case where standard error is no terminal.
+        description: what is shown before the bar.
+        total: the bytes of the whole job.
+        quiet: show nothing; nothing is shown either where standard error is not a terminal.
     """
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -123,68 +123,76 @@ def bytes_done(description: str, total: int, *, quiet: bool = False) -> Iterator
 WIDTH: Final = 100  # in columns
 
 
-_LEFT: Final = ("format", "class", "only in", "shape", "")
+# Columns of words, with the width at which they wrap (None: the widest cell). All others hold numbers.
+_WORDS: Final[Mapping[str, int | None]] = {
+    "tensor": None,
+    "output of": None,
+    "shape": 14,
+    "format": 13,
+    "class": 12,
+    "only in": None,
+    "runs": None,
+    "": None,
+}
+_FILLING: Final = ("tensor", "output of")  # as wide as the other columns allow
 
 
-_MOST_WIDTHS: Final[Mapping[str, int]] = {"format": 11, "class": 12, "shape": 20}
-
-
-def new_table(first: str, *others: str) -> Table:
-    """A table without rows; the first column takes the width that the others leave.
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as lines of at most 100 columns, with an empty line before and after it.
 
     Args:
-        first: its heading.
-        others: of these. Columns of words are on the left, those of figures on the right: `_LEFT` says which.
+        headings: of the columns: `_WORDS` says which of them are on the left, the others are on the right.
+        rows: a text for each column.
+
+    >>> table(["trial", "score"], [["1", "0.25"]])
+    ['', ' trial  score', ' ────────────', '     1   0.25', '']
     """
-    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold", ratio=1)
-    for name in others:
-        left = name in _LEFT
-        table.add_column(
-            name,
-            justify="left" if left else "right",
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        width=WIDTH if any(heading in _FILLING for heading in headings) else None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in headings:
+        words = heading in _WORDS
+        drawn.add_column(
+            heading,
+            justify="left" if words else "right",
             overflow="fold",
-            max_width=_MOST_WIDTHS.get(name),
-            no_wrap=not left,
+            ratio=1 if heading in _FILLING else None,
+            max_width=_WORDS.get(heading),
+            no_wrap=not words,
         )
-    return table
-
-
-def add_row(table: Table, cells: Sequence[str]) -> None:
-    """One more row, a text for each column."""
-    table.add_row(*(Text(printable(cell)) for cell in cells))
-
-
-def drawn(table: Table) -> Iterator[str]:
-    """The lines of a table."""
+    for row in rows:
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
-        console.print(table)
-    yield from (line.rstrip() for line in capture.get().splitlines())
+        console.print(drawn)
+    return [line.rstrip() for line in capture.get().splitlines()]
 
 
 def wrapped(indent: str, text: str) -> list[str]:
-    """Text in as many lines as it needs, each under the other."""
+    """Text as lines of at most 100 columns; those after the first are indented as far as `indent` is long."""
     return textwrap.wrap(printable(text), WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent))
 
 
 def and_more(count: int, what: str) -> Iterator[str]:
-    """What a table does not show, if anything."""
+    """How many rows a table does not show, if any."""
     if count > 0:
         yield f" and {count:,} more {what}"
 
 
 class Notes:
-    """Footnotes, numbered as they come."""
+    """Footnotes, numbered in the order of their first use."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     def mark(self, note: str) -> str:
-        """What refers to a note; equal notes have one number, and no note has none."""
+        """The reference to a note, such as " [1]"; equal notes share a number, and an empty note has none."""
         return f" [{self._numbers.setdefault(note, len(self._numbers) + 1)}]" if note else ""
 
     def lines(self) -> Iterator[str]:
-        """The notes themselves."""
+        """The notes, each with its number."""
         for note, number in self._numbers.items():
             yield from wrapped(f" [{number}] ", note)

@@ -40,10 +40,10 @@ def test_an_option_like_no_other_gets_the_whole_list() -> None:
         ({"timeout": -1}, "timeout=-1 is not a number of at least 0 and below 2^63"),
         ({"seed": 1.5}, "seed=1.5 is not an integer of at least 0 and below 2^63"),
         ({"accuracy_criterion": 0.01}, "accuracy_criterion is a float"),
-        ({"max_size": "12 parsecs"}, "'12 parsecs' is no size"),
+        ({"max_size": "12 parsecs"}, "'12 parsecs' is not a size"),
         ({"seed": 2**70}, f"seed={2**70} is not an integer of at least 0 and below 2^63"),
         ({"quant_level": True}, "quant_level=True is not one of 'auto', 0, 1"),
-        ({"max_size": "0.4B"}, "'0.4B' is no size"),
+        ({"max_size": "0.4B"}, "'0.4B' is not a size"),
         ({"rules": ["encoder.*"]}, "'encoder.*' is not a Rule"),
     ],
 )
@@ -102,7 +102,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-3MB", "0MB", 0, -1, True, "12Mb/s"])
 def test_what_is_no_size(text: str | int) -> None:
-    with pytest.raises(ConfigError, match="is no size"):
+    with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
 

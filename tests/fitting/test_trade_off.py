@@ -93,9 +93,9 @@ def test_json_is_plain_and_complete() -> None:
 def test_the_table_names_every_point() -> None:
     curve = Curve((Point(1e-9, 1e-4, 2_000_000, 0.79, 12.3), Point(1e-8, 1e-3, 1_500_000, 0.7)), 0.8)
     lines = str(curve).splitlines()
-    assert len(lines) == 4
-    assert lines[1].split() == ["2,000,000", "0.0001", "1e-09", "0.79", "12.3"]
-    assert lines[3].split() == ["float", "model", "0", "0.8"]
+    assert len(lines) == 5
+    assert lines[2].split() == ["2,000,000", "0.0001", "1e-09", "0.79", "12.3"]
+    assert lines[4].split() == ["float", "model", "0", "0.8"]
     assert max(map(len, lines)) <= 100
 
 

@@ -157,7 +157,7 @@ def test_renamed_and_transposed_tensors_are_found_by_their_numbers() -> None:
     assert pairs["0.weight"].similarity is not None
     assert pairs["0.weight"].similarity.same
     assert "transposed in B" in pairs["0.weight"].note
-    assert f"found by its numbers: {names['3.weight']} in B" in found.render()
+    assert f"matched by content: {names['3.weight']} in B" in found.render()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_tied_tensor_that_one_side_stores_once_is_explained() -> None:
     table = torch.randn(32, 8)
     found = pared.compare({"embed": table, "head": table}, {"embed": table.clone()})
     assert [(one.name, one.nbytes) for one in found.alone] == [("head", 0)]
-    assert found.alone[0].note == "the same numbers as embed, which both have"
+    assert found.alone[0].note == "shares the numbers of embed, which both have"
 
 
 def transposed(out: int, columns: int) -> nn.Module:
@@ -289,12 +289,12 @@ def test_nonsense_is_refused(a: Any, b: Any, error: type[Exception], message: st
 
 
 def test_what_has_nothing_in_common_says_what_names_look_like() -> None:
-    with pytest.raises(pared.MismatchError, match=r"one has 'a'; one has 'b', 'c' and 1 more"):
+    with pytest.raises(pared.MismatchError, match=r"A has 'a'; B has 'b', 'c' and 1 more"):
         pared.compare({"a": torch.ones(20)}, {n: torch.ones(3) for n in "bcd"})
 
 
 def test_inputs_need_models() -> None:
-    with pytest.raises(pared.ConfigError, match="inputs are given, and one of the two is no torch.nn.Module"):
+    with pytest.raises(pared.ConfigError, match="inputs are given, but one of the two is not a torch.nn.Module"):
         pared.compare(network(), network().state_dict(), inputs=[torch.ones(1, 48)])
 
 

@@ -195,7 +195,7 @@ def test_outputs_of_another_shape_are_where_models_part() -> None:
     b = nn.Sequential(copy.deepcopy(a[0]), nn.Linear(8, 5), nn.Flatten(0))
     found = pared.compare(a, b, vectors(4, 8))
     assert found.diverges_at == "1"
-    assert "gives [4, 6] in A, [4, 5] in B" in found.render()
+    assert "returns [4, 6] in A, [4, 5] in B" in found.render()
 
 
 class Noisy(nn.Module):

@@ -82,8 +82,8 @@ def test_nothing_is_found_in_a_published_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("depth", "words"),
     [
-        ("quick", "No findings in the headers; without --quick, numbers are read too."),
-        ("default", "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."),
+        ("quick", "No findings in the headers; without --quick, the numbers are examined too."),
+        ("default", "No findings: nothing is stored twice, in a wider type than it needs, or without being used."),
     ],
 )
 def test_what_is_clean_is_said_to_be(depth: findings.Depth, words: str, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shown = pared.inspect(path)
     assert shown.sampled
     assert {f.kind for f in shown.findings} == {"fake-quantized", "duplicate", "wide-float", "wide-int"}
-    assert "evenly spread rows" in shown.render()
+    assert "evenly spaced rows" in shown.render()
     deep = pared.inspect(path, depth="deep")
     assert not deep.sampled
     assert [(f.kind, f.nbytes) for f in deep.findings] == [(f.kind, f.nbytes) for f in shown.findings]
@@ -250,7 +250,7 @@ def test_the_text_shows_findings_above_the_table(tmp_path: Path, monkeypatch: py
     start = next(i for i, line in enumerate(lines) if line.startswith("two-copies"))
     assert (
         lines[start]
-        == "two-copies               66.6 KB  71 %  the model is here twice: fp32_model.* in float; _model.*"
+        == "two-copies               66.6 KB  71 %  the model is stored twice: fp32_model.* in float; _model.*"
     )
     assert lines[start + 1].strip() == "with 2 tensors as qint8"
     assert lines[start + 2].startswith("  -> ")

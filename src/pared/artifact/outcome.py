@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pared.errors import CorruptError
+from pared.terminal import table
 
 
 @dataclass(frozen=True)
@@ -170,9 +171,10 @@ class Curve:
         baseline: the score of the float model; None where nothing was evaluated.
 
     >>> print(Curve((Point(1e-9, 1e-4, 2_000_000), Point(1e-8, 1e-3, 1_500_000))))
-             bytes     damage     damage/byte        score    seconds
-         2,000,000     0.0001           1e-09                     0.0
-         1,500,000      0.001           1e-08                     0.0
+         bytes  damage  damage/byte  score  seconds
+     ──────────────────────────────────────────────
+     2,000,000  0.0001        1e-09             0.0
+     1,500,000   0.001        1e-08             0.0
     """
 
     points: tuple[Point, ...]
@@ -180,15 +182,14 @@ class Curve:
 
     def __str__(self) -> str:
         """A table, a line per point."""
-        found = [f"{'bytes':>14} {'damage':>10} {'damage/byte':>15} {'score':>12} {'seconds':>10}"]
-        for point in self.points:
-            score = "" if point.score is None else f"{point.score:.6g}"
-            found.append(
-                f"{point.nbytes:>14,} {point.damage:>10.3g} {point.price:>15.3g} {score:>12} {point.seconds:>10.1f}"
-            )
+        headings = ["bytes", "damage", "damage/byte", "score", "seconds"]
+        rows = [
+            [f"{p.nbytes:,}", f"{p.damage:.3g}", f"{p.price:.3g}", _score(p.score), f"{p.seconds:.1f}"]
+            for p in self.points
+        ]
         if self.baseline is not None:
-            found.append(f"{'float model':>14} {'0':>10} {'':>15} {self.baseline:>12.6g}")
-        return "\n".join(found)
+            rows.append(["float model", "0", "", _score(self.baseline), ""])
+        return "\n".join(table(headings, rows)[1:-1])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for `json.dumps`."""
@@ -208,3 +209,7 @@ class Curve:
         """With the models that a search has scored."""
         trials = [Point(t.price, t.damage, t.nbytes, t.score, t.seconds) for t in outcome.trials]
         return Curve(tuple(sorted((*self.points, *trials), key=lambda point: -point.nbytes)), outcome.baseline)
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.6g}"

@@ -6,13 +6,10 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
-
-from rich import box
-from rich.table import Table
 
 from pared import readers
 from pared.artifact.envelope import FILE_NAMES, Records, open_records, records_of
@@ -23,23 +20,23 @@ from pared.files.disk import as_path, open_file
 from pared.inspection.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers.listing import Held, Listing, Note, Storage
 from pared.readers.memory import list_model
-from pared.terminal import WIDTH, Notes, add_row, drawn
+from pared.terminal import WIDTH, Notes, table
 
-_NOTHING_FOUND: Final = "No findings: nothing is stored twice, in wider types than its numbers need, or for nothing."
-_NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, numbers are read too."
+_NOTHING_FOUND: Final = "No findings: nothing is stored twice, in a wider type than it needs, or without being used."
+_NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, the numbers are examined too."
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one tensor, or one other piece of a file, takes.
+    """The bytes of one tensor, or of another piece of a file.
 
     Args:
-        name: of the tensor; in parentheses for what is no tensor.
-        shape: of the tensor; None for what is no tensor.
-        format: a short name of what one number is: "grid int8", "float32".
-        nbytes: in the file; 0 for a tensor whose numbers an earlier row already counts.
-        because: the reason for the format, or for the bytes.
-        original: the type and the bytes of its numbers in the source; None where no source is known.
+        name: the tensor's name; for other pieces a word in parentheses, such as "(index)".
+        shape: the tensor's shape; None for other pieces.
+        format: how a number is stored: "grid int8" or "float32", for example.
+        nbytes: bytes in the file; 0 for a tensor whose numbers are counted in an earlier row.
+        because: the reason for the format or for the bytes.
+        original: the element type and the bytes in the source; None if the source is not known.
     """
 
     name: str
@@ -51,12 +48,12 @@ class Row:
 
     @property
     def elements(self) -> int:
-        """How many numbers the tensor has."""
+        """The number of elements of the tensor."""
         return math.prod(self.shape) if self.shape is not None else 0
 
     @property
     def bits(self) -> float:
-        """Bits in the file for each number of the tensor; 0 for what holds no numbers.
+        """Bits in the file per element; 0 if there are no elements.
 
         >>> Row("w", (4, 4), "grid int8", 14).bits
         7.0
@@ -70,13 +67,13 @@ class Ledger:
 
     Args:
         file: its name.
-        nbytes: exactly the sum of the rows.
-        rows: tensors first, in the file's order, then what is no tensor.
-        elements: how many numbers the tensors have; what several names share counts once.
-        original_nbytes: the bytes of these numbers in their source's types; None where no source is known.
-        findings: why a file is larger than it should be, what takes most first.
-        sampled: whether these are from a part of the numbers: a file of more than 1 GB is not read whole.
-        depth: how much was read to find them; None where none were looked for.
+        nbytes: the bytes in total: exactly the sum of the rows.
+        rows: the tensors, in the order of the file, then everything else.
+        elements: the number of elements of all tensors; shared ones count once.
+        original_nbytes: the bytes of these elements in the source; None if the source is not known.
+        findings: why the file is larger than it should be, the largest finding first.
+        sampled: whether the findings are based on a sample of the numbers, as for files of more than 1 GB.
+        depth: how much was read for the findings; None if there was no search for any.
     """
 
     file: str
@@ -90,7 +87,7 @@ class Ledger:
 
     @property
     def bits_per_weight(self) -> float:
-        """All bits of the file, container included, for each number."""
+        """The bits of the whole file, including its container, per element."""
         return 8 * self.nbytes / self.elements if self.elements else 0.0
 
     def by_format(self) -> dict[str, int]:
@@ -113,8 +110,9 @@ class Ledger:
             for row in self.rows
         ]
         findings = [finding.to_json() for finding in self.findings]
-        found = {"findings": findings, "sampled": self.sampled}
-        return {"file": self.file, "bytes": self.nbytes, "rows": rows, **found}
+        return {
+            "file": self.file, "bytes": self.nbytes, "rows": rows, "findings": findings, "sampled": self.sampled
+        }  # fmt: skip
 
     def render(self) -> str:
         """The ledger as text of 100 columns: the totals, the findings, then a line for each row."""
@@ -131,7 +129,7 @@ class Ledger:
             yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 
     def _findings(self) -> Iterator[str]:
-        """A line or two for each finding, and once for all that it mends each remedy."""
+        """A line or two for each finding, grouped by remedy."""
         for remedy, after in dict.fromkeys((finding.remedy, finding.bytes_after) for finding in self.findings):
             yield ""
             for finding in self.findings:
@@ -142,36 +140,36 @@ class Ledger:
                         printable(finding.evidence), WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark)
                     )
             mark = "  -> " if after is None else f"  -> {megabytes(after)} ({after / max(self.nbytes, 1):.3f}): "
-            command = remedy.startswith("pared ")  # to be copied in one piece
+            command = remedy.startswith("pared ")  # on one line, so that it can be copied
             yield from [mark + printable(remedy)] if command else textwrap.wrap(mark + printable(remedy), WIDTH)
         if self.depth is not None and not self.findings:
             yield from ("", _NOTHING_FOUND if self.depth != "quick" else _NOTHING_IN_HEADERS)
         if self.sampled:
-            yield from ("", "Judged by evenly spread rows, 1 GB of them; --deep reads everything.")
+            yield from ("", "Based on a sample of 1 GB in evenly spaced rows; --deep reads everything.")
 
 
 def inspect(target: object, *, depth: Depth = "default") -> Ledger:
-    """Account for every byte of a file, of a folder or of a model in memory; find out why files are so large.
+    """Account for every byte of a file, a folder or a model in memory, and find out why a file is so large.
 
-    Nothing in a file is executed, and torch is not imported. A model in memory has no findings: they are about files.
+    Nothing in a file is executed, and torch is not imported. Findings are about files: a model in memory has none.
 
     Args:
         target: the path of an artifact, or of the directory that `save` wrote; of a file of torch (state dicts,
             checkpoints, whole modules, TorchScript, `.pt2`), safetensors, ONNX, GGUF or NumPy; of a folder of
             such files; or a `torch.nn.Module`.
-        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
-            all of them.
+        depth: how much to read. "quick": only headers; "default": up to 1 GB of numbers, in larger files evenly
+            spaced rows; "deep": all numbers.
 
     Raises:
         FileError: the file cannot be read, or is of another kind.
-        CorruptError: its bytes contradict themselves.
+        CorruptError: the file is damaged.
         UnsafeError: loading it would run code, or inflate without bound.
         VersionError: a newer version wrote the artifact.
-        ConfigError: the target is neither a path nor a module, or the depth is none.
+        ConfigError: the target is neither a path nor a module, or `depth` is none of the three.
     """
     if depth not in get_args(Depth):
         raise ConfigError(
-            f"{depth!r} is no depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
+            f"{depth!r} is not a depth", where="inspect", remedy=f"Pass one of {', '.join(get_args(Depth))}."
         )
     if isinstance(target, str | os.PathLike):
         return _of_path(as_path(target, "inspect"), depth)
@@ -186,11 +184,11 @@ def inspect(target: object, *, depth: Depth = "default") -> Ledger:
 
 
 def of_artifact_bytes(data: bytes, where: str) -> Ledger:
-    """The ledger of an artifact that is in memory.
+    """The ledger of an artifact in memory.
 
     Args:
-        data: the file's bytes.
-        where: its name.
+        data: the bytes of the artifact.
+        where: the name to show.
     """
     with open_records(data, where) as records:
         return _of_records(records)
@@ -208,7 +206,7 @@ def _of_path(path: Path, depth: Depth) -> Ledger:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """The files that may be an artifact of ours."""
+    """The files that may be an artifact."""
     if not path.is_dir():
         return [path]
     return [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
@@ -237,12 +235,12 @@ def _reason(entry: Entry) -> str:
 
 
 def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
-    """Rows for what is no tensor; the name says what it is."""
+    """Rows for other pieces than tensors; the name says what each is."""
     return (Row(name, None, name.strip("()"), nbytes) for name, nbytes in pieces.items() if nbytes)
 
 
 def _of_listing(listing: Listing) -> Ledger:
-    """The bytes of each storage are counted with the first tensor that is kept in it."""
+    """The ledger of a file of another kind. The bytes of a storage are counted with the first tensor in it."""
     tenants: dict[str, list[Held]] = {}
     for held in listing.tensors:
         if held.storage is not None:
@@ -258,7 +256,7 @@ def _of_listing(listing: Listing) -> Ledger:
 
 
 def _what(name: str, note: Note) -> str:
-    """What a note is about, whichever file of a folder that is in.
+    """What a note is about, without the name of the file in a folder.
 
     >>> _what("(model.safetensors: header)", Note(8)), _what("(config.json)", Note(8, file=True))
     ('header', 'file')
@@ -283,14 +281,14 @@ def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[st
 
 
 def _distinct(group: Sequence[Held], nbytes: int) -> int:
-    """How many numbers the tensors of one storage have between them: no more than it has room for."""
+    """The number of distinct elements of the tensors in one storage: at most as many as it has room for."""
     total = sum(math.prod(held.shape) for held in group)
     needed = sum(held.nbytes for held in group)
     return total if needed <= nbytes else total * nbytes // needed
 
 
 def _of_model(model: Any) -> Ledger:
-    """The ledger of a live module; a class that knows better, as those of quantized models do, says it itself."""
+    """The ledger of a module; that of a quantized model is the ledger of its artifact."""
     quantized = getattr(type(model), "_pared_artifact", None)
     if quantized is not None:
         return of_artifact_bytes(quantized(model), where=type(model).__name__)
@@ -300,34 +298,38 @@ def _of_model(model: Any) -> Ledger:
 def draw(
     rows: Sequence[Row], kernels: Mapping[str, str] | None = None, damages: Mapping[str, float] | None = None
 ) -> list[str]:
-    """A table of rows in 100 columns; reasons, which many rows share, are numbered and stand below.
+    """A table of at most 100 columns; the reasons, which many rows share, are footnotes.
 
     Args:
-        rows: in the order in which they are shown.
-        kernels: what runs with each tensor, by name; None: no such column.
-        damages: what each tensor costs, as a share of the output's energy; None: no such column.
+        rows: in the order to show.
+        kernels: what runs with each tensor, by its name; None: no such column.
+        damages: the damage of each tensor, by its name, as a share of the output's energy; None: no such column.
     """
     notes = Notes()
-    explained = any(row.because for row in rows)
-    table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False)
-    table.add_column("tensor", overflow="fold", ratio=1)
-    table.add_column("shape", overflow="fold", max_width=14)
-    table.add_column("format", overflow="fold")
-    table.add_column("bits", justify="right")
-    table.add_column("bytes", justify="right")
+    columns: dict[str, Callable[[Row], str]] = {
+        "tensor": lambda row: row.name,
+        "shape": lambda row: shape_text(row.shape),
+        "format": lambda row: row.format,
+        "bits": lambda row: f"{row.bits:.2f}" if row.elements else "",
+        "bytes": lambda row: f"{row.nbytes:,}",
+    }
     if damages is not None:
-        table.add_column("damage", justify="right")
-    for name in (*(["runs"] if kernels is not None else []), *(["why"] if explained else [])):
-        table.add_column(name, justify="right" if name == "why" else "left")
-    for row in rows:
-        shape = "" if row.shape is None else "x".join(map(str, row.shape)) or "scalar"
-        bits = f"{row.bits:.2f}" if row.elements else ""
-        cells = [row.name, shape, row.format, bits, f"{row.nbytes:,}"]
-        cells += [damage_text(damages.get(row.name))] if damages is not None else []
-        cells += [kernels.get(row.name, "")] if kernels is not None else []
-        cells += [notes.mark(row.because).strip()] if explained else []
-        add_row(table, cells)
-    return [*drawn(table), *notes.lines()]
+        columns["damage"] = lambda row: damage_text(damages.get(row.name))
+    if kernels is not None:
+        columns["runs"] = lambda row: kernels.get(row.name, "")
+    if any(row.because for row in rows):
+        columns["why"] = lambda row: notes.mark(row.because).strip()
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    return [*table(list(columns), cells), *notes.lines()]
+
+
+def shape_text(shape: Sequence[int] | None) -> str:
+    """A shape as tables show it.
+
+    >>> shape_text((3, 4)), shape_text(()), shape_text(None)
+    ('3x4', 'scalar', '')
+    """
+    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
 
 
 def damage_text(damage: float | None) -> str:

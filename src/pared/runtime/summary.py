@@ -14,7 +14,7 @@ from pared.inspection.ledger import Ledger, draw
 from pared.inspection.page.data import PageData
 from pared.model.contents import Contents, Stored
 from pared.runtime.profile import Profile, Running
-from pared.terminal import WIDTH
+from pared.terminal import WIDTH, table
 
 
 @dataclass(frozen=True)
@@ -148,22 +148,25 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
 
 
 def _trials(trials: Sequence[Trial]) -> list[str]:
-    """A table of the trials, 100 columns wide at most."""
+    """A table of the trials."""
     if not trials:
         return []
-    found = [
-        "",
-        f"{'trial':>5} {'damage':>10} {'bytes':>15} {'score':>12} {'loss':>11} {'+-':>8} {'unseen loss':>12} "
-        f"{'met':>4} {'seconds':>9}",
+    headings = ["trial", "damage", "bytes", "score", "loss", "+-", "unseen loss", "met", "seconds"]
+    rows = [
+        [
+            str(number),
+            f"{trial.damage:.3g}",
+            f"{trial.nbytes:,}",
+            f"{trial.score:.6g}",
+            f"{trial.loss:.4g}",
+            "" if trial.standard_error is None else f"{trial.standard_error:.2g}",
+            "" if trial.unseen is None else f"{trial.unseen.loss:.4g}",
+            "yes" if trial.met else "no",
+            f"{trial.seconds:.1f}",
+        ]
+        for number, trial in enumerate(trials, 1)
     ]
-    for number, trial in enumerate(trials, 1):
-        error = "" if trial.standard_error is None else f"{trial.standard_error:.2g}"
-        unseen = "" if trial.unseen is None else f"{trial.unseen.loss:.4g}"
-        found.append(
-            f"{number:>5} {trial.damage:>10.3g} {trial.nbytes:>15,} {trial.score:>12.6g} {trial.loss:>11.4g} "
-            f"{error:>8} {unseen:>12} {'yes' if trial.met else 'no':>4} {trial.seconds:>9.1f}"
-        )
-    return found
+    return table(headings, rows)[:-1]
 
 
 def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running]) -> str:

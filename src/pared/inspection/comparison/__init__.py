@@ -1,1 +1,1 @@
-"""How two models differ: in their tensors, and where their outputs part."""
+"""How two models differ: in their tensors, and where their outputs diverge."""

@@ -1,4 +1,4 @@
-"""`compare`: two models, wherever they are, tensor by tensor; and, where there are data, layer by layer."""
+"""`compare`: two models, in memory or in files, tensor by tensor; with data also layer by layer."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from pared.inspection.comparison.sources import Piece, Source, is_model, open_so
 if TYPE_CHECKING:  # files are compared without torch
     from pared.model.calls import Calibration
 
-# So many tensors are in memory at a time, decoded.
+# The number of pairs of tensors that are decoded at a time.
 _AT_ONCE = 2
-# What correlates less than this is looked at from the other side: its rows may be the other's columns.
+# With a lower correlation, square matrices are compared transposed too.
 _UNLIKE = 0.5
 
 
 def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparison:
-    """Say how two models differ: their tensors, and with data the outputs of their modules.
+    """Show how two models differ: in their tensors, and with data in the outputs of their modules.
 
     Tensors are matched by name, then by name without what wrappers add ("module.", "state_dict/", another common
-    prefix), then by content: same shape, or the transposed one, and numbers that correlate. Each pair is read in
-    blocks, with sums in float64; no more than two tensors are decoded at a time. Nothing in a file is executed, and
-    without `inputs` both models stay as they are and are not run.
+    prefix), then by content: the same shape, or the transposed one, and correlated numbers. Each pair is compared in
+    blocks, with sums in float64; no more than two pairs are decoded at a time. Nothing in a file is executed, and
+    without `inputs` neither model is run or changed.
 
     Args:
         a: the reference: the path of a file, a folder or an artifact; a model, float or quantized; or a state dict.
-        b: what is compared to it, of the same kinds.
+        b: the model to compare with it, in any of the same forms.
         inputs: batches as `pared.fit` takes them for calibration (an iterable of tensors, tuples of arguments or
-            dicts of keyword arguments), or a callable that is given `a` and calls it: `b` is called with the same.
-            Both have to be models. They run in eval mode, without gradients; training flags, hooks and the state of
-            random numbers are afterwards what they were.
+            dicts of keyword arguments), or a callable that is given `a` and calls it; `b` is called with the same
+            arguments. Both must be models. They run in eval mode, without gradients; training flags, hooks and random
+            states are restored afterwards.
 
     Returns:
         a `Comparison`, which prints as text and has `to_json()`.
 
     Raises:
-        ConfigError: one of them is nothing that has tensors; or there are inputs, and one of them is no model.
+        ConfigError: one of the two has no tensors by its type; or there are inputs, and one of the two is not a model.
         FileError: a file cannot be read.
         CorruptError, UnsafeError, VersionError: see `inspect`.
         MismatchError: they have no tensor in common.
@@ -60,33 +60,32 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
     """
     if inputs is not None and not (is_model(a) and is_model(b)):
         raise ConfigError(
-            "inputs are given, and one of the two is no torch.nn.Module",
+            "inputs are given, but one of the two is not a torch.nn.Module",
             where="compare",
-            remedy="Pass two models, or leave out the inputs: files have no layers that could be called.",
+            remedy="Pass two models, or leave out the inputs: files have no layers to call.",
         )
-    with open_source(a, "compare: A") as one, open_source(b, "compare: B") as other:
-        found = _tensors(one, other)
+    with open_source(a, "compare: A") as source_a, open_source(b, "compare: B") as source_b:
+        comparison = _tensors(source_a, source_b)
     if inputs is None:
-        return found
+        return comparison
     from pared.inspection.comparison.divergence import follow  # files are compared without torch
 
-    one_model, other_model = cast("Any", a), cast("Any", b)
-    outputs, layers, diverges_at = follow(one_model, other_model, inputs)
-    return replace(found, outputs=outputs, layers=layers, diverges_at=diverges_at)
+    outputs, layers, diverges_at = follow(cast("Any", a), cast("Any", b), inputs)
+    return replace(comparison, outputs=outputs, layers=layers, diverges_at=diverges_at)
 
 
-def _tensors(one: Source, other: Source) -> Comparison:
-    matches = pair(one.pieces, other.pieces)
+def _tensors(a: Source, b: Source) -> Comparison:
+    matches = pair(a.pieces, b.pieces)
     if not matches:
         raise MismatchError(
-            f"have no tensor in common: {_names(one)}; {_names(other)}",
-            where=f"{one.name} and {other.name}",
+            f"have no tensor in common: A {_names(a)}; B {_names(b)}",
+            where=f"{a.name} and {b.name}",
             remedy="Compare two states of one architecture; pared inspect shows what is in a file.",
         )
     sizes = [max(match.a.nbytes, match.b.nbytes) for match in matches]
     pairs = sorted(each(_compared, matches, sizes, most=_AT_ONCE), key=_badness)
-    alone = (*_alone(one, "A", [match.a for match in matches]), *_alone(other, "B", [match.b for match in matches]))
-    return Comparison(_side(one), _side(other), tuple(pairs), alone)
+    alone = (*_alone(a, "A", [match.a for match in matches]), *_alone(b, "B", [match.b for match in matches]))
+    return Comparison(_side(a), _side(b), tuple(pairs), alone)
 
 
 def _side(source: Source) -> Side:
@@ -96,9 +95,9 @@ def _side(source: Source) -> Side:
 def _names(source: Source) -> str:
     names = [piece.name for piece in source.pieces]
     if not names:
-        return "the one has none at all"
+        return "has none"
     more = f" and {len(names) - 2:,} more" if names[2:] else ""
-    return f"one has {', '.join(f'{name[:60]!r}' for name in names[:2])}{more}"
+    return f"has {', '.join(f'{name[:60]!r}' for name in names[:2])}{more}"
 
 
 def _badness(pair: Pair) -> float:
@@ -114,7 +113,7 @@ def _alone(source: Source, side: str, matched: Sequence[Piece]) -> list[Alone]:
     for piece in source.pieces:
         if id(piece) not in taken:
             tied = places.get(piece.place)
-            note = piece.note or (f"the same numbers as {tied}, which both have" if tied is not None else "")
+            note = piece.note or (f"shares the numbers of {tied}, which both have" if tied is not None else "")
             rows.append(Alone(piece.name, side, piece.shape, piece.format, piece.nbytes, note))
     return rows
 
@@ -122,16 +121,16 @@ def _alone(source: Source, side: str, matched: Sequence[Piece]) -> list[Alone]:
 def _compared(match: Match) -> Pair:
     a, b = match.a, match.b
 
-    def row(note: str, **found: Any) -> Pair:
-        said = dict.fromkeys(filter(None, (a.note, b.note, note)))
+    def row(note: str, **result: Any) -> Pair:
+        notes = dict.fromkeys(filter(None, (a.note, b.note, note)))
         return Pair(
             names=(a.name, b.name),
             shapes=(a.shape, b.shape),
             formats=(a.format, b.format),
             nbytes=(a.nbytes, b.nbytes),
             by=match.by,
-            note="; ".join(said),
-            **found,
+            note="; ".join(notes),
+            **result,
         )
 
     arrays = _read(a, b)
@@ -148,7 +147,7 @@ def _compared(match: Match) -> Pair:
 
 
 def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
-    """The numbers of both; where steps of codes may belong to rows or to columns, what is nearer to the other side."""
+    """The numbers of both; if codes may have steps by row or by column, the reading closer to the other side."""
     x, y = a.read(), b.read()
     if x is not None and y is not None and x.shape == y.shape:
         if a.by_columns is not None and b.by_columns is None:
@@ -158,16 +157,16 @@ def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
     return x, y
 
 
-def _nearer(given: Array, by_rows: Array, by_columns: Array | None) -> Array:
-    """Which of two readings of codes correlates with what the other side has."""
+def _nearer(reference: Array, by_rows: Array, by_columns: Array | None) -> Array:
+    """The reading of the codes that correlates better with a reference."""
     if by_columns is None:
         return by_rows
-    wanted = sampled(given)
-    return max((by_rows, by_columns), key=lambda found: correlation(wanted, sampled(found)))
+    wanted = sampled(reference)
+    return max((by_rows, by_columns), key=lambda reading: correlation(wanted, sampled(reading)))
 
 
 def _aligned(a: Array, b: Array, match: Match) -> tuple[Array, Array, Layout]:
-    """Both arrays in the shape of the first, where that can be found."""
+    """Both arrays in the shape of the first, if the second can be brought to it."""
     layout: Layout | None = match.layout
     square = a.shape == b.shape and a.ndim == 2 and a.shape[0] == a.shape[1] > 1
     if not layout and (a.shape != b.shape or (square and _unlike(a, b))):

@@ -1,7 +1,7 @@
-"""Where two models part: both run on the same calls, and the output of each module is compared with its counterpart's.
+"""Where the outputs of two models diverge: both run on the same calls, and the outputs of their modules are compared.
 
-The first model runs and its modules' outputs are kept for the length of one call; then the second runs on a copy of
-the same arguments, and each of its outputs is compared as it comes. So nothing grows with the data.
+The outputs of the modules of the first model are kept during one call; then the second runs on a copy of the same
+arguments, and each of its outputs is compared as it is computed. So memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from pared.model.outputs import leaves_of, tensors_of
 from pared.readers.naming import unwrapped
 from pared.switches import DRAWING, WITHOUT_FAST_PATHS
 
-# Of larger tensors within the model so many numbers are compared, at places chosen once. Outputs of the whole model
-# are compared in full.
+# The most numbers of a tensor inside the model that are compared, at places chosen once. The outputs of the whole
+# model are compared in full.
 _SAMPLE: Final = 1 << 16
-# Noise counts as a cause where it is at least this share of the greatest there is, in dB below it.
+# Noise this many dB below the largest noise, or more, does not count as a cause.
 _MATTERS: Final = 30.0
-# The least drop that is worth a mark, in dB: half of the amplitude of the signal to noise ratio.
+# The smallest drop to report, in dB: it halves the ratio of the amplitudes.
 _LEAST_DROP: Final = 6.0
-_LEAST_SQNR: Final = -20.0  # less is no worse
+_LEAST_SQNR: Final = -20.0  # in dB: anything lower counts as this
 _SEED: Final = 0
 
 
 @dataclass(eq=False)
 class _Track:
-    """What is known of one module, over its calls so far.
+    """How similar the inputs and outputs of one module are, over its calls so far.
 
-    Its inputs, and the output that they are held against, are those of its first call within each call of the model:
-    a cell that is called at every step, or a module that is used again, is given its own errors later.
+    `inputs` and `first` cover only its first call within each call of the model: later the module may receive its own
+    errors, as a cell that is called at every step does.
     """
 
     kind: str
@@ -57,26 +57,26 @@ class _Track:
 def follow(
     a: nn.Module, b: nn.Module, inputs: calls.Calibration
 ) -> tuple[Similarity | None, tuple[LayerOutput, ...], str | None]:
-    """Run two models on the same data and compare what their modules give, by name.
+    """Run two models on the same data and compare the outputs of their modules, by name.
 
     Args:
         a: the reference.
-        b: is called with what `a` was called with.
-        inputs: see `calls.run`; the callable is given `a`.
+        b: the other model; it is called with the arguments of each call of `a`.
+        inputs: see `calls.run`; a callable is given `a`.
 
     Returns:
-        how alike the models' outputs are, None if they return no floats; the modules in the order in which they
-        finish; and the name of the one at which the models part, None if there is none.
+        how similar the models' outputs are (None if they return no floats); the modules in the order in which they
+        finish; and the name of the module at which the outputs diverge (None if there is none).
 
     Raises:
         CalibrationError: see `calls.run`.
-        ModelError: `b` raises on a call that `a` has served.
+        ModelError: `b` raises an exception on a call that `a` accepts.
     """
-    pursuit = _Pursuit(a, b)
-    with DRAWING, _as_they_were(a, b), WITHOUT_FAST_PATHS, pursuit.hooked():
+    recorder = _Recorder(a, b)
+    with DRAWING, _as_they_were(a, b), WITHOUT_FAST_PATHS, recorder.hooked():
         calls.run(a, inputs, limit=_EVERYTHING, name="inputs")
-    layers = _with_drops(pursuit.tracks, pursuit.inside)
-    return pursuit.outputs, layers, _parting(layers)
+    layers = _with_drops(recorder.tracks, recorder.inside)
+    return recorder.outputs, layers, _steepest(layers)
 
 
 _EVERYTHING: Final = 1 << 62
@@ -84,7 +84,7 @@ _EVERYTHING: Final = 1 << 62
 
 @contextmanager
 def _as_they_were(*models: nn.Module) -> Iterator[None]:
-    """Both in eval mode; training flags and the state of random numbers are put back in the end."""
+    """Both models in eval mode; training flags and random states are restored at the end."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     drawn = random.getstate(), np.random.get_state()  # the state that models may use
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -100,15 +100,15 @@ def _as_they_were(*models: nn.Module) -> Iterator[None]:
         np.random.set_state(drawn[1])
 
 
-class _Pursuit:
-    """Hooks on both models: those on A keep what its modules give, those on B compare it."""
+class _Recorder:
+    """Hooks on both models: those on A keep the outputs of its modules, those on B compare with them."""
 
     def __init__(self, a: nn.Module, b: nn.Module) -> None:
         self.a, self.b = a, b
         self.tracks: dict[str, _Track] = {}  # in the order in which modules of A finish
-        self.inside: dict[str, set[str]] = {}  # the modules that each calls, and those that these call
+        self.inside: dict[str, set[str]] = {}  # the modules that each module calls, directly or not
         self.outputs: Similarity | None = None
-        self._running = ""  # which of both is
+        self._running = ""  # "A" or "B" during its call
         self._kept: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         self._seen: dict[str, int] = {}
         self._stack: list[str] = []
@@ -117,13 +117,13 @@ class _Pursuit:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Follow all calls of A for as long as this lasts."""
+        """Compare all calls of A within this context."""
         with ExitStack() as hooks:
             for mark, modules in zip("AB", _by_name(self.a, self.b), strict=True):
                 for name, module in modules.items():
                     hooks.callback(module.register_forward_pre_hook(self._enter(mark, name), with_kwargs=True).remove)
                     hooks.callback(module.register_forward_hook(self._leave(mark, name), with_kwargs=True).remove)
-            # The outermost: before all others on the way in, behind all others on the way out.
+            # These two enclose the others: first on the way in, last on the way out.
             begin = self.a.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
             hooks.callback(begin.remove)
             hooks.callback(self.a.register_forward_hook(self._end).remove)
@@ -140,30 +140,30 @@ class _Pursuit:
         self._start("B")
         args, kwargs = self._arguments
         try:
-            other = self.b(*args, **kwargs)
+            output_b = self.b(*args, **kwargs)
         except Exception as error:
             raise ModelError(
                 f"raised {type(error).__name__} where the first model did not: {error}",
                 where=f"compare: B, a {type(self.b).__name__}",
-                remedy="Compare models that take the same arguments; the traceback above shows where it stopped.",
+                remedy="Compare models that take the same arguments; the traceback of the cause shows where it failed.",
             ) from error
         finally:
             self._running = ""
-        self._finish(output, other)
+        self._finish(output, output_b)
 
     def _start(self, mark: str) -> None:
         self._running = mark
         self._seen, self._stack, self._entered = {}, [], []
         _seed()
 
-    def _finish(self, output: Any, other: Any) -> None:
-        """Compare what the models returned, in full."""
+    def _finish(self, output_a: Any, output_b: Any) -> None:
+        """Compare the outputs of the models, in full."""
         for name, _ in self._kept:
             self.tracks[name].note = "called more often in A"
         self._kept = {}
-        ones, others = ([leaf.value.detach() for leaf in leaves_of(value)] for value in (output, other))
-        if ones and [one.shape for one in ones] == [one.shape for one in others]:
-            self.outputs = (self.outputs or Similarity()) + _similarity(ones, others)
+        a, b = ([leaf.value.detach() for leaf in leaves_of(output)] for output in (output_a, output_b))
+        if a and _shapes(a) == _shapes(b):
+            self.outputs = (self.outputs or Similarity()) + _similarity(a, b)
 
     def _enter(self, mark: str, name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,68 +179,76 @@ class _Pursuit:
                 return
             self._stack.pop()
             call = self._seen[name] = self._seen.get(name, 0) + 1
-            given, samples = self._entered.pop(), _samples(output)
+            inputs, outputs = self._entered.pop(), _samples(output)
             if mark == "B":
-                self._compare(name, call, given, samples)
+                self._compare(name, call, inputs, outputs)
                 return
             for outer in self._stack:
                 self.inside.setdefault(outer, set()).add(name)
-            if samples:
+            if outputs:
                 self.tracks.setdefault(name, _Track(type(module).__name__)).calls += 1
-                self._kept[name, call] = given, samples
+                self._kept[name, call] = inputs, outputs
 
         return hook
 
-    def _compare(self, name: str, call: int, given: Sequence[Tensor], samples: Sequence[Tensor]) -> None:
+    def _compare(self, name: str, call: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         track, kept = self.tracks.get(name), self._kept.pop((name, call), None)
         if track is None:
             return
         if kept is None:
-            track.note = "called more often in B" if samples else track.note
+            track.note = "called more often in B" if outputs else track.note
             return
-        before, after = kept
-        if [one.shape for one in after] != [one.shape for one in samples]:
-            shapes = [" and ".join(str(list(one.shape)) for one in side) for side in (after, samples)]
-            track.note = f"gives {shapes[0]} in A, {shapes[1]} in B"
+        inputs_a, outputs_a = kept
+        if _shapes(outputs_a) != _shapes(outputs):
+            shapes = [" and ".join(map(str, _shapes(side))) for side in (outputs_a, outputs)]
+            track.note = f"returns {shapes[0]} in A, {shapes[1]} in B"
             return
-        found = _similarity(after, samples)
-        track.output += found
+        similarity = _similarity(outputs_a, outputs)
+        track.output += similarity
         if call > 1:
             return
-        track.first += found
-        if [one.shape for one in before] == [one.shape for one in given]:
-            for i, (one, other) in enumerate(zip(before, given, strict=True)):
-                track.inputs[i] = track.inputs.get(i, Similarity()) + _similarity([one], [other])
+        track.first += similarity
+        if _shapes(inputs_a) == _shapes(inputs):
+            for i, (a, b) in enumerate(zip(inputs_a, inputs, strict=True)):
+                track.inputs[i] = track.inputs.get(i, Similarity()) + _similarity([a], [b])
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[list[int]]:
+    return [list(tensor.shape) for tensor in tensors]
 
 
 def _by_name(a: nn.Module, b: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """The modules of both; where names differ, by their names without what wrappers add, the outermost of a name."""
-    one, other = dict(a.named_modules()), dict(b.named_modules())
-    if one.keys() == other.keys():
-        return one, other
-    found: list[dict[str, nn.Module]] = [{}, {}]
-    for modules, kept in zip((one, other), found, strict=True):
-        for name, module in modules.items():
-            kept.setdefault(unwrapped(name), module)
-    return found[0], found[1]
+    """The modules of both by name; if the names differ, by their names without what wrappers add."""
+    modules_a, modules_b = dict(a.named_modules()), dict(b.named_modules())
+    if modules_a.keys() == modules_b.keys():
+        return modules_a, modules_b
+    return _unwrapped(modules_a), _unwrapped(modules_b)
+
+
+def _unwrapped(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The outermost module of each name."""
+    outermost: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        outermost.setdefault(unwrapped(name), module)
+    return outermost
 
 
 def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments that a model may change; what is one object stays one."""
+    """A copy, because a model may change its arguments; what is one object stays one."""
     computed = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     own: dict[int, Any] = {id(leaf): leaf.detach().clone() for leaf in computed}  # deepcopy would refuse these
     return copy.deepcopy(arguments, own)
 
 
 def _seed() -> None:
-    """Both models draw the same random numbers, if they draw any."""
+    """Make both models draw the same random numbers."""
     random.seed(_SEED)
     np.random.seed(_SEED)  # the state that models may use
     torch.manual_seed(_SEED)
 
 
 def _samples(value: Any) -> list[Tensor]:
-    """The floating tensors in what a module was given or gave; of large ones as many numbers as are compared."""
+    """The floating tensors among the inputs or outputs of a module; only a sample of large ones."""
     return [_sample(tensor.detach()) for tensor in tensors_of(value)]
 
 
@@ -251,33 +259,30 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1)[torch.from_numpy(places).to(tensor.device)]
 
 
-def _similarity(ones: Sequence[Tensor], others: Sequence[Tensor]) -> Similarity:
-    found = Similarity()
-    for one, other in zip(ones, others, strict=True):
-        x, y = array_of(one), array_of(other)
+def _similarity(a: Sequence[Tensor], b: Sequence[Tensor]) -> Similarity:
+    total = Similarity()
+    for first, second in zip(a, b, strict=True):
+        x, y = array_of(first), array_of(second)
         if x is not None and y is not None:
-            found += measure(x, y)
-    return found
-
-
-# --- what it means
+            total += measure(x, y)
+    return total
 
 
 def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) -> tuple[LayerOutput, ...]:
     """The modules in order, with the drop of each.
 
-    A drop is what the SQNR of the output is less than that of the input. Noise that is far below the worst there is
-    counts as none: where one model is exact before the point and the other is not, the difference is no drop. Of a
-    module whose parts were called, only what they do not explain is its own.
+    A drop is how much lower the SQNR of the output is than that of the input. Noise far below the largest one counts
+    as none, so that a step from exact to almost exact is not a drop. A module whose inner modules account for at least
+    half of its drop has none of its own.
     """
     layers = [
-        LayerOutput(name, track.kind, track.calls, _or_none(track), _input(track), 0.0, track.note)
+        LayerOutput(name, track.kind, track.calls, _or_none(track), _input_sqnr(track), 0.0, track.note)
         for name, track in tracks.items()
     ]
     outputs = [layer.similarity.sqnr for layer in layers if layer.similarity is not None]
     ceiling = _bounded(min(outputs, default=0.0)) + _MATTERS
     drops = {
-        name: max(0.0, min(_input(track), ceiling) - _bounded(track.first.sqnr))
+        name: max(0.0, min(_input_sqnr(track), ceiling) - _bounded(track.first.sqnr))
         for name, track in tracks.items()
         if track.first.count
     }
@@ -299,12 +304,12 @@ def _or_none(track: _Track) -> Similarity | None:
     return track.output if track.output.count else None
 
 
-def _input(track: _Track) -> float:
-    return min((one.sqnr for one in track.inputs.values()), default=float("inf"))
+def _input_sqnr(track: _Track) -> float:
+    return min((similarity.sqnr for similarity in track.inputs.values()), default=float("inf"))
 
 
-def _parting(layers: Sequence[LayerOutput]) -> str | None:
-    """The first module with the steepest drop, if any is steep; one that gives another shape comes before that."""
+def _steepest(layers: Sequence[LayerOutput]) -> str | None:
+    """The first module whose outputs cannot be compared; otherwise the one with the steepest drop, if it is steep."""
     misfit = next((layer.name for layer in layers if layer.similarity is None and layer.note), None)
     if misfit is not None:
         return misfit

@@ -1,4 +1,4 @@
-"""What a comparison of two models found, as values, as text of 100 columns and as JSON."""
+"""The result of a comparison of two models, as values, as text of 100 columns and as JSON."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from pared.inspection.comparison.metrics import Similarity
-from pared.terminal import Notes, add_row, and_more, drawn, new_table, wrapped
+from pared.inspection.ledger import shape_text
+from pared.terminal import Notes, and_more, table, wrapped
 
 _WHOLE: Final = ("int", "uint", "bool")
-MOST: Final = 30  # rows of a table, unless asked for more
+MOST: Final = 30  # rows of a table by default
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that were compared.
+    """One of the two models.
 
     Args:
-        name: the path, or the class of a model.
-        nbytes: of the file or files, or of the model's tensors.
-        tensors: how many it has, by name.
+        name: its path, or the class of a model in memory.
+        nbytes: the bytes of its files, or of its tensors in memory.
+        tensors: the number of its named tensors.
     """
 
     name: str
@@ -33,17 +34,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor that both have; of two values the first is that of A.
+    """A tensor that both models have. Of two values the first is that of A, the second that of B.
 
     Args:
-        names: in each.
-        shapes: in each.
-        formats: how its numbers are stored in each.
-        nbytes: that it takes in each; 0 where it is tied to a tensor that counts them.
-        similarity: of the numbers; None where they cannot be compared, and `note` says why.
-        identical: whether type and bits are the same.
-        by: "name", or "content" where nothing but the numbers says that it is one tensor.
-        note: what else there is to know.
+        names: its names.
+        shapes: its shapes.
+        formats: how its numbers are stored.
+        nbytes: its bytes; 0 if it is tied to a tensor with which they are counted.
+        similarity: how similar the numbers are; None if they cannot be compared: then `note` says why.
+        identical: whether the types and all bits are the same.
+        by: how it was matched: by "name", or by "content".
+        note: remarks for the reader.
     """
 
     names: tuple[str, str]
@@ -57,17 +58,17 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """In A."""
+        """Its name in A."""
         return self.names[0]
 
     @property
     def ratio(self) -> float:
-        """The bytes in B for each byte in A; NaN where A has none."""
+        """The bytes in B divided by those in A; NaN if A has none."""
         return self.nbytes[1] / self.nbytes[0] if self.nbytes[0] else math.nan
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        found: dict[str, Any] = {
+        """The same as plain data."""
+        data: dict[str, Any] = {
             "name": self.names[0],
             "name_b": self.names[1],
             "matched_by": self.by,
@@ -81,18 +82,20 @@ class Pair:
             "identical": self.identical,
             "note": self.note,
         }
-        return found | _json(self.similarity)
+        return data | _json(self.similarity)
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A tensor that only one of the two has.
+    """A tensor that only one of the two models has.
 
     Args:
-        name: of the tensor.
-        side: "A" or "B".
-        shape, format, nbytes: as there.
-        note: what else there is to know.
+        name: its name.
+        side: the model that has it, "A" or "B".
+        shape: its shape.
+        format: how its numbers are stored.
+        nbytes: its bytes; 0 if it is tied to a tensor with which they are counted.
+        note: remarks for the reader.
     """
 
     name: str
@@ -103,7 +106,7 @@ class Alone:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
+        """The same as plain data."""
         return {
             "name": self.name,
             "shape": list(self.shape),
@@ -118,14 +121,14 @@ class LayerOutput:
     """The output of a module in both models, over all of its calls.
 
     Args:
-        name: dotted; "" is the model itself.
-        kind: the module's class in A.
-        calls: how often it was called.
-        similarity: of its output; None where outputs cannot be compared, and `note` says why.
-        input: the SQNR of what it was given, in dB: of the worst of its inputs, at its first call within each call of
-            the model.
-        drop: by how many dB its output is worse than its input, as far as no module in it is to blame.
-        note: what else there is to know.
+        name: the dotted name of the module; "" for the model itself.
+        kind: its class in A.
+        calls: the number of its calls.
+        similarity: how similar its outputs are; None if they cannot be compared: then `note` says why.
+        input: the SQNR of its worst input in dB, over its first calls within each call of the model.
+        drop: how much lower the SQNR of its output is than that of its input, in dB, unless modules inside it account
+            for most of that.
+        note: remarks for the reader.
     """
 
     name: str
@@ -137,9 +140,9 @@ class LayerOutput:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain data."""
-        found: dict[str, Any] = {"name": self.name, "kind": self.kind, "calls": self.calls, "note": self.note}
-        return found | {"input_sqnr": _plain(self.input), "drop": _plain(self.drop)} | _json(self.similarity)
+        """The same as plain data."""
+        data: dict[str, Any] = {"name": self.name, "kind": self.kind, "calls": self.calls, "note": self.note}
+        return data | {"input_sqnr": _plain(self.input), "drop": _plain(self.drop)} | _json(self.similarity)
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,12 @@ class Comparison:
     """How two models differ.
 
     Args:
-        a: the first, to which the second is compared.
-        b: the second.
-        pairs: the tensors of both: those that cannot be compared, then by SQNR, the worst first.
-        alone: the tensors of one of them.
-        outputs: how alike the models' outputs are; None where they were not run.
-        layers: of each module that both called its output, in the order in which they finish.
+        a: the reference.
+        b: the model that was compared with it.
+        pairs: the tensors of both: first those that cannot be compared, then by SQNR, the worst first.
+        alone: the tensors that only one of them has.
+        outputs: how similar the models' outputs are; None if the models were not run.
+        layers: the outputs of the modules that both called, in the order in which the modules finish.
         diverges_at: the name of the module at which the outputs diverge; None if they do not, or if the models were
             not run.
     """
@@ -172,25 +175,22 @@ class Comparison:
 
     @property
     def weights(self) -> Similarity:
-        """Of all tensors that were compared, as if they were one; whole numbers, which are no weights, left out."""
-        found = (p.similarity for p in self.pairs if p.similarity is not None and not p.formats[0].startswith(_WHOLE))
-        return functools.reduce(operator.add, found, Similarity())
+        """How similar all compared tensors are, taken as one; integers, which are not weights, are left out."""
+        weights = (p.similarity for p in self.pairs if p.similarity is not None and not p.formats[0].startswith(_WHOLE))
+        return functools.reduce(operator.add, weights, Similarity())
 
     @property
     def identical(self) -> int:
-        """How many tensors have the same type and bits in both."""
+        """The number of tensors with the same type and bits in both."""
         return sum(pair.identical for pair in self.pairs)
 
     @property
     def equal(self) -> int:
-        """How many tensors have the same values in both, whatever their types."""
+        """The number of tensors with the same values in both, whatever their types."""
         return sum(pair.similarity is not None and pair.similarity.same for pair in self.pairs)
 
     def to_json(self) -> dict[str, Any]:
-        """The same facts as plain data, that is valid JSON.
-
-        Ratios in dB and errors that are no finite number are the strings "inf", "-inf" and "nan".
-        """
+        """The same as plain data that is valid JSON: numbers that are not finite are "inf", "-inf" or "nan"."""
         return {
             "a": {"name": self.a.name, "bytes": self.a.nbytes, "tensors": self.a.tensors},
             "b": {"name": self.b.name, "bytes": self.b.nbytes, "tensors": self.b.tensors},
@@ -203,15 +203,15 @@ class Comparison:
             "parts": self.diverges_at,  # its former name
             "layers": [layer.to_json() for layer in self.layers],
             "rows": [pair.to_json() for pair in self.pairs],
-            "only_in_a": [one.to_json() for one in self.alone if one.side == "A"],
-            "only_in_b": [one.to_json() for one in self.alone if one.side == "B"],
+            "only_in_a": [only.to_json() for only in self.alone if only.side == "A"],
+            "only_in_b": [only.to_json() for only in self.alone if only.side == "B"],
         }
 
     def render(self, most: int = MOST) -> str:
         """The comparison as text of 100 columns.
 
         Args:
-            most: rows of each table.
+            most: the largest number of rows in each table.
         """
         lines = (*self._totals(), *self._layers(most), *self._pairs(most), *self._alone(most))
         return "\n".join(lines).rstrip("\n")
@@ -229,7 +229,7 @@ class Comparison:
         if self.layers:
             where = "nowhere: no module adds much to the difference"
             if self.diverges_at is not None:
-                (layer,) = (one for one in self.layers if one.name == self.diverges_at)
+                layer = next(layer for layer in self.layers if layer.name == self.diverges_at)
                 where = f"at {_label(layer)}: {_level(layer.input)} at its input, {_after(layer)} at its output"
             yield from wrapped("diverges  ", where)
         if self.pairs:
@@ -238,7 +238,7 @@ class Comparison:
 
     def _counts(self) -> str:
         misfits = sum(pair.similarity is None for pair in self.pairs)
-        sides = [sum(one.side == side for one in self.alone) for side in "AB"]
+        sides = [sum(only.side == side for only in self.alone) for side in "AB"]
         counts = {
             "in both": len(self.pairs),
             "equal": self.equal,
@@ -254,13 +254,13 @@ class Comparison:
         shown = [pair for pair in self.pairs if not pair.identical or pair.note or pair.by != "name"][:most]
         if not shown:
             return
-        table = new_table("tensor", "format", "bytes", "bytes in B", "SQNR dB", "max err", "1-cos")
         notes = Notes()
+        rows = []
         for pair in shown:
             format = " → ".join(dict.fromkeys(pair.formats))
             cells = [pair.name + notes.mark(_note(pair)), format, *(f"{n:,}" for n in pair.nbytes)]
-            add_row(table, [*cells, *_figures(pair.similarity)])
-        yield from drawn(table)
+            rows.append([*cells, *_figures(pair.similarity)])
+        yield from table(["tensor", "format", "bytes", "bytes in B", "SQNR dB", "max err", "1-cos"], rows)
         yield from notes.lines()
         rest = len(self.pairs) - len(shown)
         equal = self.identical - sum(pair.identical for pair in shown)
@@ -269,32 +269,32 @@ class Comparison:
     def _alone(self, most: int) -> Iterator[str]:
         if not self.alone:
             return
-        table = new_table("tensor", "only in", "shape", "format", "bytes")
         notes = Notes()
-        for one in self.alone[:most]:
-            shape = "x".join(map(str, one.shape)) or "scalar"
-            add_row(table, [one.name + notes.mark(one.note), one.side, shape, one.format, f"{one.nbytes:,}"])
-        yield from drawn(table)
+        rows = [
+            [only.name + notes.mark(only.note), only.side, shape_text(only.shape), only.format, f"{only.nbytes:,}"]
+            for only in self.alone[:most]
+        ]
+        yield from table(["tensor", "only in", "shape", "format", "bytes"], rows)
         yield from notes.lines()
         yield from and_more(len(self.alone) - most, "tensors")
 
     def _layers(self, most: int) -> Iterator[str]:
         if not self.layers:
             return
-        table = new_table("output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", "")
         notes = Notes()
+        rows = []
         steepest = sorted(self.layers, key=lambda layer: (layer.name != self.diverges_at, -layer.drop))[:most]
-        shown = [layer for layer in self.layers if any(layer is one for one in steepest)]
+        names = {layer.name for layer in steepest}
+        shown = [layer for layer in self.layers if layer.name in names]  # in the order of the model
         for layer in shown:
             sqnr, error, apart = _figures(layer.similarity)
             drop = f"{layer.drop:.1f}" if layer.drop >= 1 else ""
             mark = "diverges here" if layer.name == self.diverges_at else ""
             name = _label(layer) + notes.mark(layer.note)
-            cells = [name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, apart, mark]
-            add_row(table, cells)
-        yield from drawn(table)
+            rows.append([name, layer.kind, f"{layer.calls:,}", sqnr, _decibels(layer.input), drop, error, apart, mark])
+        yield from table(["output of", "class", "calls", "SQNR dB", "input", "drop", "max err", "1-cos", ""], rows)
         yield from notes.lines()
-        yield from and_more(len(self.layers) - most, "modules, where less is lost")
+        yield from and_more(len(self.layers) - most, "modules, with smaller drops")
 
 
 def _label(layer: LayerOutput) -> str:
@@ -312,7 +312,7 @@ def _after(layer: LayerOutput) -> str:
 def _note(pair: Pair) -> str:
     parts = [pair.note]
     if pair.by == "content":
-        parts.append(f"found by its numbers: {pair.names[1]} in B")
+        parts.append(f"matched by content: {pair.names[1]} in B")
     if pair.similarity is None and pair.shapes[0] != pair.shapes[1]:
         parts.append(f"shape {list(pair.shapes[0])} in A, {list(pair.shapes[1])} in B")
     return "; ".join(filter(None, parts))
@@ -330,7 +330,7 @@ def _words(similarity: Similarity) -> str:
 
 
 def _figures(similarity: Similarity | None) -> tuple[str, str, str]:
-    """SQNR, the largest error, and what the cosine lacks to 1."""
+    """The SQNR in dB, the largest error, and 1 - cosine, as texts."""
     if similarity is None:
         return "differs", "", ""
     if similarity.same:

@@ -1,4 +1,4 @@
-"""Why a file is larger than it should be: an explicit table of causes, each found by what the file holds."""
+"""Why a file is larger than it should be: a table of causes, each with the function that detects it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pared.readers.listing import Listing
 
 __all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
 
-# How many bytes of content are read, by depth; None: all.
+# The most bytes of tensor data to read, by depth; None: no limit.
 _MOST: Final[dict[Depth, int | None]] = {"quick": 0, "default": 10**9, "deep": None}
 
 
-# What mends those traits that `pared compress` does not: it keeps whole numbers as they are.
-_NARROWER: Final = "Store it in the narrower type, and widen it after loading, where it is used as an index."
-_MADE_ANEW: Final = "If the model can make it anew, leave it out: register_buffer(..., persistent=False)."
+# Remedies for what `pared compress` does not change: it keeps integers as they are.
+_NARROWER: Final = "Store it in the narrower type, and convert it after loading if it is used as an index."
+_RECOMPUTED: Final = "If the model can compute it again, leave it out: register_buffer(..., persistent=False)."
 
 
 def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], Iterator[Cause]]:
-    """Tensors of floats, or of others, whose numbers show one of the traits in `traits`."""
+    """A detector of the tensors that show a trait of this kind; `floats`: among the floats, or among the others."""
 
     def detect(case: Case) -> Iterator[Cause]:
         details: dict[str, int] = {}
@@ -51,7 +51,7 @@ def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], I
     return detect
 
 
-# In this order; what one of them explains, the next do not look at.
+# They run in this order; tensors that one of them explains are skipped by the next ones.
 DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
     ("executable-pickle", executable_pickle),
     ("optimizer-state", optimizer_state),
@@ -62,7 +62,7 @@ DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
     ("duplicate", duplicate),
     ("left-in-float", left_in_float),
     ("zeros", _with_trait("zeros", floats=True)),
-    ("zeros", _with_trait("zeros", floats=False, remedy=_MADE_ANEW)),
+    ("zeros", _with_trait("zeros", floats=False, remedy=_RECOMPUTED)),
     ("fake-quantized", _with_trait("fake-quantized", floats=True)),
     ("wide-float", wide_float),
     ("wide-float", _with_trait("wide-float", floats=True)),
@@ -72,36 +72,36 @@ KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in DETECTORS))
 
 
 def find(listing: Listing, path: str, depth: Depth = "default") -> tuple[Finding, ...]:
-    """What makes a file larger than it should be.
+    """What makes a file larger than it should be; causes below one percent of its bytes are not reported.
 
     Args:
-        listing: of the file or folder; what takes less than a hundredth of its bytes is not worth words.
-        path: as the user would write it in a command.
-        depth: "quick": headers alone; "default": up to 1 GB of numbers, of larger files evenly spread rows; "deep":
-            all numbers.
+        listing: what is in the file or folder.
+        path: the file or folder, as the user would write it in a command.
+        depth: how much to read. "quick": only headers; "default": up to 1 GB of numbers, in larger files evenly
+            spaced rows; "deep": all numbers.
 
     Returns:
-        findings, what takes most first.
+        the findings, the largest first.
     """
     case = Case(listing, Content(listing, _MOST[depth]))
-    found: list[tuple[str, Cause]] = []
+    causes: list[tuple[str, Cause]] = []
     for kind, detect in DETECTORS:
         for cause in detect(case):
             if cause.always or cause.nbytes >= max(WORTH_NBYTES, WORTH_SHARE * listing.nbytes):
-                found.append((kind, cause))
+                causes.append((kind, cause))
                 case.explained.update(cause.names if cause.explains else ())
-    found.sort(key=lambda one: -one[1].nbytes)
+    causes.sort(key=lambda item: -item[1].nbytes)
     ours: tuple[str, int | None] = (f"pared compress {shlex.quote(path)} -o small", None)
-    if depth != "quick" and any(not cause.remedy for _, cause in found):
+    if depth != "quick" and any(not cause.remedy for _, cause in causes):
         ours = _compressed(listing, ours[0])
     return tuple(
         Finding(kind, cause.nbytes, cause.names, cause.evidence, *((cause.remedy, None) if cause.remedy else ours))
-        for kind, cause in found
+        for kind, cause in causes
     )
 
 
 def _compressed(listing: Listing, command: str) -> tuple[str, int | None]:
-    """The command and what it makes of the file; where it would refuse, the remedy that it would name."""
+    """The command and the bytes of what it would write; if it would fail, the remedy of its error and None."""
     try:
         return command, predict_nbytes(listing)
     except (ConfigError, ModelError) as error:
@@ -109,5 +109,5 @@ def _compressed(listing: Listing, command: str) -> tuple[str, int | None]:
 
 
 def is_sampled(listing: Listing, depth: Depth) -> bool:
-    """Whether `find` reads only a part of the numbers, for want of time."""
+    """Whether `find` reads only some of the numbers, to save time."""
     return Content(listing, _MOST[depth]).sampled

@@ -1,4 +1,4 @@
-"""The numbers of a file within a budget of bytes: all of them, or rows that are evenly spread."""
+"""The numbers of a file, within a budget of bytes: all of them, or evenly spaced rows."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 from pared.formats.dtypes import Array
 from pared.readers.listing import Held, Listing
 
-_BLOCK: Final = 1024  # elements of a vector that are sampled together
-_MOST_INFLATED: Final = 2  # times the bytes of the file
-_COMPARED: Final = 1 << 20  # elements that are compared at a time
+_BLOCK: Final = 1024  # neighbouring elements of a vector that are sampled together
+_MOST_INFLATED: Final = 2  # a tensor that takes more than this many times the bytes of its file is not read
+_COMPARED: Final = 1 << 20  # elements compared at a time
 
 
 class Content:
     """Reads tensors of a file.
 
     Args:
-        listing: of the file.
-        most: bytes of content that may be read in all; 0: nothing is read; None: no limit.
+        listing: what is in the file.
+        most: the most bytes of tensor data to read in total; 0: read nothing; None: no limit.
     """
 
     def __init__(self, listing: Listing, most: int | None) -> None:
@@ -30,20 +30,20 @@ class Content:
 
     @property
     def sampled(self) -> bool:
-        """Whether some numbers are read and others are not."""
+        """Whether only some of the numbers are read."""
         return self._reads and self.share < 1
 
     def array(self, held: Held) -> Array | None:
-        """The numbers of a tensor, mapped where they can be.
+        """The numbers of a tensor, memory-mapped if possible.
 
-        None where there are none, where none may be read, and where they would take far more memory than the file
-        has bytes: expanded views, and members that inflate without bound.
+        None if there are none, if nothing may be read, or if they would take far more memory than the file has bytes
+        (expanded views, and compressed members that inflate without bound).
         """
         within = held.nbytes <= _MOST_INFLATED * self._listing.nbytes
         return self._listing.array(held) if self._reads and within else None
 
     def rows(self, held: Held) -> Array | None:
-        """A tensor, or as many evenly spread rows of it as the budget has room for; blocks, of a vector."""
+        """A tensor, or as many evenly spaced rows of it as the budget allows; of a vector, blocks instead of rows."""
         array = self.array(held)
         if array is None or not self.sampled or array.ndim == 0:
             return array
@@ -51,9 +51,9 @@ class Content:
             array = array[: len(array) // _BLOCK * _BLOCK].reshape(-1, _BLOCK) if len(array) >= _BLOCK else array[None]
         return spread(array, max(1, int(len(array) * self.share)))
 
-    def same(self, one: Held, other: Held) -> bool:
-        """Whether two tensors of equal type and shape have the same bits, wherever they are read."""
-        arrays = self.rows(one), self.rows(other)
+    def same(self, a: Held, b: Held) -> bool:
+        """Whether two tensors of the same type and shape have the same bits, as far as they are read."""
+        arrays = self.rows(a), self.rows(b)
         if arrays[0] is None or arrays[1] is None:
             return False
         first, second = (array.reshape(-1).view(f"u{array.itemsize}") for array in arrays if array is not None)
@@ -64,7 +64,7 @@ class Content:
 
 
 def spread(array: Array, rows: int) -> Array:
-    """So many evenly spread rows of an array; all, where it has no more.
+    """That number of evenly spaced rows of an array, or all of them if it has no more.
 
     >>> spread(np.arange(10), 4).tolist()
     [0, 2, 5, 7]

@@ -1,4 +1,4 @@
-"""The same numbers in a file twice: as they are, or once in float and once rounded."""
+"""Numbers that a file holds twice: unchanged, or once in float and once rounded."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from pared.readers.listing import Held
 
 Pair = tuple[Held, Held]
 
-# What a float may be rounded to, and from what.
+# By the type of the rounded copy: what it may have been rounded from.
 _WIDER: Final = {
     **dict.fromkeys(("int8", "uint8", "qint8", "quint8"), FLOATING),
     **dict.fromkeys(("float16", "bfloat16"), ("float32", "float64")),
 }
-# The least share of the energy of a row, less its mean, that its rounded copy explains (the square of a correlation):
-# 0.9999 and more at eight bits, 0.9 at four with a step for each group; rows of different tensors have next to none.
+# The least squared correlation of a row with its rounded copy: 0.9999 and more at eight bits, 0.9 at four bits with a
+# step for each group; unrelated rows have almost none.
 _EXPLAINED: Final = 0.8
-_HALF: Final = 2.0**-8  # the error of a number that is rounded or cut to half precision, at most, relative
-_ROWS, _COLUMNS = 8, 512  # of each tensor that are compared
-_LEAST_COMPARED: Final = 64  # numbers: fewer agree by chance
-_LEAST_NBYTES: Final = 1 << 12  # of codes: of tensors whose floats are judged
-_NEARLY: Final = 0.8  # of the bytes of a copy: small tensors are not compared
+_HALF: Final = 2.0**-8  # the largest relative error of a number rounded or truncated to half precision
+_ROWS, _COLUMNS = 8, 512  # the part of each tensor that is compared
+_LEAST_COMPARED: Final = 64  # numbers: fewer may agree by chance
+_LEAST_NBYTES: Final = 1 << 12  # of a tensor that may be a rounded copy
+_NEARLY: Final = 0.8  # the share of a copy's bytes from which the rest counts too: small tensors are not compared
 
 _ONCE: Final = "Let the modules share one tensor, or leave it out: register_buffer(..., persistent=False)."
 
@@ -36,7 +36,7 @@ _OUTPUT: Final = re.compile(r"(?i)head|output|decoder|logits|proj|generator|clas
 
 
 def two_copies(case: Case) -> Iterator[Cause]:
-    """A model in float, and the same model rounded: to int8, or to half precision."""
+    """A model in float beside the same model rounded to int8 or to half precision."""
     pairs = _rounded(case)
     if not pairs:
         yield from _named(case)
@@ -50,7 +50,7 @@ def two_copies(case: Case) -> Iterator[Cause]:
     names = (f"{wide}*", f"{narrow}*") if whole else (pairs[0][0].name, pairs[0][1].name)
     types = "/".join(dict.fromkeys(held.dtype for _, held in pairs))
     again = f" and {len(exact)} in float again" if exact else ""
-    evidence = f"the model is here twice: {names[0]} in float; {names[1]} with {len(pairs)} tensors as {types}{again}"
+    evidence = f"the model is stored twice: {names[0]} in float; {names[1]} with {len(pairs)} tensors as {types}{again}"
     kept = {kept.held.name for kept in case.selection.kept}
     both = any(wide.name in kept and narrow.name in kept for wide, narrow in pairs)
     remedy = f"Save a state dict without {names[1]}, and compress that." if both else ""
@@ -58,7 +58,7 @@ def two_copies(case: Case) -> Iterator[Cause]:
 
 
 def _completed(case: Case, copies: list[Held], roots: set[str]) -> list[Held]:
-    """A copy with all that has its root, where the tensors that are known to be copies are nearly all of that."""
+    """All tensors below the copy's roots, if most of their bytes are known copies; otherwise only the known copies."""
     prefixes = tuple(root for root in roots if root[-1] in "./")
     below = [held for held in case.distinct if held.name.startswith(prefixes)]
     least = _NEARLY * sum(held.nbytes for held in below)
@@ -66,23 +66,23 @@ def _completed(case: Case, copies: list[Held], roots: set[str]) -> list[Held]:
 
 
 def untied(case: Case) -> Iterator[Cause]:
-    """A table of embeddings and the output layer that shares its weights, each with weights of its own."""
+    """An embedding table and the output layer that share their weights, but are stored separately."""
     yield from _twice(case, "tied weights are stored for each owner", _are_tied)
 
 
 def duplicate(case: Case) -> Iterator[Cause]:
-    """Other tensors with the numbers of another."""
+    """Other tensors with equal numbers."""
     yield from _twice(case, "the same numbers are stored again", _are_any)
 
 
 def _named(case: Case) -> Iterator[Cause]:
-    """A second model that only its name tells, such as the average of the first over the training."""
+    """A second model that only names give away, such as the moving average of the first."""
     shared = {kept.held.storage for kept in case.selection.kept}
     places = {held.name: held.storage for held in case.distinct}
-    left = [left for left in case.selection.left_out if left.kind == "two-copies" and left.name in places]
-    left = [one for one in left if places[one.name] not in shared]
-    reasons = "; ".join(dict.fromkeys(one.because for one in left))
-    yield Cause(tuple(one.name for one in left), sum(one.nbytes for one in left), reasons)
+    copies = [left for left in case.selection.left_out if left.kind == "two-copies" and left.name in places]
+    copies = [copy for copy in copies if places[copy.name] not in shared]
+    reasons = "; ".join(dict.fromkeys(copy.because for copy in copies))
+    yield Cause(tuple(copy.name for copy in copies), sum(copy.nbytes for copy in copies), reasons)
 
 
 def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Iterator[Cause]:
@@ -96,7 +96,7 @@ def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Ite
 
 
 def _is_weight(held: Held) -> bool:
-    """Whether `selection` keeps it once where it is there twice."""
+    """Whether `pared compress` stores it once if it is there twice."""
     return held.dtype in FLOATING and len(held.shape) > 1
 
 
@@ -112,13 +112,13 @@ def _are_any(first: Held, other: Held) -> bool:
 
 
 def _equal(case: Case) -> list[list[Held]]:
-    """Groups of tensors with the same numbers that no finding is about yet, in the file's order."""
+    """Groups of equal tensors that no finding is about yet, in the order of the file."""
     groups = [[held for held in group if held.name not in case.explained] for group in case.equal]
     return [group for group in groups if len(group) > 1]
 
 
 def _between(group: Sequence[Held], roots: set[tuple[str, str]]) -> Iterator[Pair]:
-    """Of equal tensors those of which one belongs to the float model and one to the rounded one."""
+    """The pairs of equal tensors of which one belongs to the float model and one to the rounded one."""
     for one in group:
         for other in group:
             if one is not other and _roots(one.name, other.name) in roots:
@@ -126,7 +126,7 @@ def _between(group: Sequence[Held], roots: set[tuple[str, str]]) -> Iterator[Pai
 
 
 def _roots(one: str, other: str) -> tuple[str, str]:
-    """What two names begin with, up to where they part, with the dot or slash behind it.
+    """The beginnings of two names, up to and including the first component that differs.
 
     >>> _roots("fp32_model.head.weight", "_model.head._packed_params/0")
     ('fp32_model.', '_model.')
@@ -139,7 +139,7 @@ def _roots(one: str, other: str) -> tuple[str, str]:
 
 
 def _rounded(case: Case) -> list[Pair]:
-    """Tensors in float, each with another of its shape that is the same rounded."""
+    """Pairs of a float tensor and a rounded copy of it."""
     by_shape: dict[tuple[int, ...], list[Held]] = {}
     for held in case.distinct:
         if held.name not in case.explained and len(held.shape) > 1 and held.nbytes >= _LEAST_NBYTES:
@@ -149,7 +149,7 @@ def _rounded(case: Case) -> list[Pair]:
         narrow = [held for held in alike if held.dtype in _WIDER]
         wide = [held for held in alike if any(held.dtype in _WIDER[other.dtype] for other in narrow)]
         if wide:
-            with np.errstate(all="ignore"):  # what overflows or is no number matches nothing
+            with np.errstate(all="ignore"):  # NaN and overflow match nothing
                 pairs += _matched(case.content, wide, narrow)
     return pairs
 
@@ -171,7 +171,7 @@ def _matched(content: Content, wide: list[Held], narrow: list[Held]) -> list[Pai
 
 
 def _signature(content: Content, held: Held) -> Array | None:
-    """A unit vector of a few rows, each less its mean and of equal length; None where there are no numbers."""
+    """A unit vector made of a few rows, each centred and normalized; None if there are no numbers."""
     rows = _sample(content, held)
     if rows is None or rows.size < _LEAST_COMPARED:
         return None
@@ -183,7 +183,7 @@ def _signature(content: Content, held: Held) -> Array | None:
 
 
 def _agrees(content: Content, wide: Held, narrow: Held) -> bool:
-    """Whether half-precision numbers are the rounded ones, to the last bit: averages of a model are nearly so."""
+    """Whether half-precision numbers are exactly the rounded floats; those of an averaged model are only close."""
     if narrow.dtype not in FLOATING:
         return True
     floats, halves = _sample(content, wide), _sample(content, narrow)

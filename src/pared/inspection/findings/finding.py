@@ -1,4 +1,4 @@
-"""What a finding is, and what a detector is given to find it."""
+"""What a finding is, and what the detectors work with."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from pared.readers.listing import Held, Listing
 
 Depth = Literal["quick", "default", "deep"]
 
-# A finding is worth words only from such a share of the file on: below it, the cure would not be noticed.
+# Findings below this share of the file are not reported: nobody would notice the remedy.
 WORTH_SHARE: Final = 0.01
-# And from so many bytes on: a page or four, below which headers and padding are as large.
+# Nor are findings of fewer bytes: headers and padding are as large.
 WORTH_NBYTES: Final = 1 << 14
-# The numbers of a tensor are judged only from so many bytes on. Vectors of all zeros or all ones (fresh biases, norms)
-# are smaller, are equal by chance, and would gain nobody anything.
+# The numbers of tensors with fewer bytes are not examined. Vectors of zeros or ones (new biases, norms) are smaller;
+# they are often equal, and nothing would be gained.
 JUDGED_NBYTES: Final = 1 << 14
 
-# The types of tensors that only quantization makes.
+# Types that only quantization produces.
 QUANTIZED: Final = ("qint8", "quint8", "quint4x2", "quint2x4")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A reason why a file is larger than it should be, or worse than it looks.
+    """A reason why a file is larger than it should be, or less safe than it should be.
 
     Args:
-        kind: which, one of `KINDS`.
-        nbytes: what it takes in the file: of a copy, the bytes of the copy; of tensors stored wastefully, theirs.
-        names: the tensors, or the other things, that it is about; of a copy, what is redundant.
-        evidence: what was seen, in a line.
-        remedy: the command, or in a sentence the act, that mends it.
-        bytes_after: of the whole artifact that `pared compress` makes, where that is the remedy: the same for all
-            findings of a file, since one run mends them all. None where the remedy is another one, and where nothing
-            but headers was read.
+        kind: one of `KINDS`.
+        nbytes: the bytes concerned: those of the redundant copy, or of the tensors that are stored wastefully.
+        names: the tensors, or other things in the file, that it is about; for copies, the redundant ones.
+        evidence: what was seen, in one line.
+        remedy: the command, or a sentence that says what to do.
+        bytes_after: the size of the artifact that `pared compress` would write, if that is the remedy. It is the same
+            for all findings of a file, because one run fixes them all. None for other remedies, and if only headers
+            were read.
     """
 
     kind: str
@@ -62,15 +62,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Cause:
-    """What a detector has seen.
+    """What a detector has found.
 
     Args:
-        names: what it is about.
-        nbytes: what that takes in the file.
-        evidence: in a line.
-        remedy: in a sentence, where `pared compress` is none.
-        always: whether it is worth words however small it is.
-        explains: whether the detectors that follow need not look at the tensors.
+        names: the tensors, or other things in the file, that it is about.
+        nbytes: their bytes in the file.
+        evidence: what was seen, in one line.
+        remedy: a sentence; "" if the remedy is `pared compress`.
+        always: whether to report it however small it is.
+        explains: whether the detectors that follow skip these tensors.
     """
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ class Cause:
 
 
 def megabytes(nbytes: int) -> str:
-    """Bytes for people.
+    """Bytes in megabytes or kilobytes.
 
     >>> megabytes(10_528_344), megabytes(2048)
     ('10.5 MB', '2.0 KB')
@@ -91,11 +91,14 @@ def megabytes(nbytes: int) -> str:
 
 
 class Case:
-    """A file under examination: its listing, its numbers, and what has been explained already.
+    """A file under examination.
 
     Args:
-        listing: of the file.
-        content: gives its numbers.
+        listing: what is in the file.
+        content: reads its numbers.
+
+    Attributes:
+        explained: the names of the tensors that a finding is about already.
     """
 
     def __init__(self, listing: Listing, content: Content) -> None:
@@ -105,19 +108,19 @@ class Case:
 
     @cached_property
     def selection(self) -> Selection:
-        """Which tensors are the model, told by names alone."""
+        """Which tensors belong to the model, judged only by their names."""
         return select(self.listing, compare=False)
 
     @cached_property
     def seen(self) -> Mapping[str, Seen]:
-        """What was seen in the numbers of every tensor of size, by name; one of each place in the file."""
+        """What the numbers of the distinct tensors that are large enough to be examined show, by name."""
         return examine(self.content, [held for held in self.distinct if held.nbytes >= JUDGED_NBYTES])
 
     @cached_property
     def distinct(self) -> tuple[Held, ...]:
-        """The tensors, one for each place in the file, since tied ones take their bytes once.
+        """The tensors without those that are tied to an earlier one and so take no bytes of their own.
 
-        The scales and zero points of a quantized tensor stand below it, and belong to it.
+        The scales and zero points of a quantized tensor are part of it, and left out too.
         """
         quantized = {held.name for held in self.listing.tensors if held.dtype in QUANTIZED}
         places: dict[object, Held] = {}
@@ -128,7 +131,7 @@ class Case:
 
     @cached_property
     def equal(self) -> list[list[Held]]:
-        """Groups of tensors with the same numbers, in the file's order; constant ones are no copies of each other."""
+        """Groups of tensors with the same numbers, in the order of the file; constant ones do not count as copies."""
         alike: dict[bytes, list[Held]] = {}
         for seen in self.seen.values():
             if not seen.constant:
@@ -143,10 +146,10 @@ class Case:
         return groups
 
     def stored(self, held: Held) -> int:
-        """The bytes of a tensor in the file: of its numbers, unless the file has them coded, or once for many."""
+        """The bytes of a tensor in the file: fewer than its numbers take where they are coded or expanded."""
         storage = self.listing.storages[held.storage or ""]
         return storage.nbytes if storage.coded else min(held.nbytes, storage.nbytes)
 
     def unexplained(self) -> list[Seen]:
-        """What was seen in the tensors that no finding is about yet."""
+        """What the tensors show that no finding is about yet."""
         return [seen for name, seen in self.seen.items() if name not in self.explained]

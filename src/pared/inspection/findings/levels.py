@@ -1,7 +1,7 @@
-"""Whether numbers that are stored as floats lie on few evenly spaced levels: what a fake quantizer leaves behind.
+"""Whether numbers that are stored as floats lie on a few evenly spaced levels, as after fake quantization.
 
-This is a judgement, within the rounding of the numbers and wherever zero lies; `exact_grids` finds codes that give
-every number back exactly.
+The test allows for the rounding of the numbers, and for any zero point; `formats.exact_grids` finds codes that restore
+every number exactly, which is another question.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pared.formats.dtypes import Array, as_floats
 from pared.inspection.findings.content import spread
 
 MOST_LEVELS: Final = 256  # of eight bits
-_GROUPS: Final = (128, 64, 32)  # the groups that quantizers of weights offer
-_LEAST_GROUP: Final = 8  # fewer numbers have a grid by chance
-_TRIED: Final = 16  # groups that are looked at before all are
-_CHUNK: Final = 1 << 17  # numbers sorted at a time: what a cache holds
+_GROUPS: Final = (128, 64, 32)  # the usual group sizes of weight quantizers
+_LEAST_GROUP: Final = 8  # fewer numbers lie on a grid by chance
+_TRIED: Final = 16  # groups to test before all are tested
+_CHUNK: Final = 1 << 17  # numbers sorted at a time, so that they fit the cache
 _EPSILON: Final = {"float64": 2.0**-24, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}
 
-# Of the groups that could tell (three distinct numbers or more), so many must be on a grid. In a small group of
-# eight-bit codes no two may be neighbours, and the step is then missed; numbers of no grid fail nearly always.
+# The least share of the groups with three or more distinct numbers that must lie on a grid. It is less than 1 because
+# in a small group of eight-bit codes no two may be neighbours, and the step is then missed.
 _AGREEING: Final = 0.98
-_TELLING: Final = 16  # how many groups must be able to tell, at least
-_OFF: Final = 0.02  # how far from its level a number may be, in steps, beyond what the rounding of its type explains
-_MOST_OFF: Final = 0.25  # farther, and anything would pass
+_TELLING: Final = 16  # the least number of groups with three or more distinct numbers
+_OFF: Final = 0.02  # the largest distance of a number from its level, in steps, beyond the rounding of its type
+_MOST_OFF: Final = 0.25  # with a larger distance, any number would pass
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Levels:
     """A uniform grid with a step for each row, column or group of a tensor.
 
     Args:
-        levels: the most that any of them uses.
-        per: what shares a step: "row", "column", "group of 32".
+        levels: the largest number of levels that any of them uses.
+        per: what shares a step: "row", "column" or "group of 32", for example.
     """
 
     levels: int
@@ -48,10 +48,10 @@ class Levels:
 
 
 def grid_of(array: Array, dtype: str) -> Levels | None:
-    """The grid with the largest groups that all of a tensor's numbers are on; None if there is none.
+    """The grid with the largest groups on which all numbers of a tensor lie; None if there is none.
 
     Args:
-        array: as `Listing.array` gives it, of two or more dimensions.
+        array: as `Listing.array` returns it, with two or more dimensions.
         dtype: one of `FLOATING`.
 
     >>> codes = np.random.default_rng(0).integers(-7, 8, (64, 256))
@@ -71,7 +71,7 @@ def grid_of(array: Array, dtype: str) -> Levels | None:
 
 
 def _divisions(array: Array) -> Iterator[tuple[str, Array]]:
-    """A tensor as matrices whose rows may share a step, those with the largest groups first."""
+    """A tensor as matrices whose rows may share a step, those with the longest rows first."""
     yield "row", array.reshape(len(array), -1)
     yield "column", np.moveaxis(array, 1, 0).reshape(array.shape[1], -1)
     last = array.shape[-1]
@@ -84,12 +84,12 @@ def _divisions(array: Array) -> Iterator[tuple[str, Array]]:
 
 
 def _levels(groups: Array, dtype: str, least: int) -> int:
-    """How many levels a grid has on which the groups lie, a step for each; 0 if they lie on none.
+    """The number of levels of a grid on which the groups lie, with a step for each group; 0 if there is no such grid.
 
     Args:
-        groups: one in each row.
-        dtype: of the elements.
-        least: how many groups must be able to tell.
+        groups: a matrix with a group in each row.
+        dtype: the type of its elements.
+        least: the least number of groups with three or more distinct numbers.
     """
     most = telling = agreeing = 0
     rows = max(1, _CHUNK // groups.shape[1])
@@ -105,10 +105,10 @@ def _levels(groups: Array, dtype: str, least: int) -> int:
 
 
 def _fit(groups: Array, epsilon: float) -> tuple[Array, Array]:
-    """For each group the levels of the grid that it is on (0: none), and how many distinct numbers it has.
+    """The number of levels of the grid of each group (0: it has none), and the number of its distinct values.
 
-    The step is the least distance of two neighbours, or half of it, a third, a quarter: where codes are few, no two
-    may be next to each other.
+    The step is the smallest distance between neighbours, or a half, a third or a quarter of it: among few codes no
+    two may be adjacent.
     """
     ordered = np.ascontiguousarray(np.sort(groups, axis=1).T)  # a group in each column: NumPy is faster along rows
     low, high = ordered[0], ordered[-1]

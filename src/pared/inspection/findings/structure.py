@@ -1,4 +1,4 @@
-"""What headers tell: no numbers are read here."""
+"""Causes that show in the headers: no numbers are read here."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Final
 from pared.inspection.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
 from pared.readers.listing import Held, Listing, Storage
 
-# A pickle describes a tensor in about 200 bytes, and a state dict little else. What is far beyond is data of another
-# kind: images, tables, logs.
+# A pickle needs about 200 bytes to describe a tensor, and a state dict holds little else. A pickle far larger than
+# that holds other data: images, tables, logs.
 _PICKLED_NBYTES: Final = 1024
-# The share of a quantized file that is too much for what is not quantized.
+# The share of a quantized file from which unquantized tensors are worth reporting.
 _MOSTLY: Final = 0.25
-# What mends what `pared compress` cannot.
-_NO_MODEL: Final = "Keep it as long as the training may go on, and no longer."
-_OF_SOURCE: Final = "Compress the float model that it was made from: pared compress FLOAT.pt -o small"
-# What stands in a quantized model of ours that torch.save has pickled whole, and what makes a file of it; and the same
-# of versions before 0.1, whose pickles are not read any more.
+# Remedies where `pared compress` does not help.
+_NO_MODEL: Final = "Keep it only as long as the training may be continued."
+_OF_SOURCE: Final = "Compress the float model it was made from: pared compress FLOAT.pt -o small"
+# What loading imports if torch.save pickled one of our quantized models whole, and the remedy: for current versions,
+# and for those before 0.1, whose pickles are no longer read.
 _SAVE: Final = {
     "pared._revive": "It is a quantized model already: torch.load(path, weights_only=False).save(directory) writes it "
     "without code.",
-    "pared.model._revive": "It is a quantized model already, of a version before 0.1, whose pickles are not read any "
-    "more: use the artifact that save(directory) wrote.",
+    "pared.model._revive": "It is a quantized model of a version before 0.1, whose pickles are no longer read: use the "
+    "artifact that save(directory) wrote.",
 }
 _PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 
 def executable_pickle(case: Case) -> Iterator[Cause]:
-    """Code that loading the file would import, and may run."""
+    """Code that loading the file would import and could run."""
     foreign = case.listing.foreign
     if foreign:
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
@@ -42,7 +42,7 @@ def executable_pickle(case: Case) -> Iterator[Cause]:
 def ballast(case: Case) -> Iterator[Cause]:
     """Bytes that no tensor of the model needs."""
     used = {held.storage for held in case.listing.tensors}
-    # Code that the file names may find storages in ways of its own.
+    # Code that the file imports may use storages that no tensor refers to.
     unused = {} if case.listing.foreign else {k: s for k, s in case.listing.storages.items() if k not in used}
     pieces = {f"(data/{key})": storage.nbytes for key, storage in unused.items()}
     reasons = ["storages that no tensor refers to"] if pieces else []
@@ -54,7 +54,7 @@ def ballast(case: Case) -> Iterator[Cause]:
     pickles = _pickles(case.listing)
     if sum(pickles.values()) > 2 * needed:
         pieces[max(pickles, key=lambda name: pickles[name])] = sum(pickles.values()) - needed
-        reasons.append("its pickle holds data that are no tensors")
+        reasons.append("its pickle holds data other than tensors")
     for left in case.selection.left_out:
         if left.kind == "ballast" and left.nbytes:
             pieces[left.name] = left.nbytes
@@ -63,12 +63,12 @@ def ballast(case: Case) -> Iterator[Cause]:
 
 
 def _pickles(listing: Listing) -> dict[str, int]:
-    """The bytes of the pickle, or of those in a folder's files, by the names of their notes."""
+    """The bytes of the pickle, or of the pickles of the files in a folder, by the names of their notes."""
     return {name: note.nbytes for name, note in listing.notes.items() if _PICKLE.search(name)}
 
 
 def view_of_larger_storage(case: Case) -> Iterator[Cause]:
-    """Storages of which the tensors use a part: `torch.save` writes all of it."""
+    """Storages that the tensors use only in part: `torch.save` writes all of them."""
     tenants: dict[str, list[Held]] = {}
     for held in case.distinct:
         tenants.setdefault(str(held.storage), []).append(held)
@@ -85,24 +85,24 @@ def view_of_larger_storage(case: Case) -> Iterator[Cause]:
 
 
 def _unused(tenants: Sequence[Held], storage: Storage) -> int:
-    """The bytes of a storage that its tensors leave unused, at least."""
+    """The bytes of a storage that its tensors do not use (a lower bound)."""
     return 0 if storage.coded else max(0, storage.nbytes - sum(held.nbytes for held in tenants))
 
 
 def optimizer_state(case: Case) -> Iterator[Cause]:
-    """What an optimizer keeps for each weight, which only training needs."""
+    """The state that an optimizer keeps for each weight, which only training needs."""
     left = [left for left in case.selection.left_out if left.kind == "optimizer-state"]
     words = "/".join(sorted({_last(one.name) for one in left if one.nbytes > 8}))
     nbytes = sum(one.nbytes for one in left)
     model = sum(kept.held.nbytes for kept in case.selection.kept)
     alone = model <= WORTH_SHARE * nbytes
-    times = "and there is no model" if alone else f"{nbytes / model:.1f} times the bytes of the model"
-    evidence = f"{words[:60]} in {len(left)} entries: only training needs them, {times}"
+    times = "there is no model" if alone else f"{nbytes / model:.1f} times the bytes of the model"
+    evidence = f"{words[:60]} in {len(left)} entries: only training needs them; {times}"
     yield Cause(tuple(one.name for one in left), nbytes, evidence, _NO_MODEL if alone else "")
 
 
 def left_in_float(case: Case) -> Iterator[Cause]:
-    """Weights that a quantizer has left in float32, in a file that is taken for a quantized one."""
+    """Weights that a quantizer left in float32, in a file that is otherwise quantized."""
     weights = [held for held in case.distinct if len(held.shape) > 1 and held.name not in case.explained]
     codes = [held for held in weights if held.dtype in QUANTIZED]
     floats = [held for held in weights if held.dtype == "float32" and held.nbytes >= JUDGED_NBYTES]
@@ -111,7 +111,7 @@ def left_in_float(case: Case) -> Iterator[Cause]:
         yield Cause(
             tuple(held.name for held in floats),
             sum(map(case.stored, floats)),
-            f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, {largest.name} for one",
+            f"{len(codes)} tensors are {codes[0].dtype}, but {len(floats)} are still float32, such as {largest.name}",
             _OF_SOURCE if any(kept.held.dtype in QUANTIZED for kept in case.selection.kept) else "",
             explains=False,
         )
@@ -122,11 +122,11 @@ def _last(name: str) -> str:
 
 
 def wide_float(case: Case) -> Iterator[Cause]:
-    """Weights in float64: twice what networks are trained in."""
+    """Weights in float64: twice the size of what networks are trained in."""
     wide = [held for held in case.distinct if held.dtype == "float64" and held.nbytes >= JUDGED_NBYTES]
     wide = [held for held in wide if held.name not in case.explained]
     yield Cause(
         tuple(held.name for held in wide),
         sum(map(case.stored, wide)),
-        f"{len(wide)} tensors are float64, {sum(math.prod(held.shape) for held in wide):,} numbers of 8 bytes",
+        f"{sum(math.prod(held.shape) for held in wide):,} numbers are float64, in {len(wide)} tensors",
     )

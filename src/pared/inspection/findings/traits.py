@@ -1,4 +1,4 @@
-"""What is seen in the numbers of one tensor: each is read once, by several threads, and everything is asked then."""
+"""What the numbers of a tensor show. Each tensor is read once, in one of several threads, for all questions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pared.inspection.findings.content import Content, spread
 from pared.inspection.findings.levels import grid_of
 from pared.readers.listing import Held
 
-# From this share of zeros on a tensor is sparse; the most common pattern, two of four, has exactly half.
+# The least share of zeros of a sparse tensor; the most common pattern, two of four, has exactly half.
 _SPARSE: Final = 0.5
-_CHUNK: Final = 1 << 20  # elements that are asked about at a time
-_MARKED: Final = 64  # places of a tensor that its mark is made of
+_CHUNK: Final = 1 << 20  # elements examined at a time
+_MARKED: Final = 64  # places of a tensor that go into its mark
 _MARKED_NBYTES: Final = 1024  # bytes at each
 
 
@@ -27,8 +27,8 @@ class Trait:
     """Why a tensor takes more bytes than its numbers need.
 
     Args:
-        kind: of the finding that it is a part of.
-        detail: in a few words.
+        kind: the kind of finding that it belongs to.
+        detail: what was seen, in a few words.
     """
 
     kind: str
@@ -37,12 +37,12 @@ class Trait:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen in a tensor.
+    """What the numbers of a tensor show.
 
     Args:
         held: the tensor.
-        mark: equal for tensors of the same type, shape and numbers, and hardly for others.
-        trait: the worst that was seen; None for a tensor that is as it should be.
+        mark: a hash that tensors of the same type, shape and numbers share, and others hardly ever.
+        trait: the first that applies, in the order of `_TRAITS`; None for a tensor that is as it should be.
     """
 
     held: Held
@@ -56,7 +56,7 @@ class Seen:
 
 
 def examine(content: Content, tensors: Sequence[Held]) -> Mapping[str, Seen]:
-    """Look at tensors, by name; what has no numbers to be read is left out."""
+    """Examine tensors; the result is by name, without those whose numbers cannot be read."""
     examined = threads.each(lambda held: _examine(content, held), tensors, [held.nbytes for held in tensors])
     return {seen.held.name: seen for seen in examined if seen is not None}
 
@@ -67,13 +67,13 @@ def _examine(content: Content, held: Held) -> Seen | None:
         return None
     rows = content.rows(held)
     assert rows is not None
-    with np.errstate(all="ignore"):  # what overflows or is no number answers every question with no
+    with np.errstate(all="ignore"):  # NaN and overflow answer every question with no
         trait = next(filter(None, (ask(rows, held.dtype) for ask in _TRAITS)), None)
     return Seen(held, _mark(array, held), trait)
 
 
 def _mark(array: Array, held: Held) -> bytes:
-    """A hash of the type, the shape, and bytes of evenly spread places."""
+    """A hash of the type, the shape, and bytes at evenly spaced places."""
     digest = hashlib.blake2b(f"{held.dtype} {held.shape}".encode(), digest_size=16)
     if array.flags.c_contiguous:
         raw = array.reshape(-1).view(np.uint8)
@@ -99,7 +99,7 @@ def _on_grid(array: Array, dtype: str) -> Trait | None:
 
 
 def _sparse(array: Array, dtype: str) -> Trait | None:
-    if dtype not in (*FLOATING, "bool"):  # among codes of a few bits many are 0, as they should be
+    if dtype not in (*FLOATING, "bool"):  # codes of a few bits are often 0, as they should be
         return None
     flat = array.reshape(-1)
     tried = spread(flat, 4096)
@@ -114,7 +114,7 @@ def _wide_float(array: Array, dtype: str) -> Trait | None:
         return None
     for half, lossless in (("bfloat16", _is_bfloat16), ("float16", _is_float16)):
         if _all(array, lossless):
-            return Trait("wide-float", f"every number is a {half}")
+            return Trait("wide-float", f"every number fits {half} exactly")
     return None
 
 
@@ -139,7 +139,7 @@ def _wide_int(array: Array, dtype: str) -> Trait | None:
     return None
 
 
-# What is asked of each tensor, in this order: the first answer explains it.
+# The questions about each tensor, in this order: the first that applies decides.
 _TRAITS: Final[tuple[Callable[[Array, str], Trait | None], ...]] = (
     _constant, _on_grid, _sparse, _wide_float, _wide_int,
 )  # fmt: skip
@@ -151,6 +151,6 @@ def _parts(array: Array) -> list[Array]:
 
 
 def _all(array: Array, holds: Callable[[Array], bool]) -> bool:
-    """Whether something holds for every part of an array; a few evenly spread numbers are asked first."""
+    """Whether something holds for every part of an array; a few evenly spaced numbers are tested first."""
     flat = array.reshape(-1)
     return holds(spread(flat, 1024)) and all(holds(part) for part in _parts(flat))

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from pared.errors import printable
 from pared.files.disk import as_path, write_atomic
-from pared.inspection.ledger import Row, damage_text
+from pared.inspection.ledger import Row, damage_text, shape_text
 from pared.inspection.page import charts
 from pared.inspection.page.data import FLOATS, PageData, family_of, tiles
 from pared.inspection.page.drawing import Picture, bytes_in_words, require_library
@@ -257,13 +257,9 @@ def _range(data: PageData, row: Row) -> str:
     return "{:.3g} to {:.3g}".format(*data.ranges[module]) if module in data.ranges else ""
 
 
-def _shape(_: PageData, row: Row) -> str:
-    return "" if row.shape is None else "x".join(map(str, row.shape[:12])) or "scalar"
-
-
 _COLUMNS: Final = (
     _Column("format", "text", lambda _, row: row.format, style="t", width=6.5),
-    _Column("shape", "shape", _shape, width=7),
+    _Column("shape", "shape", lambda _, row: shape_text(row.shape and row.shape[:12]), width=7),
     _Column(
         "bits",
         "number",
