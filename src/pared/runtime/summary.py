@@ -105,8 +105,8 @@ def report(
     """The report of a quantized model: totals, scores, notes, and a row per tensor."""
     found = tensor_summaries(contents, running)
     kernels = {line.name: line.kernel for line in found if line.kernel != "float"}
-    table = draw(_explained(ledger, found).rows, kernels or None, _damages(found) or None)
-    return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *table))
+    body = draw(_explained(ledger, found).rows, kernels or None, _damages(found) or None)
+    return "\n".join((*_summary(ledger, outcome), *_wrapped(notes), *body))
 
 
 def _explained(ledger: Ledger, found: Sequence[TensorSummary]) -> Ledger:
