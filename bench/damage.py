@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench import data, zoo
 from bench.calibrated import Calibrated
 from bench.scatter import picture
-from pared.fitting.rounding import plan
+from pared.fitting.rounding import encoding, plan
 from pared.fitting.search.activations import Candidate, find_candidates
 from pared.fitting.search.options import FreeTensor, rounded, trace_slot
 from pared.model.calls import Call
@@ -154,7 +154,7 @@ def inputs(known: Calibrated, judge: Judge, layers: int = PAIRS // 2) -> Iterato
     """Layers with 8-bit weights, whose inputs alone are rounded: by static ranges, and row by row."""
     decisions = plan.make_plan(known.slots, ())
     stored = [
-        Stored(slot.names, slot.kind, plan.encode(slot, decision), decision)
+        Stored(slot.names, slot.kind, encoding.encode(slot, decision), decision)
         for slot, decision in zip(known.slots, decisions, strict=True)
     ]
     found = [c for c in find_candidates(known.model, stored, known.seen.inputs) if c.weight in known.sensitivity.inputs]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.calibrated import Calibrated
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
-from pared.fitting.rounding import curves, feedback
+from pared.fitting.rounding import curves, feedback, importance, targets
 from pared.formats import coded, streams
 
 # Shares of the ratio of step to spread by which rate-aware rounding moves the threshold between two codes. Where an
@@ -47,11 +47,11 @@ def flattered(known: Calibrated) -> Calibrated:
 
 
 def one_exponent() -> Any:
-    return patched(curves, _exponents=lambda importance, *_: torch.zeros(len(importance), dtype=torch.int64))
+    return patched(importance, _exponents=lambda rows, *_: torch.zeros(len(rows), dtype=torch.int64))
 
 
 def uniform_tables() -> Any:
-    return patched(curves, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
+    return patched(importance, table_importance=lambda rows, _: torch.full_like(rows, float(rows.mean())))
 
 
 def one_class() -> Any:
@@ -66,7 +66,8 @@ def dead_zone(share: float) -> contextlib.ExitStack:
     """Between two codes the nearer to zero, which is the shorter one, is taken a little beyond the middle."""
     stack = contextlib.ExitStack()
     stack.enter_context(patched(feedback, _round_block=_RateAware(share).block))
-    stack.enter_context(patched(curves, round_rows=_RateAware(share).rows))
+    for module in (curves, targets):
+        stack.enter_context(patched(module, round_rows=_RateAware(share).rows))
     return stack
 
 

@@ -11,7 +11,8 @@ from pared import CalibrationError, PostTrainingQuantConfig
 from pared.fitting import speed
 from pared.fitting.calibration.observe import InputStats, collect
 from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
-from pared.fitting.rounding.plan import encode, make_plan
+from pared.fitting.rounding.encoding import encode
+from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search import activations
 from pared.fitting.speed import measure
 from pared.model.contents import Stored

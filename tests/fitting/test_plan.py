@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pared import ConfigError, Rule
-from pared.fitting.rounding.plan import encode, make_plan, sample_cost
+from pared.fitting.rounding.encoding import encode, sample_cost
+from pared.fitting.rounding.plan import make_plan
 from pared.model.contents import Decision
 from pared.model.tensors import find_tensors
 

@@ -129,7 +129,7 @@ def test_a_rule_on_shapes() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     q = pared.fit(model, PostTrainingQuantConfig(rules=[Rule(lambda shape: len(shape) == 4, bits=4)]))
     assert {line.name: line.bits for line in q.plan if line.name.endswith("weight")} == {"0.weight": 4, "2.weight": 8.0}
-    with pytest.raises(ConfigError, match=r"holds for no tensor of the model"):
+    with pytest.raises(ConfigError, match=r"matches no tensor of the model"):
         pared.fit(model, PostTrainingQuantConfig(rules=[Rule(lambda shape: len(shape) == 9, keep=True)]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from pared.fitting.preparation import Prepared
-from pared.fitting.rounding import plan
+from pared.fitting.rounding import encoding, plan, precision
 from pared.fitting.search.activations import choose_activations, find_candidates
 from pared.fitting.search.compressor import provenance
 from pared.model.contents import Contents, Stored
@@ -23,9 +23,9 @@ def at_eight_bits(known: Prepared[ModuleT]) -> ModuleT:
     conf, seen, sensitivity = known.conf, known.seen, known.sensitivity
     decisions = plan.make_plan(known.tensors, conf.rules, strict=conf.strict)
     if sensitivity is not None:
-        decisions = plan.finer(decisions, known.tensors, sensitivity.tensors, strict=conf.strict)
+        decisions = precision.with_enough_bits(decisions, known.tensors, sensitivity.tensors, strict=conf.strict)
     stored = tuple(
-        Stored(tensor.names, tensor.kind, plan.encode(tensor, decision), decision)
+        Stored(tensor.names, tensor.kind, encoding.encode(tensor, decision), decision)
         for tensor, decision in zip(known.tensors, decisions, strict=True)
     )
     candidates = find_candidates(known.tensors.model, stored, seen.inputs if seen else None)

@@ -10,7 +10,7 @@ from torch import nn
 from pared.errors import CalibrationError, ConfigError
 from pared.fitting.calibration import observe
 from pared.fitting.config import PostTrainingQuantConfig
-from pared.fitting.rounding import plan
+from pared.fitting.rounding import encoding, plan
 from pared.model import calls
 from pared.model.checks import supported_tensors
 from pared.runtime.layers.registration import check_registered
@@ -98,7 +98,7 @@ def estimate(
     decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
     start = time.monotonic()
     guesses = [
-        plan.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(tensors, decisions, strict=True)
+        encoding.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(tensors, decisions, strict=True)
     ]
     share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in tensors))
     rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0

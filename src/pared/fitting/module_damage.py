@@ -13,7 +13,8 @@ from torch import nn
 
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import InputNoise
-from pared.fitting.rounding.plan import DEFAULT_BITS, encode
+from pared.fitting.rounding.encoding import encode
+from pared.fitting.rounding.plan import DEFAULT_BITS
 from pared.fitting.search.activations import Candidate, find_candidates
 from pared.model.calls import Call
 from pared.model.contents import Decision, Stored

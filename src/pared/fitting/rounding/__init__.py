@@ -1,1 +1,1 @@
-"""From weights to codes: the rules, the rounding, and what each step would cost."""
+"""Rounding: what the rules decide for each tensor, what each step would cost, and weights rounded to codes."""

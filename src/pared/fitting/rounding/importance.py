@@ -1,4 +1,4 @@
-"""What the rows of a tensor count, and the damping that rounds it best."""
+"""How much errors in each row of a tensor matter, and the damping that rounds it best."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from pared.fitting.rounding.feedback import factor
 from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, RoundingTarget
 from pared.formats.views import View
 
-_JUDGED_AT: Final = -1.0  # octaves, where ways to round are compared: about three bits
-
-
-DAMPINGS: Final = (0.015, 0.05, 0.12, 0.3, 1.5)  # from the middle one the search goes to where it is better
-
-
-# Importances are estimates: a row counts at least this share of the mean one.
-_LEAST_IMPORTANCE: Final = 0.02
-
-
-# Tables: the steps of rows follow this power of the optimum, since counts say less of other texts than of this one.
+# Step at which ways to round a tensor are compared, in octaves from the root mean square: about three bits per weight.
+_COMPARED_AT: Final = -1.0
+# Shares of the mean second moment that are tried, from the middle one on towards the better ones, see `factor`.
+DAMPINGS: Final = (0.015, 0.05, 0.12, 0.3, 1.5)
+# Importances are estimates: a row has at least this share of the mean one.
+_MIN_IMPORTANCE: Final = 0.02
+# Importance of a tensor without any measured effect on the output: so small that it ends coarse, but not empty.
+_NEGLIGIBLE: Final = 1e-6
+# Steps of a table's rows follow this power of the optimum: how often a row is looked up varies from text to text.
 _TABLE_POWER: Final = 0.75
+# Resolution of the rows' exponents, in eighths of an octave, for rows of at least this many columns. Short rows have
+# coarser exponents, because a row's step takes bytes too.
+_RESOLUTIONS: Final = ((256, 2), (32, 4), (0, 8))
 
 
 def make_target(matrix: Tensor, view: View, stats: TensorStats) -> RoundingTarget:
-    """Gather what rounding a tensor needs.
+    """Gather what is needed to round a tensor, and choose between equal and unequal steps and the damping.
 
     Args:
-        matrix: float32, the view's matrix of the tensor.
-        view: of the tensor.
-        stats: what calibration says of it.
+        matrix: float32 (rows, columns): the tensor through its view.
+        view: which dimensions are rows.
+        stats: what errors of the tensor cost.
     """
     importance, power = _importance(stats)
     exponents = _exponents(importance, matrix.shape[1], power)
@@ -47,41 +48,42 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats) -> RoundingTarge
     if bool(exponents.any()):
         candidates.append(replace(plain, exponents=torch.zeros_like(exponents)))
     judge = stats.judge
-    best = min(candidates, key=lambda target: _merit(target, judge))
+    best = min(candidates, key=lambda target: _bits_at_equal_damage(target, judge))
     if stats.moments is None:
         return best
     seen = stats.moments if stats.unseen is None else stats.moments - stats.unseen
     damping, judged = _damped(best, seen, judge)
-    if _merit(judged, judge) >= _merit(best, judge):
+    if _bits_at_equal_damage(judged, judge) >= _bits_at_equal_damage(best, judge):
         return best
     return replace(best, factored=factor(stats.moments, damping), judged=judged.factored)
 
 
 def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:
-    """The damping of `DAMPINGS` that is better than its neighbours, and the target with it.
+    """The damping that is better than its neighbours in `DAMPINGS`, and the target with a factor of it.
 
-    Only the best target is held on to: wide weights have factors of a gigabyte.
+    Only the best target is kept in memory: the factor of a wide weight may take a gigabyte.
     """
-    merits: dict[int, float] = {}
-    place, best = len(DAMPINGS) // 2, target
+    bits: dict[int, float] = {}  # by the index of the damping
+    index, best = len(DAMPINGS) // 2, target
     while True:
-        for one in (place, place - 1, place + 1):
-            if one not in merits and 0 <= one < len(DAMPINGS):
-                damped = replace(target, factored=factor(moments, DAMPINGS[one]))
-                merit = _merit(damped, judge)
-                if merit < min(merits.values(), default=math.inf):
-                    best = damped
-                merits[one] = merit
-        found = min(merits, key=merits.__getitem__)
-        if found == place:
-            return DAMPINGS[place], best
-        place = found
+        for neighbour in (index, index - 1, index + 1):
+            if neighbour in bits or not 0 <= neighbour < len(DAMPINGS):
+                continue
+            damped = replace(target, factored=factor(moments, DAMPINGS[neighbour]))
+            fewest_so_far = min(bits.values(), default=math.inf)
+            bits[neighbour] = _bits_at_equal_damage(damped, judge)
+            if bits[neighbour] < fewest_so_far:
+                best = damped
+        fewest = min(bits, key=bits.__getitem__)
+        if fewest == index:
+            return DAMPINGS[index], best
+        index = fewest
 
 
-def _merit(target: RoundingTarget, judge: Tensor | None) -> float:
-    """Bits per weight at equal damage, up to what all ways to round a tensor share; at about three bits."""
+def _bits_at_equal_damage(target: RoundingTarget, judge: Tensor | None) -> float:
+    """Bits per weight at equal damage, up to a constant that all ways to round a tensor share; fewer is better."""
     scale = float(target.matrix.square().mean().sqrt())
-    common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _JUDGED_AT))
+    common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _COMPARED_AT))
     rows = sample_rows(target)
     rates, errors = try_steps(target, rows, [common], judge)
     steps = target.steps(common, "int16")[rows].double()
@@ -90,26 +92,30 @@ def _merit(target: RoundingTarget, judge: Tensor | None) -> float:
 
 
 def _importance(stats: TensorStats) -> tuple[Tensor, float]:
+    """The importance of each row, float64 (rows,), and the power of the optimum that steps follow."""
     if stats.uses is not None and float(stats.uses.sum()) > 0 and stats.moments is None:
         return table_importance(stats.rows, stats.uses), _TABLE_POWER
-    seen = stats.rows[stats.rows > 0]
-    if not len(seen):
+    reached = stats.rows[stats.rows > 0]
+    if not len(reached):
         return torch.full_like(stats.rows, _NEGLIGIBLE), 1.0
-    # A row that calibration never reached may matter elsewhere: it counts like the median one that it did.
-    rows = torch.where(stats.rows > 0, stats.rows, seen.median())
-    return rows.clamp(min=_LEAST_IMPORTANCE * float(rows.mean())), 1.0
-
-
-# What a tensor without any measured effect on the output counts: little, so that it ends coarse but not empty.
-_NEGLIGIBLE: Final = 1e-6
+    # A row that calibration did not reach may matter on other data: it counts like the median of the others.
+    rows = torch.where(stats.rows > 0, stats.rows, reached.median())
+    return rows.clamp(min=_MIN_IMPORTANCE * float(rows.mean())), 1.0
 
 
 def table_importance(rows: Tensor, uses: Tensor) -> Tensor:
-    """The expected importance of a table's rows, given the measured one and how often each was looked up.
+    """The expected importance of a table's rows, given the measured one and how often each row was looked up.
 
-    Rows that were looked up about as often count alike, by their mean. Rows that never were get the share of those
-    looked up once (Good 1953); and all up to the median of the seen ones count alike, so that what was not in the
-    calibration data never gets a coarser step than what is ordinary there.
+    Rows that were looked up about equally often get the mean importance of all of them. Rows that were never looked up
+    get the share of those looked up once (Good 1953). All rows up to the median of the rows looked up count alike, so
+    that what the calibration data lack never gets a coarser step than what is ordinary in them.
+
+    Args:
+        rows: float64 (rows,): measured importance.
+        uses: float64 (rows,): how often each row was looked up.
+
+    Returns:
+        float64 (rows,), above 0.
 
     >>> uses = torch.tensor([0.0, 0.0, 1.0, 1.0, 8.0])
     >>> table_importance(uses, uses).tolist()
@@ -124,10 +130,10 @@ def table_importance(rows: Tensor, uses: Tensor) -> Tensor:
 
 
 def _exponents(importance: Tensor, columns: int, power: float) -> Tensor:
-    """Steps follow importance^(-1/2), so that every weight does the same damage; in eighths of an octave.
+    """By how many eighths of an octave each row's step exceeds the common one, int64 (rows,).
 
-    Short rows have coarser exponents: a row's own step costs bytes too.
+    Steps follow importance^(-1/2), so that every weight does the same damage.
     """
-    unit = next(unit for least, unit in ((256, 2), (32, 4), (0, 8)) if columns >= least)
+    unit = next(unit for least, unit in _RESOLUTIONS if columns >= least)
     wished = -0.5 * power * STEPS_PER_OCTAVE * (importance / importance.log().mean().exp()).log2()
     return (wished / unit).round().long().mul_(unit)

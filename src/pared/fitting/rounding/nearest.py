@@ -1,4 +1,4 @@
-"""From a matrix and a wish to codes and steps. Pure mathematics: no modules, no files."""
+"""Rounds a matrix to the nearest codes at a given rate. Pure mathematics: no modules, no files."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from pared.formats.coded import Coded, Grid
 from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View
 
-# A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.
+# Steps below the smallest normal float32 have lost precision: such rows count as zero.
 _SMALLEST_STEP: Final = torch.finfo(torch.float32).tiny
-# A rate counts as reached within this many bits per weight.
+# The rate is reached within this many bits per weight, or once the step is known to this ratio.
 _RATE_TOLERANCE: Final = 0.01
-# Above this many weights the rate is measured on evenly spaced rows.
-_SAMPLE: Final = 1 << 19
+_STEP_TOLERANCE: Final = 1.0005
+# Above this many weights the rate is measured on evenly spaced rows, to save time.
+_SAMPLED_WEIGHTS: Final = 1 << 19
 
 
 def absmax_steps(tensor: Tensor, view: View, limit: int) -> Tensor:
-    """The finest step of each row at which no code leaves `limit`: `absmax(row) / limit`.
+    """The finest step of each row at which no code exceeds `limit`: `absmax(row) / limit`.
 
     Args:
-        tensor: any floating shape.
+        tensor: floating, any shape.
         view: which dimensions are rows.
         limit: the largest magnitude of a code, 127 or 32767.
 
@@ -42,15 +43,15 @@ def absmax_steps(tensor: Tensor, view: View, limit: int) -> Tensor:
 
 
 def nearest(tensor: Tensor, bits: float, view: View) -> Coded:
-    """Round to the nearest point of the grid whose coded stream costs `bits` per weight.
+    """Round to the nearest point of the grid whose entropy-coded stream takes `bits` per weight.
 
-    The step is the same for all rows (at a fixed rate that minimises the squared error of a high-resolution
-    quantizer; Gersho 1979) but never finer than `absmax(row) / 127`, so that at 8 bits every row has its own
-    finest int8 step. Above 8 bits the codes are int16 and the bound is `absmax(row) / 32767`.
+    The step is the same for all rows (at a fixed rate this minimises the squared error of a high-resolution quantizer;
+    Gersho 1979) but never finer than `absmax(row) / 127`, so that at 8 bits every row has its own finest int8 step.
+    Above 8 bits the codes are int16 and the bound is `absmax(row) / 32767`.
 
     Args:
-        tensor: any floating shape, finite.
-        bits: the rate asked for, above 0 and below 16.
+        tensor: floating, any shape, finite.
+        bits: the rate, above 0 and below 16.
         view: which dimensions are rows.
 
     >>> w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
@@ -69,12 +70,12 @@ def _steps_for_rate(tensor: Tensor, bits: float, view: View, grid: Grid, finest:
     """Bisect the logarithm of the common step until the coded rate is `bits`."""
     matrix = view.matrix(tensor.detach())
     rows = finest.reshape(-1)
-    if matrix.numel() > _SAMPLE:
-        chosen = torch.linspace(0, len(matrix) - 1, max(1, _SAMPLE // matrix.shape[1])).long().unique()
+    if matrix.numel() > _SAMPLED_WEIGHTS:
+        chosen = torch.linspace(0, len(matrix) - 1, max(1, _SAMPLED_WEIGHTS // matrix.shape[1])).long().unique()
         matrix, rows = matrix[chosen], rows[chosen]
 
     def steps(common: float, bound: Tensor) -> Tensor:
-        # A row of zeros keeps its step of zero; elsewhere the common step holds unless it is too fine.
+        # Rows of zeros keep their step of zero; other rows have the common step unless it is too fine.
         return torch.where(bound > 0, bound.clamp(min=common), bound)
 
     def rate(common: float) -> float:
@@ -85,7 +86,7 @@ def _steps_for_rate(tensor: Tensor, bits: float, view: View, grid: Grid, finest:
     high = 4 * CODE_LIMITS[grid.codes] * float(finest.max())  # every weight rounds to zero
     if rate(low) <= bits:
         return finest
-    while high / low > 1.0005:
+    while high / low > _STEP_TOLERANCE:
         middle = math.sqrt(low * high)
         reached = rate(middle)
         if abs(reached - bits) <= _RATE_TOLERANCE:

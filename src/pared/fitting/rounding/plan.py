@@ -1,29 +1,22 @@
-"""What becomes of each tensor, decided before anything is rounded; and the decisions carried out."""
+"""What becomes of each tensor, by rules and defaults, decided before anything is rounded."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from pared.errors import ConfigError
-from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.config import Rule
-from pared.fitting.rounding.nearest import nearest
-from pared.formats.coded import Coded, Float, Raw, dtype_name, survives_float16
-from pared.formats.grids import CODE_LIMITS
-from pared.formats.views import View
-from pared.model.contents import Decision, Plan, Treatment
+from pared.formats.coded import dtype_name, survives_float16
+from pared.model.contents import Decision, Plan
 from pared.model.tensors import ModelTensor, ModelTensors
 
-DEFAULT_BITS: Final = 8.0
-MOST_BITS: Final = 15.0
+DEFAULT_BITS: Final = 8.0  # per weight, on a grid: plain int8
 
 
 def make_plan(
@@ -33,89 +26,31 @@ def make_plan(
     bits: float | None = DEFAULT_BITS,
     strict: bool = False,
 ) -> Plan:
-    """One decision per tensor: the first rule that matches, else a grid at `bits` for whatever can be on one.
-
-    With `bits=None` the rates of the latter are left to the search.
-
-    Raises:
-        ConfigError: a rule matches nothing, or `strict` and a tensor would be left in float without a rule.
-    """
-    types = {name: type(module) for name, module in slots.model.named_modules(remove_duplicate=False)}
-    used: set[int] = set()
-    plan = []
-    for slot in slots:
-        index = next((i for i, rule in enumerate(rules) if _matches(rule, slot, types)), None)
-        # A rule whose every tensor was claimed by an earlier one still matches something.
-        used.update(i for i, rule in enumerate(rules) if i not in used and _matches(rule, slot, types))
-        plan.append(_default(slot, bits) if index is None else _by_rule(slot, rules[index]))
-    for i, rule in enumerate(rules):
-        if i not in used:
-            raise _unmatched(rule, slots, types)
-    if strict:
-        named = [any(_matches(rule, slot, types) for rule in rules) for slot in slots]
-        _refuse((slot, decision) for slot, decision, is_named in zip(slots, plan, named, strict=True) if not is_named)
-    return tuple(plan)
-
-
-def finer(
-    plan: Plan, slots: ModelTensors[nn.Module], known: Mapping[str, TensorStats], *, strict: bool = False
-) -> Plan:
-    """The plan with its damages, and more than 8 bits for each tensor of which these alone would do too much.
-
-    That happens where the channels of an input differ widely in scale: then so do the columns of a row, and its step
-    is too coarse for those that count. Tensors that a rule names are left as they are.
+    """One decision per tensor: by the first rule that matches, else a grid where the tensor can be on one.
 
     Args:
-        plan: at the default rate.
         slots: the model's tensors.
-        known: what errors cost, by the tensor's name.
-        strict: whether a tensor of two or more dimensions for which no grid is fine enough is an error.
+        rules: the user's, in order.
+        bits: per weight, for grids that no rule asks for; None leaves their rates to the search.
+        strict: refuse a tensor of two or more dimensions that would stay in float without a rule.
 
     Raises:
-        ConfigError: `strict`, and there is such a tensor.
+        ConfigError: a rule matches no tensor or its function fails, or `strict` and there is such a tensor.
     """
-    total = sum(slot.tensor.numel() for decision, slot in zip(plan, slots, strict=True) if decision.treatment == "grid")
-    found = tuple(_finer(decision, slot, known, total) for decision, slot in zip(plan, slots, strict=True))
+    types = {name: type(module) for name, module in slots.model.named_modules(remove_duplicate=False)}
+    matching = [[rule for rule in rules if _matches(rule, slot, types)] for slot in slots]
+    # A rule whose every tensor an earlier one claims still matches something.
+    matched = {id(rule) for found in matching for rule in found}
+    for rule in rules:
+        if id(rule) not in matched:
+            raise _unmatched(rule, slots, types)
+    plan = [
+        _by_rule(slot, found[0]) if found else _default(slot, bits) for slot, found in zip(slots, matching, strict=True)
+    ]
     if strict:
-        _refuse([(slot, new) for slot, old, new in zip(slots, plan, found, strict=True) if new != old])
-    return found
-
-
-# The damage that a tensor may do alone at 8 bits: 30 dB below the output's energy. Finer codes run in float.
-_ALONE: Final = 1e-3
-# Of many weights that costs time and bytes that tell: of these all together may do 20 dB, shared out by their number.
-_MANY: Final = 1 << 22
-_TOGETHER: Final = 1e-2
-# How many times a step of int16 codes may be halved against int8's: 127 * 2^8 still fits.
-_MOST_HALVINGS: Final = 8
-_SAMPLED_ROWS: Final = 64
-
-
-def _allowed(weights: int, of: int) -> float:
-    """The damage that a tensor of so many of a model's weights may do alone at 8 bits."""
-    return max(_ALONE, _TOGETHER * weights / of) if weights >= _MANY else _ALONE
-
-
-def _finer(decision: Decision, slot: ModelTensor, known: Mapping[str, TensorStats], weights: int) -> Decision:
-    stats = known.get(slot.name)
-    if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
-        return decision
-    matrix = slot.view.matrix(slot.tensor.detach().float())
-    steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
-    damage = float((stats.rows * steps.square()).sum()) / 12
-    allowed = _allowed(slot.tensor.numel(), weights)
-    if not allowed < damage < math.inf:
-        return replace(decision, damage=damage if damage < math.inf else None)
-    because = f"at 8 bits it would do a damage of {damage:.2g}"
-    halvings = math.ceil(math.log(damage / allowed, 4))
-    # Each halving of the step costs a bit more than what 8 bits take when they are coded.
-    coded = 8 * sample_cost(slot, decision, _SAMPLED_ROWS).nbytes / slot.tensor.numel()
-    bits = max(coded + halvings, DEFAULT_BITS + 0.01)  # up to 8 bits there is no finer step than int8's
-    if halvings <= _MOST_HALVINGS and bits <= MOST_BITS:
-        return replace(decision, bits=round(bits, 2), because=because, damage=damage / 4**halvings)
-    # No grid is as fine; floats have a precision of their own for each number.
-    treatment: Treatment = "float16" if survives_float16(slot.tensor) else "exact"
-    return replace(decision, treatment=treatment, bits=None, because=because)
+        decided = zip(slots, plan, matching, strict=True)
+        refuse_float((slot, decision) for slot, decision, found in decided if not found)
+    return tuple(plan)
 
 
 def _matches(rule: Rule, slot: ModelTensor, types: Mapping[str, type[nn.Module]]) -> bool:
@@ -131,12 +66,12 @@ def _matches(rule: Rule, slot: ModelTensor, types: Mapping[str, type[nn.Module]]
         raise ConfigError(
             f"its function raised {type(error).__name__} for the shape {shape} of {slot.name}: {error}",
             where=f"Rule({rule.label})",
-            remedy="It is called with the shape of every tensor, biases too, and says True or False.",
+            remedy="It is called with the shape of every tensor, biases too, and must return True or False.",
         ) from error
 
 
 def _places(name: str) -> Iterable[str]:
-    """The tensor's own name and the name of every module around it, the root's empty name last."""
+    """The tensor's name, then those of the modules around it, from the innermost to the root's, which is empty."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -163,11 +98,12 @@ def _by_rule(slot: ModelTensor, rule: Rule) -> Decision:
 
 
 def _edits_itself(slot: ModelTensor) -> bool:
+    """Whether the module changes the tensor whenever it reads it, as tables with `max_norm` do."""
     return getattr(slot.module, "max_norm", None) is not None
 
 
 def _is_flat(tensor: Tensor) -> bool:
-    """Whether each row is one number, as the gains of weight_norm are: a row would have a step for nothing."""
+    """Whether each row is one number, as the gains of weight_norm are: a step would cost as much as the number."""
     return tensor.numel() == tensor.shape[0]
 
 
@@ -197,7 +133,7 @@ def _default(slot: ModelTensor, bits: float | None) -> Decision:
     return Decision(slot.name, "exact", None, f"{dtype_name(tensor.dtype)} is kept exactly")
 
 
-_SHAPES_SHOWN: Final = 8
+_NAMES_SHOWN: Final = 8  # names or shapes that an error lists
 
 
 def _unmatched(rule: Rule, slots: ModelTensors[nn.Module], types: Mapping[str, type[nn.Module]]) -> ConfigError:
@@ -207,20 +143,24 @@ def _unmatched(rule: Rule, slots: ModelTensors[nn.Module], types: Mapping[str, t
     elif isinstance(rule.target, type):
         near = sorted({cls.__name__ for cls in types.values()})
     else:
-        near = sorted({"x".join(map(str, slot.tensor.shape)) or "scalar" for slot in slots})[:_SHAPES_SHOWN]
+        near = sorted({"x".join(map(str, slot.tensor.shape)) or "scalar" for slot in slots})[:_NAMES_SHOWN]
         return ConfigError(
-            "holds for no tensor of the model",
+            "matches no tensor of the model",
             where=f"Rule({rule.label})",
-            remedy=f"It is called with a shape, a tuple; among the model's are: {', '.join(near)}.",
+            remedy=f"Its function is called with a shape, a tuple; the model's shapes include: {', '.join(near)}.",
         )
-    known = near or sorted({name for slot in slots for name in slot.names})[:_SHAPES_SHOWN]
-    kind = "The nearest names are" if near else "Among the names of its tensors are"
+    known = near or sorted({name for slot in slots for name in slot.names})[:_NAMES_SHOWN]
+    kind = "The nearest names are" if near else "The names of its tensors include"
     hint = f"{kind}: {', '.join(known)}." if known else "The model has no tensors."
     return ConfigError("matches no tensor of the model", where=f"Rule({rule.label})", remedy=hint)
 
 
-def _refuse(decided: Iterable[tuple[ModelTensor, Decision]]) -> None:
-    """Raise if a float tensor of two or more dimensions would be left in float."""
+def refuse_float(decided: Iterable[tuple[ModelTensor, Decision]]) -> None:
+    """Refuse plans that leave a weight in float.
+
+    Raises:
+        ConfigError: a floating tensor of two or more dimensions has no grid; rows of one number each do not count.
+    """
     left = [
         f"{slot.name} ({slot.tensor.numel() * slot.tensor.element_size()} bytes: {decision.because})"
         for slot, decision in decided
@@ -229,46 +169,7 @@ def _refuse(decided: Iterable[tuple[ModelTensor, Decision]]) -> None:
     ]
     if left:
         raise ConfigError(
-            f"strict=True, but these would stay in float: {'; '.join(left)}",
+            f"strict=True, but these tensors would stay in float: {'; '.join(left)}",
             where="PostTrainingQuantConfig",
-            remedy="Give each a Rule(..., keep=True, because=...), or leave strict out.",
+            remedy="Give each one a Rule(..., keep=True, because=...), or leave out strict=True.",
         )
-
-
-def encode(slot: ModelTensor, decision: Decision) -> Coded:
-    """Carry out one decision."""
-    tensor = slot.tensor.detach()
-    if decision.treatment == "grid":
-        assert decision.bits is not None
-        return nearest(tensor, decision.bits, slot.view)
-    if decision.treatment == "exact":
-        return Raw(dtype_name(tensor.dtype)).encode(tensor)
-    return Float(decision.treatment).encode(tensor)
-
-
-@dataclass(frozen=True)
-class Guess:
-    """What a tensor would take, judged by a few of its rows.
-
-    Args:
-        nbytes: about.
-        sampled: how many of its numbers were looked at.
-    """
-
-    nbytes: float
-    sampled: int
-
-
-def sample_cost(slot: ModelTensor, decision: Decision, rows: int) -> Guess:
-    """Judge what a tensor would take by rounding at most `rows` evenly spaced rows of it."""
-    tensor = slot.tensor.detach()
-    if decision.treatment != "grid" or tensor.numel() == 0:
-        width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
-        return Guess(tensor.numel() * width, 0)
-    assert decision.bits is not None
-    view = slot.view
-    matrix = view.matrix(tensor)
-    chosen = torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()
-    part = matrix[chosen]
-    sampled = nearest(part, decision.bits, View(tuple(part.shape), (0,) if view.rows else ()))
-    return Guess(sampled.nbytes * tensor.numel() / part.numel(), part.numel())

@@ -1,4 +1,4 @@
-"""A tensor that may go on a grid: what is known of it, and how it is rounded at given steps."""
+"""A tensor to be rounded: what is known of it, and its rounding at given steps."""
 
 from __future__ import annotations
 
@@ -16,32 +16,28 @@ from pared.formats.coded import log_step
 from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View
 
-STEPS_PER_OCTAVE: Final = 8  # of the scale that steps are on
-
-
 CodeType = Literal["int8", "int16"]
-
-
 Floats = NDArray[np.float64]
 
+STEPS_PER_OCTAVE: Final = 8  # steps are 2^(k / 8): a step index k counts eighths of an octave
 
-# The most that a code of int8 may reach before feedback: it moves later columns, and rows that leave the range are
-# solved again.
+# The largest code before feedback, which moves later columns: rows that then leave the type's range are rounded again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
+_RAISED_STEP: Final = 1.02  # factor that raises a step to the next one of the table, 2^(1/8) above
 
 
 @dataclass(frozen=True, eq=False)
 class RoundingTarget:
-    """A tensor that may go on a grid, and what is known of it.
+    """A tensor to be rounded, and what is known of it.
 
     Args:
-        matrix: float32 (rows, columns): its view.
-        view: of the tensor.
-        importance: float64 (rows,): damage per unit variance of all elements of a row, shrunk and never zero.
-        exponents: int64 (rows,): how many eighths of an octave a row's step is above the tensor's common one.
-        factored: of its second moments; None: plain rounding.
-        judged: the same from those calls that do not judge it; dropped when the curve is known.
-        layout: of the moments' blocks.
+        matrix: float32 (rows, columns): the tensor through its view.
+        view: which dimensions are rows.
+        importance: float64 (rows,): damage if all elements of a row had an error of variance 1; above 0.
+        exponents: int64 (rows,): by how many eighths of an octave a row's step exceeds the tensor's common step.
+        factored: factor of the second moments of its inputs; None: rounding without feedback.
+        judged: the factor from one half of the calls, which the other half judges; dropped once the curve is known.
+        layout: how the moments' blocks cover the matrix.
         absmax: float32 (rows,): the largest magnitude of each row.
     """
 
@@ -55,64 +51,76 @@ class RoundingTarget:
     absmax: Tensor
 
     def steps(self, common: int, codes: CodeType) -> Tensor:
-        """The steps at a common exponent: 2^((common + exponent) / 8), or coarser where a code would leave its type.
+        """The rows' steps, 2^((common + exponents) / 8), or coarser where a code would leave its type.
+
+        Args:
+            common: index of the common step, in eighths of an octave.
+            codes: "int8" or "int16".
 
         Returns:
             float32 (rows,); 0 for rows that are zero.
         """
-        # A hair below the member of the table that is meant, so that rounding up finds it.
+        # A little below the intended step of the table, so that rounding up finds it.
         wished = torch.exp2((common + self.exponents).double() / STEPS_PER_OCTAVE).mul_(1 - 1e-6).float()
         least = self.absmax / HEADROOM[codes]
         return torch.where(self.absmax > 0, log_step(torch.maximum(wished, least)), torch.zeros_like(wished))
 
 
 def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tensor, Tensor]:
-    """Round the whole matrix.
+    """Round the whole matrix, with feedback if the target has a factor.
+
+    Args:
+        target: the tensor.
+        steps: float32 (rows,), see `RoundingTarget.steps`.
+        codes: "int8" or "int16".
 
     Returns:
-        codes (rows, columns) of the type asked for, and the steps (rows,): raised where feedback drove a code out of
-        its type.
+        codes, int8 or int16 (rows, columns), and steps, float32 (rows,): raised where feedback drove a code out of its
+        type.
     """
     limit = CODE_LIMITS[codes]
     kind = torch.int8 if codes == "int8" else torch.int16
     if target.factored is None:
         return round_rows(target.matrix, steps, limit).to(kind), steps
-    found = torch.empty(target.matrix.shape, dtype=kind)
-    rows = torch.arange(len(found))
+    rounded = torch.empty(target.matrix.shape, dtype=kind)
+    rows = torch.arange(len(rounded))
     steps = steps.clone()
     while len(rows):
         part = round_with_feedback(target, rows, steps[rows], limit)
-        found[rows] = part.to(kind)
-        # Rows are independent: only those that may have been cut off are solved again, with a larger step.
-        cut = part.abs().amax(1) >= limit
-        rows = rows[cut] if target.layout.groups == 1 else _whole_groups(rows[cut], target)
-        if len(rows) and target.layout.groups > 1:
-            cut = (found[rows].abs() >= limit).any(1)
-            steps[rows[cut]] = log_step(steps[rows[cut]] * _RAISE)
-        else:
-            steps[rows] = log_step(steps[rows] * _RAISE)
-    return found, steps
-
-
-_RAISE: Final = 1.02  # up to the next member of the table of steps
+        rounded[rows] = part.to(kind)
+        # Rows are independent: only those whose codes may have been clamped are rounded again, with a larger step.
+        clamped = rows[part.abs().amax(1) >= limit]
+        steps[clamped] = log_step(steps[clamped] * _RAISED_STEP)
+        rows = clamped if target.layout.groups == 1 else _whole_groups(clamped, target)
+    return rounded, steps
 
 
 def _whole_groups(rows: Tensor, target: RoundingTarget) -> Tensor:
-    """All rows of the groups that these rows belong to."""
+    """The indices of all rows in the groups of these rows, int64."""
     size = len(target.matrix) // target.layout.groups
     groups = torch.unique(rows // size)
-    found: Tensor = (groups[:, None] * size + torch.arange(size)).reshape(-1)
-    return found
+    whole: Tensor = (groups[:, None] * size + torch.arange(size)).reshape(-1)
+    return whole
 
 
 def round_rows(matrix: Tensor, steps: Tensor, limit: int) -> Tensor:
-    """The nearest codes, float32 (rows, columns)."""
+    """The nearest codes, float32 (rows, columns) of whole numbers; 0 in rows whose step is 0."""
     inverse = torch.where(steps > 0, steps.reciprocal(), torch.zeros_like(steps))
     return (matrix * inverse[:, None]).round_().clamp_(-limit, limit)
 
 
 def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, limit: int) -> Tensor:
-    """Feedback on some rows: all of some groups, or any of a matrix that is one group."""
+    """Round some rows with feedback.
+
+    Args:
+        target: the tensor, with a factor.
+        rows: int64: all rows of some groups, or any rows of a matrix that is one group.
+        steps: float32, of these rows.
+        limit: the largest magnitude of a code.
+
+    Returns:
+        codes, float32 (rows, columns) of whole numbers.
+    """
     assert target.factored is not None
     whole = target.layout
     groups = len(rows) * whole.groups // len(target.matrix) if whole.groups > 1 else 1

@@ -15,7 +15,7 @@ from pared.errors import ConfigError
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.fitting.config import PostTrainingQuantConfig
-from pared.fitting.rounding import plan
+from pared.fitting.rounding import encoding, plan
 from pared.fitting.search import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
 from pared.fitting.search.allocate import Choice
@@ -116,7 +116,7 @@ class Compressor(Generic[ModuleT_co]):
         self._obey = obey
         self._plan: Plan = plan.make_plan(slots, conf.rules, bits=None, strict=conf.strict)
         self._fixed = {
-            slot.name: plan.encode(slot, decision)
+            slot.name: encoding.encode(slot, decision)
             for slot, decision in zip(slots, self._plan, strict=True)
             if not _is_free(decision)
         }

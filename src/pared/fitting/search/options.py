@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pared.fitting.calibration.sensitivity import TensorStats
-from pared.fitting.rounding import plan
+from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target
 from pared.fitting.rounding.targets import CodeType, RoundingTarget, solve
@@ -78,7 +78,7 @@ def trace_slot(slot: ModelTensor, stats: TensorStats, *, strict: bool = False, f
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
         decision = Decision(slot.name, "grid", plan.DEFAULT_BITS, "")
-        coded = plan.encode(slot, decision)
+        coded = encoding.encode(slot, decision)
         damage = _damage(target, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
         plain.append((decision, coded.nbytes + GRID_ENTRY, damage))
@@ -133,7 +133,7 @@ def _without_idle_int16(curve: RateCurve) -> RateCurve:
 def rounded(free: FreeTensor, option: int) -> Coded:
     """Round a tensor as one of its options says."""
     if option >= len(free.curve.codes):
-        return plan.encode(free.slot, free.decision(option))
+        return encoding.encode(free.slot, free.decision(option))
     tensor, target = free.slot.tensor.detach(), free.target
     code_type: CodeType = free.curve.codes[option]
     codes, steps = solve(target, target.steps(int(free.curve.common[option]), code_type), code_type)

@@ -1,0 +1,52 @@
+"""Carries out a decision: encodes a tensor as it says, or a few of its rows to estimate the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pared.fitting.rounding.nearest import nearest
+from pared.formats.coded import Coded, Float, Raw, dtype_name
+from pared.formats.views import View
+from pared.model.contents import Decision
+from pared.model.tensors import ModelTensor
+
+
+def encode(slot: ModelTensor, decision: Decision) -> Coded:
+    """Encode a tensor as its decision says; a grid without feedback."""
+    tensor = slot.tensor.detach()
+    if decision.treatment == "grid":
+        assert decision.bits is not None
+        return nearest(tensor, decision.bits, slot.view)
+    if decision.treatment == "exact":
+        return Raw(dtype_name(tensor.dtype)).encode(tensor)
+    return Float(decision.treatment).encode(tensor)
+
+
+@dataclass(frozen=True)
+class SampledCost:
+    """The bytes of an encoded tensor, estimated from a few of its rows.
+
+    Args:
+        nbytes: of the whole tensor.
+        sampled: how many of its numbers were rounded.
+    """
+
+    nbytes: float
+    sampled: int
+
+
+def sample_cost(slot: ModelTensor, decision: Decision, rows: int) -> SampledCost:
+    """Estimate the bytes of an encoded tensor by rounding at most `rows` evenly spaced rows of it."""
+    tensor = slot.tensor.detach()
+    if decision.treatment != "grid" or tensor.numel() == 0:
+        width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
+        return SampledCost(tensor.numel() * width, 0)
+    assert decision.bits is not None
+    view = slot.view
+    matrix = view.matrix(tensor)
+    chosen = torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()
+    sample = matrix[chosen]
+    coded = nearest(sample, decision.bits, View(tuple(sample.shape), (0,) if view.rows else ()))
+    return SampledCost(coded.nbytes * tensor.numel() / sample.numel(), sample.numel())

@@ -1,0 +1,80 @@
+"""Gives more than 8 bits to each tensor that would do too much damage with 8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from torch import nn
+
+from pared.fitting.calibration.sensitivity import TensorStats
+from pared.fitting.rounding.encoding import sample_cost
+from pared.fitting.rounding.plan import DEFAULT_BITS, refuse_float
+from pared.formats.coded import survives_float16
+from pared.formats.grids import CODE_LIMITS
+from pared.model.contents import Decision, Plan, Treatment
+from pared.model.tensors import ModelTensor, ModelTensors
+
+# Damage that a tensor may do alone at 8 bits: 30 dB below the output's energy.
+_DAMAGE_ALONE: Final = 1e-3
+# More bits for many weights cost time and bytes that tell (finer codes run in float). All tensors of at least this many
+# weights together may do more damage, 20 dB below the output's energy, shared out by their numbers of weights.
+_MANY_WEIGHTS: Final = 1 << 22
+_DAMAGE_TOGETHER: Final = 1e-2
+# How many times int16's step may halve int8's (127 * 2^8 still fits), and the most bits that such codes may take.
+_MAX_HALVINGS: Final = 8
+_MAX_BITS: Final = 15.0
+_SAMPLED_ROWS: Final = 64  # are rounded to estimate the bytes of 8-bit codes
+
+
+def with_enough_bits(
+    plan: Plan, slots: ModelTensors[nn.Module], known: Mapping[str, TensorStats], *, strict: bool = False
+) -> Plan:
+    """The plan with its damages, and more than 8 bits for each tensor that would do too much damage with 8.
+
+    That happens if the channels of an input differ widely in scale: then the columns of a row do so too, and the row's
+    step is too coarse for those that count. Tensors that a rule names are left as they are.
+
+    Args:
+        plan: at the default rate.
+        slots: the model's tensors.
+        known: what errors cost, by the tensor's name.
+        strict: raise an error for a tensor of two or more dimensions for which no grid is fine enough.
+
+    Raises:
+        ConfigError: `strict`, and there is such a tensor.
+    """
+    pairs = list(zip(plan, slots, strict=True))
+    weights = sum(slot.tensor.numel() for decision, slot in pairs if decision.treatment == "grid")
+    refined = tuple(_with_enough_bits(decision, slot, known.get(slot.name), weights) for decision, slot in pairs)
+    if strict:
+        refuse_float([(slot, new) for (old, slot), new in zip(pairs, refined, strict=True) if new != old])
+    return refined
+
+
+def _with_enough_bits(decision: Decision, slot: ModelTensor, stats: TensorStats | None, weights: int) -> Decision:
+    if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
+        return decision
+    matrix = slot.view.matrix(slot.tensor.detach().float())
+    steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
+    damage = float((stats.rows * steps.square()).sum()) / 12  # the variance of an error within a step
+    allowed = _allowed_damage(slot.tensor.numel(), weights)
+    if not allowed < damage < math.inf:
+        return replace(decision, damage=damage if damage < math.inf else None)
+    because = f"at 8 bits it would do a damage of {damage:.2g}"
+    halvings = math.ceil(math.log(damage / allowed, 4))
+    # Each halving of the step adds a bit to what 8-bit codes take when they are entropy coded.
+    coded = 8 * sample_cost(slot, decision, _SAMPLED_ROWS).nbytes / slot.tensor.numel()
+    bits = max(coded + halvings, DEFAULT_BITS + 0.01)  # up to 8 bits no step is finer than int8's
+    if halvings <= _MAX_HALVINGS and bits <= _MAX_BITS:
+        return replace(decision, bits=round(bits, 2), because=because, damage=damage / 4**halvings)
+    # No grid is fine enough; floating-point numbers each have a precision of their own.
+    treatment: Treatment = "float16" if survives_float16(slot.tensor) else "exact"
+    return replace(decision, treatment=treatment, bits=None, because=because)
+
+
+def _allowed_damage(weights: int, total: int) -> float:
+    """The damage that a tensor may do alone at 8 bits, given its and the model's numbers of weights."""
+    return max(_DAMAGE_ALONE, _DAMAGE_TOGETHER * weights / total) if weights >= _MANY_WEIGHTS else _DAMAGE_ALONE
