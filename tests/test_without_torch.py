@@ -107,7 +107,7 @@ def test_the_command_line_says_what_to_install(tmp_path: Path, arguments: tuple[
 
 
 def test_a_module_that_is_missing_for_another_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pared.runtime.layers.registration", None)
+    monkeypatch.setitem(sys.modules, "pared.runtime.layers.table", None)
     monkeypatch.delitem(vars(pared), "register", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="pared.runtime.layers.registration"):
+    with pytest.raises(ModuleNotFoundError, match="pared.runtime.layers.table"):
         _ = pared.register

@@ -27,7 +27,7 @@ from .inspection.findings.finding import Finding as Finding
 from .inspection.ledger import Ledger as Ledger
 from .inspection.ledger import Row as Row
 from .inspection.ledger import inspect as inspect
-from .runtime.layers.registration import register as register
+from .runtime.layers.table import register as register
 from .runtime.load import load as load
 from .runtime.onnx.engines import Runner as Runner
 from .runtime.onnx.export import Exported as Exported

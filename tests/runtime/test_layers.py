@@ -21,7 +21,8 @@ from pared.formats.coded import Coded
 from pared.formats.views import view_of
 from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore, stand_in
-from pared.runtime.layers.registry import float_class, layer_of, weights_of
+from pared.runtime.layers.registry import layer_of, weights_of
+from pared.runtime.layers.subclasses import class_below
 from pared.runtime.layers.table import LAYERS
 
 
@@ -228,7 +229,7 @@ def test_an_empty_batch(name: str, mode: str) -> None:
 def test_the_weight_reads_as_floats_and_the_class_stays(name: str, mode: str) -> None:
     layer, counterpart, args, kwargs = build(name, mode)
     assert isinstance(counterpart, type(layer))
-    assert float_class(type(counterpart)) is type(layer)
+    assert class_below(type(counterpart)) is type(layer)
     assert repr(counterpart) == repr(layer)
     for _ in range(2):
         for attribute in weights_of(layer):

@@ -13,7 +13,7 @@ from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding import encoding, plan
 from pared.model import calls
 from pared.model.checks import supported_tensors
-from pared.runtime.layers.registration import check_registered
+from pared.runtime.layers.table import check_registered
 
 
 def check_arguments(conf: object, calibration: object, eval_func: object = None, confirm_func: object = None) -> None:

@@ -17,7 +17,7 @@ from pared.fitting.search.evaluate import EvalFunc
 from pared.model import calls
 from pared.model.checks import supported_tensors
 from pared.model.tensors import ModelTensors, ModuleT
-from pared.runtime.layers.registration import check_registered
+from pared.runtime.layers.table import check_registered
 from pared.terminal import Stages
 
 _SAMPLES_AT_EIGHT_BITS: Final = 32  # enough to know what inputs and steps of 8 bits cost

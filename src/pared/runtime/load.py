@@ -14,7 +14,7 @@ from pared.model import storage
 from pared.model.checks import check_modules
 from pared.model.tensors import ModuleT, find_tensors
 from pared.runtime import quantized
-from pared.runtime.layers.registration import check_registered
+from pared.runtime.layers.table import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.runtime.placement import Memory
 from pared.runtime.profile import profile_beside

@@ -30,6 +30,7 @@ from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skel
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths
 from pared.runtime.layers.counterpart import Counterpart
+from pared.runtime.layers.subclasses import subclass_of
 from pared.runtime.onnx.capture import Dynamic
 from pared.runtime.onnx.export import Exported, export_onnx
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
@@ -188,19 +189,18 @@ _OFFERED: Final[Mapping[str, tuple[Callable[..., Any], bool]]] = {
     },
 }
 
-_CLASSES: Final[dict[tuple[type[nn.Module], frozenset[str]], type[nn.Module]]] = {}
-
 
 def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.Module]:
-    if (base, offered) not in _CLASSES:
-        names: dict[str, Any] = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    def members() -> dict[str, Any]:
+        names: dict[str, Any] = {}
         for name in sorted(offered):
             function, is_method = _OFFERED[name]
             names[name] = Offered(function, is_method=is_method)
         if hasattr(base, "save_pretrained"):
             names["save_pretrained"] = refuse_save_pretrained
-        _CLASSES.setdefault((base, offered), type(base.__name__, (Quantized, base), names))
-    return _CLASSES[base, offered]
+        return names
+
+    return subclass_of(base, Quantized, offered, members)
 
 
 def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:

@@ -28,7 +28,8 @@ from pared.formats.views import View
 from pared.model.copies import clone_structure, refresh_recurrent
 from pared.runtime.layers.casts import cast_floats, first_dtype
 from pared.runtime.layers.dispatch import KERNELS, OUTPUTS
-from pared.runtime.layers.registry import float_class, layer_of
+from pared.runtime.layers.registry import layer_of
+from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
 from pared.switches import CAPTURING
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def step_name(attribute: str) -> str:
     return f"pared_{attribute}_step"
 
 
-class Counterpart(nn.Module):
+class Counterpart(Mixin):
     """Mixed in before a module's own class: weights are codes and steps, packed for the kernel at first use.
 
     The codes of a weight are a buffer outside the state dict: int8 or int16, of the weight's shape; its steps a
@@ -249,28 +250,23 @@ class Counterpart(nn.Module):
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         """Name the module's own class: the dynamic one cannot be imported."""
-        return _new, (float_class(type(self)), tuple(self.pared_views)), self.__getstate__()
+        return _new, (class_below(type(self)), tuple(self.pared_views)), self.__getstate__()
 
 
 _LEFT_OUT: Final = ("_pared_packed", "_pared_lock", "_flat_weight_refs")
-_CLASSES: Final[dict[tuple[type[nn.Module], tuple[str, ...]], type[Counterpart]]] = {}
 
 
 def _counterpart_class(base: type[nn.Module], attributes: tuple[str, ...]) -> type[Counterpart]:
-    if (base, attributes) not in _CLASSES:
+    def members() -> dict[str, Any]:
         names: dict[str, Any] = {
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            "pared_float_class": base,
+            attribute: property(functools.partial(Counterpart.pared_read, attribute=attribute))
+            for attribute in attributes
         }
-        for attribute in attributes:
-            names[attribute] = property(functools.partial(Counterpart.pared_read, attribute=attribute))
         if issubclass(base, nn.RNNBase):  # a list of the weights themselves, which would keep the floats
             names["_flat_weights"] = property(_flat_weights, lambda _self, _value: None)
-        made = cast(type[Counterpart], type(base.__name__, (Counterpart, base), names))
-        _CLASSES.setdefault((base, attributes), made)
-    return _CLASSES[base, attributes]
+        return names
+
+    return subclass_of(base, Counterpart, attributes, members)
 
 
 def _flat_weights(module: Any) -> list[Tensor]:
@@ -331,7 +327,7 @@ def restore(module: Counterpart) -> None:
     module._parameters = {name: module._parameters[name] for name in module._pared_order}
     for name in [name for name in module.__dict__ if name.startswith(("pared_", "_pared_"))]:
         del module.__dict__[name]
-    module.__class__ = float_class(type(module))  # type: ignore[assignment]  # what it was
+    module.__class__ = class_below(type(module))  # type: ignore[assignment]  # what it was
     refresh_recurrent(module)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pared.formats.views import OWN_ROWS
 from pared.runtime.kernels.machine import available
+from pared.runtime.layers.subclasses import class_below
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ LAYERS: Final[dict[type[nn.Module], Layer]] = {}
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The entry of a module's class, if the module can run on codes."""
-    cls = float_class(type(module))
+    cls = class_below(type(module))
     home = next((base for base in cls.__mro__ if base in LAYERS), None)
     if home is None:
         return None
@@ -62,14 +63,14 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
     if layer is None or hasattr(module, "parametrizations"):
         return ()
     found = layer.weights(module)
-    if layer.forward is not None and _own_rows(float_class(type(module)), found):
+    if layer.forward is not None and _own_rows(class_below(type(module)), found):
         return ()
     return found if all(module._parameters.get(attribute) is not None for attribute in found) else ()
 
 
 def has_columns(module: nn.Module) -> bool:
     """Whether single columns of the module's input may leave its range."""
-    cls = float_class(type(module))
+    cls = class_below(type(module))
     home = next((base for base in cls.__mro__ if base in LAYERS), None)
     # A subclass with a forward of its own may give the product another input than its own.
     return home is not None and LAYERS[home].columns and cls.forward is home.forward
@@ -79,9 +80,3 @@ def _own_rows(cls: type[nn.Module], attributes: tuple[str, ...]) -> bool:
     """Whether a subclass of what the table knows has weights of another layout."""
     nearer = itertools.takewhile(lambda base: base not in LAYERS, cls.__mro__)
     return any(attribute in OWN_ROWS.get(base, {}) for base in nearer for attribute in attributes)
-
-
-def float_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before a counterpart stood in for it."""
-    found: type[nn.Module] = getattr(cls, "pared_float_class", cls)
-    return found

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from torch import nn
 
 from pared.model.copies import refresh_recurrent
+from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
 from pared.runtime.serving.server import Server
 
 _SERVER: Final = "_pared_server"  # the attribute that holds it
-_CLASSES: Final[dict[type[nn.Module], type[nn.Module]]] = {}
 
 
-class Served(nn.Module):
+class Served(Mixin):
     """Mixed in before a module's own class: its own `forward` runs only where its server has no answer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -36,7 +36,7 @@ class Served(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickled by itself, a part is of its own class, which can be imported, and has no server."""
         state = {name: value for name, value in _state(self).items() if name != _SERVER}
-        return _blank, (own_class(type(self)),), state
+        return _blank, (class_below(type(self), Served),), state
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -52,7 +52,8 @@ def _state(module: nn.Module) -> dict[str, Any]:
 def serve(module: nn.Module, server: Server) -> None:
     """Let a server answer a module's calls, in place."""
     if _SERVER not in module.__dict__:
-        module.__class__ = _served_class(type(module))
+        base = type(module)
+        module.__class__ = subclass_of(base, Served, members=lambda: {"forward": _forward(base.forward)})
     module.__dict__[_SERVER] = server
 
 
@@ -60,7 +61,7 @@ def release(module: nn.Module) -> None:
     """The inverse of `serve`, in place; also undoes whatever was mixed in before `Served`."""
     module.__dict__.pop(_SERVER, None)
     if isinstance(module, Served):
-        module.__class__ = own_class(type(module))  # type: ignore[assignment]  # what it was
+        module.__class__ = class_below(type(module), Served)  # type: ignore[assignment]  # what it was
 
 
 def server_of(module: nn.Module) -> Server:
@@ -71,14 +72,8 @@ def server_of(module: nn.Module) -> Server:
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """The forward of a module's own class, whoever answers its calls."""
-    forward: Callable[..., Any] = own_class(type(module)).forward
+    forward: Callable[..., Any] = class_below(type(module), Served).forward
     return forward
-
-
-def own_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a module had before it was served."""
-    found: Any = next(base for base in cls.__mro__ if not issubclass(base, Served))
-    return cast(type[nn.Module], found)
 
 
 def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,11 +86,3 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
         return own(self, *args, **kwargs) if found is NotImplemented else found
 
     return forward
-
-
-def _served_class(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _CLASSES:
-        names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        made = type(base.__name__, (Served, base), {**names, "forward": _forward(base.forward)})
-        _CLASSES.setdefault(base, made)
-    return _CLASSES[base]
