@@ -106,16 +106,16 @@ def test_the_example_runs_one_factor_in_int8() -> None:
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"layer": 3}, "is no type of module"),
-        ({"layer": nn.Module}, "is no type of module"),
-        ({"layer": Twice, "int8": "first"}, "the attributes are not distinct names"),
-        ({"layer": Twice, "rows": {"a b": 1}}, "the attributes are not distinct names"),
-        ({"layer": Twice, "rows": {"second": -1}}, "are no dimensions"),
-        ({"layer": Twice, "rows": {"second": 1.0}}, "are no dimensions"),
-        ({"layer": Twice, "rows": ["second"]}, "the attributes are not distinct names"),
-        ({"layer": Twice, "int8": ["first", "first"]}, "the attributes are not distinct names"),
-        ({"layer": Twice, "int8": None}, "the attributes are not distinct names"),
-        ({"layer": Twice, "forward": print}, "a forward needs weights to run on"),
+        ({"layer": 3}, "is not a class of modules"),
+        ({"layer": nn.Module}, "is not a class of modules"),
+        ({"layer": Twice, "int8": "first"}, "rows and int8 must name each attribute once"),
+        ({"layer": Twice, "rows": {"a b": 1}}, "rows and int8 must name each attribute once"),
+        ({"layer": Twice, "rows": {"second": -1}}, "must be dimensions: whole numbers"),
+        ({"layer": Twice, "rows": {"second": 1.0}}, "must be dimensions: whole numbers"),
+        ({"layer": Twice, "rows": ["second"]}, "rows and int8 must name each attribute once"),
+        ({"layer": Twice, "int8": ["first", "first"]}, "rows and int8 must name each attribute once"),
+        ({"layer": Twice, "int8": None}, "rows and int8 must name each attribute once"),
+        ({"layer": Twice, "forward": print}, "forward must be a function"),
     ],
 )
 def test_what_makes_no_sense_is_refused(arguments: dict[str, Any], what: str) -> None:
@@ -172,8 +172,8 @@ def test_a_subclass_with_rows_of_its_own_is_read_by_them() -> None:
         ({"int8": ["third"]}, "pared.register(Twice): 0 has no weight 'third'\n  Its weights are: first, second."),
         (
             {"rows": {"second": 5}},
-            "pared.register(Twice): rows=(5,) are no dimensions of 0.second, which has 2\n"
-            "  Pass numbers from 0 up; dimension 0 is the default.",
+            "pared.register(Twice): rows=(5,) do not fit 0.second, which has 2 dimensions\n"
+            "  Count dimensions from 0, which is the default.",
         ),
     ],
 )
@@ -197,6 +197,20 @@ def test_the_last_registration_holds_and_models_made_before_keep_theirs() -> Non
     assert torch.equal(before(BATCHES[0]), expected)
     pared.register(Twice, rows={"second": 1}, int8=["first"])
     assert torch.equal(copy.deepcopy(before)(BATCHES[0]), expected)
+
+
+def test_a_registration_that_replaces_another_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    pared.register(Twice, rows={"second": 1}, int8=["first"])
+    pared.register(Twice, rows={"second": 1}, int8=("first",))
+    pared.register(nn.Linear, rows={"weight": 0})  # what holds without it
+    assert caplog.messages == []
+    pared.register(Twice, rows={"second": 1})
+    pared.register(Twice)
+    pared.register(nn.Linear, int8=["weight"], forward=F.linear)
+    assert [text.partition(" replaces what was known of this layer")[0] for text in caplog.messages] == [
+        *["pared.register(Twice)"] * 2,
+        "pared.register(Linear)",
+    ]
 
 
 def test_a_subclass_is_what_its_base_was_registered_as_until_it_says_otherwise() -> None:

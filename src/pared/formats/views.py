@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -100,8 +101,9 @@ VIEWS: Final[dict[str, Callable[[nn.Module, tuple[int, ...]], View]]] = {
     "transformers.pytorch_utils.Conv1D": _second_dimension,
 }
 
-# What users say of their own layers: the dimensions that are rows, by attribute. `pared.register` fills it.
-OWN_ROWS: Final[dict[type[nn.Module], Mapping[str, tuple[int, ...]]]] = {}
+# The dimensions that are rows in users' own layers, by class and attribute: `pared.register` fills it. A class that
+# nothing else uses is forgotten.
+OWN_ROWS: Final[weakref.WeakKeyDictionary[type, Mapping[str, tuple[int, ...]]]] = weakref.WeakKeyDictionary()
 
 # A step takes four bytes: rows shorter than this would spend more on steps than on int8 codes.
 _SHORTEST_ROW: Final = 4

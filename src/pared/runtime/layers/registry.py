@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -42,8 +43,8 @@ class Layer:
         return "" if self.modes == ("gather",) else available() or self.reason()
 
 
-# By type; a module has the entry of the nearest class among its bases.
-LAYERS: Final[dict[type[nn.Module], Layer]] = {}
+# By type; a module has the entry of the nearest class among its bases. A class that nothing else uses is forgotten.
+LAYERS: Final[weakref.WeakKeyDictionary[type, Layer]] = weakref.WeakKeyDictionary()
 
 
 def layer_of(module: nn.Module) -> Layer | None:

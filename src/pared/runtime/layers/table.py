@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -18,37 +20,46 @@ from pared.scalars import plain
 
 __all__ = ["LAYERS", "check_registered", "register"]
 
+log = logging.getLogger(__name__)
+
 _BOTH: Final = ("static", "dynamic")
 
 
-def _one(_module: nn.Module) -> tuple[str, ...]:
-    return ("weight",)
+@dataclass(frozen=True)
+class _Named:
+    """The same attributes for every module of a type."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, _module: nn.Module) -> tuple[str, ...]:
+        return self.names
 
 
-def _table(module: Any) -> tuple[str, ...]:
-    """Unless it edits the table while reading it."""
+def _lookup_weights(module: Any) -> tuple[str, ...]:
+    """The table, unless the module rescales its rows while it reads them."""
     return ("weight",) if module.max_norm is None else ()
 
 
-def _transposed(module: Any) -> tuple[str, ...]:
-    """One group, and no output beyond the last patch: folding has no place for it."""
-    plain = module.groups == 1 and all(o < s for o, s in zip(module.output_padding, module.stride, strict=True))
-    return ("weight",) if plain else ()
+def _transposed_weights(module: Any) -> tuple[str, ...]:
+    """The weight of a single group, without outputs beyond the last patch, for which folding has no place."""
+    inside = all(o < s for o, s in zip(module.output_padding, module.stride, strict=True))
+    return ("weight",) if module.groups == 1 and inside else ()
 
 
+_WEIGHT: Final = _Named(("weight",))
 _CELL: Final = Layer(cell_weights, ("dynamic",), cell_forward, recurrent.available)
 _RECURRENT: Final = Layer(layer_weights, ("dynamic",), layer_forward, recurrent.available)
 
 LAYERS.update(
     {
-        nn.Linear: Layer(_one, _BOTH, columns=True),
-        nn.Conv1d: Layer(_one, _BOTH),
-        nn.Conv2d: Layer(_one, _BOTH),
-        nn.Conv3d: Layer(_one, _BOTH),
-        nn.ConvTranspose1d: Layer(_transposed, _BOTH),
-        nn.ConvTranspose2d: Layer(_transposed, _BOTH),
-        nn.Embedding: Layer(_table, ("gather",)),
-        nn.EmbeddingBag: Layer(_table, ("gather",)),
+        nn.Linear: Layer(_WEIGHT, _BOTH, columns=True),
+        nn.Conv1d: Layer(_WEIGHT, _BOTH),
+        nn.Conv2d: Layer(_WEIGHT, _BOTH),
+        nn.Conv3d: Layer(_WEIGHT, _BOTH),
+        nn.ConvTranspose1d: Layer(_transposed_weights, _BOTH),
+        nn.ConvTranspose2d: Layer(_transposed_weights, _BOTH),
+        nn.Embedding: Layer(_lookup_weights, ("gather",)),
+        nn.EmbeddingBag: Layer(_lookup_weights, ("gather",)),
         nn.LSTM: _RECURRENT,
         nn.GRU: _RECURRENT,
         nn.LSTMCell: _CELL,
@@ -57,8 +68,6 @@ LAYERS.update(
         nn.MultiheadAttention: Layer(attention_weights, ("dynamic",), attention_forward, children=("out_proj",)),
     }
 )
-
-
 _BUILT_IN: Final = dict(LAYERS)  # before anything is registered
 
 
@@ -69,25 +78,26 @@ def register(
     int8: Sequence[str] = (),
     forward: Callable[..., Any] | None = None,
 ) -> None:
-    """Tell how the weights of a layer are laid out, and which of them can stay in codes while it runs.
+    """Describe a layer of your own: how its weights are laid out, and which of them can stay in codes while it runs.
 
-    Nothing needs to be registered for a layer to be compressed: every weight is put on a grid with dimension 0 as its
-    rows, and error feedback works on whatever function uses it. What is registered holds for subclasses, too, and must
-    be registered again in a process that loads the artifact.
+    A layer need not be registered to be compressed: every weight is put on a grid with dimension 0 as its rows, and
+    error feedback works with whatever function uses the weight. A registration holds for the whole process and for
+    subclasses of the layer; a process that loads the artifact must make it again. A second registration of a layer
+    replaces the first, with a warning in the log if they differ; models that were compressed before keep theirs.
 
     Args:
         layer: a subclass of `torch.nn.Module`.
-        rows: by attribute, the dimension (or dimensions) of a weight that counts its outputs: each row gets a step of
-            its own. Default: dimension 0.
-        int8: attributes that run in int8 where that is measured to be faster and accurate enough: those that reach
-            `F.linear`, a convolution or `F.embedding` as the weight. Whatever else is done with them sees floats.
+        rows: by attribute, the dimension (or dimensions) of the weight that count its outputs: each row gets its own
+            step. Default: dimension 0.
+        int8: the attributes that run in int8 where that is measured to be faster and accurate enough: those that are
+            passed to `F.linear`, a convolution or `F.embedding` as the weight. Any other function sees floats.
         forward: runs instead of the layer's own when it is in int8, as `forward(layer, *args, **kwargs)`; for instance
-            to make one product after the other where the float layer multiplies the weights first. Default: the
+            to multiply by one weight after the other where the float layer multiplies the weights first. Default: the
             layer's own.
 
     Raises:
-        ConfigError: the layer is no module type, an attribute is no name, or a dimension no number from 0 up. That a
-            layer has these attributes and dimensions is checked by `fit`.
+        ConfigError: `layer` is not a module class, an attribute is not a name, or a dimension is not a whole number
+            from 0 up. `fit` checks that the layer has these attributes and dimensions.
 
     >>> class Scaled(nn.Module):
     ...     def __init__(self):
@@ -99,33 +109,39 @@ def register(
     """
     where = f"pared.register({getattr(layer, '__name__', layer)!s})"
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)) or layer is nn.Module:
-        raise ConfigError("is no type of module", where=where, remedy="Pass a subclass of torch.nn.Module.")
+        raise ConfigError("is not a class of modules", where=where, remedy="Pass a subclass of torch.nn.Module.")
     if not (rows is None or isinstance(rows, Mapping)) or not _are_names(int8) or not _are_names(tuple(rows or ())):
         raise ConfigError(
-            "the attributes are not distinct names",
+            "rows and int8 must name each attribute once, by a string",
             where=where,
             remedy='Pass a dict such as rows={"weight": 1}, and a list such as int8=["weight"].',
         )
     if forward is not None and (not int8 or not callable(forward)):
         raise ConfigError(
-            "a forward needs weights to run on", where=where, remedy='Pass a function, and int8=["weight"], too.'
+            "forward must be a function, and only runs for a layer with weights in int8",
+            where=where,
+            remedy='Pass a function, and name the weights: int8=["weight"].',
         )
+    before = OWN_ROWS.get(layer), LAYERS.get(layer)
     OWN_ROWS[layer] = {attribute: _dimensions(value, where) for attribute, value in (rows or {}).items()}
-    if int8:
-        weights = tuple(int8)
+    weights = tuple(int8)
+    if weights:
         modes = ("static", "dynamic") if len(weights) == 1 and forward is None else ("dynamic",)
-        LAYERS[layer] = Layer(lambda _module: weights, modes, forward)
+        LAYERS[layer] = Layer(_Named(weights), modes, forward)
     else:
         LAYERS.pop(layer, None)
         if layer in _BUILT_IN:
             LAYERS[layer] = _BUILT_IN[layer]
+    after = OWN_ROWS[layer], LAYERS.get(layer)
+    if any(old not in (None, new) for old, new in zip(before, after, strict=True)):
+        log.warning("%s replaces what was known of this layer; models that were compressed before keep that", where)
 
 
 def check_registered(model: nn.Module) -> None:
-    """Hold what was registered against the layers of a model.
+    """Check that the layers of a model have what was registered for them.
 
     Raises:
-        ConfigError: a layer has no such attribute, or a weight no such dimension.
+        ConfigError: a layer lacks a registered attribute, or a weight a registered dimension.
     """
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
@@ -146,9 +162,9 @@ def _check_attribute(name: str, module: nn.Module, attribute: str, rows: tuple[i
     tensor = getattr(module, attribute, None)
     if isinstance(tensor, Tensor) and any(one >= tensor.dim() for one in rows):
         raise ConfigError(
-            f"rows={rows} are no dimensions of {name}.{attribute}, which has {tensor.dim()}",
+            f"rows={rows} do not fit {name}.{attribute}, which has {tensor.dim()} dimensions",
             where=where,
-            remedy="Pass numbers from 0 up; dimension 0 is the default.",
+            remedy="Count dimensions from 0, which is the default.",
         )
 
 
@@ -162,8 +178,8 @@ def _dimensions(value: int | Sequence[int], where: str) -> tuple[int, ...]:
     found = tuple(map(plain, value)) if isinstance(value, (list, tuple)) else (plain(value),)
     if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in found):
         raise ConfigError(
-            f"rows={value!r} are no dimensions",
+            f"rows={value!r} must be dimensions: whole numbers from 0 up",
             where=where,
-            remedy="Pass numbers from 0 up; dimension 0 is the default.",
+            remedy="Count dimensions from 0, which is the default.",
         )
     return tuple(sorted({one for one in found if isinstance(one, int)}))
