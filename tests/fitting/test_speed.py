@@ -26,8 +26,8 @@ from pared.runtime.graphs.capture import Captures
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import Result, contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import forward_of, serve, server_of
-from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)
@@ -270,7 +270,7 @@ def test_a_real_model_runs_as_a_graph_and_is_as_close(tmp_path: Path) -> None:
     assert all(one.graph_ms is not None for one in calls), [one.because for one in calls]
     # Whatever was fastest here in this moment: as a graph it is the same model.
     graph = quantized.assemble(find_tensors(model), contents_of(q), timed(1.0, None, 1.0, None))
-    serve(graph, Server(float_forms.outline_of, [calls[0].arguments]))
+    serve(graph, GraphServer(float_forms.outline_of, [calls[0].arguments]))
     texts = minilm.documents()[:16]
     expected = minilm.embed(model, texts)
     assert minilm.distance(minilm.embed(graph, texts), expected) < 0.005

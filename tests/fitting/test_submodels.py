@@ -23,8 +23,8 @@ from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import forward_of, server_of
-from pared.runtime.serving.server import Server
 
 CALL = (Argument("x", "float32", (4, 64)),)
 
@@ -164,7 +164,7 @@ GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), ti
 def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: ModelTiming) -> None:
     q, plain, heard = assembled(contents, part), assembled(contents, ModelTiming()), call()
     encoder, x = q.body.encoder, heard.args[0]
-    assert isinstance(server_of(encoder), BFloat16Server if part is HALF else Server)
+    assert isinstance(server_of(encoder), BFloat16Server if part is HALF else GraphServer)
     assert isinstance(encoder, Encoder)
     asked: list[object] = []
     answer = server_of(encoder).serve
@@ -245,6 +245,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
     encoder, x = q.body.encoder, call().args[0]
     own = forward_of(encoder)
     server = server_of(encoder)
+    assert isinstance(server, GraphServer)
     with torch.no_grad():
         for flags in ({"return_dict": True, "attentions": False}, {"scale": 2.0}, {}):
             expected, found = own(encoder, x, **flags), encoder(x, **flags)

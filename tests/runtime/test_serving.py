@@ -20,14 +20,14 @@ from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile import CallTiming, ModelTiming
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import forward_of, serve, server_of
-from pared.runtime.serving.server import Server
 from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
 
 
-def served(q: nn.Module, call: dict[str, Any]) -> Server:
+def served(q: nn.Module, call: dict[str, Any]) -> GraphServer:
     """The model with a graph for a call kind."""
-    server = Server(float_forms.outline_of, [arguments_of(bound_of(q, call))])
+    server = GraphServer(float_forms.outline_of, [arguments_of(bound_of(q, call))])
     serve(q, server)
     return server
 
@@ -144,7 +144,7 @@ def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
         after = q(IDS)["hidden"]
         q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
         later = q(IDS)["hidden"]
-        serve(q, Server(float_forms.outline_of))
+        serve(q, GraphServer(float_forms.outline_of))
         assert torch.equal(later, q(IDS)["hidden"])
     assert not torch.equal(after, later)
 
@@ -206,7 +206,9 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
-    assert server_of(loaded).reason(bound_of(q, case.call(2, 9))) == ""
+    server = server_of(loaded)
+    assert isinstance(server, GraphServer)
+    assert server.reason(bound_of(q, case.call(2, 9))) == ""
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,7 @@ def test_a_damaged_measurement_is_told_and_not_used(damage: Any, tmp_path: Path,
 def test_a_shape_that_fits_no_memory_leaves_the_modules(pair: tuple[nn.Module, list[str]]) -> None:
     q, answered = pair
     (small,) = arguments_of(bound_of(q, {"ids": IDS}))
-    serve(q, Server(float_forms.outline_of, [[replace(small, shape=(10**9, 10**9))]]))
+    serve(q, GraphServer(float_forms.outline_of, [[replace(small, shape=(10**9, 10**9))]]))
     with torch.no_grad():
         assert torch.equal(q(IDS)["hidden"], forward_of(q)(q, IDS)["hidden"])
     assert answered == []

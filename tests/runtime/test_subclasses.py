@@ -61,7 +61,8 @@ def redefined() -> tuple[nn.Module, weakref.ref[type]]:
 def classes() -> set[type]:
     """All classes of ours for modules that are alive."""
     gc.collect()
-    waiting, found = [Mixin], set()
+    waiting: list[type] = [Mixin]
+    found: set[type] = set()
     while waiting:
         known = waiting.pop()
         found.add(known)

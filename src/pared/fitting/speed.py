@@ -33,8 +33,8 @@ from pared.runtime.load import check_model
 from pared.runtime.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
+from pared.runtime.serving.graph_server import GraphServer, agree
 from pared.runtime.serving.served import forward_of
-from pared.runtime.serving.server import Server, agree
 from pared.runtime.stopwatch import fastest_ms
 from pared.scalars import checked_number
 
@@ -113,7 +113,7 @@ def time_calls(
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
     kinds = {describe_kind(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
-    server = Server(
+    server = GraphServer(
         float_forms.outline_of, list(kinds.values()), captures
     )  # a graph for each call kind, of its largest call
     forms = _Forms(model, in_bfloat16(model), by_layers, server)
@@ -164,7 +164,7 @@ class _Forms:
     float32: nn.Module
     bfloat16: Callable[..., Any]
     by_layers: nn.Module
-    server: Server
+    server: GraphServer
 
     def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming:
         found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph"), _UNKNOWN)

@@ -37,6 +37,7 @@ from pared.runtime.placement import Memory, held_in_codes, install, running_of
 from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.offered import Offered, Yielding, refuse_save_pretrained
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Server
@@ -249,7 +250,7 @@ def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profil
 def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
     """Let something faster than modules answer the calls of the model and its submodels, where that was measured."""
     if memory == "small":
-        serve(model, Server(outline_of))
+        serve(model, GraphServer(outline_of))
         return
     modules = dict(model.named_modules())
     for name, timing in profile.submodels.items() if profile.model.kernel != "float32" else ():
@@ -261,7 +262,7 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
 def _server(timing: ModelTiming) -> Server:
     if timing.kernel == "bfloat16":
         return BFloat16Server(floats_of, timing.largest_calls)
-    return Server(outline_of, timing.graphs if timing.kernel == "int8" else ())
+    return GraphServer(outline_of, timing.graphs if timing.kernel == "int8" else ())
 
 
 def _refuse_meta(model: nn.Module) -> None:

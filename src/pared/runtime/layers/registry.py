@@ -44,13 +44,17 @@ class Layer:
 
 
 # By type; a module has the entry of the nearest class among its bases. A class that nothing else uses is forgotten.
-LAYERS: Final[weakref.WeakKeyDictionary[type, Layer]] = weakref.WeakKeyDictionary()
+LAYERS: Final[weakref.WeakKeyDictionary[type[nn.Module], Layer]] = weakref.WeakKeyDictionary()
+
+
+def _listed_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    return next((base for base in cls.__mro__ if base in LAYERS), None)
 
 
 def layer_of(module: nn.Module) -> Layer | None:
     """The entry of a module's class, if the module can run on codes."""
     cls = class_below(type(module))
-    home = next((base for base in cls.__mro__ if base in LAYERS), None)
+    home = _listed_class(cls)
     if home is None:
         return None
     layer = LAYERS[home]
@@ -72,7 +76,7 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
 def has_columns(module: nn.Module) -> bool:
     """Whether single columns of the module's input may leave its range."""
     cls = class_below(type(module))
-    home = next((base for base in cls.__mro__ if base in LAYERS), None)
+    home = _listed_class(cls)
     # A subclass with a forward of its own may give the product another input than its own.
     return home is not None and LAYERS[home].columns and cls.forward is home.forward
 

@@ -12,7 +12,7 @@ from torch import nn
 from pared.model.copies import clone_structure, refresh_recurrent
 from pared.runtime.graphs.call_kinds import Argument, Bound
 from pared.runtime.layers.casts import cast_floats
-from pared.runtime.serving.server import Args, ModelSnapshot, Server, Skeleton
+from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton
 
 
 def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
@@ -35,24 +35,22 @@ def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
 
 
 class BFloat16Server(Server):
-    """Answers calls with a copy in bfloat16, made at the first.
+    """Answers calls with a copy of the model in bfloat16, made at the first call.
 
     Args:
-        skeleton: gives a float model of the same architecture and class, all of whose numbers are there.
+        skeleton: makes a float model of the same architecture and class, with all of its numbers.
         wanted: an example call for every call kind that is to be served.
     """
 
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
         super().__init__(skeleton, wanted)
         self._copy: tuple[Callable[..., Any], ModelSnapshot] | None = None
-        self._making = threading.Lock()
+        self._lock = threading.Lock()
 
-    def _answer(
-        self, model: nn.Module, bound: Bound, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]
-    ) -> Any:
-        del bound, modules
-        with self._making:
+    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
+        del modules
+        with self._lock:
             if self._copy is None or not self._copy[1].is_current():
                 self._copy = in_bfloat16(self._skeleton(model)), ModelSnapshot(model)
-            run, watch = self._copy
-        return run(*args, **kwargs) if watch.is_undisturbed() else NotImplemented
+            run, snapshot = self._copy
+        return run(**bound) if snapshot.is_undisturbed() else NotImplemented

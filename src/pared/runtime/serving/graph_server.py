@@ -1,0 +1,144 @@
+"""A model's calls answered by graphs, each checked against the modules before it is trusted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from pared.errors import ModelError
+from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
+from pared.runtime.graphs.capture import Captured, capture
+from pared.runtime.graphs.graph import Graph
+from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton, has_listeners
+
+log = logging.getLogger(__name__)
+
+# The share of the output's energy by which a graph and the modules may differ: joined operators round elsewhere, and
+# a difference of one code grows as it passes through the layers. A wrong graph differs by far more.
+_TOLERANCE: Final = 1e-2
+
+# Call kinds that differ from a wanted one in constants only, and get a graph: each costs seconds.
+_MOST_OTHERS: Final = 2
+
+Capture = Callable[[nn.Module, Sequence[Argument]], Captured]
+
+
+class GraphServer(Server):
+    """Answers calls with graphs, each made at the first call of its kind.
+
+    A call with the tensors of a wanted kind and other constants, such as a flag, gets a graph of its own as long as
+    there are few of these. At the first call of each kind, and at the first with other dimensions of size 1, the
+    modules run as well; a graph whose output differs from theirs is dropped.
+
+    Args:
+        skeleton: makes a float model of the same architecture and class, whose numbers are not read.
+        wanted: an example call for every call kind that is to be served.
+        captured: turns a float model's call into a graph.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), captured: Capture = capture
+    ) -> None:
+        super().__init__(skeleton, wanted)
+        self._captured = captured
+        self._graphs: dict[object, _CheckedGraph] = {}
+        self._lock = threading.RLock()
+
+    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
+        kind = kind_of(bound)
+        graph = self._graphs.get(kind)
+        if graph is None and kind not in self._kinds and len(self._graphs) >= len(self._kinds) + _MOST_OTHERS:
+            return NotImplemented
+        if graph is None or not graph.is_current():
+            if has_listeners(model):
+                return NotImplemented  # nor is a graph made: capturing would call the hooks with fake tensors
+            graph = self._made(model, kind, self._kinds.get(kind) or arguments_of(bound))
+        return graph.run(bound, modules)
+
+    def _made(self, model: nn.Module, kind: object, arguments: Sequence[Argument]) -> _CheckedGraph:
+        with self._lock:
+            graph = self._graphs.get(kind)
+            if graph is None or not graph.is_current():
+                graph = _CheckedGraph(model, lambda: self._captured(self._skeleton(model), arguments))
+                self._graphs[kind] = graph
+        return graph
+
+    def reason(self, bound: Bound) -> str:
+        """Why no graph serves a call of a wanted kind, in words; empty if one does."""
+        graph = self._graphs.get(kind_of(bound))
+        return "a module inside has hooks" if graph is None else graph.reason
+
+
+class _CheckedGraph:
+    """A graph and what is known of its outputs; no graph, and the reason, if none can be made."""
+
+    def __init__(self, model: nn.Module, captured: Callable[[], Captured]) -> None:
+        self.graph: Graph | None = None
+        self.reason = ""
+        self._snapshot = ModelSnapshot(model)
+        self._checked: set[tuple[bool, ...]] = set()
+        self._lock = threading.Lock()
+        try:
+            self.graph = Graph(model, captured())
+        except ModelError as error:
+            self.reason = error.what
+
+    def is_current(self) -> bool:
+        return self.graph is None or self._snapshot.is_current()
+
+    def run(self, bound: Bound, modules: Callable[[], Any]) -> Any:
+        graph = self.graph
+        if graph is None or not graph.fits(bound) or not self._snapshot.is_undisturbed():
+            return NotImplemented
+        ones = tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)
+        if ones in self._checked:
+            return graph(bound)
+        with self._lock:
+            return self._check(graph, bound, ones, modules())
+
+    def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
+        try:
+            found = graph(bound)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # operators raise these for a wrong shape
+            self._drop(f"the graph cannot take such inputs ({type(error).__name__}: {error})")
+            return expected
+        if agree(found, expected):
+            self._checked.add(ones)
+            return found  # as at every later call
+        self._drop("the graph does not give what the modules give")
+        return expected
+
+    def _drop(self, reason: str) -> None:
+        self.graph, self.reason = None, reason
+        log.warning("the modules run from now on: %s", reason)
+
+
+def agree(found: object, expected: object, tolerance: float = _TOLERANCE) -> bool:
+    """Whether two outputs are the same but for rounding: floats by their energy, all else exactly.
+
+    >>> agree([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0001])]), agree(torch.ones(2), torch.ones(3))
+    (True, False)
+    """
+    ours, structure = tree_flatten(found)
+    theirs, their_structure = tree_flatten(expected)
+    return structure == their_structure and all(_agree(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+
+
+def _agree(found: object, expected: object, tolerance: float) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return type(found) is type(expected) and found == expected
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(found, expected)
+    finite = expected.isfinite()
+    if not torch.equal(finite, found.isfinite()):
+        return False
+    ours, theirs = found[finite].double(), expected[finite].double()
+    return bool((ours - theirs).square().sum() <= tolerance * theirs.square().sum())
