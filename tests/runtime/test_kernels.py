@@ -292,7 +292,7 @@ def test_linear_refuses_what_does_not_fit() -> None:
     with pytest.raises(ModelError) as caught:
         linear.pack(torch.zeros(2, 3), torch.ones(2))
     assert str(caught.value) == (
-        "a linear layer's codes are int8 in two dimensions, not torch.float32 in 2\n"
+        "a linear layer's codes must be int8 in two dimensions, not torch.float32 in 2\n"
         "  Pass the codes of a grid of int8 codes, one row per output."
     )
     with pytest.raises(ModelError) as caught:
@@ -420,17 +420,17 @@ def test_convolutions_refuse_what_does_not_fit() -> None:
     with pytest.raises(ModelError) as caught:
         conv.Geometry.of((3, 3), stride=(1, 2, 3))
     assert str(caught.value) == (
-        "a filter in 2 dimensions of space was given 3 numbers: (1, 2, 3)\n"
+        "a filter with 2 spatial dimensions was given 3 numbers: (1, 2, 3)\n"
         "  Give one number for all dimensions, or one for each."
     )
     line = conv.Geometry.of((3,))
     with pytest.raises(ModelError) as caught:
         conv.pack(random_codes(2, 3), torch.ones(2), line)
     assert str(caught.value) == (
-        "a convolution's codes are int8 in three to five dimensions, not torch.int8 in 2\n"
+        "a convolution's codes must be int8 in three to five dimensions, not torch.int8 in 2\n"
         "  Pass the codes of a grid of int8 codes, one row per output channel."
     )
-    with pytest.raises(ModelError, match="a filter in 2 dimensions of space cannot move by Geometry"):
+    with pytest.raises(ModelError, match="a filter with 2 spatial dimensions cannot move by Geometry"):
         conv.pack(random_codes(2, 3, 3, 3), torch.ones(2), line)
     with pytest.raises(ModelError, match="2 rows of codes need 2 float32 steps, not torch.float64 "):
         conv.pack(random_codes(2, 3, 3), torch.ones(2, dtype=torch.float64), line)

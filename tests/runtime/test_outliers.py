@@ -102,7 +102,7 @@ def test_columns_are_filled_up_to_what_an_instruction_takes(
 
 
 def test_an_outlier_that_is_no_column_is_refused() -> None:
-    with pytest.raises(ModelError, match="an outlier's column is not one of 4"):
+    with pytest.raises(ModelError, match="an outlier lies outside the 4 columns"):
         pack(torch.zeros(2, 4, dtype=torch.int8), torch.ones(2), ((4, 1),))
 
 

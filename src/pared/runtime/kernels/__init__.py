@@ -1,14 +1,13 @@
-"""Int8 arithmetic on plain tensors, one operation a module: a fast path on oneDNN and a plain reference.
+"""Int8 arithmetic on plain tensors, one operation a module, on the kernels of oneDNN and FBGEMM.
 
-`machine` says whether the fast path exists here, and how many activation levels it can take. `activation`
-turns floats into unsigned codes. `linear` and `conv` each offer
+`machine` says whether the kernels run here, and how many activation levels they can take. `activation` turns floats
+into unsigned codes. `linear` and `conv` each offer
 
-* `pack(codes, step, ...)`: the weight as the kernel wants it. A pack can be neither copied nor pickled nor
-  exported: keep the plain codes, and pack where the model runs;
-* `static(x, packed, bias, span)`: activations on one grid, made of a calibrated `Range`;
-* `dynamic(x, packed, bias)`: activations on grids taken from the call itself;
-* `reference(x, codes, step, bias, ...)`: the same arithmetic with ordinary operations, for tests and export.
+* `pack(codes, step, ...)`: the weight as the kernel wants it. It can be neither copied nor pickled: keep the plain
+  codes, and pack where the model runs;
+* `static(x, packed, bias, span)`: activations on one grid, made from a calibrated `Range`;
+* `dynamic(x, packed, bias)`: activations on grids taken from the call.
 
-Everything is a pure function, so threads need no lock; all that is kept are the cached answers of `machine`
-and the grids of ranges. Nothing here carries gradients.
+Everything is a pure function and needs no lock; only the answers of `machine` and the grids of ranges are cached.
+Nothing here carries gradients. The tests compare each function with a plain reference.
 """

@@ -1,10 +1,9 @@
 """Activations as unsigned codes, `value = scale * (code - zero_point)` with codes 0..levels (255 or 127).
 
-Rounding is to the nearest code, halves to the even one. Adding `ORIGIN` to a float32 does it: numbers of
-that size are 1 apart, so the sum is an integer whose lowest byte is the code. That is two to three times
-faster than rounding and converting, because PyTorch converts float32 to uint8 one number at a time, but
-int32 to uint8 in vectors. Scratch memory kept between calls, and working through the rows in pieces that
-fit the cache, were measured to gain nothing inside a model.
+Values are rounded to the nearest code, halves to the even one, by adding `ORIGIN` to a float32: numbers of that size
+are 1 apart, so the lowest byte of the sum is the code. That is two to three times faster than rounding and converting,
+because PyTorch converts float32 to uint8 one number at a time, but int32 to uint8 in vectors. Neither scratch memory
+kept between calls nor working through the rows in pieces that fit the cache gained anything inside a model.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 ap
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, levels: int, out: Tensor | None = None) -> Tensor:
-    """The codes of `x` (float32, any shape and strides) as uint8: in `out`, or in new memory of the same format.
+    """The codes of `x` (float32, any shape and strides) as uint8, written to `out` or to new memory of the same format.
 
-    Values beyond the grid, infinite ones too, take its nearest end. NaN has no code: it takes 0, unnoticed.
+    Values beyond the grid, also infinite ones, get the code of its nearest end. NaN silently becomes code 0.
 
     >>> quantize(torch.tensor([-9.0, -1.0, 0.0, 0.6, 9.0]), 1.0, 1, 4).tolist()
     [0, 0, 1, 2, 4]
@@ -38,8 +37,8 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of `x` (float32, rows x columns, at least one column), each row on the grid of its own range.
 
     Returns:
-        The codes (uint8, rows x columns), and the scales and the zero points (float32, rows x 1). A row that
-        holds NaN or Inf has a scale that is not finite, so whatever is computed from it is not finite either.
+        the codes (uint8, rows x columns), the scales and the zero points (float32, rows x 1). A row that holds NaN or
+        Inf has a scale that is not finite, so whatever is computed from it is not finite either.
 
     >>> codes, scale, zero_point = quantize_rows(torch.tensor([[-2.0, 0.0, 252.0], [0.0, 0.0, 0.0]]), 255)
     >>> codes.tolist(), scale[0].tolist(), zero_point[0].tolist()
@@ -52,10 +51,10 @@ def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_grids(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's lowest value (below zero, be it by a hair), scale, and reciprocal of the scale."""
+    """Each row's lowest value (at most `-NARROWEST`), scale, and reciprocal of the scale."""
     low = x.amin(-1, keepdim=True).clamp_(max=-NARROWEST)
     high = x.amax(-1, keepdim=True).clamp_(min=0.0)
-    # One level fewer: both ends are rounded, so the codes of a row may span one step more than its range.
+    # One level is kept free: both ends are rounded, so the codes of a row may span one step more than its range.
     scale = high.sub_(low).div_(levels - 1)
     return low, scale, scale.reciprocal()
 

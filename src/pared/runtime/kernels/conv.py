@@ -1,12 +1,10 @@
 """Convolutions in one, two and three dimensions on int8 weights, with the activations as unsigned codes.
 
-`static` puts the input on one calibrated grid; `dynamic` on one grid of the call's own range, so that a
-sample's result depends a little on its neighbours in the batch. Padding is with zeros; for another mode pad
-the float input first.
+`static` puts the input on one calibrated grid, `dynamic` on one grid of the call's own range, so that a sample's result
+depends a little on the others in its batch. Padding is with zeros; for another mode, pad the float input first.
 
-The kernels work on channels-last memory. The output has the layout that PyTorch's own convolution would give:
-channels last if the input or the weight is, else contiguous, which costs a copy. So a model in
-channels-last layout is faster.
+The kernels work on channels-last memory. The output has the layout that PyTorch's own convolution would give: channels
+last if the input or the weight is, else contiguous, which costs a copy. So a model in channels-last layout is faster.
 """
 
 from __future__ import annotations
@@ -34,14 +32,14 @@ _CHANNELS_LAST: Final = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the filter moves, with one number per dimension of space.
+    """How a filter moves, with one number per spatial dimension.
 
     Args:
-        stride: steps of the filter.
-        padding: zeros before and after each dimension.
-        dilation: distances between the filter's taps.
-        groups: into how many independent convolutions the channels are split.
-        trailing: one more zero after each dimension that has a 1 here, for uneven "same" padding.
+        stride: the step of the filter.
+        padding: the number of zeros before and after each dimension.
+        dilation: the distance between taps.
+        groups: the number of independent convolutions into which the channels are split.
+        trailing: 1 for each dimension that gets one more zero at its end, for uneven "same" padding.
     """
 
     stride: tuple[int, ...]
@@ -59,17 +57,17 @@ class Geometry:
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
     ) -> Geometry:
-        """From what `F.conv1d`, `2d` and `3d` take.
+        """The geometry that `F.conv1d`, `2d` and `3d` are called with.
 
         Args:
-            taps: the filter's size in each dimension of space.
+            taps: the filter's size in each spatial dimension.
             stride: one number for all dimensions, or one each.
-            padding: likewise, or "valid" (none), or "same" (as many outputs as inputs).
+            padding: likewise, or "valid" (none), or "same" (the output is as large as the input).
             dilation: likewise.
-            groups: into how many independent convolutions the channels are split.
+            groups: the number of independent convolutions.
 
         Raises:
-            ModelError: a sequence has not one number per dimension.
+            ModelError: a sequence does not have one number per dimension.
 
         >>> Geometry.of((3, 4), padding="same")
         Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, trailing=(0, 1))
@@ -86,7 +84,7 @@ class Geometry:
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The zeros before and after each dimension of space, the last one first.
+        """The number of zeros before and after each spatial dimension, the last one first, as `F.pad` wants them.
 
         >>> Geometry.of((3, 4), padding="same").sides
         (1, 2, 1, 1)
@@ -100,15 +98,15 @@ class PackedConv:
     """A filter as the kernel wants it. It can be neither copied nor pickled.
 
     Args:
-        weight: opaque to everything but the kernel.
+        weight: in the kernel's own order.
         step: float32, one per output channel.
-        zeros: the weight's zero points, all 0.
-        sums: of each output channel's weights, float32.
+        zeros: int32, the weight's zero points, all 0.
+        sums: float32, the sum of each output channel's weights.
         geometry: how the filter moves.
-        channels: of the input.
+        channels: the number of input channels.
         channels_last: whether the plain codes were in channels-last memory.
-        levels: the largest activation code that the filter allows.
-        taps: the filter's size, if it is multiplied with patches (`pared.runtime.kernels.patches`); else empty.
+        levels: the largest activation code at which products are exact.
+        taps: the filter's size if it is multiplied with patches (`kernels.patches`), else empty.
     """
 
     weight: Tensor
@@ -123,7 +121,7 @@ class PackedConv:
 
 
 def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
-    """A filter for `static` and `dynamic`.
+    """Pack a filter for `static` and `dynamic`.
 
     Args:
         codes: int8 of shape (out, in / groups, taps...), within -127..127.
@@ -131,17 +129,17 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
         geometry: how the filter moves.
 
     Raises:
-        ModelError: a shape or a type is not as said.
+        ModelError: a shape or a type is not as above.
     """
     dimensions = codes.dim() - 2
     if codes.dtype != torch.int8 or dimensions not in _FLOAT_CONVOLUTIONS:
         raise ModelError(
-            f"a convolution's codes are int8 in three to five dimensions, not {codes.dtype} in {codes.dim()}",
+            f"a convolution's codes must be int8 in three to five dimensions, not {codes.dtype} in {codes.dim()}",
             remedy="Pass the codes of a grid of int8 codes, one row per output channel.",
         )
     if len(geometry.stride) != dimensions:
         raise ModelError(
-            f"a filter in {dimensions} dimensions of space cannot move by {geometry}",
+            f"a filter with {dimensions} spatial dimensions cannot move by {geometry}",
             remedy="Make the geometry from the filter's own taps.",
         )
     check_step(step, codes.shape[0])
@@ -161,7 +159,6 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
 
 
 def _prepacked(codes: Tensor, step: Tensor, moves: Geometry) -> Tensor:
-    """For inputs with the zero point 0, which all are made to have."""
     geometry = (moves.stride, moves.padding, moves.dilation, moves.groups)
     packed: Tensor = torch.ops.onednn.qconv_prepack.default(codes.contiguous(), step, 1.0, 0, *geometry, None)
     return packed
@@ -176,15 +173,14 @@ def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> T
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
-        x: float32, bfloat16 or float16 of shape (batch, in, space...) or (in, space...). Values outside the
-        span
-            are clipped to it, and NaN reads as its low end.
-        packed: from `pack`.
+        x: float32, bfloat16 or float16 of shape (batch, in, space...) or (in, space...). Values outside the span are
+            clipped to it, and NaN becomes its low end.
+        packed: the filter, from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.
 
     Returns:
-        What the float convolution would return, in the type of `x`.
+        the output in the shape and layout of the float convolution's, and in the type of `x`.
 
     Raises:
         ModelError: the number of dimensions or channels does not fit the filter.
@@ -195,10 +191,10 @@ def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> T
 def dynamic(x: Tensor, packed: PackedConv, bias: Tensor | None = None) -> Tensor:
     """The layer's output, with the range taken from this input.
 
-    As `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
+    As in `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
     """
     batch = _batch(x, packed)
-    # In the order of memory: PyTorch would copy a channels-last tensor to find its ends.
+    # In the order of memory: PyTorch would copy a channels-last tensor to find its extremes.
     span = tensor_range(batch.movedim(1, -1) if _is_channels_last(batch) else batch)
     if span is None:
         return _convolve(x, batch, packed, bias, Range(0.0, 0.0)).fill_(math.nan)
@@ -219,14 +215,14 @@ def _batch(x: Tensor, packed: PackedConv) -> Tensor:
 
 
 def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> Tensor:
-    """The convolution of `batch`, in the layout, the type and the dimensions that `x` asks for."""
+    """The convolution of `batch`, in the type and with the dimensions of `x`."""
     scale, zero_point = span.grid(packed.levels)
     codes = quantize(batch, scale, zero_point, packed.levels)
     moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
     if zero_point or any(moves.trailing) or packed.taps:
         codes, padding = pad_codes(codes, moves.sides, zero_point), (0,) * len(padding)
     if zero_point:
-        # The kernel is not told of the zero point: it would arrange the whole weight anew at every call.
+        # The kernel is not told of the zero point: it would rearrange the whole weight at every call.
         shift = packed.sums * (-scale * zero_point)
         bias = shift if bias is None else shift.add_(bias)
     weight = (packed.weight, packed.step, packed.zeros, bias)
@@ -249,11 +245,11 @@ def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None,
 
 
 def pad_codes(codes: Tensor, sides: Sequence[int], zero_point: int) -> Tensor:
-    """The codes with the code of zero around them, in the kernel's own layout.
+    """The codes padded with the code of zero, in the kernel's own layout.
 
     Args:
         codes: uint8 of shape (batch, in, space...).
-        sides: how many before and after each dimension of space, the last one first.
+        sides: how many to add before and after each spatial dimension, the last one first.
         zero_point: the code of zero.
     """
     if layout := _CHANNELS_LAST.get(codes.dim() - 2):
@@ -267,7 +263,7 @@ def _kernel(dimensions: int) -> Callable[..., Tensor]:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether the memory is in channels-last order and cannot be read as contiguous as well."""
+    """Whether the memory is in channels-last order and not contiguous at the same time."""
     layout = _CHANNELS_LAST.get(tensor.dim() - 2)
     return layout is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=layout)
 
@@ -277,7 +273,7 @@ def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
     numbers = (value,) * dimensions if isinstance(value, int) else tuple(value)
     if len(numbers) != dimensions:
         raise ModelError(
-            f"a filter in {dimensions} dimensions of space was given {len(numbers)} numbers: {numbers}",
+            f"a filter with {dimensions} spatial dimensions was given {len(numbers)} numbers: {numbers}",
             remedy="Give one number for all dimensions, or one for each.",
         )
     return numbers

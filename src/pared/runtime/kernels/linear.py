@@ -1,9 +1,8 @@
 """A linear layer on int8 weights: `y = x @ (step * codes).T + bias`, with the activations as unsigned codes.
 
-`static` puts the whole input on one calibrated grid. `dynamic` gives each row (token) a grid of its own,
-from the row's lowest and highest value: several times more accurate where tokens differ in size, and the
-result of a row does not depend on its neighbours in the batch, at the price of a few more passes over the
-activations.
+`static` puts the whole input on one calibrated grid. `dynamic` gives each row (token) a grid of its own, from the row's
+lowest and highest value: several times more accurate where tokens differ in magnitude, and no row's result depends on
+the others in the batch, at the price of a few more passes over the activations.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pared.runtime.kernels.activation import quantize, quantize_rows
 from pared.runtime.kernels.machine import has_tiles, levels_for
 from pared.runtime.kernels.outliers import ExtraColumns, columns_of, extra_columns, widened
 
-# The codes of a row that an instruction multiplies at once, with tiles and without.
+# How many codes of a row one instruction multiplies, with tiles and without.
 _TILE: Final = 64
 _WORD: Final = 4
 
@@ -31,13 +30,13 @@ class PackedLinear:
     """A weight as the kernel wants it. It can be neither copied nor pickled.
 
     Args:
-        weight: opaque to everything but the kernel.
+        weight: in the kernel's own order.
         step: float32, one per output.
-        zeros: the weight's zero points, all 0.
-        sums: of each output's weights, float32.
-        inputs: the weight's width, without extra columns.
-        width: the codes of a row that it takes, extra columns and what fills them up included.
-        levels: the largest activation code that it allows.
+        zeros: int32, the weight's zero points, all 0.
+        sums: float32, the sum of each output's weights.
+        inputs: the number of columns, without extra ones.
+        width: the number of columns with extra ones and padding.
+        levels: the largest activation code at which products are exact.
     """
 
     weight: Tensor
@@ -50,28 +49,28 @@ class PackedLinear:
 
 
 def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> PackedLinear:
-    """A weight for `static` and `dynamic`.
+    """Pack a weight for `static` and `dynamic`.
 
     Args:
         codes: int8 of shape (out, in), within -127..127.
         step: float32 of shape (out,); zero makes a row of zeros.
-        outliers: of a static input.
+        outliers: the columns that leave a static input's range.
 
     Raises:
-        ModelError: a shape or a type is not as said, or an outlier is no column.
+        ModelError: a shape or a type is not as above, or an outlier is not one of the columns.
     """
     if codes.dtype != torch.int8 or codes.dim() != 2:
         raise ModelError(
-            f"a linear layer's codes are int8 in two dimensions, not {codes.dtype} in {codes.dim()}",
+            f"a linear layer's codes must be int8 in two dimensions, not {codes.dtype} in {codes.dim()}",
             remedy="Pass the codes of a grid of int8 codes, one row per output.",
         )
     check_step(step, codes.shape[0])
     if not all(0 <= column < codes.shape[1] for column in columns_of(outliers)):
         raise ModelError(
-            f"an outlier's column is not one of {codes.shape[1]}",
-            remedy="Quantize the model anew: its weight has another shape than the one that was calibrated.",
+            f"an outlier lies outside the {codes.shape[1]} columns of the weight",
+            remedy="Quantize the model again: this weight has another shape than the one that was calibrated.",
         )
-    whole = filled_up(widened(codes, outliers)) if outliers else codes
+    whole = padded(widened(codes, outliers)) if outliers else codes
     return PackedLinear(
         weight=torch.ops.onednn.qlinear_prepack.default(whole.contiguous(), None),
         step=step.detach().contiguous(),
@@ -87,20 +86,20 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
     """The layer's output for inputs that were calibrated to lie in `span`.
 
     Args:
-        x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, those of
-            outliers as many spans further out, and NaN reads as its low end.
-        packed: from `pack`.
+        x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, outliers to the
+            spans of their extra columns; NaN becomes its low end.
+        packed: the weight, from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.
-        outliers: columns that leave it, as packed.
+        outliers: the columns that leave it, as given to `pack`.
 
     Returns:
-        The type of `x`, of shape (..., out).
+        the output of shape (..., out), in the type of `x`.
 
     Raises:
         ModelError: the last dimension is not as wide as the weight.
     """
-    # The operator takes any leading shape: at a few rows each reshape would cost as much as a tenth of the product.
+    # The operator takes any leading shape; with a few rows, each reshape would cost a tenth of the product.
     floats = _floats(x, packed)
     if not floats.numel():
         return _without_input(x, packed, bias)
@@ -114,18 +113,18 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
     return out if x.dtype is torch.float32 and x.dim() > 1 else _like(x, out)
 
 
-def filled_up(codes: Tensor) -> Tensor:
-    """A weight with columns of zeros behind, up to a width at which the kernel is fast.
+def padded(codes: Tensor) -> Tensor:
+    """A weight padded with columns of zeros to a width at which the kernel is fast.
 
-    At 396 columns of 1024 rows it takes a fifth longer than at 448, on tiles: it copies what does not fill one.
+    On tiles, 396 columns of 1024 rows take a fifth longer than 448: the kernel copies what does not fill a tile.
     """
     return F.pad(codes, (0, -codes.shape[1] % (_TILE if has_tiles() else _WORD)))
 
 
 def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: ExtraColumns, width: int) -> Tensor:
-    """The codes of all columns of float32 of shape (..., in).
+    """The codes of an input (float32, (..., in)) with those of its extra columns, (..., width).
 
-    Those that fill them up meet zeros, so they may be anything.
+    Codes of padding are multiplied by zeros, so they may be anything.
     """
     whole = torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device="cpu")
     inputs = x.shape[-1]
@@ -135,9 +134,9 @@ def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Ex
 
 
 def dynamic(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
-    """The layer's output, each row of the input on a grid of its own.
+    """The layer's output, with each row of the input on a grid of its own.
 
-    As `static`, but nothing is clipped, and a row that holds NaN or Inf gives only NaN or Inf.
+    As in `static`, but nothing is clipped, and a row that holds NaN or Inf gives only NaN or Inf.
     """
     floats = _floats(x, packed)
     if not floats.numel():
@@ -146,7 +145,7 @@ def dynamic(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tens
 
 
 class Rows(NamedTuple):
-    """An input, each row on a grid of its own: several products may share it.
+    """An input with each row on a grid of its own; several products may share it.
 
     Args:
         codes: uint8 of shape (rows, in).
@@ -161,15 +160,14 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor, levels: int) -> Rows:
-    """What `dynamic` makes of its input: float32 of shape (..., in), of one number at least."""
+    """The rows of an input (float32, (..., in), not empty), as `dynamic` quantizes them."""
     return Rows(*quantize_rows(x.reshape(-1, x.shape[-1]), levels), tuple(x.shape[:-1]))
 
 
 def product_of_rows(rows: Rows, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    """What `dynamic` computes, in float32 of shape (..., out)."""
+    """The product of `dynamic`, in float32 of shape (..., out)."""
     out = _product(rows.codes, 1.0, 0, packed, None)
-    # The kernel knows one zero point for all rows: each row's own comes off here. In place: new memory is
-    # slow.
+    # The kernel knows one zero point for all rows, so each row's own is subtracted here; new memory would be slow.
     out.addcmul_(rows.zero_point, packed.sums, value=-1.0)
     bias = float_bias(bias)
     out = out.mul_(rows.scale) if bias is None else torch.addcmul(bias, out, rows.scale, out=out)
@@ -177,7 +175,7 @@ def product_of_rows(rows: Rows, packed: PackedLinear, bias: Tensor | None) -> Te
 
 
 def check_step(step: Tensor, rows: int) -> None:
-    """Refuse steps that are not one per row: the kernels would read beyond their end."""
+    """Raise a ModelError if there is not one step per row: the kernels would read beyond their end."""
     if step.dtype != torch.float32 or step.shape != (rows,):
         raise ModelError(
             f"{rows} rows of codes need {rows} float32 steps, not {step.dtype} {tuple(step.shape)}",
@@ -186,14 +184,14 @@ def check_step(step: Tensor, rows: int) -> None:
 
 
 def float_bias(bias: Tensor | None) -> Tensor | None:
-    """The bias as the kernels take it."""
+    """The bias as the kernels take it: float32, without gradients."""
     if bias is None or (bias.dtype is torch.float32 and not bias.requires_grad):
         return bias
     return bias.detach().float()
 
 
 def _floats(x: Tensor, packed: PackedLinear) -> Tensor:
-    """The input in contiguous float32, at least one row."""
+    """The input in contiguous float32, with at least two dimensions."""
     if x.dim() == 0 or x.shape[-1] != packed.inputs:
         raise ModelError(
             f"the layer takes (..., {packed.inputs}), but was given {tuple(x.shape)}",
@@ -225,11 +223,11 @@ def _product(codes: Tensor, scale: float, zero_point: int, packed: PackedLinear,
 
 
 def _like(x: Tensor, out: Tensor) -> Tensor:
-    """The output rows in the leading shape and the type of the input."""
+    """The output in the leading shape and the type of the input."""
     return out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
 def _without_input(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:
-    """What is left where there are no rows, or nothing in them: the bias. The kernel would divide by zero."""
+    """The output for an input without rows or columns, for which the kernel would divide by zero: the bias."""
     out = x.new_zeros(*x.shape[:-1], len(packed.step))
     return out if bias is None else out + bias.detach().to(x.dtype)

@@ -1,4 +1,4 @@
-"""What this machine computes, found by trying: flags and environment variables can contradict each other."""
+"""What this machine can compute, found by trying: flags and environment variables can contradict each other."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 FULL_LEVELS: Final = 255
-"""Activation codes are 0..255 where the kernel's sums are exact."""
+"""The largest activation code where the kernel's sums are exact."""
 
 SAFE_LEVELS: Final = 127
-"""Activation codes are 0..127 where sums of two products saturate at 16 bits: 127 * (127 + 127) <= 32767."""
+"""The largest activation code where sums of two products saturate at 16 bits: 127 * (127 + 127) <= 32767."""
 
 _SMALL_CODE: Final = 64  # 255 * (64 + 64) <= 32767: weights this small never saturate
 
@@ -28,7 +28,7 @@ _OPERATORS: Final = (
 
 
 def operator_of(namespace: str, name: str, overload: str = "default") -> Any:
-    """An operator of PyTorch; None where the build lacks it.
+    """An operator of PyTorch; None if this build lacks it.
 
     >>> operator_of("onednn", "no_such_operator") is None
     True
@@ -49,7 +49,7 @@ def available() -> str:
     missing = [name for name in _OPERATORS if not hasattr(torch.ops.onednn, name)]
     if missing:
         return f"this build of PyTorch lacks the int8 operator onednn::{missing[0]}"
-    # Elsewhere the operators may exist, but run oneDNN's reference code, some 500 times slower.
+    # Elsewhere the operators may exist, but run oneDNN's reference code, which is about 500 times slower.
     capability = torch.backends.cpu.get_cpu_capability()
     if not capability.startswith("AVX"):
         return f"the int8 kernels need an x86 CPU with AVX2, and PyTorch reports {capability}"
@@ -64,16 +64,16 @@ def available() -> str:
 def exact_products() -> bool:
     """Whether u8 * s8 products are summed exactly, as on CPUs with VNNI.
 
-    Others saturate the sums of two products at 16 bits. Measured, not read from CPU flags, because
-    `ONEDNN_MAX_CPU_ISA` can take VNNI away. Only meaningful if `available()` is empty.
+    Other CPUs saturate the sums of two products at 16 bits. This is measured, not read from CPU flags, because
+    `ONEDNN_MAX_CPU_ISA` can switch VNNI off. Only meaningful if `available()` is empty.
     """
     return _largest_sums_are_right(FULL_LEVELS)
 
 
 def extensions() -> list[str]:
-    """What the processor has for products of codes or of bfloat16, as far as PyTorch says so and oneDNN may use it.
+    """The processor's extensions for products of codes or bfloat16 that PyTorch reports and oneDNN may use.
 
-    These choose what is fast, never what is right, so flags may be believed here.
+    They decide what is fast, never what is right, so flags are good enough here.
     """
     names = ["vnni", "avx512_bf16", "amx_tile"]
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
@@ -90,8 +90,8 @@ def has_tiles() -> bool:
 def levels_for(codes: Tensor) -> int:
     """The largest activation code at which products with these int8 weight codes are exact: 255 or 127.
 
-    Without VNNI a kernel adds two products in 16 bits, so that codes beyond 64 leave room for 7-bit
-    activations only. The weight codes never change: the same file runs everywhere.
+    Without VNNI a kernel adds two products in 16 bits, so codes beyond 64 leave room for 7-bit activations only. The
+    weight codes never change: the same file runs everywhere.
 
     >>> levels_for(torch.tensor([[64, -64]], dtype=torch.int8))
     255
@@ -132,9 +132,9 @@ _LARGEST_KEPT: Final = (32 << 20) - (1 << 16)
 def keep_freed_memory() -> None:
     """Let the C library keep the memory of freed activations for the next ones; once per process.
 
-    glibc gives every block above a threshold back to the system when it is freed, and each page of the next one then
-    costs a page fault. The threshold grows, up to 32 MiB, when a larger block than before is freed: so one is made
-    and freed here, without being touched. Elsewhere this does nothing. `docs/decisions/004-freed-memory.md` has the
-    measurement: a third of the time of an int8 encoder.
+    glibc returns every freed block above a threshold to the system, and each page of the next block then costs a page
+    fault. The threshold grows, up to 32 MiB, when a larger block than before is freed: so one is made and freed here,
+    untouched. With other C libraries this does nothing. It saves a third of the time of an int8 encoder
+    (`docs/decisions/004-freed-memory.md`).
     """
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8, device="cpu")

@@ -1,9 +1,9 @@
-"""Columns of a linear layer's input that leave its range: extra columns carry what is beyond.
+"""Outlier columns of a linear layer's input, whose values exceed its range: extra columns carry the excess.
 
 A few columns of a transformer's inputs, sometimes a single one, are many times as large as all others, and a grid that
-reaches them is too coarse for the rest. So the range leaves them out. Such a column stops at the range's end, and
-extra columns, which meet the same weights, carry what is left, one range each. That is outlier channel splitting
-(Zhao et al., 2019, arXiv:1901.09504), but a number is not divided evenly: all of its codes but one are exact.
+reaches them is too coarse for the rest. So the range excludes them. Such a column is clipped to the range, and extra
+columns, which are multiplied by the same weights, carry what is left, one range each. This is outlier channel splitting
+(Zhao et al., 2019, arXiv:1901.09504), except that a value is not divided evenly: all of its codes except one are exact.
 """
 
 from __future__ import annotations
@@ -18,20 +18,18 @@ from torch import Tensor
 from pared.formats.activation import Outliers, Range, float32
 from pared.runtime.kernels.activation import ORIGIN
 
-"""Columns, each with the number of its extra columns: above the range, or, if it is negative, below."""
-
 
 @dataclass(frozen=True, eq=False)
 class ExtraColumns:
-    """Extra columns, and what each of them carries. All tensors have a number for each.
+    """Extra columns, and what each of them carries. Every tensor has one number per extra column.
 
     Args:
-        columns: int64, of the input.
-        shift: float32, a whole number: how many codes the columns before it account for.
-        origin: float32, the code of zero less `shift`, beyond `ORIGIN`.
-        low, high: float32, the codes that it may take, beyond `ORIGIN`: from the zero point to an end of the grid.
-        scale: of the grid, which all columns share.
-        zero_point: of the grid.
+        columns: int64, the column of the input that it belongs to.
+        shift: float32 whole numbers: the codes that the columns before it account for.
+        origin: float32, `ORIGIN` plus the zero point minus `shift`.
+        low, high: float32, `ORIGIN` plus its smallest and largest code: the zero point and an end of the grid.
+        scale: the scale of the grid, which all columns share.
+        zero_point: the zero point of the grid.
     """
 
     columns: Tensor
@@ -43,17 +41,17 @@ class ExtraColumns:
     zero_point: int
 
     def codes(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The codes of extra columns, as uint8 of shape (..., further), of float32 of shape (..., in)."""
-        rows = x.reshape(-1, x.shape[-1])  # of a matrix columns are picked in two thirds of the time
+        """The codes of the extra columns (uint8, (..., extra)) of an input (float32, (..., in)); in `out` if given."""
+        rows = x.reshape(-1, x.shape[-1])  # picking columns from a matrix takes two thirds of the time
         shifted = torch.rsub(rows.index_select(1, self.columns), self.origin, alpha=-float32(1.0 / self.scale))
-        # NaN has no code: the column itself takes 0, and nothing is left.
+        # NaN has no code: the column itself gets 0, and the extra ones get nothing.
         shifted.clamp_(self.low, self.high).nan_to_num_(ORIGIN + self.zero_point)
         codes = shifted.view(torch.int32).view(*x.shape[:-1], len(self.columns))
         return codes.to(torch.uint8) if out is None else out.copy_(codes)
 
 
 def columns_of(outliers: Outliers) -> list[int]:
-    """The column of each extra column, in their order.
+    """The column of the input that each extra column belongs to, in their order.
 
     >>> columns_of(((7, 2), (1, -1)))
     [7, 7, 1]
@@ -62,7 +60,7 @@ def columns_of(outliers: Outliers) -> list[int]:
 
 
 def _each(outliers: Outliers) -> Iterator[tuple[int, int]]:
-    """The column of each extra column, and how many ranges come before it: negative ones below zero."""
+    """The column that each extra column belongs to, and how many ranges lie before it: negative below zero."""
     for column, count in outliers:
         for ranges in range(1, abs(count) + 1):
             yield column, ranges if count > 0 else -ranges
@@ -97,7 +95,7 @@ def extra_columns(outliers: Outliers, span: Range, levels: int) -> ExtraColumns:
 
 
 def widened(columns: Tensor, outliers: Outliers) -> Tensor:
-    """A matrix with its extra columns behind the others.
+    """A matrix with its extra columns appended.
 
     >>> widened(torch.tensor([[1, 2, 3]]), ((2, 1),)).tolist()
     [[1, 2, 3, 3]]

@@ -1,7 +1,8 @@
 """LSTM and GRU on int8 weights: all steps of a sequence in one call of PyTorch's own dynamic int8 layers.
 
-The input's product is made for the whole sequence at once, the state's at each step; each product puts its activations
-on one grid of their own range: a state lies within (-1, 1) and needs no calibration. Gates and states are floats.
+The product of the input is computed for the whole sequence at once, that of the state at each step. Each puts its
+activations on one grid of their own range: a state lies within (-1, 1) and needs no calibration. Gates and states are
+floats.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]
 
-# Whose product is fastest: oneDNN's for a whole sequence, FBGEMM's for the few rows of a state. Together they took
-# 0.90 to 0.98 of the time of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both, up to 1.8.
+# The fastest engine for a whole sequence, and for the few rows of a state. Together they took 0.90 to 0.98 of the time
+# of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both took up to 1.8.
 _ENGINES: Final = ("onednn", "fbgemm")
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One direction of one layer, as plain codes; `gates` is 4 for an LSTM and 3 for a GRU.
+    """The weights of one direction of one layer as plain codes; `gates` is 4 for an LSTM and 3 for a GRU.
 
     Args:
-        codes: int8 (gates * hidden, inputs) and (gates * hidden, hidden).
-        steps: float32 (gates * hidden,) for each of these.
-        biases: floats (gates * hidden,) for each of these; None for none.
+        codes: int8 of shape (gates * hidden, inputs), and (gates * hidden, hidden).
+        steps: float32 of shape (gates * hidden,), one tensor for each of the codes.
+        biases: floats of shape (gates * hidden,), or None, for each of the codes.
     """
 
     codes: tuple[Tensor, Tensor]
@@ -41,7 +42,7 @@ class Weights:
 
     @property
     def levels(self) -> int:
-        """The largest activation code that both products allow."""
+        """The largest activation code at which both products are exact."""
         return min(map(levels_for, self.codes))
 
 
@@ -60,7 +61,7 @@ def available() -> str:
 
 
 def pack(weights: Weights) -> Any:
-    """One direction of one layer as `run` wants it; it can be neither copied nor pickled."""
+    """Pack one direction of one layer for `run`; the result can be neither copied nor pickled."""
     floats = [
         torch.zeros(len(codes), device="cpu") if bias is None else bias.detach().float().contiguous()
         for codes, bias in zip(weights.codes, weights.biases, strict=True)
@@ -71,16 +72,16 @@ def pack(weights: Weights) -> Any:
 
 
 def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor, engine: str) -> Any:
-    """A weight in an engine's own form: PyTorch asks a global setting for which, and the form remembers it."""
+    """A weight in an engine's own form. PyTorch reads the engine from a global setting; the form remembers it."""
     weight = _as_quantized(codes, steps)
     with quantized_engine(engine):
         return torch.ops.quantized.linear_prepack(weight, bias)
 
 
 def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
-    """Codes and steps as the one kind of tensor that these operators take.
+    """Codes and steps as a quantized tensor, the only kind that these operators take.
 
-    PyTorch means to drop it one day: `available` will then say so, and layers run in float.
+    PyTorch plans to remove it: `available` will then say so, and layers will run in float.
     """
     zeros = torch.zeros(len(codes), dtype=torch.int64, device="cpu")
     with ignoring(UserWarning, "torch.quantize_per_tensor"):
@@ -91,16 +92,16 @@ def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
 def run(
     kind: Kind, x: Tensor, state: Sequence[Tensor], packed: Sequence[Any], layers: int, sizes: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """A whole sequence through all layers.
+    """Run a whole sequence through all layers.
 
     Args:
-        kind: of layer.
+        kind: "lstm" or "gru".
         x: float32 (steps, batch, inputs); with sizes: (steps of all sequences, inputs), as in a `PackedSequence`.
         state: the first hidden state, and of an LSTM the first cell state: float32 (layers * directions, batch,
             hidden).
-        packed: for each layer its one or two directions, from `pack`.
-        layers: how many.
-        sizes: int64: of the batch at each step, for packed sequences.
+        packed: from `pack`: the one or two directions of each layer, one layer after the other.
+        layers: the number of layers.
+        sizes: int64, the size of the batch at each step, for packed sequences.
 
     Returns:
         the outputs of all steps, and the last state or states.

@@ -1,7 +1,7 @@
 """Transposed convolutions in one and two dimensions on int8 weights: a linear product, and a sum where taps overlap.
 
-Each input position puts a patch of `taps` outputs; the patches of all positions are one int8 product, and folding adds
-them up in floats. So whatever `linear` offers holds here, a grid per position for dynamic activations included.
+Each input position gives a patch of `taps` outputs; the patches of all positions are one int8 product, and folding adds
+them up in floats. So a dynamic input has a grid per position, as in `linear`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pared.runtime.kernels.linear import pack as pack_rows
 
 @dataclass(frozen=True)
 class Moves:
-    """How patches lie, with one number per dimension of space; see `F.conv_transpose2d`."""
+    """Where patches lie, with one number per spatial dimension; see `F.conv_transpose2d`."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -36,8 +36,8 @@ class Moves:
         groups: int = 1,
         dilation: int | Sequence[int] = 1,
     ) -> Moves:
-        """From what `F.conv_transpose1d` and `2d` take."""
-        assert groups == 1, "grouped ones have no kernel"
+        """The moves that `F.conv_transpose1d` and `2d` are called with."""
+        assert groups == 1, "there is no kernel for groups"
 
         def each(value: int | Sequence[int]) -> tuple[int, ...]:
             found = (value,) * dimensions if isinstance(value, int) else tuple(value)
@@ -46,7 +46,7 @@ class Moves:
         return cls(each(stride), each(padding), each(output_padding), each(dilation))
 
     def size(self, inputs: Sequence[int], taps: Sequence[int]) -> list[int]:
-        """Of the output's space."""
+        """The output's size in each spatial dimension."""
         return [
             (n - 1) * s - 2 * p + d * (k - 1) + o + 1
             for n, s, p, o, d, k in zip(
@@ -56,11 +56,11 @@ class Moves:
 
 
 def pack(codes: Tensor, step: Tensor) -> PackedLinear:
-    """A weight for `run`.
+    """Pack a weight for `run`.
 
     Args:
-        codes: int8 (in, out, *taps), within -127..127.
-        step: float32 (out,).
+        codes: int8 of shape (in, out, taps...), within -127..127.
+        step: float32 of shape (out,).
     """
     inputs, outputs = codes.shape[:2]
     rows = codes.permute(1, *range(2, codes.dim()), 0).reshape(-1, inputs)
@@ -73,12 +73,12 @@ def run(
     """The layer's output.
 
     Args:
-        x: floats (batch, in, *space), or without a batch.
-        packed: from `pack`.
-        bias: floats (out,), or None.
-        taps: of the filter, one or two numbers.
-        moves: how patches lie.
-        span: the calibrated range of x; None gives each position a grid of its own.
+        x: floats of shape (batch, in, space...) or (in, space...).
+        packed: the weight, from `pack`.
+        bias: floats of shape (out,), or None.
+        taps: the filter's size in its one or two spatial dimensions.
+        moves: where patches lie.
+        span: the calibrated range of `x`; None gives each position a grid of its own.
     """
     dimensions = len(taps)
     batched = x if x.dim() == dimensions + 2 else x[None]
@@ -88,7 +88,7 @@ def run(
     size = moves.size(space, taps)
 
     def plane(numbers: Sequence[int], missing: int) -> tuple[int, ...]:
-        """One dimension as a plane that is one high."""
+        """Numbers for one dimension as those of a plane of height one."""
         return (missing,) * (2 - dimensions) + tuple(numbers)
 
     geometry = (plane(taps, 1), plane(moves.dilation, 1), plane(moves.padding, 0), plane(moves.stride, 1))

@@ -1,4 +1,4 @@
-"""The forward of MultiheadAttention with its projections on codes; and fast paths that would go round it."""
+"""The forward of MultiheadAttention with its projections on codes, and the fast paths that would bypass it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pared.runtime.layers.dispatch import linear_product
 
 
 def attention_weights(module: nn.MultiheadAttention) -> tuple[str, ...]:
-    """The projections of the inputs: one weight for all three, or one for each."""
+    """The weights of the projections: one for all three inputs, or one for each; none if there is no kernel."""
     if module.bias_k is not None or module.add_zero_attn:
         return ()
     return (
@@ -35,10 +35,12 @@ def attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """What `nn.MultiheadAttention.forward` gives (Vaswani et al. 2017), for inputs with a batch."""
+    """The output of `nn.MultiheadAttention.forward` (Vaswani et al. 2017) for a batch, or NotImplemented."""
     if not _serves(module, query, key, value, key_padding_mask, attn_mask):
         return NotImplemented
-    if (module.training and module.dropout) or (is_causal and attn_mask is None):  # the latter is a mistake to report
+    if (module.training and module.dropout) or (
+        is_causal and attn_mask is None
+    ):  # the latter is an error that the float layer reports
         return NotImplemented
     inputs = [query, key, value] if module.batch_first else [x.transpose(0, 1) for x in (query, key, value)]
     same = query is key and key is value
@@ -59,7 +61,7 @@ def attention_forward(
 def _serves(
     module: Any, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> bool:
-    """Whether the inputs have a batch, and all shapes and types are those that PyTorch documents."""
+    """Whether the inputs have a batch, and all shapes and types are as PyTorch documents them."""
     if query.dim() != 3 or key.dim() != 3 or query.is_nested or not query.numel() or not key.numel():
         return False
     batch, steps = (0, 1) if module.batch_first else (1, 0)
@@ -74,7 +76,7 @@ def _serves(
 
 
 def _projected(module: Any, inputs: list[Tensor], same: bool) -> list[Tensor]:
-    """Queries, keys and values, each (batch, length, width)."""
+    """Queries, keys and values, each of shape (batch, length, width)."""
     width = module.embed_dim
     if "in_proj_weight" not in module.pared_views:
         names, biases = ("q_proj_weight", "k_proj_weight", "v_proj_weight"), [None] * 3
@@ -83,11 +85,11 @@ def _projected(module: Any, inputs: list[Tensor], same: bool) -> list[Tensor]:
         return [linear_product(module, name, x, b) for name, x, b in zip(names, inputs, biases, strict=True)]
     if same:
         return list(linear_product(module, "in_proj_weight", inputs[0], module.in_proj_bias).split(width, dim=-1))
-    return [_part(module, i, x) for i, x in enumerate(inputs)]
+    return [_third(module, i, x) for i, x in enumerate(inputs)]
 
 
-def _part(module: Any, which: int, x: Tensor) -> Tensor:
-    """The product with one third of the weight for all three."""
+def _third(module: Any, which: int, x: Tensor) -> Tensor:
+    """The product with one third of the weight for all inputs."""
     rows = slice(which * module.embed_dim, (which + 1) * module.embed_dim)
 
     def pack() -> linear.PackedLinear:
@@ -106,15 +108,15 @@ def _heads(module: Any, x: Tensor) -> Tensor:
 def _merged(
     module: Any, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
 ) -> Tensor | None:
-    """Both masks as one that is added to the scores, broadcast to (batch, heads, queries, keys)."""
-    found = None
+    """Both masks as one to add to the scores, which broadcasts to (batch, heads, queries, keys)."""
+    merged = None
     if key_padding_mask is not None:
-        found = _additive(key_padding_mask, q.dtype)[:, None, None, :]
+        merged = _additive(key_padding_mask, q.dtype)[:, None, None, :]
     if attn_mask is not None:
         mask = _additive(attn_mask, q.dtype)
         mask = mask.reshape(-1, module.num_heads, q.shape[2], k.shape[2]) if mask.dim() == 3 else mask
-        found = mask if found is None else found + mask
-    return found
+        merged = mask if merged is None else merged + mask
+    return merged
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,8 +125,8 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
 
 
-# By type of module: what it looks at before it hands all weights to one fused operator, which knows floats only, and
-# the value that keeps it from doing so.
+# By type of module: the attribute that it checks before it passes all weights to one fused operator, which only takes
+# floats, and the value that keeps it from doing so.
 _SWITCHES: Final[dict[type[nn.Module], tuple[str, object]]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
@@ -133,19 +135,19 @@ _AS_IT_WAS: Final = "_pared_switch"
 
 
 def leave_fast_paths(model: nn.Module) -> None:
-    """Let transformer layers call their parts where one of these is a counterpart.
+    """Let transformer layers call their children if one of these is a counterpart, instead of a fused operator.
 
-    Outputs at padded positions are then what PyTorch gives with gradients, not the zeros of its fused operator.
+    Outputs at padded positions are then those of PyTorch with gradients enabled, not the zeros of its fused operator.
     """
     for module in model.modules():
         for cls, (switch, off) in _SWITCHES.items():
-            if isinstance(module, cls) and any(isinstance(part, Counterpart) for part in module.modules()):
+            if isinstance(module, cls) and any(isinstance(child, Counterpart) for child in module.modules()):
                 module.__dict__.setdefault(_AS_IT_WAS, getattr(module, switch))
                 setattr(module, switch, off)
 
 
 def rejoin_fast_paths(model: nn.Module) -> None:
-    """The inverse of `leave_fast_paths`."""
+    """Undo `leave_fast_paths`."""
     for module in model.modules():
         for cls, (switch, _) in _SWITCHES.items():
             if isinstance(module, cls) and _AS_IT_WAS in module.__dict__:

@@ -11,20 +11,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def cast_floats(values: Any, dtype: torch.dtype) -> Any:
-    """The same with its floats in another type."""
+    """The same values, with floating tensors and packed sequences in another type."""
 
-    def one(value: Any) -> Any:
+    def cast(value: Any) -> Any:
         floats = isinstance(value, (Tensor, PackedSequence)) and value.data.is_floating_point()
         return value.to(dtype) if floats else value
 
-    return tree_map(one, values)
+    return tree_map(cast, values)
 
 
 def first_dtype(values: Any, otherwise: torch.dtype) -> torch.dtype:
-    """The type of the first floats among them.
+    """The type of the first floating tensor or packed sequence among the values; `otherwise` if there is none.
 
     >>> first_dtype((torch.arange(2), {"x": torch.zeros(2)}), torch.float16)
     torch.float32
     """
-    found = (one.data for one in tree_leaves(values) if isinstance(one, (Tensor, PackedSequence)))
-    return next((one.dtype for one in found if one.is_floating_point()), otherwise)
+    tensors = (leaf.data for leaf in tree_leaves(values) if isinstance(leaf, (Tensor, PackedSequence)))
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), otherwise)

@@ -1,4 +1,4 @@
-"""What becomes of a float function that meets a weight in codes: the table of kernels."""
+"""The table of kernels: what runs instead of a float function whose weight is in codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pared.runtime.kernels.transposed import Moves
 
 
 class Owner(Protocol):
-    """The counterpart that a weight belongs to, as far as kernels know it."""
+    """The part of a `Counterpart` that kernels use."""
 
     pared_activation: Activation | None
     pared_views: dict[str, View]
@@ -35,7 +35,7 @@ def _activation(owner: Owner) -> Activation:
 
 
 def packed_linear(owner: Owner, attribute: str) -> linear.PackedLinear:
-    """A weight of `F.linear` as its kernel wants it."""
+    """A weight of `F.linear`, packed for its kernel."""
     packed: linear.PackedLinear = owner.pared_packed(
         attribute,
         lambda: linear.pack(
@@ -46,7 +46,7 @@ def packed_linear(owner: Owner, attribute: str) -> linear.PackedLinear:
 
 
 def packed_filter(owner: Owner, attribute: str, geometry: Geometry) -> conv.PackedConv:
-    """A convolution's weight as its kernel wants it."""
+    """The weight of a convolution, packed for its kernel."""
     packed: conv.PackedConv = owner.pared_packed(
         (attribute, geometry),
         lambda: conv.pack(owner.pared_codes(attribute), owner.pared_row_steps(attribute), geometry),
@@ -88,15 +88,15 @@ def _transposed(
 
 
 def _rows(owner: Owner, attribute: str, indices: Tensor) -> Tensor:
-    """Rows of a table as floats: only those that are asked for are decoded."""
+    """Rows of a table as floats; only these are decoded."""
     rows = F.embedding(indices, owner.pared_codes(attribute)).to(torch.float32)
     step = owner.pared_step(attribute)
-    own = bool(owner.pared_views[attribute].rows)
-    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if own else step)
+    per_row = bool(owner.pared_views[attribute].rows)
+    return rows.mul_(F.embedding(indices, step.reshape(-1, 1)) if per_row else step)
 
 
 def _embedding(owner: Owner, attribute: str, indices: Tensor, *training: Any, **more_training: Any) -> Tensor:
-    """The counterpart of `F.embedding`, whose options concern training or have been ruled out."""
+    """The counterpart of `F.embedding`, whose options concern training or are never in use."""
     del training, more_training
     return _rows(owner, attribute, indices).to(owner.pared_dtypes[attribute])
 
@@ -115,7 +115,7 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """The counterpart of `F.embedding_bag`: a small table of the rows that are asked for, in their order."""
+    """The counterpart of `F.embedding_bag`, on a small table of the rows that are looked up, in their order."""
     del max_norm, norm_type, scale_grad_by_freq, sparse
     table = _rows(owner, attribute, indices.reshape(-1))
     places = torch.arange(len(table), device=indices.device).reshape(indices.shape)
@@ -147,6 +147,6 @@ KERNELS: Final[dict[Callable[..., Any], Callable[..., Tensor]]] = {
     F.embedding_bag: _embedding_bag,
 }
 
-# The dimension of the weight that counts a function's outputs, where that is not the first: a kernel can use the steps
-# of no other.
+# The dimension of the weight that counts a function's outputs, where it is not the first: kernels need the steps along
+# this dimension.
 OUTPUTS: Final[dict[Callable[..., Any], int]] = {F.conv_transpose1d: 1, F.conv_transpose2d: 1}

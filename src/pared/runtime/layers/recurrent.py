@@ -17,7 +17,7 @@ _KINDS: dict[type[nn.Module], Kind] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.LSTMCe
 
 
 def layer_weights(module: nn.RNNBase) -> tuple[str, ...]:
-    """The weights of an LSTM or a GRU; none where states are projected, for which there is no kernel."""
+    """The weights of an LSTM or a GRU; none if states are projected, for which there is no kernel."""
     return () if module.proj_size else tuple(name for name in module._flat_weights_names if name.startswith("weight"))
 
 
@@ -43,7 +43,7 @@ def _packed(module: Any, suffix: str) -> Any:
 
 
 def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-    """What `nn.LSTM.forward` and `nn.GRU.forward` give, for tensors with or without a batch and packed sequences."""
+    """The output of `nn.LSTM.forward` and `nn.GRU.forward`, or NotImplemented for a call that needs the float layer."""
     x = input
     if module.training and module.dropout:
         return NotImplemented
@@ -78,14 +78,14 @@ def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
     return PackedSequence(values, sizes, order, back), states
 
 
-# All samples of a batch share one grid: one so many times quieter than the loudest would keep too few of its levels.
+# All samples of a batch share one grid: a sample more than 8 times quieter than the loudest would use too few levels.
 _LOUDER: Final = 8.0
 
 
 def _share_a_grid(peaks: Tensor) -> bool:
-    """Whether a batch may go through int8 at once, given the largest magnitude in each sample's input.
+    """Whether a batch may share an int8 grid, given the largest magnitude in each sample's input.
 
-    NaN and infinite inputs are for the float layer, whose outputs tell of them.
+    Inputs with NaN or Inf go to the float layer, whose outputs show them.
     """
     loud = peaks[peaks > 0]
     return bool(peaks.isfinite().all()) and (not len(loud) or bool(loud.max() <= _LOUDER * loud.min()))
@@ -104,9 +104,9 @@ def _all_packed(module: Any) -> list[Any]:
 
 
 def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> Any:
-    """The first states in float32, (layers * directions, batch, hidden); what does not fit is for the float layer.
+    """The first states in float32, (layers * directions, batch, hidden); NotImplemented if the float layer has to run.
 
-    States that these layers give lie within (-1, 1); those that a caller makes need not, and share a grid as well.
+    States that come from these layers lie within (-1, 1); a caller's own need not, and share a grid, too.
     """
     lstm = _kind(module) == "lstm"
     directions = 2 if module.bidirectional else 1
@@ -128,7 +128,7 @@ def _as_given(dtype: torch.dtype, out: Tensor, last: Sequence[Tensor]) -> tuple[
 
 
 def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
-    """What `nn.LSTMCell.forward` and `nn.GRUCell.forward` give: a sequence of one step."""
+    """The output of `nn.LSTMCell.forward` and `nn.GRUCell.forward`: a sequence of one step; or NotImplemented."""
     x = input
     batched = x.dim() == 2
     lstm = _kind(module) == "lstm"
@@ -140,7 +140,7 @@ def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
     state = [(one if batched else one[None]).float() for one in given] or [zero] * (2 if lstm else 1)
     if any(one.shape != zero.shape or not one.sum().isfinite() for one in state):
         return NotImplemented
-    # States of these layers lie within (-1, 1); those that a caller makes need not.
+    # States from these layers lie within (-1, 1); a caller's own need not.
     peaks = (data.float().abs().amax(1), state[0].abs().amax(1).clamp(min=1.0))
     if not all(map(_share_a_grid, peaks)):
         return NotImplemented
@@ -151,7 +151,7 @@ def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
 
 
 def plain_cell_forward(module: Any, input: Tensor, hx: Tensor | None = None) -> Any:
-    """What `nn.RNNCell.forward` gives."""
+    """The output of `nn.RNNCell.forward`, or NotImplemented."""
     x = input
     hidden = x.new_zeros(*x.shape[:-1], module.hidden_size) if hx is None else hx
     if not x.is_floating_point() or x.dim() not in (1, 2) or hidden.shape != (*x.shape[:-1], module.hidden_size):

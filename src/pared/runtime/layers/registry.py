@@ -1,4 +1,4 @@
-"""Which modules can run on codes, and how: a table by type, to which users add their own layers."""
+"""Which modules can run on codes, and how: a table by type, to which users can add their own layers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Layer:
     """How modules of a type run on codes.
 
     Args:
-        weights: the attributes that stay in codes, given the module; none if the module cannot run on codes.
-        modes: how its input may be treated, see `Activation`.
-        forward: runs instead of the module's own, as `forward(module, *args, **kwargs)`; it may give `NotImplemented`
-            for a call that it does not serve. None: the module's own forward runs, and each weight that reaches
-            `F.linear`, a convolution or a table lookup there is served.
-        reason: why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
-        children: names of children whose `weight` the forward uses without calling them.
-        columns: each number along the last dimension of its input meets a column of its weight, and nothing else: so a
-            static range may leave columns out (`kernels.outliers`).
+        weights: gives a module's attributes that stay in codes; none if this module cannot run on codes.
+        modes: how the input may be treated, see `Activation`.
+        forward: runs instead of the module's own, as `forward(module, *args, **kwargs)`; it may return `NotImplemented`
+            to let the float forward run. None: the module's own forward runs, and int8 kernels replace `F.linear`,
+            convolutions and table lookups of its weights.
+        reason: gives why its kernels cannot run on this machine, beyond what holds for all; empty if they can.
+        children: the names of children whose `weight` the forward uses without calling them.
+        columns: each value along the last dimension of the input is multiplied by one column of the weight only, so a
+            static range may exclude columns (`kernels.outliers`).
     """
 
     weights: Callable[[Any], tuple[str, ...]]
@@ -39,7 +39,7 @@ class Layer:
     columns: bool = False
 
     def missing(self) -> str:
-        """Why its kernels cannot run here, in words; empty if they can. Looking up rows needs none."""
+        """Why its kernels cannot run here, in words; empty if they can, or if it only looks up rows."""
         return "" if self.modes == ("gather",) else available() or self.reason()
 
 
@@ -52,13 +52,13 @@ def _listed_class(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def layer_of(module: nn.Module) -> Layer | None:
-    """The entry of a module's class, if the module can run on codes."""
+    """The entry of a module's class; None if the module cannot run on codes."""
     cls = class_below(type(module))
     home = _listed_class(cls)
     if home is None:
         return None
     layer = LAYERS[home]
-    # A subclass with a forward of its own is not what the table's forward stands in for.
+    # The table's forward cannot replace that of a subclass with a forward of its own.
     return layer if layer.forward is None or cls.forward is home.forward else None
 
 
@@ -74,14 +74,14 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def has_columns(module: nn.Module) -> bool:
-    """Whether single columns of the module's input may leave its range."""
+    """Whether a range may exclude single columns of the module's input."""
     cls = class_below(type(module))
     home = _listed_class(cls)
-    # A subclass with a forward of its own may give the product another input than its own.
+    # A subclass with a forward of its own may multiply something other than its input.
     return home is not None and LAYERS[home].columns and cls.forward is home.forward
 
 
 def _own_rows(cls: type[nn.Module], attributes: tuple[str, ...]) -> bool:
-    """Whether a subclass of what the table knows has weights of another layout."""
+    """Whether a subclass of a listed class was registered with another layout of its weights."""
     nearer = itertools.takewhile(lambda base: base not in LAYERS, cls.__mro__)
     return any(attribute in OWN_ROWS.get(base, {}) for base in nearer for attribute in attributes)
