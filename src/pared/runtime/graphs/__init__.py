@@ -1,1 +1,1 @@
-"""A model's calls as graphs of operators, which run in place of its modules where that is faster."""
+"""A model's calls as graphs of operators, which replace its modules where that is faster."""

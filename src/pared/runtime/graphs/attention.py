@@ -1,4 +1,4 @@
-"""Attention in its fastest form: masks as floats once, and in bfloat16 where the machine multiplies that."""
+"""The fastest form of attention: masks converted to floats once, and bfloat16 on machines with tiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pared.runtime.graphs.products import PLAIN, QLINEAR
 
 _ATEN: Final = torch.ops.aten
 _ATTENTION: Final = _ATEN.scaled_dot_product_attention.default
-# Operators that only move numbers, or look at some of them.
+# Operators that only move or select values.
 _MOVES: Final = (
     operator.getitem,
     _ATEN.split_with_sizes.default,
@@ -28,13 +28,13 @@ _MOVES: Final = (
 
 
 def as_floats(mask: Tensor) -> Tensor:
-    """What attention adds to its scores where it is given a mask of booleans."""
+    """A mask of booleans as the floats that attention adds to its scores."""
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return zeros.masked_fill_(mask.logical_not(), -torch.inf)
 
 
 def share_masks(draft: Draft) -> None:
-    """A mask of booleans becomes floats once, not in every layer."""
+    """Convert a mask of booleans to floats once, not in every layer."""
     known: dict[fx.Node, fx.Node] = {}
     for node in draft.calls(_ATTENTION):
         query, *_, mask = (*given_to(node), None)[:4]
@@ -50,7 +50,7 @@ def to_bfloat16(x: Tensor) -> Tensor:
 
 
 def mask_to_bfloat16(mask: Tensor) -> Tensor:
-    """What attention adds to its scores: a number so far below zero that bfloat16 has none stays a number."""
+    """A mask of floats in bfloat16; a finite value below the range of bfloat16 stays finite."""
     least = torch.finfo(torch.bfloat16).min
     return torch.where(mask == -torch.inf, mask, mask.clamp(min=least)).to(torch.bfloat16)
 
@@ -61,14 +61,14 @@ def to_float32(x: Tensor) -> Tensor:
 
 
 def run_in_bfloat16(draft: Draft) -> None:
-    """Attention takes and gives bfloat16; products that only it reads give that at once."""
+    """Let attention take and give bfloat16; products that only attention reads give bfloat16 as well."""
     known: dict[fx.Node, fx.Node] = {}
     for node in draft.calls(_ATTENTION):
         query, key, value, *rest = given_to(node)
-        if any(type_of(one) is not torch.float32 for one in (query, key, value)):
+        if any(type_of(x) is not torch.float32 for x in (query, key, value)):
             continue
         mask = rest[0] if rest else None
-        given = [draft.before(node, to_bfloat16, one) for one in (query, key, value)]
+        given = [draft.before(node, to_bfloat16, x) for x in (query, key, value)]
         if isinstance(mask, fx.Node) and (mask.target is as_floats or type_of(mask) is torch.float32):
             if mask not in known:
                 rounded = to_bfloat16 if mask.target is as_floats else mask_to_bfloat16
@@ -81,7 +81,7 @@ def run_in_bfloat16(draft: Draft) -> None:
 
 
 def _give_bfloat16(draft: Draft, node: fx.Node) -> None:
-    """A product of whose output nobody sees more than bfloat16 gives that."""
+    """Let a product give bfloat16 if its output is only read in bfloat16."""
     if given_to(node)[-len(PLAIN) + 2] is not torch.float32:
         return
     ends = list(_readers(node))
@@ -94,7 +94,7 @@ def _give_bfloat16(draft: Draft, node: fx.Node) -> None:
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """What computes with the numbers of a node, wherever they are moved."""
+    """The nodes that compute with the values of a node, also after they were moved."""
     for user in node.users:
         if user.op == "call_function" and user.target in _MOVES:
             yield from _readers(user)

@@ -18,13 +18,13 @@ _CONSTANTS: Final = (bool, int, float, str, type(None))
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a call.
+    """One argument of a call: a tensor, or a constant.
 
     Args:
-        name: of the parameter of `forward`.
-        dtype: of a tensor, "float32" for instance; empty for a constant.
-        shape: of a tensor.
-        value: of a constant.
+        name: the name of the parameter of `forward`.
+        dtype: the type of a tensor, such as "float32"; empty for a constant.
+        shape: the shape of a tensor.
+        value: the value of a constant.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Argument:
         return f"{self.name}: {self.dtype}[{len(self.shape)}]" if self.dtype else f"{self.name} = {self.value!r}"
 
     def example(self) -> object:
-        """The constant, or a tensor of zeros."""
+        """An example: the constant, or a tensor of zeros."""
         return torch.zeros(self.shape, dtype=getattr(torch, self.dtype)) if self.dtype else self.value
 
 
@@ -62,11 +62,11 @@ Bound = dict[str, Any]  # the arguments of a call by name, in alphabetical order
 
 
 def parameters_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the arguments that `forward` takes by position or by name."""
-    kinds = inspect.signature(model.forward).parameters.values()
-    if any(one.kind is one.POSITIONAL_ONLY for one in kinds):
-        return ()  # no argument that is given by position can be given by name
-    return tuple(one.name for one in kinds if one.kind is one.POSITIONAL_OR_KEYWORD)
+    """The names of the parameters that `forward` takes by position or by name; none if it has positional-only ones."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        return ()  # graphs are called by name
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound | None:
@@ -104,7 +104,7 @@ def tensors_of(kind: tuple[object, ...]) -> tuple[object, ...]:
     >>> tensors_of(kind_of({"causal": True, "x": torch.zeros(2, 3)}))
     (('x', torch.float32, 2),)
     """
-    return tuple(one for one in kind if isinstance(one, tuple) and isinstance(one[1], torch.dtype))
+    return tuple(part for part in kind if isinstance(part, tuple) and isinstance(part[1], torch.dtype))
 
 
 def arguments_of(bound: Bound) -> tuple[Argument, ...]:

@@ -1,4 +1,4 @@
-"""A model's call as a graph of operators, by `torch.export`, for inputs of any size that the model allows."""
+"""A model's call captured as a graph of operators by `torch.export`, for inputs of any size that the model allows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keywo
 
 @dataclass(frozen=True)
 class Size:
-    """One dimension of an input: as large as `fixed`, or of any size within the bounds, equal wherever `symbol` is."""
+    """One dimension of an input: of size `fixed`, or of any size within the bounds; equal for equal symbols."""
 
     fixed: int | None
     symbol: str = ""
@@ -40,7 +40,7 @@ class Size:
     most: float = float("inf")
 
     def allows(self, given: int) -> bool:
-        """Whether it may be so large; 1 is left to be tried, where sizes of 2 and more are known to work."""
+        """Whether a size is allowed; 1 always is, and has to be tried, as only sizes from 2 are captured."""
         if self.fixed is not None:
             return given == self.fixed
         return given == 1 or (given > 0 and self.least <= given <= self.most)
@@ -53,9 +53,9 @@ class Captured:
     Args:
         graph: its placeholders are the model's tensors, then the inputs.
         tensors: the dotted names of the model's tensors, by placeholder.
-        constants: tensors that the model made by itself, by placeholder.
+        constants: tensors that the model's code makes, by placeholder.
         inputs: the sizes of each input, by placeholder, in the order of the arguments that are tensors.
-        outputs: how the tensors that it returns make up the model's output.
+        outputs: the structure of the model's output, whose leaves the graph returns.
     """
 
     graph: fx.Graph
@@ -66,17 +66,17 @@ class Captured:
 
 
 class Captures:
-    """`capture` for models of one architecture, which remembers: it takes a second or two.
+    """`capture` for models of one architecture, with a memory: a capture takes a second or two.
 
-    It is for a moment in which nobody changes the models: their numbers may differ, and nothing else.
+    The models may differ in the numbers of their weights only.
     """
 
     def __init__(self) -> None:
         self._known: dict[object, Captured | ModelError] = {}
 
     def __call__(self, model: nn.Module, arguments: Sequence[Argument]) -> Captured:
-        """What `capture` gives or raises."""
-        places: dict[int, int] = {}  # what is tied is one tensor in a graph
+        """The graph of a call, or the error, of `capture`."""
+        places: dict[int, int] = {}  # tied weights are one tensor in a graph
         tied = tuple(
             places.setdefault(id(one), len(places)) for _, one in model.named_parameters(remove_duplicate=False)
         )
@@ -144,13 +144,13 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
     """Capture a call.
 
     Args:
-        model: a float model in eval mode, which is used up. The numbers of its weights are not read; those on the meta
-            device are taken to be on the CPU.
-        arguments: of an example call, whose sizes may vary where the model allows it. A single sample is doubled,
-            because a size of 1 would be taken for a constant.
+        model: a float model in eval mode, which must not be used afterwards. The numbers of its weights are not read;
+            weights on the meta device are taken to be on the CPU.
+        arguments: an example call, whose sizes may vary where the model allows it. A single sample is doubled, because
+            a size of 1 would be taken for a constant.
 
     Raises:
-        ModelError: it cannot be captured, and why.
+        ModelError: the call cannot be captured.
     """
     _materialize(model)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
@@ -172,7 +172,7 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Memory that is never touched in place of tensors on the meta device, which an export would mix with the CPU's."""
+    """Replace parameters on the meta device by untouched memory: an export would mix the devices."""
     for module in model.modules():
         for name, tensor in module._parameters.items():
             if tensor is not None and tensor.is_meta:
@@ -187,7 +187,7 @@ def _exported(flat: FlatModel) -> Any:
 
 
 def _writes(graph: fx.Graph) -> bool:
-    """Whether an operator writes to what it is given: then all are replaced by such that give new tensors."""
+    """Whether an operator writes to its inputs; then all are replaced by operators that give new tensors."""
     operators = (node.target for node in graph.nodes if node.op == "call_function")
     return any(isinstance(one, torch._ops.OpOverload) and one._schema.is_mutable for one in operators)
 
@@ -195,7 +195,7 @@ def _writes(graph: fx.Graph) -> bool:
 def _checked(program: Any, outputs: TreeSpec) -> Captured:
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
         raise ModelError("its forward changes buffers or inputs", where="graph", remedy=_REMEDY)
-    # Only functions of tensors remain: control flow by values has modules of its own.
+    # Only functions of tensors may remain: control flow that depends on values has modules of its own.
     strange = [node for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
     if strange or any(_is_tied_to_strides(node) for node in program.graph.nodes):
         raise ModelError("its forward depends on values or on the layout of memory", where="graph", remedy=_REMEDY)
@@ -212,7 +212,11 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
         elif spec.kind is InputKind.USER_INPUT and isinstance(values[name], Tensor):
             inputs[name] = tuple(_size(size, program.range_constraints) for size in values[name].shape)
         else:
-            raise ModelError(f"it takes a {spec.kind.name.lower()}", where="graph", remedy=_REMEDY)
+            raise ModelError(
+                f"its graph takes a {spec.kind.name.lower().replace('_', ' ')}, which cannot be given",
+                where="graph",
+                remedy=_REMEDY,
+            )
     return Captured(program.graph, tensors, constants, inputs, outputs)
 
 
@@ -227,6 +231,6 @@ def _size(size: Any, bounds: Mapping[Any, Any]) -> Size:
     if expression.is_Integer:
         return Size(int(expression))
     if expression not in bounds:
-        raise ModelError(f"an input has to be of the size {expression}", where="graph", remedy=_REMEDY)
+        raise ModelError(f"the size of an input must be {expression}", where="graph", remedy=_REMEDY)
     low, high = bounds[expression].lower, bounds[expression].upper
     return Size(None, str(expression), int(low), int(high) if high.is_Integer else float("inf"))

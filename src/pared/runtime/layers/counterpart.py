@@ -1,10 +1,9 @@
-"""A module that holds weights as codes: they read as floats, and products of them run on the codes.
+"""A module that holds weights as codes: they read as floats, and products with them run on the codes.
 
-A counterpart is the float module itself with another class: a dynamic subclass of its own class, so `isinstance`,
-attributes, hooks and the module's own `forward` stay. While that `forward` runs, a weight of a layer of the table
-`LAYERS` is a `WeightHandle`; when the handle reaches `F.linear`, a convolution or a table lookup, the int8 kernel runs
-instead. So subclasses that pad or scale their input are served by the code that they already have, and whatever else is
-done with the weight sees floats. Layers whose weights never reach such a function have a `forward` in the table.
+A counterpart is the float module itself with another class (`layers.subclasses`). While its own `forward` runs, a
+weight of a layer in the table `LAYERS` is a `WeightHandle`; when the handle reaches `F.linear`, a convolution or a
+table lookup, the int8 kernel runs instead. So subclasses that pad or scale their input keep their code, and any other
+function sees the weight as floats. Layers whose weights never reach such a function have a `forward` in the table.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class _Running(threading.local):
-    """The counterpart whose forward this thread is in."""
+    """The counterpart whose forward is running in this thread."""
 
     module: Counterpart | None = None
 
@@ -45,14 +44,14 @@ _running = _Running()
 
 
 class WeightHandle(torch.Tensor):
-    """Stands for a counterpart's weight inside its own forward: kernels take the codes, all else the floats."""
+    """Stands for a weight inside its counterpart's forward: kernels get the codes, everything else the floats."""
 
     owner: Counterpart
     attribute: str
 
     @staticmethod
     def of(owner: Counterpart, attribute: str) -> WeightHandle:
-        """A handle of one of the owner's weights: its shape and type, without storage."""
+        """A handle for one of the owner's weights: of its shape and type, without storage."""
         shape, dtype = owner.pared_codes(attribute).shape, owner.pared_dtypes[attribute]
         handle = torch.Tensor._make_wrapper_subclass(WeightHandle, shape, dtype=dtype)
         handle.owner, handle.attribute = owner, attribute
@@ -66,7 +65,7 @@ class WeightHandle(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Send products to the owner's kernel."""
+        """Run products on the owner's kernel."""
         if func in KERNELS and kwargs and len(args) < 2 and "weight" in kwargs:
             names = ("input", "weight")[len(args) :]
             args = (*args, *(kwargs[name] for name in names if name in kwargs))
@@ -86,7 +85,7 @@ class WeightHandle(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Everything else sees the floats."""
+        """Run everything else on the floats."""
         return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
 
 
@@ -95,26 +94,26 @@ def _plain(value: object) -> object:
 
 
 def codes_name(attribute: str) -> str:
-    """The buffer of a weight's codes."""
+    """The name of the buffer with a weight's codes."""
     return f"pared_{attribute}_codes"
 
 
 def step_name(attribute: str) -> str:
-    """The parameter of a weight's steps."""
+    """The name of the parameter with a weight's steps."""
     return f"pared_{attribute}_step"
 
 
 class Counterpart(Mixin):
     """Mixed in before a module's own class: weights are codes and steps, packed for the kernel at first use.
 
-    The codes of a weight are a buffer outside the state dict: int8 or int16, of the weight's shape; its steps a
-    parameter: float32, one per row, never cast by `.half()` or `.to(dtype)`.
+    The codes of a weight are a non-persistent buffer (int8 or int16, of the weight's shape); its steps are a parameter
+    (float32, one per row) that `.half()` and `.to(dtype)` do not cast.
 
     Attributes:
-        pared_views: which dimensions of each weight are rows, by attribute.
-        pared_dtypes: the types that weights read as.
-        pared_activation: how the input is treated; None: the module runs on floats, decoded as they are read.
-        pared_in_bfloat16: the module runs on weights decoded to bfloat16, where that was measured to be faster.
+        pared_views: by attribute, the weight as rows and columns.
+        pared_dtypes: by attribute, the type that the weight reads as.
+        pared_activation: how the input is treated; None: the module runs on floats, decoded whenever they are read.
+        pared_in_bfloat16: whether the module runs on weights decoded to bfloat16, where that was faster.
     """
 
     pared_views: dict[str, View]
@@ -123,7 +122,7 @@ class Counterpart(Mixin):
     pared_in_bfloat16: bool
     _pared_plain: bool  # exactly nn.Linear: its forward is known, and the handle can be saved
     _pared_forward: Callable[..., Any] | None
-    _pared_order: tuple[str, ...]  # of the float module's parameters
+    _pared_order: tuple[str, ...]  # the float module's parameters, in their order
     _pared_packed: dict[object, object]
     _pared_lock: threading.Lock
 
@@ -140,24 +139,24 @@ class Counterpart(Mixin):
         return self.pared_coded(attribute).decode()
 
     def pared_coded(self, attribute: str) -> Coded:
-        """A weight's codes and steps as a value."""
+        """A weight's codes and steps as one value."""
         codes, dtype = self.pared_codes(attribute), self.pared_dtypes[attribute]
         parts = {"codes": codes, "step": self.pared_step(attribute)}
         kind: Any = "int8" if codes.dtype == torch.int8 else "int16"
         return Coded(Grid(kind), tuple(codes.shape), dtype, parts, self.pared_views[attribute])
 
     def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor:
-        """One step per output, which this dimension of the weight counts: a single step for all is spread."""
+        """One step per output, given the weight's dimension that counts outputs; a single step is repeated."""
         return self.pared_step(attribute).reshape(-1).expand(self.pared_codes(attribute).shape[outputs]).contiguous()
 
     def pared_read(self, attribute: str) -> Tensor:
-        """What the attribute gives: the weight as floats, decoded at each reading; inside the own forward, a handle."""
+        """A weight's attribute: floats, decoded at each reading; inside the module's own forward, a handle."""
         if _running.module is self:
             return WeightHandle.of(self, attribute)
         return self.pared_decode(attribute)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward; its weights go to the int8 kernel where that gives all that is asked for."""
+        """Run the module's own forward, on int8 kernels if they can serve this call."""
         if self.pared_activation is None or not self._pared_serves(args, kwargs):
             return super().forward(*args, **kwargs)
         if self._pared_plain and len(args) == 1 and not kwargs and _is_input(F.linear, args[0]):
@@ -175,7 +174,7 @@ class Counterpart(Mixin):
         return out if type(out) is Tensor else tree_map(_plain, out)  # a weight that is given back is floats
 
     def _pared_serves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Not while a graph is captured (packed weights are opaque), off the CPU, or where gradients are wanted."""
+        """Whether kernels can serve a call: not while a graph is captured, off the CPU, or if gradients are needed."""
         if not is_ordinary_call():
             return False
         if not self.pared_codes(next(iter(self.pared_views))).is_cpu:
@@ -187,7 +186,7 @@ class Counterpart(Mixin):
         return not any(isinstance(one, Tensor) and one.requires_grad for one in floats)
 
     def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any:
-        """The kernel's own form of the weight, made once per key, under a lock."""
+        """A weight packed for its kernel; `pack` makes it once per key, under a lock."""
         found = self._pared_packed.get(key)
         if found is None:
             with self._pared_lock:
@@ -226,7 +225,7 @@ class Counterpart(Mixin):
         missing[:] = [shown.get(name, name) for name in missing]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move to a device, or change the types that weights read as; codes and steps keep theirs."""
+        """Move to a device, or change the types that weights read as; codes and steps keep their types."""
         steps = {attribute: self.pared_step(attribute) for attribute in self.pared_views}
         dtypes = {a: fn(torch.empty(0, dtype=dtype)).dtype for a, dtype in self.pared_dtypes.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
@@ -240,16 +239,16 @@ class Counterpart(Mixin):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the packed weights, which can be neither copied nor pickled, the lock and weak references."""
+        """The state without packed weights, which can be neither copied nor pickled, the lock and weak references."""
         return {key: value for key, value in self.__dict__.items() if key not in _LEFT_OUT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start again without packed weights."""
+        """Restore a state; weights are packed again at first use."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._pared_packed, self._pared_lock = {}, threading.Lock()
 
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
-        """Name the module's own class: the dynamic one cannot be imported."""
+        """Pickle under the module's own class: the subclass cannot be imported."""
         return _new, (class_below(type(self)), tuple(self.pared_views)), self.__getstate__()
 
 
@@ -262,7 +261,7 @@ def _counterpart_class(base: type[nn.Module], attributes: tuple[str, ...]) -> ty
             attribute: property(functools.partial(Counterpart.pared_read, attribute=attribute))
             for attribute in attributes
         }
-        if issubclass(base, nn.RNNBase):  # a list of the weights themselves, which would keep the floats
+        if issubclass(base, nn.RNNBase):  # a list of the weights, which would keep the floats alive
             names["_flat_weights"] = property(_flat_weights, lambda _self, _value: None)
         return names
 
@@ -284,11 +283,11 @@ def stand_in(
     """Turn a float module into its counterpart, in place; its float weights are dropped.
 
     Args:
-        module: any module; one of the table `LAYERS` if there is an activation.
-        coded: weights on grids, by attribute; int8 ones if there is an activation.
-        activation: how the input is treated, a mode that the module's type has (`LAYERS`); None: the module runs on
-            floats, decoded as they are read.
-        in_bfloat16: run in bfloat16 instead.
+        module: any module; with an activation, one whose type is in `LAYERS`.
+        coded: weights on grids, by attribute; with an activation, on int8 grids.
+        activation: how the input is treated, in one of the modes of the module's type; None: the module runs on floats,
+            decoded whenever they are read.
+        in_bfloat16: run in bfloat16 instead of int8.
     """
     layer = layer_of(module) if activation is not None else None
     order = tuple(module._parameters)
@@ -300,11 +299,11 @@ def stand_in(
     counterpart = cast(Counterpart, module)
     counterpart._pared_packed, counterpart._pared_lock = {}, threading.Lock()
     counterpart.pared_views, counterpart.pared_dtypes = {}, {}
-    for attribute, one in coded.items():
-        assert one.view is not None
-        counterpart.pared_views[attribute], counterpart.pared_dtypes[attribute] = one.view, one.dtype
-        counterpart.register_buffer(codes_name(attribute), one.parts["codes"], persistent=False)
-        step = one.parts["step"]  # already a parameter where the weight is tied
+    for attribute, weight in coded.items():
+        assert weight.view is not None
+        counterpart.pared_views[attribute], counterpart.pared_dtypes[attribute] = weight.view, weight.dtype
+        counterpart.register_buffer(codes_name(attribute), weight.parts["codes"], persistent=False)
+        step = weight.parts["step"]  # already a parameter where the weight is tied
         step = step if isinstance(step, nn.Parameter) else nn.Parameter(step, requires_grad=False)
         counterpart.register_parameter(step_name(attribute), step)
     counterpart.pared_activation = activation
@@ -316,14 +315,14 @@ def stand_in(
 
 
 def restore(module: Counterpart) -> None:
-    """The inverse of `stand_in`, in place: the float module, its weights on the meta device."""
+    """Undo `stand_in`, in place: the float module, with its weights on the meta device."""
     for attribute in module.pared_views:
         shape, dtype = module.pared_codes(attribute).shape, module.pared_dtypes[attribute]
         weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         del module._buffers[codes_name(attribute)], module._parameters[step_name(attribute)]
         module._non_persistent_buffers_set.discard(codes_name(attribute))
         module._parameters[attribute] = weight
-    # Optimizers and state dicts go by the order that they had.
+    # Optimizers and state dicts depend on the order of parameters.
     module._parameters = {name: module._parameters[name] for name in module._pared_order}
     for name in [name for name in module.__dict__ if name.startswith(("pared_", "_pared_"))]:
         del module.__dict__[name]
@@ -333,15 +332,15 @@ def restore(module: Counterpart) -> None:
 
 @functools.cache  # once, not for every layer
 def _tell_of_device(device: torch.device) -> None:
-    log.warning("int8 kernels are CPU only: on %s the layers run on floats, decoded from the codes", device)
+    log.warning("int8 kernels run on the CPU only: on %s the layers run on floats, decoded from the codes", device)
 
 
 def is_ordinary_call() -> bool:
-    """Whether this is no capture of a graph and no transformation of functions: packed weights are opaque to both."""
+    """Whether neither a graph is being captured nor a function transformed: packed weights are opaque to both."""
     if torch.compiler.is_dynamo_compiling():
         return False
     if torch.compiler.is_compiling():
-        with CAPTURING:  # a capture in another thread says so to all threads: this one's call is an ordinary one
+        with CAPTURING:  # it may be a capture in another thread, as torch tells all threads: wait for it
             pass
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
         return False
@@ -350,14 +349,14 @@ def is_ordinary_call() -> bool:
 
 
 def _is_input(func: Callable[..., Any], x: object) -> bool:
-    """Whether the kernels take it: plain floats, or the indices of a table; all else is for the float function."""
+    """Whether kernels take this input: plain floats, or the indices of a table lookup."""
     return type(x) is Tensor and (x.is_floating_point() or func in (F.embedding, F.embedding_bag))
 
 
 def run_kernel(
     func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor, *rest: Any, **named: Any
 ) -> Tensor:
-    """A product of one of the owner's weights, by the kernel that was found to be fastest."""
+    """The product with one of the owner's weights, by the kernel that was measured to be fastest."""
     if not owner.pared_in_bfloat16:
         return KERNELS[func](owner, attribute, x, *rest, **named)
     weight = owner.pared_packed((attribute, "bfloat16"), lambda: owner.pared_decode(attribute).bfloat16())
@@ -367,10 +366,10 @@ def run_kernel(
 
 
 def _in_bfloat16(owner: Counterpart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The whole module in bfloat16, from and to the type of its first floats."""
+    """The output of the whole module in bfloat16, in the type of the first floats of its input."""
 
     def copied() -> nn.Module:
-        # The owner's floats stay as they are; its codes are not needed.
+        # Tensors that are not floats, among them the codes, are not copied.
         alone = clone_structure(owner, lambda one: one.detach().clone() if one.is_floating_point() else one)
         restore(alone)
         for attribute in owner.pared_views:
