@@ -255,5 +255,5 @@ def test_a_rule_that_fails_costs_the_graph_and_not_the_call(monkeypatch: pytest.
 
     q, call = made("chain")
     monkeypatch.setattr("pared.runtime.graphs.graph.fuse", broken)
-    with pytest.raises(pared.ModelError, match="its graph cannot be put together"):
+    with pytest.raises(pared.ModelError, match="its graph cannot be made"):
         graph_of(q, call(64))

@@ -1,6 +1,6 @@
-"""Neighbours of int8 products join them: normalization and activation, and the next product's quantization.
+"""Fuse int8 products with their neighbours: normalization, activation, and the quantization for the next product.
 
-Each rule looks at one operator and what it is applied to, and leaves the graph as it is where anything is unusual.
+Each rule looks at one operator and its input, and leaves the graph as it is if anything is unusual.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATEN: Final = torch.ops.aten
 _KERNELS: Final = (QLINEAR, *QCONVS)
 _AFTER: Final = len(PLAIN)
 _NORMS: Final = (_ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default)
-# What `conv2d` takes after the weight, and `pad` after the sides, where it is not given.
+# The defaults of `conv2d` after the weight, and of `pad` after the sides.
 _MOVES: Final[tuple[Any, ...]] = (None, [1, 1], [0, 0], [1, 1], 1)
 _WITH_ZEROS: Final[tuple[Any, ...]] = ("constant", None)
 # A convolution in float32 that can apply an activation.
@@ -35,18 +35,18 @@ FLOAT_CONV: Final = operator_of("mkldnn", "_convolution_pointwise")
 
 
 def simplify(draft: Draft) -> None:
-    """Drop what does nothing in inference, and let operators take any layout of memory."""
+    """Drop operators that do nothing in inference, and let the others take any layout of memory."""
     for node in draft.calls(_ATEN.dropout.default, _ATEN.dropout_.default, _ATEN.feature_dropout.default):
         if not given_to(node)[2]:
             _skip(draft, node)
     for node in draft.calls(_ATEN.clone.default):
-        # Nobody writes to what is still read, so a copy is as good as the original; but users may write to outputs.
+        # Nothing writes to a tensor that is still read, so the original will do; but users may write to outputs.
         if not node.kwargs and all(user.op != "output" for user in node.users):
             _skip(draft, node)
     for node in draft.calls(_ATEN._assert_tensor_metadata.default):
-        draft.graph.erase_node(node)  # the types of inputs are what graphs are chosen by
+        draft.graph.erase_node(node)  # graphs are chosen by the types of inputs
     for node in draft.calls(_ATEN.view.default, _ATEN._unsafe_view.default):
-        node.target = _ATEN.reshape.default  # products may give another layout than float ones did
+        node.target = _ATEN.reshape.default  # int8 products may give another layout than float ones
 
 
 def _skip(draft: Draft, node: fx.Node) -> None:
@@ -55,7 +55,7 @@ def _skip(draft: Draft, node: fx.Node) -> None:
 
 
 def fuse(draft: Draft) -> None:
-    """All rules, in the order in which one makes room for the next."""
+    """Apply all rules, in an order in which each prepares for the next."""
     for node in draft.calls(_ATEN.conv2d.default):
         _lay_out(draft, node)
     for node in draft.calls(*_NORMS):
@@ -68,7 +68,7 @@ def fuse(draft: Draft) -> None:
         _pad_inside(draft, node)
     share_masks(draft)
     for node in draft.calls(quantize_contiguous_all):
-        _part(draft, node)
+        _split_outliers(draft, node)
     for node in draft.calls(quantize, quantize_contiguous):
         _give_codes(draft, node)
     for node in draft.calls(patches_of):
@@ -82,7 +82,7 @@ def fuse(draft: Draft) -> None:
 
 
 def _plain_kernel(node: Any) -> bool:
-    """Whether a node is a kernel that gives plain floats, to which it has applied nothing yet."""
+    """Whether a node is a kernel that gives floats and applies no activation yet."""
     if not isinstance(node, fx.Node):
         return False
     if node.target is FLOAT_CONV:
@@ -91,12 +91,12 @@ def _plain_kernel(node: Any) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """An image in the layout in which convolutions are fast; it is copied if it has another."""
+    """An image in the layout in which convolutions are fast, copied if necessary."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _lay_out(draft: Draft, node: fx.Node) -> None:
-    """A float convolution of images runs on channels-last memory, and can then take in what follows it."""
+    """Run a float convolution of images on channels-last memory, by an operator that can apply an activation."""
     x, weight, *rest = given_to(node)
     bias, stride, padding, dilation, groups = (*rest, *_MOVES[len(rest) :])
     if FLOAT_CONV is None or rank_of(x) != 4 or type_of(x) is not torch.float32 or not draft.holds(weight, bias):
@@ -107,7 +107,7 @@ def _lay_out(draft: Draft, node: fx.Node) -> None:
 
 
 def _fold_norm(draft: Draft, node: fx.Node) -> None:
-    """A batch norm after a convolution is a gain and a shift of its channels: they go into its weight and its bias."""
+    """Fold a batch norm, a gain and a shift of each channel, into the weight and bias of the convolution before it."""
     x, *parts = given_to(node)[:5]
     kernel, out = _behind(x), node
     if node.target is not _ATEN.batch_norm.default:
@@ -120,7 +120,7 @@ def _fold_norm(draft: Draft, node: fx.Node) -> None:
     if only_user(x) is not node or not _plain_kernel(kernel) or None in parts[2:] or not draft.holds(*parts):
         return
     if kernel.target is not FLOAT_CONV and "filter" not in kernel.meta:
-        return  # a linear layer has no channels, and steps that took in a norm are not those of the packed filter
+        return  # a linear layer has no channels, and a norm was already folded into steps that are not the filter's
     weight, bias, mean, variance = (draft.held(one) for one in parts)
     gain = (variance.double() + given_to(node)[7 if out is node else 6]).rsqrt()
     gain = gain if weight is None else gain * weight.double()
@@ -136,24 +136,24 @@ def _fold_norm(draft: Draft, node: fx.Node) -> None:
 
 
 def _straighten(draft: Draft, node: fx.Node) -> None:
-    """Pixels of a product of pixels are its rows."""
+    """Drop the patches of a product of single pixels: its rows are the pixels."""
     x, *steps = given_to(node)
-    if x.target is channels_first and all(one == 1 for sizes in steps for one in sizes):
+    if x.target is channels_first and all(size == 1 for sizes in steps for size in sizes):
         node.replace_all_uses_with(given_to(x)[0])
         draft.graph.erase_node(node)
 
 
 def _behind(node: Any) -> Any:
-    """The product of patches whose channels a node puts first, or the node itself."""
+    """The product of patches if a node puts its channels first, else the node."""
     if isinstance(node, fx.Node) and node.target is channels_first and only_user(given_to(node)[0]) is node:
         return given_to(node)[0]
     return node
 
 
 def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.Node:
-    """The convolution with each channel times the gain, plus the shift.
+    """The convolution with each channel multiplied by the gain and moved by the shift.
 
-    Of codes it is the steps that take the gain; where that is negative, the codes change their sign.
+    With codes, the gain goes into the steps; where it is negative, the codes change their sign.
     """
     place = 2 if kernel.target is FLOAT_CONV else 6
     bias = draft.held(given_to(kernel)[place])
@@ -175,7 +175,7 @@ def _scaled(draft: Draft, kernel: fx.Node, gain: Tensor, shift: Tensor) -> fx.No
     return draft.before(kernel, kernel.target, *given)
 
 
-# What kernels can apply to their sums, from an operator's arguments after the input: name, numbers, algorithm.
+# The activations that kernels can apply, from an operator's arguments after the input: name, numbers, algorithm.
 _ACTIVATIONS: Final[dict[Any, Any]] = {
     _ATEN.relu.default: lambda: ("relu", [], ""),
     _ATEN.hardtanh.default: lambda low=-1.0, high=1.0: ("hardtanh", [float(low), float(high)], ""),
@@ -189,12 +189,12 @@ _ACTIVATIONS: Final[dict[Any, Any]] = {
     _ATEN.leaky_relu.default: lambda slope=0.01: ("leaky_relu", [float(slope)], ""),
     _ATEN.tanh.default: lambda: ("tanh", [], ""),
 }
-# ... of which int8 convolutions lack these, as long as PyTorch refuses them.
+# Those that PyTorch refuses for int8 convolutions.
 _LINEAR_ONLY: Final = ("gelu", "leaky_relu", "tanh")
 
 
 def _take_in(draft: Draft, node: fx.Node) -> None:
-    """An activation becomes part of the product that it alone is applied to."""
+    """Let a product apply the activation that follows it, if nothing else reads the product."""
     x, *rest = given_to(node)
     if isinstance(x, fx.Node) and x.target is channels_first and only_user(x) is node:
         node.args = (given_to(x)[0], *rest)  # before the view
@@ -213,7 +213,7 @@ def _take_in(draft: Draft, node: fx.Node) -> None:
 
 
 def _lift(draft: Draft, node: fx.Node) -> None:
-    """Codes instead of floats are padded with zeros."""
+    """Pad codes instead of floats."""
     x, scale, zero_point, levels = given_to(node)
     if not isinstance(x, fx.Node) or only_user(x) is not node:
         return
@@ -224,7 +224,7 @@ def _lift(draft: Draft, node: fx.Node) -> None:
 
 
 def _pad_inside(draft: Draft, node: fx.Node) -> None:
-    """A convolution pads by itself: with zeros, and as much before as behind."""
+    """Let a convolution pad its input, which it can do with zeros, equally on both sides."""
     user = only_user(node)
     if user is not None and user.target is channels_last:
         user = only_user(user)
@@ -243,19 +243,19 @@ def _pad_inside(draft: Draft, node: fx.Node) -> None:
 
 
 def _pack(draft: Draft, node: fx.Node) -> None:
-    """A float convolution's weight in the kernel's own order, so that it is not arranged anew at every call."""
+    """Pack a float convolution's weight in the kernel's own order, or it would be rearranged at every call."""
     packed = torch.ops.mkldnn._reorder_convolution_weight(draft.held(given_to(node)[1]), *given_to(node)[3:7])
     with draft.graph.inserting_before(node):
         node.args = (given_to(node)[0], draft.value(packed), *given_to(node)[2:])
 
 
 def _widen(draft: Draft, kernel: fx.Node, before: list[int], behind: list[int]) -> bool:
-    """Make room for as many zeros before as behind, by taps of zero; whether that was done.
+    """Make padding symmetric by adding taps of zero to the filter; whether that was possible.
 
-    Padding floats takes a pass over memory, which costs more than the taps; padding codes hardly does.
+    Padding floats takes a pass over memory, which costs more than the taps; padding codes costs little.
     """
     more = [b - a for a, b in zip(before, behind, strict=True)]
-    if kernel.target is not FLOAT_CONV or min(more) < 0 or any(one != 1 for one in given_to(kernel)[5]):
+    if kernel.target is not FLOAT_CONV or min(more) < 0 or any(distance != 1 for distance in given_to(kernel)[5]):
         return False
     weight = torch.nn.functional.pad(draft.held(given_to(kernel)[1]), [more[1], 0, more[0], 0])
     with draft.graph.inserting_before(kernel):
@@ -264,21 +264,21 @@ def _widen(draft: Draft, kernel: fx.Node, before: list[int], behind: list[int]) 
 
 
 def _pads_space(node: fx.Node) -> bool:
-    """Whether zeros are put around dimensions of space only, and none are cut off."""
+    """Whether a node pads spatial dimensions only, with zeros, and crops nothing."""
     _, sides, *rest = given_to(node)
     if node.target is pad_codes:
         return True
     mode, value = (*rest, *_WITH_ZEROS[len(rest) :])
     space = rank_of(given_to(node)[0]) - 2
-    counts = [isinstance(one, int) and one >= 0 for one in sides]
+    counts = [isinstance(side, int) and side >= 0 for side in sides]
     return mode == "constant" and not value and space >= 1 and all(counts) and len(counts) <= 2 * space
 
 
-def _part(draft: Draft, node: fx.Node) -> None:
-    """Outliers are computed a second time, by a product of their own: the large one can then give codes at once."""
+def _split_outliers(draft: Draft, node: fx.Node) -> None:
+    """Compute outlier columns again, by a small product of floats, so that the large product can give codes."""
     x, *grid, more, width = given_to(node)
     if x.target is not QLINEAR or only_user(x) is not node or grid[-1] != FULL_LEVELS:
-        return  # no kernel gives codes of fewer levels
+        return  # kernels only give codes of all levels
     found = draft.held(more)
     columns, places = found.columns.unique(return_inverse=True)
     owner, attribute = x.meta["linear"]
@@ -294,7 +294,7 @@ def _part(draft: Draft, node: fx.Node) -> None:
 
 
 def _give_codes(draft: Draft, node: fx.Node) -> None:
-    """A product gives codes at once, where its output is only ever quantized, and only so."""
+    """Let a product give codes if its output is only read to be quantized on one grid."""
     x, scale, zero_point, levels = given_to(node)
     kernel = _behind(x)
     if not isinstance(x, fx.Node) or kernel.target not in _KERNELS or only_user(x) is not node or levels != FULL_LEVELS:

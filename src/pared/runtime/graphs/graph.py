@@ -19,16 +19,16 @@ from pared.runtime.graphs.products import place, share, take_apart
 
 
 class Graph:
-    """A model's call as operators, int8 products joined with what surrounds them.
+    """A model's call as operators, with int8 products fused with their neighbours.
 
-    It refers to the model's own tensors and packed weights; its own are those of folded norms and of outliers.
+    It refers to the model's tensors and packed weights; only folded norms and outliers have weights of their own.
 
     Args:
         model: the quantized model, whose weights and kernels it takes.
-        captured: a call of a float model of the same architecture; it is left as it is.
+        captured: a call of a float model of the same architecture; it is not changed.
 
     Raises:
-        ModelError: it cannot be put together, and why.
+        ModelError: the graph cannot be made.
     """
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
@@ -39,13 +39,13 @@ class Graph:
         except Exception as error:  # a rule that fails costs the graph, not the user's call; tests make graphs by hand
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"its graph cannot be put together ({type(error).__name__}: {reason})",
+                f"its graph cannot be made ({type(error).__name__}: {reason})",
                 where="graph",
-                remedy="Nothing need be done: the modules run. Please report it.",
+                remedy="The model runs by its modules instead. Please report this.",
             ) from error
 
     def fits(self, bound: Bound) -> bool:
-        """Whether the sizes of the inputs are such as it was captured for, and none is empty."""
+        """Whether the graph was captured for inputs of these sizes, and none is empty."""
         known: dict[str, int] = {}
         tensors = [value for value in bound.values() if type(value) is Tensor]
         for tensor, sizes in zip(tensors, self._sizes, strict=True):
@@ -55,13 +55,13 @@ class Graph:
         return True
 
     def __call__(self, bound: Bound) -> Any:
-        """What the model returns."""
+        """The model's output."""
         tensors = [value for value in bound.values() if type(value) is Tensor]
         return tree_unflatten(self.module.forward(*tensors), self._outputs)
 
 
 def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
-    """The operators as a module, whose inputs are the call's tensors, products of codes in place of float ones."""
+    """The operators as a module that takes the call's tensors, with int8 products instead of float ones."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(captured.graph, copies)
@@ -87,7 +87,7 @@ def _give(draft: Draft, placeholder: fx.Node, value: Tensor) -> None:
 
 
 def _keep_layout(draft: Draft) -> None:
-    """Outputs that the modules give in contiguous memory are given so: users may look at them as they like."""
+    """Return contiguous outputs where the modules do: users may call `view` on them."""
     (output,) = (node for node in draft.graph.nodes if node.op == "output")
     found = []
     for one in output.args[0]:
@@ -100,7 +100,7 @@ def _keep_layout(draft: Draft) -> None:
 
 
 def _is_part(node: Any) -> bool:
-    """Whether a node looks at a part of a merged product: users write to outputs, and keep them."""
+    """Whether a node is a view of a merged product: users may write to outputs, and keep them."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target is operator.getitem:
             return True
@@ -113,14 +113,14 @@ def _is_part(node: Any) -> bool:
 
 
 def _module(draft: Draft) -> fx.GraphModule:
-    # Values are plain attributes: packed weights are no tensors that a module could register.
+    # Values are plain attributes: a module cannot register packed weights.
     module = fx.GraphModule(_Values(draft.values), draft.graph)
     module.__dict__.update(draft.values)
     return module
 
 
 class _Values(nn.Module):
-    """Where a graph's references are looked up while it is made into a module."""
+    """Holds the values of a graph while it is made into a module."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()

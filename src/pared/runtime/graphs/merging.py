@@ -1,4 +1,4 @@
-"""Products of one input become one, and sums take the place of what they are made of."""
+"""Merge products of one input, and let products add to a tensor in place."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def product_and_sum(
     other: Tensor,
     how: str,
 ) -> Tensor:
-    """A product of codes, plus a tensor of its shape; "sum" writes it to that tensor's memory, "add" to new memory."""
-    if codes.shape[:-1] != other.shape[:-1]:  # the kernel believes it
+    """A product of codes plus a tensor of its shape; "sum" writes to that tensor's memory, "add" to new memory."""
+    if codes.shape[:-1] != other.shape[:-1]:  # the kernel does not check
         raise RuntimeError(f"{tuple(codes.shape)} codes are added to {tuple(other.shape)}")
     given = (codes, scale, zero_point, weight, step, zeros, other.contiguous(), bias)
     found: Tensor = _ADDING(*given, *PLAIN[:3], 1.0, 0, how, 1.0, *PLAIN[3:])
     return found
 
 
-# Operators that give contiguous memory that nobody else holds, and those that keep nothing of what they read.
+# Operators whose output is contiguous memory of its own, and those whose output shares no memory with their input.
 _GIVERS: Final = (QLINEAR, product_and_sum, _ATEN.layer_norm.default)
 _READERS: Final = (quantize_contiguous, quantize_contiguous_all, linear.rows_of, _ATEN.layer_norm.default)
 
 
 def merge(draft: Draft) -> None:
-    """Linear layers that multiply the same codes, as those of an attention, are one with all of their outputs.
+    """Merge linear layers of one input, such as those of an attention, into one that gives all of their outputs.
 
-    A call of the kernel costs as much as a tenth of what it computes, or a third where there are few rows.
+    A call of the kernel costs a tenth as much as its arithmetic, or a third if there are few rows.
     """
     found: dict[object, list[fx.Node]] = defaultdict(list)
     for node in draft.calls(QLINEAR):
@@ -65,28 +65,28 @@ def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
     steps = [owner.pared_row_steps(attribute) for owner, attribute in layers]
     activation = layers[0][0].pared_activation
     assert activation is not None, "it runs on codes"
-    # The first layer keeps it, for other graphs of the same model.
+    # The first layer keeps the merged weight, for other graphs of the same model.
     key = ("merged", *((id(owner), attribute) for owner, attribute in layers))
     packed: linear.PackedLinear = layers[0][0].pared_packed(
         key, lambda: linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
     )
     biases = [draft.held(given_to(node)[6]) for node in nodes]
     bias = None
-    if any(one is not None for one in biases):
+    if any(b is not None for b in biases):
         bias = torch.cat([s.new_zeros(len(s)) if b is None else b for b, s in zip(biases, steps, strict=True)])
     weight = (packed.weight, packed.step, packed.zeros, bias)
     first = nodes[0]
     whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
-    parts = draft.before(first, _ATEN.split_with_sizes.default, whole, [len(one) for one in codes], -1)
+    parts = draft.before(first, _ATEN.split_with_sizes.default, whole, [len(rows) for rows in codes], -1)
     outputs = [draft.before(first, operator.getitem, parts, i) for i in range(len(nodes))]
     for node, output in zip(nodes, outputs, strict=True):
         draft.replace(node, output)
 
 
 def take_sums(draft: Draft) -> None:
-    """A product that is only added to something adds it by itself, before it writes its sums.
+    """Let a product whose output is only added to a tensor do the addition.
 
-    If nobody needs that something any more, the sums take its memory: new memory is slow.
+    If nothing else needs the tensor any more, the result takes its memory: new memory is slow.
     """
     places = {node: place for place, node in enumerate(draft.graph.nodes)}
     for node in draft.calls(_ATEN.add.Tensor):
@@ -103,16 +103,16 @@ def take_sums(draft: Draft) -> None:
 
 
 def _is_free(node: Any, user: fx.Node) -> bool:
-    """Whether a product is there for one user only, which gets its plain sums."""
+    """Whether a node is a product without activation that only one node uses."""
     if not isinstance(node, fx.Node) or node.target is not QLINEAR or only_user(node) is not user:
         return False
     return given_to(node)[-len(PLAIN) :] == PLAIN
 
 
 def _is_spent(node: fx.Node, user: fx.Node, places: Mapping[fx.Node, int]) -> bool:
-    """Whether the memory of a node is free after one of its users: all others have read it, and keep nothing of it."""
-    others = [one for one in node.users if one is not user]
-    read = all(one.target in _READERS and places[one] < places[user] for one in others)
+    """Whether a user of a node may overwrite its memory: all other users have read it and share none of it."""
+    others = [other for other in node.users if other is not user]
+    read = all(other.target in _READERS and places[other] < places[user] for other in others)
     return node.target in _GIVERS and read
 
 
@@ -121,5 +121,5 @@ def _alike(one: fx.Node, other: Any) -> bool:
     a, b = (x.meta.get("val") if isinstance(x, fx.Node) else None for x in (one, other))
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.dtype != b.dtype or a.dim() != b.dim():
         return False
-    # Sizes may be unknown: then nothing is said of them.
+    # Sizes that are unknown count as different.
     return all(statically_known_true(i == j) for i, j in zip(a.shape, b.shape, strict=True))

@@ -1,7 +1,7 @@
-"""Products of weights in codes take the place of float ones in a graph, first as modules would compute them.
+"""Replace float products in a graph by products of weights in codes, first as modules would compute them.
 
-A static product is then taken apart into the quantization of its input and the kernel itself, so that both can be
-joined with their neighbours (`fusion`); a dynamic one into the rows' quantization and the rest.
+A static product is then split into the quantization of its input and the kernel, so that both can be fused with their
+neighbours (`fusion`); a dynamic one into the quantization of rows and the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pared.runtime.layers.counterpart import Counterpart, run_kernel
 from pared.runtime.layers.dispatch import OUTPUTS, packed_filter, packed_linear
 
 _ATEN: Final = torch.ops.aten
-# The operators of a graph and the functions of modules that they come from: the arguments after the weight are alike.
+# The operators of a graph, and the functions that they come from; the arguments after the weight are the same.
 _FUNCTIONS: Final[Mapping[object, Callable[..., Tensor]]] = {
     _ATEN.linear.default: F.linear,
     _ATEN.conv1d.default: F.conv1d,
@@ -39,28 +39,28 @@ _FUNCTIONS: Final[Mapping[object, Callable[..., Tensor]]] = {
     _ATEN.embedding.default: F.embedding,
 }
 _CONVOLUTIONS: Final = (F.conv1d, F.conv2d, F.conv3d)
-# A build without them has no layer that runs on codes, either.
+# None in a build without them, in which no layer runs on codes.
 QLINEAR: Final = operator_of("onednn", "qlinear_pointwise")
 QCONVS: Final = tuple(operator_of("onednn", f"qconv{n}d_pointwise") for n in (1, 2, 3))
 
-# The last arguments of every kernel: scale, zero point and type of its output, and what is applied before that.
+# The last arguments of every kernel: scale, zero point and type of its output, and the activation.
 PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:
-    """The codes of a linear layer's input, which its kernel wants in contiguous memory."""
+    """The codes of a linear layer's input, in contiguous memory as its kernel needs them."""
     return quantize(x.contiguous(), scale, zero_point, levels)
 
 
 def quantize_contiguous_all(
     x: Tensor, scale: float, zero_point: int, levels: int, more: ExtraColumns, width: int
 ) -> Tensor:
-    """The same, with extra columns."""
+    """The codes of a linear layer's input with those of extra columns, in contiguous memory."""
     return quantize_all(x.contiguous(), scale, zero_point, levels, more, width)
 
 
 def joined(codes: Tensor, x: Tensor, more: ExtraColumns, width: int) -> Tensor:
-    """Codes that a product gave, with those of extra columns."""
+    """The codes from a product, with those of extra columns."""
     whole = codes.new_empty((*codes.shape[:-1], width))
     inputs = codes.shape[-1]
     whole[..., :inputs] = codes
@@ -72,7 +72,7 @@ def place(draft: Draft, model: nn.Module, tensors: Mapping[fx.Node, str]) -> Non
     """Let products run on codes where the model's own modules do.
 
     Args:
-        draft: as captured; the placeholders of tensors are replaced by values.
+        draft: the captured graph; placeholders of the model's tensors are replaced by values.
         model: the quantized model.
         tensors: the dotted names of tensors, by placeholder.
     """
@@ -89,14 +89,14 @@ def place(draft: Draft, model: nn.Module, tensors: Mapping[fx.Node, str]) -> Non
 
 
 def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Counterpart | None:
-    """The counterpart in whose own forward a product of its weight stands."""
+    """The counterpart of the weight, if its own forward computes this product; else None."""
     function = _FUNCTIONS.get(node.target)
     place = 0 if function is F.embedding else 1
     if function is None or len(given_to(node)) <= place or given_to(node)[place] is not weight:
         return None
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    # What stands before the model's own names, and, where a module is called several times, after them.
+    # Names begin with "model."; those of modules that are called several times end in "@" and a number.
     inner = path.removeprefix("model").removeprefix(".").partition("@")[0]
     home, _, attribute = name.rpartition(".")
     owner = model.get_submodule(home)
@@ -110,7 +110,7 @@ def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Count
 
 
 def _floats(model: nn.Module, name: str) -> Tensor:
-    """A tensor of the model itself, or decoded if it is held in codes."""
+    """A tensor of the model, decoded if it is in codes."""
     module, _, attribute = name.rpartition(".")
     owner = model.get_submodule(module)
     if isinstance(owner, Counterpart) and attribute in owner.pared_views:
@@ -121,12 +121,12 @@ def _floats(model: nn.Module, name: str) -> Tensor:
 def _place(draft: Draft, node: fx.Node, owner: Counterpart, attribute: str) -> None:
     function = _FUNCTIONS[node.target]
     weight = 0 if function is F.embedding else 1
-    args = [one for i, one in enumerate(given_to(node)) if i != weight]
+    args = [argument for i, argument in enumerate(given_to(node)) if i != weight]
     draft.replace(node, draft.before(node, run_kernel, function, owner, attribute, *args, **node.kwargs))
 
 
 def take_apart(draft: Draft) -> None:
-    """Split products into quantization and kernel where the input's rank is the usual one."""
+    """Split products into quantization and kernel if the input has the usual number of dimensions."""
     for node in draft.calls(run_kernel):
         function, held = (draft.held(one) for one in given_to(node)[:2])
         attribute, x, *rest = given_to(node)[2:]
@@ -198,7 +198,7 @@ def _static_convolution(
 
 
 def share(draft: Draft) -> None:
-    """Quantize the same input once, whoever multiplies it."""
+    """Quantize an input that several products share only once."""
     known: dict[object, fx.Node] = {}
     for node in draft.calls(quantize, quantize_contiguous, quantize_contiguous_all, rows_of):
         key = (node.target, *(one.target if draft.holds(one) and one else one for one in given_to(node)))

@@ -1,4 +1,4 @@
-"""A model in bfloat16, where that is faster than all else."""
+"""A copy of a model in bfloat16, for where that is fastest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
     """A copy of a float model in bfloat16, as a function from and to float32.
 
     Args:
-        model: in eval mode; it is left as it is.
+        model: in eval mode; it is not changed.
     """
     copied = clone_structure(model, lambda tensor: cast_floats(tensor.detach(), torch.bfloat16)).eval()
     refresh_recurrent(copied)

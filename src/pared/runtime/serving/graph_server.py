@@ -120,7 +120,7 @@ class _CheckedGraph:
 
 
 def agree(found: object, expected: object, tolerance: float = _TOLERANCE) -> bool:
-    """Whether two outputs are the same but for rounding: floats by their energy, all else exactly.
+    """Whether two outputs are equal up to rounding: floats by their energy, everything else exactly.
 
     >>> agree([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0001])]), agree(torch.ones(2), torch.ones(3))
     (True, False)

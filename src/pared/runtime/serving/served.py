@@ -1,4 +1,4 @@
-"""Modules whose calls something faster answers: a quantized model, and parts of it that may be called by themselves."""
+"""Modules whose calls a server answers: a quantized model, and submodels that are called on their own."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SERVER: Final = "_pared_server"  # the attribute that holds it
 
 
 class Served(Mixin):
-    """Mixed in before a module's own class: its own `forward` runs only where its server has no answer."""
+    """Mixed in before a module's own class: its own `forward` only runs if its server does not answer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """An independent module; graphs and packed weights are made anew at first use."""
+        """An independent module; graphs and packed weights are made again at first use."""
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(_state(self), memo))  # type: ignore[no-untyped-call]  # torch's
@@ -34,7 +34,7 @@ class Served(Mixin):
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickled by itself, a part is of its own class, which can be imported, and has no server."""
+        """Pickle a submodel under its own class, which can be imported, and without its server."""
         state = {name: value for name, value in _state(self).items() if name != _SERVER}
         return _blank, (class_below(type(self), Served),), state
 
@@ -58,26 +58,26 @@ def serve(module: nn.Module, server: Server) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """The inverse of `serve`, in place; also undoes whatever was mixed in before `Served`."""
+    """Undo `serve`, in place, and whatever was mixed in on top of `Served`."""
     module.__dict__.pop(_SERVER, None)
     if isinstance(module, Served):
         module.__class__ = class_below(type(module), Served)  # type: ignore[assignment]  # what it was
 
 
 def server_of(module: nn.Module) -> Server:
-    """What answers the calls of a served module."""
+    """The server of a served module."""
     server: Server = module.__dict__[_SERVER]
     return server
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module's own class, whoever answers its calls."""
+    """The forward of a module's own class, without its server."""
     forward: Callable[..., Any] = class_below(type(module), Served).forward
     return forward
 
 
 def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a module's own class, where nothing faster answers; with its signature."""
+    """A forward that asks the server before it runs the module's own, whose signature it has."""
 
     @functools.wraps(own)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

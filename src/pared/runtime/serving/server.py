@@ -82,13 +82,13 @@ class ModelSnapshot:
         self._packed = [(one, one._pared_packed) for one in counterparts]
 
     def is_current(self) -> bool:
-        """Whether all numbers are the same: packed weights, and tensors that were not written to."""
+        """Whether no weight was packed again and no tensor replaced or written to."""
         return all(one._pared_packed is packed for one, packed in self._packed) and all(
             held.get(name) is tensor and _version(tensor) == version for held, name, tensor, version in self._tensors
         )
 
     def is_undisturbed(self) -> bool:
-        """Whether all modules are where they were, in eval mode, and nobody listens to one of them but the first."""
+        """Whether all modules are in place and in eval mode, and none of them has hooks except the first."""
         if torch_module._has_any_global_hook():
             return False
         if any(children.get(name) is not child for children, name, child in self._children):
@@ -97,18 +97,18 @@ class ModelSnapshot:
 
 
 def has_listeners(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> bool:
-    """Whether a module inside has hooks; the model's own run outside of its forward."""
+    """Whether a module inside a model has hooks; the model's own hooks run outside its forward."""
     inside = model.modules() if modules is None else modules
     return any((one._forward_hooks or one._forward_pre_hooks) and one is not model for one in inside)
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 where that is not counted."""
+    """How often a tensor was written to; 0 if torch does not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def wants_gradients(model: nn.Module, given: object) -> bool:
-    """Whether a call has to be differentiated: what packs weights cannot be."""
+    """Whether a call needs gradients, which neither graphs nor packed weights have."""
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(one, Tensor) and one.requires_grad for one in (*tree_leaves(given), *model.parameters()))
