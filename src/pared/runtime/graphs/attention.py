@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from pared.runtime.graphs.draft import Draft, given_to, type_of
-from pared.runtime.graphs.products import PLAIN, QLINEAR
+from pared.runtime.graphs.products import QLINEAR
+from pared.runtime.kernels.machine import PLAIN
 
 _ATEN: Final = torch.ops.aten
 _ATTENTION: Final = _ATEN.scaled_dot_product_attention.default

@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from pared.runtime.graphs.attention import run_in_bfloat16, share_masks
 from pared.runtime.graphs.draft import Draft, given_to, only_user, rank_of, type_of
 from pared.runtime.graphs.merging import merge, take_sums
-from pared.runtime.graphs.products import PLAIN, QCONVS, QLINEAR, joined, quantize_contiguous, quantize_contiguous_all
+from pared.runtime.graphs.products import QCONVS, QLINEAR, joined, quantize_contiguous, quantize_contiguous_all
 from pared.runtime.kernels import conv, linear
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import pad_codes
-from pared.runtime.kernels.machine import FULL_LEVELS, has_tiles, operator_of
+from pared.runtime.kernels.machine import FULL_LEVELS, PLAIN, has_tiles, operator_of
 from pared.runtime.kernels.patches import channels_first, patches_of
 from pared.runtime.layers.dispatch import packed_filter
 

@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pared.runtime.graphs.draft import Draft, given_to, only_user
-from pared.runtime.graphs.products import PLAIN, QLINEAR, quantize_contiguous, quantize_contiguous_all
+from pared.runtime.graphs.products import QLINEAR, quantize_contiguous, quantize_contiguous_all
 from pared.runtime.kernels import linear
-from pared.runtime.kernels.machine import operator_of
+from pared.runtime.kernels.machine import PLAIN, operator_of
 from pared.runtime.layers.counterpart import Counterpart
 
 _ATEN: Final = torch.ops.aten

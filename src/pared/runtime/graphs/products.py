@@ -18,7 +18,7 @@ from pared.runtime.graphs.draft import Draft, given_to, rank_of
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import Geometry, pad_codes
 from pared.runtime.kernels.linear import product_of_rows, quantize_all, rows_of
-from pared.runtime.kernels.machine import operator_of
+from pared.runtime.kernels.machine import PLAIN, operator_of
 from pared.runtime.kernels.outliers import ExtraColumns, extra_columns
 from pared.runtime.kernels.patches import channels_first, patches_of
 from pared.runtime.layers.counterpart import Counterpart, run_kernel
@@ -42,9 +42,6 @@ _CONVOLUTIONS: Final = (F.conv1d, F.conv2d, F.conv3d)
 # None in a build without them, in which no layer runs on codes.
 QLINEAR: Final = operator_of("onednn", "qlinear_pointwise")
 QCONVS: Final = tuple(operator_of("onednn", f"qconv{n}d_pointwise") for n in (1, 2, 3))
-
-# The last arguments of every kernel: scale, zero point and type of its output, and the activation.
-PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize_contiguous(x: Tensor, scale: float, zero_point: int, levels: int) -> Tensor:

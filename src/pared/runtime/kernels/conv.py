@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from pared.errors import ModelError
 from pared.formats.activation import Range
 from pared.runtime.kernels.activation import quantize, tensor_range
 from pared.runtime.kernels.linear import check_step, float_bias
-from pared.runtime.kernels.machine import levels_for
+from pared.runtime.kernels.machine import PLAIN, levels_for
 from pared.runtime.kernels.patches import channels_first, patches_of, pays, rows_of_filter
 
 _FLOAT_CONVOLUTIONS: Final = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -226,17 +226,16 @@ def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None,
         shift = packed.sums * (-scale * zero_point)
         bias = shift if bias is None else shift.add_(bias)
     weight = (packed.weight, packed.step, packed.zeros, bias)
-    after: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
     out: Tensor
     if packed.taps:
         rows = patches_of(codes, packed.taps, moves.stride)
         if not rows.numel():
             return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
-        products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *after)
+        products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *PLAIN)
         out = channels_first(products)
     else:
         moved = (moves.stride, padding, moves.dilation, moves.groups)
-        out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *after)
+        out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *PLAIN)
     if out.dim() > batch.dim():  # an empty batch in one dimension of space comes back in the kernel's own two
         out = out.squeeze(2)
     if not (packed.channels_last or _is_channels_last(batch)):

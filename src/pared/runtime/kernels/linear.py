@@ -17,7 +17,7 @@ from torch import Tensor
 from pared.errors import ModelError
 from pared.formats.activation import Outliers, Range
 from pared.runtime.kernels.activation import quantize, quantize_rows
-from pared.runtime.kernels.machine import has_tiles, levels_for
+from pared.runtime.kernels.machine import PLAIN, has_tiles, levels_for
 from pared.runtime.kernels.outliers import ExtraColumns, columns_of, extra_columns, widened
 
 # How many codes of a row one instruction multiplies, with tiles and without.
@@ -204,21 +204,8 @@ def _floats(x: Tensor, packed: PackedLinear) -> Tensor:
 
 def _product(codes: Tensor, scale: float, zero_point: int, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """`scale * (codes - zero_point) @ (step * weight).T + bias` in float32."""
-    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-        codes,
-        scale,
-        zero_point,
-        packed.weight,
-        packed.step,
-        packed.zeros,
-        bias,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
+    weight = (packed.weight, packed.step, packed.zeros, bias)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(codes, scale, zero_point, *weight, *PLAIN)
     return out
 
 

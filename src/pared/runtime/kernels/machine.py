@@ -17,6 +17,9 @@ SAFE_LEVELS: Final = 127
 
 _SMALL_CODE: Final = 64  # 255 * (64 + 64) <= 32767: weights this small never saturate
 
+# The last arguments of every kernel (scale, zero point and type of the output, activation), for plain floats.
+PLAIN: Final[tuple[Any, ...]] = (1.0, 0, torch.float32, "none", [], "")
+
 _OPERATORS: Final = (
     "qlinear_prepack",
     "qlinear_pointwise",
@@ -114,12 +117,7 @@ def _largest_sums_are_right(level: int) -> bool:
         torch.ones(rows, dtype=torch.float32, device="cpu"),
         torch.zeros(rows, dtype=torch.int32, device="cpu"),
         None,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
+        *PLAIN,
     )
     return bool((sums == float(depth * level * 127)).all())
 
