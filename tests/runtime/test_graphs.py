@@ -27,7 +27,7 @@ from pared.runtime.kernels.linear import product_of_rows
 from pared.runtime.layers.counterpart import run_kernel
 from pared.runtime.profile import Profile, Timing, this_machine
 from pared.runtime.record import contents_of
-from pared.runtime.serving.server import agree
+from pared.runtime.serving.graph_server import agree
 
 GENERATOR = torch.Generator().manual_seed(0)
 
