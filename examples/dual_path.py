@@ -26,7 +26,7 @@ class _Path(nn.Module):
         self.narrow = nn.Linear(2 * _HIDDEN, _CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From and to (batch, positions, channels)."""
+        """Input and output: float32 (batch, positions, channels)."""
         narrowed: Tensor = self.narrow(self.lstm(self.widen(self.norm(x)))[0])
         return x + narrowed
 
@@ -51,7 +51,7 @@ class DualPath(nn.Module):
         )
 
     def forward(self, spectrum: Tensor) -> Tensor:
-        """From and to (batch, 2, time, frequency); time a multiple of 2, frequency of 4."""
+        """Input and output: float32 (batch, 2, time, frequency); time a multiple of 2, frequency of 4."""
         peak = float(spectrum.abs().max())
         if peak > 1:
             spectrum = spectrum / peak

@@ -136,7 +136,9 @@ def test_off_the_cpu_all_runs_in_floats(approach: str, caplog: pytest.LogCapture
     counterpart._tell_of_device.cache_clear()
     model = nn.Sequential(nn.Linear(32, 48), nn.GRU(48, 16)).eval()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach=approach), [torch.randn(4, 32)])
-    replaced = any(line.kernel != "float" for line in q.plan)  # which kernel is fastest, int8 or bfloat16, chance decides
+    replaced = any(
+        line.kernel != "float" for line in q.plan
+    )  # which kernel is fastest, int8 or bfloat16, chance decides
     with caplog.at_level(logging.WARNING):
         moved = q.to("meta")  # the one device that is everywhere
     told = [record.message for record in caplog.records if record.name.startswith("pared.runtime.layers")]

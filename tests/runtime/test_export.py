@@ -370,7 +370,7 @@ def test_what_is_not_in_the_graph_is_told(tmp_path: Path, caplog: pytest.LogCapt
     q = pared.fit(Spare(), quiet=True)
     with caplog.at_level(logging.WARNING, "pared"):
         exported = pared.export(q, tmp_path, torch.randn(3, 64))
-    assert exported.floats == {"spare.weight": "not used by the graph"}
+    assert exported.floats == {"spare.weight": "the graph does not use it"}
     assert exported.codes == ("used.weight",)
 
 

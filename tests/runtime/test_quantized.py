@@ -583,7 +583,7 @@ def test_a_module_is_in_codes_with_all_of_its_weights_or_with_none() -> None:
     q = pared.fit(model, PostTrainingQuantConfig(approach="dynamic", quant_level=0))
     assert not any(isinstance(module, Counterpart) for module in q.modules())
     assert {line.kernel for line in q.plan} == {"float"}
-    assert any("a weight of it is also used elsewhere, in floats" in line.because for line in q.plan)
+    assert any("one of its weights is also used elsewhere, as floats" in line.because for line in q.plan)
     x = torch.randn(5, 2, 16)
     with torch.no_grad():
         assert torch.allclose(q(x), model(x), atol=0.05)

@@ -39,28 +39,33 @@ def load(
 ) -> nn.Module:
     """Load a quantized model.
 
+    On Linux this also changes the C allocator of the whole process: memory that is freed stays with the process for the
+    next call, which makes int8 layers faster and the process's resident memory a little larger.
+
     Args:
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
-            it is left as it is. Only PyTorch needs it.
+            it is not changed. Only PyTorch needs it.
         memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
-            are asked for): a third of the memory of float weights at most, for the milliseconds that
-            `q_model.report()` tells. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
-        engine: what runs it. "onnxruntime" and "openvino" run the `model.onnx` that `q_model.export(directory, inputs)`
-            wrote beside the artifact, with as many threads as PyTorch has; "auto" times what is installed, PyTorch too
-            if there is a `model`, on inputs like those of the export, and takes the fastest.
+            are looked up): at most a third of the memory of float weights, at the cost of the milliseconds that
+            `q_model.report()` shows. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
+        engine: what runs the model. "onnxruntime" and "openvino" run the `model.onnx` that
+            `q_model.export(directory, inputs)` wrote beside the artifact, with the same number of threads as PyTorch;
+            "auto" times every installed engine, and PyTorch if `model` is given, on inputs like those of the export,
+            and takes the fastest.
 
     Returns:
-        the quantized model. Which layers run in int8 is taken from `engine.json` beside the artifact if that was
-        measured on an equal machine; else all that the artifact allows. With another engine, a
-        `pared.Runner`, which is called alike. Its `engine` names the engine, `engine_ms` what "auto" measured.
+        the quantized model. `engine.json` beside the artifact decides which layers run in int8 if it was measured on a
+        machine like this one; otherwise all run in int8 that the artifact allows. With another engine, a
+        `pared.Runner`, which is called the same way; its `engine` names the engine, and `engine_ms` holds the
+        milliseconds that "auto" measured.
 
     Raises:
-        ConfigError: an option is none that there is, `model` is missing, or the engine's package is.
-        FileError: there is no artifact there, or it cannot be read; or no export, or one of another artifact.
-        CorruptError, UnsafeError, VersionError: its bytes contradict themselves, would inflate without bound, or were
+        ConfigError: an option has no valid value, or `model` or the engine's package is missing.
+        FileError: there is no artifact, or it cannot be read; or there is no export, or it is of another artifact.
+        CorruptError, UnsafeError, VersionError: the artifact contradicts itself, would inflate without bound, or was
             written by a newer version.
-        MismatchError: it belongs to another architecture.
+        MismatchError: the artifact belongs to another architecture.
         ModelError: the engine cannot run the exported graph.
     """
     check_choice("pared.load", "memory", memory, get_args(Memory))
@@ -68,25 +73,22 @@ def load(
     if engine in SESSIONS:
         if memory == "small":
             what = f'memory="small" and engine={engine!r} exclude each other'
-            raise ConfigError(what, where="pared.load", remedy="Leave out one: only PyTorch holds weights in codes.")
+            raise ConfigError(what, where="pared.load", remedy="Leave one out: only PyTorch holds weights in codes.")
         return open_runner(path, engine)
     loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
     if engine == "torch":
         assert loaded is not None
         return loaded
-    found, times = fastest(loaded, path)
-    if isinstance(found, Runner):
-        found.engine_ms = times
-    else:
-        record_of(found).engine_ms = times
-    return found
+    chosen, times = fastest(loaded, path)
+    (chosen if isinstance(chosen, Runner) else record_of(chosen)).engine_ms = times
+    return chosen
 
 
 def check_model(model: nn.Module | None, where: str) -> nn.Module:
-    """Refuse a missing architecture, and anything that is not a module."""
+    """Refuse anything that is not a module, with an error that says how to pass the architecture."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"model is a {type(model).__name__}",
+            "model is missing" if model is None else f"model is a {type(model).__name__}, not a torch.nn.Module",
             where=where,
             remedy=f"Pass an instance of the architecture: {where}(directory, model=build_model()).",
         )

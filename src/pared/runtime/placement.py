@@ -1,4 +1,4 @@
-"""Where the numbers of a quantized model live: floats with hooks that know their stored form, codes in counterparts."""
+"""Where a quantized model holds its numbers: codes in counterparts, floats in modules with hooks for state dicts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pared.runtime.profile import Profile, Running
 
 
 class StoredForm:
-    """Gives a float tensor of a live model its stored form again: in its state dict and in files.
+    """The stored form of a tensor that a model holds as floats, for state dicts and files.
 
     Args:
-        format: of the tensor.
-        view: of the tensor, for grids.
-        step: float32, one per row, for grids.
-        is_buffer: it may change; it is then kept exactly. A parameter that changed is an error.
+        format: how the tensor is stored.
+        view: the rows and columns of the tensor if the format is a grid, else None.
+        step: float32, one per row of the view, if the format is a grid, else None.
+        is_buffer: whether the tensor may change: then it is stored exactly. A changed parameter is an error.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class StoredForm:
         self._codes: weakref.ref[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the memory of the last codes: weak references can be neither copied nor pickled."""
+        """The state without the last codes: weak references can be neither copied nor pickled."""
         return {**self.__dict__, "_codes": None}
 
     def coded(self, name: str, tensor: Tensor) -> Coded:
-        """The tensor in its format; tied names get the same codes, so that files hold them once.
+        """Encode the tensor; tied names get the same codes, so that files hold them once.
 
         Raises:
-            ModelError: the tensor is not what the format decodes to: it was changed after compression.
+            ModelError: the format cannot hold the tensor exactly: it was changed after compression.
         """
         tensor = tensor.detach().cpu()
         known = self._codes() if self._codes is not None else None
@@ -81,7 +81,7 @@ class StoredForm:
 def _narrow(
     form: StoredForm, attribute: str, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
-    """State dict hook: codes and steps, or narrow floats, in the place of floats."""
+    """Hook of `state_dict`: put codes and steps, or narrow floats, in the place of floats."""
     name = f"{prefix}{attribute}"
     if name not in state:
         return
@@ -92,7 +92,7 @@ def _narrow(
 
 
 def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """The inverse, before a module reads a state dict. What is stored may have another type than it had here."""
+    """Hook of `load_state_dict`: the inverse of `_narrow`, for whatever format the state dict has."""
     name = f"{prefix}{attribute}"
     step, value = state.pop(f"{name}_step", None), state.get(name)
     own = dict(registered(module))[attribute]
@@ -105,7 +105,7 @@ def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str,
         state[name] = value.to(own.dtype)
     elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
         error_messages: list[str] = rest[-1]
-        error_messages.append(f"{name}: expected codes and {name}_step, found {value.dtype} alone.")
+        error_messages.append(f"{name}: expected int8 or int16 codes with {name}_step, not {value.dtype}.")
     else:
         form.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
         form.view = form.view or view_of(module, attribute, tuple(value.shape))
@@ -115,7 +115,7 @@ def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str,
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal bit for bit, so that NaN equals itself; -0.0 and 0.0 are equal too."""
+    """Whether two tensors are equal, where NaN equals NaN, and -0.0 equals 0.0."""
     if a.is_floating_point():
         return bool(((a == b) | (a.isnan() & b.isnan())).all())
     return torch.equal(a, b)
@@ -143,10 +143,10 @@ Memory = Literal["fast", "small"]
 
 
 def running_of(model: nn.Module, contents: Contents, profile: Profile, memory: Memory) -> dict[str, Running]:
-    """What each module that may run in int8 runs in here.
+    """The kernel of each module that may run in int8, by name.
 
     Raises:
-        MismatchError: one of them cannot run in int8.
+        MismatchError: one of these modules has no int8 kernel.
     """
     _check(model, contents)
     return {
@@ -159,7 +159,7 @@ def _running(activation: Activation, missing: str, name: str, profile: Profile, 
     if activation.mode == "gather" and not missing:
         return Running("int8")  # looking up rows is as fast in codes, and takes a quarter of the memory
     if memory == "small" and activation.mode != "gather":
-        return Running("float32", "memory is to stay small")
+        return Running("float32", 'loaded with memory="small"')
     return profile.running(name, missing)
 
 
@@ -170,9 +170,9 @@ def held_in_codes(
     running: dict[str, Running],
     memory: Memory,
 ) -> set[str]:
-    """The names of the tensors that stay in codes; the others are held as floats.
+    """The names of the tensors that stay in codes; all others are held as floats.
 
-    `running` is corrected where a module cannot run as it says: it is in codes with all of its weights or with none.
+    `running` is changed to float32 where only some of a module's weights could be in codes: all of them or none are.
     """
     elsewhere = held_elsewhere(model)
     free = [stored for stored, tensors in pairs if not any(id(tensor) in elsewhere for tensor in tensors)]
@@ -189,7 +189,7 @@ def held_in_codes(
         }
         if not split:
             break
-        running |= dict.fromkeys(split, Running("float32", "a weight of it is also used elsewhere, in floats"))
+        running |= dict.fromkeys(split, Running("float32", "one of its weights is also used elsewhere, as floats"))
     small = [stored for stored in free if _stays_in_codes(stored, model)] if memory == "small" else []
     return {stored.name for stored in (*runs, *small)}
 
@@ -197,7 +197,7 @@ def held_in_codes(
 def install(
     clone: nn.Module, contents: Contents, in_codes: set[str], running: Mapping[str, Running]
 ) -> dict[str, StoredForm]:
-    """Counterparts and hooks for every tensor; the stored_forms of those that are held as floats."""
+    """Add counterparts and hooks for every tensor; returns the stored forms of those that are held as floats."""
     stored_forms: dict[str, StoredForm] = {}
     hooked: set[tuple[int, str]] = set()
     held: dict[str, dict[str, Coded]] = {}  # what stays in codes, by module and attribute
@@ -226,14 +226,14 @@ def install(
 
 
 def _lookup(module: nn.Module, coded: Mapping[str, Coded]) -> Activation | None:
-    """A table that stays in codes is read by rows, which gives the same floats as decoding all of it."""
+    """How a lookup table that stays in codes is read: by rows, with the same floats as decoding all of it."""
     layer, weights = layer_of(module), weights_of(module)
     is_table = layer is not None and layer.modes == ("gather",) and weights == tuple(coded)
     return Activation("gather", weights=weights) if is_table else None
 
 
 def _check(model: nn.Module, contents: Contents) -> None:
-    """Refuse modules that are to run in int8 and cannot."""
+    """Refuse a model without modules that the artifact runs in int8."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, activation in contents.activations.items():
         module = modules.get(name)
@@ -241,15 +241,16 @@ def _check(model: nn.Module, contents: Contents) -> None:
         fits = module is not None and layer is not None and activation.mode in layer.modes
         if module is None or not fits or activation.weights != weights_of(module):
             raise MismatchError(
-                f"the artifact runs it in int8 ({activation.mode}), which a {type(module).__name__} cannot",
+                f"the artifact runs this module in int8 ({activation.mode}), "
+                + (f"which is not possible for a {type(module).__name__}" if module else "and the model lacks it"),
                 where=name,
-                remedy="Build the model with the configuration that the artifact was made from, and register its "
-                "layers as they were.",
+                remedy="Build the model with the same configuration, and with the same layers registered, as for "
+                "pared.fit.",
             )
 
 
 def _parts(model: nn.Module, name: str) -> list[str]:
-    """The children of a module that it uses without calling them."""
+    """The names of a module's children that it uses without calling them."""
     layer = layer_of(model.get_submodule(name))
     return [f"{name}.{part}".removeprefix(".") for part in layer.children] if layer is not None else []
 
@@ -260,7 +261,7 @@ def _missing(module: nn.Module) -> str:
 
 
 def _owners(stored: Stored) -> list[tuple[str, str]]:
-    """The modules that own a tensor, each with its attribute's name."""
+    """The names of the modules that own a tensor, each with the name of its attribute."""
     return [(module, attribute) for module, _, attribute in (name.rpartition(".") for name in stored.names)]
 
 
@@ -273,7 +274,7 @@ def _runs_in_codes(stored: Stored, contents: Contents, running: Mapping[str, Run
 
 
 def _stays_in_codes(stored: Stored, model: nn.Module) -> bool:
-    """Whether a tensor is large enough for codes, and nothing but reading the attribute gets at it."""
+    """Whether a tensor is a matrix on a grid that can only be read through its attribute."""
     if stored.kind != "parameter" or stored.decision.treatment != "grid" or len(stored.coded.shape) < 2:
         return False
     modules = [model.get_submodule(owner) for owner, _ in _owners(stored)]

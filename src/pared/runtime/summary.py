@@ -22,14 +22,14 @@ class TensorSummary:
     """What one tensor became.
 
     Args:
-        name: its first name.
-        shape: of the tensor.
+        name: the tensor's first name.
+        shape: its shape.
         treatment: "grid", "float16", "float32" or "exact".
-        bits: the rate asked for, on a grid.
-        format: its label, "grid int8" for instance.
-        kernel: what runs: "int8 static", "int8 dynamic", "int8 gather", "bfloat16", or "float".
-        because: the reason.
-        damage: predicted, as a share of the output's energy; only with calibration data, and not after loading.
+        bits: the planned bits per weight if it is on a grid, else None.
+        format: the label of its format, "grid int8" for instance.
+        kernel: how it is computed with: "int8 static", "int8 dynamic", "int8 gather", "bfloat16" or "float".
+        because: the reason for the treatment and the kernel.
+        damage: the predicted loss as a share of the output's energy; None without calibration data and after loading.
     """
 
     name: str
@@ -78,7 +78,7 @@ def page_data(
     profile: Profile,
     curve: Curve | None,
 ) -> PageData:
-    """What a page shows of a quantized model."""
+    """The data of a quantized model's page."""
     found = tensor_summaries(contents, running)
     times = {
         name: {"float32": timing.float32_ms, "bfloat16": timing.bfloat16_ms, "int8": timing.int8_ms}
@@ -125,7 +125,7 @@ def _wrapped(notes: Sequence[str]) -> list[str]:
 
 
 def _both(reason: str, stored: str) -> str:
-    """What the plan and the file say, each thing once."""
+    """The reasons of the plan and of the file, without repetitions."""
     return "; ".join(dict.fromkeys(filter(None, (*reason.split("; "), *stored.split("; ")))))
 
 

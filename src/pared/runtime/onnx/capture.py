@@ -111,7 +111,7 @@ def _two_samples(model: nn.Module, call: Example) -> Example:
 
 
 def _dimensions(call: Example, dynamic: Dynamic, signature: Signature) -> list[Any]:
-    """For each tensor, its dimensions that may vary, as an entry of torch.export's `dynamic_shapes`."""
+    """The dimensions that may vary, for each tensor an entry of torch.export's `dynamic_shapes`."""
     tensors = tensors_of(call)
     auto = torch.export.Dim.AUTO
     if isinstance(dynamic, bool):

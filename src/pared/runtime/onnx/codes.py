@@ -1,4 +1,4 @@
-"""Which values of a graph are weights: codes and steps, followed through whatever only moves them."""
+"""Which values of a graph are weights: codes and steps, followed through the operators that only move them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pared.runtime.onnx.layout import Array, move, moved
 
 @dataclass(eq=False)
 class Weight:
-    """A value of the graph that is nothing but weights, moved.
+    """A value of the graph that only consists of weights' numbers, moved.
 
     Args:
         value: an `onnx_ir.Value`.
-        sources: what it was made of.
-        codes: its numbers, of the value's shape.
-        steps: a step for each number, of the same shape.
+        sources: the tensors that its numbers come from.
+        codes: its codes, of the value's shape.
+        steps: the step of each code, of the same shape.
     """
 
     value: Any
@@ -37,7 +37,7 @@ class Weight:
         return self.sources[0].name
 
     def uses(self, known: Mapping[int, Weight]) -> list[tuple[Any, int]]:
-        """The nodes that do more than move it, each with the place of its input."""
+        """The nodes that do more than move it, each with the place of this value among its inputs."""
         return [
             (use.node, use.idx)
             for use in self.value.uses()
@@ -46,7 +46,7 @@ class Weight:
 
 
 def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
-    """Every value that only moves numbers of weights on grids, by the identity of the value, in the graph's order."""
+    """The values that only consist of weights on grids, by the value's `id`, in the graph's order."""
     known: dict[int, Weight] = {}
     by_name = {name: one for one in contents.tensors for name in one.names if isinstance(one.coded.format, Grid)}
     by_numbers: dict[object, Stored] | None = None
@@ -79,7 +79,10 @@ def _add_moved(known: dict[int, Weight], node: Any, parts: list[Weight]) -> None
 
 
 def numbers_of(stored: Stored) -> tuple[Array, Array]:
-    """Codes, and a step for each, both of the tensor's shape. A step of zero would have no inverse in a runtime."""
+    """The codes, and the step of each, both of the tensor's shape.
+
+    A step of zero, which has no inverse in a runtime, becomes another, and its codes zero.
+    """
     coded = stored.coded
     view = coded.view or first_dimension(coded.shape)
     codes, step = coded.parts["codes"].detach(), coded.parts["step"].detach()
@@ -97,7 +100,7 @@ def _may_be_weight(value: Any) -> bool:
 
 
 def _by_numbers(stored: Any) -> dict[object, Stored]:
-    """What the exporter holds under a name of its own: a weight that a module keeps in an attribute besides."""
+    """The tensors by their decoded numbers: the exporter renames a weight that a module also keeps in an attribute."""
     return {_key(numpy_of(one.coded.decode())): one for one in stored}
 
 
@@ -106,7 +109,7 @@ def _key(numbers: Array) -> object:
 
 
 def numpy_of(tensor: Tensor) -> Array:
-    """The numbers of a tensor, bfloat16 too."""
+    """The numbers of a tensor as a NumPy array, bfloat16 included."""
     plain = tensor.detach().cpu().contiguous()
     if plain.dtype is torch.bfloat16:
         import ml_dtypes

@@ -26,24 +26,24 @@ from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
-ARTIFACT: Final = "pared.artifact"  # the key, in the file's metadata, of the checksum of the artifact beside it
+ARTIFACT: Final = "pared.artifact"  # the key in the file's metadata of the checksum of the artifact beside it
 ONNX_FILE: Final = "model.onnx"  # beside the artifact
-_INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB; beyond this the numbers get a file of their own
+_INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB: more than this goes to a second file
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file that was written, and what is in it.
+    """An ONNX file that was written, and what it contains.
 
     Args:
-        path: of the file.
-        nbytes: of the file, and of the one beside it that holds the numbers of a very large model.
-        inputs: the shape of each input; dimensions that may vary are names.
-        outputs: the shape of each output; None where it is not known.
-        codes: the names of the tensors that it holds as codes.
-        floats: tensors that the artifact holds as codes and the file as floats, each with the reason.
-        activations: of each layer that may run in int8: "static", its input is rounded to the calibrated grid; or
-            "float", it has integer weights only (a runtime may round its input by itself).
+        path: the file.
+        nbytes: its size in bytes, with the second file that holds the numbers of a very large model.
+        inputs: the shape of each input by name; dimensions that may vary are names.
+        outputs: the shape of each output by name; None where it is unknown.
+        codes: the names of the tensors that the file holds as codes.
+        floats: the tensors that the artifact holds as codes and the file as floats, each with the reason.
+        activations: for each layer that may run in int8: "static" if its input is rounded to the calibrated grid, or
+            "float" if only its weights are integers (a runtime may still round its input).
     """
 
     path: Path
@@ -59,13 +59,13 @@ def need(package: str, extra: str) -> Any:
     """Import an optional package.
 
     Raises:
-        ConfigError: it is not installed; what to install is said.
+        ConfigError: it is not installed; the message says what to install.
     """
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
-            f"needs the package {package}, which cannot be imported ({error})",
+            f"needs the package {package}, which could not be imported ({error})",
             where=extra,
             remedy=f"pip install 'pared[{extra}]'",
         ) from error
@@ -78,10 +78,10 @@ def export_onnx(
 
     Args:
         floats: the float model with the weights that the codes stand for.
-        contents: codes, steps, and how layers treat their inputs.
-        path: see `pared.export`.
-        inputs: see there.
-        dynamic: see there.
+        contents: the codes and steps, and how layers treat their inputs.
+        path: as for `pared.export`.
+        inputs: as for `pared.export`.
+        dynamic: as for `pared.export`.
     """
     for package in ("onnx", "onnxscript"):
         need(package, "onnx")
@@ -97,7 +97,7 @@ def export_onnx(
     captured.model.metadata_props[ARTIFACT] = checksum_beside(path)
     nbytes = _write(captured.model, path)
     for name, because in found.floats.items():
-        log.warning("%s is in %s as floats: %s", name, path.name, because)
+        log.warning("%s holds %s as floats: %s", path.name, name, because)
     graph = captured.model.graph
     shapes = {name: one.shape for name, one in captured.signature.inputs.items()}
     for name, shape in shapes.items():
@@ -108,7 +108,7 @@ def export_onnx(
 
 
 def checksum_beside(path: Path) -> str:
-    """The checksum of the artifact in the same directory; empty if there is none."""
+    """The checksum of the artifact in a file's directory; empty if there is none."""
     try:
         file = find_artifact(path.parent)
     except FileError:

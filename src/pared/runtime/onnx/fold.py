@@ -15,12 +15,12 @@ _OUTPUTS: Final = {"Conv": 0, "ConvTranspose": 1}  # the weight's dimension that
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """What a normalization does to the convolution before it.
+    """What a batch normalization does to the convolution before it.
 
     Args:
-        node: the normalization, which goes.
-        scale: what each output channel's steps are multiplied with; where it is negative, codes change their sign.
-        bias: the convolution's new bias.
+        node: the normalization, which is removed.
+        scale: the factor of each output channel's steps; where it is negative, codes change their sign.
+        bias: the convolution's new bias, float32 (output channels,).
     """
 
     node: Any
@@ -28,7 +28,7 @@ class Fold:
     bias: Array
 
     def applied(self, codes: Array, steps: Array, convolution: Any) -> tuple[Array, Array]:
-        """Codes and steps of the weight of both together."""
+        """The codes and steps of the weight of both together."""
         axis = _OUTPUTS[convolution.op_type]
         shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
         scale = self.scale.reshape(shape)
@@ -36,7 +36,7 @@ class Fold:
 
 
 def fold_of(uses: Sequence[tuple[Any, int]], codes: Array) -> Fold | None:
-    """The normalization that takes in all that the weight's only user, a convolution of one group, gives."""
+    """The normalization after the weight's only user, a convolution of one group, if nothing else reads its output."""
     if len(uses) != 1 or uses[0][1] != 1 or uses[0][0].op_type not in _OUTPUTS:
         return None
     node = uses[0][0]

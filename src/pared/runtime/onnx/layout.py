@@ -1,4 +1,4 @@
-"""Operators that only move numbers: what becomes of codes, and of the step that each has, on the way to a product."""
+"""Operators that only move numbers: where codes, and the step of each, end up on the way to a product."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 
 def constant(value: Any) -> Array | None:
-    """The numbers of a value that is known before the graph runs."""
+    """The numbers of a value that is known before the graph runs, else None."""
     if value is None or value.const_value is None:
         return None
     found: Array = value.const_value.numpy()
@@ -49,7 +49,7 @@ def _slice(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Arr
     where = [slice(None)] * data[0].ndim
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step <= 0:
-            raise NotImplementedError("a slice from the end")
+            raise NotImplementedError("a slice with a negative step")
         where[int(axis)] = slice(int(start), int(end), int(step))
     return [data[0][tuple(where)]]
 
@@ -84,7 +84,7 @@ MOVES: Final[dict[str, Callable[[Any, Sequence[Array], Sequence[Array]], list[Ar
 
 
 def moved(node: Any) -> int:
-    """How many of a node's first inputs it moves; 0 if it does something else, or not the same at each call."""
+    """How many of a node's first inputs it moves; 0 if it does anything else, or not the same in each call."""
     if node.op_type not in MOVES or node.domain not in ("", "ai.onnx"):
         return 0
     count = len(node.inputs) if node.op_type == "Concat" else 1
@@ -92,17 +92,17 @@ def moved(node: Any) -> int:
 
 
 def move(node: Any, data: Sequence[Array]) -> list[Array]:
-    """The outputs of a node of which `moved` said that it only moves numbers.
+    """The outputs of a node that only moves numbers, as `moved` says.
 
     Raises:
-        NotImplementedError: in a way that is not in the table.
+        NotImplementedError: it moves them in a way that is not implemented here.
     """
     rest = [found for value in node.inputs[len(data) :] if (found := constant(value)) is not None]
     return MOVES[node.op_type](node, data, rest)
 
 
 def along(steps: Array) -> tuple[tuple[int, ...], Array]:
-    """The dimensions along which a step for each number differs, and the steps without the others (of size 1 there).
+    """The dimensions along which the steps of numbers differ, and the steps with size 1 in all other dimensions.
 
     >>> axes, found = along(np.broadcast_to(np.array([[1.0], [2.0]]), (2, 3)))
     >>> axes, found.tolist()

@@ -1,4 +1,4 @@
-"""Codes and steps in the place of a graph's float weights, and activations on the grids of calibration."""
+"""Rewrites a graph: float weights become codes and steps, and inputs are rounded to their calibrated grids."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Rewritten:
     """What became of a model's tensors and layers.
 
     Args:
-        coded: the names of the tensors that are in the graph as codes.
-        floats: tensors on grids that are not, each with the reason.
-        activations: how each layer that may run in int8 has its input: "static", or "float" for weights only.
+        coded: the names of the tensors that the graph holds as codes.
+        floats: the tensors on grids that it holds as floats, each with the reason.
+        activations: how each layer that may run in int8 gets its input: "static", or "float" (integer weights only).
     """
 
     coded: tuple[str, ...]
@@ -62,7 +62,7 @@ def rewrite(model: Any, contents: Contents) -> Rewritten:
 
 @dataclass(eq=False)
 class _Rewriter:
-    """One graph on its way.
+    """One graph while it is rewritten.
 
     Args:
         graph: an `onnx_ir.Graph`.
@@ -99,7 +99,7 @@ class _Rewriter:
         self._narrow()
 
     def _gather(self, weight: Weight, node: Any) -> None:
-        """Rows of a table in codes, and their steps: only those that are asked for are decoded."""
+        """Look up rows of codes and their steps, so that only the rows that are used are decoded."""
         axes, steps = along(weight.steps)
         indices = node.inputs[1]
         picked = self._node("Gather", [weight.value, indices], {"axis": 0}, near=node)
@@ -112,7 +112,7 @@ class _Rewriter:
         _replace(node.outputs[0], self._typed(out, weight, node))
 
     def _decode(self, weight: Weight, uses: list[tuple[Any, int]], *, bake: bool) -> None:
-        """The weight as floats, where products take it; runtimes that have int8 products know this form."""
+        """Decode the weight right before its products, a pattern that runtimes with int8 kernels recognize."""
         codes, steps = weight.codes, weight.steps
         fold = fold_of(uses, codes) if bake else None
         if fold is not None:
@@ -121,8 +121,8 @@ class _Rewriter:
         axes, found = along(steps)
         near = None if bake else weight.value.producer()
         if len(axes) > 1 or any(node.op_type in _AT_LOAD for node, _ in uses):  # no operator has steps along two axes
-            # By way of int32: a cast from int8 is kept for kernels on codes, which recurrent layers do not have, and
-            # OpenVINO then finds no weight.
+            # Through int32: OpenVINO keeps a cast from int8 for int8 kernels, which recurrent layers do not have, and
+            # then finds no weight.
             whole = self._node("Cast", [value], {"to": _ir().DataType.INT32}, after=near)
             floats = self._node("Cast", [whole], {"to": _ir().DataType.FLOAT}, after=whole.producer())
             out = self._node("Mul", [floats, self._constant(f"{weight.name}.steps", found)], after=floats.producer())
@@ -141,7 +141,7 @@ class _Rewriter:
             self._drop(fold, uses[0][0])
 
     def _quantize_input(self, weight: Weight, node: Any, place: int) -> None:
-        """Round what a static layer multiplies its weight with to the grid that calibration found."""
+        """Round the input of a static layer to its calibrated grid."""
         owner = self._owner(weight, node)
         activation = self.contents.activations.get(owner)
         other = _PRODUCTS.get(node.op_type, {}).get(place)
@@ -159,7 +159,7 @@ class _Rewriter:
         self.static.add(owner)
 
     def _rounded(self, floats: Any, activation: Activation, name: str, weight: Weight, node: Any) -> Any:
-        """Floats on the grid of an input, in the type that a weight reads as."""
+        """Floats rounded to the grid of a layer's input, in the weight's decoded type."""
         scale, zero_point = activation.span.grid(FULL_LEVELS)
         grid = [
             self._constant(f"{name}.step", np.float32(scale)),
@@ -169,9 +169,9 @@ class _Rewriter:
         return self._cast(self._node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
 
     def _add_outliers(self, weight: Weight, node: Any, other: int, owner: str, activation: Activation) -> bool:
-        """Add what extra columns carry, by a product of their own; whether that was possible.
+        """Add what extra columns carry, as a product of their own; returns whether that was possible.
 
-        A column's value less what the columns before carry, cut off at zero, is rounded to the grid of the input.
+        A column's value less what the columns before it carry, at least zero, is rounded to the grid of the input.
         """
         if other != 0 or len(weight.sources) > 1:
             return False
@@ -204,7 +204,7 @@ class _Rewriter:
         return True
 
     def _steps(self, name: str, steps: Array, node: Any) -> Any:
-        """Steps of outputs: those that the node's weight has already, if there are as many."""
+        """The steps of outputs: the constant that the node's weight already has, if it is the same."""
         decode = node.inputs[1].producer()
         known = decode.inputs[1] if decode is not None and decode.op_type == "DequantizeLinear" else None
         if known is not None and np.array_equal(known.const_value.numpy(), steps):
@@ -212,7 +212,7 @@ class _Rewriter:
         return self._constant(f"{name}.steps", steps)
 
     def _owner(self, weight: Weight, node: Any) -> str:
-        """The module whose product this is: of those that own the weight, the one in whose forward it was met."""
+        """The module whose product this is: the owner of the weight in whose forward the product was traced."""
         owners = [n.rpartition(".")[0] for one in weight.sources for n in one.names]
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         inside = {str(scope).removeprefix("model").removeprefix(".") for scope in scopes}
@@ -228,7 +228,7 @@ class _Rewriter:
         _replace(fold.node.outputs[0], node.outputs[0])
 
     def _narrow(self) -> None:
-        """Floats that the artifact holds in a narrower type stand in the graph in that type too."""
+        """Hold floats in the narrower type that the artifact has them in, and cast them."""
         by_name = {name: one for one in self.contents.tensors for name in one.names}
         for value in list(self.graph.initializers.values()):
             stored = by_name.get(value.name)
@@ -245,7 +245,7 @@ class _Rewriter:
             _become(value, numpy_of(stored.coded.parts["values"]))
 
     def _typed(self, value: Any, weight: Weight, node: Any) -> Any:
-        """In the type that the weight reads as."""
+        """Cast a value to the weight's decoded type."""
         return self._cast(value, _dtype(weight), near=None, after=value.producer() if node is not None else None)
 
     def _cast(self, value: Any, dtype: str, near: Any = None, after: Any = None) -> Any:
@@ -256,7 +256,7 @@ class _Rewriter:
         return self._node("Cast", [value], {"to": wanted}, near=near, after=after)
 
     def _node(self, op: str, inputs: list[Any], attributes: Any = None, near: Any = None, after: Any = None) -> Any:
-        """The output of a new node: before `near`, after `after`, or else at the beginning of the graph."""
+        """The output of a new node, which is put before `near`, or after `after`, or first in the graph."""
         made = _ir().node(op, inputs, attributes or {})
         if near is not None:
             near.prepend(made)
@@ -281,13 +281,15 @@ class _Rewriter:
         return value
 
     def outcome(self) -> Rewritten:
-        """What became of everything."""
+        """What became of every tensor and layer."""
         floats = {}
         for one in self.contents.tensors:
             if isinstance(one.coded.format, Grid) and one.name not in self.coded:
                 named = any(name in self.graph.initializers for name in one.names)
                 floats[one.name] = (
-                    "the graph computes with it in a way of its own" if named else "not used by the graph"
+                    "the graph computes with it in a way that codes do not allow"
+                    if named
+                    else "the graph does not use it"
                 )
         activations = {
             name: "static" if name in self.static else "float"
@@ -298,7 +300,7 @@ class _Rewriter:
 
 
 def _ir() -> Any:
-    """Fetched at first use: it is an optional package."""
+    """The package `onnx_ir`, which is optional, imported at its first use."""
     import onnx_ir
 
     return onnx_ir
@@ -313,7 +315,7 @@ def _dtype(weight: Weight) -> str:
 
 
 def _is_whole(end: Weight, ends: list[Weight]) -> bool:
-    """Whether the moved codes may stand in the file instead of the plain ones: that takes no more bytes."""
+    """Whether the file may hold the moved codes instead of the original ones: if they take no more bytes."""
     sources = {id(one) for one in end.sources}
     near = [one for one in ends if sources & {id(source) for source in one.sources}]
     held = {id(source): source for one in near for source in one.sources}
@@ -326,7 +328,7 @@ def _gathers_rows(node: Any, place: int) -> bool:
 
 
 def _replace(old: Any, new: Any) -> None:
-    """Let everything that reads one value read another."""
+    """Let every reader of one value read another."""
     new.shape, new.type = new.shape or old.shape, new.type or old.type
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 

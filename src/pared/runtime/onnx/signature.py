@@ -1,4 +1,4 @@
-"""How an exported model is called: which argument is which input of the graph, and what its outputs are put into."""
+"""How an exported model is called: which argument is which input of the graph, and how its outputs are structured."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class ExportedArgument:
 
     Args:
         name: as `forward` calls it.
-        inputs: the graph's inputs that its tensors are, in their order; empty if it held none.
-        value: of an argument without tensors: what it was at the export, as text; the graph holds for it alone.
+        inputs: the names of the graph's inputs for its tensors, in order; empty if it has none.
+        value: the `repr` of an argument without tensors at the export: the graph is valid only for this value.
     """
 
     name: str
@@ -61,9 +61,9 @@ class GraphInput:
     """One tensor that the graph takes.
 
     Args:
-        dtype: its type, "int64" for instance.
-        shape: a number for each dimension that is fixed, a name for each that may vary.
-        example: its shape at the export.
+        dtype: the element type, "int64" for instance.
+        shape: a number for each dimension that is fixed, and a name for each that may vary.
+        example: the shape at the export.
         low, high: the least and the greatest value at the export.
     """
 
@@ -75,7 +75,7 @@ class GraphInput:
 
     @classmethod
     def of(cls, tensor: Tensor, shape: tuple[int | str, ...]) -> GraphInput:
-        """What the example shows."""
+        """The input for which a tensor of the example stands."""
         low, high = (float(end) for end in tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
         return cls(dtype_name(tensor.dtype), shape, tuple(tensor.shape), low, high)
 
@@ -85,10 +85,10 @@ class GraphInput:
         fixed = zip(self.shape, tensor.shape, strict=False)
         if found == self.dtype and tensor.dim() == len(self.shape) and all(a in (b, str(a)) for a, b in fixed):
             return ""
-        return f"{found} {list(tensor.shape)}, and was exported as {self.dtype} {list(self.shape)}"
+        return f"{found} {list(tensor.shape)}, but was exported as {self.dtype} {list(self.shape)}"
 
     def sample(self, seed: int = 0) -> Tensor:
-        """Random numbers like those of the example."""
+        """A tensor of random numbers with the example's type, shape and range."""
         chance = torch.Generator().manual_seed(seed)
         numbers = self.low + (self.high - self.low) * torch.rand(self.example, generator=chance, dtype=torch.float64)
         dtype = RAW_TYPES[self.dtype]
@@ -101,9 +101,9 @@ class Signature:
 
     Args:
         arguments: those that the export was called with, in the order of `forward`.
-        parameters: the names of all that `forward` takes by place.
+        parameters: the names of all positional arguments of `forward`.
         outputs: the structure of the outputs, as `describe` gives it.
-        inputs: the graph's inputs.
+        inputs: the graph's inputs by name.
     """
 
     arguments: tuple[ExportedArgument, ...]
@@ -112,7 +112,7 @@ class Signature:
     inputs: Mapping[str, GraphInput] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """As it stands in the file."""
+        """The text that the file's metadata holds."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
@@ -133,17 +133,17 @@ class Signature:
             ConfigError: an argument is missing, unknown, or not what it was at the export.
         """
         if len(args) > len(self.parameters):
-            raise _misfit(f"takes {len(self.parameters)} arguments by place, not {len(args)}", where, self)
+            raise _misfit(f"takes {len(self.parameters)} positional arguments, not {len(args)}", where, self)
         given = dict(zip(self.parameters, args, strict=False)) | dict(kwargs)
         found: dict[str, Tensor] = {}
         for argument in self.arguments:
             value = given.pop(argument.name, None)
             leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
             if len(leaves) != len(argument.inputs):
-                what = f"{argument.name} holds {len(leaves)} tensors, and held {len(argument.inputs)} at the export"
+                what = f"{argument.name} has {len(leaves)} tensors, but had {len(argument.inputs)} at the export"
                 raise _misfit(what, where, self)
             if not argument.inputs and value is not None and repr(value) != argument.value:
-                raise _misfit(f"{argument.name} is {value!r}, and was {argument.value} at the export", where, self)
+                raise _misfit(f"{argument.name} is {value!r}, but was {argument.value} at the export", where, self)
             found |= zip(argument.inputs, leaves, strict=True)
         unknown = sorted(name for name, value in given.items() if value is not None)
         if unknown:
@@ -177,19 +177,19 @@ def _literal(argument: ExportedArgument) -> Any:
         return ast.literal_eval(argument.value)
     except (ValueError, SyntaxError) as error:
         raise ConfigError(
-            f"was {argument.value} at the export, which cannot be made again from its text",
+            f"was {argument.value} at the export, which cannot be recreated from its text",
             where=argument.name,
-            remedy='Choose an engine yourself: "auto" has to call the model.',
+            remedy='Choose an engine yourself: engine="auto" has to call the model to time it.',
         ) from error
 
 
 def _misfit(what: str, where: str, signature: Signature) -> ConfigError:
     taken = ", ".join(one.name for one in signature.arguments if one.inputs)
-    return ConfigError(what, where=where, remedy=f"Call it as it was exported, with {taken}, or export it anew.")
+    return ConfigError(what, where=where, remedy=f"Call it as it was exported, with {taken}, or export it again.")
 
 
 def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any) -> Signature:
-    """The calling convention of a call, and of what it gave.
+    """The calling convention of a call and its outputs.
 
     >>> signature_of(nn.Linear(2, 2), (torch.zeros(1, 2),), {}, torch.zeros(1, 2)).arguments
     (Argument(name='input', inputs=('input',), value=''),)
@@ -210,12 +210,12 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def _named(called: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Each argument under a name; those of `*args` are numbered."""
+    """The arguments by name; those of `*args` are numbered."""
     found: list[tuple[str, Any]] = []
     for name, value in called.bind_partial(*args, **kwargs).arguments.items():
         kind = called.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            found += [(f"{name}_{i}", one) for i, one in enumerate(value)]
+            found += [(f"{name}_{i}", item) for i, item in enumerate(value)]
         elif kind is inspect.Parameter.VAR_KEYWORD:
             found += value.items()
         else:
@@ -247,8 +247,7 @@ def tensors_of(values: Any) -> list[Tensor]:
 def describe(outputs: Any) -> Any:
     """The structure of outputs as plain data: tensors by their place; None, numbers and texts as they are.
 
-    Classes with named fields become `Outputs`; of what is no container that is known here, only its tensors are kept,
-    as a list.
+    Classes with named fields become `Outputs`; of any other kind of container only the tensors are kept, as a list.
 
     >>> describe({"a": torch.zeros(1), "b": (None, torch.zeros(1))})
     {'names': {'a': 0, 'b': {'tuple': [{'value': None}, 1]}}, 'plain': True}
