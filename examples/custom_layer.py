@@ -1,4 +1,4 @@
-"""A layer of your own, registered with pared: a factorised weight with normalised columns, used through plain functions.
+"""A layer of your own, registered with pared: a factorised weight with normalised columns, used through functions.
 
 `python -m examples.custom_layer` compresses a network of such layers and shows what became of each weight.
 """
