@@ -1,4 +1,4 @@
-"""The charts of a report: plain values in, pictures out."""
+"""The charts of a report, drawn from plain values."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH: Final = 960  # pixels
-_NO_DAMAGE: Final = 1e-12  # less counts as none, in tables too
+_NO_DAMAGE: Final = 1e-12  # anything less counts as none, as it does in tables
 _DAMAGE: Final = "damage (share of the output's energy)"
-MOST_BARS: Final = 40  # of a chart that has a line for each layer
-_LINE: Final = 20  # pixels
-_MOST_LETTERS: Final = 44  # of a name beside an axis
+MOST_BARS: Final = 40  # layers in a chart with a line for each
+_LINE: Final = 20  # pixels for each layer
+_MOST_LETTERS: Final = 44  # characters of a name beside an axis
 
-# Families of formats: what they are called, and the mark that stands for them, so that no colour has to be told apart.
+# Families of formats: their names, and their markers, so that nobody has to tell colours apart.
 FAMILIES: Final[Mapping[str, tuple[str, str]]] = {
     "codes": ("codes of 8 bits or less", "o"),
     "wide-codes": ("codes of 16 bits", "s"),
     "half": ("floats of 16 bits or less", "^"),
     "float": ("floats of 32 bits or more", "D"),
     "other": ("other numbers", "v"),
-    "rest": ("no tensors: index, container, padding", "P"),
+    "rest": ("everything else: index, container, padding", "P"),
 }
 KERNELS: Final[Mapping[str, tuple[str, str]]] = {
     "float32": ("float", "D"),
@@ -36,12 +36,12 @@ KERNELS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | None = None) -> Picture:
-    """Damage, and the score where there is one, against bytes.
+    """Damage against bytes, and the score against bytes if there are scores.
 
     Args:
-        points: at least one.
-        baseline: the score of the float model.
-        chosen: the model that was returned; None: no point is marked.
+        points: the models, at least one.
+        baseline: the score of the float model; None if there are no scores.
+        chosen: the point to mark: the model that was returned.
     """
     scored = [point for point in points if point.score is not None]
     panels = 2 if scored else 1
@@ -70,7 +70,7 @@ def trade_off(points: Sequence[Point], baseline: float | None, chosen: Point | N
 
 
 def _height(point: Point, quantity: str) -> float:
-    """Where a point is drawn: a log scale has no place for a damage of 0."""
+    """The height of a point: a damage of 0 is raised a little, because a log scale cannot show it."""
     value: float = getattr(point, quantity)
     return max(value, _NO_DAMAGE) if quantity == "damage" else value
 
@@ -108,7 +108,7 @@ def formats(totals: Sequence[tuple[str, str, int]]) -> Picture:
     """The bytes of each format as bars.
 
     Args:
-        totals: for each format its name, its family and its bytes; the largest first, at least one.
+        totals: the name, the family and the bytes of each format, the largest first; at least one.
     """
     with sheet("formats", WIDTH, 56 + 26 * len(totals)) as page:
         panel = axes(page.figure)
@@ -129,7 +129,7 @@ def damages(tensors: Sequence[tuple[str, str, int, float]]) -> Picture:
     """Each tensor's damage against its bytes.
 
     Args:
-        tensors: for each its name, its family, its bytes and its damage; the two last greater than 0.
+        tensors: the name, the family, the bytes and the damage of each, the last two greater than 0.
     """
     with sheet("damages", WIDTH, 380) as page:
         panel = axes(page.figure)
@@ -153,7 +153,7 @@ def damages(tensors: Sequence[tuple[str, str, int, float]]) -> Picture:
         panel.legend(loc="best")
         worst = max(tensors, key=lambda one: one[3])
         return page.picture(
-            f"Damage against bytes for {len(tensors):,} tensors; the most, {worst[3]:.2g}, is done in {worst[0]}"
+            f"Damage against bytes for {len(tensors):,} tensors; the largest damage, {worst[3]:.2g}, is that of {worst[0]}"
         )
 
 
@@ -161,7 +161,7 @@ def ranges(layers: Sequence[tuple[str, float, float]]) -> Picture:
     """The range of each layer's input, on a scale that is linear around 0 and logarithmic beyond.
 
     Args:
-        layers: for each its name, the least and the greatest input; at most `MOST_BARS`.
+        layers: the name, the lowest and the highest input of each; at most `MOST_BARS`.
     """
     with sheet("ranges", WIDTH, 70 + _LINE * len(layers)) as page:
         panel = axes(page.figure)
@@ -180,7 +180,7 @@ def timings(layers: Sequence[tuple[str, str, Mapping[str, float]]]) -> Picture:
     """Milliseconds of each layer with each kernel; the one that runs is filled.
 
     Args:
-        layers: for each its name, the kernel that runs, and milliseconds by kernel; at most `MOST_BARS`.
+        layers: the name of each, the kernel that runs, and the milliseconds by kernel; at most `MOST_BARS`.
     """
     with sheet("timings", WIDTH, 96 + _LINE * len(layers)) as page:
         panel = axes(page.figure)
@@ -219,7 +219,7 @@ def _names_beside(panel: Axes, names: Sequence[str]) -> None:
 
 
 def shortened(name: str, most: int) -> str:
-    """A name without its middle, if it is longer than that.
+    """A name of at most that many characters, with its middle left out if it is longer.
 
     >>> shortened("encoder.layer.0.attention", 12)
     'enco…tention'
@@ -237,7 +237,7 @@ def _plain_numbers(panel: Axes) -> None:
 
 
 def _plain_powers(panel: Axes) -> None:
-    """Name the powers of ten of a vertical log scale as the tables do."""
+    """Label the powers of ten on a vertical log scale as the tables write them."""
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     if panel.get_yscale() == "log":
@@ -245,7 +245,7 @@ def _plain_powers(panel: Axes) -> None:
         panel.yaxis.set_minor_locator(NullLocator())
 
 
-# Which multiples of powers of ten are named on a log axis of fewer decades than that.
+# The multiples of powers of ten that are labelled, on a log axis with fewer decades than the first number.
 _DIGITS: Final[Sequence[tuple[float, Sequence[float]]]] = (
     (1, (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)),
     (3, (1, 2, 5)),
@@ -254,7 +254,7 @@ _DIGITS: Final[Sequence[tuple[float, Sequence[float]]]] = (
 
 
 def _tick_words(panel: Axes, words: Callable[[float], str]) -> None:
-    """Name round values; on a scale of less than two decades, those between powers of ten too."""
+    """Label round values; on a short log scale, some of those between powers of ten too."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = panel.xaxis

@@ -1,6 +1,7 @@
-"""What all charts share: colours by name, figures of the plotting library, and SVG that a page can hold.
+"""What all charts share: colours by name, figures of the plotting library, and SVG for a page.
 
-Colours are drawn as stand-ins, and become variables of the page's style sheet, so that one drawing serves both themes.
+Drawings use placeholder colours, which are replaced by variables of the page's style sheet: one drawing serves both
+the light and the dark theme.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# By name: the colour on white; the dark theme is in style.css. Those of the families can be told apart by people who
-# do not see red or green, and white text on them, like the text on white, has a contrast of 4.5 at least.
+# The colours of the light theme by name; the dark theme is in style.css. The colours of the families can be told apart
+# without seeing red or green; white text on them, and all text on white, has a contrast of at least 4.5.
 LIGHT: Final[Mapping[str, str]] = {
     "ink": "#1b1f24",
     "muted": "#59636e",
@@ -36,7 +37,7 @@ LIGHT: Final[Mapping[str, str]] = {
     "other": "#a03a74",
     "rest": "#69727d",
 }
-_STAND_INS: Final[Mapping[str, str]] = {name: f"#0a0b{number:02x}" for number, name in enumerate(LIGHT, 16)}
+_PLACEHOLDERS: Final[Mapping[str, str]] = {name: f"#0a0b{number:02x}" for number, name in enumerate(LIGHT, 16)}
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a name may hold a dollar sign
@@ -46,32 +47,32 @@ _STYLE: Final[dict[Any, Any]] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.edgecolor": _STAND_INS["muted"],
-    "axes.labelcolor": _STAND_INS["ink"],
-    "grid.color": _STAND_INS["grid"],
+    "axes.edgecolor": _PLACEHOLDERS["muted"],
+    "axes.labelcolor": _PLACEHOLDERS["ink"],
+    "grid.color": _PLACEHOLDERS["grid"],
     "grid.linewidth": 0.8,
-    "xtick.color": _STAND_INS["muted"],
-    "ytick.color": _STAND_INS["muted"],
-    "xtick.labelcolor": _STAND_INS["ink"],
-    "ytick.labelcolor": _STAND_INS["ink"],
-    "text.color": _STAND_INS["ink"],
+    "xtick.color": _PLACEHOLDERS["muted"],
+    "ytick.color": _PLACEHOLDERS["muted"],
+    "xtick.labelcolor": _PLACEHOLDERS["ink"],
+    "ytick.labelcolor": _PLACEHOLDERS["ink"],
+    "text.color": _PLACEHOLDERS["ink"],
     "legend.frameon": False,
 }
 _SVG: Final = "http://www.w3.org/2000/svg"
 _LINK: Final = "{http://www.w3.org/1999/xlink}href"
-_MOST_TITLE: Final = 200  # characters
+_MOST_TITLE: Final = 200  # characters of a tooltip
 
 
 def colour(name: str) -> str:
-    """What to draw in for a colour's name."""
-    return _STAND_INS[name]
+    """The placeholder to draw with for a colour of this name."""
+    return _PLACEHOLDERS[name]
 
 
 _UNITS: Final = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def bytes_in_words(nbytes: float) -> str:
-    """Bytes with three figures.
+    """Bytes to three significant figures, with a unit.
 
     >>> [bytes_in_words(n) for n in (0, 999, 10_384_123, 90_900_000, 1_234_000_000_000)]
     ['0 B', '999 B', '10.4 MB', '90.9 MB', '1234 GB']
@@ -84,18 +85,18 @@ def bytes_in_words(nbytes: float) -> str:
 
 
 def require_library() -> None:
-    """See that charts can be drawn, before work begins.
+    """Check that charts can be drawn, before the work starts.
 
     Raises:
         ConfigError: the drawing libraries are not installed.
     """
     try:
-        import jinja2  # noqa: F401  # is it there?
-        import matplotlib  # noqa: F401  # is it there?
-        import squarify  # noqa: F401  # is it there?
+        import jinja2  # noqa: F401  # is it installed?
+        import matplotlib  # noqa: F401  # is it installed?
+        import squarify  # noqa: F401  # is it installed?
     except ImportError as error:
         raise ConfigError(
-            f"{error.name} is not installed, which draws the report",
+            f"{error.name}, which draws the report, is not installed",
             where="the report in HTML",
             remedy="Install it with: pip install 'pared[report]'",
         ) from error
@@ -106,7 +107,7 @@ class Picture:
     """A finished drawing.
 
     Args:
-        root: the `svg` element, in stand-ins for colours.
+        root: the `svg` element, in placeholder colours.
         label: what it shows, in a sentence.
     """
 
@@ -114,18 +115,18 @@ class Picture:
     label: str
 
     def inline(self) -> str:
-        """For a page: an image with a label, in the colours of its style sheet."""
+        """The picture for a page, with its label, in the colours of the page's style sheet."""
         text = self._text({"role": "img", "aria-label": self.label})
-        for name, stand_in in _STAND_INS.items():
-            text = text.replace(stand_in, f"var(--{name})")
+        for name, placeholder in _PLACEHOLDERS.items():
+            text = text.replace(placeholder, f"var(--{name})")
         return text
 
     def standalone(self) -> str:
-        """For a file of its own: on white."""
+        """The picture for a file of its own, on white."""
         size = dict(zip(("width", "height"), self.root.get("viewBox", "").split()[2:], strict=True))
         text = self._text({**size, "font-family": "sans-serif", "style": f"background: {LIGHT['surface']}"})
-        for name, stand_in in _STAND_INS.items():
-            text = text.replace(stand_in, LIGHT[name])
+        for name, placeholder in _PLACEHOLDERS.items():
+            text = text.replace(placeholder, LIGHT[name])
         return text + "\n"
 
     def _text(self, attributes: Mapping[str, str]) -> str:
@@ -137,12 +138,12 @@ class Picture:
 
 @dataclass(eq=False)
 class Sheet:
-    """A figure while it is drawn.
+    """A figure while it is being drawn.
 
     Args:
-        figure: of the plotting library; its unit is the pixel.
-        titles: what is shown where the pointer rests, by the id of an artist: a text, or one for each of its markers.
-        finds: what a click searches the table for, by the id of an artist.
+        figure: the figure of the plotting library; its unit is the pixel.
+        titles: the tooltips by the id of an artist: one text, or one for each of its markers.
+        finds: what a click searches for in the table, by the id of an artist.
     """
 
     figure: Figure
@@ -150,7 +151,7 @@ class Sheet:
     finds: dict[str, str] = field(default_factory=dict)
 
     def name(self, artist: Any, title: str | Sequence[str], find: str | None = None) -> None:
-        """Say what an artist shows."""
+        """Give an artist a tooltip, and what a click on it searches for."""
         gid = f"a{len(self.titles)}"
         artist.set_gid(gid)
         self.titles[gid] = title
@@ -162,9 +163,9 @@ class Sheet:
         from matplotlib.backends.backend_svg import FigureCanvasSVG
 
         buffer = io.BytesIO()
-        # The browser has fonts of its own: it does not matter what the library's font lacks.
+        # The browser uses its own fonts, so it does not matter which glyphs the library's font lacks.
         with ignoring(UserWarning, "Glyph .* missing from"):
-            # Not savefig, which draws everything twice.
+            # savefig would draw everything twice.
             canvas: Any = FigureCanvasSVG(self.figure)  # its method has no types
             canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date")))
         root = ET.fromstring(buffer.getvalue())
@@ -188,10 +189,10 @@ class Sheet:
 
 @contextmanager
 def sheet(name: str, width: float, height: float) -> Iterator[Sheet]:
-    """An empty figure, and the style for what is drawn on it. The same drawing gives the same bytes.
+    """An empty figure, with the style for what is drawn on it. The same drawing always gives the same bytes.
 
     Args:
-        name: one that no other drawing of the page has: its ids are made from it.
+        name: unique within the page: the ids in the drawing are made from it.
         width: in pixels.
         height: in pixels.
 
@@ -218,7 +219,7 @@ def axes(figure: Figure, *where: Any) -> Axes:
 
 
 def _tidy(root: ET.Element) -> None:
-    """Leave out what has no place in a page: sizes, metadata, the style of other elements, ids."""
+    """Remove what a page does not need: sizes, metadata, styles of other elements, unused ids, excess digits."""
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     for parent in list(root.iter()):
@@ -226,7 +227,7 @@ def _tidy(root: ET.Element) -> None:
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
                 parent.remove(child)
     for element in root.iter():
-        element.tail = None  # a new line, of which a browser makes a node
+        element.tail = None  # line breaks, which a browser would turn into nodes
         element.text = (element.text or "").strip() or None
         if _LINK in element.attrib:
             element.set("href", element.attrib.pop(_LINK))
@@ -246,7 +247,7 @@ def _short(number: re.Match[str]) -> str:
 
 
 def _style(text: str) -> str:
-    """Without what the style sheet says: families of fonts, and how lines meet."""
+    """A style without what the style sheet sets: font families and line joins."""
     text = re.sub(r"font: (?:(bold|[67]00) )?([\d.]+)px [^;]*", lambda m: _font(m.group(1), m.group(2)), text)
     return re.sub(r"; stroke-(linejoin|linecap): (miter|butt|square|round)", "", text)
 

@@ -1,4 +1,4 @@
-"""The report as one page for a browser: nothing in it is fetched, and all text in it is escaped."""
+"""The report as one HTML page. It fetches nothing, and all text from files is escaped."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from pared.inspection.page.drawing import Picture, bytes_in_words, require_libra
 from pared.inspection.page.treemap import SIDES, Tile
 from pared.inspection.page.treemap import draw as draw_treemap
 
-REPORT: Final = "report.html"  # beside an artifact
-_MOST_ROWS: Final = 5_000  # of the table: what a browser shows without delay
-_MOST_TEXT: Final = 300  # characters in a cell
-_ONE_LINE: Final = 36  # characters
-_MOST_MODULES: Final = 12
+REPORT: Final = "report.html"  # its name beside an artifact
+_MOST_ROWS: Final = 5_000  # of the table: as many as a browser shows without delay
+_MOST_TEXT: Final = 300  # characters in a cell of the table
+_ONE_LINE: Final = 36  # characters of a name that fit on one line
+_MOST_MODULES: Final = 12  # in the list of the largest ones
 
 
 def write(data: PageData, path: str | Path) -> None:
     """Write the page, atomically.
 
     Args:
-        data: what it shows.
-        path: of the file; its directory is made if it is missing.
+        data: what to show.
+        path: the file to write; its directory is made if it is missing.
 
     Raises:
         ConfigError: the drawing libraries are not installed.
@@ -71,14 +71,14 @@ def render(data: PageData) -> str:
 
 
 def _breakable(name: Any) -> Any:
-    """A long name with places behind its dots where a line may end; a short one as it is, which takes fewer nodes."""
+    """A long name with optional line breaks after its dots; a short one unchanged, which makes a smaller page."""
     from markupsafe import Markup
 
     return name if len(name) <= _ONE_LINE else name.replace(".", Markup(".<wbr>"))
 
 
 def _content(data: PageData) -> dict[str, Any]:
-    """What the template is given: text and pictures, by section; None for a section without data."""
+    """The variables of the template: texts and pictures by section; None for a section without data."""
     ledger = data.ledger
     return {
         "file": _text(ledger.file),
@@ -107,7 +107,7 @@ def _content(data: PageData) -> dict[str, Any]:
 
 
 def _text(text: str) -> str:
-    """Text from a file, for a cell: without control characters, and not too long."""
+    """Text from a file for a cell: control characters escaped, and not too long."""
     text = printable(text[: _MOST_TEXT + 1])
     return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
 
@@ -122,7 +122,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _summary(data: PageData) -> str:
-    """In a sentence, for the browser's preview and for a reader who reads no further."""
+    """The result in a sentence, for the top of the page and for link previews."""
     ledger = data.ledger
     if not ledger.original_nbytes:
         tensors = sum(row.shape is not None for row in ledger.rows)
@@ -134,14 +134,13 @@ def _summary(data: PageData) -> str:
 
 
 def _loss(data: PageData) -> float | None:
-    """Of the chosen model, in the unit of what was tolerated."""
-    found = [t.loss for t in data.outcome.trials if t.nbytes == data.ledger.nbytes]
-    return found[0] if found else None
+    """The loss of the chosen model, in the unit of the tolerable loss; None if it is not known."""
+    return next((trial.loss for trial in data.outcome.trials if trial.nbytes == data.ledger.nbytes), None)
 
 
 @dataclass(frozen=True)
 class _Maps:
-    """One or two treemaps, each with its title and its width as a share of the page; and the largest modules."""
+    """One or two treemaps, each with its title and its width as a share of the page; the largest modules; a legend."""
 
     pictures: tuple[tuple[str, Picture, float], ...]
     modules: tuple[tuple[str, tuple[int, ...]], ...]
@@ -170,7 +169,7 @@ def _maps(data: PageData) -> _Maps | None:
 
 
 def _modules(found: Sequence[Tile]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The largest modules, where the tree first branches out; the others together."""
+    """The largest modules at the depth where the tree first has three branches; the others together."""
     depth, most = 1, max(len(tile.path) for tile in found)
     while depth < most and len({tile.path[:depth] for tile in found if tile.families[-1] != "rest"}) < 3:
         depth += 1
@@ -178,7 +177,7 @@ def _modules(found: Sequence[Tile]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for tile in found:
         groups.setdefault(".".join(tile.path[:depth]), []).append(tile.sizes)
     totals = [(name, tuple(map(sum, zip(*sizes, strict=True)))) for name, sizes in groups.items()]
-    totals.sort(key=lambda one: tuple(-size for size in one[1]))
+    totals.sort(key=lambda item: tuple(-size for size in item[1]))
     yield from ((_text(name), sizes) for name, sizes in totals[:_MOST_MODULES])
     rest = totals[_MOST_MODULES:]
     if rest:
@@ -190,7 +189,7 @@ def _formats(data: PageData) -> Picture | None:
     for row in data.ledger.rows:
         key = (_text(row.format), family_of(row))
         totals[key] = totals.get(key, 0) + row.nbytes
-    found = sorted(((*key, nbytes) for key, nbytes in totals.items() if nbytes), key=lambda one: -one[2])
+    found = sorted(((*key, nbytes) for key, nbytes in totals.items() if nbytes), key=lambda total: -total[2])
     return charts.formats(found[:20]) if found else None
 
 
@@ -230,12 +229,12 @@ class _Column:
     """A column of the table.
 
     Args:
-        title: of the column.
-        kind: how a browser sorts it: "text", "number", "shape" or "range".
-        cell: the text of a row; empty where there is nothing to say.
-        about: what the title means.
-        style: the class of its cells.
-        width: of the column, in rem.
+        title: the heading.
+        kind: how the page sorts it: as "text", "number", "shape" or "range".
+        cell: the text in a row; "" if there is nothing to show.
+        about: what the heading means, shown as a tooltip.
+        style: the CSS class of its cells.
+        width: the width in rem.
     """
 
     title: str
@@ -264,7 +263,7 @@ _COLUMNS: Final = (
         "bits",
         "number",
         lambda _, row: f"{row.bits:.2f}" if row.elements else "",
-        "in the file, for each number",
+        "bits in the file per number",
         width=4.2,
     ),
     _Column(
@@ -303,7 +302,14 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class _Table:
-    """What is shown of each row: its name, whether it was left in float, its cells; and what of the ledger is not."""
+    """The table: of each row its name, whether it was left in float, and its cells.
+
+    Args:
+        columns: those that have a text in any row.
+        rows: in the order of the ledger.
+        left_in_float: the number of rows of floats.
+        hidden: the number of the rows that are left out, and their bytes.
+    """
 
     columns: tuple[_Column, ...]
     rows: tuple[tuple[str, bool, tuple[str, ...]], ...]
@@ -312,10 +318,10 @@ class _Table:
 
     @property
     def classes(self) -> list[Any]:
-        """The attribute of the cells of each column: none, or a class."""
+        """The `class` attribute of the cells of each column, or nothing."""
         from markupsafe import Markup
 
-        return [Markup(f' class="{one.style}"') if one.style else "" for one in self.columns]  # ours
+        return [Markup(f' class="{column.style}"') if column.style else "" for column in self.columns]  # ours
 
 
 def _table(data: PageData) -> _Table:
@@ -337,18 +343,18 @@ def _table(data: PageData) -> _Table:
 
 
 def _absent(data: PageData) -> Iterator[str]:
-    """Which sections have no data, and why."""
+    """The sections without data, each with the reason."""
     if data.ledger.original_nbytes is None:
         yield "bytes before: the file does not say what it was made from"
     if not data.fitted:
-        why = "known when a model is fitted, and kept in no file"
+        why = "known only after fitting a model, and not stored in files"
         yield f"damage, the trade-off and milliseconds: {why}"
         return
     if data.curve is None:
-        yield "the trade-off: made at 8 bits without a search, or loaded; pared.trade_off traces it"
+        yield "the trade-off: the model was made at 8 bits without a search, or loaded; pared.trade_off computes it"
     if not any(data.damages.values()):
-        yield "damage: predicted from calibration data, and not kept in a file"
+        yield "damage: it is predicted from calibration data, and not stored in files"
     if not data.ranges:
-        yield "activation ranges: no layer runs in int8 with a range from calibration"
+        yield "activation ranges: no layer runs in int8 with a calibrated range"
     if not data.times:
-        yield "milliseconds: no layer that may run in int8 was timed on this machine"
+        yield "milliseconds: no layer that can run in int8 was timed on this machine"

@@ -1,4 +1,4 @@
-"""Treemaps of a model's bytes by module, of which two can be drawn at one scale."""
+"""Treemaps of a model's bytes by module; two of them can be drawn at one scale."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIDES: Final = (960, 400)  # of the larger map, in pixels
-# A tile of which both maps show less than this share is drawn with the others of its module that are so small.
+# Tiles with less than this share of every map are merged with the other small ones of their module.
 _LEAST_SHARE: Final = 1 / 2500
-_MOST_SEARCHED: Final = 200  # characters
-_MOST_PARTS: Final = 300
+_MOST_SEARCHED: Final = 200  # characters of a name that a click searches for
+_MOST_PARTS: Final = 300  # rectangles laid out at a time: the library calls itself once for each row of them
 _FONT: Final = 11.0
-_LETTER: Final = 0.56  # mean width of a letter, of the size of the font
-# Lines between tiles, in pixels: around the outermost modules, and so on inwards.
+_LETTER: Final = 0.56  # mean width of a letter, as a share of the font size
+# The width of lines in pixels: around the outermost modules first, then inwards.
 _LINES: Final = (3.0, 1.6, 0.8)
 
 
@@ -29,10 +29,10 @@ class Tile:
     """The bytes of one module, or of several small ones.
 
     Args:
-        path: the module's dotted name, in parts.
-        sizes: bytes in each of the maps.
-        families: in each of the maps, the family of formats that most of these bytes are in.
-        start: how the names of its tensors begin.
+        path: the components of the module's dotted name.
+        sizes: the bytes in each map.
+        families: the family of formats that most of these bytes are in, in each map.
+        start: the beginning of the names of its tensors.
     """
 
     path: tuple[str, ...]
@@ -61,13 +61,13 @@ Box = tuple[float, float, float, float]  # x, y, width, height: in pixels from t
 
 @dataclass
 class TreemapLayout:
-    """Where everything lies in one map.
+    """The positions of everything in one map, in pixels.
 
     Args:
-        width: of the map.
-        height: of the map.
-        tiles: each with its box.
-        frames: the boxes of modules that hold others, each with its depth in the tree, the outermost first.
+        width: the width of the map.
+        height: the height of the map.
+        tiles: the tiles with their boxes.
+        frames: the boxes of modules that contain others, with their depth in the tree, the outermost first.
     """
 
     width: float
@@ -80,9 +80,9 @@ def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> TreemapL
     """Place the tiles of one map: areas are exact, and modules stay together, in the same order in every map.
 
     Args:
-        tiles: of every map.
-        which: of the maps.
-        area_per_byte: in square pixels: the same for two maps makes their bytes comparable.
+        tiles: the tiles of all maps.
+        which: the index of the map.
+        area_per_byte: in square pixels; use the same for two maps to make them comparable.
     """
     merged = list(_merged(tiles))
     total = sum(tile.sizes[which] for tile in merged)
@@ -93,7 +93,7 @@ def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> TreemapL
 
 
 def _merged(tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """Tiles that can be seen; of each module the others as one, or with those of the module around it."""
+    """The tiles that are large enough to see; the small ones of a module as one, or merged into the module around it."""
     totals = [max(1, sum(sizes)) for sizes in zip(*(tile.sizes for tile in tiles), strict=True)]
     small: dict[tuple[str, ...], list[Tile]] = {}
     for tile in tiles:
@@ -133,11 +133,11 @@ def _tree(tiles: Sequence[Tile]) -> _Node:
 
 
 def _place(root: _Node, which: int, found: TreemapLayout) -> None:
-    """Without recursion: names from a file may have any number of parts."""
+    """Place all tiles; without recursion, because a name in a file may have any number of components."""
     waiting = [(root, (0.0, 0.0, found.width, found.height), 0)]
     while waiting:
         node, box, depth = waiting.pop(0)
-        while not node.tiles and len(node.inner) == 1:  # a module around one module has no frame of its own
+        while not node.tiles and len(node.inner) == 1:  # a module that only contains one module has no frame
             (node,) = node.inner.values()
         if depth:
             found.frames.append((box, depth))
@@ -155,7 +155,7 @@ Part = TypeVar("Part")
 
 
 def _squares(parts: Sequence[tuple[tuple[int, ...], Part]], which: int, box: Box) -> Iterator[tuple[Part, Box]]:
-    """The library's layout; of many parts in two steps, since it calls itself for each row."""
+    """The parts with their boxes, in two steps if there are many: see `_MOST_PARTS`."""
     import squarify
 
     if not parts or min(box[2:]) <= 0:
@@ -173,14 +173,14 @@ def _squares(parts: Sequence[tuple[tuple[int, ...], Part]], which: int, box: Box
 
 
 def draw(name: str, tiles: Sequence[Tile], which: int, area_per_byte: float, label: str) -> Picture:
-    """One map.
+    """Draw one map.
 
     Args:
-        name: of the drawing.
-        tiles: of every map.
-        which: of the maps.
+        name: the name of the drawing, unique within the page.
+        tiles: the tiles of all maps.
+        which: the index of the map.
         area_per_byte: in square pixels.
-        label: what it shows, in a sentence.
+        label: what the map shows, in a sentence.
     """
     layout = lay_out(tiles, which, area_per_byte)
     with sheet(name, layout.width, layout.height) as page:
@@ -207,7 +207,7 @@ def _box(axes: Axes, box: Box, line: float, fill: str) -> Artist:
 
 
 def _write(axes: Axes, tile: Tile, box: Box, which: int) -> None:
-    """The last parts of the name, as many as there is room for; and the bytes, if there is room for them too."""
+    """Write the end of the name, as much as there is room for, and the bytes below it if they fit too."""
     x, y, width, height = box
     letters, room = int((width - 8) / (_LETTER * _FONT)), int((height - 6) / (1.25 * _FONT))
     names = (_wrapped(tile.path[i:], letters) for i in range(len(tile.path)))
@@ -221,7 +221,7 @@ def _write(axes: Axes, tile: Tile, box: Box, which: int) -> None:
 
 
 def _wrapped(path: Sequence[str], letters: int) -> list[str]:
-    """A dotted name in lines that break behind dots.
+    """A dotted name as lines that break after dots.
 
     >>> _wrapped(("encoder", "layer", "0", "query"), 14)
     ['encoder.layer.', '0.query']
