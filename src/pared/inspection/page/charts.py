@@ -134,26 +134,20 @@ def damages(tensors: Sequence[tuple[str, str, int, float]]) -> Picture:
     with sheet("damages", WIDTH, 380) as page:
         panel = axes(page.figure)
         for family, (words, marker) in FAMILIES.items():
-            group = [one for one in tensors if one[1] == family]
+            group = [(name, nbytes, damage) for name, kind, nbytes, damage in tensors if kind == family]
             if group:
+                _, sizes, heights = zip(*group, strict=True)
                 style: dict[str, Any] = {"marker": marker, "markersize": 6, "alpha": 0.75, "markeredgewidth": 0}
-                (drawn,) = panel.plot(
-                    [one[2] for one in group],
-                    [one[3] for one in group],
-                    linestyle="none",
-                    color=colour(family),
-                    label=words,
-                    clip_on=False,
-                    **style,
-                )
-                page.name(drawn, [f"{name}: {n:,} bytes, damage {damage:.2g}" for name, _, n, damage in group])
+                style |= {"linestyle": "none", "clip_on": False}
+                (drawn,) = panel.plot(sizes, heights, color=colour(family), label=words, **style)
+                page.name(drawn, [f"{name}: {n:,} bytes, damage {damage:.2g}" for name, n, damage in group])
         panel.set(xscale="log", yscale="log", ylabel=_DAMAGE)
         _bytes_across(panel, "bytes of the tensor in the file")
         _plain_powers(panel)
         panel.legend(loc="best")
-        worst = max(tensors, key=lambda one: one[3])
+        name, _, _, damage = max(tensors, key=lambda tensor: tensor[3])
         return page.picture(
-            f"Damage against bytes for {len(tensors):,} tensors; the largest damage, {worst[3]:.2g}, is that of {worst[0]}"
+            f"Damage against bytes for {len(tensors):,} tensors; the largest damage, {damage:.2g}, is that of {name}"
         )
 
 
@@ -188,20 +182,13 @@ def timings(layers: Sequence[tuple[str, str, Mapping[str, float]]]) -> Picture:
             panel.plot([min(times.values()), max(times.values())], [place, place], color=colour("grid"), linewidth=3)
         for kernel, (ink, marker) in KERNELS.items():
             for runs in (True, False):
-                found = [(t[kernel], i, name) for i, (name, k, t) in enumerate(layers) if (k == kernel) == runs]
-                face = colour(ink) if runs else colour("surface")
-                (drawn,) = panel.plot(
-                    [one[0] for one in found],
-                    [one[1] for one in found],
-                    linestyle="none",
-                    color=colour(ink),
-                    marker=marker,
-                    markersize=8,
-                    markerfacecolor=face,
-                    label=kernel if runs else None,
-                    clip_on=False,
-                )
-                page.name(drawn, [f"{name}: {ms:.3g} ms in {kernel}" for ms, _, name in found])
+                marks = [(t[kernel], i, name) for i, (name, k, t) in enumerate(layers) if (k == kernel) == runs]
+                times_of, places, _ = zip(*marks, strict=True) if marks else ((), (), ())
+                style: dict[str, Any] = {"linestyle": "none", "clip_on": False, "marker": marker, "markersize": 8}
+                style["markerfacecolor"] = colour(ink if runs else "surface")
+                label = kernel if runs else None
+                (drawn,) = panel.plot(times_of, places, color=colour(ink), label=label, **style)
+                page.name(drawn, [f"{name}: {ms:.3g} ms in {kernel}" for ms, _, name in marks])
         panel.set(xscale="log", xlabel="milliseconds; the filled mark is what runs")
         _plain_numbers(panel)
         page.figure.legend(loc="outside upper center", ncols=3)

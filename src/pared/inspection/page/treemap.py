@@ -93,7 +93,7 @@ def lay_out(tiles: Sequence[Tile], which: int, area_per_byte: float) -> TreemapL
 
 
 def _merged(tiles: Sequence[Tile]) -> Iterator[Tile]:
-    """The tiles that are large enough to see; the small ones of a module as one, or merged into the module around it."""
+    """The tiles that are large enough to see; the small ones of a module are merged, if need be with those outside."""
     totals = [max(1, sum(sizes)) for sizes in zip(*(tile.sizes for tile in tiles), strict=True)]
     small: dict[tuple[str, ...], list[Tile]] = {}
     for tile in tiles:
