@@ -96,7 +96,7 @@ def require_library() -> None:
         import squarify  # noqa: F401  # is it installed?
     except ImportError as error:
         raise ConfigError(
-            f"{error.name}, which draws the report, is not installed",
+            f"{error.name} is not installed, and the report cannot be drawn without it",
             where="the report in HTML",
             remedy="Install it with: pip install 'pared[report]'",
         ) from error
