@@ -90,6 +90,7 @@ def test_the_damaged_layer_is_named(case: str) -> None:
     assert all(one.similarity is not None and one.similarity.same for one in before)
     assert found.pairs[0].name == f"{name}.{attribute}"
     assert "diverges here" in found.render()
+    assert found.parts == found.to_json()["parts"] == found.to_json()["diverges_at"] == name
 
 
 @pytest.mark.parametrize("case", ["linear", "feed forward", "recurrent"])
