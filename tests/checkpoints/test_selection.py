@@ -15,7 +15,7 @@ from pared.checkpoints import selection
 from pared.checkpoints.selection import Selection, select
 from pared.files.disk import open_file
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 
 
 def saved(value: object, *, compare: bool = True) -> Selection:
@@ -124,7 +124,7 @@ def test_what_is_not_alike_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> N
     compared: list[tuple[str, str]] = []
     equal = selection._equal
 
-    def counted(listing: Listing, one: Held, other: Held) -> bool:
+    def counted(listing: Listing, one: ListedTensor, other: ListedTensor) -> bool:
         compared.append((one.name, other.name))
         return equal(listing, one, other)
 
@@ -162,7 +162,9 @@ def test_small_and_flat_tensors_are_not_compared() -> None:
 
 
 def test_pickled_modules_have_dotted_names() -> None:
-    held = [Held(f"0/_modules/model/_parameters/{name}", "float32", (2,), 8, name) for name in ("weight", "bias")]
+    held = [
+        ListedTensor(f"0/_modules/model/_parameters/{name}", "float32", (2,), 8, name) for name in ("weight", "bias")
+    ]
     assert names(select(Listing(tuple(held)))) == [("model.weight",), ("model.bias",)]
 
 
@@ -174,13 +176,13 @@ def test_what_holds_no_numbers_is_left_out() -> None:
 
 def test_of_the_files_of_a_folder_one_is_the_model() -> None:
     held = ["w", "pytorch_model.bin/w", "onnx/model.onnx/v", "optimizer.pt/state/0/exp_avg"]
-    found = select(Listing(tuple(Held(name, "float32", (2,), 8, name) for name in held)))
+    found = select(Listing(tuple(ListedTensor(name, "float32", (2,), 8, name) for name in held)))
     assert names(found) == [("w",)]
     assert sorted(kinds(found).values()) == ["ballast", "optimizer-state", "two-copies"]
 
 
 def test_the_one_file_of_a_folder_needs_no_name() -> None:
-    assert names(select(Listing((Held("sub/model.pt/state_dict/w", "float32", (2,), 8, "w"),)))) == [("w",)]
+    assert names(select(Listing((ListedTensor("sub/model.pt/state_dict/w", "float32", (2,), 8, "w"),)))) == [("w",)]
 
 
 def test_nothing_is_nothing() -> None:

@@ -24,7 +24,7 @@ from pared.artifact.parse import parse_index
 from pared.errors import ParedError
 from pared.files.disk import open_file
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 from tests.fuzz.damage import damaged
 
 PER_BYTE = 4
@@ -104,7 +104,7 @@ def check(listing: Listing) -> None:
             numbers(listing, held)
 
 
-def numbers(listing: Listing, held: Held) -> None:
+def numbers(listing: Listing, held: ListedTensor) -> None:
     """Read a tensor's first and last number, or all of them."""
     array = listing.array(held)
     if array is None:

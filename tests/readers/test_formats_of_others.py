@@ -70,7 +70,7 @@ def test_a_pickled_module_has_the_names_of_its_state_dict(tmp_path: Path, modern
     module = Part()
     torch.save(module, tmp_path / "m.pt", _use_new_zipfile_serialization=modern)
     listing = check(tmp_path / "m.pt", {**module.state_dict(), "extra": module.extra})
-    assert f"{Part.__module__}.Part" in listing.foreign
+    assert f"{Part.__module__}.Part" in listing.imports
     torch.save({"model": module, "step": 1}, tmp_path / "c.pt", _use_new_zipfile_serialization=modern)
     check(tmp_path / "c.pt", {f"model/{k}": v for k, v in {**module.state_dict(), "extra": module.extra}.items()})
 
@@ -111,7 +111,7 @@ def test_an_optimizer_checkpoint_is_listed(tmp_path: Path, modern: bool) -> None
     for i, kept in optimizer.state_dict()["state"].items():
         expected |= {f"optimizer/state/{i}/{key}": value for key, value in kept.items()}
     listing = check(tmp_path / "c.pt", expected)
-    assert listing.foreign == ()
+    assert listing.imports == ()
 
 
 def test_an_old_file_shares_storages(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_torchscript_has_the_names_of_its_state_dict(tmp_path: Path) -> None:
     torch.jit.save(scripted, str(tmp_path / "s.pt"), _extra_files={"labels.txt": b"cat" * 1000})
     listing = check(tmp_path / "s.pt", dict(torch.jit.load(str(tmp_path / "s.pt")).state_dict()), only=False)
     assert listing.kind == "a TorchScript archive"
-    assert listing.foreign == ()
+    assert listing.imports == ()
     assert listing.notes["(debug)"].ballast
     assert (listing.notes["(extra)"].nbytes, listing.notes["(extra)"].ballast) == (3000, True)
     assert listing.notes["(code)"].nbytes > 0
@@ -418,10 +418,10 @@ class Runs:
 def test_arrays_of_objects_are_noted_and_not_unpickled(tmp_path: Path, write: Any) -> None:
     write(tmp_path / "a.npz", weights=np.ones(2), objects=np.array([Runs()], dtype=object))
     listing = check(tmp_path / "a.npz", {"weights": np.ones(2)})
-    assert listing.foreign == ("posix.system",)
+    assert listing.imports == ("posix.system",)
     assert listing.notes["(objects)"].because == "Python objects, as a pickle"
     np.save(tmp_path / "a.npy", np.array([Runs()], dtype=object))
-    assert check(tmp_path / "a.npy", {}).foreign == ("posix.system",)
+    assert check(tmp_path / "a.npy", {}).imports == ("posix.system",)
 
 
 def test_an_array_with_fields_is_an_error(tmp_path: Path) -> None:

@@ -297,5 +297,5 @@ def test_what_a_pickle_would_call_is_named_and_not_called(tmp_path: Path, name: 
         struct.pack("<I", len(command)),
         command,
     )
-    assert bounded(archive(program)).foreign == (name,)
+    assert bounded(archive(program)).imports == (name,)
     assert list(tmp_path.iterdir()) == []

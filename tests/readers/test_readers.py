@@ -25,7 +25,7 @@ from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import Name, Node, read_pickle
 from pared.formats.dtypes import as_floats
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 from pared.readers.memory import list_model
 from tests.mutations import mutations
 
@@ -238,7 +238,7 @@ def test_a_pickle_that_would_run_code_is_listed_and_does_not_run(tmp_path: Path,
     file = saved({"a": torch.ones(2), "b": Runs(f"touch {tmp_path}/ran")}, pickle_protocol=protocol)
     listing = listed(file)
     assert [tensor.name for tensor in listing.tensors] == ["a"]
-    assert listing.foreign == (f"{os.system.__module__}.system",)
+    assert listing.imports == (f"{os.system.__module__}.system",)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,7 +266,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_what_would_be_imported_is_named_and_not_run(kind: str) -> None:
     pickled, names = FOREIGN[kind]
-    assert listed(with_pickle(pickled)).foreign == names
+    assert listed(with_pickle(pickled)).imports == names
 
 
 UNSAFE = {
@@ -537,5 +537,5 @@ def check_sound(file: bytes) -> None:
     taken = sum(storage.nbytes for storage in listing.storages.values())
     assert taken + sum(note.nbytes for note in listing.notes.values()) <= len(file)
     for tensor in listing.tensors:
-        assert isinstance(tensor, Held)
+        assert isinstance(tensor, ListedTensor)
         assert tensor.storage is None or tensor.storage in listing.storages

@@ -19,8 +19,8 @@ from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
 from pared.checkpoints import side_files
 from pared.checkpoints.journal import Journal
-from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Packed, Target
-from pared.checkpoints.sampling import CONTAINER, Prospect, pack_held, unsupported
+from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
+from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
 from pared.checkpoints.selection import Kept, LeftOut, file_of, select
 from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
@@ -44,7 +44,7 @@ _VERSION: Final = 1  # of the way in which tensors are rounded: other work in a 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Compressed:
     """What a compression came to.
 
     Args:
@@ -131,7 +131,7 @@ def run(
     bits: float | None = None,
     max_size: int | str | None = None,
     quiet: bool = False,
-) -> Outcome:
+) -> Compressed:
     """What `compress` does, and what it came to."""
     began = time.perf_counter()
     source, output = as_path(path, "compress"), as_path(directory, "compress")
@@ -148,7 +148,7 @@ def run(
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(listing, chosen.kept, journal, quiet)
             work.at_rate(rate) if size is None else work.within(size)
-            names = tuple(side_files.companions(source, output)) if source.is_dir() else ()
+            names = tuple(side_files.find_side_files(source, output)) if source.is_dir() else ()
             side_files.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
             index = _index(journal, rate, size).to_bytes()
@@ -157,7 +157,7 @@ def run(
                 target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
             )
             journal.remove()
-    return Outcome(
+    return Compressed(
         target,
         source_nbytes=_nbytes(listing),
         weight_nbytes=sum(one.held.nbytes for one in chosen.kept),
@@ -187,11 +187,11 @@ class _Work:
         """So many bits for each weight."""
         if self._journal.plan is None:
             self._journal.begin({})
-        self._do([Target(bits)] * len(self._kept))
+        self._do([Fineness(bits)] * len(self._kept))
 
     def within(self, nbytes: int) -> None:
         """The finest steps at which the file takes at most so many bytes: what samples mislead about is corrected."""
-        prospect = Prospect(self._listing, self._kept)
+        prospect = SizeModel(self._listing, self._kept)
         plan = self._journal.plan
         if plan is None:
             plan = {"round": 1, "level": prospect.level_for(int(nbytes * _AIM), nbytes)}
@@ -210,7 +210,7 @@ class _Work:
             plan = {"round": plan["round"] + 1, "level": prospect.level_for(int(aim), nbytes, known)}
             self._journal.begin(plan)
 
-    def _do(self, targets: Sequence[Target]) -> None:
+    def _do(self, targets: Sequence[Fineness]) -> None:
         """Pack what the journal does not have yet."""
         done = len(self._journal.entries)
         total = sum(one.held.nbytes for one in self._kept)
@@ -221,7 +221,7 @@ class _Work:
                     self._journal.add(self._kept[i], packed)
                     advance(self._kept[i].held.nbytes)
 
-    def _packed(self, batch: range, targets: Sequence[Target]) -> list[Packed]:
+    def _packed(self, batch: range, targets: Sequence[Fineness]) -> list[PackedTensor]:
         if len(batch) == 1:
             return [pack_held(self._listing, self._kept[batch[0]], targets[batch[0]], usable_cores())]
         sizes = [self._kept[i].held.nbytes for i in batch]

@@ -112,7 +112,7 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
 
             write_atomic(target, write)
         source_nbytes = records.nbytes
-    names = tuple(side_files.companions(source.parent, folder)) if folder is place else ()
+    names = tuple(side_files.find_side_files(source.parent, folder)) if folder is place else ()
     with writing_to(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
         side_files.copy(source.parent, names, folder, Path(within))
     return Expanded(

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_entry
-from pared.checkpoints.packing import Packed, entry_of
+from pared.checkpoints.packing import PackedTensor, entry_of
 from pared.checkpoints.selection import Kept
 from pared.errors import CorruptError, FileError, UnsafeError
 from pared.files.checks import Place
@@ -90,7 +90,7 @@ class Journal:
             write_atomic(self.folder / _JOURNAL, lambda file: file.write(head))
             self._open()
 
-    def add(self, kept: Kept, packed: Packed) -> None:
+    def add(self, kept: Kept, packed: PackedTensor) -> None:
         """Record a tensor that is done."""
         assert self._data is not None
         assert self._journal is not None

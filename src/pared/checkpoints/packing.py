@@ -33,7 +33,7 @@ _LARGEST_HALF: Final = 65504.0
 
 
 @dataclass(frozen=True)
-class Target:
+class Fineness:
     """How finely a tensor is to be rounded.
 
     Args:
@@ -46,7 +46,7 @@ class Target:
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedTensor:
     """A tensor as it will stand in a file.
 
     Args:
@@ -75,7 +75,7 @@ def goes_on_grid(dtype: str, shape: tuple[int, ...]) -> bool:
     return dtype in FLOATING and not flat and 0 not in shape
 
 
-def pack(array: Array, target: Target, name: str, threads: int = 1) -> Packed:
+def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedTensor:
     """Give a tensor its format, and code it.
 
     Args:
@@ -101,21 +101,21 @@ def pack(array: Array, target: Target, name: str, threads: int = 1) -> Packed:
     if found is not None and _affordable(found.step, target):
         parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
         because = "its numbers lie on this grid already: nothing is lost"
-        return Packed(_grid(found.codes.dtype.name), parts, found.view, None, because)
+        return PackedTensor(_grid(found.codes.dtype.name), parts, found.view, None, because)
     if target.level is None and target.bits == FLOAT_BITS:
         return _half(array, largest)
     kind, step = _steps(matrix, largest, target)
     codes = encode(matrix, step, kind, threads).reshape(array.shape)
     parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
-    return Packed(_grid(kind), parts, view, target.bits if target.level is None else None)
+    return PackedTensor(_grid(kind), parts, view, target.bits if target.level is None else None)
 
 
-def _affordable(step: Steps, target: Target) -> bool:
+def _affordable(step: Steps, target: Fineness) -> bool:
     """Whether a grid that loses nothing is at most an octave finer than what was planned."""
     return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
-def _steps(matrix: Array, largest: Steps, target: Target) -> tuple[CodeType, Steps]:
+def _steps(matrix: Array, largest: Steps, target: Fineness) -> tuple[CodeType, Steps]:
     if target.level is not None:
         step = steps_at_level(target.level, finest_steps(largest, "int16"))
         with np.errstate(over="ignore"):  # of a step so large, no code is
@@ -130,18 +130,18 @@ def _grid(codes: str) -> dict[str, str]:
     return {"tag": "grid", "codes": codes}
 
 
-def _exact(array: Array, because: str) -> Packed:
+def _exact(array: Array, because: str) -> PackedTensor:
     # Of a mapped file nothing is copied.
     plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
-    return Packed({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
+    return PackedTensor({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
 
 
-def _float(array: Array, to: str, because: str) -> Packed:
+def _float(array: Array, to: str, because: str) -> PackedTensor:
     values = converted(array, ELEMENTS[to])
-    return Packed({"tag": "float", "dtype": to}, {"values": EncodedPart(values.tobytes())}, because=because)
+    return PackedTensor({"tag": "float", "dtype": to}, {"values": EncodedPart(values.tobytes())}, because=because)
 
 
-def _flat(array: Array, name: str) -> Packed:
+def _flat(array: Array, name: str) -> PackedTensor:
     """A tensor of one dimension or none, or with a number for each row."""
     values = as_floats(array)
     if not np.isfinite(values).all():
@@ -156,7 +156,7 @@ def _flat(array: Array, name: str) -> Packed:
     return _exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
 
 
-def _half(array: Array, largest: Steps) -> Packed:
+def _half(array: Array, largest: Steps) -> PackedTensor:
     """16 bits for each number."""
     if array.dtype.name == "bfloat16":
         return _exact(array, "bfloat16 is kept exactly")
@@ -167,7 +167,7 @@ def _half(array: Array, largest: Steps) -> Packed:
     return _exact(array, "its values do not survive float16")
 
 
-def _unbounded(array: Array, name: str) -> Packed:
+def _unbounded(array: Array, name: str) -> PackedTensor:
     """A tensor that is not finite in float32: a mask or numbers of float64, which are kept; anything else is damage."""
     values = as_floats(array)
     finite = np.isfinite(values)
@@ -178,7 +178,7 @@ def _unbounded(array: Array, name: str) -> Packed:
     return _exact(array, "a mask of infinities is kept exactly")
 
 
-def entry_of(kept: Kept, packed: Packed, end: int, factor: float = 1.0) -> Entry:
+def entry_of(kept: Kept, packed: PackedTensor, end: int, factor: float = 1.0) -> Entry:
     """The entry of a tensor, whose parts stand behind `end` in the data.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from pared.artifact.index import Entry, Index
-from pared.checkpoints.packing import INT8_BITS, Packed, Target, entry_of, goes_on_grid, pack
+from pared.checkpoints.packing import INT8_BITS, Fineness, PackedTensor, entry_of, goes_on_grid, pack
 from pared.checkpoints.rates import crossing
 from pared.checkpoints.selection import Kept, select
 from pared.errors import ConfigError
@@ -64,10 +64,10 @@ def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
         ConfigError: a tensor is of a type that an artifact cannot hold.
     """
     kept = select(listing).kept
-    return Prospect(listing, kept).nbytes([Target(bits)] * len(kept))
+    return SizeModel(listing, kept).nbytes([Fineness(bits)] * len(kept))
 
 
-class Prospect:
+class SizeModel:
     """The tensors of a checkpoint, as far as samples tell.
 
     Args:
@@ -81,21 +81,21 @@ class Prospect:
         sizes = [one.held.nbytes for one in kept]
         self._samples = each(lambda one: _sample(listing, one, most), kept, sizes)
         plain = [one for one, sample in zip(kept, self._samples, strict=True) if sample is None]
-        self._plain = {one.name: pack_held(listing, one, Target()) for one in plain}
+        self._plain = {one.name: pack_held(listing, one, Fineness()) for one in plain}
 
-    def targets(self, level: float) -> list[Target]:
+    def targets(self, level: float) -> list[Fineness]:
         """Steps of 2^(level / 8) times the root of each tensor's energy."""
         return [
-            Target() if sample is None else Target(level=level + _OCTAVE * math.log2(sample.size))
+            Fineness() if sample is None else Fineness(level=level + _OCTAVE * math.log2(sample.size))
             for sample in self._samples
         ]
 
-    def payloads(self, targets: Sequence[Target]) -> list[float]:
+    def payloads(self, targets: Sequence[Fineness]) -> list[float]:
         """About the bytes of the parts of each tensor."""
         packed = self._packed(targets)
         return [one.nbytes * self._weight(i) for i, one in enumerate(packed)]
 
-    def nbytes(self, targets: Sequence[Target], known: Sequence[float] | None = None) -> int:
+    def nbytes(self, targets: Sequence[Fineness], known: Sequence[float] | None = None) -> int:
         """About the bytes of the whole file.
 
         Args:
@@ -137,8 +137,8 @@ class Prospect:
         sample = self._samples[i]
         return 1.0 if sample is None else sample.weight
 
-    def _packed(self, targets: Sequence[Target]) -> list[Packed]:
-        def one(i: int) -> Packed:
+    def _packed(self, targets: Sequence[Fineness]) -> list[PackedTensor]:
+        def one(i: int) -> PackedTensor:
             kept, sample = self._kept[i], self._samples[i]
             if sample is None:
                 return self._plain[kept.name]
@@ -196,7 +196,7 @@ def unsupported(kept: Kept) -> ConfigError:
     )
 
 
-def pack_held(listing: Listing, kept: Kept, target: Target, threads: int = 1) -> Packed:
+def pack_held(listing: Listing, kept: Kept, target: Fineness, threads: int = 1) -> PackedTensor:
     """A tensor of a file, packed; what was read of the file is given back."""
     packed = pack(array_of(listing, kept), target, kept.held.name, threads)
     release(listing, kept)

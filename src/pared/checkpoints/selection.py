@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 
 from pared.formats.dtypes import FLOATING, Array
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 from pared.readers.naming import HOLDERS, without_wrappers
 
 
@@ -30,7 +30,7 @@ class Kept:
         kind: whether it is taken for a parameter or for a buffer, by its type and name: files do not say.
     """
 
-    held: Held
+    held: ListedTensor
     names: tuple[str, ...]
     kind: Literal["parameter", "buffer"]
 
@@ -93,7 +93,7 @@ _COMPARED: Final = 1 << 14
 _BLOCK: Final = 1 << 22  # bytes compared at a time
 _FIRST: Final = 1024  # numbers that tell most tensors apart
 
-_Named = tuple[str, Held]
+_Named = tuple[str, ListedTensor]
 _Verdict = tuple[str, str]  # why a tensor is left out, and the kind
 
 
@@ -105,7 +105,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
         compare: whether the numbers of large tensors of equal type and shape are compared, so that what stands in
             the file twice is kept once; with False no number is read.
 
-    >>> held = [Held(name, "float32", (2,), 8, name) for name in ("model/w", "optimizer/state/0/exp_avg")]
+    >>> held = [ListedTensor(name, "float32", (2,), 8, name) for name in ("model/w", "optimizer/state/0/exp_avg")]
     >>> found = select(Listing(tuple(held)), compare=False)
     >>> [kept.names for kept in found.kept], [left.kind for left in found.left_out]
     ([('w',)], ['optimizer-state'])
@@ -169,10 +169,10 @@ def _for_training(one: _Named) -> _Verdict | None:
     return None
 
 
-def file_of(held: Held) -> str | None:
+def file_of(held: ListedTensor) -> str | None:
     """The file of a folder that a tensor is in, where its name says so.
 
-    >>> file_of(Held("unet/model.safetensors/w", "float32", (2,), 8, "w"))
+    >>> file_of(ListedTensor("unet/model.safetensors/w", "float32", (2,), 8, "w"))
     'unet/model.safetensors'
     """
     found = _IN_FILE.match(held.name)
@@ -263,11 +263,11 @@ def _together(listing: Listing, named: Sequence[_Named], compare: bool, left: li
     return kept
 
 
-def _kind(name: str, held: Held) -> Literal["parameter", "buffer"]:
+def _kind(name: str, held: ListedTensor) -> Literal["parameter", "buffer"]:
     return "parameter" if held.dtype in FLOATING and not _BUFFERS.match(name) else "buffer"
 
 
-def _form(listing: Listing, held: Held) -> object:
+def _form(listing: Listing, held: ListedTensor) -> object:
     """What tensors with the same numbers have in common: type, shape and a checksum of the first ones.
 
     Nothing, where it is not worth finding out, or where strides of 0 make much of little.
@@ -277,7 +277,7 @@ def _form(listing: Listing, held: Held) -> object:
     return object() if array is None else (held.dtype, held.shape, zlib.crc32(array[0].flat[:_FIRST]))
 
 
-def _equal(listing: Listing, one: Held, other: Held) -> bool:
+def _equal(listing: Listing, one: ListedTensor, other: ListedTensor) -> bool:
     """Whether two tensors of equal type and shape have the same bits."""
     arrays = listing.array(one), listing.array(other)
     if arrays[0] is None or arrays[1] is None:

@@ -22,7 +22,7 @@ _INDEX: Final = ".index.json"
 _OURS: Final = frozenset(("deploy.yaml", "engine.json"))
 
 
-def companions(folder: Path, output: Path) -> Iterator[str]:
+def find_side_files(folder: Path, output: Path) -> Iterator[str]:
     """The files of a folder that are no weights, by their paths in it, in order.
 
     Args:

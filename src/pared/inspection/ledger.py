@@ -18,7 +18,7 @@ from pared.artifact.parse import parse_index
 from pared.errors import ConfigError, printable
 from pared.files.disk import as_path, open_file
 from pared.inspection.findings import Depth, Finding, find, is_sampled, megabytes
-from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.listing import ListedTensor, Listing, Note, Storage
 from pared.readers.memory import list_model
 from pared.terminal import WIDTH, Notes, table
 
@@ -241,7 +241,7 @@ def _others(pieces: Mapping[str, int]) -> Iterator[Row]:
 
 def _of_listing(listing: Listing) -> Ledger:
     """The ledger of a file of another kind. The bytes of a storage are counted with the first tensor in it."""
-    tenants: dict[str, list[Held]] = {}
+    tenants: dict[str, list[ListedTensor]] = {}
     for held in listing.tensors:
         if held.storage is not None:
             tenants.setdefault(held.storage, []).append(held)
@@ -264,7 +264,7 @@ def _what(name: str, note: Note) -> str:
     return "file" if note.file else name.strip("()").rpartition(": ")[2]
 
 
-def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[str, Storage]) -> Row:
+def _row(held: ListedTensor, tenants: Mapping[str, Sequence[ListedTensor]], storages: Mapping[str, Storage]) -> Row:
     if held.storage is None:
         return Row(held.name, held.shape, held.dtype, 0, "on the meta device: it holds no numbers")
     first, *others = tenants[held.storage]
@@ -280,7 +280,7 @@ def _row(held: Held, tenants: Mapping[str, Sequence[Held]], storages: Mapping[st
     return Row(held.name, held.shape, held.dtype, nbytes, because)
 
 
-def _distinct(group: Sequence[Held], nbytes: int) -> int:
+def _distinct(group: Sequence[ListedTensor], nbytes: int) -> int:
     """The number of distinct elements of the tensors in one storage: at most as many as it has room for."""
     total = sum(math.prod(held.shape) for held in group)
     needed = sum(held.nbytes for held in group)

@@ -72,7 +72,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         tensors=tuple(held for part in parts for held in part.tensors),
         storages={key: storage for part in parts for key, storage in part.storages.items()},
         notes={name: note for part in parts for name, note in part.notes.items()} | others,
-        foreign=tuple(sorted({name for part in parts for name in part.foreign})),
+        imports=tuple(sorted({name for part in parts for name in part.imports})),
         where=str(folder),
         nbytes=sum(sizes.values()),
         kind=_kind(sizes, index),

@@ -11,7 +11,7 @@ from typing import Final
 
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.readers.listing import Held, Listing, Note, Storage, unknown
+from pared.readers.listing import ListedTensor, Listing, Note, Storage, unknown
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
@@ -155,7 +155,7 @@ class _Reader:
             self.at.fail("its metadata have a value of unknown type")
 
 
-def _tensor(reader: _Reader) -> tuple[int, Held]:
+def _tensor(reader: _Reader) -> tuple[int, ListedTensor]:
     """Where a tensor begins behind the header, and what it is."""
     try:
         name = bytes(reader.text()).decode("utf-8")
@@ -172,10 +172,10 @@ def _tensor(reader: _Reader) -> tuple[int, Held]:
     block = BLOCKS[kind]
     if (shape[-1] if shape else 1) % block.elements:
         at.fail(f"its rows are no whole blocks of {block.elements}")
-    return offset, Held(name, block.name, shape, math.prod(shape) // block.elements * block.nbytes, name)
+    return offset, ListedTensor(name, block.name, shape, math.prod(shape) // block.elements * block.nbytes, name)
 
 
-def _check_apart(placed: list[tuple[int, Held]], nbytes: int, at: Place) -> None:
+def _check_apart(placed: list[tuple[int, ListedTensor]], nbytes: int, at: Place) -> None:
     """Tensors have distinct names, and lie apart and within the file."""
     if len({held.name for _, held in placed}) != len(placed):
         at.fail("two of its tensors have the same name")

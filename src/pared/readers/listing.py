@@ -17,7 +17,7 @@ from pared.formats.dtypes import ELEMENTS, Array
 
 
 @dataclass(frozen=True)
-class Held:
+class ListedTensor:
     """A tensor in a file.
 
     Args:
@@ -83,7 +83,7 @@ class Listing:
         storages: by key; storages of no tensor included.
         notes: what else has a size worth a name, by that name in parentheses: "(header)", of a folder
             "(model.safetensors: header)" and "(config.json)".
-        foreign: the functions and classes that loading would import, beyond what tensors need: "os.system".
+        imports: the functions and classes that loading would import, beyond what tensors need: "os.system".
         where: the path, or another name for messages.
         nbytes: of all the files together.
         kind: what was read, in words: "a .safetensors file", "a Hugging Face folder".
@@ -91,17 +91,17 @@ class Listing:
         flat: whether the file has no dictionaries within others, so that a slash in a name is a part of it.
     """
 
-    tensors: tuple[Held, ...]
+    tensors: tuple[ListedTensor, ...]
     storages: Mapping[str, Storage] = field(default_factory=dict)
     notes: Mapping[str, Note] = field(default_factory=dict)
-    foreign: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     where: str = ""
     nbytes: int = 0
     kind: str = ""
     beside: tuple[str, ...] = ()
     flat: bool = False
 
-    def array(self, held: Held) -> Array | None:
+    def array(self, held: ListedTensor) -> Array | None:
         """The numbers of a tensor, mapped where the file has them plainly; of the types in `formats.dtypes.ELEMENTS`.
 
         Args:

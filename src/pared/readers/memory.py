@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from pared.readers.listing import Held, Listing, Storage
+from pared.readers.listing import ListedTensor, Listing, Storage
 
 
 def list_model(model: Any) -> Listing:
@@ -15,7 +15,7 @@ def list_model(model: Any) -> Listing:
     Args:
         model: a `torch.nn.Module`. Its numbers are read where they are, not copied, as long as they are on the CPU.
     """
-    tensors: list[Held] = []
+    tensors: list[ListedTensor] = []
     storages: dict[str, Storage] = {}
     parameters, buffers = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
     for name, tensor in (*parameters, *buffers):
@@ -25,7 +25,7 @@ def list_model(model: Any) -> Listing:
             key, offset, stride, storage = _storage_of(tensor, nbytes)
             storages.setdefault(key, storage)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors.append(Held(name, dtype, tuple(tensor.shape), nbytes, key, offset, stride))
+        tensors.append(ListedTensor(name, dtype, tuple(tensor.shape), nbytes, key, offset, stride))
     return Listing(
         tuple(tensors),
         storages,

@@ -16,7 +16,7 @@ from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.files.zip_file import Archive, Member, inflated
-from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.listing import ListedTensor, Listing, Note, Storage
 from pared.readers.torch.names import HARMLESS
 
 _MAGIC: Final = b"\x93NUMPY"
@@ -47,10 +47,10 @@ class _Header:
         """Bytes of the numbers."""
         return math.prod(self.shape) * self.item
 
-    def held(self, name: str, storage: str) -> Held:
+    def held(self, name: str, storage: str) -> ListedTensor:
         strides = tuple(math.prod(self.shape[:i]) for i in range(len(self.shape)))
         stride = strides if self.fortran and len(self.shape) > 1 and self.content else None
-        return Held(name, self.dtype, self.shape, self.content, storage, 0, stride)
+        return ListedTensor(name, self.dtype, self.shape, self.content, storage, 0, stride)
 
 
 def is_npy(file: File) -> bool:
@@ -71,7 +71,7 @@ def read_npy(file: File) -> Listing:
     if header.dtype == "O":
         memory = file.memory
         found = read_pickle(file.data[header.nbytes :], HARMLESS, file.where, memory)
-        return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.foreign)
+        return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.imports)
     if header.content != behind:
         at.fail(f"its numbers take {header.content:,} bytes, and behind its header there are {behind:,}")
     content = partial(_numbers, partial(_view, file, header.nbytes, len(file.data)), header)
@@ -91,10 +91,10 @@ def read_npz(file: File, archive: Archive) -> Listing:
         UnsafeError: there are more of them than the file's size allows.
     """
     memory = file.memory
-    tensors: list[Held] = []
+    tensors: list[ListedTensor] = []
     storages: dict[str, Storage] = {}
     notes: dict[str, Note] = {}
-    foreign: set[str] = set()
+    imports: set[str] = set()
     headers = 0
     for member in archive.members:
         memory.take(_HELD_NBYTES)
@@ -103,7 +103,7 @@ def read_npz(file: File, archive: Archive) -> Listing:
         header = _header(inflated(file, member, most=_LARGEST_HEADER + 12), at)
         if header.dtype == "O":
             notes[f"({name})"] = Note(member.stored, _OBJECTS)
-            foreign |= _foreign(file, member, header.nbytes, memory)
+            imports |= _imports(file, member, header.nbytes, memory)
             continue
         if header.nbytes + header.content != member.nbytes:
             at.fail(f"it takes {header.nbytes + header.content:,} bytes, and its member has {member.nbytes:,}")
@@ -111,7 +111,7 @@ def read_npz(file: File, archive: Archive) -> Listing:
         storages[name] = _storage(file, member, header, memory)
         headers += header.nbytes if member.plain else 0
     notes["(headers)"] = Note(headers)
-    return Listing(tuple(tensors), storages, notes, tuple(sorted(foreign)), kind="a NumPy .npz archive", flat=True)
+    return Listing(tuple(tensors), storages, notes, tuple(sorted(imports)), kind="a NumPy .npz archive", flat=True)
 
 
 def _storage(file: File, member: Member, header: _Header, memory: MemoryLimit) -> Storage:
@@ -124,11 +124,11 @@ def _storage(file: File, member: Member, header: _Header, memory: MemoryLimit) -
     return Storage(member.stored, content, coded=True)
 
 
-def _foreign(file: File, member: Member, start: int, memory: MemoryLimit) -> set[str]:
+def _imports(file: File, member: Member, start: int, memory: MemoryLimit) -> set[str]:
     """What the objects of an array would import."""
     memory.take(2 * member.nbytes)
     content = memoryview(inflated(file, member))
-    return set(read_pickle(content[start:], HARMLESS, file.where, memory).foreign)
+    return set(read_pickle(content[start:], HARMLESS, file.where, memory).imports)
 
 
 def _view(file: File, begin: int, end: int) -> memoryview:

@@ -9,7 +9,7 @@ from typing import Final
 from pared.files.disk import File
 from pared.files.safetensors_file import read_header
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.listing import ListedTensor, Listing, Note, Storage
 
 # The names in a file of the types that torch has too.
 _NAMES: Final[Mapping[str, str]] = {kind.safetensors: name for name, kind in TYPES.items() if kind.safetensors}
@@ -23,7 +23,7 @@ def read_safetensors(file: File) -> Listing:
     """
     header = read_header(file)
     tensors = tuple(
-        Held(span.name, _NAMES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
+        ListedTensor(span.name, _NAMES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
         for span in header.spans
     )
     storages = {

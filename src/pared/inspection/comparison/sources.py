@@ -20,7 +20,7 @@ from pared.artifact.parse import parse_index
 from pared.errors import ConfigError
 from pared.files.disk import as_path, open_file
 from pared.formats.dtypes import ELEMENTS, Array
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,7 @@ def _of_listing(listing: Listing) -> Source:
     return Source(listing.where, listing.nbytes, tuple(_decoded(pieces)))
 
 
-def _note(held: Held) -> str:
+def _note(held: ListedTensor) -> str:
     if held.storage is None:
         return "on the meta device: it holds no numbers"
     if held.dtype in _SCALED:

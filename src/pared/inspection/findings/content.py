@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from pared.formats.dtypes import Array
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 
 _BLOCK: Final = 1024  # neighbouring elements of a vector that are sampled together
 _MOST_INFLATED: Final = 2  # a tensor that takes more than this many times the bytes of its file is not read
@@ -33,7 +33,7 @@ class Content:
         """Whether only some of the numbers are read."""
         return self._reads and self.share < 1
 
-    def array(self, held: Held) -> Array | None:
+    def array(self, held: ListedTensor) -> Array | None:
         """The numbers of a tensor, memory-mapped if possible.
 
         None if there are none, if nothing may be read, or if they would take far more memory than the file has bytes
@@ -42,7 +42,7 @@ class Content:
         within = held.nbytes <= _MOST_INFLATED * self._listing.nbytes
         return self._listing.array(held) if self._reads and within else None
 
-    def rows(self, held: Held) -> Array | None:
+    def rows(self, held: ListedTensor) -> Array | None:
         """A tensor, or as many evenly spaced rows of it as the budget allows; of a vector, blocks instead of rows."""
         array = self.array(held)
         if array is None or not self.sampled or array.ndim == 0:
@@ -51,7 +51,7 @@ class Content:
             array = array[: len(array) // _BLOCK * _BLOCK].reshape(-1, _BLOCK) if len(array) >= _BLOCK else array[None]
         return spread(array, max(1, int(len(array) * self.share)))
 
-    def same(self, a: Held, b: Held) -> bool:
+    def same(self, a: ListedTensor, b: ListedTensor) -> bool:
         """Whether two tensors of the same type and shape have the same bits, as far as they are read."""
         arrays = self.rows(a), self.rows(b)
         if arrays[0] is None or arrays[1] is None:

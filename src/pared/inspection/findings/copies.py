@@ -11,9 +11,9 @@ import numpy as np
 from pared.formats.dtypes import FLOATING, Array
 from pared.inspection.findings.content import Content, spread
 from pared.inspection.findings.finding import Case, Cause
-from pared.readers.listing import Held
+from pared.readers.listing import ListedTensor
 
-Pair = tuple[Held, Held]
+Pair = tuple[ListedTensor, ListedTensor]
 
 # By the type of the rounded copy: what it may have been rounded from.
 _WIDER: Final = {
@@ -57,7 +57,7 @@ def two_copies(case: Case) -> Iterator[Cause]:
     yield Cause(tuple(held.name for held in redundant), nbytes, evidence, remedy)
 
 
-def _completed(case: Case, copies: list[Held], roots: set[str]) -> list[Held]:
+def _completed(case: Case, copies: list[ListedTensor], roots: set[str]) -> list[ListedTensor]:
     """All tensors below the copy's roots, if most of their bytes are known copies; otherwise only the known copies."""
     prefixes = tuple(root for root in roots if root[-1] in "./")
     below = [held for held in case.distinct if held.name.startswith(prefixes)]
@@ -85,7 +85,7 @@ def _named(case: Case) -> Iterator[Cause]:
     yield Cause(tuple(copy.name for copy in copies), sum(copy.nbytes for copy in copies), reasons)
 
 
-def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Iterator[Cause]:
+def _twice(case: Case, words: str, belongs: Callable[[ListedTensor, ListedTensor], bool]) -> Iterator[Cause]:
     pairs = [(group[0], other) for group in _equal(case) for other in group[1:] if belongs(group[0], other)]
     for remedy, mends in (("", True), (_ONCE, False)):
         alike = [(first, other) for first, other in pairs if _is_weight(first) == mends]
@@ -95,29 +95,29 @@ def _twice(case: Case, words: str, belongs: Callable[[Held, Held], bool]) -> Ite
         yield Cause(names, sum(case.stored(other) for _, other in alike), f"{words}: {shown}{more}", remedy)
 
 
-def _is_weight(held: Held) -> bool:
+def _is_weight(held: ListedTensor) -> bool:
     """Whether `pared compress` stores it once if it is there twice."""
     return held.dtype in FLOATING and len(held.shape) > 1
 
 
-def _are_tied(first: Held, other: Held) -> bool:
+def _are_tied(first: ListedTensor, other: ListedTensor) -> bool:
     names = first.name, other.name
     return len(first.shape) == 2 and any(
         _INPUT.search(one) is not None and _OUTPUT.search(two) is not None for one, two in (names, names[::-1])
     )
 
 
-def _are_any(first: Held, other: Held) -> bool:
+def _are_any(first: ListedTensor, other: ListedTensor) -> bool:
     return first is not other
 
 
-def _equal(case: Case) -> list[list[Held]]:
+def _equal(case: Case) -> list[list[ListedTensor]]:
     """Groups of equal tensors that no finding is about yet, in the order of the file."""
     groups = [[held for held in group if held.name not in case.explained] for group in case.equal]
     return [group for group in groups if len(group) > 1]
 
 
-def _between(group: Sequence[Held], roots: set[tuple[str, str]]) -> Iterator[Pair]:
+def _between(group: Sequence[ListedTensor], roots: set[tuple[str, str]]) -> Iterator[Pair]:
     """The pairs of equal tensors of which one belongs to the float model and one to the rounded one."""
     for one in group:
         for other in group:
@@ -140,7 +140,7 @@ def _roots(one: str, other: str) -> tuple[str, str]:
 
 def _rounded(case: Case) -> list[Pair]:
     """Pairs of a float tensor and a rounded copy of it."""
-    by_shape: dict[tuple[int, ...], list[Held]] = {}
+    by_shape: dict[tuple[int, ...], list[ListedTensor]] = {}
     for held in case.distinct:
         if held.name not in case.explained and len(held.shape) > 1 and held.nbytes >= _LEAST_NBYTES:
             by_shape.setdefault(held.shape, []).append(held)
@@ -154,7 +154,7 @@ def _rounded(case: Case) -> list[Pair]:
     return pairs
 
 
-def _matched(content: Content, wide: list[Held], narrow: list[Held]) -> list[Pair]:
+def _matched(content: Content, wide: list[ListedTensor], narrow: list[ListedTensor]) -> list[Pair]:
     signed = [[(held, _signature(content, held)) for held in side] for side in (wide, narrow)]
     floats, codes = ([(held, signature) for held, signature in side if signature is not None] for side in signed)
     if not floats or not codes:
@@ -170,7 +170,7 @@ def _matched(content: Content, wide: list[Held], narrow: list[Held]) -> list[Pai
     return pairs
 
 
-def _signature(content: Content, held: Held) -> Array | None:
+def _signature(content: Content, held: ListedTensor) -> Array | None:
     """A unit vector made of a few rows, each centred and normalized; None if there are no numbers."""
     rows = _sample(content, held)
     if rows is None or rows.size < _LEAST_COMPARED:
@@ -182,7 +182,7 @@ def _signature(content: Content, held: Held) -> Array | None:
     return unit.astype(np.float32) if np.isfinite(unit).all() else np.zeros(unit.shape, np.float32)
 
 
-def _agrees(content: Content, wide: Held, narrow: Held) -> bool:
+def _agrees(content: Content, wide: ListedTensor, narrow: ListedTensor) -> bool:
     """Whether half-precision numbers are exactly the rounded floats; those of an averaged model are only close."""
     if narrow.dtype not in FLOATING:
         return True
@@ -192,7 +192,7 @@ def _agrees(content: Content, wide: Held, narrow: Held) -> bool:
     return bool((np.abs(floats - halves) <= _HALF * np.abs(floats) + 1e-7).all())
 
 
-def _sample(content: Content, held: Held) -> Array | None:
+def _sample(content: Content, held: ListedTensor) -> Array | None:
     array = content.array(held)
     if array is None or 0 in held.shape:
         return None

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pared.checkpoints.selection import Selection, select
 from pared.inspection.findings.content import Content
 from pared.inspection.findings.traits import Seen, examine
-from pared.readers.listing import Held, Listing
+from pared.readers.listing import ListedTensor, Listing
 
 Depth = Literal["quick", "default", "deep"]
 
@@ -117,22 +117,22 @@ class Case:
         return examine(self.content, [held for held in self.distinct if held.nbytes >= JUDGED_NBYTES])
 
     @cached_property
-    def distinct(self) -> tuple[Held, ...]:
+    def distinct(self) -> tuple[ListedTensor, ...]:
         """The tensors without those that are tied to an earlier one and so take no bytes of their own.
 
         The scales and zero points of a quantized tensor are part of it, and left out too.
         """
         quantized = {held.name for held in self.listing.tensors if held.dtype in QUANTIZED}
-        places: dict[object, Held] = {}
+        places: dict[object, ListedTensor] = {}
         for held in self.listing.tensors:
             if held.storage is not None and held.nbytes and held.name.rpartition("/")[0] not in quantized:
                 places.setdefault((held.storage, held.offset, held.shape, held.stride), held)
         return tuple(places.values())
 
     @cached_property
-    def equal(self) -> list[list[Held]]:
+    def equal(self) -> list[list[ListedTensor]]:
         """Groups of tensors with the same numbers, in the order of the file; constant ones do not count as copies."""
-        alike: dict[bytes, list[Held]] = {}
+        alike: dict[bytes, list[ListedTensor]] = {}
         for seen in self.seen.values():
             if not seen.constant:
                 alike.setdefault(seen.mark, []).append(seen.held)
@@ -145,7 +145,7 @@ class Case:
                 waiting = [other for other in others if other not in same]
         return groups
 
-    def stored(self, held: Held) -> int:
+    def stored(self, held: ListedTensor) -> int:
         """The bytes of a tensor in the file: fewer than its numbers take where they are coded or expanded."""
         storage = self.listing.storages[held.storage or ""]
         return storage.nbytes if storage.coded else min(held.nbytes, storage.nbytes)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from pared.inspection.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
-from pared.readers.listing import Held, Listing, Storage
+from pared.readers.listing import ListedTensor, Listing, Storage
 
 # A pickle needs about 200 bytes to describe a tensor, and a state dict holds little else. A pickle far larger than
 # that holds other data: images, tables, logs.
@@ -31,19 +31,19 @@ _PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 def executable_pickle(case: Case) -> Iterator[Cause]:
     """Code that loading the file would import and could run."""
-    foreign = case.listing.foreign
-    if foreign:
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if foreign[3:] else "")
+    imports = case.listing.imports
+    if imports:
+        shown = ", ".join(imports[:3]) + (f" and {len(imports) - 3} more" if imports[3:] else "")
         nbytes = sum(_pickles(case.listing).values())
-        remedy = next((_SAVE[name] for name in foreign if name in _SAVE), "")
-        yield Cause(foreign, nbytes, f"loading it would run {shown}", remedy, always=True)
+        remedy = next((_SAVE[name] for name in imports if name in _SAVE), "")
+        yield Cause(imports, nbytes, f"loading it would run {shown}", remedy, always=True)
 
 
 def ballast(case: Case) -> Iterator[Cause]:
     """Bytes that no tensor of the model needs."""
     used = {held.storage for held in case.listing.tensors}
     # Code that the file imports may use storages that no tensor refers to.
-    unused = {} if case.listing.foreign else {k: s for k, s in case.listing.storages.items() if k not in used}
+    unused = {} if case.listing.imports else {k: s for k, s in case.listing.storages.items() if k not in used}
     pieces = {f"(data/{key})": storage.nbytes for key, storage in unused.items()}
     reasons = ["storages that no tensor refers to"] if pieces else []
     for name, note in case.listing.notes.items():
@@ -69,7 +69,7 @@ def _pickles(listing: Listing) -> dict[str, int]:
 
 def view_of_larger_storage(case: Case) -> Iterator[Cause]:
     """Storages that the tensors use only in part: `torch.save` writes all of them."""
-    tenants: dict[str, list[Held]] = {}
+    tenants: dict[str, list[ListedTensor]] = {}
     for held in case.distinct:
         tenants.setdefault(str(held.storage), []).append(held)
     wasted = {
@@ -84,7 +84,7 @@ def view_of_larger_storage(case: Case) -> Iterator[Cause]:
         yield Cause(tuple(wasted), sum(unused for _, unused in wasted.values()), evidence, explains=False)
 
 
-def _unused(tenants: Sequence[Held], storage: Storage) -> int:
+def _unused(tenants: Sequence[ListedTensor], storage: Storage) -> int:
     """The bytes of a storage that its tensors do not use (a lower bound)."""
     return 0 if storage.coded else max(0, storage.nbytes - sum(held.nbytes for held in tenants))
 

@@ -13,7 +13,7 @@ from pared.files import threads
 from pared.formats.dtypes import FLOATING, Array
 from pared.inspection.findings.content import Content, spread
 from pared.inspection.findings.levels import grid_of
-from pared.readers.listing import Held
+from pared.readers.listing import ListedTensor
 
 # The least share of zeros of a sparse tensor; the most common pattern, two of four, has exactly half.
 _SPARSE: Final = 0.5
@@ -45,7 +45,7 @@ class Seen:
         trait: the first that applies, in the order of `_TRAITS`; None for a tensor that is as it should be.
     """
 
-    held: Held
+    held: ListedTensor
     mark: bytes
     trait: Trait | None
 
@@ -55,13 +55,13 @@ class Seen:
         return self.trait is not None and self.trait.detail == _CONSTANT.detail
 
 
-def examine(content: Content, tensors: Sequence[Held]) -> Mapping[str, Seen]:
+def examine(content: Content, tensors: Sequence[ListedTensor]) -> Mapping[str, Seen]:
     """Examine tensors; the result is by name, without those whose numbers cannot be read."""
     examined = threads.each(lambda held: _examine(content, held), tensors, [held.nbytes for held in tensors])
     return {seen.held.name: seen for seen in examined if seen is not None}
 
 
-def _examine(content: Content, held: Held) -> Seen | None:
+def _examine(content: Content, held: ListedTensor) -> Seen | None:
     array = content.array(held)
     if array is None:
         return None
@@ -72,7 +72,7 @@ def _examine(content: Content, held: Held) -> Seen | None:
     return Seen(held, _mark(array, held), trait)
 
 
-def _mark(array: Array, held: Held) -> bytes:
+def _mark(array: Array, held: ListedTensor) -> bytes:
     """A hash of the type, the shape, and bytes at evenly spaced places."""
     digest = hashlib.blake2b(f"{held.dtype} {held.shape}".encode(), digest_size=16)
     if array.flags.c_contiguous:

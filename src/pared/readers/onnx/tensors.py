@@ -17,7 +17,7 @@ from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import Held, Storage
+from pared.readers.listing import ListedTensor, Storage
 from pared.readers.onnx.protobuf import Value, fields, numbers, unpack_varints
 
 # Fields of TensorProto and of the entries of its external data, by number: onnx.proto.
@@ -61,7 +61,7 @@ class Tensors:
 
     file: File
     memory: MemoryLimit
-    listed: list[Held] = field(default_factory=list)
+    listed: list[ListedTensor] = field(default_factory=list)
     storages: dict[str, Storage] = field(default_factory=dict)
     inside: int = 0
     outside: dict[str, set[tuple[int, int]]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Tensors:
             key, storage = name, _inline(parts, dtype, nbytes, self.memory, at)
             self.inside += storage.nbytes
         self.storages[key] = storage
-        self.listed.append(Held(name, dtype, shape, nbytes if bits else storage.nbytes, key))
+        self.listed.append(ListedTensor(name, dtype, shape, nbytes if bits else storage.nbytes, key))
 
     def _unique(self, name: str) -> str:
         """The name, with a number behind it if it was there before: subgraphs have names of their own."""

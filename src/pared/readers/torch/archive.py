@@ -15,7 +15,7 @@ from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.files.zip_file import PICKLE, Archive, Member, checked_content
-from pared.readers.listing import Held, Listing, Note, Storage, unknown
+from pared.readers.listing import ListedTensor, Listing, Note, Storage, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import tensors_of
 
@@ -53,7 +53,7 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
         tensors=(*listing.tensors, *(_constant(held) for held in constants.tensors)),
         storages={**listing.storages, **{f"constants/{key}": storage for key, storage in constants.storages.items()}},
         notes={**listing.notes, **_code(members), "(constants)": Note(members[_CONSTANTS].stored)},
-        foreign=tuple(name for name in (*listing.foreign, *constants.foreign) if not name.startswith(_SCRIPTED)),
+        imports=tuple(name for name in (*listing.imports, *constants.imports) if not name.startswith(_SCRIPTED)),
         kind="a TorchScript archive",
     )
 
@@ -65,14 +65,14 @@ def _described(file: File, members: Mapping[str, Member], pickle: str, folder: s
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
     tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, memory)
     storages = {key: Storage(member.stored, partial(_content, file, member)) for key, member in stored.items()}
-    return Listing(tuple(tensors), storages, {"(pickle)": Note(members[pickle].stored)}, found.foreign)
+    return Listing(tuple(tensors), storages, {"(pickle)": Note(members[pickle].stored)}, found.imports)
 
 
 def _content(file: File, member: Member) -> memoryview:
     return file.data[member.offset : member.end]
 
 
-def _constant(held: Held) -> Held:
+def _constant(held: ListedTensor) -> ListedTensor:
     storage = None if held.storage is None else f"constants/{held.storage}"
     return replace(held, name=f"constants/{held.name}", storage=storage)
 

@@ -11,7 +11,7 @@ from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
 from pared.files.zip_file import Archive, Member, checked_content
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import Held, Listing, Note, Storage
+from pared.readers.listing import ListedTensor, Listing, Note, Storage
 from pared.readers.torch.pickled import view_of
 
 _WEIGHTS: Final = "data/weights/"
@@ -54,7 +54,7 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
     memory = file.memory
     configs = [name for name in members if name.startswith((_WEIGHTS, _CONSTANTS)) and name.endswith(_CONFIGS)]
     programs = {_program(name) for name in configs}
-    tensors: list[Held] = []
+    tensors: list[ListedTensor] = []
     pickled: set[str] = set()
     for name in configs:
         prefix = f"{_program(name)}/" if len(programs) > 1 else ""
@@ -112,7 +112,7 @@ def _entries(
         yield name, f"{folder}/{path}", entry
 
 
-def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at: Place) -> Held:
+def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at: Place) -> ListedTensor:
     fields = at.mapping(meta, "its description")
     if path not in members or not members[path].plain:
         at.fail(f"its member {path[:80]!r} is missing")

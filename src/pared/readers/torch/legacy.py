@@ -47,7 +47,7 @@ def read_torch_legacy(file: File) -> Listing:
         tensors=tuple(tensors_of(content.root, sizes, file.where, memory)),
         storages=storages,
         notes={"(pickle)": Note(position)},
-        foreign=content.foreign,
+        imports=content.imports,
         kind="a torch file of the kind that was written before torch 1.6",
     )
 

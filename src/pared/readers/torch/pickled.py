@@ -13,7 +13,7 @@ from pared.files.checks import Place
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import Name, Node, Persistent
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import Held
+from pared.readers.listing import ListedTensor
 from pared.readers.torch.names import (
     REBUILD,
     REBUILD_META,
@@ -55,7 +55,7 @@ class _Step:
     depth: int = 0
 
 
-def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[Held]:
+def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[ListedTensor]:
     """Every tensor in what a pickle describes, under the name that a state dict would give it.
 
     Whatever holds others is entered once, so that nothing is endless; a module that has several places in another is
@@ -159,10 +159,10 @@ def _join(name: str, key: object, separator: str) -> str:
     return f"{name}{separator}{label}" if name else label
 
 
-def _held(name: str, call: str, arguments: Sequence[object], sizes: Mapping[str, int], at: Place) -> Held:
+def _held(name: str, call: str, arguments: Sequence[object], sizes: Mapping[str, int], at: Place) -> ListedTensor:
     if call == REBUILD_META:
         kind, size, *_ = _at_least(arguments, 2, at)
-        return Held(name, _element_type(kind, at), _shape(size, at), 0, None)
+        return ListedTensor(name, _element_type(kind, at), _shape(size, at), 0, None)
     reference, offset, size, stride = _at_least(arguments, 4, at)[:4]
     key, kind, shift = storage_of(reference, at)
     nbytes = _checked_size(reference, sizes, key, kind, at)
@@ -180,7 +180,7 @@ def view_of(
     first: int,
     storage: tuple[str, int],
     at: Place,
-) -> Held:
+) -> ListedTensor:
     """A tensor that is a view of a storage.
 
     Args:
@@ -206,7 +206,7 @@ def view_of(
         at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
     plain = empty or stride == tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     offset = 0 if empty else first * bits // 8
-    return Held(name, dtype, shape, -(-math.prod(shape) * bits // 8), key, offset, None if plain else stride)
+    return ListedTensor(name, dtype, shape, -(-math.prod(shape) * bits // 8), key, offset, None if plain else stride)
 
 
 def storage_of(reference: object, at: Place) -> tuple[str, str, int]:
