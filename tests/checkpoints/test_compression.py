@@ -180,7 +180,7 @@ def test_damage_is_told(value: float, tmp_path: Path) -> None:
     what = "NaN" if value != value else "an infinity"
     assert str(error.value) == (
         f"layer.w: holds {what} (1 of 600 numbers are not finite, the first at [3, 7])\n"
-        "  Repair or fetch the checkpoint again: no compressed model can be better than its source."
+        "  Repair the checkpoint or fetch it again: a compressed model cannot be better than its source."
     )
     assert not (tmp_path / "out" / "best_model.pt").exists()
 
@@ -249,7 +249,7 @@ def test_tied_weights_expand_under_both_names(tmp_path: Path) -> None:
     model.load_state_dict(found)
     done = expand.run(tmp_path / "small", tmp_path / "again.safetensors", quiet=True)
     assert done.tied == ("head.weight",)
-    assert "tied: head.weight stand in the file again, 3,840 bytes" in str(done)
+    assert "tied: head.weight stored again, 3,840 bytes" in str(done)
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
@@ -375,7 +375,7 @@ def test_what_is_predicted_is_what_it_takes(bits: float, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("bits", [0, -1, 15.5 + 1, "8", True, float("nan")])
 def test_rates_that_make_no_sense(bits: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="compress: bits=.* is no rate"):
+    with pytest.raises(ConfigError, match="compress: bits=.* is not a valid rate"):
         pared.compress(tmp_path / "m.pt", tmp_path, bits=bits)
 
 
@@ -578,7 +578,7 @@ def test_a_damaged_artifact_does_not_expand(tmp_path: Path) -> None:
 
 def test_a_name_that_the_format_keeps_for_itself_is_told(tmp_path: Path) -> None:
     path = pared.compress(saved({"__metadata__": drawn(4, 4)}, tmp_path / "m.pt"), tmp_path / "out")
-    with pytest.raises(ConfigError, match="__metadata__: is a name that .safetensors files keep for themselves"):
+    with pytest.raises(ConfigError, match="__metadata__: is a name that is reserved in .safetensors files"):
         pared.expand(path, tmp_path / "big.safetensors")
 
 

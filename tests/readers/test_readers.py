@@ -418,7 +418,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     ),
     "no storage": (
         replaced(STATE, **{"data.pkl": PICKLE.replace(b"storage", b"STORAGE")}),
-        "file: w: it refers to something that is no storage",
+        "file: w: it refers to something that is not a storage",
     ),
     "a call without arguments": (
         with_pickle(b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n)Rs."),
@@ -453,7 +453,7 @@ OTHERS = {
     "text": (b"hello", "of an unknown kind"),
     "another order": (
         replaced(STATE, byteorder=b"big"),
-        "a torch file of a machine that puts the highest byte first",
+        "a torch file of a big-endian machine",
     ),
 }
 
@@ -464,7 +464,7 @@ def test_another_file_is_named(kind: str) -> None:
     with pytest.raises(FileError) as error:
         listed(file)
     assert type(error.value) is FileError
-    assert error.value.what == f"is {words}, which pared cannot look into yet"
+    assert error.value.what == f"is {words}, which pared cannot read"
 
 
 def safe(header: object, data: bytes = bytes(12)) -> bytes:

@@ -33,29 +33,29 @@ from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
-# Tensors are done in batches of so many bytes: their results wait for each other. A larger one is shared by all cores.
+# Tensors are packed in batches of this many bytes, and written in order; all cores share a tensor larger than that.
 _BATCH: Final = 1 << 28
-# A file of a given size is aimed at this share of it, and is near enough to it from that share on; if it is not after
-# so many rounds, because its tensors are few and small, it is near enough below.
+# With a size limit, the search aims at this share of the limit and accepts a file above the other share; after this
+# many rounds any file below the limit is accepted, since with few and small tensors sizes jump.
 _AIM: Final = 0.9985
 _NEAR: Final = 0.995
 _ROUNDS: Final = 3
-_VERSION: Final = 1  # of the way in which tensors are rounded: other work in a journal is not taken over
+_VERSION: Final = 1  # of the rounding: a journal written by another version is discarded
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a compression came to.
+    """The result of a compression.
 
     Args:
         path: of the artifact.
         source_nbytes: of the files that were read.
         weight_nbytes: of the tensors that were compressed, in their own types.
         nbytes: of the artifact.
-        seconds: that it took.
-        left_out: the tensors that the artifact does not hold by themselves.
-        copied: the files that were copied beside it.
-        resumed: how many tensors an earlier run had done.
+        seconds: the time it took.
+        left_out: the tensors that the artifact does not hold under their own name.
+        copied: the other files of the folder, copied to the artifact's directory.
+        resumed: the number of tensors that an earlier, interrupted run had packed.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Compressed:
     resumed: int
 
     def __str__(self) -> str:
-        """What was left out and why, a line for each reason; what was copied; and the figures in the last line."""
+        """What was left out and why, one line per reason; the files copied; sizes and time in the last line."""
         return "\n".join(map(printable, (*self._notes(), self._figures())))
 
     def _notes(self) -> Iterator[str]:
@@ -81,7 +81,7 @@ class Compressed:
         if self.copied:
             yield f"copied: {', '.join(self.copied)}"
         if self.resumed:
-            yield f"resumed: {self.resumed:,} tensors were done already"
+            yield f"resumed: {self.resumed:,} tensors were packed by an earlier run"
 
     def _figures(self) -> str:
         speed = self.weight_nbytes / 1e6 / max(self.seconds, 1e-3)
@@ -101,23 +101,23 @@ def compress(
 ) -> Path:
     """Compress a checkpoint without the model's code, tensor by tensor: `pared.load(directory, model=...)` reads it.
 
-    What goes on a grid, and how, is decided by the numbers of each tensor alone; `pared.fit` does better where the
-    model and data are at hand. A run that was killed goes on where it stopped, when it is called again.
+    The format of each tensor is decided by its own numbers alone; with the model and data at hand, `pared.fit` does
+    better. A run that was killed continues where it stopped when it is called again.
 
     Args:
         path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; or a folder of Hugging Face, whose
-            other files are copied too. Of what only training needs, and of copies, nothing is kept.
-        directory: where `best_model.pt` is written; made if it is missing.
-        bits: that the coded weights of each tensor take, above 0 and below 16, or 16 for float16. At 8, the default
-            where there is no `max_size`, each row has the finest int8 step.
-        max_size: instead of bits, the most bytes the file may take: 12000000, "12MB" or "12MiB".
-        quiet: show no progress.
+            other files are copied too. Optimizer states, other training data and duplicates are left out.
+        directory: where `best_model.pt` is written; created if it is missing.
+        bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default
+            without `max_size`, each row has the finest int8 step.
+        max_size: instead of bits, the largest size of the file in bytes: 12000000, "12MB" or "12MiB".
+        quiet: whether to hide the progress bar.
 
     Returns:
         the path of the artifact.
 
     Raises:
-        ConfigError: the options make no sense, or the size cannot be reached.
+        ConfigError: the options contradict each other, or the size cannot be reached.
         FileError: the source cannot be read, or the directory cannot be written; CorruptError and UnsafeError are such.
         ModelError: a weight is NaN or infinite.
     """
@@ -132,7 +132,7 @@ def run(
     max_size: int | str | None = None,
     quiet: bool = False,
 ) -> Compressed:
-    """What `compress` does, and what it came to."""
+    """Do what `compress` does; return its result with sizes, times and what was left out."""
     began = time.perf_counter()
     source, output = as_path(path, "compress"), as_path(directory, "compress")
     rate, size = _checked(bits, max_size)
@@ -170,12 +170,12 @@ def run(
 
 
 def _nbytes(listing: Listing) -> int:
-    """The bytes of the files that hold tensors."""
+    """The total size of the files that hold tensors."""
     return listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file)
 
 
 class _Work:
-    """The tensors of a checkpoint, and the journal to which they go one after the other."""
+    """Packs the tensors of a checkpoint in order, into a journal."""
 
     def __init__(self, listing: Listing, kept: Sequence[Kept], journal: Journal, quiet: bool) -> None:
         self._listing = listing
@@ -184,13 +184,13 @@ class _Work:
         self._quiet = quiet
 
     def at_rate(self, bits: float) -> None:
-        """So many bits for each weight."""
+        """Pack all tensors at this rate, in bits per weight."""
         if self._journal.plan is None:
             self._journal.begin({})
         self._do([Fineness(bits)] * len(self._kept))
 
     def within(self, nbytes: int) -> None:
-        """The finest steps at which the file takes at most so many bytes: what samples mislead about is corrected."""
+        """Pack with the finest steps at which the file has at most `nbytes`, correcting estimates by real sizes."""
         prospect = SizeModel(self._listing, self._kept)
         plan = self._journal.plan
         if plan is None:
@@ -211,7 +211,7 @@ class _Work:
             self._journal.begin(plan)
 
     def _do(self, targets: Sequence[Fineness]) -> None:
-        """Pack what the journal does not have yet."""
+        """Pack the tensors that the journal does not have yet."""
         done = len(self._journal.entries)
         total = sum(one.held.nbytes for one in self._kept)
         with bytes_done("compressing", total, quiet=self._quiet) as advance:
@@ -229,7 +229,7 @@ class _Work:
 
 
 def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
-    """Runs of tensors, from the first that is not done."""
+    """Consecutive tensors that are packed together, from index `done` on."""
     start = done
     nbytes = 0
     for i in range(done, len(kept)):
@@ -248,13 +248,13 @@ def _index(journal: Journal, bits: float, size: int | None) -> Index:
 
 
 def _check_readable(index: bytes, journal: Journal) -> None:
-    """See that a reader will take what is to be written: all of it but the numbers, which have checksums."""
+    """Parse the index as a reader will, before the artifact is written; checksums protect the numbers."""
     with journal.opened() as data:
         parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
 
 
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:
-    """What the bytes of the artifact depend on, so that a journal of other work is known as such."""
+    """Everything that the artifact's bytes depend on; a journal that depends on anything else is discarded."""
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     used = {key.rpartition("/")[0] for key in listing.storages} if source.is_dir() else set()
     with reading(source):
@@ -270,7 +270,7 @@ def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, 
 
 
 def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int | None]:
-    """The rate, which counts only without a size; and the size in bytes."""
+    """The rate in bits per weight, used only without a size; and the size limit in bytes."""
     if max_size is not None:
         if bits is not None:
             raise ConfigError("bits and max_size exclude each other", where="compress", remedy="Give one of them.")
@@ -278,7 +278,7 @@ def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int
     rate = INT8_BITS if bits is None else plain(bits)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not (0 < rate < FLOAT_BITS or rate == FLOAT_BITS):
         raise ConfigError(
-            f"bits={bits!r} is no rate",
+            f"bits={bits!r} is not a valid rate",
             where="compress",
             remedy="Use a number above 0 and below 16, or 16 for float16.",
         )
@@ -286,7 +286,7 @@ def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int
 
 
 def _check_places(source: Path, output: Path) -> None:
-    """See that the source is none of ours and is not written over."""
+    """Refuse a source that is an artifact already, or that would be overwritten."""
     target = output / FILE_NAMES["pt"]
     real = os.path.realpath(source)  # which never raises
     if source.exists() and real in (os.path.realpath(output), os.path.realpath(target)):
@@ -303,7 +303,7 @@ def _check_places(source: Path, output: Path) -> None:
 
 
 def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
-    """See that an artifact can hold every tensor, before work begins."""
+    """Refuse tensors that an artifact cannot hold, before any work is done."""
     if not kept and listing.tensors:
         raise FileError(
             "holds no weights of a model",

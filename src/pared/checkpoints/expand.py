@@ -1,4 +1,4 @@
-"""`pared expand`: an artifact back to floats of the source's types, as a `.safetensors` file, tensor by tensor."""
+"""`pared expand`: decode an artifact into the source's types, as a `.safetensors` file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _BATCH: Final = 1 << 27
 
 @dataclass(frozen=True)
 class Expanded:
-    """What an expansion came to.
+    """The result of an expansion.
 
     Args:
-        path: of the `.safetensors` file.
-        source_nbytes: of the artifact.
-        nbytes: of the file.
-        seconds: that it took.
-        tied: the names whose numbers stand in the file a second time.
-        tied_nbytes: that these take.
+        path: the `.safetensors` file.
+        source_nbytes: the size of the artifact.
+        nbytes: the size of the file.
+        seconds: the time it took.
+        tied: the names of tied tensors, whose numbers are in the file a second time.
+        tied_nbytes: the size of these repetitions.
         copied: the files that were copied beside it.
     """
 
@@ -56,7 +56,7 @@ class Expanded:
         if self.tied:
             more = f" and {len(self.tied) - 1:,} more" if self.tied[1:] else ""
             lines.append(
-                f"tied: {self.tied[0]}{more} stand in the file again, {self.tied_nbytes:,} bytes: it cannot share them"
+                f"tied: {self.tied[0]}{more} stored again, {self.tied_nbytes:,} bytes: the format cannot share them"
             )
         if self.copied:
             lines.append(f"copied: {', '.join(self.copied)}")
@@ -68,28 +68,28 @@ class Expanded:
 
 
 def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = True) -> Path:
-    """Turn an artifact back into floats of its source's types: what compression lost stays lost.
+    """Decode an artifact into floats of its source's types; what compression lost stays lost.
 
     Args:
         path: an artifact, or the directory that it is in; made by `compress` or by `save`.
-        output: a `.safetensors` file; or a directory, in which `model.safetensors` is written, and to which the other
-            files of the artifact's directory are copied. So a folder of Hugging Face becomes one again.
-        quiet: show no progress.
+        output: a `.safetensors` file; or a directory, in which `model.safetensors` is written and to which the other
+            files of the artifact's directory are copied, so that a Hugging Face folder becomes one again.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        the path of the file. A tensor with several names, as tied ones have, stands in it under each of them, because
-        the format cannot share: `load_state_dict` finds all of them, and transformers ties them again.
+        the path of the file. A tied tensor is written under each of its names, because the format cannot share:
+        `load_state_dict` finds all of them, and transformers ties them again.
 
     Raises:
         FileError: there is no artifact, or the output cannot be written.
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
-        ConfigError: a tensor is of a type that the format does not have.
+        ConfigError: a tensor has an element type that the format lacks.
     """
     return run(path, output, quiet=quiet).path
 
 
 def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = False) -> Expanded:
-    """What `expand` does, and what it came to."""
+    """Do what `expand` does; return its result with sizes and times."""
     began = time.perf_counter()
     source, place = find_artifact(as_path(path, "expand")), as_path(output, "expand")
     folder = place.parent if place.suffix == ".safetensors" else place
@@ -137,9 +137,9 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
                 remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
             )
         for name in entry.names:
-            if name in tensors:  # the format's own word: names of tensors are different already
+            if name in tensors:  # __metadata__; names of tensors are distinct already
                 raise ConfigError(
-                    "is a name that .safetensors files keep for themselves",
+                    "is a name that is reserved in .safetensors files",
                     where=f"{where}: {name}",
                     remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
                 )
@@ -152,7 +152,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
 
 
 def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Array]]:
-    """Every tensor in the order of the file; some are decoded at a time, by all cores."""
+    """All tensors in the order of the file, decoded in batches by all cores."""
     batch: list[Entry] = []
     for i, entry in enumerate(entries):
         batch.append(entry)
@@ -163,7 +163,7 @@ def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry
 
 
 def _decode(entry: Entry, data: memoryview) -> Array:
-    """A tensor, contiguous; its pages of the artifact are not needed any more."""
+    """Decode a tensor into a contiguous array, and release its pages of the artifact."""
     found = np.ascontiguousarray(decode(entry, data)).reshape(entry.shape)
     forget(data[next(iter(entry.parts.values())).offset : entry.end])
     return found

@@ -1,8 +1,8 @@
-"""The journal of a compression: what is done already, in a hidden folder that survives the death of the process.
+"""The journal of a compression: the tensors packed so far, in a hidden folder that survives a killed process.
 
-The folder holds `journal.jsonl`, whose first line says what the work depends on and how finely each tensor is rounded,
-and which has a line for each tensor that is done, its entry in the index; and `data`, the bytes of their parts. One
-counts from the moment its line is complete; its bytes are compared with their checksum before they are believed.
+The folder holds `journal.jsonl` and `data`. The first line of the journal says what the work depends on and how finely
+each tensor is rounded; each further line is the index entry of one packed tensor, whose bytes are in `data`. A tensor
+counts as packed once its line is complete; its bytes are checked against their checksum when a run resumes.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _CHUNK: Final = 1 << 22
 
 
 class Journal:
-    """The work done so far, and the place of what is to come. Close it when no more is added.
+    """The tensors packed so far, and where to add the next ones. A context manager.
 
     Args:
-        directory: in which the hidden folder is.
-        depends: what the work depends on, as plain data; other work in the folder is thrown away.
+        directory: the output directory, in which the hidden folder is created.
+        depends: everything the packed bytes depend on, as JSON values; a journal with other values is discarded.
 
     Raises:
-        FileError: the folder cannot be read or written, or another process is at work in it.
+        FileError: the folder cannot be read or written, or another process is using it.
     """
 
     def __init__(self, directory: Path, depends: Mapping[str, Any]) -> None:
@@ -64,10 +64,10 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        with contextlib.suppress(OSError):  # Windows takes it away when it is released
+        with contextlib.suppress(OSError):  # Windows deletes it on release
             (self.folder / _LOCK).unlink()
         self._lock.release()
-        with contextlib.suppress(OSError):  # there is work in it, or another run has just begun
+        with contextlib.suppress(OSError):  # it holds packed tensors, or another run has just begun
             self.folder.rmdir()
 
     def _close(self) -> None:
@@ -77,11 +77,11 @@ class Journal:
 
     @property
     def end(self) -> int:
-        """Of the data."""
+        """The number of bytes in the data file."""
         return self.entries[-1].end if self.entries else 0
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Forget what is done, and begin with another plan."""
+        """Discard all packed tensors and start again with another plan."""
         self._close()
         self.entries, self.plan = [], dict(plan)
         head = json.dumps({"depends": self._depends, "plan": self.plan}).encode() + b"\n"
@@ -91,7 +91,7 @@ class Journal:
             self._open()
 
     def add(self, kept: Kept, packed: PackedTensor) -> None:
-        """Record a tensor that is done."""
+        """Record a packed tensor."""
         assert self._data is not None
         assert self._journal is not None
         entry = entry_of(kept, packed, self.end)
@@ -105,7 +105,7 @@ class Journal:
         self.entries.append(entry)
 
     def data(self) -> Iterator[bytes]:
-        """The record of the data, in pieces."""
+        """The data record of the artifact, in chunks."""
         with (self.folder / _DATA).open("rb") as file:
             left = self.end
             while left and (piece := file.read(min(_CHUNK, left))):
@@ -114,7 +114,7 @@ class Journal:
 
     @contextmanager
     def opened(self) -> Iterator[memoryview]:
-        """The record of the data, mapped."""
+        """The data record of the artifact, memory-mapped."""
         if not self.end:
             yield memoryview(b"")
             return
@@ -122,7 +122,7 @@ class Journal:
             yield file.data[: self.end]
 
     def remove(self) -> None:
-        """Take away all work; the folder goes when the journal is closed."""
+        """Delete the journal and its data; the folder is removed when the journal is closed."""
         self._close()
         with writing_to(self.folder.parent):
             for path in self.folder.iterdir():
@@ -130,12 +130,12 @@ class Journal:
                     path.unlink()
 
     def _open(self) -> None:
-        # Without buffers of our own: what is written is with the system, whatever becomes of the process.
+        # Unbuffered: what is written survives the death of the process.
         self._journal = (self.folder / _JOURNAL).open("ab", buffering=0)
         self._data = (self.folder / _DATA).open("ab", buffering=0)
 
     def _take_over(self) -> None:
-        """What an earlier run left, if it was the same work."""
+        """Resume what an earlier run left, if it depends on the same values."""
         lines = self._lines()
         head = _parsed(lines[0]) if lines else {}
         if head.get("depends") == self._depends:
@@ -150,7 +150,7 @@ class Journal:
         return whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
 
     def _resume(self, lines: list[bytes]) -> None:
-        """Take over the tensors whose lines and bytes are sound, and cut off the rest."""
+        """Keep the tensors whose lines and bytes are sound, and truncate the rest."""
         size = len(lines[0])
         with (self.folder / _DATA).open("rb") as file:
             for line in lines[1:]:
@@ -168,11 +168,11 @@ class Journal:
         try:
             return parse_entry(_parsed(line), self.end, Place(str(self.folder / _JOURNAL)))
         except (CorruptError, UnsafeError):
-            return None  # a line that was torn: its tensor is done again
+            return None  # a truncated line: its tensor is packed again
 
 
 def _locked(folder: Path) -> FileLock:
-    """Hold a folder for this run: two that add to one journal would make an artifact of bytes that belong to neither.
+    """Lock a folder for this run: two runs that append to one journal would mix their bytes.
 
     Raises:
         FileError: another run holds it.
@@ -193,7 +193,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return {}  # a line that was torn
+        return {}  # a truncated line
     return found if isinstance(found, dict) else {}
 
 
@@ -210,7 +210,7 @@ def _is_sound(entry: Entry, file: BinaryIO) -> bool:
 
 
 def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
-    """Write all of it: an unbuffered file may take less at a time."""
+    """Write all bytes: an unbuffered file may accept only some of them at a time."""
     view = memoryview(piece)
     while view.nbytes:
         view = view[file.write(view) :]

@@ -1,8 +1,8 @@
-"""One tensor of a checkpoint as it will stand in an artifact: which format its numbers get, and the bytes of its parts.
+"""One tensor of a checkpoint as an artifact will hold it: the format of its numbers, and the bytes of its parts.
 
-Nothing is known but the numbers themselves. Whatever has two dimensions or more goes on a grid with a step for each
-row, if it does not lie on one already; what has fewer becomes float16 where that keeps every value; everything else
-stays as it is.
+Only the numbers themselves are known. A float tensor of two or more dimensions goes on a grid with one step per row,
+unless its values lie on a grid already; one of fewer dimensions becomes float16 if that keeps every value; all other
+tensors are stored as they are.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from pared.formats.views import View, matrix_of, plain_view
 INT8_BITS: Final = 8.0
 FLOAT_BITS: Final = 16.0
 
-# float16 has 2^-24 between its smallest numbers: too coarse where weights are smaller than this as a rule.
+# The spacing of float16 near zero is 2^-24: too coarse for weights that are typically smaller than this.
 _SMALLEST_HALF: Final = 2.0**-14
 _LARGEST_HALF: Final = 65504.0
 
 
 @dataclass(frozen=True)
 class Fineness:
-    """How finely a tensor is to be rounded.
+    """How finely a tensor is rounded.
 
     Args:
-        bits: that its coded stream costs for each weight. 8: int8 with the finest step for each row. 16: float16.
-        level: instead, the step: 2^(level / 8) in every row, on average.
+        bits: the coded stream's bits per weight. 8: int8 with the finest step of each row. 16: float16.
+        level: overrides bits: the average step of a row is 2^(level / 8).
     """
 
     bits: float = INT8_BITS
@@ -47,14 +47,14 @@ class Fineness:
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A tensor as it will stand in a file.
+    """A tensor, encoded.
 
     Args:
-        format: as in the index.
-        parts: the bytes, by part.
-        view: of a grid.
-        bits: the rate that was asked for, if one was.
-        because: the reason for the format.
+        format: the format's fields in the artifact's index.
+        parts: the encoded bytes, by the name of the part.
+        view: which dimensions share a step; None unless the format is a grid.
+        bits: the requested bits per weight; None if no rate was requested.
+        because: the reason for the format, for users.
     """
 
     format: Mapping[str, str]
@@ -65,27 +65,27 @@ class PackedTensor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all parts."""
+        """The total size of all parts."""
         return sum(len(part.payload) for part in self.parts.values())
 
 
 def goes_on_grid(dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is rounded to a grid, as far as type and shape tell."""
-    flat = len(shape) < 2 or math.prod(shape) == shape[0]  # a row of one number would have a step for nothing
+    """Whether a tensor of this element type and shape is rounded to a grid."""
+    flat = len(shape) < 2 or math.prod(shape) == shape[0]  # with one number per row, a step saves nothing
     return dtype in FLOATING and not flat and 0 not in shape
 
 
 def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedTensor:
-    """Give a tensor its format, and code it.
+    """Choose the format of a tensor, and encode it.
 
     Args:
-        array: as `Listing.array` gives it.
-        target: how finely.
-        name: for messages.
-        threads: at most so many at work.
+        array: the tensor, as `Listing.array` returns it.
+        target: how finely to round.
+        name: the tensor's name, for error messages.
+        threads: the number of threads to use.
 
     Raises:
-        ModelError: it holds NaN, or infinities that are no mask.
+        ModelError: it holds NaN, or infinities that are not a mask.
     """
     dtype = array.dtype.name
     if dtype not in FLOATING or array.size == 0:
@@ -111,14 +111,14 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
 
 
 def _affordable(step: Steps, target: Fineness) -> bool:
-    """Whether a grid that loses nothing is at most an octave finer than what was planned."""
+    """Whether a lossless grid is at most an octave finer than the planned step."""
     return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
 def _steps(matrix: Array, largest: Steps, target: Fineness) -> tuple[CodeType, Steps]:
     if target.level is not None:
         step = steps_at_level(target.level, finest_steps(largest, "int16"))
-        with np.errstate(over="ignore"):  # of a step so large, no code is
+        with np.errstate(over="ignore"):  # an infinite step has no codes
             kind: CodeType = "int8" if (largest <= (CODE_LIMITS["int8"] + 0.5) * step).all() else "int16"
         return kind, step
     kind = "int8" if target.bits <= INT8_BITS else "int16"
@@ -131,7 +131,7 @@ def _grid(codes: str) -> dict[str, str]:
 
 
 def _exact(array: Array, because: str) -> PackedTensor:
-    # Of a mapped file nothing is copied.
+    # A contiguous tensor of a mapped file is not copied.
     plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
     return PackedTensor({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
 
@@ -142,7 +142,7 @@ def _float(array: Array, to: str, because: str) -> PackedTensor:
 
 
 def _flat(array: Array, name: str) -> PackedTensor:
-    """A tensor of one dimension or none, or with a number for each row."""
+    """Encode a tensor of at most one dimension, or with one number per row."""
     values = as_floats(array)
     if not np.isfinite(values).all():
         return _unbounded(array, name)
@@ -157,7 +157,7 @@ def _flat(array: Array, name: str) -> PackedTensor:
 
 
 def _half(array: Array, largest: Steps) -> PackedTensor:
-    """16 bits for each number."""
+    """Encode a tensor in 16 bits per number."""
     if array.dtype.name == "bfloat16":
         return _exact(array, "bfloat16 is kept exactly")
     values = as_floats(array)
@@ -168,7 +168,7 @@ def _half(array: Array, largest: Steps) -> PackedTensor:
 
 
 def _unbounded(array: Array, name: str) -> PackedTensor:
-    """A tensor that is not finite in float32: a mask or numbers of float64, which are kept; anything else is damage."""
+    """Encode a tensor that is not finite in float32: a mask, or large float64 values; anything else is damage."""
     values = as_floats(array)
     finite = np.isfinite(values)
     if finite.all():
@@ -179,13 +179,13 @@ def _unbounded(array: Array, name: str) -> PackedTensor:
 
 
 def entry_of(kept: Kept, packed: PackedTensor, end: int, factor: float = 1.0) -> Entry:
-    """The entry of a tensor, whose parts stand behind `end` in the data.
+    """The index entry of a tensor whose parts follow offset `end` in the data.
 
     Args:
-        kept: its names and source.
-        packed: its parts.
-        end: of the part before.
-        factor: by which its parts are longer than these.
+        kept: its names, element type and shape.
+        packed: its encoded parts.
+        end: the offset at which the previous part ends.
+        factor: scales the parts' lengths, where `packed` encodes only a sample of the tensor.
     """
     return Entry(
         names=kept.names,

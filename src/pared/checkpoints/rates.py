@@ -1,7 +1,7 @@
-"""Steps for a rate: which step makes the coded stream of a tensor cost so many bits for each weight.
+"""Steps for a rate: the step at which the coded stream of a tensor takes a given number of bits per weight.
 
-One step for all rows: at a given rate that has the least squared error (Gersho 1979). It lies on the scale of eighths
-of an octave, whose members take few bits in a file, so that neighbouring members are mixed, row by row, to hit a rate.
+All rows have the same step, which has the least squared error at a given rate (Gersho 1979). Steps are powers of two in
+eighths of an octave, which take few bits in a file; two neighbouring ones are mixed, row by row, to meet a rate.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pared.formats.grids import CodeType, encode
 from pared.formats.streams import STEP_INDEXES, Steps, ceiling, encode_codes, scale
 from pared.formats.views import View
 
-# A rate is measured on so many weights, and counts as reached within so many bits.
+# A rate is measured on a sample of this many weights, and counts as met within this tolerance in bits.
 _SAMPLE: Final = 1 << 17
 _TOLERANCE: Final = 0.003
-# Of so few weights the coder's tables are most of the stream: their rate is the entropy of the codes.
+# With fewer weights than this the coder's tables dominate the stream: the entropy of the codes serves as the rate.
 _FEW: Final = 1 << 12
 _MOST_PROBES: Final = 16
-# Rows are so many before steps are mixed; a few have any step at all, in four bytes.
+# From this many rows on steps are mixed; fewer rows take any float32 step.
 _MIXED: Final = 16
-_GOLDEN: Final = (math.sqrt(5) - 1) / 2  # its multiples, less their whole part, are evenly spread
+_GOLDEN: Final = (math.sqrt(5) - 1) / 2  # the fractional parts of its multiples are evenly spread
 _OCTAVE: Final = 8  # levels
 
 
 def steps_at_level(level: float, finest: Steps) -> Steps:
-    """A step of 2^(level / 8) for each row, on average, and none finer than the row's finest.
+    """A step for each row: 2^(level / 8) on average, but never finer than the row's finest.
 
     Args:
         level: in eighths of an octave.
-        finest: for each row; a row of zeros has 0, and keeps it.
+        finest: the finest step of each row, float32 of (rows,); 0 for a row of zeros, which stays 0.
 
     >>> steps_at_level(-8.0, np.array([0.25, 0, 0.75], np.float32)).tolist()
     [0.5, 0.0, 0.75]
@@ -49,13 +49,13 @@ def steps_at_level(level: float, finest: Steps) -> Steps:
 
 
 def steps_at_rate(matrix: Array, bits: float, finest: Steps, codes: CodeType) -> Steps:
-    """The steps at which the coded stream costs so many bits for each weight; or the finest, if it costs less.
+    """The steps at which the coded stream takes `bits` per weight; the finest steps, if these take less.
 
     Args:
-        matrix: of (rows, columns).
-        bits: for each weight.
-        finest: step of each row.
-        codes: their type.
+        matrix: the weights, of (rows, columns).
+        bits: the target, in bits per weight.
+        finest: the finest step of each row, float32 of (rows,).
+        codes: the type of the codes.
     """
     chosen = _evenly(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
     part = np.ascontiguousarray(matrix[chosen, : max(1, _SAMPLE // len(chosen))])
@@ -73,7 +73,7 @@ def steps_at_rate(matrix: Array, bits: float, finest: Steps, codes: CodeType) ->
     if rate(bound) <= bits:
         return finest
     spread = float(np.sqrt(np.mean(np.square(part.astype(np.float64)))))
-    start = _OCTAVE * (math.log2(spread) + 2 - bits)  # of a normal distribution, about
+    start = _OCTAVE * (math.log2(spread) + 2 - bits)  # the estimate for a normal distribution
     level = crossing(lambda level: rate(steps_at_level(level, bound)), bits, start, _TOLERANCE)
     return steps_at_level(level, finest)
 
@@ -83,7 +83,7 @@ def _evenly(count: int, most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 def crossing(rate: Callable[[float], float], bits: float, level: float, tolerance: float) -> float:
-    """The level at which a falling rate comes to `bits`: by the slope that fine grids have, else by bisection.
+    """The level at which a falling rate equals `bits`, by Newton steps with the slope of fine grids, else by bisection.
 
     >>> round(crossing(lambda level: 4 - level / 8, 3.0, 0.0, 0.01))
     8
@@ -97,7 +97,7 @@ def crossing(rate: Callable[[float], float], bits: float, level: float, toleranc
         if abs(excess) <= tolerance:
             break
         low, high = (level, high) if excess > 0 else (low, level)
-        level += _OCTAVE * max(-4.0, min(4.0, excess))  # an octave is a bit
+        level += _OCTAVE * max(-4.0, min(4.0, excess))  # one bit per octave
         if not low < level < high:
             level = (low + high) / 2
     return best

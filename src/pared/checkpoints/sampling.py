@@ -1,8 +1,8 @@
-"""What a compressed checkpoint will take, judged by rows of its tensors; and the steps that make it as large as asked.
+"""The size of a compressed checkpoint, estimated from samples of its tensors; and the steps that meet a given size.
 
-Where a size is given, every tensor's step is the same multiple of the root of its energy. Of all ways to that size it
-has the least sum of errors, each as a share of its tensor's energy: n weights with a step s have errors of n s^2 / 12
-and take n (h - log2 s) bits, so that n s^2 / energy and n have to be in proportion (docs/decisions/013-compress.md).
+For a given size, every tensor's step is the same multiple of the root of its energy. This minimizes the sum of errors,
+each as a share of its tensor's energy: n weights with step s have an error of n s^2 / 12 and take n (h - log2 s) bits,
+so that n s^2 / energy must be proportional to n (docs/decisions/013-compress.md).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from pared.files.threads import each
 from pared.formats.dtypes import Array
 from pared.readers.listing import Listing
 
-# So many numbers of each tensor are looked at; fewer where there are many tensors.
+# The most and the fewest numbers sampled per tensor; and the most of all tensors together.
 _MOST: Final = 1 << 18
 _LEAST: Final = 1 << 14
 _ALL: Final = 1 << 26
-# What the torch container takes beside its records, at most.
+# An upper bound on the overhead of the torch container, in bytes.
 CONTAINER: Final = 2048
 
-# A step as a multiple of the root of a tensor's energy, as a level: from the finest of int16 to all weights at zero.
-_OCTAVE: Final = 8  # levels
+# Steps relative to the root of a tensor's energy, as levels: from the finest of int16 to all weights at zero.
+_OCTAVE: Final = 8  # levels per octave
 _FINEST, _COARSEST = -26.0 * _OCTAVE, 6.0 * _OCTAVE
-_TOLERANCE: Final = 0.0005  # bits for each weight
+_TOLERANCE: Final = 0.0005  # bits per weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Sample:
     """Some rows of a tensor that goes on a grid.
 
     Args:
-        part: a copy of them.
-        weight: how many times their number the tensor's is.
-        size: the root of the tensor's energy, the sum of its squares; 1 where all are zero.
+        part: a copy of these rows.
+        weight: the size of the whole tensor divided by the size of `part`.
+        size: the root of the tensor's energy (the sum of its squares), estimated; 1 if all numbers are zero.
     """
 
     part: Array
@@ -53,26 +53,26 @@ class Sample:
 
 
 def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
-    """About the bytes of the `best_model.pt` that `compress` would write; at most about a gigabyte is read.
+    """Estimate the size in bytes of the `best_model.pt` that `compress` would write, reading about 1 GB at most.
 
     Args:
-        listing: of the file or folder; open.
-        bits: for each weight.
+        listing: the open file or folder.
+        bits: bits per weight.
 
     Raises:
-        ModelError: a tensor holds NaN, or infinities that are no mask.
-        ConfigError: a tensor is of a type that an artifact cannot hold.
+        ModelError: a tensor holds NaN, or infinities that are not a mask.
+        ConfigError: a tensor has an element type that an artifact cannot hold.
     """
     kept = select(listing).kept
     return SizeModel(listing, kept).nbytes([Fineness(bits)] * len(kept))
 
 
 class SizeModel:
-    """The tensors of a checkpoint, as far as samples tell.
+    """Estimates the size of a compressed checkpoint from samples of its tensors.
 
     Args:
-        listing: of the source; open.
-        kept: its tensors.
+        listing: the open source.
+        kept: the tensors to compress.
     """
 
     def __init__(self, listing: Listing, kept: Sequence[Kept]) -> None:
@@ -84,23 +84,23 @@ class SizeModel:
         self._plain = {one.name: pack_held(listing, one, Fineness()) for one in plain}
 
     def targets(self, level: float) -> list[Fineness]:
-        """Steps of 2^(level / 8) times the root of each tensor's energy."""
+        """The step of each tensor: 2^(level / 8) times the root of its energy."""
         return [
             Fineness() if sample is None else Fineness(level=level + _OCTAVE * math.log2(sample.size))
             for sample in self._samples
         ]
 
     def payloads(self, targets: Sequence[Fineness]) -> list[float]:
-        """About the bytes of the parts of each tensor."""
+        """The estimated size of each tensor's parts, in bytes."""
         packed = self._packed(targets)
         return [one.nbytes * self._weight(i) for i, one in enumerate(packed)]
 
     def nbytes(self, targets: Sequence[Fineness], known: Sequence[float] | None = None) -> int:
-        """About the bytes of the whole file.
+        """The estimated size of the whole file, in bytes.
 
         Args:
-            targets: for each tensor.
-            known: by how much the sample of each tensor is known to mislead.
+            targets: one for each tensor.
+            known: for each tensor, a correction factor: its real size divided by the estimate; default: 1.
         """
         entries: list[Entry] = []
         for i, (one, packed) in enumerate(zip(self._kept, self._packed(targets), strict=True)):
@@ -109,26 +109,26 @@ class SizeModel:
         return len(Index(tuple(entries)).to_bytes()) + (entries[-1].end if entries else 0) + CONTAINER
 
     def level_for(self, nbytes: int, most: int, known: Sequence[float] | None = None) -> float:
-        """The level at which the file takes about so many bytes.
+        """The level at which the file is estimated to have `nbytes`.
 
         Args:
-            nbytes: that are aimed at.
-            most: that are asked for.
-            known: as for `nbytes`.
+            nbytes: the size aimed at.
+            most: the user's limit, for the error message.
+            known: correction factors, as for `nbytes`.
 
         Raises:
-            ConfigError: it cannot be so small.
+            ConfigError: the file cannot be that small.
         """
         if (least := self.nbytes(self.targets(_COARSEST), known)) > nbytes:
             raise ConfigError(
                 f"{most:,} bytes are too few: with all weights at zero, the file would still have {least:,}",
                 where="max_size",
-                remedy="Ask for more; at less than a bit or two for each weight, no model is of use.",
+                remedy="Allow a larger file; below one or two bits per weight no model is useful.",
             )
         if self.nbytes(self.targets(_FINEST), known) <= nbytes:
             return _FINEST
         elements = max(1, sum(math.prod(one.held.shape) for one in self._kept))
-        unit = 8 / elements  # a byte, in bits for each weight
+        unit = 8 / elements  # one byte, in bits per weight
         start = 2 - unit * nbytes - math.log2(elements / len(self._kept)) / 2
         rate = lambda level: unit * self.nbytes(self.targets(level), known)  # noqa: E731  # two lines would say less
         return crossing(rate, unit * nbytes, _OCTAVE * start, _TOLERANCE)
@@ -157,13 +157,13 @@ def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
         part = array.copy()
     release(listing, kept)
     weight = array.size / part.size
-    with np.errstate(over="ignore", invalid="ignore"):  # a size that is no finite number decides no step
+    with np.errstate(over="ignore", invalid="ignore"):  # a size that is not finite is replaced by 1
         size = math.sqrt(weight * float(np.sum(np.square(part.astype(np.float64)))))
     return Sample(part, weight, size if 0 < size < math.inf else 1.0)
 
 
 def _rows(array: Array, most: int) -> Array:
-    """Evenly spaced rows, of so many numbers; of rows too long for that, the beginnings."""
+    """Evenly spaced rows with about `most` numbers in total; only the beginnings of very long rows."""
     if array.size <= most:
         return array
     length = array.size // len(array)
@@ -179,7 +179,7 @@ def array_of(listing: Listing, kept: Kept) -> Array:
     """The numbers of a tensor.
 
     Raises:
-        ConfigError: the file has them in a form that an artifact cannot hold.
+        ConfigError: the file stores them in a form that cannot be read.
     """
     array = listing.array(kept.held)
     if array is None:
@@ -188,23 +188,23 @@ def array_of(listing: Listing, kept: Kept) -> Array:
 
 
 def unsupported(kept: Kept) -> ConfigError:
-    """The error for a tensor of a type that an artifact has no word for."""
+    """The error for a tensor whose element type an artifact cannot hold."""
     return ConfigError(
         f"is of type {kept.held.dtype}, which an artifact cannot hold",
         where=kept.held.name,
-        remedy="Convert the checkpoint to float32, float16 or bfloat16 first, or compress the one it was made from.",
+        remedy="Convert the checkpoint to float32, float16 or bfloat16 first, or compress its own source.",
     )
 
 
 def pack_held(listing: Listing, kept: Kept, target: Fineness, threads: int = 1) -> PackedTensor:
-    """A tensor of a file, packed; what was read of the file is given back."""
+    """Pack a tensor of a file, and release the memory of what was read."""
     packed = pack(array_of(listing, kept), target, kept.held.name, threads)
     release(listing, kept)
     return packed
 
 
 def release(listing: Listing, kept: Kept) -> None:
-    """Give back the memory of what was read of a mapped file."""
+    """Release the pages of a mapped file that hold a tensor."""
     storage = listing.storages[kept.held.storage or ""]
     if storage.content is not None and not storage.coded:
         content = storage.content()

@@ -1,8 +1,8 @@
-"""Which tensors of a file are the model, under which names; and what else there is, and why a model needs none of it.
+"""Which tensors of a file belong to the model, and under which names; what else is in it, and why it is not needed.
 
-A checkpoint keeps the weights in a dictionary beside the states of an optimizer; some files keep the model twice. The
-rules here go by names, as people give them, and by where numbers lie; only where tensors have equal type and shape are
-numbers compared. Nothing here uses torch.
+A checkpoint keeps the weights in a dictionary beside the state of an optimizer; some files hold the model twice. The
+rules here go by names, as people choose them, and by where the numbers are stored; numbers are compared only between
+tensors of equal type and shape. Nothing here uses torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Kept:
 
     Args:
         held: the tensor in the file.
-        names: that the model knows it by; several where it is tied.
-        kind: whether it is taken for a parameter or for a buffer, by its type and name: files do not say.
+        names: the model's names for it; several if it is tied.
+        kind: parameter or buffer, judged by type and name: files do not say.
     """
 
     held: ListedTensor
@@ -45,9 +45,9 @@ class LeftOut:
     """A tensor that the model does not need, or whose numbers are kept under another name.
 
     Args:
-        name: in the file.
-        nbytes: of its elements.
-        because: why, in words.
+        name: its name in the file.
+        nbytes: the size of its elements.
+        because: the reason, for users.
         kind: "optimizer-state", "two-copies", "duplicate" or "ballast".
     """
 
@@ -59,27 +59,27 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selection:
-    """The tensors of a listing, divided.
+    """The tensors of a listing, divided into the model and the rest.
 
     Args:
-        kept: what the model is, each tensor once, in the file's order.
-        left_out: the rest. A tensor with the numbers of another is here, and its name among those of the other.
+        kept: the model's tensors, each once, in the file's order.
+        left_out: all others. A duplicate of another tensor is here too; its name is among the other's names.
     """
 
     kept: tuple[Kept, ...]
     left_out: tuple[LeftOut, ...]
 
 
-# Entries, at the top of a checkpoint, of what only training needs.
+# Top-level entries of a checkpoint that only training needs.
 _TRAINING: Final = re.compile(
     r"(?i)(.*_)?optim|(.*_)?opt(_state.*)?$|.*optimizer|.*scheduler|(.*_|grad|loss)?scaler|amp$|grad(s|_.*|ients?)?$"
 )
 _RANDOM: Final = re.compile(r"(?i)(.*_)?rng(_|$)|random_state")
-# What optimizers keep for each weight, whatever the dictionary is called.
+# What optimizers keep for each weight, whatever their dictionary is called.
 _MOMENTS: Final = re.compile(r".*[/.](exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta)$")
-# Before the names of a folder's tensors that are not in its main file.
+# The prefix of a folder's tensors that are not in its main file.
 _IN_FILE: Final = re.compile(r"((?:[^/]+/)*?[^/]+\.(?:safetensors|pt|pth|bin|ckpt|pt2|onnx|gguf|npz|npy))/")
-# Where a pickled LSTM or GRU holds its weights a second time.
+# A pickled LSTM or GRU holds its weights here a second time.
 _AGAIN: Final = re.compile(r"(.*[./])?_flat_weights/\d+$")
 # The attributes of a module through which a pickle reaches its tensors.
 _ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
@@ -88,22 +88,22 @@ _FLOAT_COPY: Final = "fp32_model."
 _QUANTIZED_COPY: Final = "_model."
 _BUFFERS: Final = re.compile(r"(.*\.)?(running_mean|running_var|num_batches_tracked)$")
 
-# Numbers are compared of tensors of so many bytes and more: small ones are often equal by chance (all ones, all zeros).
+# Only tensors of at least this size are compared: small ones are often equal by chance (all ones, all zeros).
 _COMPARED: Final = 1 << 14
 _BLOCK: Final = 1 << 22  # bytes compared at a time
-_FIRST: Final = 1024  # numbers that tell most tensors apart
+_FIRST: Final = 1024  # numbers in a checksum that tells most tensors apart
 
 _Named = tuple[str, ListedTensor]
-_Verdict = tuple[str, str]  # why a tensor is left out, and the kind
+_Verdict = tuple[str, str]  # why a tensor is left out, and the kind of finding
 
 
 def select(listing: Listing, *, compare: bool = True) -> Selection:
     """Divide the tensors of a file into the model and the rest.
 
     Args:
-        listing: of a file or folder.
-        compare: whether the numbers of large tensors of equal type and shape are compared, so that what stands in
-            the file twice is kept once; with False no number is read.
+        listing: the file or folder.
+        compare: whether to compare the numbers of large tensors of equal type and shape, so that duplicates are kept
+            once; if False, no numbers are read.
 
     >>> held = [ListedTensor(name, "float32", (2,), 8, name) for name in ("model/w", "optimizer/state/0/exp_avg")]
     >>> found = select(Listing(tuple(held)), compare=False)
@@ -122,7 +122,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
 
 
 def _divided(named: Sequence[_Named], judge: Callable[[_Named], _Verdict | None], left: list[LeftOut]) -> list[_Named]:
-    """What is not judged; the rest is added to what is left out."""
+    """The tensors for which `judge` has no verdict; all others are appended to `left`."""
     kept = []
     for one in named:
         verdict = judge(one)
@@ -130,13 +130,13 @@ def _divided(named: Sequence[_Named], judge: Callable[[_Named], _Verdict | None]
             kept.append(one)
         else:
             because, kind = verdict
-            nbytes = 0 if kind == "duplicate" else one[1].nbytes  # the first name has its bytes
+            nbytes = 0 if kind == "duplicate" else one[1].nbytes  # its bytes count for the first name
             left.append(LeftOut(one[1].name, nbytes, because, kind))
     return kept
 
 
 def _path(name: str) -> str:
-    """A name with dots between modules, where the file has the attributes of pickled modules there.
+    """A name with dots between modules, without the attributes through which pickled modules are reached.
 
     >>> _path("model/_modules/encoder/_parameters/weight"), _path("model/encoder.weight")
     ('model/encoder.weight', 'model/encoder.weight')
@@ -148,29 +148,29 @@ def _path(name: str) -> str:
 
 
 def _not_of_a_model(one: _Named) -> _Verdict | None:
-    """What is no part of a model, whatever stands beside it."""
+    """The verdict on a tensor that belongs to no model, whatever else the file holds."""
     name, held = one
     if held.storage is None:
         return "it holds no numbers (a tensor on the meta device)", "ballast"
     if _MOMENTS.match(name):
         return "the state of an optimizer, which only training needs", "optimizer-state"
     if _AGAIN.match(name):
-        return "the weights of a recurrent layer, which its pickle names a second time", "duplicate"
+        return "the weights of a recurrent layer, which its pickle lists a second time", "duplicate"
     return None
 
 
 def _for_training(one: _Named) -> _Verdict | None:
-    """What a checkpoint keeps beside its model, to go on with training."""
+    """The verdict on what a checkpoint keeps beside its model in order to resume training."""
     top, nested, _ = one[0].partition("/")
     if _RANDOM.match(top):
-        return "the state of random numbers, which only training needs", "optimizer-state"
+        return "the state of a random number generator, which only training needs", "optimizer-state"
     if nested and _TRAINING.match(top):
         return "the state of an optimizer, which only training needs", "optimizer-state"
     return None
 
 
 def file_of(held: ListedTensor) -> str | None:
-    """The file of a folder that a tensor is in, where its name says so.
+    """The file of a folder that a tensor is in, if its name starts with it.
 
     >>> file_of(ListedTensor("unet/model.safetensors/w", "float32", (2,), 8, "w"))
     'unet/model.safetensors'
@@ -180,7 +180,7 @@ def file_of(held: ListedTensor) -> str | None:
 
 
 def _main_file(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
-    """Of a folder's files the one, or the shards, whose tensors have plain names."""
+    """The tensors of a folder's main file, or of its shards: those without a file's name as prefix."""
     plain = {name for name, _ in named if not _IN_FILE.match(name)}
     if plain:
         return _divided(named, lambda one: _in_another_file(one, plain), left)
@@ -199,7 +199,7 @@ def _in_another_file(one: _Named, plain: Container[str]) -> _Verdict | None:
 
 
 def _innermost(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
-    """The tensors of the dictionary that holds the model, with their names in it."""
+    """The tensors of the innermost dictionary that holds the model, with their names in it."""
     while True:
         tops = {name.partition("/")[0] if "/" in name else "" for name, _ in named}
         main: str | None = next((top for top in HOLDERS if top in tops), None)
@@ -220,11 +220,11 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
         return None
     if name.partition("/")[0] in HOLDERS:
         return f"another copy of the model, beside {inside!r}", "two-copies"
-    return f"it stands beside the model, which is {inside!r}", "ballast"
+    return f"it is outside of the model, which is in {inside!r}", "ballast"
 
 
 def _one_copy(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
-    """Of a float model and its quantized copy only the former; and no name with what wrappers put into it."""
+    """Keep only the float model where a quantized copy is beside it; remove what wrappers add to names."""
     if all(any(name.startswith(prefix) for name, _ in named) for prefix in (_FLOAT_COPY, _QUANTIZED_COPY)):
         named = _divided(named, _beside_float_copy, left)
         named = [(name.removeprefix(_FLOAT_COPY), held) for name, held in named]
@@ -239,10 +239,10 @@ def _beside_float_copy(one: _Named) -> _Verdict | None:
 
 
 def _together(listing: Listing, named: Sequence[_Named], compare: bool, left: list[LeftOut]) -> list[Kept]:
-    """Tensors with the same numbers, under all their names: tied ones, and those of which the file has copies."""
+    """Tensors with all their names: tied tensors and copies of one tensor are joined."""
     kept: list[Kept] = []
     places: dict[object, int] = {}
-    forms: dict[object, list[int]] = {}  # which of the tensors that are kept may have the numbers of another
+    forms: dict[object, list[int]] = {}  # indexes of kept tensors that may equal another
     for name, held in named:
         place = (held.storage, held.offset, held.dtype, held.shape, held.stride)
         alike = forms.setdefault(_form(listing, held), []) if compare else []
@@ -268,9 +268,9 @@ def _kind(name: str, held: ListedTensor) -> Literal["parameter", "buffer"]:
 
 
 def _form(listing: Listing, held: ListedTensor) -> object:
-    """What tensors with the same numbers have in common: type, shape and a checksum of the first ones.
+    """A key that equal tensors share: type, shape and a checksum of the first numbers.
 
-    Nothing, where it is not worth finding out, or where strides of 0 make much of little.
+    Unique for small tensors, and for those that strides of 0 expand: they are not compared.
     """
     large = held.nbytes >= _COMPARED and len(held.shape) > 1 and 0 not in (held.stride or ())
     array = listing.array(held) if large and held.dtype in FLOATING else None
@@ -289,5 +289,5 @@ def _equal(listing: Listing, one: ListedTensor, other: ListedTensor) -> bool:
 
 
 def _bits(array: Array) -> Array:
-    """The numbers as whole numbers: NaN equals itself, and -0 is not 0."""
+    """The bits as integers, so that NaN equals itself and -0 differs from 0."""
     return array.view(f"u{array.itemsize}")

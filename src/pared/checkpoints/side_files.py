@@ -1,4 +1,4 @@
-"""The files beside the weights: with its configuration and tokenizer, a folder of Hugging Face stays usable."""
+"""The files beside the weights, copied so that a Hugging Face folder keeps its configuration and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Final
 
 from pared.files.disk import write_atomic, writing_to
 
-# Other forms of the same weights, by suffix, which nobody needs beside the compressed ones.
+# Suffixes of files with weights, which are not copied beside the compressed ones.
 _WEIGHTS: Final = frozenset(
     (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".onnx_data", ".gguf", ".npz", ".h5", ".keras",
      ".msgpack", ".tflite", ".ot")
 )  # fmt: skip
-# The folders in which sentence-transformers keeps the layers behind a model: their weights are no copies.
+# Folders in which sentence-transformers keeps layers that follow the model: their weights are copied, too.
 _LAYER: Final = re.compile(r"\d+_\w+$")
 _INDEX: Final = ".index.json"
 _OURS: Final = frozenset(("deploy.yaml", "engine.json"))
 
 
 def find_side_files(folder: Path, output: Path) -> Iterator[str]:
-    """The files of a folder that are no weights, by their paths in it, in order.
+    """The files of a folder that hold no weights, as sorted relative paths.
 
     Args:
-        folder: of the source.
-        output: what is in here is left out, should it be within the folder.
+        folder: the source.
+        output: a folder to skip, if it is inside `folder`.
     """
     destination = os.path.realpath(output)
     for place, directories, names in os.walk(folder):
@@ -42,12 +42,12 @@ def find_side_files(folder: Path, output: Path) -> Iterator[str]:
 
 
 def _is_weights(name: str) -> bool:
-    """Whether a file holds weights, says where they are, or goes with an artifact."""
+    """Whether a file holds weights, is an index of weights, or belongs to an artifact."""
     return Path(name).suffix in _WEIGHTS or name.endswith(_INDEX) or name in _OURS
 
 
 def copy(folder: Path, names: Collection[str], output: Path, within: Path) -> None:
-    """Copy files, each whole or not at all.
+    """Copy files, each completely or not at all.
 
     Raises:
         FileError: one cannot be read or written.

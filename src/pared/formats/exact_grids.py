@@ -76,7 +76,7 @@ def _views(shape: tuple[int, ...]) -> Iterator[View]:
 
 
 def _promising(array: Array, view: View, bits: float) -> Iterator[int]:
-    """Those of `_LARGEST` that explain some rows of a view in codes of so many bits."""
+    """Those of `_LARGEST` that explain some rows of a view, with codes of at most `bits` bits."""
     sample = _some(array, view).astype(np.float64)
     if sample.shape[1] < 2 or not sample.any():
         return

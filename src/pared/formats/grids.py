@@ -1,6 +1,6 @@
-"""Matrices put on grids, without torch: steps, codes, and the way back, in blocks of rows that fit a core's cache.
+"""Matrices rounded to grids without torch, in blocks of rows that fit a core's cache.
 
-A matrix here is a NumPy array of two dimensions with one step for each row, of one of the types of `FLOATING`;
+A matrix here is a two-dimensional NumPy array with one step for each row, of one of the types of `FLOATING`;
 all arithmetic is in float32, as in `formats.Grid`, whose codes are the same.
 """
 
@@ -18,7 +18,7 @@ from pared.files.threads import each
 from pared.formats.dtypes import Array, as_floats
 from pared.formats.streams import Steps
 
-# A sum of so many products of the largest codes, 255 * 127, still fits 32 bits.
+# The sum of this many products of the largest codes, 255 * 127, still fits 32 bits.
 MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
 
@@ -35,7 +35,7 @@ _Tile = tuple[slice, slice]
 
 
 def tiles(shape: tuple[int, int], size: int = _BLOCK) -> Iterator[_Tile]:
-    """Blocks that cover a matrix, of about so many numbers: some rows, or a part of a long one."""
+    """Blocks that cover a matrix, of about `size` numbers each: some rows, or a part of a long row."""
     n_rows, n_columns = shape
     if not n_rows or not n_columns:
         return
@@ -51,7 +51,7 @@ def magnitudes(matrix: Array, threads: int = 1) -> Steps:
 
     Args:
         matrix: of (rows, columns).
-        threads: at most so many at work.
+        threads: the number of threads to use.
 
     >>> magnitudes(np.array([[1, -2], [0, 0]], np.float32)).tolist()
     [2.0, 0.0]
@@ -66,11 +66,11 @@ def magnitudes(matrix: Array, threads: int = 1) -> Steps:
     found = np.zeros(len(matrix), np.float32)
     for (rows, _), largest in _shared(look, matrix, threads):  # a long row has several tiles
         np.maximum(found[rows], largest, out=found[rows])
-    return np.abs(found)  # of a row of zeros it is 0, not -0
+    return np.abs(found)  # a row of zeros has 0, not -0
 
 
 def finest_steps(largest: Steps, codes: CodeType) -> Steps:
-    """The finest step of each row at which no code leaves the limit; zero for rows that are zero.
+    """The finest step of each row at which no code exceeds the limit; 0 for rows of zeros.
 
     >>> finest_steps(np.array([1.27, 0], np.float32), "int8").tolist()
     [0.009999999776482582, 0.0]
@@ -84,9 +84,9 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
 
     Args:
         matrix: of (rows, columns), finite.
-        step: for each row; zero gives zeros.
+        step: float32 of (rows,); a step of 0 gives codes of 0.
         codes: the type of the codes.
-        threads: at most so many at work.
+        threads: the number of threads to use.
 
     Returns:
         codes of (rows, columns).
@@ -111,7 +111,7 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
 
 
 def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tuple[_Tile, T]]:
-    """The work done on every tile, by threads that take runs of tiles."""
+    """The results of `work` on every tile; each thread takes a run of tiles."""
     blocks = list(tiles((matrix.shape[0], matrix.shape[1])))
     bounds = [i * len(blocks) // threads for i in range(threads + 1)]
     runs = [blocks[begin:end] for begin, end in pairwise(bounds)]
@@ -119,15 +119,15 @@ def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tup
 
 
 def refuse_damaged(array: Array, name: str) -> None:
-    """Say where a tensor holds NaN or an infinity.
+    """Raise an error that says where a tensor holds NaN or an infinity.
 
     Raises:
-        ModelError: always; it is called when there is one.
+        ModelError: always.
     """
     wrong = np.argwhere(~np.isfinite(array))
     value = "NaN" if np.isnan(array[tuple(wrong[0])]) else "an infinity"
     raise ModelError(
         f"holds {value} ({len(wrong):,} of {array.size:,} numbers are not finite, the first at {wrong[0].tolist()})",
         where=name,
-        remedy="Repair or fetch the checkpoint again: no compressed model can be better than its source.",
+        remedy="Repair the checkpoint or fetch it again: a compressed model cannot be better than its source.",
     )

@@ -1,4 +1,4 @@
-"""What is inside files of other kinds, found without running anything in them and without torch."""
+"""Readers of model files of other programs; nothing in a file is executed, and torch is not imported."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pared.readers.listing import Listing
 
 @contextmanager
 def open_listing(path: Path) -> Iterator[Listing]:
-    """The tensors of a file or of a folder; their numbers can be read as long as it is open.
+    """List the tensors of a file or folder; their numbers can be read while the context is open.
 
     Args:
-        path: of the file or the folder.
+        path: the file or the folder.
 
     Raises:
-        FileError: it cannot be read, or is of a kind that cannot be listed.
+        FileError: it cannot be read, or its format is not supported.
         CorruptError: it contradicts itself.
-        UnsafeError: it cannot be understood without running code, or would take memory without bound.
+        UnsafeError: it cannot be read without running code or within the memory limit.
     """
     with ExitStack() as files:
         if path.is_dir():

@@ -1,6 +1,6 @@
-"""Folders of weights: what Hugging Face, Intel Neural Compressor and others write, as one listing.
+"""Folders of weights, as Hugging Face, Intel Neural Compressor and others write them, as one listing.
 
-Every file of the folder is accounted for: those that hold weights by their tensors, all others as a note.
+Every file of the folder is accounted for: files of weights by their tensors, all others as a note.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from pared.files.memory_limit import MemoryLimit
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
 
-# The names by which files of weights are known; anything else in a folder is a note, whatever it begins with.
+# The suffixes of files of weights; any other file in a folder is a note, whatever it contains.
 SUFFIXES: Final = frozenset(
     (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".gguf", ".npz", ".npy", ".h5", ".keras")
 )
 _INDEX: Final = ".index.json"
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\.[a-z]+$")
-# The files whose tensors have plain names; where a folder has several of these, the first; others follow with a prefix.
+# The main file, whose tensors have no prefix: the first of these that is there. The tensors of all others have one.
 _MAIN: Final = ("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors",
                 "pytorch_model.bin", "adapter_model.bin", "best_model.pt")  # fmt: skip
 _INC: Final = ("best_configure.yaml", "best_configure.json", "qconfig.json", "quantize_config.json")
 _MOST_FILES: Final = 10_000
-_NBYTES_PER_BYTE: Final = 16  # of Python's objects, for each byte of an index at most
+_NBYTES_PER_BYTE: Final = 16  # an upper bound on Python's objects for each byte of an index
 
 
 def list_folder(folder: Path, files: ExitStack) -> Listing:
-    """All tensors of a folder. Storage keys and notes begin with the name of their file.
+    """List all tensors of a folder. Storage keys and notes begin with the name of their file.
 
-    Tensors have plain names where they are in the folder's one file of weights, in the shards that an index names or
-    in files called like shards; those of other files have the file's path before their names.
+    Tensors keep their names if they are in the folder's only file of weights, in the shards that an index lists or in
+    files named like shards; in all other files, the file's path precedes their names.
 
     Args:
         folder: the directory.
-        files: closes the files, when the listing is no longer needed.
+        files: the stack on which the opened files are put; it closes them.
 
     Raises:
         FileError: no file of the folder holds weights, or one of them cannot be read.
-        CorruptError: a file contradicts itself, or the index names what is not there.
+        CorruptError: a file contradicts itself, or the index lists something that is missing.
     """
     sizes = _sizes(folder)
     indexes = (name for name in sizes if name.endswith(_INDEX) and "/" not in name)
@@ -83,7 +83,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
 def _listings(
     folder: Path, names: Iterable[str], wanted: Container[str], files: ExitStack
 ) -> tuple[dict[str, Listing], dict[str, str]]:
-    """The listing of each file that can be listed, and why others cannot; those that are wanted must."""
+    """The listing of each readable file, and the reasons why others are not readable; `wanted` ones must be."""
     listings: dict[str, Listing] = {}
     unread: dict[str, str] = {}
     # ONNX models first: some of the others may be their data.
@@ -100,14 +100,14 @@ def _listings(
 
 
 def _beside(listings: Mapping[str, Listing]) -> set[str]:
-    """The files that hold tensors of others."""
+    """The files that hold numbers of tensors in other files."""
     return {
         (PurePosixPath(name).parent / other).as_posix() for name, found in listings.items() for other in found.beside
     }
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of every regular file, by its path relative to the folder, in order of names."""
+    """The size of every regular file, by relative path, sorted."""
     found: dict[str, int] = {}
     for path in _files(folder):
         if len(found) == _MOST_FILES:
@@ -120,7 +120,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Links to files are followed, as the cache of Hugging Face has them; links to directories are not."""
+    """All files. Links to files are followed, since Hugging Face's cache uses them; links to directories are not."""
     for directory, _, names in os.walk(folder):
         with reading(Path(directory)):
             found = [path for name in names if (path := Path(directory) / name).is_file()]
@@ -128,7 +128,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _index(path: Path, sizes: Mapping[str, int]) -> dict[str, str]:
-    """The file of each tensor, as an index says."""
+    """The file of each tensor, from an index."""
     at = Place(str(path))
     with open_file(path) as file:
         MemoryLimit(str(path), sum(sizes.values())).take(_NBYTES_PER_BYTE * len(file.data))
@@ -148,7 +148,7 @@ def _check_index(placed: Mapping[str, str], listings: Mapping[str, Listing], fol
 
 
 def _plain(listings: Mapping[str, Listing], placed: Mapping[str, str]) -> set[str]:
-    """The files whose tensors need no prefix."""
+    """The files whose tensors have no prefix."""
     if placed:
         return set(placed.values())
     if len(listings) == 1:
@@ -159,7 +159,7 @@ def _plain(listings: Mapping[str, Listing], placed: Mapping[str, str]) -> set[st
 
 def _shards(names: Iterable[str]) -> set[str]:
     found = {name for name in names if _SHARD.search(name)}
-    # Two sets of shards would use the same names twice.
+    # Two sets of shards would have the same names.
     return found if len({_SHARD.sub("", name) for name in found}) == 1 else set()
 
 

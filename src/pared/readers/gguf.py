@@ -35,9 +35,9 @@ class Block:
     """How GGML stores one type.
 
     Args:
-        name: in torch's words where torch has the type, in GGML's where it has not.
-        elements: in one block.
-        nbytes: of one block.
+        name: torch's name if torch has the type, else GGML's.
+        elements: the number of elements in a block.
+        nbytes: the size of a block.
     """
 
     name: str
@@ -66,17 +66,17 @@ def is_gguf(file: File) -> bool:
 
 
 def read_gguf(file: File) -> Listing:
-    """The tensors of a GGUF file, with shapes in torch's order: the dimension of neighbours is the last.
+    """List the tensors of a GGUF file, with shapes in torch's order: the last dimension is contiguous.
 
     Raises:
-        FileError: it is of another version, or puts the highest byte first.
+        FileError: it is of an unsupported version, or big-endian.
         CorruptError: it contradicts itself.
-        UnsafeError: it has more tensors than its size allows.
+        UnsafeError: listing it would exceed the memory limit.
     """
     reader = _Reader(file.data, len(_MAGIC), Place(file.where))
     version = reader.number()
     if version not in _VERSIONS:
-        order = "one that puts the highest byte first" if version % 0x10000 == 0 else f"of version {version}"
+        order = "one in big-endian byte order" if version % 0x10000 == 0 else f"of version {version}"
         raise unknown(file, f"a GGUF file, {order}")
     tensors, entries = reader.count(), reader.count()
     alignment = _DEFAULT_ALIGNMENT
@@ -87,7 +87,7 @@ def read_gguf(file: File) -> Listing:
         else:
             reader.skip_value(kind, 0)
     if not 0 < alignment <= 1 << 20:
-        reader.at.fail("its alignment is none")
+        reader.at.fail("its alignment is out of range")
     metadata = reader.position
     memory = file.memory
     found = []
@@ -107,7 +107,7 @@ def read_gguf(file: File) -> Listing:
 
 
 class _Reader:
-    """Reads values one behind the other, and never beyond the end."""
+    """Reads consecutive values, and never beyond the end of the file."""
 
     def __init__(self, data: memoryview, position: int, at: Place) -> None:
         self.data = data
@@ -115,7 +115,7 @@ class _Reader:
         self.at = at
 
     def skip(self, nbytes: int) -> int:
-        """Go on; where these bytes begin."""
+        """Advance by `nbytes`, and return the previous position."""
         begin = self.position
         if nbytes > len(self.data) - begin:
             self.at.fail("its header reaches beyond its end: it is truncated")
@@ -123,23 +123,23 @@ class _Reader:
         return begin
 
     def number(self) -> int:
-        """A whole number of four bytes."""
+        """An unsigned integer of four bytes."""
         value: int = _NUMBER.unpack_from(self.data, self.skip(_NUMBER.size))[0]
         return value
 
     def count(self) -> int:
-        """A whole number of eight bytes."""
+        """An unsigned integer of eight bytes."""
         value: int = _COUNT.unpack_from(self.data, self.skip(_COUNT.size))[0]
         return value
 
     def text(self) -> memoryview:
-        """The bytes of a text."""
+        """The bytes of a string."""
         length = self.count()
         begin = self.skip(length)
         return self.data[begin : begin + length]
 
     def skip_value(self, kind: int, depth: int) -> None:
-        """Go behind a value of metadata."""
+        """Skip a metadata value."""
         if kind in _FIXED:
             self.skip(_FIXED[kind])
         elif kind == _TEXT:
@@ -152,15 +152,15 @@ class _Reader:
             for _ in range(length):
                 self.skip_value(inner, depth + 1)
         else:
-            self.at.fail("its metadata have a value of unknown type")
+            self.at.fail("its metadata has a value of an unknown type")
 
 
 def _tensor(reader: _Reader) -> tuple[int, ListedTensor]:
-    """Where a tensor begins behind the header, and what it is."""
+    """A tensor, and its offset from the end of the header."""
     try:
         name = bytes(reader.text()).decode("utf-8")
     except UnicodeDecodeError:
-        reader.at.fail("the name of a tensor is no text")
+        reader.at.fail("the name of a tensor is not valid text")
     at = Place(f"{reader.at.place}: {name}")
     rank = reader.number()
     if rank > _MOST_DIMENSIONS:
@@ -168,15 +168,15 @@ def _tensor(reader: _Reader) -> tuple[int, ListedTensor]:
     shape = at.shape([reader.count() for _ in range(rank)][::-1], "shape")
     kind, offset = reader.number(), reader.count()
     if kind not in BLOCKS:
-        at.fail(f"its type {kind} is none that is known here")
+        at.fail(f"its element type {kind} is unknown")
     block = BLOCKS[kind]
     if (shape[-1] if shape else 1) % block.elements:
-        at.fail(f"its rows are no whole blocks of {block.elements}")
+        at.fail(f"its rows are not a multiple of its blocks of {block.elements} elements")
     return offset, ListedTensor(name, block.name, shape, math.prod(shape) // block.elements * block.nbytes, name)
 
 
 def _check_apart(placed: list[tuple[int, ListedTensor]], nbytes: int, at: Place) -> None:
-    """Tensors have distinct names, and lie apart and within the file."""
+    """Check that tensors have distinct names, do not overlap and are within the file."""
     if len({held.name for _, held in placed}) != len(placed):
         at.fail("two of its tensors have the same name")
     end = 0

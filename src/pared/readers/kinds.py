@@ -1,4 +1,4 @@
-"""Which reader a file has: by what it begins with, not by its name."""
+"""The reader for a file, chosen by its first bytes, not by its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pared.readers.torch.legacy import is_torch_legacy, read_torch_legacy
 
 
 def _read_zip(file: File) -> Listing:
-    """What a zip archive holds, by the names of its members."""
+    """List a zip archive, whose kind the names of its members tell."""
     archive = read_archive(file)
     exported = export_folder(archive)
     if exported is not None:
@@ -70,12 +70,12 @@ _READERS: Final[tuple[tuple[Callable[[File], bool], Callable[[File], Listing]], 
 
 
 def list_tensors(file: File) -> Listing:
-    """The tensors of a file.
+    """List the tensors of a file.
 
     Raises:
-        FileError: it is of a kind that cannot be listed.
+        FileError: its format is not supported.
         CorruptError: it contradicts itself.
-        UnsafeError: it cannot be understood without running code, or would take memory without bound.
+        UnsafeError: it cannot be read without running code or within the memory limit.
     """
     for is_kind, read in _READERS:
         if is_kind(file):

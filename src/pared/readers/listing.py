@@ -1,7 +1,7 @@
-"""What every reader gives: the tensors of a file, what holds their numbers, and what else takes bytes.
+"""What every reader returns: the tensors of a file, the storages of their numbers, and what else takes bytes.
 
-The numbers are not read before somebody asks for them; they then come as NumPy arrays, mapped rather than copied
-wherever the file has them plainly. Nothing here uses torch.
+Numbers are read only on request, as NumPy arrays, memory-mapped wherever the file stores them plainly. Nothing here
+uses torch.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class ListedTensor:
     """A tensor in a file.
 
     Args:
-        name: with a slash between nested dictionaries: "state_dict/encoder.weight".
-        dtype: of its elements, in torch's words ("float32"), or in the file's own where torch has none ("Q4_1").
-        shape: of the tensor.
-        nbytes: of its elements.
-        storage: the key of what holds them, maybe for other tensors too; None where it holds no numbers at all
+        name: the path to it, with a slash between nested dictionaries: "state_dict/encoder.weight".
+        dtype: the element type by torch's name ("float32"), or by the file's own name if torch has none ("Q4_1").
+        shape: the tensor's shape.
+        nbytes: the size of its elements.
+        storage: the key of the storage that holds them, possibly shared with other tensors; None if it has no numbers
             (a tensor on the meta device).
-        offset: of its first element in the content of the storage, in bytes.
-        stride: between neighbours in each dimension, in elements; None: without gaps, in C order.
+        offset: the position of its first element in the content of the storage, in bytes.
+        stride: the distance between neighbours in each dimension, in elements; None: contiguous, in C order.
     """
 
     name: str
@@ -42,14 +42,12 @@ class ListedTensor:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Bytes in a file that hold the numbers of one tensor, or of several.
+    """Bytes in a file that hold the numbers of one or more tensors.
 
     Args:
-        nbytes: that it takes in the file.
-        content: gives the numbers' bytes when it is called, inflated where the file has them compressed; None where
-            there is no way to them.
-        coded: whether the file has the numbers compressed or otherwise coded, so that `nbytes` tells nothing of how
-            many there are.
+        nbytes: the size in the file.
+        content: returns the bytes of the numbers, decompressed if necessary; None if they cannot be read.
+        coded: whether the numbers are compressed or otherwise coded, so that `nbytes` does not tell their count.
     """
 
     nbytes: int
@@ -59,13 +57,13 @@ class Storage:
 
 @dataclass(frozen=True)
 class Note:
-    """Something else in a file that takes bytes.
+    """Something in a file, other than a tensor, that takes bytes.
 
     Args:
-        nbytes: that it takes.
-        because: why, where that needs words.
-        ballast: whether the model needs none of it.
-        file: whether it is a whole file, of a folder.
+        nbytes: its size.
+        because: an explanation for users, if one is needed.
+        ballast: whether the model works without it.
+        file: whether it is a complete file of a folder.
     """
 
     nbytes: int
@@ -79,16 +77,16 @@ class Listing:
     """All tensors of a file, or of the files of a folder.
 
     Args:
-        tensors: in the file's own order.
-        storages: by key; storages of no tensor included.
-        notes: what else has a size worth a name, by that name in parentheses: "(header)", of a folder
-            "(model.safetensors: header)" and "(config.json)".
-        imports: the functions and classes that loading would import, beyond what tensors need: "os.system".
-        where: the path, or another name for messages.
-        nbytes: of all the files together.
-        kind: what was read, in words: "a .safetensors file", "a Hugging Face folder".
-        beside: the files beside it that hold some of its numbers, as paths relative to its folder.
-        flat: whether the file has no dictionaries within others, so that a slash in a name is a part of it.
+        tensors: in the file's order.
+        storages: by key, including those that no tensor uses.
+        notes: what else takes bytes, by a name in parentheses: "(header)"; in a folder "(model.safetensors: header)"
+            and "(config.json)".
+        imports: functions and classes that loading would import, beyond those that tensors need: "os.system".
+        where: the path, or another name for error messages.
+        nbytes: the total size of all files.
+        kind: a description of what was read: "a .safetensors file", "a Hugging Face folder".
+        beside: other files that hold some of the numbers, as paths relative to the file's folder.
+        flat: whether the file has no nested dictionaries, so that a slash is an ordinary character of a name.
     """
 
     tensors: tuple[ListedTensor, ...]
@@ -102,14 +100,15 @@ class Listing:
     flat: bool = False
 
     def array(self, held: ListedTensor) -> Array | None:
-        """The numbers of a tensor, mapped where the file has them plainly; of the types in `formats.dtypes.ELEMENTS`.
+        """The numbers of a tensor, memory-mapped where the file stores them plainly.
 
         Args:
             held: one of `tensors`.
 
         Returns:
-            an array of the tensor's shape, which strides of 0 may make far larger than its storage; None where the
-            file has no numbers for it, has them in blocks, or so compressed that inflating them would fill the memory.
+            an array of the tensor's shape, of a type in `formats.dtypes.ELEMENTS`; strides of 0 may make it far larger
+            than its storage. None if the file has no numbers for it, stores them in blocks that are not decoded, or
+            has them compressed beyond the memory limit.
 
         Raises:
             CorruptError: they cannot be read.
@@ -128,9 +127,9 @@ class Listing:
 
 
 def unknown(file: File, kind: str) -> FileError:
-    """The error for a file that nobody here can look into."""
+    """The error for a file that has no reader."""
     return FileError(
-        f"is {kind}, which pared cannot look into yet",
+        f"is {kind}, which pared cannot read",
         where=file.where,
         remedy="Pass a file of torch, safetensors, ONNX, GGUF or NumPy, or a folder of such files.",
     )

@@ -1,4 +1,4 @@
-"""A model in memory, listed as a file would be. Torch is not imported here: whoever has a model has torch."""
+"""Tensors in memory, listed like those of a file. Torch is not imported here: a caller that has a model has torch."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def list_model(model: Any) -> Listing:
 
 
 def _storage_of(tensor: Any, nbytes: int) -> tuple[str, int, tuple[int, ...] | None, Storage]:
-    """What tells a tensor's storage from others, where in it the tensor is, and the storage.
+    """The key of a tensor's storage, the tensor's offset and stride in it, and the storage.
 
-    Sparse and opaque tensors hide theirs.
+    Sparse and opaque tensors do not reveal theirs.
     """
     try:
         storage = tensor.untyped_storage()

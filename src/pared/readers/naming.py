@@ -1,29 +1,29 @@
-"""Names of tensors and modules: what wrappers and checkpoints put into them, and how those of two sides go together."""
+"""Names of tensors and modules: what wrappers and checkpoints add to them, and how to match those of two models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
-# The entries of checkpoints that hold a model, the likeliest first; one may stand within another. "module" is where
-# DeepSpeed keeps it, "state_dict" where Lightning does.
+# The entries of checkpoints that hold a model, the likeliest first; they may be nested. DeepSpeed uses "module",
+# Lightning "state_dict".
 HOLDERS: Final = (
     "state_dict", "model_state_dict", "model_state", "model_weights", "model", "module", "net", "network", "weights",
     "params", "params_ema", "model_ema", "ema_model", "state_dict_ema", "ema_state_dict", "ema",
 )  # fmt: skip
-# Parts of names that only wrappers use, wherever they wrap: torch.compile, FSDP, activation checkpointing.
+# Components of names that only wrappers add, at any depth: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS: Final = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-# DataParallel and DistributedDataParallel; a model may have a part of this name too.
+# Added by DataParallel and DistributedDataParallel; a model may use this name itself.
 _PARALLEL: Final = "module"
 _PEFT: Final = "base_model.model."
 _BEFORE_ALL: Final = (f"{_PARALLEL}.", _PEFT)
 
 
 def without_wrappers(names: Sequence[str]) -> list[str]:
-    """The names of a model's tensors as the model has them that was wrapped.
+    """The names of a model's tensors, without what wrappers added.
 
-    What a part of the model may be called too is removed only where every name begins with it, and nothing is removed
-    where two names would become one.
+    A prefix that may also be the name of a module is removed only if every name begins with it, and nothing is removed
+    if two names would become equal.
 
     >>> without_wrappers(["module.layers.0._fsdp_wrapped_module.weight", "module.head._orig_mod.bias"])
     ['layers.0.weight', 'head.bias']
@@ -39,7 +39,7 @@ def without_wrappers(names: Sequence[str]) -> list[str]:
 
 
 def unwrapped(name: str) -> str:
-    """A dotted name without what may come from a wrapper: for comparing names, not for changing them.
+    """A dotted name without what a wrapper may have added: for comparing names, not for changing them.
 
     >>> unwrapped("module.encoder._orig_mod"), unwrapped("module"), unwrapped("base_model.model.head")
     ('encoder', '', 'head')
@@ -48,7 +48,7 @@ def unwrapped(name: str) -> str:
 
 
 def bare(name: str) -> str:
-    """A name without what may come from a wrapper or a checkpoint: for comparing names, not for changing them.
+    """A name without what a wrapper or a checkpoint may have added: for comparing names, not for changing them.
 
     >>> bare("state_dict/module.encoder._orig_mod.weight")
     'encoder.weight'
@@ -60,14 +60,14 @@ def bare(name: str) -> str:
 
 
 def aligned(held: Collection[str], wanted: Collection[str]) -> Mapping[str, str]:
-    """Which of the wanted names each name that is held stands for, if they differ by wrappers or by one prefix.
+    """Match an artifact's names to a model's, if they differ by wrappers or by one prefix.
 
     Args:
-        held: the names in an artifact.
-        wanted: the names in a model.
+        held: the names in the artifact.
+        wanted: the names in the model.
 
     Returns:
-        a wanted name for each that is held; empty where the names are equal already, or do not go together.
+        the model's name for each of the artifact's names; empty if the names are equal already, or do not match.
 
     >>> aligned(["net.0.weight", "net.0.bias"], ["0.weight", "0.bias"])
     {'net.0.weight': '0.weight', 'net.0.bias': '0.bias'}
@@ -93,13 +93,13 @@ def _without(name: str, parts: Collection[str]) -> str:
 
 
 def _surplus(names: Collection[str], others: Collection[str]) -> str:
-    """What stands before all names, and not before all others."""
+    """The prefix of all names that the others lack."""
     before, other = _prefix(names), _prefix(others)
     return before.removesuffix(other) if before.endswith(f".{other}") or not other else ""
 
 
 def _prefix(names: Collection[str]) -> str:
-    """The modules in which all names are, with a dot behind them."""
+    """The modules that contain all names, followed by a dot."""
     first, last = (name.split(".")[:-1] for name in (min(names), max(names)))
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return "".join(f"{part}." for part in first[:shared])

@@ -1,4 +1,4 @@
-"""`.npy` and `.npz` files. The header of an array is a Python literal; it is matched here, never evaluated."""
+"""`.npy` and `.npz` files. An array's header is a Python literal; it is matched by a pattern, never evaluated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OBJECTS: Final = "Python objects, as a pickle"
 
 @dataclass(frozen=True)
 class _Header:
-    """What an array says about itself: its dtype in torch's words where it has one, or in NumPy's; "O" for objects."""
+    """The header of an array: its dtype by torch's name if it has one, else by NumPy's; "O" for Python objects."""
 
     dtype: str
     item: int
@@ -44,7 +44,7 @@ class _Header:
 
     @property
     def content(self) -> int:
-        """Bytes of the numbers."""
+        """The size of the numbers in bytes."""
         return math.prod(self.shape) * self.item
 
     def held(self, name: str, storage: str) -> ListedTensor:
@@ -59,7 +59,7 @@ def is_npy(file: File) -> bool:
 
 
 def read_npy(file: File) -> Listing:
-    """The array of a `.npy` file, under the name "array".
+    """List the array of a `.npy` file, under the name "array".
 
     Raises:
         CorruptError: its header contradicts itself, or the size of the file.
@@ -79,16 +79,16 @@ def read_npy(file: File) -> Listing:
 
 
 def is_npz(archive: Archive) -> bool:
-    """Whether an archive holds nothing but NumPy arrays."""
+    """Whether an archive holds only NumPy arrays."""
     return bool(archive.members) and all(member.name.endswith(".npy") for member in archive.members)
 
 
 def read_npz(file: File, archive: Archive) -> Listing:
-    """The arrays of a `.npz` archive; compressed ones are inflated when their numbers are asked for.
+    """List the arrays of a `.npz` archive; compressed ones are decompressed when their numbers are read.
 
     Raises:
         CorruptError: an array contradicts itself, or the archive.
-        UnsafeError: there are more of them than the file's size allows.
+        UnsafeError: listing them would exceed the memory limit.
     """
     memory = file.memory
     tensors: list[ListedTensor] = []
@@ -118,14 +118,14 @@ def _storage(file: File, member: Member, header: _Header, memory: MemoryLimit) -
     if member.plain:
         view = partial(_view, file, member.offset + header.nbytes, member.end)
         return Storage(header.content, partial(_numbers, view, header))
-    # Twice: pieces are joined when all are inflated.
+    # Twice: the pieces are joined after decompression.
     affordable = memory.affords(2 * member.nbytes)
     content = partial(_numbers, partial(_inflated, file, member, header.nbytes), header) if affordable else None
     return Storage(member.stored, content, coded=True)
 
 
 def _imports(file: File, member: Member, start: int, memory: MemoryLimit) -> set[str]:
-    """What the objects of an array would import."""
+    """What unpickling the objects of an array would import."""
     memory.take(2 * member.nbytes)
     content = memoryview(inflated(file, member))
     return set(read_pickle(content[start:], HARMLESS, file.where, memory).imports)
@@ -140,7 +140,7 @@ def _inflated(file: File, member: Member, start: int) -> memoryview:
 
 
 def _numbers(view: partial[memoryview], header: _Header) -> memoryview:
-    """The numbers with their lowest byte first."""
+    """The numbers in little-endian byte order."""
     content = view()
     if not header.swapped:
         return content
@@ -149,17 +149,17 @@ def _numbers(view: partial[memoryview], header: _Header) -> memoryview:
 
 
 def _header(head: bytes, at: Place) -> _Header:
-    """The header of an array, of which the first bytes are given."""
+    """Parse the header of an array from its first bytes."""
     version = head[6] if head.startswith(_MAGIC) and len(head) > 12 else 0
     if version not in _LENGTHS:
-        at.fail("it is no NumPy array of a known version")
+        at.fail("it is not a NumPy array of a known version")
     start = 8 + _LENGTHS[version].size
     nbytes = start + _LENGTHS[version].unpack_from(head, 8)[0]
     if nbytes > len(head):
         at.fail("its header is truncated, or longer than NumPy writes them")
     found = _HEADER.fullmatch(head[start:nbytes].decode("latin-1"))
     if found is None:
-        at.fail("its header is not as NumPy writes them")
+        at.fail("its header is not one that NumPy writes")
     descr, fortran, sizes = found.groups()
     shape = at.shape(
         [int(size) if len(size) < 20 else -1 for size in sizes.replace(" ", "").split(",") if size], "shape"
@@ -172,11 +172,11 @@ _SWAPPED: Final = frozenset(f"{word}{8 * size}" for word in _WORDS.values() for 
 
 
 def _dtype(descr: str, at: Place) -> tuple[str, int, str]:
-    """The dtype in words, the bytes of one element, and their order."""
+    """The dtype's name, the bytes of one element, and their order."""
     found = _DESCR.fullmatch(descr)
     if found is None:
-        # Several fields in one element: NumPy itself knows how many bytes that takes, but would have to evaluate it.
-        at.fail("its elements have several fields, which no weights have")
+        # A structured dtype: only NumPy could tell its size, and would evaluate the header for it.
+        at.fail("its elements have several fields: weights never have")
     order, kind, digits = found.groups()
     size = int(digits or 1)
     if kind == "O":

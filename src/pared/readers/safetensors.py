@@ -1,4 +1,4 @@
-"""`.safetensors` files: a header that says everything, and the tensors behind it."""
+"""`.safetensors` files: a header that describes the tensors, followed by their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES: Final[Mapping[str, str]] = {kind.safetensors: name for name, kind in TYP
 
 
 def read_safetensors(file: File) -> Listing:
-    """The tensors of a `.safetensors` file, from its header.
+    """List the tensors of a `.safetensors` file from its header.
 
     Raises:
         CorruptError: the header contradicts itself, or the size of the file.

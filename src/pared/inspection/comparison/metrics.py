@@ -64,12 +64,12 @@ class Similarity:
             return math.inf
         if self.broken or not self.signal:
             return -math.inf
-        # What is unequal by less than squares can show is as little as they can.
+        # A difference whose square underflows counts as the smallest number there is.
         return 10 * (math.log10(self.signal) - math.log10(max(self.noise, _LEAST)))
 
     @property
     def cosine(self) -> float:
-        """Of the angle between both, from -1 to 1; 1 where all is equal; NaN where one is zero and the other is not."""
+        """The cosine of the angle between both: 1 if all is equal, NaN if one is zero and the other is not."""
         if self.same:
             return 1.0
         if not (self.signal and self.other) or self.broken:
@@ -82,7 +82,7 @@ class Similarity:
         return self.error / self.largest if self.largest else math.inf if self.error else 0.0
 
     def __add__(self, other: Similarity) -> Similarity:
-        """Of both pairs of arrays, one behind the other."""
+        """The similarity of both pairs of arrays, concatenated."""
         return Similarity(
             self.count + other.count,
             self.equal + other.equal,
@@ -125,7 +125,7 @@ def _bits(array: Array) -> bytes:
 
 
 def _measure(a: Array, b: Array) -> Similarity:
-    # Whole numbers of 64 bits are more exact than float64.
+    # 64-bit integers are compared exactly, which float64 cannot do.
     whole = a.dtype == b.dtype and a.dtype.kind in "iu"
     x, y = as_numbers(a).reshape(-1), as_numbers(b).reshape(-1)
     same = (a == b).reshape(-1) if whole else x == y
@@ -147,12 +147,12 @@ def _measure(a: Array, b: Array) -> Similarity:
 
 
 def _product(x: Floats, y: Floats) -> float:
-    """Not np.dot: its threads would wait for each other wherever cores are busy, at every block."""
+    """The inner product; not by np.dot, whose threads wait for each other at every block when cores are busy."""
     return float(np.einsum("i,i->", x, y))
 
 
 def _blocks(a: Array, b: Array) -> Iterator[tuple[Array, Array]]:
-    """Both arrays in pieces of at most so many numbers, without copies of them."""
+    """Both arrays in blocks of at most `_BLOCK` numbers, without copying."""
     if a.size <= _BLOCK:
         if a.size:
             yield a, b

@@ -1,4 +1,4 @@
-"""Which tensors of two sources are the same one: by name, by name without what wrappers add, by content."""
+"""Match the tensors of two sources: by name, by name without what wrappers add, or by content."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Layout = Literal["", "transposed", "reshaped"]
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Two tensors that are one.
+    """Two tensors that correspond to each other.
 
     Args:
-        a: of the first source.
-        b: of the second.
-        layout: what has to be done to `b` so that it has the shape of `a`.
-        by: "name", or "content" where nothing but the numbers says so.
+        a: the tensor of the first source.
+        b: the tensor of the second source.
+        layout: how `b` must be changed to have the shape of `a`.
+        by: what matched: "name", or "content" if only the numbers did.
     """
 
     a: Piece
@@ -34,18 +34,18 @@ class Match:
     by: Literal["name", "content"] = "name"
 
 
-# Tensors are recognized by so many numbers, at places that are the same for all of a shape.
+# Tensors are recognized by a sample of this many numbers, at the same places for all tensors of a shape.
 _SAMPLE: Final = 1024
-# The least correlation of two tensors that are taken for one: that of a code of about two bits.
+# The least correlation of matching tensors: about that of a two-bit code with its source.
 _ALIKE: Final = 0.9
-# Fewer numbers correlate by chance: they must be equal.
+# Fewer numbers than this may correlate by chance: they must be equal.
 _FEW: Final = 16
 
 
 def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
-    """The tensors that both sources have, in the order of the first; none is in two matches.
+    """Match the tensors of two sources, each at most once; in the order of the first.
 
-    Those of equal names are matched whatever they hold: shapes that differ are for the caller to report.
+    Tensors with equal names are matched whatever they hold: the caller reports shapes that differ.
     """
     matches: list[Match] = []
     left = _Left(list(first), list(second), matches)
@@ -63,19 +63,19 @@ def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
 
 @dataclass(eq=False)
 class _Left:
-    """What has no counterpart yet, and what has."""
+    """The tensors without a match so far, and the matches."""
 
     first: list[Piece]
     second: list[Piece]
     matches: list[Match]
 
     def match(self, key: Callable[[Piece], str]) -> None:
-        """Match what has the same name, where no other of its source has that."""
+        """Match tensors with equal keys that are unique in their sources."""
         one, other = (_unique(pieces, key) for pieces in (self.first, self.second))
         self._take([Match(one[name], other[name]) for name in one.keys() & other.keys()])
 
     def match_contents(self, *, transposed: bool) -> None:
-        """Match what has the same shape and much the same numbers, the most alike first."""
+        """Match tensors with the same shape and similar numbers, the most similar first."""
         wanted = {piece.shape for piece in self.first if not transposed or len(piece.shape) == 2}
         waiting: dict[tuple[int, ...], list[tuple[Piece, Floats]]] = {shape: [] for shape in wanted}
         for piece in self.second:
@@ -107,9 +107,9 @@ def _unique(pieces: Iterable[Piece], key: Callable[[Piece], str]) -> dict[str, P
 
 
 def _common_prefix(first: Sequence[Piece], second: Sequence[Piece]) -> str:
-    """What stands before the names of one side and not of the other, for as many tensors as possible; "" if nothing.
+    """The prefix that one side has and the other lacks for the largest number of tensors; "" if there is none.
 
-    One tensor is enough only where it is all that a side has left.
+    A single tensor is enough only if a side has no others left.
     """
     votes: Counter[str] = Counter()
     for longer, shorter in ((first, second), (second, first)):
@@ -134,7 +134,7 @@ def _alike(a: Piece, candidates: Sequence[tuple[Piece, Floats]]) -> Iterator[tup
 
 
 def correlation(x: Floats, y: Floats) -> float:
-    """Of two samples; 1 or 0 where they are too few, or all the same, and so either equal or not.
+    """The correlation of two samples. Samples that are small or constant give 1 if they are equal, else 0.
 
     >>> correlation(np.arange(20.0), 3 - np.arange(20.0)), correlation(np.ones(20), np.ones(20))
     (-1.0, 1.0)
@@ -158,7 +158,7 @@ def _sample(piece: Piece, transposed: bool = False) -> Floats | None:
 
 
 def sampled(array: Array) -> Floats:
-    """Some numbers of an array: of two arrays of one shape, those at the same places."""
+    """A sample of an array as float64, taken at the same places for all arrays of a shape."""
     if array.size > _SAMPLE:
         places = np.random.default_rng(0).integers(array.size, size=_SAMPLE)
         array = array[np.unravel_index(places, array.shape)]
@@ -166,7 +166,7 @@ def sampled(array: Array) -> Floats:
 
 
 def layout_of(a: Array, b: Array) -> Layout | None:
-    """How a tensor of the same name but of another shape holds the same numbers; None if it does not.
+    """How `b`, of another shape, holds the numbers of `a`; None if it does not.
 
     Args:
         a: the reference.

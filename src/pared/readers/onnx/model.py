@@ -1,4 +1,4 @@
-"""ONNX models: their graphs are walked in place for the tensors in them."""
+"""ONNX models: their graphs are searched for tensors, in place."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _ATTRIBUTE_SPARSE: Final = 22
 _SPARSE_VALUES, _SPARSE_INDICES = 1, 2
 
 _DEEPEST: Final = 32
-# What follows the first field of a model, its version: the keys of the fields that may stand there.
+# The keys of the fields that may follow a model's first field, its version.
 _SECOND_KEYS: Final = b"\x12\x1a\x22\x28\x32\x3a\x42\x72\xa2\xca"
 
 
 def is_onnx(file: File) -> bool:
-    """Whether the file begins as an ONNX model: with its version, as every writer has it."""
+    """Whether the file begins like an ONNX model: with its version, as all writers do."""
     head = bytes(file.data[:3])
     return len(head) == 3 and head[0] == 0x08 and 0 < head[1] < 0x80 and head[2] in _SECOND_KEYS
 
 
 def read_onnx(file: File) -> Listing:
-    """The initializers of an ONNX model and the tensors in its nodes, subgraphs and functions included.
+    """List the initializers of an ONNX model and the tensors in its nodes, including subgraphs and functions.
 
     Raises:
         FileError: a file with some of its tensors is missing.
         CorruptError: it contradicts itself, or names data outside its folder.
-        UnsafeError: it has more tensors or nesting than its size allows.
+        UnsafeError: it is nested too deeply, or listing it would exceed the memory limit.
     """
     at = Place(file.where)
     tensors = Tensors(file, file.memory)
@@ -57,7 +57,7 @@ def read_onnx(file: File) -> Listing:
     for location, spans in tensors.outside.items():
         rest = sizes[location] - _covered(spans, Place(f"{file.where}: {location}"))
         if rest:
-            notes[f"({location})"] = Note(rest, "alignment, or what no tensor refers to")
+            notes[f"({location})"] = Note(rest, "alignment, or bytes that no tensor refers to")
     return Listing(
         tuple(tensors.listed),
         tensors.storages,
@@ -69,7 +69,7 @@ def read_onnx(file: File) -> Listing:
 
 
 def _covered(spans: set[tuple[int, int]], at: Place) -> int:
-    """The bytes in places that lie apart."""
+    """The total size of spans of (offset, length), which must not overlap."""
     end = 0
     for offset, length in sorted(spans):
         if length and offset < end:
@@ -102,7 +102,7 @@ def _function(data: memoryview, tensors: Tensors) -> None:
 
 
 def _node(data: memoryview, tensors: Tensors, depth: int) -> None:
-    """A constant is known by what it gives: other nodes refer to that."""
+    """Tensors of a node have the name of its output, by which other nodes refer to them."""
     at = Place(tensors.file.where)
     output = name = ""
     for number, value in _messages(data, at):
@@ -111,7 +111,7 @@ def _node(data: memoryview, tensors: Tensors, depth: int) -> None:
         elif number == _NODE_NAME:
             name = text_of(value, at)
         elif number == _NODE_ATTRIBUTE:
-            # Attributes stand behind names in every writer's files: the numbers of the fields ascend.
+            # Attributes follow the names in all writers' files: field numbers ascend.
             _attribute(value, tensors, output or name or "(node)", depth)
 
 

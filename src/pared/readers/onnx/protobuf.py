@@ -1,4 +1,4 @@
-"""The wire format of protocol buffers, walked in place: nothing is copied, and nothing is believed."""
+"""The wire format of protocol buffers, parsed in place: nothing is copied, and everything is checked."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from pared.files.checks import Place
 
 _LONGEST_VARINT: Final = 10
-_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # the kinds of fields; groups, which are history, are refused
+_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types; groups, which are obsolete, are refused
 
-Value = int | memoryview  # a number, or the bytes of a text, of a message, of packed numbers or of one fixed number
+Value = int | memoryview  # a number; or the bytes of a string, a message, packed numbers or a fixed-size number
 
 
 def fields(data: memoryview, at: Place) -> Iterator[tuple[int, Value]]:
-    """The fields of a message, with their numbers, in the order of the file.
+    """The fields of a message, as (field number, value), in the order of the file.
 
     Args:
-        data: of the message.
-        at: for messages.
+        data: the message.
+        at: the place in the file, for error messages.
 
     Raises:
-        CorruptError: it is no message.
+        CorruptError: the data is not a message.
 
     >>> [(number, value) for number, value in fields(memoryview(bytes([8, 150, 1])), Place("file"))]
     [(1, 150)]
@@ -42,15 +42,15 @@ def fields(data: memoryview, at: Place) -> Iterator[tuple[int, Value]]:
         elif kind in (_EIGHT, _FOUR):
             length = 8 if kind == _EIGHT else 4
         else:
-            at.fail("it is no protocol buffer, or a damaged one")
+            at.fail("it is not a protocol buffer, or a damaged one")
         if length > len(data) - position:
-            at.fail("one of its fields reaches beyond what it is part of")
+            at.fail("one of its fields extends beyond the message that contains it")
         yield number, data[position : position + length]
         position += length
 
 
 def varint(data: memoryview, position: int, at: Place) -> tuple[int, int]:
-    """A number of variable length, and where it ends."""
+    """The variable-length integer at a position, and the position after it."""
     value = shift = 0
     while position < len(data) and shift < 7 * _LONGEST_VARINT:
         byte = data[position]
@@ -59,11 +59,11 @@ def varint(data: memoryview, position: int, at: Place) -> tuple[int, int]:
         if byte < 0x80:
             return value & ((1 << 64) - 1), position
         shift += 7
-    return at.fail("a number in it has no end")
+    return at.fail("a variable-length integer in it is too long or truncated")
 
 
 def numbers(value: Value, at: Place) -> Iterator[int]:
-    """Signed whole numbers in one field: a single one, or several packed."""
+    """The signed integers in a field: a single one, or several packed."""
     if isinstance(value, int):
         yield _signed(value)
         return
@@ -81,18 +81,18 @@ _PIECE: Final = 1 << 16
 
 
 def unpack_varints(chunks: Sequence[Value], dtype: str, count: int, at: Place) -> NDArray[np.generic]:
-    """Whole numbers from fields that hold them, single or packed, as an array; in pieces, so that memory is bounded.
+    """Integers from fields that hold them, single or packed, as an array; decoded in pieces to bound the memory.
 
     Args:
         chunks: the fields' values.
-        dtype: NumPy's for the result; higher bits are cut off.
-        count: how many there must be.
-        at: for messages.
+        dtype: NumPy type of the result; higher bits are cut off.
+        count: the expected number of integers.
+        at: the place in the file, for error messages.
     """
     result = np.zeros(count, dtype)
     filled = 0
     for piece in _pieces(chunks, at):
-        # More than there is room for are not kept, only counted.
+        # Surplus numbers are counted, but not kept.
         room = result[filled : filled + len(piece)]
         room[:] = piece[: len(room)].astype(dtype)
         filled += len(piece)
@@ -111,7 +111,7 @@ def _pieces(chunks: Sequence[Value], at: Place) -> Iterator[NDArray[np.uint64]]:
             data = np.frombuffer(chunk[begin : begin + _PIECE], np.uint8)
             ends = np.flatnonzero(data < 0x80)
             if not len(ends):
-                at.fail("a number in it has no end")
+                at.fail("a variable-length integer in it is too long or truncated")
             begin += int(ends[-1]) + 1
             yield _decoded(data[: ends[-1] + 1], ends, at)
 
@@ -120,6 +120,6 @@ def _decoded(data: NDArray[np.uint8], ends: NDArray[np.intp], at: Place) -> NDAr
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if lengths.max() > _LONGEST_VARINT:
-        at.fail("a number in it has no end")
+        at.fail("a variable-length integer in it is too long or truncated")
     shifts = (np.arange(len(data)) - np.repeat(starts, lengths)).astype(np.uint64) * np.uint64(7)
     return np.add.reduceat((data & 0x7F).astype(np.uint64) << shifts, starts)

@@ -1,4 +1,4 @@
-"""Tensors of ONNX: what one is, and where its numbers are; in the model, or in a file beside it."""
+"""Tensors of ONNX models, whose numbers are in the model itself or in a file beside it."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ _TYPED: Final[Mapping[str, int]] = {
 
 @dataclass
 class Tensors:
-    """The tensors of a model, as they are found.
+    """Collects the tensors of a model.
 
     Args:
         file: the model.
         memory: how much listing it may take.
         listed: the tensors so far.
-        storages: what holds their numbers; those in another file have its name before the place in it.
-        inside: the bytes that numbers take in the model itself.
-        outside: the places in other files that hold numbers, by the file's name.
+        storages: the storages of their numbers; the key of one in another file begins with that file's name.
+        inside: the size of all numbers in the model file itself.
+        outside: spans of numbers in other files as (offset, length), by file name.
     """
 
     file: File
@@ -68,11 +68,11 @@ class Tensors:
     _names: dict[str, int] = field(default_factory=dict)
 
     def add(self, data: memoryview, name: str) -> None:
-        """List one tensor.
+        """List a tensor.
 
         Args:
             data: its message.
-            name: of it; "" if it has one of its own.
+            name: its name; "" to use the name in the message.
         """
         self.memory.take(_HELD_NBYTES)
         at = Place(self.file.where)
@@ -86,7 +86,7 @@ class Tensors:
         kind = parts.get(_TYPE, [0])[-1]
         dtype = _NAMES.get(kind) if isinstance(kind, int) else None
         if dtype is None:
-            at.fail("its element type is none that is known here")
+            at.fail("its element type is unknown")
         bits = 0 if dtype == _STRING else TYPES[dtype].bits
         nbytes = -(-math.prod(shape) * bits // 8)
         if parts.get(_LOCATION, [0])[-1] == _OUTSIDE:
@@ -98,7 +98,7 @@ class Tensors:
         self.listed.append(ListedTensor(name, dtype, shape, nbytes if bits else storage.nbytes, key))
 
     def _unique(self, name: str) -> str:
-        """The name, with a number behind it if it was there before: subgraphs have names of their own."""
+        """The name, with a number appended if it is taken: subgraphs may repeat names."""
         while name in self._names:
             self._names[name] += 1
             name = f"{name}#{self._names[name]}"
@@ -112,43 +112,45 @@ class Tensors:
         offset = _whole(known.get("offset", "0"), "the offset of its data", at)
         length = _whole(known.get("length", str(nbytes)), "the length of its data", at)
         if nbytes != length:
-            at.fail(f"its data have {length:,} bytes where its shape needs {nbytes:,}")
+            at.fail(f"its data has {length:,} bytes where its shape needs {nbytes:,}")
         if offset + length > (size := path.stat().st_size):
-            at.fail(f"its data end at byte {offset + length:,} of {location[:80]!r}, which has {size:,}")
+            at.fail(f"its data ends at byte {offset + length:,} of {location[:80]!r}, which has {size:,}")
         self.outside.setdefault(location, set()).add((offset, length))
         return f"{location}@{offset}+{length}", Storage(length, partial(_mapped, path, offset, length))
 
 
 def text_of(value: Value, at: Place) -> str:
-    """The text in a field; "" for a number."""
+    """The text in a field; "" if it is a number."""
     try:
         return "" if isinstance(value, int) else bytes(value[:4096]).decode("utf-8")
     except UnicodeDecodeError:
-        at.fail("a name in it is no text")
+        at.fail("a name in it is not valid text")
 
 
 def outside_path(file: File, location: str, at: Place) -> Path:
-    """A file beside the model, named in it.
+    """The path of a file beside the model that the model refers to.
 
     Raises:
         FileError: it is missing.
         CorruptError: it is outside the model's folder.
     """
     if file.path is None:
-        at.fail("its data are in another file, and a model in memory has none beside it")
+        at.fail("its data is in another file, and a model in memory has no files beside it")
     folder = file.path.parent
     if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
-        at.fail(f"its data are said to be at {location[:80]!r}, which is no place in the model's folder")
+        at.fail(f"its data is said to be in {location[:80]!r}, which is not a path inside the model's folder")
     try:
         real = (folder / location).resolve(strict=True)
     except (OSError, RuntimeError) as error:
         raise FileError(
-            f"its data are in {location[:80]!r}, which is missing", where=at.place, remedy="Put that file beside it."
+            f"its data is in {location[:80]!r}, which is missing",
+            where=at.place,
+            remedy="Put that file beside the model.",
         ) from error
-    # A cache may have links to its real files; then the model is such a link itself.
+    # In a cache of links to real files, the model is such a link itself.
     homes = (folder.resolve(), file.path.resolve().parent)
     if not real.is_file() or not any(real.is_relative_to(home) for home in homes):
-        at.fail(f"its data are said to be at {location[:80]!r}, which leads out of the model's folder")
+        at.fail(f"its data is said to be in {location[:80]!r}, which leads out of the model's folder")
     return real
 
 
@@ -168,7 +170,7 @@ def _entry(data: Value, at: Place) -> tuple[str, str]:
 
 
 def _whole(text: str, what: str, at: Place) -> int:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else at.fail(f"{what} is no number")
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else at.fail(f"{what} is not a number")
 
 
 def _mapped(path: Path, offset: int, length: int) -> memoryview:
@@ -176,12 +178,12 @@ def _mapped(path: Path, offset: int, length: int) -> memoryview:
         return memoryview(b"")
     with path.open("rb") as stream:
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    # The map lives as long as the view.
+    # The mapping lives as long as the view.
     return memoryview(mapped)[offset : offset + length]
 
 
 def _inline(parts: Mapping[int, list[Value]], dtype: str, nbytes: int, memory: MemoryLimit, at: Place) -> Storage:
-    """The numbers in the message itself: raw, or typed."""
+    """The storage of numbers in the message itself: raw, or in a typed field."""
     raw = _joined(parts.get(_RAW, []), at)
     place = _TYPED.get(dtype, _INT32S)
     typed = parts.get(place, [])
@@ -208,7 +210,7 @@ def _plain(content: memoryview, nbytes: int, at: Place) -> Storage:
 def _joined(values: Sequence[Value], at: Place) -> memoryview:
     chunks = [value for value in values if not isinstance(value, int)]
     if len(chunks) != len(values):
-        at.fail("its numbers are of another type than it says")
+        at.fail("its numbers are of another type than declared")
     return chunks[0] if len(chunks) == 1 else memoryview(b"".join(chunks))
 
 

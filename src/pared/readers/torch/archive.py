@@ -1,7 +1,6 @@
-"""What `torch.save` and `torch.jit.save` write: a zip archive with a pickle, and a member for each storage.
+"""What `torch.save` and `torch.jit.save` write: a zip archive with a pickle and one member for each storage.
 
-Nothing in a file is executed and no tensor is read. Sizes are computed from shapes and types and compared with what
-the file has.
+Nothing in a file is executed. The sizes that shapes and types imply are compared with those in the file.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import tensors_of
 
 _CONSTANTS: Final = "constants.pkl"
-_CODE: Final = "code/"  # of TorchScript, with what a debugger needs behind each file of it
+_CODE: Final = "code/"  # of TorchScript; a member with debug information follows each file
 _DEBUG: Final = ".debug_pkl"
-_EXTRA: Final = "extra/"  # what the author of a TorchScript archive has put into it
+_EXTRA: Final = "extra/"  # files that the author of a TorchScript archive added
 _BYTE_ORDER: Final = "byteorder"
 _SCRIPTED: Final = "__torch__."  # the classes of TorchScript, whose code is in the archive and is never run here
 
 
 def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
-    """The tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
+    """List the tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
 
     Args:
         file: the archive.
         archive: its members.
-        folder: of what torch wrote.
+        folder: the top folder of the archive.
 
     Raises:
-        FileError: it was written on a machine that puts the highest byte first.
+        FileError: it was written on a big-endian machine.
         CorruptError: it contradicts itself.
-        UnsafeError: its pickle cannot be understood, or would take memory without bound.
+        UnsafeError: its pickle cannot be interpreted, or would exceed the memory limit.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
     order = members.get(_BYTE_ORDER)
@@ -59,7 +58,7 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
 
 
 def _described(file: File, members: Mapping[str, Member], pickle: str, folder: str, memory: MemoryLimit) -> Listing:
-    """What one pickle of the archive describes, with the storages of one folder."""
+    """List what one pickle of the archive describes, with the storages in one folder."""
     content = checked_content(file, members[pickle])
     found = read_pickle(content, HARMLESS, file.where, memory)
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
@@ -84,8 +83,8 @@ def _code(members: Mapping[str, Member]) -> dict[str, Note]:
         "(code)": Note(sum(member.stored for member in code) - debug),
         "(extra)": Note(
             sum(member.stored for name, member in members.items() if name.startswith(_EXTRA)),
-            "files that were saved with it: the model itself needs none of them",
+            "files that were saved with it: the model does not need them",
             ballast=True,
         ),
-        "(debug)": Note(debug, "where in its source each instruction comes from: nothing needs it", ballast=True),
+        "(debug)": Note(debug, "the source lines of its instructions: the model does not need them", ballast=True),
     }

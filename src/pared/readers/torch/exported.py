@@ -1,4 +1,4 @@
-"""What `torch.export.save` writes (`.pt2`): raw weights in a zip archive, and JSON that says what they are."""
+"""What `torch.export.save` writes (`.pt2`): raw weights in a zip archive, described by JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _CONSTANTS: Final = "data/constants/"
 _CONFIGS: Final = ("_weights_config.json", "_constants_config.json")
 _MODELS: Final = "models/"
 _SAMPLES: Final = "data/sample_inputs/"
-_OBJECTS: Final = "tensors of other classes and objects, as pickles: not looked into"
-_JSON_NBYTES: Final = 24  # of Python's objects, for each byte of JSON at most
+_OBJECTS: Final = "tensor subclasses and objects, as pickles: not read"
+_JSON_NBYTES: Final = 24  # an upper bound on Python's objects for each byte of JSON
 _HELD_NBYTES: Final = 1000
 
 # The number of each element type: torch/_export/serde/schema.py, ScalarType.
@@ -33,7 +33,7 @@ _TYPES: Final[Mapping[int, str]] = {
 
 
 def export_folder(archive: Archive) -> str | None:
-    """The folder of what `torch.export.save` wrote, with a slash behind it; None if it is some other archive."""
+    """The top folder of an archive that `torch.export.save` wrote, with a final slash; None for other archives."""
     for member in archive.members:
         folder, _, rest = member.name.partition("/")
         if rest == "archive_format":
@@ -42,13 +42,13 @@ def export_folder(archive: Archive) -> str | None:
 
 
 def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
-    """The weights and constants of the exported programs in a `.pt2` archive.
+    """List the weights and constants of the exported programs in a `.pt2` archive.
 
-    Where it holds several programs, the name of each stands before the names of its tensors.
+    If it holds several programs, the name of a program precedes the names of its tensors.
 
     Raises:
         CorruptError: it contradicts itself.
-        UnsafeError: reading it would take memory without bound.
+        UnsafeError: listing it would exceed the memory limit.
     """
     members = {member.name.removeprefix(folder): member for member in archive.members}
     memory = file.memory
@@ -59,7 +59,7 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
     for name in configs:
         prefix = f"{_program(name)}/" if len(programs) > 1 else ""
         for tensor, path, entry in _entries(file, members, name, memory):
-            # Subclasses of tensors and custom objects are files of torch, or pickles, inside this one.
+            # Tensor subclasses and custom objects are torch files or pickles within this archive.
             if entry.get("use_pickle"):
                 pickled.add(path)
             else:
@@ -77,7 +77,9 @@ def read_torch_export(file: File, archive: Archive, folder: str) -> Listing:
             "(graph)": _note(members, _MODELS),
             "(objects)": Note(sum(members[path].stored for path in pickled if path in members), _OBJECTS),
             "(configuration)": Note(sum(members[name].stored for name in configs)),
-            "(sample inputs)": _note(members, _SAMPLES, "the inputs it was exported with: nothing needs them"),
+            "(sample inputs)": _note(
+                members, _SAMPLES, "the inputs it was exported with: the model does not need them"
+            ),
         },
         kind="an exported program (.pt2)",
     )
@@ -100,7 +102,7 @@ def _content(file: File, member: Member) -> memoryview:
 def _entries(
     file: File, members: Mapping[str, Member], config: str, memory: MemoryLimit
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """The names in a configuration, where each is in the archive, and what is said of it."""
+    """The tensors in a configuration: name, path in the archive, and description."""
     at = Place(f"{file.where}: {config}")
     memory.take(_JSON_NBYTES * members[config].stored)
     top = at.mapping(at.json(checked_content(file, members[config]), "it"), "it")
@@ -118,7 +120,7 @@ def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at:
         at.fail(f"its member {path[:80]!r} is missing")
     kind = _TYPES.get(at.whole(fields.get("dtype"), "its dtype"), "")
     if kind not in TYPES:
-        at.fail("its dtype is none that is known here")
+        at.fail("its dtype is unknown")
     shape = at.shape([_int(size, at) for size in at.sequence(fields.get("sizes"), "its sizes")], "sizes")
     stride = tuple(at.whole(_int(s, at), "a stride") for s in at.sequence(fields.get("strides"), "its strides"))
     offset = at.whole(_int(fields.get("storage_offset"), at), "its offset")
@@ -126,5 +128,5 @@ def _held(name: str, meta: object, path: str, members: Mapping[str, Member], at:
 
 
 def _int(value: object, at: Place) -> object:
-    """A size is a number, or an expression of one where it was not fixed."""
+    """The integer in a size, which may be an expression if the size was dynamic."""
     return at.mapping(value, "a size").get("as_int")

@@ -1,4 +1,4 @@
-"""What `torch.save` wrote before torch 1.6: five pickles one behind the other, then the storages."""
+"""What `torch.save` wrote before torch 1.6: five consecutive pickles, then the storages."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _COUNT: Final = struct.Struct("<q")
 
 
 def is_torch_legacy(file: File) -> bool:
-    """Whether the file begins as torch wrote files before 1.6."""
+    """Whether the file begins like one that torch wrote before 1.6."""
     return bytes(file.data[: len(_MAGIC)]) == _MAGIC
 
 
 def read_torch_legacy(file: File) -> Listing:
-    """The tensors of a file of the kind that torch wrote before 1.6.
+    """List the tensors of a file that torch wrote before 1.6.
 
     Raises:
-        FileError: it was written on a machine that puts the highest byte first.
+        FileError: it was written on a big-endian machine.
         CorruptError: it contradicts itself.
-        UnsafeError: its pickle cannot be understood, or would take memory without bound.
+        UnsafeError: its pickle cannot be interpreted, or would exceed the memory limit.
     """
     at = Place(file.where)
     memory = file.memory
@@ -53,20 +53,20 @@ def read_torch_legacy(file: File) -> Listing:
 
 
 def _kinds(content: Pickle, at: Place) -> dict[str, str]:
-    """The element type of each storage: only who refers to it says so."""
+    """The element type of each storage, which only references to it tell."""
     return {key: kind for key, kind, _ in (storage_of(r, at) for r in content.references if not _is_source(r))}
 
 
 def _is_source(reference: Persistent) -> bool:
-    """The source code of a module's class, which whole modules were saved with."""
+    """Whether a reference is to the source code of a module's class, which whole modules were saved with."""
     return reference.fields[:1] == ["module"]
 
 
 def _storages(
     file: File, position: int, keys: object, kinds: dict[str, str], at: Place
 ) -> Iterator[tuple[str, Storage]]:
-    """A count and so many numbers for each key, in the order of the keys."""
-    for key in keys.values if isinstance(keys, Node) else at.fail("its list of storages is none"):
+    """The storages in the order of the keys: for each, a count and that number of elements."""
+    for key in keys.values if isinstance(keys, Node) else at.fail("its list of storages is not a list"):
         if not isinstance(key, str) or key not in kinds:
             at.fail("it has a storage of unknown type")
         if position + _COUNT.size > len(file.data):

@@ -1,4 +1,4 @@
-"""The names in torch's pickles: types, storages, and the functions that make tensors. None is ever called here."""
+"""The names in torch's pickles: types, storages, and the functions that make tensors. None of them is ever called."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Final
 
 from pared.formats.dtypes import TYPES
 
-# What a file is whose numbers are the other way round.
-BIG_ENDIAN: Final = "a torch file of a machine that puts the highest byte first"
+# The kind of a file in another byte order, for error messages.
+BIG_ENDIAN: Final = "a torch file of a big-endian machine"
 
-# The type of the elements in each of torch's classes of storage.
+# The element type of each of torch's storage classes.
 STORAGES: Final[Mapping[str, str]] = {
     "torch.FloatStorage": "float32", "torch.DoubleStorage": "float64", "torch.HalfStorage": "float16",
     "torch.BFloat16Storage": "bfloat16", "torch.LongStorage": "int64", "torch.IntStorage": "int32",
@@ -33,7 +33,7 @@ REBUILD_META: Final = "torch._utils._rebuild_meta_tensor_no_storage"  # of (type
 REBUILD_SUBCLASS: Final = "torch._tensor._rebuild_from_type_v2"  # of (function, class, arguments, state)
 REBUILD_PARAMETER: Final = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 
-# What else state dicts, optimizer states and plain data refer to. None of it is ever called here.
+# Everything else that state dicts, optimizer states and plain data refer to.
 HARMLESS: Final = frozenset(
     (
         *REBUILD, REBUILD_META, REBUILD_SUBCLASS, *STORAGES, *(f"torch.{name}" for name in TYPES),

@@ -1,4 +1,4 @@
-"""The tensors in what a pickle of torch describes: in nested dictionaries, in whole modules, in scripted ones."""
+"""The tensors that a pickle of torch describes: in nested dictionaries, whole modules and scripted modules."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from pared.readers.torch.names import (
 )
 
 _DEEPEST: Final = 100
-_VISIT_NBYTES: Final = 48  # never given back, so that visits end
+_VISIT_NBYTES: Final = 48  # never given back, so that the walk ends
 _STEP_NBYTES: Final = 300  # beside its name
-# What is in a module that was looked into before takes no more memory, but time: modules that hold each other twice
-# unfold to any number. So much is taken for each step, and few are left.
+# A module that is reached again takes time, though no more memory, and modules that hold each other twice unfold
+# without end. Charging this much for each further visit bounds their number.
 _AGAIN_NBYTES: Final = 3000
 _HELD_NBYTES: Final = 700
-_PAIR_NBYTES: Final = 16  # of an object's state: a module that has many places is looked through at each
-# What a module keeps its parts in; their names are no part of the names in its state dict.
+_PAIR_NBYTES: Final = 16  # of an object's state, which is searched at each place of the object
+# The dictionaries of a module; their names are not part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
 _SCRIPTED: Final = "__torch__."
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """Something to look into.
+    """A node that is still to be visited.
 
     Args:
-        name: of it.
-        node: itself.
-        path: whether the name is the path of a module: its parts then follow behind a dot.
-        modules: the modules around it; None unless it is itself one of the modules of a module.
-        depth: how many things are around it.
+        name: the path to it.
+        node: the node.
+        path: whether the name is that of a module, to which the names of its tensors are joined by a dot.
+        modules: the ids of the enclosing modules; None unless the node is a child module.
+        depth: how deeply it is nested.
     """
 
     name: str
@@ -56,15 +56,14 @@ class _Step:
 
 
 def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[ListedTensor]:
-    """Every tensor in what a pickle describes, under the name that a state dict would give it.
+    """All tensors that a pickle describes, under the names that a state dict would give them.
 
-    Whatever holds others is entered once, so that nothing is endless; a module that has several places in another is
-    listed at each.
+    Each container is entered once, so that the walk ends; a module with several places in another is listed at each.
 
     Args:
-        root: from `read_pickle`.
-        sizes: the bytes of each storage.
-        where: the file's name, for messages.
+        root: the root from `read_pickle`.
+        sizes: the size of each storage in bytes.
+        where: the file's name, for error messages.
         memory: for names and tensors, which may be far longer than the pickle.
     """
     waiting = [_Step("", root)] if isinstance(root, Node) else []
@@ -98,8 +97,8 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
 
 
 def _resolved(node: Node) -> tuple[Node, str, Sequence[object]]:
-    """The tensor that a parameter or a subclass wraps, what would be called to make it, and with what."""
-    for _ in range(4):  # no more wrappers than that are ever around a tensor
+    """The tensor inside a parameter or subclass, the function that would make it, and its arguments."""
+    for _ in range(4):  # a tensor never has more wrappers than that
         call = node.call.path if isinstance(node.call, Name) else ""
         first = node.arguments[0] if node.arguments else None
         if call in REBUILD_PARAMETER and isinstance(first, Node):
@@ -113,7 +112,7 @@ def _resolved(node: Node) -> tuple[Node, str, Sequence[object]]:
 
 
 def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_Step]:
-    """What a node holds, with names; what goes into a call has the name of what comes out."""
+    """The named contents of a node; arguments of a call have the name of its result."""
     depth = step.depth + 1
     if _is_module(node):
         separator = "." if step.path else "/"
@@ -123,7 +122,7 @@ def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_S
             yield _Step(name, value, path=True, modules=above if is_module else None, depth=depth)
         return
     yield from (_Step(step.name, argument, depth=depth) for argument in arguments if isinstance(argument, Node))
-    # The state of an object is its dictionary, or a tuple: of whatever the object wants.
+    # The state of an object is its dictionary, or a tuple of anything.
     states = [state for state in node.states if isinstance(state, Node)]
     held = (node, *states)
     for key, inner in chain(*(enumerate(one.values) for one in held), *(one.pairs for one in held)):
@@ -138,7 +137,7 @@ def _is_module(node: Node) -> bool:
 
 
 def _parts(node: Node) -> Iterator[tuple[object, Node, bool]]:
-    """The keys and values in a module, its parameters, buffers and modules first; and whether they are modules."""
+    """The contents of a module as (key, node, whether it is a child module), parameters and buffers first."""
     scripted = isinstance(node.call, Name) and node.call.path.startswith(_SCRIPTED)
     states = [state for state in node.states if isinstance(state, Node)]
     attributes = [(key, value) for state in states for key, value in state.pairs if isinstance(value, Node)]
@@ -154,7 +153,7 @@ def _parts(node: Node) -> Iterator[tuple[object, Node, bool]]:
 def _join(name: str, key: object, separator: str) -> str:
     if isinstance(key, int) and abs(key) < 1 << 63:
         key = str(key)
-    # Python's strings may hold halves of characters, which can be neither written nor printed.
+    # Python strings may hold surrogates, which can be neither written nor printed.
     label = key.encode("utf-8", "backslashreplace").decode("utf-8") if isinstance(key, str) else "(key)"
     return f"{name}{separator}{label}" if name else label
 
@@ -184,13 +183,13 @@ def view_of(
     """A tensor that is a view of a storage.
 
     Args:
-        name: of it.
-        dtype: of its elements, one of `TYPES`.
-        shape: of it.
-        stride: between neighbours in each dimension, in elements.
-        first: the place of its first element in the storage, in elements.
-        storage: its key and its bytes.
-        at: for messages.
+        name: the tensor's name.
+        dtype: its element type, one of `TYPES`.
+        shape: its shape.
+        stride: the distance between neighbours in each dimension, in elements.
+        first: the position of its first element in the storage, in elements.
+        storage: the storage's key and size in bytes.
+        at: the place in the file, for error messages.
 
     Raises:
         CorruptError: it is not within the storage.
@@ -200,7 +199,7 @@ def view_of(
     if len(stride) != len(shape):
         at.fail(f"it has {len(shape)} sizes and {len(stride)} strides")
     reach = first + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-    # An empty tensor may say what it likes of its strides and offset.
+    # The strides and offset of an empty tensor are meaningless.
     empty = 0 in shape
     if not empty and (reach + 1) * bits > 8 * nbytes:
         at.fail(f"it reaches beyond its storage, which has {nbytes:,} bytes")
@@ -210,7 +209,7 @@ def view_of(
 
 
 def storage_of(reference: object, at: Place) -> tuple[str, str, int]:
-    """The key and the element type of a storage that a pickle refers to, and where in it numbers begin.
+    """The key and element type of a storage that a pickle refers to, and the offset at which its numbers begin.
 
     Raises:
         CorruptError: it refers to something else.
@@ -218,8 +217,8 @@ def storage_of(reference: object, at: Place) -> tuple[str, str, int]:
     fields = _at_least(reference.fields if isinstance(reference, Persistent) else (), 5, at)
     tag, kind, key, *_ = fields
     if tag != "storage" or not isinstance(kind, Name) or kind.path not in STORAGES or not isinstance(key, str):
-        at.fail("it refers to something that is no storage")
-    # Before torch 1.6 a storage could be a part of another.
+        at.fail("it refers to something that is not a storage")
+    # Before torch 1.6, a storage could be a view of another.
     view = fields[5].values if len(fields) > 5 and isinstance(fields[5], Node) else ()
     shift = at.whole(view[1], "the offset of its storage") if len(view) > 1 else 0
     return key, STORAGES[kind.path], shift
@@ -240,7 +239,7 @@ def _at_least(values: Sequence[object], least: int, at: Place) -> Sequence[objec
 
 
 def _values(value: object, at: Place) -> Sequence[object]:
-    return value.values if isinstance(value, Node) else at.fail("its sizes or strides are no list")
+    return value.values if isinstance(value, Node) else at.fail("its sizes or strides are not a list")
 
 
 def _shape(value: object, at: Place) -> tuple[int, ...]:
@@ -249,4 +248,4 @@ def _shape(value: object, at: Place) -> tuple[int, ...]:
 
 def _element_type(value: object, at: Place) -> str:
     kind = value.path.removeprefix("torch.") if isinstance(value, Name) else ""
-    return kind if kind in TYPES else at.fail("its element type is none of torch's")
+    return kind if kind in TYPES else at.fail("its element type is not one of torch's")
