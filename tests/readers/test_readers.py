@@ -1,4 +1,4 @@
-"""Readers of foreign files: they see what torch sees, execute nothing, and refuse what lies."""
+"""Readers of files of other programs: they see what torch sees, execute nothing, and refuse what lies."""
 
 import collections
 import io

@@ -20,7 +20,7 @@ from pared.files.memory_limit import MemoryLimit
 from pared.switches import ignoring
 
 _SMALL: Final = 16 << 20  # any text in a pickle of at most this size is within the limit
-_MOST_FOREIGN: Final = 1000  # names beyond these are not collected
+_MOST_IMPORTS: Final = 1000  # names beyond these are not collected
 _NODE_NBYTES: Final = 192  # of a node with a list of a few things
 _NAME_NBYTES: Final = 256  # beside its characters
 _MEMO_NBYTES: Final = 128  # of a place in the memo
@@ -69,13 +69,13 @@ class Pickle:
 
     Args:
         root: the object: a plain value, `Node`, `Name` or `Persistent`.
-        foreign: the names it refers to that its reader does not know as harmless, each once.
+        imports: the names it refers to that its reader does not know as harmless, each once.
         references: everything outside itself that it refers to.
         nbytes: its length in bytes.
     """
 
     root: object
-    foreign: tuple[str, ...]
+    imports: tuple[str, ...]
     references: tuple[Persistent, ...]
     nbytes: int
 
@@ -103,7 +103,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
         # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
         with ignoring(DeprecationWarning):
             machine.run(stream)
-        return Pickle(machine.pop(), tuple(sorted(machine.foreign)), tuple(machine.references), stream.tell())
+        return Pickle(machine.pop(), tuple(sorted(machine.imports)), tuple(machine.references), stream.tell())
     except UnsafeError:  # which is also a ValueError
         raise
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -154,7 +154,7 @@ class _Machine:
         self.harmless = harmless
         self.where = where
         self.memory = memory
-        self.foreign: set[str] = set()
+        self.imports: set[str] = set()
         self.references: list[Persistent] = []
         self.stack: list[object] = []
         self.marks: list[int] = []
@@ -266,8 +266,8 @@ class _Machine:
 
     def named(self, module: str, attribute: str) -> Name:
         path = f"{module}.{attribute}"
-        if path not in self.harmless and len(self.foreign) < _MOST_FOREIGN:
-            self.foreign.add(_shown(path))
+        if path not in self.harmless and len(self.imports) < _MOST_IMPORTS:
+            self.imports.add(_shown(path))
         return Name(path)
 
     def call(self, _: object) -> None:
