@@ -98,9 +98,9 @@ def estimate(
     decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
     start = time.monotonic()
     guesses = [
-        encoding.sample_cost(slot, decision, _SAMPLED_ROWS) for slot, decision in zip(tensors, decisions, strict=True)
+        encoding.sample_cost(tensor, decision, _SAMPLED_ROWS) for tensor, decision in zip(tensors, decisions, strict=True)
     ]
-    share = sum(guess.sampled for guess in guesses) / max(1, sum(slot.tensor.numel() for slot in tensors))
+    share = sum(guess.sampled for guess in guesses) / max(1, sum(named.tensor.numel() for named in tensors))
     rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
     calibrating = 0.0
     if calib_dataloader is not None and conf.approach != "weight_only":
@@ -110,5 +110,5 @@ def estimate(
     nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)
-    original = sum(slot.tensor.numel() * slot.tensor.element_size() for slot in tensors)
+    original = sum(named.tensor.numel() * named.tensor.element_size() for named in tensors)
     return Estimate(nbytes, original, rounding + calibrating)

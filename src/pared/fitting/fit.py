@@ -87,16 +87,19 @@ def fit(
     directory = None if workspace is None else as_path(workspace, "workspace")
     stages = Stages(quiet=quiet)
     eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
+    # First what errors cost, in each weight and each layer's input.
     known = prepare(model, conf, calib_dataloader, (eval_func, confirm_func), stages, eight_bits=eight_bits)
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
             found = at_eight_bits(known)
         return _timed(found, known, stages)
+    # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
     if eval_func is None:
         with stages.stage("rounding weights"):
             found = _planned(compressor, known)
         return _timed(found, known, stages)
+    # With a score, which damage just meets the criterion.
     records = None if directory is None else Workspace(directory, fingerprint(known.tensors, conf, known.seen))
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE

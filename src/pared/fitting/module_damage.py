@@ -56,7 +56,7 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
     candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
     with torch.no_grad(), WITHOUT_FAST_PATHS:
-        return {next(iter(one.weights.values())).name: InputNoise(0.0, _lost(model, one, calls)) for one in candidates}
+        return {next(iter(c.weights.values())).name: InputNoise(0.0, _lost(model, c, calls)) for c in candidates}
 
 
 def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> float:
@@ -64,26 +64,29 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
         candidate.name: candidate.weights,
-        **{f"{candidate.name}.{child}".removeprefix("."): {"weight": one} for child, one in candidate.children.items()},
+        **{
+            f"{candidate.name}.{child}".removeprefix("."): {"weight": stored}
+            for child, stored in candidate.children.items()
+        },
     }
     for name, weights in held.items():
-        for attribute, one in weights.items():
-            copied.get_submodule(name).get_parameter(attribute).copy_(one.coded.decode())
+        for attribute, stored in weights.items():
+            copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
     expected = [_leaves(copied, call) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
-        stand_in(copied.get_submodule(name), {a: one.coded for a, one in held[name].items()}, activation)
+        stand_in(
+            copied.get_submodule(name),
+            {attribute: stored.coded for attribute, stored in held[name].items()},
+            activation,
+        )
     pairs = [
         list(zip(wanted, _leaves(copied, call), strict=False)) for wanted, call in zip(expected, calls, strict=True)
     ]
     shares = []
-    for leaf in range(min(map(len, pairs))):
-        energy = sum(one[leaf][0].energy() for one in pairs)
-        lost = sum(
-            one[leaf][0].error(one[leaf][1].value)
-            for one in pairs
-            if one[leaf][0].value.shape == one[leaf][1].value.shape
-        )
+    for output in zip(*pairs, strict=False):  # one output in all calls: before and after
+        energy = sum(before.energy() for before, _ in output)
+        lost = sum(a.error(b.value) for a, b in output if a.value.shape == b.value.shape)
         shares.append(lost / energy if energy else 0.0)
     return sum(shares) / len(shares) if shares else 0.0
 

@@ -112,14 +112,14 @@ def time_calls(
     names = parameters_of(model)
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
-    kinds = {describe_kind(arguments_of(one)): arguments_of(one) for one in reversed(bound) if one is not None}
+    kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
     server = GraphServer(
         float_forms.outline_of, list(kinds.values()), captures
     )  # a graph for each call kind, of its largest call
     forms = _Forms(model, in_bfloat16(model), by_layers, server)
     times: list[CallTiming] = []
-    for call, one in zip(found, bound, strict=True):
-        times.append(forms.time(call, one, in_bfloat16=not times or not _is_hopeless(times[0])))
+    for call, arguments in zip(found, bound, strict=True):
+        times.append(forms.time(call, arguments, in_bfloat16=not times or not _is_hopeless(times[0])))
     return tuple(times)
 
 
@@ -141,14 +141,18 @@ def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
     return found
 
 
+def _tensors(call: Call) -> list[Tensor]:
+    return [argument for argument in (*call.args, *call.kwargs.values()) if isinstance(argument, Tensor)]
+
+
 def _numbers(call: Call) -> int:
-    return sum(one.numel() for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor))
+    return sum(tensor.numel() for tensor in _tensors(call))
 
 
 def _single(call: Call) -> list[Call]:
     """A call with only the first sample, if all tensors of the call have the same number of samples, two or more."""
-    tensors = [one for one in (*call.args, *call.kwargs.values()) if isinstance(one, Tensor)]
-    if any(one.dim() < 2 for one in tensors) or len({len(one) for one in tensors}) != 1 or len(tensors[0]) < 2:
+    tensors = _tensors(call)
+    if any(tensor.dim() < 2 for tensor in tensors) or len(set(map(len, tensors))) != 1 or len(tensors[0]) < 2:
         return []
 
     def first(value: object) -> object:
@@ -218,11 +222,11 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
             continue
         dtype = next(iter(candidate.weights.values())).coded.dtype
         shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
-        own = tuple(tuple(one.shape) for one in (*candidate.module.parameters(), *candidate.module.buffers()))
+        sizes = tuple(tuple(tensor.shape) for tensor in (*candidate.module.parameters(), *candidate.module.buffers()))
         key = (
             type(candidate.module),
             repr(candidate.module),
-            own,
+            sizes,
             seen.shape,
             shapes,
             dtype,
