@@ -77,7 +77,7 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     for name, activation in candidate.activations(dynamic).items():
         stand_in(
             copied.get_submodule(name),
-            {attribute: stored.coded for attribute, stored in held[name].items()},
+            {attribute: s.coded for attribute, s in held[name].items()},
             activation,
         )
     pairs = [
