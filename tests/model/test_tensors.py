@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+import pared
 from pared import ModelError
+from pared.formats import views
+from pared.model import tensors
 from pared.model.checks import supported_tensors
-from pared.model.copies import clone_structure
+from pared.model.copies import clone_structure, shadow
 from pared.model.tensors import find_tensors
 
 
@@ -134,3 +137,35 @@ def test_models_quantized_by_others_are_refused() -> None:
 def test_a_deep_copy_is_still_what_torch_makes_it() -> None:
     model = nn.Linear(2, 2)
     assert torch.equal(copy.deepcopy(model).weight, clone_structure(model, lambda t: t.detach().clone()).weight)
+
+
+@pytest.mark.parametrize("one_object", [True, False])
+def test_a_copy_has_the_same_tensors(one_object: bool) -> None:
+    found = find_tensors(Tied(one_object=one_object))
+    copied = found.in_copy(shadow(found.model))
+    assert [tensor.names for tensor in copied] == [tensor.names for tensor in found]
+    assert [tensor.view for tensor in copied] == [tensor.view for tensor in found]
+    for tensor, original in zip(copied, found, strict=True):
+        assert tensor.module is copied.model.get_submodule(tensor.name.rpartition(".")[0])
+        assert len(tensor.objects) == len(original.objects)
+        assert all(copied.names[id(an_object)] == tensor.name for an_object in tensor.objects)
+        assert tensor.tensor.data_ptr() != original.tensor.data_ptr()
+        assert torch.equal(tensor.tensor, original.tensor)
+
+
+def test_fit_looks_at_each_tensor_of_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From calibration to the assembled model, all stages take the tensors and views that were found at the entry."""
+    seen: list[str] = []
+
+    def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> views.View:
+        seen.append(attribute)
+        return views.view_of(module, attribute, shape)
+
+    monkeypatch.setattr(tensors, "view_of", view_of)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)).eval()
+    pared.fit(model, calib_dataloader=[torch.randn(8, 8) for _ in range(2)], quiet=True)
+    assert seen == [
+        *("weight", "bias"),
+        *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
+        *("weight", "bias"),
+    ]

@@ -64,10 +64,7 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
         candidate.name: candidate.weights,
-        **{
-            f"{candidate.name}.{child}".removeprefix("."): {"weight": stored}
-            for child, stored in candidate.children.items()
-        },
+        **{f"{candidate.name}.{child}".removeprefix("."): {"weight": s} for child, s in candidate.children.items()},
     }
     for name, weights in held.items():
         for attribute, stored in weights.items():
@@ -75,11 +72,8 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     expected = [_leaves(copied, call) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
-        stand_in(
-            copied.get_submodule(name),
-            {attribute: s.coded for attribute, s in held[name].items()},
-            activation,
-        )
+        coded = {attribute: stored.coded for attribute, stored in held[name].items()}
+        stand_in(copied.get_submodule(name), coded, activation)
     pairs = [
         list(zip(wanted, _leaves(copied, call), strict=False)) for wanted, call in zip(expected, calls, strict=True)
     ]
