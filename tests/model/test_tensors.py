@@ -23,23 +23,23 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("one_object", [True, False])
-def test_tied_tensors_are_one_slot_with_both_names(one_object: bool) -> None:
-    (slot,) = find_tensors(Tied(one_object=one_object))
-    assert slot.names == ("table.weight", "head.weight")
-    assert len(slot.objects) == (1 if one_object else 2)
+def test_tied_tensors_are_one_with_both_names(one_object: bool) -> None:
+    (tensor,) = find_tensors(Tied(one_object=one_object))
+    assert tensor.names == ("table.weight", "head.weight")
+    assert len(tensor.objects) == (1 if one_object else 2)
 
 
 def test_every_registered_tensor_is_found_once() -> None:
     model = nn.Sequential(nn.LSTM(3, 4, 2, bidirectional=True), nn.BatchNorm1d(4), nn.MultiheadAttention(4, 2))
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert {slot.name for slot in find_tensors(model)} == set(named)
+    assert {tensor.name for tensor in find_tensors(model)} == set(named)
 
 
 def test_persistence_is_seen() -> None:
     module = nn.Module()
     module.register_buffer("kept", torch.ones(2, 2))
     module.register_buffer("made", torch.ones(3, 3), persistent=False)
-    assert {slot.name: (slot.kind, slot.persistent) for slot in find_tensors(module)} == {
+    assert {tensor.name: (tensor.kind, tensor.persistent) for tensor in find_tensors(module)} == {
         "kept": ("buffer", True),
         "made": ("buffer", False),
     }
