@@ -98,7 +98,8 @@ def estimate(
     decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
     start = time.monotonic()
     guesses = [
-        encoding.sample_cost(tensor, decision, _SAMPLED_ROWS) for tensor, decision in zip(tensors, decisions, strict=True)
+        encoding.sample_cost(tensor, decision, _SAMPLED_ROWS)
+        for tensor, decision in zip(tensors, decisions, strict=True)
     ]
     share = sum(guess.sampled for guess in guesses) / max(1, sum(named.tensor.numel() for named in tensors))
     rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
