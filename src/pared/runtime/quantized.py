@@ -6,7 +6,6 @@ original modules; hooks let `state_dict` return their codes, recovered exactly a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -42,8 +41,6 @@ from pared.runtime.serving.offered import Offered, Yielding, refuse_save_pretrai
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
-
-log = logging.getLogger(__name__)
 
 DEPLOY: Final = "deploy.yaml"
 

@@ -109,7 +109,7 @@ class _Rewriter:
             scale = self._node("Gather", [scale, indices], {"axis": 0}, near=node)
         floats = self._node("Cast", [picked], {"to": _ir().DataType.FLOAT}, near=node)
         out = self._node("Mul", [floats, scale], near=node)
-        _replace(node.outputs[0], self._typed(out, weight, node))
+        _replace(node.outputs[0], self._typed(out, weight))
 
     def _decode(self, weight: Weight, uses: list[tuple[Any, int]], *, bake: bool) -> None:
         """Decode the weight right before its products, a pattern that runtimes with int8 kernels recognize."""
@@ -130,7 +130,7 @@ class _Rewriter:
             scale = self._constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))
             attributes = {"axis": axes[0]} if axes else {}
             out = self._node("DequantizeLinear", [value, scale], attributes, after=near)
-        out = self._typed(out, weight, out.producer())
+        out = self._typed(out, weight)
         for node, place in uses:
             node.replace_input_with(place, out)
             if len(axes) < 2 and codes.dtype == np.int8:
@@ -220,11 +220,8 @@ class _Rewriter:
 
     def _drop(self, fold: Fold, node: Any) -> None:
         bias = self._constant(f"{node.name}.bias", fold.bias)
-        if len(node.inputs) > 2:
-            node.replace_input_with(2, bias)
-        else:
-            node.resize_inputs(3)
-            node.replace_input_with(2, bias)
+        node.resize_inputs(3)
+        node.replace_input_with(2, bias)
         _replace(fold.node.outputs[0], node.outputs[0])
 
     def _narrow(self) -> None:
@@ -244,9 +241,9 @@ class _Rewriter:
                 node.replace_input_with(place, wide)
             _become(value, numpy_of(stored.coded.parts["values"]))
 
-    def _typed(self, value: Any, weight: Weight, node: Any) -> Any:
+    def _typed(self, value: Any, weight: Weight) -> Any:
         """Cast a value to the weight's decoded type."""
-        return self._cast(value, _dtype(weight), near=None, after=value.producer() if node is not None else None)
+        return self._cast(value, _dtype(weight), after=value.producer())
 
     def _cast(self, value: Any, dtype: str, near: Any = None, after: Any = None) -> Any:
         ir = _ir()
