@@ -143,8 +143,8 @@ def _check_mode(output: Path | None, curve: bool, dry_run: bool, *, recorded: bo
 def _show_estimate(guess: pared.Estimate) -> None:
     typer.echo(
         f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
-        f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and finds fewer "
-        "bytes; nothing was written"
+        f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and makes "
+        "a smaller file; nothing was written"
     )
 
 
