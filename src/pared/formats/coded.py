@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal, final
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pared.errors import CorruptError
-from pared.formats import dtypes
+from pared.formats import dtypes, grids
 from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.formats.views import View, first_dimension
@@ -88,22 +87,22 @@ class Grid:
         """Round every value to the nearest multiple of its row's step; codes beyond the limit are clamped.
 
         Args:
-            tensor: any floating shape.
-            step: float32, one per row of `view` (its `row_sizes`); a step of zero is legal and gives zeros.
-            view: default: rows are dimension 0.
+            tensor: of any floating dtype and any shape, finite.
+            step: float32 of shape `view.row_sizes`; a step of zero is legal and gives zeros.
+            view: which dimensions are rows; default: the first.
         """
         shape = tuple(tensor.shape)
         view = view or first_dimension(shape)
-        spread = view.spread(step)
-        inverse = torch.where(spread > 0, spread.reciprocal(), torch.zeros_like(spread))
-        scaled = torch.mul(tensor.detach().reshape(view.split).float(), inverse)
-        codes = scaled.round_().clamp_(-self.limit, self.limit).to(_CODE_TYPES[self.codes])
-        return Coded(self, shape, tensor.dtype, {"codes": codes.reshape(shape), "step": step}, view)
+        matrix = _plain(view.matrix(tensor.detach().float()))
+        rows = torch.from_numpy(grids.encode(matrix, _plain(step).reshape(-1), self.codes))
+        codes = view.restore(rows, shape).contiguous().to(tensor.device)
+        return Coded(self, shape, tensor.dtype, {"codes": codes, "step": step}, view)
 
     def decode(self, coded: Coded) -> Tensor:
         """`step[row] * code`, in float32, then in the source's dtype."""
         view = coded.view or first_dimension(coded.shape)
         codes, step = coded.parts["codes"], coded.parts["step"]
+        # Not `grids.decode`: graphs are captured, and functions transformed, through here.
         values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types are slower
         return values.to(coded.dtype).reshape(coded.shape)
 
@@ -120,21 +119,12 @@ class Grid:
         """
         view = view or first_dimension(shape)
         codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
-        part = streams["step"]
-        if part.base is not None:
-            return {"codes": codes, "step": torch.from_numpy(decode_steps(part, view.n_rows)).reshape(view.row_sizes)}
-        step = _from_bytes(part.payload, torch.float32, view.row_sizes)
-        steps = step.numpy()  # numpy: torch would start threads of its own in each thread that reads
-        if not (np.isfinite(steps) & (steps >= 0)).all():
-            raise CorruptError("a step is negative or not finite")
-        return {"codes": codes, "step": step}
+        steps = decode_steps(streams["step"], view.n_rows)
+        return {"codes": codes, "step": torch.from_numpy(steps).reshape(view.row_sizes)}
 
     def to_json(self) -> dict[str, str]:
         """The format as it stands in an artifact's index."""
         return {"tag": self.tag, "codes": self.codes}
-
-
-_CODE_TYPES: Final = {"int8": torch.int8, "int16": torch.int16}
 
 
 class _Plain:

@@ -17,6 +17,7 @@ from pared.errors import ModelError
 from pared.files.threads import each
 from pared.formats.dtypes import Array, as_floats
 from pared.formats.streams import Steps
+from pared.formats.views import View
 
 # The sum of this many products of the largest codes, 255 * 127, still fits 32 bits.
 MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
@@ -108,6 +109,22 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
 
     _shared(round_, matrix, threads)
     return found
+
+
+def decode(codes: NDArray[Any], step: Steps, view: View) -> NDArray[np.float32]:
+    """The values that codes stand for: `step[row] * code`.
+
+    Args:
+        codes: of the tensor's shape.
+        step: for each row of the view, of any shape with that number of elements.
+        view: which dimensions are rows.
+
+    >>> decode(np.array([[1, -2]], np.int8), np.array([0.5], np.float32), View((1, 2), (0,))).tolist()
+    [[0.5, -1.0]]
+    """
+    values = codes.reshape(view.split).astype(np.float32)
+    values *= view.spread(step)
+    return values.reshape(codes.shape)
 
 
 def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tuple[_Tile, T]]:

@@ -244,12 +244,25 @@ def encode_steps(step: Steps) -> EncodedPart:
 
 
 def decode_steps(part: EncodedPart, count: int) -> Steps:
-    """The inverse of `encode_steps`, of one dimension.
+    """The inverse of `encode_steps`.
+
+    Args:
+        part: the bytes.
+        count: the number of steps.
+
+    Returns:
+        float32 of shape (count,).
 
     Raises:
-        CorruptError: the bytes do not hold exactly so many steps, or one of them is not on the scale.
+        CorruptError: the bytes do not hold that number of steps, or one is negative, not finite or beyond the scale.
     """
-    assert part.base is not None
+    if part.base is None:
+        if len(part.payload) != 4 * count:
+            raise CorruptError(f"a part holds {len(part.payload)} bytes where {count} steps need {4 * count}")
+        steps = np.frombuffer(part.payload, "<f4").astype(np.float32)
+        if not (np.isfinite(steps) & (steps >= 0)).all():
+            raise CorruptError("a step is negative or not finite")
+        return steps
     differences = _decoded(part, count, np.int8)
     zero = differences == _ZERO
     indexes = np.where(zero, 0, differences.astype(np.int64) + part.base)

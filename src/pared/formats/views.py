@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from pared.formats.entropy import Codes
 
 if TYPE_CHECKING:  # files are compressed without torch
     from torch import Tensor, nn
+
+ArrayT = TypeVar("ArrayT", bound=Any)  # a tensor of torch or an array of NumPy
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class View:
         """The dimensions of `split` that count columns."""
         return tuple(i for i in range(len(self.split)) if i not in self.rows)
 
-    def spread(self, per_row: Tensor) -> Tensor:
-        """One number per row (shape `row_sizes`), shaped so that it broadcasts against `split`."""
-        return per_row.reshape([n if i in self.rows else 1 for i, n in enumerate(self.split)])
+    def spread(self, per_row: ArrayT) -> ArrayT:
+        """One number per row (a tensor or array of shape `row_sizes`), shaped to broadcast against `split`."""
+        shaped: ArrayT = per_row.reshape([n if i in self.rows else 1 for i, n in enumerate(self.split)])
+        return shaped
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The tensor as a matrix of `n_rows` rows (a copy where the dimensions have to move)."""
-        return tensor.reshape(self.split).permute(*self.rows, *self.columns).reshape(self.n_rows, -1)
+        return tensor.reshape(self.split).permute(*self.rows, *self.columns).reshape(self.n_rows, self.n_columns)
 
     def restore(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `matrix`: the tensor of `shape` that has these rows."""
