@@ -157,22 +157,30 @@ def inputs(known: Calibrated, judge: Judge, layers: int = PAIRS // 2) -> Iterato
         Stored(slot.names, slot.kind, encoding.encode(slot, decision), decision)
         for slot, decision in zip(known.slots, decisions, strict=True)
     ]
-    found = [c for c in find_candidates(known.model, stored, known.seen.inputs) if c.weight in known.sensitivity.inputs]
+    found = [c for c in find_candidates(known.model, stored, known.seen.inputs) if _is_measured(c, known)]
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(layers, len(found))).round().astype(int)]
     with torch.no_grad():
         for candidate in chosen:
-            judge.tensors[candidate.weight].copy_(candidate.coded.decode())
+            (weight,) = candidate.tensors
+            judge.tensors[weight.name].copy_(weight.coded.decode())
     judge.rebase()
     for candidate in chosen:
         yield from _modes(known, judge, candidate)
 
 
+def _is_measured(candidate: Candidate, known: Calibrated) -> bool:
+    """Whether it is a layer with one weight, and what rounding its input costs is known."""
+    is_table = candidate.layer.modes == ("gather",)
+    return not is_table and len(candidate.tensors) == 1 and candidate.tensors[0].name in known.sensitivity.inputs
+
+
 def _modes(known: Calibrated, judge: Judge, candidate: Candidate) -> Iterator[Pair]:
-    noise = known.sensitivity.inputs[candidate.weight]
+    (weight,) = candidate.tensors
+    noise = known.sensitivity.inputs[weight.name]
     for mode in ("static", "dynamic"):
-        activation = candidate.activation(mode)
+        *_, activation = candidate.options(mode)  # the last leaves no outliers out
         measured = judge.with_module(candidate.name, candidate.counterpart(activation))
-        yield Pair(candidate.weight, mode, noise.cost(activation), measured)
+        yield Pair(weight.name, mode, noise.cost(activation), measured)
 
 
 def _calls(batches: Sequence[Any]) -> list[Call]:
