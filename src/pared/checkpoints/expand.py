@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ from pared.artifact.parse import parse_index
 from pared.checkpoints import side_files
 from pared.errors import ConfigError, printable
 from pared.files.disk import as_path, forget, make_directory, write_atomic, writing_to
+from pared.files.safetensors_file import encoded_header
 from pared.files.threads import each
 from pared.formats.dtypes import TYPES, Array
 from pared.terminal import bytes_done
@@ -127,7 +126,7 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
 
 
 def _header(entries: Sequence[Entry], where: str) -> bytes:
-    tensors: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    tensors: dict[str, Any] = {}
     end = 0
     for entry in entries:
         if not (dtype := TYPES[entry.dtype].safetensors):
@@ -137,7 +136,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
                 remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
             )
         for name in entry.names:
-            if name in tensors:  # __metadata__; names of tensors are distinct already
+            if name == "__metadata__":
                 raise ConfigError(
                     "is a name that is reserved in .safetensors files",
                     where=f"{where}: {name}",
@@ -146,9 +145,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
             span = [end, end + entry.source_nbytes]
             tensors[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": span}
             end = span[1]
-    text = json.dumps(tensors, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return encoded_header("pt", tensors, alignment=8)
 
 
 def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Array]]:

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from pared.files.checks import Place
 from pared.files.disk import File
@@ -118,7 +118,18 @@ def write_safetensors(stream: BinaryIO, index: bytes, data: bytes) -> None:
         name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
         for name, (begin, end) in spans.items()
     }
-    header = json.dumps({"__metadata__": {"format": "pared"}, **tensors}, separators=(",", ":")).encode("ascii")
-    header += b" " * (-(_LENGTH.size + len(header)) % _ALIGNMENT)
-    for piece in (_LENGTH.pack(len(header)), header, data, index):
+    for piece in (encoded_header("pared", tensors, _ALIGNMENT), data, index):
         stream.write(piece)
+
+
+def encoded_header(format: str, tensors: Mapping[str, Any], alignment: int) -> bytes:
+    """The bytes of a header, its length included, padded with spaces to a multiple of `alignment` bytes.
+
+    Args:
+        format: the "format" in the file's metadata.
+        tensors: the entry of each tensor, by name.
+        alignment: of the data that follow, in bytes.
+    """
+    header = json.dumps({"__metadata__": {"format": format}, **tensors}, separators=(",", ":")).encode("ascii")
+    header += b" " * (-(_LENGTH.size + len(header)) % alignment)
+    return _LENGTH.pack(len(header)) + header
