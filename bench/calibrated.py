@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pared.runtime.layers.registration import check_registered
 from torch import nn
 
 from pared import PostTrainingQuantConfig
@@ -14,7 +15,6 @@ from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.search.compressor import Compressor
 from pared.model.calls import Calibration
 from pared.model.tensors import ModelTensors, find_tensors
-from pared.runtime.layers.registration import check_registered
 
 ALL_SAMPLES = 10**6  # the bench's calibration data are read whole
 
