@@ -339,13 +339,13 @@ HOSTILE: dict[str, tuple[bytes, Coding | None, int, str, str]] = {
         deflated(ZERO[2] * 49 + b"\xf7"), TWO, 100, "int8", "a chunk with 1 escapes lists 0 bytes of them"),
     "needless escape": (
         deflated(ZERO[2] * 49 + b"\xf7") + b"\x07", TWO, 100, "int8",
-        "an escape is listed that needs none, or that no code can have"),
+        "a value is listed as an escape that has a digit, or that is too large for a code"),
     "escape too large": (
         bytes(50) + deflated(ZERO[1] * 99 + b"\xff") + b"\x00\x08", Coding(1, 4), 100, "int16",
-        "an escape is listed that needs none, or that no code can have"),
+        "a value is listed as an escape that has a digit, or that is too large for a code"),
     "escape too small": (
         bytes(50) + deflated(ZERO[1] * 99 + b"\xff") + b"\xff\xf7", Coding(1, 4), 100, "int16",
-        "an escape is listed that needs none, or that no code can have"),
+        "a value is listed as an escape that has a digit, or that is too large for a code"),
     "spare low bits": (
         bytes(49) + b"\x10" + deflated(ZERO[1] * 99), Coding(1, 4), 99, "int16",
         "the spare low bits of a chunk are not zero"),

@@ -249,4 +249,4 @@ def test_classes_that_are_not_as_large_as_said_are_refused() -> None:
                 View((500, 300), (0,)),
                 "int8",
             )
-        assert error.value.what == "the classes of its rows are not as large as its index says"
+        assert error.value.what == "the classes of its rows differ in size from what its index says"

@@ -21,7 +21,7 @@ _LARGEST: Final = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Range:
-    """The interval that activations were seen in. It holds zero, so that zero, and padding with it, is exact.
+    """The interval in which activations were seen. It includes zero, so that zeros, as in padding, are exact.
 
     Args:
         low: at most 0.
@@ -40,13 +40,13 @@ class Range:
     def __post_init__(self) -> None:
         if not -_LARGEST <= self.low <= 0.0 <= self.high <= _LARGEST:
             raise CalibrationError(
-                f"the activations' range {self.low:g} to {self.high:g} is not finite or leaves out zero",
-                remedy="Look for NaN or Inf in the calibration data; Range.of widens a range to hold zero.",
+                f"the activations' range {self.low:g} to {self.high:g} is not finite or does not include zero",
+                remedy="Look for NaN or Inf in the calibration data; Range.of widens a range to include zero.",
             )
 
     @classmethod
     def of(cls, low: float, high: float) -> Range:
-        """The smallest range that holds `low`, `high` and zero."""
+        """The smallest range that includes `low`, `high` and zero."""
         return cls(min(low, 0.0), max(high, 0.0))
 
     def grid(self, levels: int) -> tuple[float, int]:
@@ -79,10 +79,11 @@ class Activation:
     Args:
         mode: "static": u8 over the range `low` to `high`; "dynamic": u8 over the range of each call; "gather": the
             input is indices into a table of codes.
-        low: the least input seen in calibration, 0 at most; only for "static".
-        high: the greatest, 0 at least; only for "static".
-        weights: the module's attributes that stay in codes.
-        outliers: columns of the input that leave the range; only for "static".
+        low: the smallest input seen in calibration, at most 0; only for "static".
+        high: the largest, at least 0; only for "static".
+        weights: the attributes of the module that are kept as codes.
+        outliers: columns of the input that leave the range, each with its number of extra ranges, negative
+            below the range; only for "static".
 
     >>> Activation.from_json(Activation("static", -1.0, 2.0, outliers=((7, 2),)).to_json())
     Activation(mode='static', low=-1.0, high=2.0, weights=('weight',), outliers=((7, 2),))

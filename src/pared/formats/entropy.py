@@ -44,7 +44,7 @@ from pared.files.threads import each, usable_cores
 # its end; streams that stay below are encoded a sixth faster. Chunks are also the unit of parallel work.
 CHUNK: Final = 65_024
 
-_THREAD: Final = 4  # so many chunks are worth the start of a thread
+_THREAD: Final = 4  # chunks that make another thread worth starting
 
 # The base of the digits, by how many of them share a byte; the top digit is the escape.
 RADIX: Final = {1: 256, 2: 16, 3: 6, 4: 4}
@@ -53,8 +53,8 @@ RADIX: Final = {1: 256, 2: 16, 3: 6, 4: 4}
 _WHOLE: Final = ((1, 0), (2, 0), (3, 0), (4, 0))
 _LAYOUTS: Final = {1: (*_WHOLE, (2, 4)), 2: (*_WHOLE, (1, 4), (1, 8), (2, 8))}
 
-# Layouts are compared on so many runs of so many neighbouring codes; for so small a loss in bytes the one with
-# the fewest symbols wins, because time goes by symbols.
+# Layouts are compared on _RUNS runs of _RUN neighbouring codes. Among those within a factor of _SMALL of the fewest
+# bytes, the one with the fewest symbols wins, because symbols cost time.
 _RUNS: Final = 8
 _RUN: Final = 8192
 _SMALL: Final = 1.002
@@ -111,12 +111,12 @@ class Coding:
 
     @property
     def escape(self) -> int:
-        """The digit of what has none of its own."""
+        """The digit that stands for all values without a digit of their own."""
         return RADIX[self.per_symbol] - 1
 
     @property
     def span(self) -> int:
-        """How many codes a full chunk holds."""
+        """The number of codes in a full chunk."""
         return CHUNK * self.per_symbol
 
 
@@ -134,7 +134,7 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
 
     Args:
         codes: int8 or int16, of any shape.
-        threads: at most so many at work; default: one for each processor that this process may use.
+        threads: the largest number of threads; default: one for each processor that this process may use.
 
     Returns:
         A stream whose payload is never longer than `codes.nbytes`.
@@ -163,7 +163,7 @@ def cost(codes: Codes, threads: int | None = None) -> int:
 
 
 def entropy(codes: Codes) -> float:
-    """The order-0 entropy in bits per code, which no coder beats that takes codes one by one (Shannon 1948).
+    """The order-0 entropy in bits per code, the least that a coder of single codes can reach (Shannon 1948).
 
     >>> entropy(np.array([0, 0, 1, -1], np.int8))
     1.5
@@ -178,20 +178,20 @@ def entropy(codes: Codes) -> float:
 
 
 def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLike, threads: int | None = None) -> Codes:
-    """The codes of a payload, as a new array of one dimension.
+    """Decode a payload into a new array of one dimension.
 
     Memory is bounded by `count`, which the caller has to check: an empty payload may stand for any number of
     equal codes.
 
     Args:
-        payload: what `encode` gave.
+        payload: the bytes that `encode` returned.
         coding: its parameters, or None.
-        count: how many codes there are.
+        count: the number of codes.
         dtype: their type, int8 or int16.
-        threads: at most so many at work; default: one for each processor that this process may use.
+        threads: the largest number of threads; default: one for each processor that this process may use.
 
     Raises:
-        CorruptError: the payload does not hold exactly so many codes of that type.
+        CorruptError: the payload does not hold exactly that number of codes of that type.
 
     >>> stream = encode(np.array([[5, -5], [0, 5]], np.int8))
     >>> decode(stream.payload, stream.coding, 4, np.int8).tolist()
@@ -242,7 +242,7 @@ def _encode(flat: Codes, coding: Coding, threads: int | None) -> bytes:
 
 
 def _encode_chunk(codes: Codes, coding: Coding) -> tuple[bytes, ...]:
-    """A chunk, in pieces that are yet to be joined."""
+    """Encode a chunk, as pieces to be joined."""
     high = codes >> coding.low_bits if coding.low_bits else codes
     digits = high.view(f"u{high.itemsize}") + np.uint8(coding.limit)  # wraps: what has no digit is above them all
     escapes = high[:0]
@@ -295,7 +295,7 @@ def _cut(data: memoryview, sizes: list[int], coding: Coding) -> list[memoryview]
 
 
 def _inflate(data: memoryview, symbols: int) -> tuple[_Bytes, bytes]:
-    """The symbols of a deflate stream, and the bytes behind it."""
+    """The symbols of a deflate stream, and the bytes after it."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         inflated = stream.decompress(data, symbols + 1)
@@ -338,12 +338,12 @@ def _escapes(data: bytes, coding: Coding, kind: np.dtype[Any]) -> Codes:
     wide = escapes.astype(np.int32)
     largest = np.iinfo(kind).max >> coding.low_bits
     if (abs(wide) <= coding.limit).any() or (wide > largest).any() or (wide < ~largest).any():
-        raise CorruptError("an escape is listed that needs none, or that no code can have")
+        raise CorruptError("a value is listed as an escape that has a digit, or that is too large for a code")
     return escapes
 
 
 def _has_escapes(coding: Coding, kind: np.dtype[Any]) -> bool:
-    """Whether the high part of a code may be without a digit: it has more values than there are digits."""
+    """Whether the high part of a code may need an escape: it has more values than there are digits."""
     return 1 << 8 * kind.itemsize - coding.low_bits > coding.escape + 1
 
 

@@ -1,4 +1,4 @@
-"""The bytes of a grid: its codes by classes of rows, its steps on a scale of eighths of an octave; and back.
+"""The bytes of a grid, and back: its codes by classes of rows, its steps on a scale of eighths of an octave.
 
 `docs/format.md` is the specification; why it is so: `docs/decisions/005-format-2.md`. Nothing here uses torch, which
 would start threads of its own in each thread that writes or reads.
@@ -34,8 +34,8 @@ class EncodedPart:
     Args:
         payload: the bytes.
         coding: how codes are coded; None for plain little-endian values.
-        rows: of codes that are those of one class of rows: how many rows it has.
-        base: of steps that are stored as differences on the scale: what they are added to.
+        rows: for the codes of one class of rows, the number of its rows.
+        base: for steps stored as differences of step indexes, the index that they are added to.
     """
 
     payload: bytes | memoryview
@@ -46,14 +46,14 @@ class EncodedPart:
 
 # --- codes
 
-# How many classes of rows there may be.
+# The possible numbers of classes of rows.
 _CLASSES: Final = (2, 4, 8)
-# What a class costs beside its codes, about, in bytes: its place in the index; the tables of its last block.
+# What a class costs in addition to its codes, in bytes (estimates): its index entry; the tables of its last block.
 _INDEX_PRICE: Final = 24
 _TABLE_PRICE: Final = 40
-# Of a large matrix, so many codes tell whether classes pay.
+# Whether classes pay is decided on this number of codes of a large matrix.
 _ENOUGH: Final = 1 << 17
-# Rows are sorted by spread and then divided between classes in so many groups.
+# Rows are sorted by spread and cut into this number of groups, which are then divided among the classes.
 _GROUPS: Final = 64
 
 
@@ -63,11 +63,11 @@ def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Encode
     Args:
         codes: int8 or int16, of the tensor's shape.
         view: what its rows are.
-        threads: at most so many at work; 1 where tensors, not the chunks of one, are shared out.
+        threads: the largest number of threads; 1 where tensors are already divided among threads.
 
     Returns:
         "codes"; or "classes" with the class of each row, and "codes 0", "codes 1", ... with the rows of each class, one
-        behind the other.
+        after another.
 
     >>> sorted(encode_codes(np.eye(4, dtype=np.int8), View((4, 4), (0,))))
     ['codes']
@@ -83,7 +83,10 @@ def encode_codes(codes: Codes, view: View, threads: int = 1) -> dict[str, Encode
 
 
 def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[str, EncodedPart]:
-    """Codes, of which a matrix is a view, as one stream or by classes: what is smaller, of so many times as many."""
+    """Codes as one stream or by classes, whichever is smaller for `weight` times as many codes.
+
+    `matrix` holds the same codes by rows.
+    """
     whole = {"codes": _encoded(codes, threads)}
     parts = _by_classes(matrix, threads) if whole["codes"].payload else None
     if parts is None:
@@ -95,7 +98,7 @@ def _smaller(matrix: Codes, codes: Codes, weight: float, threads: int) -> dict[s
 
 
 def _by_classes(matrix: Codes, threads: int) -> dict[str, EncodedPart] | None:
-    """A stream for each class of rows; None where one class for all is likely to be the smallest."""
+    """A stream for each class of rows; None if a single class is likely to be smallest."""
     classes = _classify(matrix)
     if classes is None:
         return None
@@ -112,7 +115,7 @@ def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view:
     Memory is bounded by the shape, which the caller has to check.
 
     Raises:
-        CorruptError: the bytes do not hold exactly so many codes, or not so many rows of each class.
+        CorruptError: the bytes do not hold the number of codes, or of rows in each class, that they should.
 
     >>> codes, view = np.eye(4, dtype=np.int8), View((4, 4), (0,))
     >>> bool((decode_codes(encode_codes(codes, view), (4, 4), view, "int8") == codes).all())
@@ -123,7 +126,7 @@ def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view:
     classes = _decoded(parts["classes"], view.n_rows, np.int8)
     sizes = [part.rows for part in parts.values() if part.rows is not None]
     if np.bincount(classes.view(np.uint8), minlength=len(sizes)).tolist() != sizes:
-        raise CorruptError("the classes of its rows are not as large as its index says")
+        raise CorruptError("the classes of its rows differ in size from what its index says")
     matrix = np.empty((view.n_rows, view.n_columns), kind)
     for number, rows in enumerate(sizes):
         chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
@@ -141,7 +144,7 @@ def _decoded(part: EncodedPart, count: int, kind: DTypeLike) -> Codes:
 
 
 def _classify(matrix: Codes) -> NDArray[np.int8] | None:
-    """The class of each row, by ascending spread; None where one class for all is likely to be the smallest.
+    """The class of each row, by ascending spread; None if a single class is likely to be smallest.
 
     The spread of a row is the mean magnitude of its codes. Classes are runs of groups of the sorted rows, so divided
     that their entropies, by a model, sum to the least (dynamic programming).
@@ -166,7 +169,7 @@ def _classify(matrix: Codes) -> NDArray[np.int8] | None:
 
 
 def _costs(sums: NDArray[np.int64], edges: NDArray[np.int64], columns: int) -> Floats:
-    """What a class would cost in bits that holds the sorted rows from one edge to another; above the diagonal.
+    """The cost in bits of a class with the sorted rows from one edge to another: element (from, to).
 
     Codes are taken to follow a two-sided geometric distribution, which their mean magnitude determines.
     """
@@ -180,7 +183,7 @@ def _costs(sums: NDArray[np.int64], edges: NDArray[np.int64], columns: int) -> F
 
 
 def _divisions(costs: Floats) -> dict[int, tuple[float, NDArray[np.int64]]]:
-    """The cheapest division into each number of classes: its cost, and the edges at which its later classes begin."""
+    """The cheapest division into each number of classes: its cost, and the edges at which all but the first begin."""
     groups = len(costs) - 1
     ends, found = costs[0], {}
     begins: list[NDArray[np.int64]] = []
@@ -211,7 +214,7 @@ _ZERO: Final = -128  # the difference of a step of zero
 
 
 def ceiling(step: Steps) -> Steps:
-    """The least step on the scale that is not below each step; see `formats.log_step`."""
+    """The smallest step on the scale that is at least each step; see `coded.log_step`."""
     if not ((step >= 0) & (step <= scale(np.array(_HIGHEST)))).all():
         raise ParedError(
             f"a step is negative, NaN or above {float(scale(np.array(_HIGHEST))):.3g}",
@@ -222,7 +225,7 @@ def ceiling(step: Steps) -> Steps:
 
 
 def encode_steps(step: Steps) -> EncodedPart:
-    """Steps as differences on the scale where all are on it and near enough to each other, else as float32.
+    """Steps as differences of step indexes if all are on the scale and close enough to each other, else as float32.
 
     >>> encode_steps(np.array([0.5, 0.5], np.float32))
     EncodedPart(payload=b'', coding=Coding(per_symbol=1, low_bits=0, constant=0), rows=None, base=-8)
@@ -272,7 +275,7 @@ def decode_steps(part: EncodedPart, count: int) -> Steps:
 
 
 def _indexes(step: Steps) -> NDArray[np.int64]:
-    """The index of the least member of the scale, unbounded as it is, that is not below each positive step."""
+    """The index of the smallest step on the scale, continued without bounds, that is at least each positive step."""
     mantissa, exponent = np.frexp(step)
     return np.searchsorted(_OCTAVE, 2 * mantissa) + 8 * (exponent.astype(np.int64) - 1)
 
