@@ -460,6 +460,61 @@ def test_a_models_forward_may_write_every_name_of_ours(kind: str, memory: Any, t
     assert q.score is None, "ours is there again"
 
 
+class Lazy(nn.Module):
+    """Asks for attributes with our names before it sets them, as many models do with what they cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    @property
+    def engine(self) -> str:
+        raise RuntimeError("call forward first")
+
+    @property
+    def met(self) -> bool:
+        if not hasattr(self, "report"):
+            raise AttributeError("not known yet")
+        return bool(self.report)
+
+    def cached(self) -> float:
+        try:
+            return float(self.score)
+        except AttributeError:
+            self.score: float = 1.0
+        return self.score
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(self, "report", None) is None:
+            self.report = {"calls": 0}
+        self.report["calls"] += 1
+        scales = [self.plan for _ in range(1) if hasattr(self, "plan")] or [torch.ones(8)]
+        self.plan = scales[0]
+        out: Tensor = self.layer(x) * self.plan * self.cached()
+        return out
+
+
+def _agreement(reference: nn.Module, x: Tensor) -> Callable[[nn.Module], float]:
+    return lambda model: -1 - float((model(x) - reference(x)).detach().square().mean())
+
+
+def test_a_model_may_ask_for_names_of_ours_before_it_sets_them() -> None:
+    x = torch.randn(64, 16)
+    model = Lazy().eval()
+    q: Any = pared.fit(model, None, [x], _agreement(model.layer, x))
+    assert q.pared.met is True
+    assert not hasattr(q, "met"), "its own property says so"
+    with pytest.raises(RuntimeError, match="call forward first"):
+        _ = q.engine
+    q(x)
+    assert q.met is True
+    assert q.report == {"calls": 1}
+    assert (q.score, q.plan.tolist()) == (1.0, [1.0] * 8)
+    assert q.trials == q.pared.trials, "of which its code knows nothing"
+    assert "layer.weight" in pared.report(q)
+    assert callable(q.save)
+
+
 def test_a_module_that_has_a_name_of_ours_may_be_exchanged() -> None:
     q: Any = pared.fit(nn.Sequential(nn.Linear(16, 8)))
     for add in (q.register_parameter, q.register_buffer, q.add_module):

@@ -37,7 +37,7 @@ from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.offered import Offered, Yielding, refuse_save_pretrained
+from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_save_pretrained
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
@@ -237,7 +237,7 @@ def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profil
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
     record = Record(known, stored_forms, dict(contents.activations), provenance, profile, running, memory, outcome)
-    offered = frozenset(name for name in _OFFERED if not hasattr(clone, name))
+    offered = free_names(clone, _OFFERED)
     _serve(clone, profile, memory)
     clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record

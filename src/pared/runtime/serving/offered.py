@@ -2,15 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from pared.errors import ModelError
 from pared.runtime.serving.served import Served
+
+
+def free_names(model: nn.Module, names: Collection[str]) -> frozenset[str]:
+    """Those of the names that the model has no use for, so that they can be offered.
+
+    A model has a use for an attribute that it has, and for one that its code asks for before it is set, as in
+    `if not hasattr(self, "plan"): self.plan = ...`. As `torch.save` is no attribute of the model, code that merely
+    calls something of that name does not count for the names of methods.
+    """
+    cls = type(model)
+    texts, attributes = _mentioned(cls)
+    used = texts | {name for name in attributes if name not in _METHODS}
+    # The class is asked first: a property of its own is not computed, which may fail before the first call.
+    return frozenset(name for name in names if name not in used and not hasattr(cls, name) and not hasattr(model, name))
+
+
+_METHODS: Final = frozenset(("save", "export", "report", "pared"))
+
+
+def _mentioned(cls: type[nn.Module]) -> tuple[set[str], set[str]]:
+    """The texts, and the names of globals and attributes, in the code of a class and of its bases below nn.Module."""
+    codes: list[CodeType] = []
+    for base in cls.__mro__:
+        members = vars(base).values() if base not in nn.Module.__mro__ else ()
+        for member in members:
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            codes += [code] if isinstance(code, CodeType) else []
+    texts: set[str] = set()
+    attributes: set[str] = set()
+    while codes:
+        code = codes.pop()
+        attributes |= set(code.co_names)
+        texts |= {constant for constant in code.co_consts if isinstance(constant, str)}
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return texts, attributes
+
 
 _REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
 
