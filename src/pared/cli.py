@@ -184,11 +184,12 @@ def tune_speed(
     verbose: _Verbose = False,
 ) -> None:
     """Measure again which kernels are fastest on this machine; the model's file is not changed."""
-    from pared.runtime.record import record_of  # only now: it needs torch
-
     _show_log(verbose)
-    tuned = pared.tune_speed(directory, _built(model), _batches(calib))
+    tune = pared.tune_speed  # it says what to install where torch is missing
+    tuned = tune(directory, _made(model), _batches(calib))
     if not quiet:
+        from pared.runtime.record import record_of  # only now: it needs torch
+
         typer.echo("\n".join(record_of(tuned).profile.summary()))
 
 

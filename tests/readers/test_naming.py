@@ -101,6 +101,31 @@ def test_real_wrappers(name: str, part: bool, tmp_path: Path) -> None:
     assert pared.compare(wrapped, network()).identical == 9
 
 
+def test_an_averaged_model_is_the_model(tmp_path: Path) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(network())
+    torch.save({"ema": averaged.state_dict()}, tmp_path / "m.pt")
+    path = pared.compress(tmp_path / "m.pt", tmp_path / "out")
+    plain = pared.load(path, model=network())
+    again = pared.load(path, model=torch.optim.swa_utils.AveragedModel(network()))
+    x = torch.randn(4, 24)
+    assert torch.equal(plain(x), again(x))
+    assert again.n_averaged == averaged.n_averaged
+    assert "n_averaged" not in plain.state_dict()
+    found = pared.compare(tmp_path / "m.pt", path)
+    assert (found.alone, {pair.by for pair in found.pairs}) == ((), {"name"})
+
+
+def test_of_two_copies_the_model_is_compared(tmp_path: Path) -> None:
+    model = {f"module.{name}": tensor for name, tensor in network().state_dict().items()}
+    averages = {name: tensor + 1 for name, tensor in model.items()}
+    torch.save({"model_ema": averages, "model": model}, tmp_path / "m.pt")
+    found = pared.compare(tmp_path / "m.pt", network())
+    assert found.identical == 9
+    assert {pair.by for pair in found.pairs} == {"name"}
+    torch.save({"model": network().state_dict(), "model_ema": averages}, tmp_path / "n.pt")
+    assert pared.compare(tmp_path / "m.pt", tmp_path / "n.pt").identical == 18
+
+
 class WithModule(nn.Module):
     """A model that has parts with the names that wrappers use."""
 
@@ -152,6 +177,8 @@ def test_what_does_not_go_together_stays(held: list[str], wanted: list[str]) -> 
     assert aligned(held, wanted) == {}
 
 
-@pytest.mark.parametrize("names", [["a._orig_mod.w", "a.w"], ["module.w", "w"], []])
+@pytest.mark.parametrize(
+    "names", [["a._orig_mod.w", "a.w"], ["module.w", "w"], ["n_averaged", "module.n_averaged"], []]
+)
 def test_two_names_never_become_one(names: list[str]) -> None:
     assert without_wrappers(names) == names

@@ -12,7 +12,7 @@ from pared.errors import MismatchError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Raw, dtype_name
 from pared.model.tensors import ModelTensors
-from pared.readers.naming import aligned
+from pared.readers.naming import N_AVERAGED, aligned
 
 Treatment = Literal["grid", "float16", "float32", "exact"]
 
@@ -129,7 +129,10 @@ def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
             are in the state dict.
         contents: everything that an artifact holds.
     """
-    contents = _renamed(contents, [name for tensor in model for name in tensor.names])
+    wanted = [name for tensor in model for name in tensor.names]
+    if N_AVERAGED not in wanted:  # a checkpoint of an AveragedModel, loaded into the model itself
+        contents = replace(contents, tensors=tuple(one for one in contents.tensors if one.names != (N_AVERAGED,)))
+    contents = _renamed(contents, wanted)
     held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
     tensors = list(contents.tensors)
     for tensor in model:

@@ -17,6 +17,8 @@ _WRAPPERS: Final = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_
 _PARALLEL: Final = "module"
 _PEFT: Final = "base_model.model."
 _BEFORE_ALL: Final = (f"{_PARALLEL}.", _PEFT)
+# The buffer that torch's AveragedModel has beside the model, which it holds as "module": how many it has averaged.
+N_AVERAGED: Final = "n_averaged"
 
 
 def without_wrappers(names: Sequence[str]) -> list[str]:
@@ -29,13 +31,23 @@ def without_wrappers(names: Sequence[str]) -> list[str]:
     ['layers.0.weight', 'head.bias']
     >>> without_wrappers(["module.weight", "head.weight"])
     ['module.weight', 'head.weight']
+    >>> without_wrappers(["n_averaged", "module.weight"])
+    ['n_averaged', 'weight']
     """
     found = [_without(name, _WRAPPERS) for name in names]
     if len(set(found)) < len(set(names)):
         found = list(names)
-    while prefix := next((one for one in _BEFORE_ALL if found and all(name.startswith(one) for name in found)), ""):
-        found = [name.removeprefix(prefix) for name in found]
+    while prefix := _before_all([name for name in found if name != N_AVERAGED]):
+        shorter = [name.removeprefix(prefix) for name in found]
+        if len(set(shorter)) < len(set(found)):
+            break
+        found = shorter
     return found
+
+
+def _before_all(names: Sequence[str]) -> str:
+    """What a wrapper put before every name; "" if nothing."""
+    return next((prefix for prefix in _BEFORE_ALL if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def unwrapped(name: str) -> str:
@@ -57,6 +69,15 @@ def bare(name: str) -> str:
     while len(parts) > 1 and parts[0] in HOLDERS:
         parts = parts[1:]
     return ".".join(parts)
+
+
+def holders(name: str) -> tuple[int, ...]:
+    """Where a checkpoint holds a tensor, for sorting: the place that holds the model comes first.
+
+    >>> sorted(["ema/weight", "model/weight", "weight"], key=holders)
+    ['weight', 'model/weight', 'ema/weight']
+    """
+    return tuple(HOLDERS.index(part) if part in HOLDERS else len(HOLDERS) for part in name.split("/")[:-1])
 
 
 def aligned(held: Collection[str], wanted: Collection[str]) -> Mapping[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from pared.formats.dtypes import Array
 from pared.inspection.comparison.metrics import Floats, as_numbers
 from pared.inspection.comparison.sources import Piece
-from pared.readers.naming import bare
+from pared.readers.naming import bare, holders
 
 Layout = Literal["", "transposed", "reshaped"]
 
@@ -51,6 +51,7 @@ def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
     left = _Left(list(first), list(second), matches)
     left.match(lambda piece: piece.name)
     left.match(lambda piece: bare(piece.name))
+    left.match(lambda piece: bare(piece.name), prefer=holders)
     found = -1
     while len(matches) > found and (prefix := _common_prefix(left.first, left.second)):
         found = len(matches)
@@ -69,9 +70,9 @@ class _Left:
     second: list[Piece]
     matches: list[Match]
 
-    def match(self, key: Callable[[Piece], str]) -> None:
-        """Match tensors with equal keys that are unique in their sources."""
-        one, other = (_unique(pieces, key) for pieces in (self.first, self.second))
+    def match(self, key: Callable[[Piece], str], prefer: Callable[[str], tuple[int, ...]] | None = None) -> None:
+        """Match tensors with equal keys that are unique in their sources, or preferred to the others there."""
+        one, other = (_unique(pieces, key, prefer) for pieces in (self.first, self.second))
         self._take([Match(one[name], other[name]) for name in one.keys() & other.keys()])
 
     def match_contents(self, *, transposed: bool) -> None:
@@ -99,10 +100,17 @@ class _Left:
         self.second = [piece for piece in self.second if id(piece) not in taken]
 
 
-def _unique(pieces: Iterable[Piece], key: Callable[[Piece], str]) -> dict[str, Piece]:
+def _unique(
+    pieces: Iterable[Piece], key: Callable[[Piece], str], prefer: Callable[[str], tuple[int, ...]] | None
+) -> dict[str, Piece]:
+    """By key the piece that alone has it; of several the one whose name comes first in the order of `prefer`."""
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces:
         by_name.setdefault(key(piece), []).append(piece)
+    if prefer is not None:
+        for name, found in by_name.items():
+            ranks = [prefer(piece.name) for piece in found]
+            by_name[name] = [piece for piece, rank in zip(found, ranks, strict=True) if rank == min(ranks)]
     return {name: found[0] for name, found in by_name.items() if len(found) == 1}
 
 
