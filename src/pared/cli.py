@@ -186,7 +186,7 @@ def tune_speed(
     """Measure again which kernels are fastest on this machine; the model's file is not changed."""
     _show_log(verbose)
     tune = pared.tune_speed  # it says what to install where torch is missing
-    tuned = tune(directory, _made(model), _batches(calib))
+    tuned = tune(directory, _built(model), _batches(calib))
     if not quiet:
         from pared.runtime.record import record_of  # only now: it needs torch
 

@@ -489,7 +489,7 @@ class Lazy(nn.Module):
             self.report = {"calls": 0}
         self.report["calls"] += 1
         scales = [self.plan for _ in range(1) if hasattr(self, "plan")] or [torch.ones(8)]
-        self.plan = scales[0]
+        self.plan: Tensor = scales[0]
         out: Tensor = self.layer(x) * self.plan * self.cached()
         return out
 
