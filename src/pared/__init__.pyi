@@ -34,6 +34,7 @@ from .runtime.onnx.export import Exported as Exported
 from .runtime.quantized import export as export
 from .runtime.quantized import report as report
 from .runtime.quantized import save as save
+from .runtime.record import Result as Result
 from .version import __version__ as __version__
 
 __all__: list[str]
