@@ -21,9 +21,9 @@ from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]
 
-# The fastest engine for a whole sequence, and for the few rows of a state. Together they took 0.90 to 0.98 of the time
-# of FBGEMM for both, for LSTMs of five shapes with AVX512-VNNI; oneDNN for both took up to 1.8.
-_ENGINES: Final = ("onednn", "fbgemm")
+# oneDNN is 2 to 10 % faster for whole sequences, but two threads must not call one of its packed weights at once: about
+# one call in 5,000 then returned wrong numbers (torch 2.13).
+_ENGINE: Final = "fbgemm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +66,15 @@ def pack(weights: Weights) -> Any:
         torch.zeros(len(codes), device="cpu") if bias is None else bias.detach().float().contiguous()
         for codes, bias in zip(weights.codes, weights.biases, strict=True)
     ]
-    packed = [_pack_product(*one) for one in zip(weights.codes, weights.steps, floats, _ENGINES, strict=True)]
+    packed = map(_pack_product, weights.codes, weights.steps, floats)
     narrow = weights.levels < FULL_LEVELS
     return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *floats, narrow)
 
 
-def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor, engine: str) -> Any:
+def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor) -> Any:
     """A weight in an engine's own form. PyTorch reads the engine from a global setting; the form remembers it."""
     weight = _as_quantized(codes, steps)
-    with quantized_engine(engine):
+    with quantized_engine(_ENGINE):
         return torch.ops.quantized.linear_prepack(weight, bias)
 
 
