@@ -1,9 +1,11 @@
 """`fit` from end to end on small networks: each row of its table, and what it promises."""
 
+import contextlib
 import copy
 import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
 from pared.runtime.record import record_of
+from pared.terminal import Stages
 
 pytestmark = pytest.mark.slow  # almost every test here fits a whole model
 
@@ -294,6 +297,7 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
     "building": (Compressor, "build", 2, "the best of 1 trials is returned"),
     "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
+    "logging the first": (search.log, "info", 1, "the best of 1 trials is returned"),
     "choosing": (search._Strategy, "next", 2, "the best of 1 trials is returned"),
     "naming contributors": (
         Compressor,
@@ -317,6 +321,23 @@ def test_ctrl_c_at_any_stage_after_a_trial_returns_the_best_so_far(
     q = pared.fit(MODEL, conf(loss, max_trials=3), BATCHES, lost, workspace=tmp_path / "w", quiet=True)
     assert said in caplog.text
     assert_is_whole(q, tmp_path / "saved")
+
+
+def test_ctrl_c_while_the_display_of_the_search_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a terminal, a thread that draws it has to end."""
+
+    @contextlib.contextmanager
+    def stage(_stages: Stages, description: str) -> Iterator[None]:
+        yield
+        if description == "searching":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stages, "stage", stage)
+    q = pared.fit(MODEL, conf(1e-3, max_trials=3), BATCHES, lost)
+    assert "without its remaining measurements" in caplog.text
+    assert_is_whole(q, tmp_path)
 
 
 @pytest.mark.parametrize("place", [1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -103,11 +104,13 @@ def fit(
     records = None if directory is None else Workspace(directory, fingerprint(known.tensors, conf, known.seen))
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE
-    with stages.stage("searching"):
-        found = search.search(
-            compressor, copies.shadow(model), judge, max_size=_max_size(conf), workspace=records, start=start
-        )
-    return _traced_and_timed(found, compressor, known, stages)
+    shadow = copies.shadow(model)
+    return _searched(
+        lambda: search.search(compressor, shadow, judge, max_size=_max_size(conf), workspace=records, start=start),
+        compressor,
+        known,
+        stages,
+    )
 
 
 def _max_size(conf: PostTrainingQuantConfig) -> int | None:
@@ -134,16 +137,22 @@ def _planned(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Modul
     return found
 
 
-def _traced_and_timed(
-    found: ModuleT, compressor: Compressor[ModuleT], known: Prepared[ModuleT], stages: Stages
+def _searched(
+    find: Callable[[], ModuleT], compressor: Compressor[ModuleT], known: Prepared[ModuleT], stages: Stages
 ) -> ModuleT:
-    """What a search found, with its curve and in its fastest form; Ctrl-C leaves out what is not done yet."""
-    record = record_of(found)
-    record.curve = Curve(()).scored(record.outcome)  # the trials alone
+    """What a search finds, with its curve and in its fastest form; Ctrl-C leaves out what is not done yet."""
+    found: ModuleT | None = None
     try:
+        with stages.stage("searching"):
+            found = find()
+        record = record_of(found)
         record.curve = curve.trace(compressor, known.tensors.model).scored(record.outcome)
         return _timed(found, known, stages)
     except KeyboardInterrupt:
+        if found is None:
+            raise
+        record = record_of(found)
+        record.curve = record.curve or Curve(()).scored(record.outcome)  # at least the trials
         log.warning("interrupted: the model is returned without its remaining measurements")
         return found
 

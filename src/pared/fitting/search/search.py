@@ -131,9 +131,9 @@ def search(
             if point is None:
                 break
             model, trial = _try(compressor, point, judge, references)
-            log.info("trial %d: %s", len(trials) + 1, trial)
             is_best = _best((*trials, trial)) == len(trials)
             trials, best_model = (*trials, trial), (model if is_best else best_model)
+            log.info("trial %d: %s", len(trials), trial)  # only now, as Ctrl-C may come while it is written
             if workspace is not None:
                 workspace.add(trial, model)
     except KeyboardInterrupt:
