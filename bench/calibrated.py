@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pared.runtime.layers.registration import check_registered
 from torch import nn
 
 from pared import PostTrainingQuantConfig
@@ -15,6 +14,7 @@ from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.search.compressor import Compressor
 from pared.model.calls import Calibration
 from pared.model.tensors import ModelTensors, find_tensors
+from pared.runtime.layers.table import check_registered
 
 ALL_SAMPLES = 10**6  # the bench's calibration data are read whole
 
@@ -30,7 +30,7 @@ class Calibrated:
 
     @classmethod
     def on(cls, model: nn.Module, calibration: Calibration, seed: int = 0) -> Calibrated:
-        check_registered(model)  # as `fit` does; it also brings the table of layers
+        check_registered(model)  # as `fit` does
         seen = observe.collect(model, calibration, ALL_SAMPLES)
         tensors = find_tensors(model)
         measured = sensitivity.measure(tensors, seen.calls, seen.energies, seed)

@@ -59,6 +59,10 @@ def test_no_circles() -> None:
         graphlib.TopologicalSorter(children).prepare()  # raises CycleError
 
 
+def test_layers_are_looked_up_where_the_table_is_filled() -> None:
+    assert [a for a, b in EDGES if b == "runtime.layers.registry" and not a.startswith("runtime.layers.")] == []
+
+
 def test_rooms_are_small() -> None:
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
     assert {name: count for name, count in lines.items() if count > 400} == {}

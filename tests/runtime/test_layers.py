@@ -21,9 +21,8 @@ from pared.formats.coded import Coded
 from pared.formats.views import view_of
 from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore, stand_in
-from pared.runtime.layers.registry import layer_of, weights_of
 from pared.runtime.layers.subclasses import class_below
-from pared.runtime.layers.table import LAYERS
+from pared.runtime.layers.table import LAYERS, layer_of, weights_of
 
 
 class Scaled(nn.Embedding):

@@ -11,8 +11,8 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.formats.views import OWN_ROWS
 from pared.runtime.layers.counterpart import Counterpart
-from pared.runtime.layers.registry import LAYERS
 from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
+from pared.runtime.layers.table import LAYERS
 from pared.runtime.quantized import Quantized
 from pared.runtime.serving.served import Served
 

@@ -22,7 +22,7 @@ from pared.model.copies import shadow
 from pared.model.outputs import Leaf, leaves_of
 from pared.model.tensors import ModelTensors
 from pared.runtime.layers.counterpart import stand_in
-from pared.runtime.layers.registry import layer_of, weights_of
+from pared.runtime.layers.table import layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
 
 _MOST_CALLS: Final = 4

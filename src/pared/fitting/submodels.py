@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pared.model.calls import Call
 from pared.runtime.graphs.call_kinds import bind, parameters_of
-from pared.runtime.layers.registry import layer_of
+from pared.runtime.layers.table import layer_of
 from pared.runtime.stopwatch import Stopwatch
 from pared.switches import WITHOUT_FAST_PATHS
 

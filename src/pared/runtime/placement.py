@@ -19,7 +19,7 @@ from pared.formats.views import View, view_of
 from pared.model.contents import Contents, Stored
 from pared.model.tensors import held_elsewhere, registered
 from pared.runtime.layers.counterpart import Counterpart, stand_in
-from pared.runtime.layers.registry import layer_of, weights_of
+from pared.runtime.layers.table import layer_of, weights_of
 from pared.runtime.profile import Profile, Running
 
 

@@ -22,7 +22,7 @@ from pared.model import calls
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import leaves_of
-from pared.runtime.layers.registry import has_columns, layer_of, weights_of
+from pared.runtime.layers.table import has_columns, layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
 
 

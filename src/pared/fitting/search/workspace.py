@@ -27,7 +27,7 @@ from pared.fitting.search.evaluate import Score
 from pared.model import storage
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import quantized
-from pared.runtime.layers.registry import weights_of
+from pared.runtime.layers.table import weights_of
 from pared.runtime.profile import profile_beside
 from pared.version import __version__
 

@@ -15,10 +15,11 @@ from pared.model.tensors import registered
 from pared.runtime.kernels import recurrent
 from pared.runtime.layers.attention import attention_forward, attention_weights
 from pared.runtime.layers.recurrent import cell_forward, cell_weights, layer_forward, layer_weights, plain_cell_forward
-from pared.runtime.layers.registry import LAYERS, Layer
+from pared.runtime.layers.registry import LAYERS, Layer, has_columns, layer_of, weights_of
 from pared.scalars import plain
 
-__all__ = ["LAYERS", "check_registered", "register"]
+# Who looks layers up imports from here, where the table has been filled, and not from `registry`.
+__all__ = ["LAYERS", "Layer", "check_registered", "has_columns", "layer_of", "register", "weights_of"]
 
 log = logging.getLogger(__name__)
 
