@@ -102,6 +102,7 @@ def test_eight_bits_are_those_of_fit(tmp_path: Path) -> None:
         torch.tensor(1e-30),
         torch.tensor([1e-9, 1.0], dtype=torch.float64),
         torch.tensor([0.5, -2.0], dtype=torch.float64),
+        torch.tensor([1e300, 2.0], dtype=torch.float64),
         torch.zeros(0, 4),
         torch.zeros(3, 0),
         torch.zeros(5, 6),

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
 from pared.fitting.config import INC_EQUIVALENTS
 from pared.terminal import parse_size
@@ -51,6 +54,12 @@ def test_values_are_checked_when_they_are_given(options: dict[str, object], word
     with pytest.raises(ConfigError) as error:
         PostTrainingQuantConfig(**options)
     assert error.value.what == words
+
+
+@pytest.mark.parametrize("function", [pared.fit, pared.trade_off, pared.estimate])
+def test_a_configuration_of_another_type_is_refused(function: Any) -> None:
+    with pytest.raises(ConfigError, match="conf is a dict, not a configuration"):
+        function(nn.Linear(2, 2), {"quant_level": 0})
 
 
 @pytest.mark.parametrize(

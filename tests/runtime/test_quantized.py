@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 import pickletools
 import sys
@@ -566,6 +567,17 @@ def test_a_changed_weight_is_noticed_and_not_lost(original: Everything, tmp_path
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ModelError, match="mix: was changed after it was compressed"):
         q.state_dict()
+
+
+def test_a_buffer_may_become_nan() -> None:
+    model = nn.Module()
+    model.register_buffer("state", torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    q = pared.fit(model)
+    assert q.state_dict()["state"].dtype == torch.int8
+    q.state[0, 0] = math.nan
+    stored = q.state_dict()["state"]
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored.nan_to_num(7.0), q.state.nan_to_num(7.0))
 
 
 def test_only_quantized_models_have_a_record() -> None:

@@ -151,7 +151,7 @@ def _flat(array: Array, name: str) -> PackedTensor:
         return _exact(array, f"{kind}: kept exactly")
     if survives_float16(values):
         return _float(array, "float16", f"{kind}: every value survives float16")
-    if array.itemsize == 8 and (values == values.astype(np.float32)).all():
+    if array.itemsize == 8 and (values == converted(values, np.float32)).all():
         return _float(array, "float32", f"{kind}: float32 holds every value")
     return _exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
 

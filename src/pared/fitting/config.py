@@ -262,3 +262,20 @@ class PostTrainingQuantConfig:
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.max_size is not None:
             object.__setattr__(self, "max_size", parse_size(self.max_size))
+
+
+def configured(conf: PostTrainingQuantConfig | None) -> PostTrainingQuantConfig:
+    """The configuration that a caller passed; the default one for None.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if conf is None:
+        return PostTrainingQuantConfig()
+    if not isinstance(conf, PostTrainingQuantConfig):
+        raise ConfigError(
+            f"conf is a {type(conf).__name__}, not a configuration",
+            where="pared.fit",
+            remedy="Pass a PostTrainingQuantConfig(...).",
+        )
+    return conf

@@ -9,26 +9,22 @@ from torch import nn
 
 from pared.errors import CalibrationError, ConfigError
 from pared.fitting.calibration import observe
-from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.rounding import encoding, plan
 from pared.model import calls
 from pared.model.checks import supported_tensors
 from pared.runtime.layers.table import check_registered
 
 
-def check_arguments(conf: object, calibration: object, eval_func: object = None, confirm_func: object = None) -> None:
+def check_arguments(
+    conf: PostTrainingQuantConfig, calibration: object, eval_func: object = None, confirm_func: object = None
+) -> None:
     """Refuse arguments of `fit` that have a wrong type or contradict each other.
 
     Raises:
-        ConfigError: `conf`, `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone.
+        ConfigError: `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone.
         CalibrationError: `approach="static"` without calibration data.
     """
-    if not isinstance(conf, PostTrainingQuantConfig):
-        raise ConfigError(
-            f"conf is a {type(conf).__name__}, not a configuration",
-            where="pared.fit",
-            remedy="Pass a PostTrainingQuantConfig(...).",
-        )
     for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
         if function is not None and not callable(function):
             raise ConfigError(
@@ -91,7 +87,7 @@ def estimate(
     >>> guess.nbytes < 0.4 * guess.original_nbytes
     True
     """
-    conf = PostTrainingQuantConfig() if conf is None else conf
+    conf = configured(conf)
     tensors = supported_tensors(model)
     check_registered(model)
     check_arguments(conf, calib_dataloader)

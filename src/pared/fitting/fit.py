@@ -11,7 +11,7 @@ from torch import nn
 from pared.artifact.outcome import Curve
 from pared.files.disk import as_path
 from pared.fitting import speed
-from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.eight_bits import at_eight_bits
 from pared.fitting.preparation import Prepared, prepare
 from pared.fitting.search import search
@@ -84,7 +84,7 @@ def fit(
     >>> small.state_dict()["0.weight"].dtype, isinstance(small, nn.Sequential)
     (torch.int8, True)
     """
-    conf = PostTrainingQuantConfig() if conf is None else conf
+    conf = configured(conf)
     directory = None if workspace is None else as_path(workspace, "workspace")
     stages = Stages(quiet=quiet)
     eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
@@ -202,7 +202,7 @@ def trade_off(
     >>> [a.nbytes > b.nbytes for a, b in zip(found.points, found.points[1:])]
     [True, True]
     """
-    conf = PostTrainingQuantConfig() if conf is None else conf
+    conf = configured(conf)
     points = checked_number("pared.trade_off", "points", points, least=1, whole=True)
     stages = Stages(quiet=quiet)
     known = prepare(model, conf, calib_dataloader, (eval_func, None), stages)

@@ -84,7 +84,7 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
     """Every number rounded to the nearest multiple of its row's step; codes beyond the limit are clamped.
 
     Args:
-        matrix: of (rows, columns), finite.
+        matrix: of (rows, columns); NaN gets any code.
         step: float32 of (rows,); a step of 0 gives codes of 0.
         codes: the type of the codes.
         threads: the number of threads to use.
@@ -102,10 +102,11 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
 
     def round_(tile: _Tile) -> None:
         block = as_floats(matrix[tile]).astype(np.float32, copy=False)
-        scaled = block * inverse[tile[0]]
-        np.rint(scaled, out=scaled)
-        np.clip(scaled, -limit, limit, out=scaled)
-        found[tile] = scaled
+        with np.errstate(invalid="ignore"):  # of what is not finite: whoever cares compares with what decodes
+            scaled = block * inverse[tile[0]]
+            np.rint(scaled, out=scaled)
+            np.clip(scaled, -limit, limit, out=scaled)
+            found[tile] = scaled
 
     _shared(round_, matrix, threads)
     return found
