@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -56,6 +57,25 @@ def parse_size(size: int | str) -> int:
 _PATIENCE: Final = 1.0  # seconds before progress is shown
 
 
+@contextmanager
+def _progress(quiet: bool, *columns: ProgressColumn) -> Iterator[Progress | None]:
+    """A display on standard error, from the second second on; None if quiet, or if standard error is not a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+    timer = threading.Timer(_PATIENCE, progress.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield progress
+    finally:
+        timer.cancel()
+        timer.join()
+        progress.stop()
+
+
 class Stages:
     """The stages of one long job, one line at a time on standard error.
 
@@ -64,33 +84,15 @@ class Stages:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        console = Console(stderr=True)
-        self._silent = quiet or not console.is_terminal
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
+        self._quiet = quiet
 
     @contextmanager
     def stage(self, description: str) -> Iterator[None]:
         """Show the description until the stage ends, unless it takes less than a second."""
-        if self._silent:
+        with _progress(self._quiet, SpinnerColumn(), TextColumn("{task.description}")) as progress:
+            if progress is not None:
+                progress.add_task(description)
             yield
-            return
-        task = self._progress.add_task(description)
-        timer = threading.Timer(_PATIENCE, self._progress.start)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
-            self._progress.stop()
-            self._progress.remove_task(task)
 
 
 @contextmanager
@@ -102,22 +104,13 @@ def bytes_done(description: str, total: int, *, quiet: bool = False) -> Iterator
         total: the bytes of the whole job.
         quiet: show nothing; nothing is shown either where standard error is not a terminal.
     """
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda _: None
-        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
-    task = bar.add_task(description, total=total)
-    timer = threading.Timer(_PATIENCE, bar.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield lambda nbytes: bar.advance(task, nbytes)
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()
+    with _progress(quiet, *columns) as progress:
+        if progress is None:
+            yield lambda _: None
+        else:
+            task = progress.add_task(description, total=total)
+            yield lambda nbytes: progress.advance(task, nbytes)
 
 
 WIDTH: Final = 100  # in columns

@@ -48,7 +48,9 @@ def write_torch(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryvie
     b'345'
     """
     zip_file = _Zip(stream)
-    zip_file.add("data.pkl", _pickle(len(index), nbytes))
+    # Each number of elements stands twice, as `pickle` writes it, without its frame and end.
+    words = (pickle.dumps(size, protocol=2)[2:-1] for size in (len(index), nbytes) for _ in range(2))
+    zip_file.add("data.pkl", _PICKLE % tuple(words))
     zip_file.add(".format_version", b"1")
     zip_file.add(".storage_alignment", str(_ALIGNMENT).encode())
     zip_file.add("byteorder", b"little")
@@ -57,12 +59,6 @@ def write_torch(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryvie
     zip_file.add("version", b"3\n")
     zip_file.add(".data/serialization_id", f"{_NAMES_HASH}{zip_file.fingerprint:020d}".encode())
     zip_file.close()
-
-
-def _pickle(*sizes: int) -> bytes:
-    """The pickle that torch writes of two uint8 tensors with these numbers of elements."""
-    words = (pickle.dumps(size, protocol=2)[2:-1] for size in sizes for _ in range(2))  # without frame and end
-    return _PICKLE % tuple(words)
 
 
 class _Zip:
@@ -97,7 +93,8 @@ class _Zip:
         if nbytes:
             layout = "<4sIQQ" if max(nbytes, start) >= _WIDE else "<4sIII"
             self._write(struct.pack(layout, b"PK\x07\x08", crc32, nbytes, nbytes))
-            self.fingerprint = _combined(self.fingerprint, crc32)
+            seed = self.fingerprint  # combined as torch combines hashes
+            self.fingerprint = (seed ^ (crc32 + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & 0xFFFFFFFFFFFFFFFF
         extra = _wide_field((nbytes, nbytes), start)
         size, offset = min(nbytes, _WIDE), min(start, _WIDE)
         head = _CENTRAL.pack(b"PK\x01\x02", flags, crc32, size, size, len(path), len(extra), offset)
@@ -126,8 +123,3 @@ def _padding(start: int) -> bytes:
     """An extra field that begins at byte `start` of the file and ends at a multiple of 64."""
     length = -(start + 4) % _ALIGNMENT
     return b"FB" + struct.pack("<H", length) + b"Z" * length
-
-
-def _combined(seed: int, value: int) -> int:
-    """Combine two 64-bit hashes as torch does."""
-    return (seed ^ (value + 0x9E3779B9 + (seed << 6) + (seed >> 2))) & 0xFFFFFFFFFFFFFFFF

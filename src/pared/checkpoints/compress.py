@@ -152,7 +152,8 @@ def run(
             side_files.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
             index = _index(journal, rate, size).to_bytes()
-            _check_readable(index, journal)
+            with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
+                parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
             write_atomic(
                 target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
             )
@@ -245,12 +246,6 @@ def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
 def _index(journal: Journal, bits: float, size: int | None) -> Index:
     asked = {"bits": bits} if size is None else {"max_size": size}
     return Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked})
-
-
-def _check_readable(index: bytes, journal: Journal) -> None:
-    """Parse the index as a reader will, before the artifact is written; checksums protect the numbers."""
-    with journal.opened() as data:
-        parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
 
 
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:

@@ -98,7 +98,9 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
     if not np.isfinite(largest).all():
         return _unbounded(array, name)
     found = find_exact_grid(array, target.bits if target.level is None else INT8_BITS)
-    if found is not None and _affordable(found.step, target):
+    # A lossless grid may be at most an octave finer than the planned step.
+    finest = 0.0 if target.level is None else 2.0 ** (target.level / 8 - 1)
+    if found is not None and float(found.step.max()) >= finest:
         parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
         because = "its numbers lie on this grid already: nothing is lost"
         return PackedTensor(_grid(found.codes.dtype.name), parts, found.view, None, because)
@@ -108,11 +110,6 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
     codes = encode(matrix, step, kind, threads).reshape(array.shape)
     parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
     return PackedTensor(_grid(kind), parts, view, target.bits if target.level is None else None)
-
-
-def _affordable(step: Steps, target: Fineness) -> bool:
-    """Whether a lossless grid is at most an octave finer than the planned step."""
-    return target.level is None or float(step.max()) >= 2.0 ** (target.level / 8 - 1)
 
 
 def _steps(matrix: Array, largest: Steps, target: Fineness) -> tuple[CodeType, Steps]:

@@ -57,7 +57,8 @@ def steps_at_rate(matrix: Array, bits: float, finest: Steps, codes: CodeType) ->
         finest: the finest step of each row, float32 of (rows,).
         codes: the type of the codes.
     """
-    chosen = _evenly(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
+    count = min(len(matrix), max(1, _SAMPLE // matrix.shape[1]))
+    chosen = np.unique(np.linspace(0, len(matrix) - 1, count).astype(np.int64))
     part = np.ascontiguousarray(matrix[chosen, : max(1, _SAMPLE // len(chosen))])
     bound = finest[chosen]
     if not bound.any():
@@ -76,10 +77,6 @@ def steps_at_rate(matrix: Array, bits: float, finest: Steps, codes: CodeType) ->
     start = _OCTAVE * (math.log2(spread) + 2 - bits)  # the estimate for a normal distribution
     level = crossing(lambda level: rate(steps_at_level(level, bound)), bits, start, _TOLERANCE)
     return steps_at_level(level, finest)
-
-
-def _evenly(count: int, most: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
 def crossing(rate: Callable[[float], float], bits: float, level: float, tolerance: float) -> float:

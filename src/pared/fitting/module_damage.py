@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pared.fitting.calibration.observe import Statistics
+from pared.fitting.calibration.perturbation import losses, values_of
 from pared.fitting.calibration.sensitivity import InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import DEFAULT_BITS
@@ -19,7 +20,6 @@ from pared.fitting.search.activations import Candidate, find_candidates
 from pared.model.calls import Call
 from pared.model.contents import Decision, Stored
 from pared.model.copies import shadow
-from pared.model.outputs import Leaf, leaves_of
 from pared.model.tensors import ModelTensors
 from pared.runtime.layers.counterpart import stand_in
 from pared.runtime.layers.table import layer_of, weights_of
@@ -69,21 +69,10 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     for name, weights in held.items():
         for attribute, stored in weights.items():
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
-    expected = [_leaves(copied, call) for call in calls]
+    expected = [values_of(copied(*call.args, **call.kwargs)) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}
         stand_in(copied.get_submodule(name), coded, activation)
-    pairs = [
-        list(zip(wanted, _leaves(copied, call), strict=False)) for wanted, call in zip(expected, calls, strict=True)
-    ]
-    shares = []
-    for output in zip(*pairs, strict=False):  # one output in all calls: before and after
-        energy = sum(before.energy() for before, _ in output)
-        lost = sum(a.error(b.value) for a, b in output if a.value.shape == b.value.shape)
-        shares.append(lost / energy if energy else 0.0)
+    shares = [lost / total if total else 0.0 for lost, total in losses(copied, calls, expected)]
     return sum(shares) / len(shares) if shares else 0.0
-
-
-def _leaves(model: nn.Module, call: Call) -> list[Leaf]:
-    return leaves_of(model(*call.args, **call.kwargs))

@@ -194,7 +194,8 @@ def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None
 
 def _refined(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> Steps:
     """The step of each row that gives all magnitudes within their rounding, if there is one; else the guess."""
-    half = _spacing(magnitudes, kind) / 2
+    computed = np.float32 if kind.itemsize == 8 else kind  # float64 was computed in float32
+    half = np.spacing(magnitudes.astype(computed)).astype(np.float64) / 2
     below = np.where(np.frexp(magnitudes)[0] == 0.5, half / 2, half)  # a power of two has a nearer neighbour below
     some = codes > 0
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -206,9 +207,3 @@ def _refined(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[An
     plain = guess.astype(np.float32)
     # What made the numbers divided the largest magnitude; where that explains them too, it is what they were made with.
     return np.where((plain >= low) & (plain <= high), plain, middle.astype(np.float32))
-
-
-def _spacing(magnitudes: Floats, kind: np.dtype[Any]) -> Floats:
-    """The distance of each magnitude to the next number of its type; float64 was computed in float32."""
-    spacing: Floats = np.spacing(magnitudes.astype(np.float32 if kind.itemsize == 8 else kind)).astype(np.float64)
-    return spacing

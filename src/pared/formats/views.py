@@ -85,10 +85,6 @@ def single_row(shape: tuple[int, ...]) -> View:
     return View(shape, ())
 
 
-def _second_dimension(_module: nn.Module, shape: tuple[int, ...]) -> View:
-    return View(shape, (1,))
-
-
 def _transposed_convolution(module: nn.Module, shape: tuple[int, ...]) -> View:
     """ConvTranspose stores (in, out / groups, ...): an output channel is a (group, column) pair."""
     groups = module.groups
@@ -101,7 +97,7 @@ def _transposed_convolution(module: nn.Module, shape: tuple[int, ...]) -> View:
 # packages that may not be installed need not be imported; subclasses count as their base.
 VIEWS: Final[dict[str, Callable[[nn.Module, tuple[int, ...]], View]]] = {
     "torch.nn.modules.conv._ConvTransposeNd": _transposed_convolution,
-    "transformers.pytorch_utils.Conv1D": _second_dimension,
+    "transformers.pytorch_utils.Conv1D": lambda _, shape: View(shape, (1,)),
 }
 
 # The dimensions that are rows in users' own layers, by class and attribute: `pared.register` fills it. A class that

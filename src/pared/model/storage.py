@@ -47,7 +47,8 @@ def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
 
 def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     data = bytearray()
-    coded = each(_streams, contents.tensors, [math.prod(stored.coded.shape) for stored in contents.tensors])
+    work = [math.prod(stored.coded.shape) for stored in contents.tensors]
+    coded = each(lambda stored: stored.coded.format.streams(stored.coded), contents.tensors, work)
     entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, coded, strict=True))
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
     index = Index(entries, modules, dict(contents.provenance)).to_bytes()
@@ -126,10 +127,6 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
                     where=module or "the root",
                     remedy=DANGEROUS,
                 )
-
-
-def _streams(stored: Stored) -> dict[str, streams.EncodedPart]:
-    return stored.coded.format.streams(stored.coded)
 
 
 def _stored(data: memoryview, entry: Entry) -> Stored:

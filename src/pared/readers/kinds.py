@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final, NoReturn
 
 from pared.errors import FileError
 from pared.files.disk import File
 from pared.files.magic import kind_of
 from pared.files.safetensors_file import is_safetensors
-from pared.files.zip_file import Archive, is_zip, read_archive, torch_folder
+from pared.files.zip_file import is_zip, read_archive, torch_folder
 from pared.readers.gguf import is_gguf, read_gguf
 from pared.readers.listing import Listing, unknown
 from pared.readers.numpy_files import is_npy, is_npz, read_npy, read_npz
@@ -29,7 +30,7 @@ def _read_zip(file: File) -> Listing:
         return read_torch_export(file, archive, exported)
     if is_npz(archive):
         return read_npz(file, archive)
-    if _is_keras(archive):
+    if any(member.name == "model.weights.h5" for member in archive.members):
         _refuse_keras(file, "a .keras file")
     saved = torch_folder(file, archive)
     if saved is not None:
@@ -37,16 +38,8 @@ def _read_zip(file: File) -> Listing:
     raise unknown(file, "a zip archive of an unknown kind")
 
 
-def _is_keras(archive: Archive) -> bool:
-    return any(member.name == "model.weights.h5" for member in archive.members)
-
-
 def _is_hdf5(file: File) -> bool:
     return bytes(file.data[:8]) == b"\x89HDF\r\n\x1a\n"
-
-
-def _read_hdf5(file: File) -> NoReturn:
-    _refuse_keras(file, "an HDF5 file, as Keras writes them")
 
 
 def _refuse_keras(file: File, kind: str) -> NoReturn:
@@ -64,7 +57,7 @@ _READERS: Final[tuple[tuple[Callable[[File], bool], Callable[[File], Listing]], 
     (is_torch_legacy, read_torch_legacy),
     (is_gguf, read_gguf),
     (is_npy, read_npy),
-    (_is_hdf5, _read_hdf5),
+    (_is_hdf5, partial(_refuse_keras, kind="an HDF5 file, as Keras writes them")),
     (is_onnx, read_onnx),
 )
 

@@ -49,7 +49,7 @@ def perturb(tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int) 
     calls = calls[:_MOST_CALLS]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        expected: list[list[Leaf]] = [_values(copied(*call.args, **call.kwargs)) for call in calls]
+        expected: list[list[Leaf]] = [values_of(copied(*call.args, **call.kwargs)) for call in calls]
         if _difference(copied, calls, expected) > 0:
             raise CalibrationError(
                 "the model gives different outputs for the same input, so the cost of errors cannot be measured",
@@ -79,23 +79,32 @@ def _disturb(
     return TensorStats(torch.full((rows,), each, dtype=torch.float64))
 
 
-def _values(output: Any) -> list[Leaf]:
+def values_of(output: Any) -> list[Leaf]:
     """The outputs that are compared: the floating ones, or all tensors if there are none."""
     floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output)]
     return floats or [Leaf(leaf.clone()) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> float:
-    """The share that is lost, of the energy of floats or of the number of other values; the mean over the outputs."""
-    lost: dict[int, float] = {}
-    total: dict[int, float] = {}
-    for call, wanted in zip(calls, expected, strict=True):
-        found = _values(model(*call.args, **call.kwargs))
-        for i, (ours, theirs) in enumerate(zip(wanted, found, strict=False)):
-            error, energy = _compared(ours, theirs.value)
-            lost[i], total[i] = lost.get(i, 0.0) + error, total.get(i, 0.0) + energy
-    shares = [lost[i] / total[i] for i in total if total[i] > 0]
+    shares = [lost / total for lost, total in losses(model, calls, expected) if total > 0]
     return sum(shares) / len(shares) if shares else 0.0
+
+
+def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> list[tuple[float, float]]:
+    """For each output what is lost in all calls, and of which total: the energy of floats, or the number of values.
+
+    Args:
+        model: the disturbed model.
+        calls: what it is called with.
+        expected: the outputs of the undisturbed model for each call, from `values_of`.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for call, wanted in zip(calls, expected, strict=True):
+        for i, (ours, theirs) in enumerate(zip(wanted, values_of(model(*call.args, **call.kwargs)), strict=False)):
+            error, energy = _compared(ours, theirs.value)
+            lost, total = found.get(i, (0.0, 0.0))
+            found[i] = lost + error, total + energy
+    return list(found.values())
 
 
 def _compared(ours: Leaf, theirs: Tensor) -> tuple[float, float]:

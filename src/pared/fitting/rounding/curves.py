@@ -191,20 +191,11 @@ def _options(
         steps = target.steps(int(k), codes)[live].numpy().astype(np.float64)
         index = STEPS_PER_OCTAVE * np.log2(steps)
         effective = float((index - exponents).mean())  # the common step that would take as many bits
-        bits = _rate_at(effective, tried, rates)
+        below = max(0.0, tried[0] - effective) / STEPS_PER_OCTAVE  # a bit more for each octave below the finest tried
+        bits = float(np.interp(effective, tried, rates)) + below
         relative_error = float(np.interp(effective, tried, errors))
-        nbytes.append(bits * rows * columns / 8 + _step_nbytes(index))
+        step_bits = entropy.entropy(np.rint(index).astype(np.int16)) * len(index)  # as the coder takes, estimated
+        nbytes.append(bits * rows * columns / 8 + step_bits / 8)
         damage.append(relative_error * float((weight * steps**2 / 12).sum()))
     # Between these steps bytes and the logarithm of the damage are nearly straight.
     return np.interp(common, some, nbytes), np.exp(np.interp(common, some, np.log(np.maximum(damage, _TINY))))
-
-
-def _rate_at(common: float, tried: list[int], rates: Floats) -> float:
-    """The rate at a step: measured, and a bit more for each octave below the finest step that was tried."""
-    below = max(0.0, tried[0] - common) / STEPS_PER_OCTAVE
-    return float(np.interp(common, tried, rates)) + below
-
-
-def _step_nbytes(index: Floats) -> float:
-    """The bytes of the rows' steps in the entropy coder (an estimate), given their indices in eighths of an octave."""
-    return entropy.entropy(np.rint(index).astype(np.int16)) * len(index) / 8

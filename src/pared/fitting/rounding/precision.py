@@ -60,7 +60,8 @@ def _with_enough_bits(decision: Decision, slot: ModelTensor, stats: TensorStats 
     matrix = slot.view.matrix(slot.tensor.detach().float())
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12  # the variance of an error within a step
-    allowed = _allowed_damage(slot.tensor.numel(), weights)
+    share = slot.tensor.numel() / weights if slot.tensor.numel() >= _MANY_WEIGHTS else 0.0
+    allowed = max(_DAMAGE_ALONE, _DAMAGE_TOGETHER * share)
     if not allowed < damage < math.inf:
         return replace(decision, damage=damage if damage < math.inf else None)
     because = f"at 8 bits it would do a damage of {damage:.2g}"
@@ -73,8 +74,3 @@ def _with_enough_bits(decision: Decision, slot: ModelTensor, stats: TensorStats 
     # No grid is fine enough; floating-point numbers each have a precision of their own.
     treatment: Treatment = "float16" if survives_float16(slot.tensor) else "exact"
     return replace(decision, treatment=treatment, bits=None, because=because)
-
-
-def _allowed_damage(weights: int, total: int) -> float:
-    """The damage that a tensor may do alone at 8 bits, given its and the model's numbers of weights."""
-    return max(_DAMAGE_ALONE, _DAMAGE_TOGETHER * weights / total) if weights >= _MANY_WEIGHTS else _DAMAGE_ALONE

@@ -154,7 +154,9 @@ class _Recorder:
     def _start(self, mark: str) -> None:
         self._running = mark
         self._seen, self._stack, self._entered = {}, [], []
-        _seed()
+        random.seed(_SEED)  # both models draw the same random numbers
+        np.random.seed(_SEED)  # the state that models may use
+        torch.manual_seed(_SEED)
 
     def _finish(self, output_a: Any, output_b: Any) -> None:
         """Compare the outputs of the models, in full."""
@@ -240,13 +242,6 @@ def _copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return copy.deepcopy(arguments, own)
 
 
-def _seed() -> None:
-    """Make both models draw the same random numbers."""
-    random.seed(_SEED)
-    np.random.seed(_SEED)  # the state that models may use
-    torch.manual_seed(_SEED)
-
-
 def _samples(value: Any) -> list[Tensor]:
     """The floating tensors among the inputs or outputs of a module; only a sample of large ones."""
     return [_sample(tensor.detach()) for tensor in tensors_of(value)]
@@ -276,7 +271,15 @@ def _with_drops(tracks: Mapping[str, _Track], inside: Mapping[str, set[str]]) ->
     half of its drop has none of its own.
     """
     layers = [
-        LayerOutput(name, track.kind, track.calls, _or_none(track), _input_sqnr(track), 0.0, track.note)
+        LayerOutput(
+            name,
+            track.kind,
+            track.calls,
+            track.output if track.output.count else None,
+            _input_sqnr(track),
+            0.0,
+            track.note,
+        )
         for name, track in tracks.items()
     ]
     outputs = [layer.similarity.sqnr for layer in layers if layer.similarity is not None]
@@ -298,10 +301,6 @@ def _own(drop: float, inside: Iterable[str], drops: Mapping[str, float]) -> floa
 
 def _bounded(sqnr: float) -> float:
     return max(sqnr, _LEAST_SQNR) if sqnr == sqnr else _LEAST_SQNR  # NaN
-
-
-def _or_none(track: _Track) -> Similarity | None:
-    return track.output if track.output.count else None
 
 
 def _input_sqnr(track: _Track) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -72,7 +73,7 @@ def untied(case: Case) -> Iterator[Cause]:
 
 def duplicate(case: Case) -> Iterator[Cause]:
     """Other tensors with equal numbers."""
-    yield from _twice(case, "the same numbers are stored again", _are_any)
+    yield from _twice(case, "the same numbers are stored again", operator.is_not)
 
 
 def _named(case: Case) -> Iterator[Cause]:
@@ -105,10 +106,6 @@ def _are_tied(first: ListedTensor, other: ListedTensor) -> bool:
     return len(first.shape) == 2 and any(
         _INPUT.search(one) is not None and _OUTPUT.search(two) is not None for one, two in (names, names[::-1])
     )
-
-
-def _are_any(first: ListedTensor, other: ListedTensor) -> bool:
-    return first is not other
 
 
 def _equal(case: Case) -> list[list[ListedTensor]]:

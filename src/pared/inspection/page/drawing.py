@@ -60,6 +60,11 @@ _STYLE: Final[dict[Any, Any]] = {
 }
 _SVG: Final = "http://www.w3.org/2000/svg"
 _LINK: Final = "{http://www.w3.org/1999/xlink}href"
+_STYLES: Final = (  # what the style sheet sets is removed from styles: font families and line joins
+    (r"font: (bold|[67]00) ([\d.]+)px [^;]*", r"font-size: \2px; font-weight: 700"),
+    (r"font: ([\d.]+)px [^;]*", r"font-size: \1px"),
+    (r"; stroke-(linejoin|linecap): (miter|butt|square|round)", ""),
+)
 _MOST_TITLE: Final = 200  # characters of a tooltip
 
 
@@ -235,7 +240,8 @@ def _tidy(root: ET.Element) -> None:
             if name in element.attrib:
                 element.set(name, re.sub(r"-?\d+\.\d{3,}", _short, element.attrib[name]))
         if "style" in element.attrib:
-            element.set("style", _style(element.attrib["style"]))
+            for pattern, replacement in _STYLES:
+                element.set("style", re.sub(pattern, replacement, element.attrib["style"]))
     used = set(re.findall(r"#([\w-]+)", " ".join(v for e in root.iter() for k, v in e.attrib.items() if k != "id")))
     for element in root.iter():
         if element.get("id", "a0") not in used and not re.fullmatch(r"a\d+", element.get("id", "a0")):
@@ -244,16 +250,6 @@ def _tidy(root: ET.Element) -> None:
 
 def _short(number: re.Match[str]) -> str:
     return f"{float(number.group()):.2f}".rstrip("0").rstrip(".")
-
-
-def _style(text: str) -> str:
-    """A style without what the style sheet sets: font families and line joins."""
-    text = re.sub(r"font: (?:(bold|[67]00) )?([\d.]+)px [^;]*", lambda m: _font(m.group(1), m.group(2)), text)
-    return re.sub(r"; stroke-(linejoin|linecap): (miter|butt|square|round)", "", text)
-
-
-def _font(weight: str | None, size: str) -> str:
-    return f"font-size: {size}px" + ("; font-weight: 700" if weight else "")
 
 
 def _add_title(element: ET.Element, text: str) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -87,7 +88,8 @@ def _content(data: PageData) -> dict[str, Any]:
         "ledger": ledger,
         "fitted": data.fitted,
         "outcome": data.outcome,
-        "loss": _loss(data),
+        # Of the chosen model, in the unit of the tolerable loss.
+        "loss": next((trial.loss for trial in data.outcome.trials if trial.nbytes == ledger.nbytes), None),
         "summary": _summary(data),
         "findings": ledger.findings,
         "names": _names,
@@ -131,11 +133,6 @@ def _summary(data: PageData) -> str:
     factor = ledger.original_nbytes / max(1, ledger.nbytes)
     size = f"{factor:.1f} times smaller" if factor >= 1 else f"{1 / factor:.1f} times larger"
     return f"{bytes_in_words(ledger.original_nbytes)} became {bytes_in_words(ledger.nbytes)}: {size}."
-
-
-def _loss(data: PageData) -> float | None:
-    """The loss of the chosen model, in the unit of the tolerable loss; None if it is not known."""
-    return next((trial.loss for trial in data.outcome.trials if trial.nbytes == data.ledger.nbytes), None)
 
 
 @dataclass(frozen=True)
@@ -230,19 +227,27 @@ class _Column:
 
     Args:
         title: the heading.
-        kind: how the page sorts it: as "text", "number", "shape" or "range".
         cell: the text in a row; "" if there is nothing to show.
         about: what the heading means, shown as a tooltip.
         style: the CSS class of its cells.
         width: the width in rem.
+        kind: how the page sorts it: as "text", "number", "shape" or "range".
     """
 
     title: str
-    kind: str
     cell: Callable[[PageData, Row], str]
     about: str = ""
     style: str = ""
     width: float = 5.5
+    kind: str = "number"
+
+
+def _damage(data: PageData, row: Row) -> str:
+    return damage_text(data.damages.get(row.name))
+
+
+def _kernel(data: PageData, row: Row) -> str:
+    return data.kernels.get(row.name, "")
 
 
 def _milliseconds(data: PageData, row: Row, kernel: str | None = None) -> str:
@@ -257,46 +262,17 @@ def _range(data: PageData, row: Row) -> str:
 
 
 _COLUMNS: Final = (
-    _Column("format", "text", lambda _, row: row.format, style="t", width=6.5),
-    _Column("shape", "shape", lambda _, row: shape_text(row.shape and row.shape[:12]), width=7),
-    _Column(
-        "bits",
-        "number",
-        lambda _, row: f"{row.bits:.2f}" if row.elements else "",
-        "bits in the file per number",
-        width=4.2,
-    ),
-    _Column(
-        "before",
-        "number",
-        lambda _, row: f"{row.original[1]:,}" if row.original else "",
-        "bytes in the source",
-        width=7.2,
-    ),
-    _Column("bytes", "number", lambda _, row: f"{row.nbytes:,}", "in the file", width=7.2),
-    _Column(
-        "damage",
-        "number",
-        lambda data, row: damage_text(data.damages.get(row.name)),
-        "the share of the output's energy that is lost, predicted",
-    ),
-    _Column(
-        "runs",
-        "text",
-        lambda data, row: data.kernels.get(row.name, ""),
-        "the kernel that runs on this machine",
-        "t",
-        width=7.2,
-    ),
-    _Column("ms", "number", _milliseconds, "milliseconds of the layer with the kernel that runs", width=4.4),
-    _Column(
-        "float ms",
-        "number",
-        lambda data, row: _milliseconds(data, row, "float32"),
-        "milliseconds of the layer in float32",
-    ),
-    _Column("input", "range", _range, "the range of the layer's input, from calibration", width=9),
-    _Column("why", "text", lambda _, row: row.because, style="t y", width=14),
+    _Column("format", lambda _, row: row.format, style="t", width=6.5, kind="text"),
+    _Column("shape", lambda _, row: shape_text(row.shape and row.shape[:12]), width=7, kind="shape"),
+    _Column("bits", lambda _, row: f"{row.bits:.2f}" if row.elements else "", "bits in the file per number", width=4.2),
+    _Column("before", lambda _, row: f"{row.original[1]:,}" if row.original else "", "bytes in the source", width=7.2),
+    _Column("bytes", lambda _, row: f"{row.nbytes:,}", "in the file", width=7.2),
+    _Column("damage", _damage, "the share of the output's energy that is lost, predicted"),
+    _Column("runs", _kernel, "the kernel that runs on this machine", style="t", width=7.2, kind="text"),
+    _Column("ms", _milliseconds, "milliseconds of the layer with the kernel that runs", width=4.4),
+    _Column("float ms", partial(_milliseconds, kernel="float32"), "milliseconds of the layer in float32"),
+    _Column("input", _range, "the range of the layer's input, from calibration", width=9, kind="range"),
+    _Column("why", lambda _, row: row.because, style="t y", width=14, kind="text"),
 )
 
 

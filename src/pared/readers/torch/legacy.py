@@ -9,7 +9,7 @@ from typing import Final
 
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.files.pickles import Node, Persistent, Pickle, read_pickle
+from pared.files.pickles import Node, Pickle, read_pickle
 from pared.formats.dtypes import TYPES
 from pared.readers.listing import Listing, Note, Storage, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
@@ -54,12 +54,9 @@ def read_torch_legacy(file: File) -> Listing:
 
 def _kinds(content: Pickle, at: Place) -> dict[str, str]:
     """The element type of each storage, which only references to it tell."""
-    return {key: kind for key, kind, _ in (storage_of(r, at) for r in content.references if not _is_source(r))}
-
-
-def _is_source(reference: Persistent) -> bool:
-    """Whether a reference is to the source code of a module's class, which whole modules were saved with."""
-    return reference.fields[:1] == ["module"]
+    # The source code of a module's class, which whole modules were saved with, is no storage.
+    references = (r for r in content.references if r.fields[:1] != ["module"])
+    return {key: kind for key, kind, _ in (storage_of(r, at) for r in references)}
 
 
 def _storages(

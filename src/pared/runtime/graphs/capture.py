@@ -196,8 +196,9 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
         raise ModelError("its forward changes buffers or inputs", where="graph", remedy=_REMEDY)
     # Only functions of tensors may remain: control flow that depends on values has modules of its own.
-    strange = [node for node in program.graph.nodes if node.op in ("call_module", "get_attr")]
-    if strange or any(_is_tied_to_strides(node) for node in program.graph.nodes):
+    tied_to_strides = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
+    nodes = program.graph.nodes
+    if any(node.op in ("call_module", "get_attr") or node.target in tied_to_strides for node in nodes):
         raise ModelError("its forward depends on values or on the layout of memory", where="graph", remedy=_REMEDY)
     tensors: dict[str, str] = {}
     constants: dict[str, Tensor] = {}
@@ -218,10 +219,6 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
                 remedy=_REMEDY,
             )
     return Captured(program.graph, tensors, constants, inputs, outputs)
-
-
-def _is_tied_to_strides(node: fx.Node) -> bool:
-    return node.target in (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
 
 
 def _size(size: Any, bounds: Mapping[Any, Any]) -> Size:

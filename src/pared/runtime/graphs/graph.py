@@ -69,7 +69,10 @@ def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
     draft = Draft(graph)
     by_name = {str(old.name): new for old, new in copies.items()}
     for name, constant in captured.constants.items():
-        _give(draft, by_name[name], constant)
+        placeholder = by_name[name]
+        with graph.inserting_before(placeholder):
+            placeholder.replace_all_uses_with(draft.value(constant))
+        graph.erase_node(placeholder)
     simplify(draft)
     place(draft, model, {by_name[name]: tensor for name, tensor in captured.tensors.items()})
     take_apart(draft)
@@ -78,12 +81,6 @@ def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
     _keep_layout(draft)
     draft.tidy()
     return _module(draft)
-
-
-def _give(draft: Draft, placeholder: fx.Node, value: Tensor) -> None:
-    with draft.graph.inserting_before(placeholder):
-        placeholder.replace_all_uses_with(draft.value(value))
-    draft.graph.erase_node(placeholder)
 
 
 def _keep_layout(draft: Draft) -> None:

@@ -10,7 +10,7 @@ last if the input or the weight is, else contiguous, which costs a copy. So a mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -235,7 +235,8 @@ def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None,
         out = channels_first(products)
     else:
         moved = (moves.stride, padding, moves.dilation, moves.groups)
-        out = _kernel(len(padding))(codes, scale, 0, *weight, *moved, *PLAIN)
+        kernel = getattr(torch.ops.onednn, f"qconv{len(padding)}d_pointwise").default
+        out = kernel(codes, scale, 0, *weight, *moved, *PLAIN)
     if out.dim() > batch.dim():  # an empty batch in one dimension of space comes back in the kernel's own two
         out = out.squeeze(2)
     if not (packed.channels_last or _is_channels_last(batch)):
@@ -254,11 +255,6 @@ def pad_codes(codes: Tensor, sides: Sequence[int], zero_point: int) -> Tensor:
     if layout := _CHANNELS_LAST.get(codes.dim() - 2):
         codes = codes.contiguous(memory_format=layout)
     return F.pad(codes, sides, value=zero_point) if any(sides) else codes
-
-
-def _kernel(dimensions: int) -> Callable[..., Tensor]:
-    operator: Callable[..., Tensor] = getattr(torch.ops.onednn, f"qconv{dimensions}d_pointwise").default
-    return operator
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

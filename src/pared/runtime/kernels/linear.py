@@ -110,7 +110,7 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
     else:
         codes = quantize(floats, *grid)
     out = _product(codes, scale, zero_point, packed, float_bias(bias))
-    return out if x.dtype is torch.float32 and x.dim() > 1 else _like(x, out)
+    return out if x.dtype is torch.float32 and x.dim() > 1 else out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
 def padded(codes: Tensor) -> Tensor:
@@ -207,11 +207,6 @@ def _product(codes: Tensor, scale: float, zero_point: int, packed: PackedLinear,
     weight = (packed.weight, packed.step, packed.zeros, bias)
     out: Tensor = torch.ops.onednn.qlinear_pointwise.default(codes, scale, zero_point, *weight, *PLAIN)
     return out
-
-
-def _like(x: Tensor, out: Tensor) -> Tensor:
-    """The output in the leading shape and the type of the input."""
-    return out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
 
 
 def _without_input(x: Tensor, packed: PackedLinear, bias: Tensor | None) -> Tensor:

@@ -44,7 +44,8 @@ def attention_forward(
         return NotImplemented
     inputs = [query, key, value] if module.batch_first else [x.transpose(0, 1) for x in (query, key, value)]
     same = query is key and key is value
-    q, k, v = (_heads(module, x) for x in _projected(module, inputs, same))
+    heads = (module.num_heads, -1)
+    q, k, v = (x.unflatten(-1, heads).transpose(1, 2) for x in _projected(module, inputs, same))
     mask = _merged(module, q, k, key_padding_mask, attn_mask)
     weights = None
     if need_weights:
@@ -98,11 +99,6 @@ def _third(module: Any, which: int, x: Tensor) -> Tensor:
 
     bias = None if module.in_proj_bias is None else module.in_proj_bias[rows]
     return linear.dynamic(x, module.pared_packed(("in_proj_weight", which), pack), bias)
-
-
-def _heads(module: Any, x: Tensor) -> Tensor:
-    split: Tensor = x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-    return split
 
 
 def _merged(

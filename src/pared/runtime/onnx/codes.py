@@ -53,7 +53,8 @@ def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
     for value in graph.initializers.values():
         stored = by_name.get(value.name)
         if stored is None and _may_be_weight(value):
-            by_numbers = _by_numbers(by_name.values()) if by_numbers is None else by_numbers
+            if by_numbers is None:  # the exporter renames a weight that a module also keeps in an attribute
+                by_numbers = {_key(numpy_of(one.coded.decode())): one for one in by_name.values()}
             stored = by_numbers.get(_key(value.const_value.numpy()))
         if stored is not None:
             known[id(value)] = Weight(value, (stored,), *numbers_of(stored))
@@ -97,11 +98,6 @@ def numbers_of(stored: Stored) -> tuple[Array, Array]:
 def _may_be_weight(value: Any) -> bool:
     found = value.const_value
     return found is not None and found.size > 1 and found.dtype.is_floating_point() and len(found.shape) > 1
-
-
-def _by_numbers(stored: Any) -> dict[object, Stored]:
-    """The tensors by their decoded numbers: the exporter renames a weight that a module also keeps in an attribute."""
-    return {_key(numpy_of(one.coded.decode())): one for one in stored}
 
 
 def _key(numbers: Array) -> object:

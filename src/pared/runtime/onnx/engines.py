@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -24,23 +23,9 @@ log = logging.getLogger(__name__)
 Engine = Literal["torch", "onnxruntime", "openvino", "auto"]
 
 
-class _Session(ABC):
-    """A graph loaded in one runtime; several threads may run it at once."""
+class _OnnxRuntime:
+    """A graph loaded in ONNX Runtime; several threads may run it at once."""
 
-    @abstractmethod
-    def __init__(self, path: Path, threads: int) -> None:
-        """Load the file."""
-
-    @abstractmethod
-    def metadata(self) -> Mapping[str, str]:
-        """The metadata of the file."""
-
-    @abstractmethod
-    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The outputs, in the graph's order."""
-
-
-class _OnnxRuntime(_Session):
     def __init__(self, path: Path, threads: int) -> None:
         runtime = need("onnxruntime", "onnxruntime")
         options = runtime.SessionOptions()
@@ -57,7 +42,9 @@ class _OnnxRuntime(_Session):
         return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
 
 
-class _OpenVino(_Session):
+class _OpenVino:
+    """A graph loaded in OpenVINO; several threads may run it at once."""
+
     def __init__(self, path: Path, threads: int) -> None:
         openvino = need("openvino", "openvino")
         core = openvino.Core()
@@ -87,6 +74,7 @@ class _OpenVino(_Session):
         return [torch.from_numpy(found[output]) for output in self._compiled.outputs]
 
 
+_Session = _OnnxRuntime | _OpenVino
 SESSIONS: Final[Mapping[str, type[_Session]]] = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino}
 
 
