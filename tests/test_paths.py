@@ -1,6 +1,7 @@
 """Whatever is wrong with a path or with what is there, an error of the family says so."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import pared
 from pared.cli import app
 from pared.errors import ConfigError, FileError, ParedError
+from pared.files.disk import write_atomic
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.workspace import Workspace
 from pared.runtime.profile import profile_beside, this_machine
@@ -197,3 +199,14 @@ def test_a_journal_that_is_damaged_is_begun_again_or_told(damage: str, tmp_path:
         assert pared.compress(source(tmp_path), tmp_path / "out").is_file()
     except FileError:
         assert damage == "cannot be read"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes with names")
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """As root, a file would take the place of /dev/null as well."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileError, match="device or a pipe"):
+        write_atomic(pipe, lambda file: file.write(b"1"))
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -45,6 +45,13 @@ def test_real_numbers(made: Callable[[float], Any]) -> None:
     assert evaluate(lambda _: [made(0.5)] * 4, nn.Identity()).value == 0.5
 
 
+@pytest.mark.parametrize("value", [torch.empty((), device="meta"), np.array([1, 0]), torch.ones(2)], ids=type)
+@pytest.mark.parametrize("option", ["approach", "quant_level", "strict", "max_size", "seed", "timeout"])
+def test_what_is_no_scalar_is_refused_in_words(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError):
+        PostTrainingQuantConfig(**{option: value})
+
+
 @pytest.mark.parametrize("made", TRUTH)
 def test_truth_values(made: Callable[[bool], Any]) -> None:
     assert same(AccuracyCriterion(higher_is_better=made(False)).higher_is_better, False)

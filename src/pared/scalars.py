@@ -20,7 +20,7 @@ def plain(value: object) -> Any:
     if type(value) in (bool, int, float, str):
         return value
     item = getattr(value, "item", None)
-    if getattr(value, "shape", None) == () and callable(item):
+    if getattr(value, "shape", None) == () and callable(item) and not getattr(value, "is_meta", False):
         value = item()
     if isinstance(value, (bool, str)):
         return value
@@ -59,7 +59,10 @@ def check_choice(where: str, option: str, value: object, choices: tuple[object, 
     Raises:
         ConfigError: it is not one of them.
     """
-    if not any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices):
+    scalar = isinstance(value, (bool, int, float, str))  # an array has no one answer to ==
+    if not (
+        scalar and any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
+    ):
         raise ConfigError(
             f"{option}={value!r} is not one of {', '.join(map(repr, choices))}",
             where=where,

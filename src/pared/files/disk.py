@@ -173,10 +173,16 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Pat
             is killed, the temporary file is left there.
 
     Raises:
-        FileError: the directory cannot be written.
+        FileError: the directory cannot be written, or the path is a device or a pipe.
     """
     temporary = (within or path.parent) / _temporary_name()
     with writing_to(path.parent):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # of a directory the system says so
+            raise FileError(
+                "is a device or a pipe, which the file would replace",
+                where=str(path),
+                remedy="Choose the name of a file.",
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("xb") as stream:
