@@ -36,9 +36,9 @@ from pared.model.tensors import find_tensors
 
 RESULTS = Path("out/bench/damage.json")
 PICTURE = Path("docs/damage.svg")
-WIDTH = 130  # of the table, also where standard output is no terminal
+WIDTH = 130  # of the table, also where standard output is not a terminal
 
-PAIRS = 44  # of each model, about
+PAIRS = 44  # about that number for each model
 BITS = (6.0, 4.5, 3.5, 2.5)  # where there are tensors enough; else as many rates as it takes, between the same ends
 LEAST_PAIRS, LEAST_RANK, MOST_FACTOR = 40, 0.9, 2.0
 _WINDOWS = 500  # of text that judge textgenrnn
@@ -62,8 +62,8 @@ class Verdict:
         pairs: how many.
         rank: Spearman's correlation.
         factor: the geometric mean of measured over predicted.
-        slope: of the straight line through the logarithms, by least squares.
-        spread: of the logarithm of measured over predicted: the factor within which two thirds lie.
+        slope: the slope of the straight line through the logarithms, by least squares.
+        spread: the spread of the logarithm of measured over predicted: the factor within which two thirds lie.
     """
 
     pairs: int

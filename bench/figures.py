@@ -31,7 +31,7 @@ from pared import PostTrainingQuantConfig
 from pared.fitting.search.compressor import Compressor
 
 RESULTS = Path("out/bench/figures.json")
-WIDTH = 140  # of the tables, also where standard output is no terminal
+WIDTH = 140  # of the tables, also where standard output is not a terminal
 
 # Bytes of MiniLM's file: the first is that of NNCF's int8, the third that of OpenVINO's int4.
 SIZES = (23_300_000, 17_100_000, 12_400_000, 11_200_000, 9_000_000, 7_900_000)

@@ -32,13 +32,13 @@ RESULTS = OUT / "scaling.json"
 FOLDER = OUT / "scaling"
 TOKENS, BATCH, VOCABULARY = 128, 8, 1024
 SAMPLES = 32
-# Parameters, about; width, layers.
+# The approximate number of parameters; width, layers.
 SIZES = {10**6: (128, 5), 10**7: (256, 12), 10**8: (768, 14), 3 * 10**8: (1024, 24), 10**9: (2048, 20)}
 SAMPLED = 10**7  # the size at which the number of samples varies
 COUNTS = (8, 32, 128)
 THREADS = (1, 2)
 _ROUNDS = 9
-_NEEDED = 22  # bytes of memory for each parameter while a model is fitted, about
+_NEEDED = 22  # about how many bytes of memory each parameter needs while a model is fitted
 _SIDE, _COPIED = 2048, 256 << 20
 
 

@@ -34,7 +34,7 @@ from pared import AccuracyCriterion, PostTrainingQuantConfig
 OUT = Path("out/bench")
 RESULTS = OUT / "search.json"
 ALL_SAMPLES = 10**6  # a pair's calibration data are read whole
-WIDTH = 150  # of the table, also where standard output is no terminal
+WIDTH = 150  # of the table, also where standard output is not a terminal
 COLUMNS = (
     *("model", "seed", "FP32 MB", "file MB", "ratio", "evaluations", "fit s", "peak GB"),
     *("tolerated", "search loss", "test loss", "met"),
@@ -46,7 +46,7 @@ class Loss:
     """What a model lost beside FP32 on the same samples, in the unit of the tolerable loss.
 
     Args:
-        value: of the means.
+        value: the loss of the means.
         error: its paired standard error.
     """
 

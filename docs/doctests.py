@@ -1,4 +1,4 @@
-"""For mkdocstrings: an example at the end of a docstring (`>>> ...`) is a section of its own, shown as code."""
+"""An extension of mkdocstrings: examples at the end of a docstring (`>>> ...`) get a section, shown as code."""
 
 from __future__ import annotations
 

@@ -39,10 +39,10 @@ def read(path: str | Path) -> dict[str, Array]:
     """All tensors of an artifact by name; tied names give the same array.
 
     Args:
-        path: of a `.pt` or `.safetensors` artifact.
+        path: a `.pt` or `.safetensors` artifact.
 
     Raises:
-        ValueError: it is no artifact, it is damaged, or its version is newer than 2.
+        ValueError: it is not an artifact, it is damaged, or its version is newer than 2.
     """
     record, data = records(Path(path))
     index = json.loads(zlib.decompress(record))
@@ -76,7 +76,7 @@ def records(path: Path) -> tuple[bytes, bytes]:
         header = json.loads(file.read(length))
         body = file.read()
     if header.get("__metadata__", {}).get("format") != "pared":
-        raise ValueError(f"{path} is no artifact of pared")
+        raise ValueError(f"{path} is not an artifact of pared")
     index, data = (body[slice(*header[name]["data_offsets"])] for name in ("index", "data"))
     return index, data
 

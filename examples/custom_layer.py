@@ -21,7 +21,7 @@ class LowRank(nn.Module):
     Args:
         inputs: how many.
         outputs: how many.
-        rank: of the weight.
+        rank: the weight's rank.
     """
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:

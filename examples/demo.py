@@ -2,7 +2,7 @@
 
 all-MiniLM-L6-v2 is compressed twice: at 8 bits, and by a search for the smallest file whose embeddings of unseen
 documents stay within 1 - cos = 0.005 of FP32. A new process, which never reads the FP32 weights, loads each file and
-scores it on other data. Another one times FP32, bf16 and the compressed models in turns. At the end stand a table and a
+scores it on other data. Another one times FP32, bf16 and the compressed models in turn. It ends with a table and a
 report to open in a browser.
 """
 
@@ -40,7 +40,7 @@ class Row:
 
     Args:
         name: FP32, bf16, or what pared did.
-        nbytes: of its file.
+        nbytes: the size of its file.
         distance: mean 1 - cosine of its embeddings of the Lee documents to those of FP32.
         spearman: its rank correlation with people on the pairs of these documents.
         milliseconds: medians, one for each of `_SIZES`.
@@ -114,7 +114,7 @@ def run(directory: Path, console: Console) -> None:
 
     _announce(console, 3, "loading both in new processes that never see the FP32 weights")
     alone = {name: _in_new_process("--child", directory / folder) for name, folder in _FOLDERS.items()}
-    _announce(console, 4, "timing all of them in turns")
+    _announce(console, 4, "timing all of them in turn")
     milliseconds = _in_new_process("--clock", directory)
     _announce(console, 5, "drawing the report of the searched model")
     report = directory / "report.html"

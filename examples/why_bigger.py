@@ -1,4 +1,4 @@
-"""Why a quantized model can be larger than the float one: the files that Intel Neural Compressor 2.6 leaves of a model.
+"""Why a quantized model can be larger than the float one: the files that Intel Neural Compressor 2.6 writes.
 
 They are written by plain torch, with the same tensors under the same names, and `pared` says what is wrong with each.
 
@@ -89,8 +89,8 @@ class Row:
 
     Args:
         title: what it is.
-        nbytes: of the file.
-        findings: of `pared inspect`.
+        nbytes: the size of the file.
+        findings: what `pared inspect` finds.
         after: the bytes of the compressed file; None where only the file that it was made from can be compressed.
     """
 

@@ -134,7 +134,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table as lines of at most 100 columns, with an empty line before and after it.
 
     Args:
-        headings: of the columns: `_WORDS` says which of them are on the left, the others are on the right.
+        headings: the headings of the columns; `_WORDS` says which of them are on the left, the others are on the right.
         rows: a text for each column.
 
     >>> table(["trial", "score"], [["1", "0.25"]])

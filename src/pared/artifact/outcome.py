@@ -16,10 +16,10 @@ class Confirmation:
     """The result on data that the search has not seen.
 
     Args:
-        score: of the quantized model.
-        baseline: of the float model.
+        score: the score of the quantized model.
+        baseline: the score of the float model.
         loss: in the unit of the criterion's tolerable loss.
-        standard_error: of the loss, paired over samples; None where the score was a single number.
+        standard_error: the standard error of the loss, paired over samples; None where the score was a single number.
     """
 
     score: float
@@ -35,12 +35,12 @@ class Trial:
     Args:
         price: damage per byte at which its plan is optimal.
         damage: predicted: the expected share of the output's energy that is lost.
-        nbytes: of its `best_model.pt`.
+        nbytes: the size of its `best_model.pt`.
         score: what `eval_func` gave.
         loss: in the unit of the criterion's tolerable loss; negative for a gain.
         met: whether the criterion was met, on unseen data too where there are any.
-        seconds: of building and evaluating.
-        standard_error: of the loss, paired over samples; None where the score was a single number.
+        seconds: the time of building and evaluating.
+        standard_error: the standard error of the loss, paired over samples; None where the score was a single number.
         unseen: the result on data that the search has not seen, where there are any.
     """
 
@@ -78,8 +78,8 @@ class Outcome:
 
     Args:
         met: whether the criterion was met; None if nothing was evaluated.
-        score: of the returned model.
-        baseline: of the float model.
+        score: the score of the returned model.
+        baseline: the score of the float model.
         gap: by how much the tolerable loss was exceeded; 0 if it was met.
         confirmation: on unseen data, where there were any.
         trials: every model that was evaluated, in order.
@@ -152,7 +152,7 @@ class Point:
         damage: predicted: the expected share of the output's energy that is lost.
         nbytes: of `best_model.pt`: planned; of the file itself where the model was built for its score.
         score: None where nothing was evaluated.
-        seconds: of building and evaluating.
+        seconds: the time of building and evaluating.
     """
 
     price: float

@@ -48,10 +48,10 @@ class Compressed:
     """The result of a compression.
 
     Args:
-        path: of the artifact.
-        source_nbytes: of the files that were read.
-        weight_nbytes: of the tensors that were compressed, in their own types.
-        nbytes: of the artifact.
+        path: where the artifact is.
+        source_nbytes: the size of the files that were read.
+        weight_nbytes: the size of the tensors that were compressed, in their own types.
+        nbytes: the size of the artifact.
         seconds: the time it took.
         left_out: the tensors that the artifact does not hold under their own name.
         copied: the other files of the folder, copied to the artifact's directory.

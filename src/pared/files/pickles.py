@@ -100,7 +100,7 @@ def read_pickle(data: bytes | memoryview, harmless: Container[str], where: str, 
     machine = _Machine(harmless, where, memory)
     stream = io.BytesIO(data) if len(data) <= _SMALL else _Stream(memoryview(data), memory)
     try:
-        # Strings of the oldest protocol may hold escapes that Python deprecates: nothing that a reader could mend.
+        # Strings of the oldest protocol may hold escapes that Python deprecates: a reader can do nothing about that.
         with ignoring(DeprecationWarning):
             machine.run(stream)
         return Pickle(machine.pop(), tuple(sorted(machine.imports)), tuple(machine.references), stream.tell())

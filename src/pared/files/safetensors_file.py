@@ -128,7 +128,7 @@ def encoded_header(format: str, tensors: Mapping[str, Any], alignment: int) -> b
     Args:
         format: the "format" in the file's metadata.
         tensors: the entry of each tensor, by name.
-        alignment: of the data that follow, in bytes.
+        alignment: the data that follow begin at a multiple of it, in bytes.
     """
     header = json.dumps({"__metadata__": {"format": format}, **tensors}, separators=(",", ":")).encode("ascii")
     header += b" " * (-(_LENGTH.size + len(header)) % alignment)

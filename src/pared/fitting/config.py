@@ -211,8 +211,8 @@ class PostTrainingQuantConfig:
             that reaches it. Default 100.
         max_trials: the most models that `eval_func` may score, not counting the float model. Default 20.
         timeout: seconds after which no new trial begins. Default 0: no limit.
-        seed: of the random directions in which errors are measured, recorded in the artifact. The same seed, data and
-            machine give the same file. Default 0.
+        seed: where the random directions start in which errors are measured; recorded in the artifact. The same seed,
+            data and machine give the same file. Default 0.
         strict: True makes it an error if a floating tensor of two or more dimensions would stay in float, unless a rule
             says so. Default False.
 

@@ -32,7 +32,7 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
     """Measure the damage of 8-bit inputs for every module with a forward of its own in the table of layers.
 
     Args:
-        tensors: of the model, which is left as it is.
+        tensors: those of the model, which is left as it is.
         seen: what calibration saw; the first four of its calls are repeated, twice for each module.
 
     Returns:

@@ -28,7 +28,7 @@ class Prepared(Generic[ModuleT]):
     """What `fit` knows before it makes any model.
 
     Args:
-        tensors: of the float model.
+        tensors: those of the float model.
         conf: what is wanted.
         seen: what calibration saw; None without calibration data.
         sensitivity: what errors cost; None without calibration data.

@@ -49,7 +49,7 @@ def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) 
     """The quantized model in the form that was measured to be fastest on this machine.
 
     Args:
-        tensors: of the float model, which is left as it is.
+        tensors: those of the float model, which is left as it is.
         contents: everything that the artifact holds.
         seen: what calibration saw; its calls are made again.
     """
@@ -251,7 +251,7 @@ def measure(
     dtype: torch.dtype = torch.float32,
     call: Call | None = None,
 ) -> Timing:
-    """Time one layer in each of its forms, in turns.
+    """Time one layer in each of its forms, in turn.
 
     Args:
         layers: the float layer, and its counterparts in bfloat16 and int8.

@@ -87,7 +87,7 @@ class Grid:
         """Round every value to the nearest multiple of its row's step; codes beyond the limit are clamped.
 
         Args:
-            tensor: of any floating dtype and any shape, finite.
+            tensor: any floating dtype and any shape; finite.
             step: float32 of shape `view.row_sizes`; a step of zero is legal and gives zeros.
             view: which dimensions are rows; default: the first.
         """

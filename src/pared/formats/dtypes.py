@@ -22,7 +22,7 @@ class ElementType:
     """How the elements of one type are stored.
 
     Args:
-        bits: of one element.
+        bits: the size of one element.
         numpy: NumPy's type for them, lowest byte first; None where it has none.
         safetensors: the type's name in a .safetensors file; "" where that format has none.
         in_artifact: whether an artifact may hold tensors of this type.

@@ -37,7 +37,7 @@ class ExactGrid:
 
     Args:
         view: which numbers share a step.
-        codes: of the tensor's shape.
+        codes: in the tensor's shape.
         step: one for each row of the view.
     """
 
@@ -50,7 +50,7 @@ def find_exact_grid(array: Array, bits: float) -> ExactGrid | None:
     """The grid that all numbers of a tensor lie on; None if there is none, or if its codes take more bits.
 
     Args:
-        array: of two dimensions or more, of one of the types of `FLOATING`, finite.
+        array: two dimensions or more, one of the types of `FLOATING`; finite.
         bits: the most that a code may take.
 
     >>> weights = np.array([[3, -7, 8], [1, 2, 100]], np.float32) * np.array([[0.1], [0.3]], np.float32)

@@ -116,7 +116,7 @@ def decode(codes: NDArray[Any], step: Steps, view: View) -> NDArray[np.float32]:
     """The values that codes stand for: `step[row] * code`.
 
     Args:
-        codes: of the tensor's shape.
+        codes: in the tensor's shape.
         step: for each row of the view, of any shape with that number of elements.
         view: which dimensions are rows.
 

@@ -86,7 +86,7 @@ def match(model: ModelTensors[nn.Module], contents: Contents) -> list[tuple[Stor
 
     Args:
         model: the tensors of a model of the same architecture.
-        contents: of an artifact, as `completed` returns them.
+        contents: the contents of an artifact, as `completed` returns them.
 
     Returns:
         for everything stored, the model's tensors: several objects where they are tied in the source but not here.

@@ -38,7 +38,7 @@ def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
 
     Args:
         contents: every tensor.
-        kind: of the container, "pt" or "safetensors".
+        kind: the container, "pt" or "safetensors".
     """
     buffer = io.BytesIO()
     _write(contents, kind, buffer)
@@ -149,7 +149,7 @@ def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify
     Args:
         contents: every tensor.
         directory: made if it is missing.
-        kind: of the container, "pt" or "safetensors".
+        kind: the container, "pt" or "safetensors".
         verify: before the file is written, decode its bytes and compare every number.
 
     Returns:

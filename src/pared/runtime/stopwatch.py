@@ -39,7 +39,7 @@ class Stopwatch:
 
 
 def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float]:
-    """The shortest time of each of several functions, in milliseconds; they run in turns, without gradients."""
+    """The shortest time of each of several functions, in milliseconds; they run in turn, without gradients."""
     best = dict.fromkeys(forms, math.inf)
     with torch.inference_mode():
         begin = time.perf_counter()

@@ -32,7 +32,7 @@ def perturb(tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int) 
     """Measure what errors in each weight cost by disturbing it, with the same cost for all of its rows.
 
     Args:
-        tensors: of the model, which is left as it is.
+        tensors: those of the model, which is left as it is.
         calls: the calls of calibration; the first 16 are repeated.
         seed: seeds the random disturbances.
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
 MOST_COLUMNS: Final = 4096
-# Recorded calls are probed in turns until there are about this many probes; each call at least once.
+# Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
 
@@ -105,7 +105,7 @@ def measure(
     """Measure what errors cost, by gradients along random directions of the outputs of the recorded calls.
 
     Args:
-        tensors: of the model, which is left as it is.
+        tensors: those of the model, which is left as it is.
         calls: the calls of calibration, which are repeated.
         energies: the energy of each floating output, summed over all calls; empty if there are no such outputs.
         seed: seeds the random directions.

@@ -24,7 +24,7 @@ class Product:
 
     Args:
         tensor: the weight's name.
-        kind: of which function.
+        kind: the kind of function.
         x: the input: floats, or the indices into an embedding table. If gradients are watched, an alias whose gradient
             comes from this product only.
         y: the output.

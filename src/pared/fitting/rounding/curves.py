@@ -167,7 +167,7 @@ def rate(codes: NDArray[np.int16], rows: int) -> float:
 
     Args:
         codes: int16 (sampled rows, columns).
-        rows: of the whole matrix.
+        rows: the number of rows of the whole matrix.
     """
     narrow = codes.astype(np.int8) if np.abs(codes).max(initial=0) <= CODE_LIMITS["int8"] else codes
     streams = encode_codes(narrow, View(codes.shape, (0,)))

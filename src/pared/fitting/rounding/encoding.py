@@ -29,7 +29,7 @@ class SampledCost:
     """The bytes of an encoded tensor, estimated from a few of its rows.
 
     Args:
-        nbytes: of the whole tensor.
+        nbytes: the size of the whole tensor.
         sampled: how many of its numbers were rounded.
     """
 

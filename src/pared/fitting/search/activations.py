@@ -34,7 +34,7 @@ class Candidate:
     """A module that could run in int8.
 
     Args:
-        name: of the module.
+        name: the module's name.
         module: the float module; copies of it are run, never the module.
         layer: its entry in the table of layers.
         weights: its weights, on int8 grids, by attribute.
@@ -187,7 +187,7 @@ class _InputOption:
     """One way to treat a module's input.
 
     Args:
-        name: of the module.
+        name: the module's name.
         damage: that the rounded input does.
         work: see `Candidate.extra_work`.
         activation: how the input is treated.

@@ -39,8 +39,8 @@ class Choice:
     Args:
         price: λ, damage per byte, at which it was chosen.
         options: the index of each tensor's option.
-        nbytes: of all tensors together.
-        damage: of all tensors together.
+        nbytes: the size of all tensors together.
+        damage: the damage of all tensors together.
     """
 
     price: float

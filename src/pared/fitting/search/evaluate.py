@@ -50,7 +50,7 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
     Args:
         function: returns a number, or a one-dimensional array with a score per sample.
         model: the model to score.
-        name: of the function, for errors.
+        name: the function's name, for errors.
 
     Raises:
         EvaluationError: the function raised (its exception is the cause), or returned something that is not a score:
@@ -107,8 +107,8 @@ def confirm(criterion: AccuracyCriterion, score: Score, baseline: Score) -> Conf
 
     Args:
         criterion: gives the loss.
-        score: of the quantized model.
-        baseline: of the float model, on the same samples.
+        score: the score of the quantized model.
+        baseline: the score of the float model, on the same samples.
 
     Returns:
         None if the scores are single numbers.

@@ -108,7 +108,7 @@ def _finer_than_eight_bits(curve: RateCurve, target: RoundingTarget, nbytes: int
     Args:
         curve: all options.
         target: what the curve is of.
-        nbytes: of the tensor at plain 8 bits; only options that take more are kept ...
+        nbytes: the size of the tensor at plain 8 bits; only options that take more are kept ...
         damage: ... and that do clearly less than this, the damage at plain 8 bits.
     """
     coarsest = target.absmax / CODE_LIMITS["int8"]

@@ -80,7 +80,7 @@ class Workspace:
         """The float model's recorded score; None if there is none yet.
 
         Args:
-            name: of the function that scored it: "eval_func" or "confirm_func".
+            name: the name of the function that scored it: "eval_func" or "confirm_func".
 
         Raises:
             FileError: the record is damaged.
@@ -125,7 +125,7 @@ class Workspace:
         """The model of a finished trial, read from its file.
 
         Args:
-            number: of the trial, counted from 0.
+            number: the trial's number, counted from 0.
             skeleton: a model of the same architecture, which gives structure and class.
 
         Raises:
@@ -200,7 +200,7 @@ def fingerprint(
     """What a search depends on, as far as it can be told: the user's functions cannot.
 
     Args:
-        tensors: of the float model.
+        tensors: those of the float model.
         conf: what is wanted.
         seen: what calibration saw.
     """

@@ -29,15 +29,15 @@ class Piece:
 
     Args:
         name: in the source.
-        dtype: of its numbers as `read` gives them, in torch's words.
-        shape: of the tensor.
+        dtype: the type of its numbers as `read` gives them, in torch's words.
+        shape: the tensor's shape.
         format: a short name of how they are stored: "grid int8", "float32".
         nbytes: that it takes in the source; 0 for one whose numbers an earlier piece counts.
         read: gives the numbers, mapped where that is possible; None where there are none that can be read.
         place: equal for two pieces with the same numbers in memory or file.
         note: what a reader has to know about the numbers.
-        by_columns: of a square of codes, which does not say whether its steps belong to rows, as `read` takes it, or to
-            columns: the numbers if it is columns.
+        by_columns: for a square of codes, which does not say whether its steps belong to rows, as `read` takes it, or
+            to columns: the numbers if it is columns.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Source:
 
     Args:
         name: the path, or the class of a model.
-        nbytes: of the file or files, or of the model's tensors.
+        nbytes: the size of the file or files, or of the model's tensors.
         pieces: every tensor, by each of its names.
     """
 

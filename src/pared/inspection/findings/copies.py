@@ -88,8 +88,8 @@ def _named(case: Case) -> Iterator[Cause]:
 
 def _twice(case: Case, words: str, belongs: Callable[[ListedTensor, ListedTensor], bool]) -> Iterator[Cause]:
     pairs = [(group[0], other) for group in _equal(case) for other in group[1:] if belongs(group[0], other)]
-    for remedy, mends in (("", True), (_ONCE, False)):
-        alike = [(first, other) for first, other in pairs if _is_weight(first) == mends]
+    for remedy, weights in (("", True), (_ONCE, False)):
+        alike = [(first, other) for first, other in pairs if _is_weight(first) == weights]
         shown = "; ".join(f"{other.name} = {first.name}" for first, other in alike[:2])
         more = f"; and {len(alike) - 2} more" if alike[2:] else ""
         names = tuple(other.name for _, other in alike)

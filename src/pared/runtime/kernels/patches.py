@@ -45,7 +45,7 @@ def patches_of(codes: Tensor, taps: Sequence[int], stride: Sequence[int]) -> Ten
     """All patches of the input that a filter is multiplied with.
 
     Args:
-        codes: of shape (batch, in, space...), padded.
+        codes: shape (batch, in, space...), padded.
         taps: the filter's size in each spatial dimension.
         stride: its steps.
 

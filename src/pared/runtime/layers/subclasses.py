@@ -35,7 +35,7 @@ def subclass_of(
     variant: Hashable = None,
     members: Callable[[], Mapping[str, Any]] = dict,
 ) -> type[MixinT]:
-    """The subclass of a user's class that has a mixin in front; it bears the name of the user's class.
+    """The subclass of a user's class that has a mixin in front; it has the name of the user's class.
 
     Args:
         base: the class of the user's module.

@@ -181,7 +181,7 @@ def _refuse_stale(recorded: str, path: Path) -> None:
 def fastest(model: nn.Module | None, directory: str | Path) -> tuple[nn.Module, Mapping[str, float]]:
     """The fastest of: a quantized model in PyTorch, and its export in each runtime that is installed.
 
-    They are timed in turns on inputs like those of the export.
+    They are timed in turn on inputs like those of the export.
 
     Args:
         model: the model in PyTorch, or None.
