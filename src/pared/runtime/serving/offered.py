@@ -18,7 +18,7 @@ def free_names(model: nn.Module, names: Collection[str]) -> frozenset[str]:
     """Those of the names that the model has no use for, so that they can be offered.
 
     A model has a use for an attribute that it has, and for one that its code asks for before it is set, as in
-    `if not hasattr(self, "plan"): self.plan = ...`. As `torch.save` is no attribute of the model, code that merely
+    `if not hasattr(self, "plan"): self.plan = ...`. As `torch.save` is not an attribute of the model, code that merely
     calls something of that name does not count for the names of methods.
     """
     cls = type(model)
