@@ -102,7 +102,7 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
 
     def round_(tile: _Tile) -> None:
         block = as_floats(matrix[tile]).astype(np.float32, copy=False)
-        with np.errstate(invalid="ignore"):  # of what is not finite: whoever cares compares with what decodes
+        with np.errstate(invalid="ignore"):  # NaN and inf: callers that care compare with what decodes
             scaled = block * inverse[tile[0]]
             np.rint(scaled, out=scaled)
             np.clip(scaled, -limit, limit, out=scaled)
