@@ -91,7 +91,7 @@ def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Lea
 
 
 def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> list[tuple[float, float]]:
-    """For each output what is lost in all calls, and of which total: the energy of floats, or the number of values.
+    """The loss of each output over all calls, and the total it is a share of: energy of floats, or number of values.
 
     Args:
         model: the disturbed model.
