@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pared.artifact import decoding
 from pared.artifact.envelope import open_records
+from pared.artifact.listing import list_artifact
 from pared.artifact.parse import parse_index
 from pared.errors import CorruptError
 from pared.formats import dtypes
@@ -33,6 +34,15 @@ def checked(contents: Contents, data: bytes) -> None:
             array = decoding.decode(entry, records.data)
             assert array.shape == stored.coded.shape
             assert array.tobytes() == bits_of(stored.coded.decode())
+        listing = list_artifact(records)
+        entry_of = {name: entry for entry in entries for name in entry.names}
+        assert [tensor.name for tensor in listing.tensors] == list(entry_of)
+        for tensor in listing.tensors:
+            read = listing.array(tensor)
+            assert read is not None
+            entry = entry_of[tensor.name]
+            assert (read.shape, tensor.nbytes, tensor.label) == (entry.shape, entry.nbytes, entry.label)
+            assert read.tobytes() == decoding.decode(entry, records.data).tobytes()
 
 
 def contents_of(coded: Coded) -> Contents:

@@ -26,7 +26,7 @@ from pared.files.pickles import Name, Node, read_pickle
 from pared.formats.dtypes import as_floats
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import ListedTensor, Listing
-from pared.readers.memory import list_model
+from pared.readers.memory import list_model, list_state_dict
 from tests.mutations import mutations
 
 TRUST = (
@@ -218,6 +218,31 @@ def test_a_model_in_memory_gives_its_numbers() -> None:
         array = listing.array(tensor)
         assert array is not None
         assert array.tolist() == state[tensor.name].tolist()
+
+
+def test_tensors_in_memory_whose_numbers_are_computed_are_read() -> None:
+    base = torch.arange(12.0).reshape(3, 4)
+    complex_ = torch.complex(base, -base)
+    state = {
+        "base": base,
+        "slice": base[1:, ::2],
+        "conjugated": complex_.conj(),
+        "negated": complex_.conj().imag,
+        "sparse": torch.eye(3).to_sparse(),
+        "empty": torch.ones(0, 3),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "version": 3,
+    }
+    listing = list_state_dict(state)
+    found = {tensor.name: listing.array(tensor) for tensor in listing.tensors}
+    assert list(found) == list(state)[:-1]
+    for name, array in found.items():
+        tensor = state[name]
+        assert isinstance(tensor, Tensor)
+        assert array is not None
+        assert array.tolist() == tensor.to_dense().tolist()
+    assert listing.tensors[0].storage == listing.tensors[1].storage
+    assert listing.tensors[1].offset == 16
 
 
 # --- what would run

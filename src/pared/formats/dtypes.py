@@ -95,6 +95,11 @@ def is_floating(array: Array) -> bool:
     return array.dtype.name in FLOATING
 
 
+def bytes_of(array: Array) -> memoryview:
+    """The bytes of an array's numbers in C order; not copied if they are in this order already."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def as_floats(array: Array) -> Array:
     """Floats in a type that NumPy computes with quickly: 16 bits widened to float32, all others as they are.
 

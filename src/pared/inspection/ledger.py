@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from pared import readers
-from pared.artifact.envelope import FILE_NAMES, Records, open_records, records_of
+from pared.artifact.envelope import Records, open_records
 from pared.artifact.index import Entry
+from pared.artifact.listing import open_either
 from pared.artifact.parse import parse_index
 from pared.errors import ConfigError, printable
-from pared.files.disk import as_path, open_file
+from pared.files.disk import as_path
 from pared.inspection.findings import Depth, Finding, find, is_sampled, megabytes
 from pared.readers.listing import ListedTensor, Listing, Note, Storage
-from pared.readers.memory import list_model
+from pared.readers.memory import is_model, list_model
 from pared.terminal import WIDTH, Notes, table
 
 _NOTHING_FOUND: Final = "No findings: nothing is stored twice, in a wider type than it needs, or without being used."
@@ -173,8 +172,7 @@ def inspect(target: object, *, depth: Depth = "default") -> Ledger:
         )
     if isinstance(target, str | os.PathLike):
         return _of_path(as_path(target, "inspect"), depth)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(target, torch.nn.Module):
+    if is_model(target):
         return _of_model(target)
     raise ConfigError(
         f"expected a path or a torch.nn.Module, got {type(target).__name__}",
@@ -195,21 +193,11 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
 
 
 def _of_path(path: Path, depth: Depth) -> Ledger:
-    for file_path in _candidates(path):
-        with open_file(file_path) as file:
-            records = records_of(file)
-            if records is not None:
-                return _of_records(records)
-    with readers.open_listing(path) as listing:
-        findings = find(listing, str(path), depth)
-        return replace(_of_listing(listing), findings=findings, sampled=is_sampled(listing, depth), depth=depth)
-
-
-def _candidates(path: Path) -> list[Path]:
-    """The files that may be an artifact."""
-    if not path.is_dir():
-        return [path]
-    return [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
+    with open_either(path) as found:
+        if isinstance(found, Records):
+            return _of_records(found)
+        findings = find(found, str(path), depth)
+        return replace(_of_listing(found), findings=findings, sampled=is_sampled(found, depth), depth=depth)
 
 
 def _of_records(records: Records) -> Ledger:
@@ -266,10 +254,10 @@ def _what(name: str, note: Note) -> str:
 
 def _row(held: ListedTensor, tenants: Mapping[str, Sequence[ListedTensor]], storages: Mapping[str, Storage]) -> Row:
     if held.storage is None:
-        return Row(held.name, held.shape, held.dtype, 0, "on the meta device: it holds no numbers")
+        return Row(held.name, held.shape, held.label, 0, "on the meta device: it holds no numbers")
     first, *others = tenants[held.storage]
     if held is not first:
-        return Row(held.name, held.shape, held.dtype, 0, f"kept in the storage of {first.name}")
+        return Row(held.name, held.shape, held.label, 0, f"kept in the storage of {first.name}")
     nbytes = storages[held.storage].nbytes
     because = ""
     if others:
@@ -277,7 +265,7 @@ def _row(held: ListedTensor, tenants: Mapping[str, Sequence[ListedTensor]], stor
         because = f"its storage is also that of {others[0].name}{more}"
     elif nbytes > held.nbytes and not storages[held.storage].coded:
         because = f"a view of {held.nbytes:,} bytes that keeps a storage of {nbytes:,}"
-    return Row(held.name, held.shape, held.dtype, nbytes, because)
+    return Row(held.name, held.shape, held.label, nbytes, because)
 
 
 def _distinct(group: Sequence[ListedTensor], nbytes: int) -> int:

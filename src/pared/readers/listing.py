@@ -6,6 +6,7 @@ uses torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -18,17 +19,19 @@ from pared.formats.dtypes import ELEMENTS, Array
 
 @dataclass(frozen=True)
 class ListedTensor:
-    """A tensor in a file.
+    """A tensor in a file or in memory.
 
     Args:
         name: the path to it, with a slash between nested dictionaries: "state_dict/encoder.weight".
         dtype: the element type by torch's name ("float32"), or by the file's own name if torch has none ("Q4_1").
         shape: the tensor's shape.
-        nbytes: the size of its elements.
+        nbytes: the size of its elements, before any compression of the storage; of a tensor that reading decodes, the
+            size of what is decoded.
         storage: the key of the storage that holds them, possibly shared with other tensors; None if it has no numbers
             (a tensor on the meta device).
         offset: the position of its first element in the content of the storage, in bytes.
         stride: the distance between neighbours in each dimension, in elements; None: contiguous, in C order.
+        format: a short name of how the numbers are stored, if it is not `dtype` as which they are read: "grid int8".
     """
 
     name: str
@@ -38,6 +41,17 @@ class ListedTensor:
     storage: str | None
     offset: int = 0
     stride: tuple[int, ...] | None = None
+    format: str = ""
+
+    @property
+    def label(self) -> str:
+        """How the numbers are stored, for tables."""
+        return self.format or self.dtype
+
+    @property
+    def place(self) -> object:
+        """Equal for two tensors of a listing that are the same numbers; None if it has none."""
+        return None if self.storage is None else (self.storage, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +133,7 @@ class Listing:
         kind = ELEMENTS[held.dtype]
         content = storage.content()
         if held.stride is None:
-            flat = np.frombuffer(content, kind, count=held.nbytes // kind.itemsize, offset=held.offset)
+            flat = np.frombuffer(content, kind, count=math.prod(held.shape), offset=held.offset)
             return flat.reshape(held.shape)
         flat = np.frombuffer(content, kind, count=(len(content) - held.offset) // kind.itemsize, offset=held.offset)
         strides = [step * kind.itemsize for step in held.stride]

@@ -13,7 +13,9 @@ from pared.formats.dtypes import Array, is_floating
 from pared.inspection.comparison.metrics import identical, measure
 from pared.inspection.comparison.pairing import Layout, Match, correlation, layout_of, pair, sampled
 from pared.inspection.comparison.result import Alone, Comparison, Pair, Side
-from pared.inspection.comparison.sources import Piece, Source, is_model, open_source
+from pared.inspection.comparison.sources import ReadableTensor, open_source, readable
+from pared.readers.listing import Listing
+from pared.readers.memory import is_model
 
 if TYPE_CHECKING:  # files are compared without torch
     from pared.model.calls import Calibration
@@ -74,26 +76,24 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
     return replace(comparison, outputs=outputs, layers=layers, diverges_at=diverges_at)
 
 
-def _tensors(a: Source, b: Source) -> Comparison:
-    matches = pair(a.pieces, b.pieces)
+def _tensors(a: Listing, b: Listing) -> Comparison:
+    first, second = readable(a), readable(b)
+    matches = pair(first, second)
     if not matches:
         raise MismatchError(
-            f"have no tensor in common: A {_names(a)}; B {_names(b)}",
-            where=f"{a.name} and {b.name}",
+            f"have no tensor in common: A {_names(first)}; B {_names(second)}",
+            where=f"{a.where} and {b.where}",
             remedy="Compare two states of one architecture; pared inspect shows what is in a file.",
         )
     sizes = [max(match.a.nbytes, match.b.nbytes) for match in matches]
     pairs = sorted(each(_compared, matches, sizes, most=_AT_ONCE), key=_badness)
-    alone = (*_alone(a, "A", [match.a for match in matches]), *_alone(b, "B", [match.b for match in matches]))
-    return Comparison(_side(a), _side(b), tuple(pairs), alone)
+    alone = (*_alone(first, "A", [match.a for match in matches]), *_alone(second, "B", [match.b for match in matches]))
+    sides = Side(a.where, a.nbytes, len(first)), Side(b.where, b.nbytes, len(second))
+    return Comparison(*sides, tuple(pairs), alone)
 
 
-def _side(source: Source) -> Side:
-    return Side(source.name, source.nbytes, len(source.pieces))
-
-
-def _names(source: Source) -> str:
-    names = [piece.name for piece in source.pieces]
+def _names(tensors: Sequence[ReadableTensor]) -> str:
+    names = [tensor.name for tensor in tensors]
     if not names:
         return "has none"
     more = f" and {len(names) - 2:,} more" if names[2:] else ""
@@ -106,15 +106,15 @@ def _badness(pair: Pair) -> float:
     return pair.similarity.sqnr if not math.isnan(pair.similarity.sqnr) else -math.inf
 
 
-def _alone(source: Source, side: str, matched: Sequence[Piece]) -> list[Alone]:
-    taken = {id(piece) for piece in matched}
-    places = {piece.place: piece.name for piece in reversed(matched) if piece.place is not None}
+def _alone(tensors: Sequence[ReadableTensor], side: str, matched: Sequence[ReadableTensor]) -> list[Alone]:
+    taken = {id(tensor) for tensor in matched}
+    places = {tensor.place: tensor.name for tensor in reversed(matched) if tensor.place is not None}
     rows = []
-    for piece in source.pieces:
-        if id(piece) not in taken:
-            tied = places.get(piece.place)
-            note = piece.note or (f"shares the numbers of {tied}, which both have" if tied is not None else "")
-            rows.append(Alone(piece.name, side, piece.shape, piece.format, piece.nbytes, note))
+    for tensor in tensors:
+        if id(tensor) not in taken:
+            tied = places.get(tensor.place)
+            note = tensor.note or (f"shares the numbers of {tied}, which both have" if tied is not None else "")
+            rows.append(Alone(tensor.name, side, tensor.shape, tensor.label, tensor.nbytes, note))
     return rows
 
 
@@ -126,7 +126,7 @@ def _compared(match: Match) -> Pair:
         return Pair(
             names=(a.name, b.name),
             shapes=(a.shape, b.shape),
-            formats=(a.format, b.format),
+            formats=(a.label, b.label),
             nbytes=(a.nbytes, b.nbytes),
             by=match.by,
             note="; ".join(notes),
@@ -146,7 +146,7 @@ def _compared(match: Match) -> Pair:
     return row(f"{layout} in B" if layout else "", similarity=similarity, identical=same_bits)
 
 
-def _read(a: Piece, b: Piece) -> tuple[Array | None, Array | None]:
+def _read(a: ReadableTensor, b: ReadableTensor) -> tuple[Array | None, Array | None]:
     """The numbers of both; if codes may have steps by row or by column, the reading closer to the other side."""
     x, y = a.read(), b.read()
     if x is not None and y is not None and x.shape == y.shape:

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from pared.errors import ModelError
 from pared.inspection.comparison.metrics import Similarity, measure
 from pared.inspection.comparison.result import LayerOutput
-from pared.inspection.comparison.sources import array_of
 from pared.model import calls
 from pared.model.outputs import leaves_of, tensors_of
+from pared.readers.memory import array_of
 from pared.readers.naming import unwrapped
 from pared.switches import DRAWING, WITHOUT_FAST_PATHS
 
@@ -257,9 +257,8 @@ def _sample(tensor: Tensor) -> Tensor:
 def _similarity(a: Sequence[Tensor], b: Sequence[Tensor]) -> Similarity:
     total = Similarity()
     for first, second in zip(a, b, strict=True):
-        x, y = array_of(first), array_of(second)
-        if x is not None and y is not None:
-            total += measure(x, y)
+        if not (first.is_meta or second.is_meta):
+            total += measure(array_of(first), array_of(second))
     return total
 
 

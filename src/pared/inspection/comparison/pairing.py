@@ -11,7 +11,7 @@ import numpy as np
 
 from pared.formats.dtypes import Array
 from pared.inspection.comparison.metrics import Floats, as_numbers
-from pared.inspection.comparison.sources import Piece
+from pared.inspection.comparison.sources import ReadableTensor
 from pared.readers.naming import bare, holders
 
 Layout = Literal["", "transposed", "reshaped"]
@@ -28,8 +28,8 @@ class Match:
         by: what matched: "name", or "content" if only the numbers did.
     """
 
-    a: Piece
-    b: Piece
+    a: ReadableTensor
+    b: ReadableTensor
     layout: Layout = ""
     by: Literal["name", "content"] = "name"
 
@@ -42,23 +42,23 @@ _ALIKE: Final = 0.9
 _FEW: Final = 16
 
 
-def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
+def pair(first: Sequence[ReadableTensor], second: Sequence[ReadableTensor]) -> list[Match]:
     """Match the tensors of two sources, each at most once; in the order of the first.
 
     Tensors with equal names are matched whatever they hold: the caller reports shapes that differ.
     """
     matches: list[Match] = []
     left = _Left(list(first), list(second), matches)
-    left.match(lambda piece: piece.name)
-    left.match(lambda piece: bare(piece.name))
-    left.match(lambda piece: bare(piece.name), prefer=holders)
+    left.match(lambda tensor: tensor.name)
+    left.match(lambda tensor: bare(tensor.name))
+    left.match(lambda tensor: bare(tensor.name), prefer=holders)
     found = -1
     while len(matches) > found and (prefix := _common_prefix(left.first, left.second)):
         found = len(matches)
-        left.match(lambda piece, prefix=prefix: bare(piece.name).removeprefix(prefix))  # type: ignore[misc]  # bound now
+        left.match(lambda tensor, prefix=prefix: bare(tensor.name).removeprefix(prefix))  # type: ignore[misc]  # bound
     left.match_contents(transposed=False)
     left.match_contents(transposed=True)
-    order = {id(piece): i for i, piece in enumerate(first)}
+    order = {id(tensor): i for i, tensor in enumerate(first)}
     return sorted(matches, key=lambda match: order[id(match.a)])
 
 
@@ -66,25 +66,27 @@ def pair(first: Sequence[Piece], second: Sequence[Piece]) -> list[Match]:
 class _Left:
     """The tensors without a match so far, and the matches."""
 
-    first: list[Piece]
-    second: list[Piece]
+    first: list[ReadableTensor]
+    second: list[ReadableTensor]
     matches: list[Match]
 
-    def match(self, key: Callable[[Piece], str], prefer: Callable[[str], tuple[int, ...]] | None = None) -> None:
+    def match(
+        self, key: Callable[[ReadableTensor], str], prefer: Callable[[str], tuple[int, ...]] | None = None
+    ) -> None:
         """Match tensors with equal keys that are unique in their sources, or preferred to the others there."""
-        one, other = (_unique(pieces, key, prefer) for pieces in (self.first, self.second))
+        one, other = (_unique(tensors, key, prefer) for tensors in (self.first, self.second))
         self._take([Match(one[name], other[name]) for name in one.keys() & other.keys()])
 
     def match_contents(self, *, transposed: bool) -> None:
         """Match tensors with the same shape and similar numbers, the most similar first."""
-        wanted = {piece.shape for piece in self.first if not transposed or len(piece.shape) == 2}
-        waiting: dict[tuple[int, ...], list[tuple[Piece, Floats]]] = {shape: [] for shape in wanted}
-        for piece in self.second:
-            shape = piece.shape[::-1] if transposed else piece.shape
-            sample = _sample(piece, transposed) if shape in wanted else None
+        wanted = {tensor.shape for tensor in self.first if not transposed or len(tensor.shape) == 2}
+        waiting: dict[tuple[int, ...], list[tuple[ReadableTensor, Floats]]] = {shape: [] for shape in wanted}
+        for tensor in self.second:
+            shape = tensor.shape[::-1] if transposed else tensor.shape
+            sample = _sample(tensor, transposed) if shape in wanted else None
             if sample is not None:
-                waiting[shape].append((piece, sample))
-        found = [pair for piece in self.first for pair in _alike(piece, waiting.get(piece.shape, ()))]
+                waiting[shape].append((tensor, sample))
+        found = [pair for tensor in self.first for pair in _alike(tensor, waiting.get(tensor.shape, ()))]
         taken: set[int] = set()
         chosen = []
         for _, a, b in sorted(found, key=lambda pair: -pair[0]):
@@ -94,44 +96,48 @@ class _Left:
         self._take(chosen)
 
     def _take(self, matches: list[Match]) -> None:
-        taken = {id(piece) for match in matches for piece in (match.a, match.b)}
+        taken = {id(tensor) for match in matches for tensor in (match.a, match.b)}
         self.matches += matches
-        self.first = [piece for piece in self.first if id(piece) not in taken]
-        self.second = [piece for piece in self.second if id(piece) not in taken]
+        self.first = [tensor for tensor in self.first if id(tensor) not in taken]
+        self.second = [tensor for tensor in self.second if id(tensor) not in taken]
 
 
 def _unique(
-    pieces: Iterable[Piece], key: Callable[[Piece], str], prefer: Callable[[str], tuple[int, ...]] | None
-) -> dict[str, Piece]:
-    """By key the piece that alone has it; of several the one whose name comes first in the order of `prefer`."""
-    by_name: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_name.setdefault(key(piece), []).append(piece)
+    tensors: Iterable[ReadableTensor],
+    key: Callable[[ReadableTensor], str],
+    prefer: Callable[[str], tuple[int, ...]] | None,
+) -> dict[str, ReadableTensor]:
+    """By key the tensor that alone has it; of several the one whose name comes first in the order of `prefer`."""
+    by_name: dict[str, list[ReadableTensor]] = {}
+    for tensor in tensors:
+        by_name.setdefault(key(tensor), []).append(tensor)
     if prefer is not None:
         for name, found in by_name.items():
-            ranks = [prefer(piece.name) for piece in found]
-            by_name[name] = [piece for piece, rank in zip(found, ranks, strict=True) if rank == min(ranks)]
+            ranks = [prefer(tensor.name) for tensor in found]
+            by_name[name] = [tensor for tensor, rank in zip(found, ranks, strict=True) if rank == min(ranks)]
     return {name: found[0] for name, found in by_name.items() if len(found) == 1}
 
 
-def _common_prefix(first: Sequence[Piece], second: Sequence[Piece]) -> str:
+def _common_prefix(first: Sequence[ReadableTensor], second: Sequence[ReadableTensor]) -> str:
     """The prefix that one side has and the other lacks for the largest number of tensors; "" if there is none.
 
     A single tensor is enough only if a side has no others left.
     """
     votes: Counter[str] = Counter()
     for longer, shorter in ((first, second), (second, first)):
-        shapes = {(bare(piece.name), piece.shape) for piece in shorter}
-        for piece in longer:
-            parts = bare(piece.name).split(".")
+        shapes = {(bare(tensor.name), tensor.shape) for tensor in shorter}
+        for tensor in longer:
+            parts = bare(tensor.name).split(".")
             for i in range(1, len(parts)):
-                if (".".join(parts[i:]), piece.shape) in shapes:
+                if (".".join(parts[i:]), tensor.shape) in shapes:
                     votes[".".join(parts[:i]) + "."] += 1
     prefix, count = votes.most_common(1)[0] if votes else ("", 0)
     return prefix if count > 1 or count == min(len(first), len(second)) else ""
 
 
-def _alike(a: Piece, candidates: Sequence[tuple[Piece, Floats]]) -> Iterator[tuple[float, Piece, Piece]]:
+def _alike(
+    a: ReadableTensor, candidates: Sequence[tuple[ReadableTensor, Floats]]
+) -> Iterator[tuple[float, ReadableTensor, ReadableTensor]]:
     sample = _sample(a) if candidates else None
     if sample is None:
         return
@@ -158,8 +164,8 @@ def correlation(x: Floats, y: Floats) -> float:
     return float(np.sum(x * y) / norm)
 
 
-def _sample(piece: Piece, transposed: bool = False) -> Floats | None:
-    array = piece.read()
+def _sample(tensor: ReadableTensor, transposed: bool = False) -> Floats | None:
+    array = tensor.read()
     if array is None:
         return None
     return sampled(array.T if transposed else array)

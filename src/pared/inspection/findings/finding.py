@@ -126,7 +126,7 @@ class Case:
         places: dict[object, ListedTensor] = {}
         for held in self.listing.tensors:
             if held.storage is not None and held.nbytes and held.name.rpartition("/")[0] not in quantized:
-                places.setdefault((held.storage, held.offset, held.shape, held.stride), held)
+                places.setdefault(held.place, held)
         return tuple(places.values())
 
     @cached_property
