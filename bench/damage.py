@@ -1,4 +1,4 @@
-"""`make bench-damage`: is the damage that is predicted the damage that is done? JSON in `out/bench`, `docs/damage.svg`.
+"""`make bench-damage`: does the measured damage match the predicted damage? JSON in `out/bench`, `docs/damage.svg`.
 
 One tensor of a model is rounded, as the library does it, at several steps; the damage that the outputs then have, on
 data that no statistics come from, stands against what the tensor's curve promised. The same for the inputs of layers:

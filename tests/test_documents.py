@@ -96,3 +96,20 @@ def test_the_front_picture_shows_what_the_page_of_results_says() -> None:
     shown = front.points(results, front.PANELS[0])
     assert shown["pared-small"] == (12.34, 0.00163)
     assert set(shown) >= {"pared", "openvino-int8", "ort-static", "torchao-weight"}
+
+
+def test_every_source_file_that_a_document_names_exists() -> None:
+    root = DOCS.parent
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("src/**/*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"`((?:\w+/)+\w+\.py)`", page.read_text(encoding="utf-8"))
+    }
+    files = [
+        path.as_posix()
+        for folder in ("src", "tests", "bench", "examples", "docs")
+        for path in (root / folder).rglob("*.py")
+    ]
+    assert len(named) > 40
+    assert [(page, path) for page, path in sorted(named) if not any(file.endswith(f"/{path}") for file in files)] == []

@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SEARCHED = (
-    "src/**/*.py", "examples/*.py", "bench/*.py", "docs/**/*.md", "docs/*.py", "*.md", "Makefile", ".github/**/*.*"
+    "src/**/*.py", "examples/*.py", "bench/*.py", "src/**/*.md", "docs/**/*.md", "docs/*.py", "*.md",
+    "Makefile", ".github/**/*.*",
 )  # fmt: skip
 
 
