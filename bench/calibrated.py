@@ -1,4 +1,4 @@
-"""What one calibration says of a model: the measurements of the bench start from it, as `pared.fit` does."""
+"""What one calibration says about a model: the measurements of the bench start from it, as `pared.fit` does."""
 
 from __future__ import annotations
 

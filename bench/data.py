@@ -33,7 +33,7 @@ _LEAST_ARTICLE = 1000
 
 
 def generator(*seeds: int) -> np.random.Generator:
-    """Random numbers that depend on all of the seeds: (seed, part, index) never meets another triple."""
+    """Random numbers that depend on all of the seeds: each triple (seed, part, index) gives other numbers."""
     return np.random.default_rng(seeds)
 
 

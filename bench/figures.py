@@ -81,7 +81,7 @@ def fit_once(approach: Literal["weight_only", "auto"], nbytes: int) -> dict[str,
 
 
 def in_child(approach: str, threads: int) -> Any:
-    """To be called before this process has grown: a child's peak starts at its parent's."""
+    """Call this before the process has grown: a child's peak starts at its parent's."""
     command = [sys.executable, "-m", "bench.figures", "--fit", approach, "--threads", str(threads)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 

@@ -116,7 +116,7 @@ def _panel(panel: Panel, found: dict[str, tuple[float, float]], theme: Theme) ->
 
 
 def _labels(places: dict[str, tuple[float, float]], right: float, theme: Theme) -> Iterable[str]:
-    """A name beside each point, upon no point and no other name."""
+    """Put a name beside each point, where it covers neither a point nor another name."""
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places.values()]
     for name, (x, y) in sorted(places.items(), key=lambda place: (not place[0].startswith("pared"), place[1])):
         words = NAMES[name]

@@ -88,7 +88,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def fit(size: int, samples: int) -> dict[str, Any]:
-    """And save, so that the other tasks have a file."""
+    """Fit a model and save it, so that the other tasks have a file."""
     model, batches = build(size), calls(samples)
     conf = PostTrainingQuantConfig(quant_level=0, calibration_sampling_size=samples)
     before = peak_memory()
@@ -190,7 +190,7 @@ def write(found: dict[str, Any]) -> None:
 
 
 def one(size: int) -> dict[str, Any]:
-    """A model that does not fit into memory is told so, not tried."""
+    """A model that does not fit into memory is reported, not tried."""
     free = psutil.virtual_memory().available
     if size * _NEEDED > free:
         return {"error": f"needs about {size * _NEEDED / 1e9:.0f} GB of memory, and {free / 1e9:.0f} are free"}

@@ -43,7 +43,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Loss:
-    """What a model lost beside FP32 on the same samples, in the unit of the tolerable loss.
+    """What a model lost against FP32 on the same samples, in the unit of the tolerable loss.
 
     Args:
         value: the loss of the means.
@@ -127,7 +127,7 @@ def tolerance(pair: Pair, model: nn.Module, baseline: Scores, seed: int) -> floa
 
 
 def peak_memory() -> int:
-    """Bytes of this process, at most, so far."""
+    """The peak memory of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

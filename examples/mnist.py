@@ -84,7 +84,7 @@ def calibration(samples: int = 100, batch_size: int = 25) -> list[Tensor]:
 
 @torch.no_grad()
 def scores(model: nn.Module) -> NDArray[np.float64]:
-    """1 for each of the 1000 held-back digits that is told right, else 0."""
+    """1 for each of the 1000 held-back digits that is classified correctly, else 0."""
     images, labels = digits()
     right: Tensor = model(images[_TRAINED_ON:]).argmax(1) == labels[_TRAINED_ON:]
     return right.double().numpy()

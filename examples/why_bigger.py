@@ -166,7 +166,7 @@ def _copied(value: object) -> object:
 
 
 def linear() -> nn.Module:
-    """Nothing but what INC quantizes, 12.6 MB."""
+    """A model with nothing but layers that INC quantizes, 12.6 MB."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
