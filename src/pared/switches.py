@@ -23,13 +23,7 @@ _ENGINE: Final = threading.Lock()
 
 
 class Switch(Generic[ValueT]):
-    """A setting of the process that has another value while any thread is inside the context.
-
-    Args:
-        read: returns the setting's value.
-        write: sets it.
-        value: its value inside.
-    """
+    """A setting of the process, as `read` and `write` see it, that has another value while any thread is inside."""
 
     def __init__(self, read: Callable[[], ValueT], write: Callable[[ValueT], object], value: ValueT) -> None:
         self._read, self._write, self._value = read, write, value
@@ -52,12 +46,7 @@ class Switch(Generic[ValueT]):
 
 
 def quiet_loggers(names: Sequence[str], level: int) -> Switch[list[int]]:
-    """A switch inside which loggers have another level. Two switches with a logger in common must not overlap in time.
-
-    Args:
-        names: the loggers' names.
-        level: their level inside: what is below is not logged.
-    """
+    """A switch inside which loggers have this level. Two switches with a logger in common must not overlap in time."""
     loggers = [logging.getLogger(name) for name in names]
 
     def write(levels: list[int]) -> None:
@@ -85,11 +74,7 @@ WITHOUT_FAST_PATHS: Final = Switch(_fast_paths, _set_fast_paths, False)
 
 @contextlib.contextmanager
 def quantized_engine(name: str) -> Iterator[None]:
-    """Let torch prepare quantized weights for this engine; one thread at a time.
-
-    Args:
-        name: "onednn" or "fbgemm".
-    """
+    """Let torch prepare quantized weights for "onednn" or "fbgemm"; one thread at a time."""
     import torch
 
     with _ENGINE:

@@ -129,19 +129,16 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
     tensors: dict[str, Any] = {}
     end = 0
     for entry in entries:
-        if not (dtype := TYPES[entry.dtype].safetensors):
+        dtype, reserved = TYPES[entry.dtype].safetensors, "__metadata__" in entry.names
+        if not dtype or reserved:
             raise ConfigError(
-                f"is of type {entry.dtype}, which .safetensors files do not have",
-                where=f"{where}: {entry.name}",
+                "is a name that is reserved in .safetensors files"
+                if reserved
+                else f"is of type {entry.dtype}, which .safetensors files do not have",
+                where=f"{where}: {'__metadata__' if reserved else entry.name}",
                 remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
             )
         for name in entry.names:
-            if name == "__metadata__":
-                raise ConfigError(
-                    "is a name that is reserved in .safetensors files",
-                    where=f"{where}: {name}",
-                    remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
-                )
             span = [end, end + entry.source_nbytes]
             tensors[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": span}
             end = span[1]

@@ -55,10 +55,6 @@ class Sample:
 def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
     """Estimate the size in bytes of the `best_model.pt` that `compress` would write, reading about 1 GB at most.
 
-    Args:
-        listing: the open file or folder.
-        bits: bits per weight.
-
     Raises:
         ModelError: a tensor holds NaN, or infinities that are not a mask.
         ConfigError: a tensor has an element type that an artifact cannot hold.
@@ -68,12 +64,7 @@ def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
 
 
 class SizeModel:
-    """Estimates the size of a compressed checkpoint from samples of its tensors.
-
-    Args:
-        listing: the open source.
-        kept: the tensors to compress.
-    """
+    """Estimates the size of a compressed checkpoint from samples of its tensors."""
 
     def __init__(self, listing: Listing, kept: Sequence[Kept]) -> None:
         self._kept = kept

@@ -19,9 +19,6 @@ _LARGEST_PRODUCT: Final = 1 << 48  # of the sizes, except zeros: strides in byte
 class Place:
     """A place in a file; its methods check values that stand there, and name the place where one is wrong.
 
-    Args:
-        place: its name for messages.
-
     >>> Place("file").fields({"a": 1}, "its header", ["a"])
     {'a': 1}
     """

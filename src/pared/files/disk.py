@@ -21,11 +21,7 @@ from pared.files.memory_limit import MemoryLimit
 
 
 def as_path(value: object, where: str) -> Path:
-    """A path that a caller gave; nothing need exist there.
-
-    Args:
-        value: a string or a path.
-        where: the function or option, for messages.
+    """A path that a caller gave to the function or option `where`; nothing need exist there.
 
     Raises:
         ConfigError: it is something else.

@@ -13,10 +13,6 @@ _LEAST: Final = 64 << 20  # roughly what Python and NumPy take before any file i
 class MemoryLimit:
     """The memory that reading one file may take: four times its bytes, and 64 MiB.
 
-    Args:
-        where: the file's name, for messages.
-        nbytes: the file's size.
-
     >>> MemoryLimit("file", 1000).affords(100 << 20)
     False
     """

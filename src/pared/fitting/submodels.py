@@ -57,10 +57,7 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
 
 
 class _CallRecorder:
-    """Hooks that record the calls that a model makes of one module, and how long they take.
-
-    Args:
-        call: the call of the model.
+    """Hooks that record the calls of one module within a call of the model, and how long they take.
 
     Attributes:
         calls: None for a call whose arguments are not only inputs of the model.

@@ -216,11 +216,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def from_json(data: Mapping[str, str], dtype: str) -> Format:
-    """The format of an index entry that has been checked.
-
-    Args:
-        data: the entry's "format".
-        dtype: the entry's.
+    """The format of an index entry that has been checked, whose element type is `dtype`.
 
     >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
     Grid(codes='int8')

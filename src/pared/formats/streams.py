@@ -247,11 +247,7 @@ def encode_steps(step: Steps) -> EncodedPart:
 
 
 def decode_steps(part: EncodedPart, count: int) -> Steps:
-    """The inverse of `encode_steps`.
-
-    Args:
-        part: the bytes.
-        count: the number of steps.
+    """The inverse of `encode_steps` for that number of steps.
 
     Returns:
         float32 of shape (count,).

@@ -34,12 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
-    """Encode an artifact: the same contents give the same bytes.
-
-    Args:
-        contents: every tensor.
-        kind: the container, "pt" or "safetensors".
-    """
+    """Encode an artifact of a kind, "pt" or "safetensors": the same contents give the same bytes."""
     buffer = io.BytesIO()
     _write(contents, kind, buffer)
     return buffer.getvalue()

@@ -16,9 +16,6 @@ from pared.readers.listing import Listing
 def open_listing(path: Path) -> Iterator[Listing]:
     """List the tensors of a file or folder; their numbers can be read while the context is open.
 
-    Args:
-        path: the file or the folder.
-
     Raises:
         FileError: it cannot be read, or its format is not supported.
         CorruptError: it contradicts itself.

@@ -139,7 +139,6 @@ class _Reader:
         return self.data[begin : begin + length]
 
     def skip_value(self, kind: int, depth: int) -> None:
-        """Skip a metadata value."""
         if kind in _FIXED:
             self.skip(_FIXED[kind])
         elif kind == _TEXT:

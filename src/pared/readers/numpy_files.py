@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -74,7 +75,7 @@ def read_npy(file: File) -> Listing:
         return Listing((), {}, notes | {"(array)": Note(behind, _OBJECTS)}, found.imports)
     if header.content != behind:
         at.fail(f"its numbers take {header.content:,} bytes, and behind its header there are {behind:,}")
-    content = partial(_numbers, partial(_view, file, header.nbytes, len(file.data)), header)
+    content = partial(_numbers, lambda: file.data[header.nbytes :], header)
     return Listing((header.held("array", "array"),), {"array": Storage(header.content, content)}, notes)
 
 
@@ -116,12 +117,12 @@ def read_npz(file: File, archive: Archive) -> Listing:
 
 def _storage(file: File, member: Member, header: _Header, memory: MemoryLimit) -> Storage:
     if member.plain:
-        view = partial(_view, file, member.offset + header.nbytes, member.end)
-        return Storage(header.content, partial(_numbers, view, header))
+        start = member.offset + header.nbytes
+        return Storage(header.content, partial(_numbers, lambda: file.data[start : member.end], header))
     # Twice: the pieces are joined after decompression.
     affordable = memory.affords(2 * member.nbytes)
-    content = partial(_numbers, partial(_inflated, file, member, header.nbytes), header) if affordable else None
-    return Storage(member.stored, content, coded=True)
+    content = partial(_numbers, lambda: memoryview(inflated(file, member))[header.nbytes :], header)
+    return Storage(member.stored, content if affordable else None, coded=True)
 
 
 def _imports(file: File, member: Member, start: int, memory: MemoryLimit) -> set[str]:
@@ -131,15 +132,7 @@ def _imports(file: File, member: Member, start: int, memory: MemoryLimit) -> set
     return set(read_pickle(content[start:], HARMLESS, file.where, memory).imports)
 
 
-def _view(file: File, begin: int, end: int) -> memoryview:
-    return file.data[begin:end]
-
-
-def _inflated(file: File, member: Member, start: int) -> memoryview:
-    return memoryview(inflated(file, member))[start:]
-
-
-def _numbers(view: partial[memoryview], header: _Header) -> memoryview:
+def _numbers(view: Callable[[], memoryview], header: _Header) -> memoryview:
     """The numbers in little-endian byte order."""
     content = view()
     if not header.swapped:

@@ -148,7 +148,6 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
 
 
 def _trials(trials: Sequence[Trial]) -> list[str]:
-    """A table of the trials."""
     if not trials:
         return []
     headings = ["trial", "damage", "bytes", "score", "loss", "+-", "unseen loss", "met", "seconds"]

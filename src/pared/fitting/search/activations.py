@@ -184,14 +184,7 @@ def _fits(coded: Coded) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _InputOption:
-    """One way to treat a module's input.
-
-    Args:
-        name: the module's name.
-        damage: that the rounded input does.
-        work: see `Candidate.extra_work`.
-        activation: how the input is treated.
-    """
+    """One way to treat a module's input, with the damage that it does and its `Candidate.extra_work`."""
 
     name: str
     damage: float

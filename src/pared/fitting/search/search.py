@@ -174,12 +174,7 @@ def _contributors(strategy: _Strategy | None, trial: Trial) -> tuple[tuple[str, 
 
 @dataclass(frozen=True)
 class _References:
-    """The float model's scores.
-
-    Args:
-        baseline: of `eval_func`.
-        confirming: of `confirm_func`; None if there is none.
-    """
+    """The float model's scores by `eval_func` and, if there is one, by `confirm_func`."""
 
     baseline: Score
     confirming: Score | None
@@ -338,16 +333,11 @@ def _between(good: Trial, bad: Trial, law: _Law | None, trials: Sequence[Trial])
     Otherwise the middle of the bracket.
     """
     low, high = math.log(good.damage), math.log(bad.damage)
-    earlier = _width(trials[:-2])
-    too_slow = earlier is not None and high - low > earlier / 2
+    first, last = _bracket(trials[:-2])
+    too_slow = first is not None and last is not None and high - low > math.log(last.damage / first.damage) / 2
     if law is None or law.flat or too_slow or not low < law.log_damage < high:
         return (low + high) / 2
     return law.log_damage
-
-
-def _width(trials: Sequence[Trial]) -> float | None:
-    good, bad = _bracket(trials)
-    return None if good is None or bad is None else math.log(bad.damage / good.damage)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from pared.artifact.envelope import find_artifact
 from pared.artifact.outcome import Trial
 from pared.errors import ConfigError, FileError
-from pared.files.disk import make_directory, reading, write_atomic
+from pared.files.disk import make_directory, reading, write_atomic, writing_to
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding.plan import make_plan
@@ -108,17 +108,10 @@ class Workspace:
         """
         quantized.save(model, self._place(len(self._trials)))
         line = json.dumps(asdict(trial)) + "\n"
-        try:
-            with (self._directory / _TRIALS).open("ab") as file:
-                file.write(line.encode())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise FileError(
-                f"cannot be written: {error.strerror or error}",
-                where=str(self._directory / _TRIALS),
-                remedy="Free space, or choose another workspace.",
-            ) from error
+        with writing_to(self._directory), (self._directory / _TRIALS).open("ab") as file:
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
         self._trials.append(trial)
 
     def model(self, number: int, skeleton: ModuleT) -> ModuleT:

@@ -180,12 +180,7 @@ def sampled(array: Array) -> Floats:
 
 
 def layout_of(a: Array, b: Array) -> Layout | None:
-    """How `b`, of another shape, holds the numbers of `a`; None if it does not.
-
-    Args:
-        a: the reference.
-        b: the other.
-    """
+    """How `b`, of another shape, holds the numbers of `a`; None if it does not."""
     if a.size != b.size:
         return None
     ways: dict[Layout, Array] = {"transposed": b.T, "reshaped": b}

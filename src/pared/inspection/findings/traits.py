@@ -24,12 +24,7 @@ _MARKED_NBYTES: Final = 1024  # bytes at each
 
 @dataclass(frozen=True)
 class Trait:
-    """Why a tensor takes more bytes than its numbers need.
-
-    Args:
-        kind: the kind of finding that it belongs to.
-        detail: what was seen, in a few words.
-    """
+    """Why a tensor takes more bytes than its numbers need: the kind of finding, and what was seen, in a few words."""
 
     kind: str
     detail: str

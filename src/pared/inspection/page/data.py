@@ -136,10 +136,6 @@ def _largest(sizes: Sequence[tuple[str, int]]) -> str:
 def of_file(path: Path, ledger: Ledger) -> PageData:
     """What a page shows of a file or folder; for an artifact, that includes what it records about itself.
 
-    Args:
-        path: the file, or the directory that holds the artifact.
-        ledger: what `inspect` says about it.
-
     Raises:
         FileError: the file cannot be read, or is damaged.
     """

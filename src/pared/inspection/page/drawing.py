@@ -109,12 +109,7 @@ def require_library() -> None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A finished drawing.
-
-    Args:
-        root: the `svg` element, in placeholder colours.
-        label: what it shows, in a sentence.
-    """
+    """A finished drawing: the `svg` element in placeholder colours, and what it shows, in a sentence."""
 
     root: ET.Element
     label: str
@@ -194,12 +189,9 @@ class Sheet:
 
 @contextmanager
 def sheet(name: str, width: float, height: float) -> Iterator[Sheet]:
-    """An empty figure, with the style for what is drawn on it. The same drawing always gives the same bytes.
+    """An empty figure of this size in pixels; the same drawing always gives the same bytes.
 
-    Args:
-        name: unique within the page: the ids in the drawing are made from it.
-        width: in pixels.
-        height: in pixels.
+    The ids in the drawing are made from the name, which is unique within the page.
 
     Raises:
         ConfigError: the drawing libraries are not installed.

@@ -30,11 +30,7 @@ _MOST_MODULES: Final = 12  # in the list of the largest ones
 
 
 def write(data: PageData, path: str | Path) -> None:
-    """Write the page, atomically.
-
-    Args:
-        data: what to show.
-        path: the file to write; its directory is made if it is missing.
+    """Write the page, atomically; its directory is made if it is missing.
 
     Raises:
         ConfigError: the drawing libraries are not installed.

@@ -173,15 +173,7 @@ def _squares(parts: Sequence[tuple[tuple[int, ...], Part]], which: int, box: Box
 
 
 def draw(name: str, tiles: Sequence[Tile], which: int, area_per_byte: float, label: str) -> Picture:
-    """Draw one map.
-
-    Args:
-        name: the name of the drawing, unique within the page.
-        tiles: the tiles of all maps.
-        which: the index of the map.
-        area_per_byte: in square pixels.
-        label: what the map shows, in a sentence.
-    """
+    """Draw one map, with a name for the drawing that is unique within the page; the rest as for `lay_out`."""
     layout = lay_out(tiles, which, area_per_byte)
     with sheet(name, layout.width, layout.height) as page:
         page.figure.set_layout_engine("none")

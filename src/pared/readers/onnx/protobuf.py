@@ -19,10 +19,6 @@ Value = int | memoryview  # a number; or the bytes of a string, a message, packe
 def fields(data: memoryview, at: Place) -> Iterator[tuple[int, Value]]:
     """The fields of a message, as (field number, value), in the order of the file.
 
-    Args:
-        data: the message.
-        at: the place in the file, for error messages.
-
     Raises:
         CorruptError: the data is not a message.
 

@@ -27,12 +27,7 @@ _SCRIPTED: Final = "__torch__."  # the classes of TorchScript, whose code is in 
 
 
 def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
-    """List the tensors of a zip archive that `torch.save` or `torch.jit.save` wrote.
-
-    Args:
-        file: the archive.
-        archive: its members.
-        folder: the top folder of the archive.
+    """List the tensors that `torch.save` or `torch.jit.save` wrote to this top folder of a zip archive.
 
     Raises:
         FileError: it was written on a big-endian machine.

@@ -62,13 +62,7 @@ def rewrite(model: Any, contents: Contents) -> Rewritten:
 
 @dataclass(eq=False)
 class _Rewriter:
-    """One graph while it is rewritten.
-
-    Args:
-        graph: an `onnx_ir.Graph`.
-        contents: what the artifact holds.
-        weights: the graph's values that are weights.
-    """
+    """One graph (an `onnx_ir.Graph`) while it is rewritten, with those of its values that are weights."""
 
     graph: Any
     contents: Contents

@@ -16,11 +16,7 @@ from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton
 
 
 def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
-    """A copy of a float model in bfloat16, as a function from and to float32.
-
-    Args:
-        model: in eval mode; it is not changed.
-    """
+    """A copy in bfloat16 of a float model in eval mode, as a function from and to float32."""
     copied = clone_structure(model, lambda tensor: cast_floats(tensor.detach(), torch.bfloat16)).eval()
     refresh_recurrent(copied)
     for module in copied.modules():

@@ -40,14 +40,7 @@ class Server(ABC):
         return type(self)(self._skeleton, self.wanted)
 
     def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
-        """The model's output for a call; NotImplemented if the modules have to answer.
-
-        Args:
-            model: the quantized model.
-            args: the call's positional arguments.
-            kwargs: the call's keyword arguments.
-            modules: the model's own forward, which takes the model first.
-        """
+        """The model's output for a call; NotImplemented if `modules`, the model's own forward, has to answer."""
         bound = self._bound(model, args, kwargs)
         if bound is None:
             return NotImplemented
