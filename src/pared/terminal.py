@@ -115,7 +115,6 @@ def bytes_done(description: str, total: int, *, quiet: bool = False) -> Iterator
 
 WIDTH: Final = 100  # in columns
 
-
 # Columns of words, with the width at which they wrap (None: the widest cell). All others hold numbers.
 _WORDS: Final[Mapping[str, int | None]] = {
     "tensor": None,

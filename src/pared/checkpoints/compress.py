@@ -151,7 +151,8 @@ def run(
             names = tuple(side_files.find_side_files(source, output)) if source.is_dir() else ()
             side_files.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
-            index = _index(journal, rate, size).to_bytes()
+            asked = {"bits": rate} if size is None else {"max_size": size}
+            index = Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked}).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
             write_atomic(
@@ -160,7 +161,7 @@ def run(
             journal.remove()
     return Compressed(
         target,
-        source_nbytes=_nbytes(listing),
+        source_nbytes=listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file),
         weight_nbytes=sum(one.held.nbytes for one in chosen.kept),
         nbytes=target.stat().st_size,
         seconds=time.perf_counter() - began,
@@ -168,11 +169,6 @@ def run(
         copied=names,
         resumed=resumed,
     )
-
-
-def _nbytes(listing: Listing) -> int:
-    """The total size of the files that hold tensors."""
-    return listing.nbytes - sum(note.nbytes for note in listing.notes.values() if note.file)
 
 
 class _Work:
@@ -241,11 +237,6 @@ def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
         nbytes += size
     if start < len(kept):
         yield range(start, len(kept))
-
-
-def _index(journal: Journal, bits: float, size: int | None) -> Index:
-    asked = {"bits": bits} if size is None else {"max_size": size}
-    return Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked})
 
 
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:

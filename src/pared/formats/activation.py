@@ -12,9 +12,7 @@ from pared.errors import CalibrationError
 
 Outliers = tuple[tuple[int, int], ...]
 
-
 NARROWEST: Final = 1e-30  # the narrowest range: keeps scales and their reciprocals finite and normal in float32
-
 
 _LARGEST: Final = float(np.finfo(np.float32).max)
 

@@ -22,10 +22,8 @@ from pared.formats.views import View
 # The sum of this many products of the largest codes, 255 * 127, still fits 32 bits.
 MOST_COLUMNS: Final = (2**31 - 1) // (255 * 127)
 
-
 CodeType = Literal["int8", "int16"]
 CODE_LIMITS: Final[Mapping[str, int]] = {"int8": 127, "int16": 32767}  # magnitudes of codes: every grid is symmetric
-
 
 # A step below the smallest normal float32 has lost precision: such rows are zero for every practical purpose.
 _SMALLEST_STEP: Final = np.finfo(np.float32).tiny

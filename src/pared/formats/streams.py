@@ -22,7 +22,6 @@ from pared.formats.views import View, matrix_of, restored
 # The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
 STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
 
-
 Steps = NDArray[np.float32]
 Floats = NDArray[np.float64]
 

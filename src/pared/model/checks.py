@@ -59,7 +59,6 @@ def check_modules(model: nn.Module) -> None:
 
 _LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
 
-
 # Modules of PyTorch's own quantization.
 _QUANTIZED: Final = (
     "torch.ao.nn.quantized",

@@ -16,7 +16,6 @@ from pared.formats.views import View, view_of
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
-
 # float64 is kept exactly: models use it where a grid would be too coarse.
 GRID_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
-
 # Anything but the default (float32, layer by layer) is used only if it takes at most this share of the default's time:
 # a smaller gain is noise, or not worth the rounding.
 WORTH: Final = 0.9

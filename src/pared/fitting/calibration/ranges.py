@@ -12,7 +12,6 @@ from pared.formats.activation import Outliers
 # A range may end at these shares of what was seen: sixteen to each halving, down to a 64th.
 _SHARES: Final = tuple(2.0 ** (-i / 16) for i in range(97))
 
-
 # At most one extra column for this number of columns: it makes the product longer by the same share.
 COLUMNS_EACH: Final = 32
 _MOST: Final = 16  # extra columns in all: more gain little

@@ -33,7 +33,6 @@ MOST_COLUMNS: Final = 4096
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
 
-
 LeavesOfCall = Callable[[ModelTensors[nn.Module], Call], list[Leaf]]
 
 

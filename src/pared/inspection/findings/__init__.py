@@ -27,7 +27,6 @@ __all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "mega
 # The most bytes of tensor data to read, by depth; None: no limit.
 _MOST: Final[dict[Depth, int | None]] = {"quick": 0, "default": 10**9, "deep": None}
 
-
 # Remedies for what `pared compress` does not change: it keeps integers as they are.
 _NARROWER: Final = "Store it in the narrower type, and convert it after loading if it is used as an index."
 _RECOMPUTED: Final = "If the model can compute it again, leave it out: register_buffer(..., persistent=False)."

@@ -89,16 +89,12 @@ def _named(case: Case) -> Iterator[Cause]:
 def _twice(case: Case, words: str, belongs: Callable[[ListedTensor, ListedTensor], bool]) -> Iterator[Cause]:
     pairs = [(group[0], other) for group in _equal(case) for other in group[1:] if belongs(group[0], other)]
     for remedy, weights in (("", True), (_ONCE, False)):
-        alike = [(first, other) for first, other in pairs if _is_weight(first) == weights]
+        # `pared compress` stores a float tensor of two or more dimensions once if it is there twice.
+        alike = [(a, b) for a, b in pairs if (a.dtype in FLOATING and len(a.shape) > 1) == weights]
         shown = "; ".join(f"{other.name} = {first.name}" for first, other in alike[:2])
         more = f"; and {len(alike) - 2} more" if alike[2:] else ""
         names = tuple(other.name for _, other in alike)
         yield Cause(names, sum(case.stored(other) for _, other in alike), f"{words}: {shown}{more}", remedy)
-
-
-def _is_weight(held: ListedTensor) -> bool:
-    """Whether `pared compress` stores it once if it is there twice."""
-    return held.dtype in FLOATING and len(held.shape) > 1
 
 
 def _are_tied(first: ListedTensor, other: ListedTensor) -> bool:

@@ -107,18 +107,13 @@ def _sparse(array: Array, dtype: str) -> Trait | None:
 def _wide_float(array: Array, dtype: str) -> Trait | None:
     if dtype != "float32":
         return None
-    for half, lossless in (("bfloat16", _is_bfloat16), ("float16", _is_float16)):
+    for half, lossless in (
+        ("bfloat16", lambda part: not (part.view(np.uint32) & 0xFFFF).any()),
+        ("float16", lambda part: bool((part.astype(np.float16).astype(np.float32) == part).all())),
+    ):
         if _all(array, lossless):
             return Trait("wide-float", f"every number fits {half} exactly")
     return None
-
-
-def _is_bfloat16(part: Array) -> bool:
-    return not (part.view(np.uint32) & 0xFFFF).any()
-
-
-def _is_float16(part: Array) -> bool:
-    return bool((part.astype(np.float16).astype(np.float32) == part).all())
 
 
 def _wide_int(array: Array, dtype: str) -> Trait | None:

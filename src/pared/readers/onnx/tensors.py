@@ -30,7 +30,6 @@ _MOST_DIMENSIONS: Final = 64
 _HELD_NBYTES: Final = 3000
 _PART_NBYTES: Final = 300
 
-
 # The element types by number.
 _STRING: Final = "string"
 _NAMES: Final[Mapping[int, str]] = {

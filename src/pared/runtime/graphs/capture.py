@@ -26,7 +26,6 @@ LOGGERS: Final = (
 )
 _QUIETLY: Final = quiet_loggers(LOGGERS, logging.CRITICAL)
 
-
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a call
 
 

@@ -164,18 +164,14 @@ def open_runner(directory: str | Path, engine: str) -> Runner:
     if path.suffix != ".onnx":
         path = (path if path.is_dir() else path.parent) / ONNX_FILE
     runner = Runner(path, engine)
-    _refuse_stale(runner._session.metadata().get(ARTIFACT, ""), path)
-    return runner
-
-
-def _refuse_stale(recorded: str, path: Path) -> None:
-    """Refuse an export that was made from another artifact than the one beside it."""
+    recorded = runner._session.metadata().get(ARTIFACT, "")
     if recorded and recorded != checksum_beside(path):
         raise FileError(
             "was exported from another artifact than the one that is beside it now",
             where=str(path),
             remedy="Export the model again: q_model.export(directory, inputs).",
         )
+    return runner
 
 
 def fastest(model: nn.Module | None, directory: str | Path) -> tuple[nn.Module, Mapping[str, float]]:

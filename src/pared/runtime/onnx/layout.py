@@ -23,8 +23,8 @@ def _attribute(node: Any, name: str, otherwise: Any = None) -> Any:
     return node.attributes[name].value if name in node.attributes else otherwise
 
 
-def _transpose(node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
-    return [data[0].transpose(_attribute(node, "perm"))]
+def _axes(numbers: Array) -> tuple[int, ...]:
+    return tuple(int(n) for n in numbers.reshape(-1))
 
 
 def _reshape(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
@@ -32,14 +32,6 @@ def _reshape(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Ar
     if not _attribute(node, "allowzero", 0):
         sizes = [data[0].shape[i] if n == 0 else n for i, n in enumerate(sizes)]
     return [data[0].reshape(sizes)]
-
-
-def _unsqueeze(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
-    return [np.expand_dims(data[0], tuple(int(n) for n in rest[0].reshape(-1)))]
-
-
-def _squeeze(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
-    return [data[0].squeeze(tuple(int(n) for n in rest[0].reshape(-1)) if rest else None)]
 
 
 def _slice(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
@@ -54,10 +46,6 @@ def _slice(_node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Arr
     return [data[0][tuple(where)]]
 
 
-def _concat(node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
-    return [np.concatenate(data, _attribute(node, "axis"))]
-
-
 def _split(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Array]:
     axis, count = _attribute(node, "axis", 0), len(node.outputs)
     if rest:
@@ -66,20 +54,16 @@ def _split(node: Any, data: Sequence[Array], rest: Sequence[Array]) -> list[Arra
     return np.split(data[0], [size * i for i in range(1, count)], axis)
 
 
-def _identity(_node: Any, data: Sequence[Array], _rest: Sequence[Array]) -> list[Array]:
-    return [data[0]]
-
-
 # By operator: its outputs, from the numbers that it moves and its constant inputs.
 MOVES: Final[dict[str, Callable[[Any, Sequence[Array], Sequence[Array]], list[Array]]]] = {
-    "Concat": _concat,
-    "Identity": _identity,
+    "Concat": lambda node, data, _: [np.concatenate(data, _attribute(node, "axis"))],
+    "Identity": lambda _node, data, _rest: [data[0]],
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
-    "Squeeze": _squeeze,
-    "Transpose": _transpose,
-    "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda _, data, rest: [data[0].squeeze(_axes(rest[0]) if rest else None)],
+    "Transpose": lambda node, data, _: [data[0].transpose(_attribute(node, "perm"))],
+    "Unsqueeze": lambda _, data, rest: [np.expand_dims(data[0], _axes(rest[0]))],
 }
 
 
