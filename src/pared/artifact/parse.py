@@ -17,17 +17,16 @@ from pared.artifact.index import VERSION, Entry, Index
 from pared.artifact.parts import check_data, parse_parts
 from pared.errors import VersionError
 from pared.files.checks import Place
-from pared.formats.dtypes import ITEM_SIZES
+from pared.formats.dtypes import FLOATING, ITEM_SIZES
+from pared.formats.grids import CODE_LIMITS
 
 # The required fields of an entry, by version.
 _COMMON: Final = ("name", "kind", "dtype", "shape", "format", "because", "parts")
 _REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32")}
 
-_FLOATS: Final = ("float16", "bfloat16", "float32", "float64")
-
 # The fields of each format in addition to its tag, with their legal values.
 _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "grid": {"codes": ("int8", "int16")},
+    "grid": {"codes": tuple(CODE_LIMITS)},
     "float": {"dtype": ("float16", "bfloat16", "float32")},
     "raw": {},
 }
@@ -137,7 +136,7 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
 def _format(value: object, dtype: str, at: Place) -> dict[str, str]:
     tag = at.one_of(at.mapping(value, "its format").get("tag"), _FORMATS, "its format")
     known = at.fields(value, "its format", ("tag", *_FORMATS[tag]))
-    if tag != "raw" and dtype not in _FLOATS:
+    if tag != "raw" and dtype not in FLOATING:
         at.fail(f"its format is {tag}, which cannot hold {dtype}")
     return {"tag": tag, **{key: at.one_of(known[key], legal, key) for key, legal in _FORMATS[tag].items()}}
 

@@ -15,6 +15,7 @@ from pared.errors import ConfigError
 from pared.files.disk import as_path
 from pared.formats import grids
 from pared.formats.dtypes import ELEMENTS, Array
+from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View
 from pared.readers.listing import ListedTensor, Listing
 from pared.readers.memory import is_model, is_state_dict, list_model, list_state_dict
@@ -94,7 +95,6 @@ def _note(held: ListedTensor) -> str:
 
 # In the state dict of a quantized model, codes have the name of their tensor, and steps that name with this suffix.
 _STEP: Final = "_step"
-_CODES: Final = ("int8", "int16")
 
 
 def _joined(tensors: Sequence[ReadableTensor]) -> Iterator[ReadableTensor]:
@@ -103,7 +103,7 @@ def _joined(tensors: Sequence[ReadableTensor]) -> Iterator[ReadableTensor]:
     steps = {
         tensor.name: step
         for tensor in tensors
-        if tensor.dtype in _CODES and (step := by_name.get(f"{tensor.name}{_STEP}")) and step.dtype == "float32"
+        if tensor.dtype in CODE_LIMITS and (step := by_name.get(f"{tensor.name}{_STEP}")) and step.dtype == "float32"
     }
     taken = {step.name for step in steps.values()}
     for tensor in tensors:
