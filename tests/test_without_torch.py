@@ -87,6 +87,13 @@ def test_every_other_name_says_what_to_install(tmp_path: Path) -> None:
     assert not {name for name in names if name.endswith("Error")}
 
 
+@pytest.mark.child
+def test_a_script_shows_one_traceback_that_ends_with_what_to_install(tmp_path: Path) -> None:
+    done = without_torch("import pared\npared.fit", cwd=tmp_path)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].startswith("  pip install 'pared[torch]'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

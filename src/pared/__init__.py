@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
             "needs torch, which is not installed",
             where=f"pared.{name}",
             remedy="pip install 'pared[torch]' (inspect, compress, expand and compare work on files without it)",
-        ) from error
+        ) from None  # the reader needs the remedy, not the chain of our imports
 
 
 def _revive(*state: Any) -> Any:

@@ -101,6 +101,7 @@ def scripted() -> object:
     ("make", "words"),
     [
         (lambda: "weights.pt", "expected a torch.nn.Module, got str"),
+        (lambda: nn.Linear, "expected a torch.nn.Module, got type\n  Pass an instance of the model, not its class"),
         (Lazy, "inner: has lazy parameters"),
         (scripted, "is a TorchScript module"),
         (lambda: nn.Linear(2, 2, device="meta"), "weight: is on the meta device: it holds no numbers"),

@@ -22,7 +22,7 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"expected a torch.nn.Module, got {type(model).__name__}",
-            remedy="Pass the model, not its weights or its name.",
+            remedy="Pass an instance of the model, not its class, its weights or its name.",
         )
     check_unquantized(model)
     check_modules(model)

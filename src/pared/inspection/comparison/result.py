@@ -222,7 +222,8 @@ class Comparison:
     def _totals(self) -> Iterator[str]:
         for mark, side in (("A", self.a), ("B", self.b)):
             ratio = f", {_ratio(self.a, self.b):.3f} of A" if mark == "B" and self.a.nbytes else ""
-            yield from wrapped(f"{mark}  ", f"{side.name}: {side.nbytes:,} bytes{ratio}, {side.tensors:,} tensors")
+            tensors = f"{side.tensors:,} tensor{'' if side.tensors == 1 else 's'}"
+            yield from wrapped(f"{mark}  ", f"{side.name}: {side.nbytes:,} bytes{ratio}, {tensors}")
         yield ""
         if self.outputs is not None:
             yield f"outputs   {_words(self.outputs)}"
