@@ -15,7 +15,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from pared.formats.dtypes import FLOATING, Array
+from pared.formats.dtypes import FLOATING
 from pared.readers.listing import ListedTensor, Listing
 from pared.readers.naming import HOLDERS, without_wrappers
 
@@ -226,16 +226,11 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
 def _one_copy(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
     """Keep only the float model where a quantized copy is beside it; remove what wrappers add to names."""
     if all(any(name.startswith(prefix) for name, _ in named) for prefix in (_FLOAT_COPY, _QUANTIZED_COPY)):
-        named = _divided(named, _beside_float_copy, left)
+        second = f"a second copy of the model, which {_FLOAT_COPY!r} holds in float", "two-copies"
+        named = _divided(named, lambda one: None if one[0].startswith(_FLOAT_COPY) else second, left)
         named = [(name.removeprefix(_FLOAT_COPY), held) for name, held in named]
     names = without_wrappers([name for name, _ in named])
     return [(name, held) for name, (_, held) in zip(names, named, strict=True)]
-
-
-def _beside_float_copy(one: _Named) -> _Verdict | None:
-    if one[0].startswith(_FLOAT_COPY):
-        return None
-    return f"a second copy of the model, which {_FLOAT_COPY!r} holds in float", "two-copies"
 
 
 def _together(listing: Listing, named: Sequence[_Named], compare: bool, left: list[LeftOut]) -> list[Kept]:
@@ -282,12 +277,8 @@ def _equal(listing: Listing, one: ListedTensor, other: ListedTensor) -> bool:
     arrays = listing.array(one), listing.array(other)
     if arrays[0] is None or arrays[1] is None:
         return False
-    first, second = (_bits(array) for array in arrays if array is not None)
+    # As integers, NaN equals itself, and -0 differs from 0.
+    first, second = (array.view(f"u{array.itemsize}") for array in arrays if array is not None)
     rows = max(1, _BLOCK * len(first) // one.nbytes)
     starts = range(0, len(first), rows)
     return all(np.array_equal(first[start : start + rows], second[start : start + rows]) for start in starts)
-
-
-def _bits(array: Array) -> Array:
-    """The bits as integers, so that NaN equals itself and -0 differs from 0."""
-    return array.view(f"u{array.itemsize}")

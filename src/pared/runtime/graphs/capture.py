@@ -182,13 +182,10 @@ def _exported(flat: FlatModel) -> Any:
     dimensions = tuple(dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-        return program.run_decompositions({}) if _writes(program.graph) else program
-
-
-def _writes(graph: fx.Graph) -> bool:
-    """Whether an operator writes to its inputs; then all are replaced by operators that give new tensors."""
-    operators = (node.target for node in graph.nodes if node.op == "call_function")
-    return any(isinstance(one, torch._ops.OpOverload) and one._schema.is_mutable for one in operators)
+        operators = (node.target for node in program.graph.nodes if node.op == "call_function")
+        # Where an operator writes to its inputs, all are replaced by operators that give new tensors.
+        writes = any(isinstance(one, torch._ops.OpOverload) and one._schema.is_mutable for one in operators)
+        return program.run_decompositions({}) if writes else program
 
 
 def _checked(program: Any, outputs: TreeSpec) -> Captured:
