@@ -104,7 +104,7 @@ def speed(models: Mapping[str, nn.Module], batch: int, tokens: int, rounds: int)
     ids = torch.randint(1000, 20000, (batch, tokens), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.inference_mode():
-        return medians({name: lambda m=model: m(**inputs) for name, model in models.items()}, rounds)  # type: ignore[misc]
+        return medians({name: lambda m=model: m(**inputs) for name, model in models.items()}, rounds)  # type: ignore[misc]  # bound now
 
 
 def loading(directory: Path) -> dict[str, dict[str, float]]:
@@ -188,7 +188,7 @@ def bench_effnet() -> dict[str, Any]:
     models = {"float32": model, "bfloat16": effnet.load().bfloat16(), "pared": quick}
     inputs = {name: photo.bfloat16() if name == "bfloat16" else photo for name in models}
     with torch.inference_mode():
-        runs: dict[str, Callable[[], object]] = {n: lambda n=n: models[n](inputs[n]) for n in models}  # type: ignore[misc]
+        runs: dict[str, Callable[[], object]] = {n: lambda n=n: models[n](inputs[n]) for n in models}  # type: ignore[misc]  # bound now
         times = medians(runs, 30)
     return {
         "float_bytes": 4 * sum(p.numel() for p in model.parameters()),

@@ -66,7 +66,10 @@ def _minilm() -> tuple[Subject, Calibrated]:
 def _efficientnet() -> tuple[Subject, Calibrated]:
     pair = zoo.find("efficientnet")
     known = Calibrated.on(pair.load(), pair.calibration(0))
-    losses: Callable[[nn.Module], Losses] = lambda candidate: {"KL": float(pair.scores(candidate, "test", 0).mean())}  # noqa: E731
+
+    def losses(candidate: nn.Module) -> Losses:
+        return {"KL": float(pair.scores(candidate, "test", 0).mean())}
+
     return Subject("EfficientNet-Lite0", (0.03, 0.012, 0.004), losses), known
 
 

@@ -1,4 +1,4 @@
-"""Numbers and booleans that callers pass: Python's, NumPy's, or an array or tensor with one element."""
+"""Numbers and booleans that callers pass: Python's, NumPy's, or an array or tensor without dimensions."""
 
 from __future__ import annotations
 

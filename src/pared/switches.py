@@ -111,8 +111,5 @@ def ignoring(category: type[Warning] = Warning, message: str = "") -> Iterator[N
         yield
     finally:
         current: Any = warnings.filters
-        for known in (
-            filters,
-            current,
-        ):  # these differ while another thread is in catch_warnings
+        for known in (filters, current):  # these differ while another thread is in catch_warnings
             known[:] = [other for other in known if other is not entry]

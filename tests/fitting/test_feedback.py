@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.fitting.calibration.blocks import Blocks
-from pared.fitting.calibration.sensitivity import MOST_COLUMNS, TensorStats
+from pared.fitting.calibration.sensitivity import WIDEST_BLOCK, TensorStats
 from pared.fitting.rounding.feedback import DAMPING, factor, feedback
 from pared.fitting.rounding.importance import DAMPINGS, make_target
 from pared.fitting.rounding.targets import solve
@@ -164,7 +164,7 @@ def test_wide_matrices_are_cut_into_parts() -> None:
         columns = slice(6 * part, 6 * part + 6)
         expected = feedback(matrix[None, :, columns], factor(moments[part : part + 1]), steps[None], 127)[0]
         assert torch.equal(codes[:, columns].float(), expected)
-    assert MOST_COLUMNS**2 * 4 <= 64 << 20, "a block of moments is at most 64 MiB"
+    assert WIDEST_BLOCK**2 * 4 <= 64 << 20, "a block of moments is at most 64 MiB"
 
 
 def test_blocks_are_factored_alike_however_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_moments_lie_in_blocks_of_the_weight() -> None:
 
 
 def test_wide_weights_have_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "MOST_COLUMNS", 10)
+    monkeypatch.setattr(sensitivity, "WIDEST_BLOCK", 10)
     torch.manual_seed(0)
     found = measured(nn.Linear(36, 4), [torch.randn(8, 36)]).tensors["weight"]
     assert found.moments is not None

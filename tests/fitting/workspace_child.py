@@ -1,4 +1,4 @@
-"""A search in a process of its own, which may be killed in the middle of an evaluation; `tests/test_workspace.py`.
+"""A search in a process of its own, which may be killed in the middle of an evaluation: for `test_workspace.py`.
 
 Arguments: the workspace, a file that gets a line for each call of `eval_func`, and the call during which to die.
 """

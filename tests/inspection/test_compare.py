@@ -246,6 +246,13 @@ def test_quantized_tensors_compare_where_scales_are_known(tmp_path: Path) -> Non
     assert same.identical
 
 
+def test_a_type_without_numbers_is_told() -> None:
+    pairs = torch.zeros(4, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    (pair,) = pared.compare({"w": pairs}, {"w": pairs}).pairs
+    assert pair.similarity is None
+    assert "float4_e2m1fn_x2: numbers in blocks, which are not read" in pair.note
+
+
 def test_json_is_valid_and_has_every_fact(tmp_path: Path) -> None:
     state = network().state_dict()
     other = state | {"3.weight": torch.zeros(64, 64), "4.bias": torch.full((10,), math.nan), "extra": torch.ones(2, 3)}

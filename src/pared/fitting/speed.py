@@ -113,9 +113,8 @@ def time_calls(
     found = chosen(calls, names)
     bound = [bind(names, call.args, call.kwargs) for call in found]
     kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
-    server = GraphServer(
-        float_forms.outline_of, list(kinds.values()), captures
-    )  # a graph for each call kind, of its largest call
+    # A graph for each call kind, of its largest call.
+    server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
     forms = _Forms(model, in_bfloat16(model), by_layers, server)
     times: list[CallTiming] = []
     for call, arguments in zip(found, bound, strict=True):

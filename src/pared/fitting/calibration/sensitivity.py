@@ -28,7 +28,7 @@ from pared.model.tensors import ModelTensor, ModelTensors
 log = logging.getLogger(__name__)
 
 # The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
-MOST_COLUMNS: Final = 4096
+WIDEST_BLOCK: Final = 4096
 # Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
@@ -357,8 +357,8 @@ class _Noise:
 
 
 def _blocks(tensor: ModelTensor) -> Blocks:
-    """The groups of its rows, as the module says, and the least number of blocks of at most `MOST_COLUMNS` columns."""
+    """The groups of its rows, as the module says, and the least number of blocks of at most `WIDEST_BLOCK` columns."""
     groups = getattr(tensor.module, "groups", 1) if tensor.attribute == "weight" else 1
     if not isinstance(groups, int) or groups < 1 or tensor.view.n_rows % groups:
         groups = 1
-    return Blocks(groups, max(1, -(-tensor.view.n_columns // MOST_COLUMNS)))
+    return Blocks(groups, max(1, -(-tensor.view.n_columns // WIDEST_BLOCK)))

@@ -16,14 +16,13 @@ from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.targets import (
     STEPS_PER_OCTAVE,
-    CodeType,
     Floats,
     RoundingTarget,
     round_rows,
     round_with_feedback,
 )
 from pared.formats import entropy
-from pared.formats.grids import CODE_LIMITS
+from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.streams import encode_codes
 from pared.formats.views import View
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import Factor, feedback
 from pared.formats.coded import log_step
-from pared.formats.grids import CODE_LIMITS
+from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.views import View
 
-CodeType = Literal["int8", "int16"]
 Floats = NDArray[np.float64]
 
 STEPS_PER_OCTAVE: Final = 8  # steps are 2^(k / 8): a step index k counts eighths of an octave

@@ -13,10 +13,10 @@ from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target
-from pared.fitting.rounding.targets import CodeType, RoundingTarget, solve
+from pared.fitting.rounding.targets import RoundingTarget, solve
 from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
-from pared.formats.grids import CODE_LIMITS
+from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.model.contents import Decision, Treatment
 from pared.model.tensors import ModelTensor
 

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
 import numpy as np
 from torch import nn
@@ -22,12 +22,11 @@ from pared.fitting.config import AccuracyCriterion
 from pared.fitting.search.compressor import DEFAULT_DAMAGE, Compressor, OperatingPoint
 from pared.fitting.search.evaluate import EvalFunc, Score, confirm, confirm_elsewhere, deciding_loss, evaluate
 from pared.fitting.search.workspace import Workspace
+from pared.model.tensors import ModuleT
 from pared.runtime import quantized
 from pared.runtime.record import set_outcome
 
 log = logging.getLogger(__name__)
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # A trial aims at this share of the tolerable loss, less one standard error, so that an error of the fit does not fail
 # the trial; never below the second share. A model whose loss comes this close to the aim ends the search.

@@ -72,7 +72,7 @@ def follow(
         CalibrationError: see `calls.run`.
         ModelError: `b` raises an exception on a call that `a` accepts.
     """
-    recorder = _Recorder(a, b)
+    recorder = _PairRecorder(a, b)
     with DRAWING, _as_they_were(a, b), WITHOUT_FAST_PATHS, recorder.hooked():
         calls.run(a, inputs, limit=_EVERYTHING, name="inputs")
     layers = _with_drops(recorder.tracks, recorder.inside)
@@ -100,7 +100,7 @@ def _as_they_were(*models: nn.Module) -> Iterator[None]:
         np.random.set_state(drawn[1])
 
 
-class _Recorder:
+class _PairRecorder:
     """Hooks on both models: those on A keep the outputs of its modules, those on B compare with them."""
 
     def __init__(self, a: nn.Module, b: nn.Module) -> None:

@@ -24,9 +24,9 @@ class Owner(Protocol):
     pared_dtypes: dict[str, torch.dtype]
 
     def pared_codes(self, attribute: str) -> Tensor: ...  # noqa: D102  # see Counterpart
-    def pared_step(self, attribute: str) -> Tensor: ...  # noqa: D102
-    def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor: ...  # noqa: D102
-    def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any: ...  # noqa: D102
+    def pared_step(self, attribute: str) -> Tensor: ...  # noqa: D102  # see Counterpart
+    def pared_row_steps(self, attribute: str, outputs: int = 0) -> Tensor: ...  # noqa: D102  # see Counterpart
+    def pared_packed(self, key: object, pack: Callable[[], Any]) -> Any: ...  # noqa: D102  # see Counterpart
 
 
 def _activation(owner: Owner) -> Activation:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pared.formats.coded import Grid
+from pared.formats.dtypes import Array
 from pared.formats.views import first_dimension
 from pared.model.contents import Contents, Stored
-from pared.runtime.onnx.layout import Array, move, moved
+from pared.runtime.onnx.layout import move, moved
 
 
 @dataclass(eq=False)

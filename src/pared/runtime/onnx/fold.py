@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from pared.runtime.onnx.layout import Array, constant
+from pared.formats.dtypes import Array
+from pared.runtime.onnx.layout import constant
 
 _OUTPUTS: Final = {"Conv": 0, "ConvTranspose": 1}  # the weight's dimension that counts output channels
 
