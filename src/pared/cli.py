@@ -116,7 +116,12 @@ def fit(
     )
     job = _built(model), conf, _batches(calib)
     if output is None or dry_run:
-        _show_estimate(pared.estimate(*job))
+        guess = pared.estimate(*job)
+        typer.echo(
+            f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
+            f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and makes "
+            "a smaller file; nothing was written"
+        )
     elif curve:
         _write_curve(pared.trade_off(*job, _named(evaluate), quiet=quiet), output, quiet)
     else:
@@ -138,14 +143,6 @@ def _check_mode(output: Path | None, curve: bool, dry_run: bool, *, recorded: bo
         require_library()
     if output is not None and not dry_run:
         make_directory(as_path(output, "-o"))
-
-
-def _show_estimate(guess: pared.Estimate) -> None:
-    typer.echo(
-        f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
-        f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and makes "
-        "a smaller file; nothing was written"
-    )
 
 
 def _write_model(model: Any, output: Path, quiet: bool) -> None:

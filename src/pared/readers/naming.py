@@ -83,10 +83,6 @@ def holders(name: str) -> tuple[int, ...]:
 def aligned(held: Collection[str], wanted: Collection[str]) -> Mapping[str, str]:
     """Match an artifact's names to a model's, if they differ by wrappers or by one prefix.
 
-    Args:
-        held: the names in the artifact.
-        wanted: the names in the model.
-
     Returns:
         the model's name for each of the artifact's names; empty if the names are equal already, or do not match.
 

@@ -13,11 +13,7 @@ _WRITTEN: Final = (fx.Node, bool, int, float, str, type(None), tuple, list, torc
 
 
 class Draft:
-    """A graph and its values: tensors, packed weights, counterparts.
-
-    Args:
-        graph: values are its `get_attr` nodes.
-    """
+    """A graph and its values, the `get_attr` nodes: tensors, packed weights, counterparts."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph

@@ -145,8 +145,13 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
     check_step(step, codes.shape[0])
     step = step.detach().contiguous()
     by_patches = pays(codes.shape, geometry.stride, geometry.dilation, geometry.groups)
+    if by_patches:
+        weight = torch.ops.onednn.qlinear_prepack.default(rows_of_filter(codes), None)
+    else:
+        moves = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+        weight = torch.ops.onednn.qconv_prepack.default(codes.contiguous(), step, 1.0, 0, *moves, None)
     return PackedConv(
-        weight=_prepacked_rows(codes) if by_patches else _prepacked(codes, step, geometry),
+        weight=weight,
         step=step,
         zeros=torch.zeros(len(step), dtype=torch.int32, device="cpu"),
         sums=(codes.flatten(1).sum(1).double() * step).float(),
@@ -156,17 +161,6 @@ def pack(codes: Tensor, step: Tensor, geometry: Geometry) -> PackedConv:
         levels=levels_for(codes),
         taps=tuple(codes.shape[2:]) if by_patches else (),
     )
-
-
-def _prepacked(codes: Tensor, step: Tensor, moves: Geometry) -> Tensor:
-    geometry = (moves.stride, moves.padding, moves.dilation, moves.groups)
-    packed: Tensor = torch.ops.onednn.qconv_prepack.default(codes.contiguous(), step, 1.0, 0, *geometry, None)
-    return packed
-
-
-def _prepacked_rows(codes: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.onednn.qlinear_prepack.default(rows_of_filter(codes), None)
-    return packed
 
 
 def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> Tensor:
