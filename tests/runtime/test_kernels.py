@@ -138,7 +138,7 @@ def test_a_range_must_be_finite_and_hold_zero() -> None:
         Range(1.0, 2.0)
     assert str(caught.value) == (
         "the activations' range 1 to 2 is not finite or does not include zero\n"
-        "  Look for NaN or Inf in the calibration data; Range.of widens a range to hold zero."
+        "  Look for NaN or Inf in the calibration data; Range.of widens a range to include zero."
     )
     for low, high in ((math.nan, 1.0), (0.0, math.inf), (0.0, 1e39)):
         with pytest.raises(CalibrationError, match="is not finite"):
