@@ -24,7 +24,7 @@ class Calibrated:
     """A model, its tensors, what they saw, and what their errors cost."""
 
     model: nn.Module
-    slots: ModelTensors[nn.Module]
+    model_tensors: ModelTensors[nn.Module]
     seen: Statistics
     sensitivity: Sensitivity
 
@@ -39,4 +39,4 @@ class Calibrated:
 
     def compressor(self, conf: PostTrainingQuantConfig | None = None) -> Compressor[Any]:
         conf = conf or PostTrainingQuantConfig(approach="weight_only")
-        return Compressor(self.slots, conf, self.seen, self.sensitivity)
+        return Compressor(self.model_tensors, conf, self.seen, self.sensitivity)

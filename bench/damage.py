@@ -27,7 +27,7 @@ from bench.calibrated import Calibrated
 from bench.scatter import picture
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.search.activations import Candidate, find_candidates
-from pared.fitting.search.options import FreeTensor, rounded, trace_slot
+from pared.fitting.search.options import FreeTensor, rounded, trace_tensor
 from pared.model.calls import Call
 from pared.model.contents import Stored
 from pared.model.copies import shadow
@@ -89,7 +89,7 @@ class Judge:
 
     def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
         self.model, self._calls = shadow(model), calls
-        self.tensors = {slot.name: slot.tensor for slot in find_tensors(self.model)}
+        self.tensors = {model_tensor.name: model_tensor.tensor for model_tensor in find_tensors(self.model)}
         self._expected = list(self._leaves())
         self._energies = np.sum([[leaf.energy() for leaf in leaves] for leaves in self._expected], axis=0)
 
@@ -132,30 +132,36 @@ class Judge:
 
 def weights(known: Calibrated, judge: Judge, pairs: int = PAIRS) -> Iterator[Pair]:
     """Weights of two or more dimensions, spread over the model, each at rates from 6 to 2.5 bits."""
-    tensors = [slot for slot in known.slots if slot.weight_like and slot.name in known.sensitivity.tensors]
+    tensors = [
+        model_tensor
+        for model_tensor in known.model_tensors
+        if model_tensor.weight_like and model_tensor.name in known.sensitivity.tensors
+    ]
     wanted = min(len(tensors), -(-pairs // len(BITS)))
     chosen = [tensors[i] for i in np.linspace(0, len(tensors) - 1, wanted).round().astype(int)]
     rates = BITS if wanted * len(BITS) >= pairs else np.linspace(BITS[0], BITS[-1], -(-pairs // wanted))
-    for slot in chosen:
-        free = trace_slot(slot, known.sensitivity.tensors[slot.name])
+    for model_tensor in chosen:
+        free = trace_tensor(model_tensor, known.sensitivity.tensors[model_tensor.name])
         for option in dict.fromkeys(_option(free, float(bits)) for bits in rates):
             predicted = float(free.options.damage[option])
-            what = f"{8 * free.options.nbytes[option] / slot.tensor.numel():.2f} bits"
-            yield Pair(slot.name, what, predicted, judge.with_tensor(slot.name, rounded(free, option).decode()))
+            what = f"{8 * free.options.nbytes[option] / model_tensor.tensor.numel():.2f} bits"
+            yield Pair(
+                model_tensor.name, what, predicted, judge.with_tensor(model_tensor.name, rounded(free, option).decode())
+            )
 
 
 def _option(free: FreeTensor, bits: float) -> int:
     """The option on a grid whose rate is nearest."""
     nbytes = free.options.nbytes[: len(free.curve.codes)]
-    return int(np.abs(8 * nbytes / free.slot.tensor.numel() - bits).argmin())
+    return int(np.abs(8 * nbytes / free.model_tensor.tensor.numel() - bits).argmin())
 
 
 def inputs(known: Calibrated, judge: Judge, layers: int = PAIRS // 2) -> Iterator[Pair]:
     """Layers with 8-bit weights, whose inputs alone are rounded: by static ranges, and row by row."""
-    decisions = plan.make_plan(known.slots, ())
+    decisions = plan.make_plan(known.model_tensors, ())
     stored = [
-        Stored(slot.names, slot.kind, encoding.encode(slot, decision), decision)
-        for slot, decision in zip(known.slots, decisions, strict=True)
+        Stored(model_tensor.names, model_tensor.kind, encoding.encode(model_tensor, decision), decision)
+        for model_tensor, decision in zip(known.model_tensors, decisions, strict=True)
     ]
     found = [c for c in find_candidates(known.model, stored, known.seen.inputs) if _is_measured(c, known)]
     chosen = [found[i] for i in np.linspace(0, len(found) - 1, min(layers, len(found))).round().astype(int)]

@@ -38,9 +38,9 @@ class Gain:
 def gains(known: Calibrated) -> list[Gain]:
     """Of every tensor that is rounded with feedback."""
     found = []
-    for slot in known.slots:
-        stats = known.sensitivity.tensors.get(slot.name)
-        if not slot.weight_like or stats is None or stats.moments is None or stats.unseen is None:
+    for model_tensor in known.model_tensors:
+        stats = known.sensitivity.tensors.get(model_tensor.name)
+        if not model_tensor.weight_like or stats is None or stats.moments is None or stats.unseen is None:
             continue
         known_half = factor(stats.moments - stats.unseen)
         d = known_half.remaining
@@ -58,7 +58,7 @@ def gains(known: Calibrated) -> list[Gain]:
         unseen = 0.5 * (true.mean(1).clamp(min=1e-300).log2() - scaled.clamp(min=1e-300).log2())
         some = true.mean(1) > 0
         value = float(unseen[some].mean()) if bool(some.any()) else 0.0
-        found.append(Gain(slot.name, slot.tensor.numel(), float(naive.mean()), value))
+        found.append(Gain(model_tensor.name, model_tensor.tensor.numel(), float(naive.mean()), value))
     return found
 
 

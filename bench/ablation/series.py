@@ -80,7 +80,7 @@ def size(contents: Contents) -> int:
 
 
 def point(subject: Subject, known: Calibrated, contents: Contents) -> Point:
-    model = quantized.assemble(known.slots, contents, Profile(this_machine()))
+    model = quantized.assemble(known.model_tensors, contents, Profile(this_machine()))
     return Point(size(contents), subject.losses(model))
 
 

@@ -50,7 +50,7 @@ class _Walk:
 
     def __init__(self, known: Calibrated, contents: Contents) -> None:
         self.original, self.copy = known.model, shadow(known.model)
-        self.tensors = {slot.name: slot.tensor for slot in find_tensors(self.copy)}
+        self.tensors = {model_tensor.name: model_tensor.tensor for model_tensor in find_tensors(self.copy)}
         self.decoded = {stored.name: stored.coded.decode() for stored in contents.tensors}
         self._calls = known.seen.calls
 
@@ -124,7 +124,7 @@ def corrected_targets(known: Calibrated, base: Series, *, own_moments: bool) -> 
     """
     for contents, point in zip(base.contents, base.chosen, strict=True):
         options = point.choice.options
-        free = {one.slot.name: (one, o) for one, o in zip(base.compressor._free, options, strict=True)}
+        free = {one.model_tensor.name: (one, o) for one, o in zip(base.compressor._free, options, strict=True)}
         walk, coded = _Walk(known, contents), {stored.name: stored.coded for stored in contents.tensors}
         for linears in walk.start():
             seen = walk.look(linears)

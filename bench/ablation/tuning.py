@@ -32,10 +32,10 @@ def tuned(known: Calibrated, base: Series) -> Iterator[Contents]:
         copied = shadow(known.model)
         with torch.no_grad():
             targets = [_leaves(copied, call) for call in known.seen.calls]
-            slots = {slot.name: slot.tensor for slot in find_tensors(copied)}
+            model_tensors = {model_tensor.name: model_tensor.tensor for model_tensor in find_tensors(copied)}
             for stored in contents.tensors:
-                slots[stored.name].copy_(stored.coded.decode())
-        free = {stored.name: slots[stored.name] for stored in contents.tensors if is_flat(stored)}
+                model_tensors[stored.name].copy_(stored.coded.decode())
+        free = {stored.name: model_tensors[stored.name] for stored in contents.tensors if is_flat(stored)}
         yield with_flat(contents, _descend(copied, free, known.seen.calls, targets))
 
 

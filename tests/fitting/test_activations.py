@@ -224,9 +224,9 @@ def test_outliers_have_to_be_worth_their_columns() -> None:
 
 
 def stored_of(model: nn.Module) -> list[Stored]:
-    slots = find_tensors(model)
-    plan = make_plan(slots, ())
-    return [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(slots, plan, strict=True)]
+    model_tensors = find_tensors(model)
+    plan = make_plan(model_tensors, ())
+    return [Stored(s.names, s.kind, encode(s, d), d) for s, d in zip(model_tensors, plan, strict=True)]
 
 
 def test_statistics_are_bounded_and_right() -> None:

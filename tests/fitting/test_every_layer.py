@@ -171,11 +171,11 @@ def test_every_weight_has_second_moments_or_counts(name: str) -> None:
     seen = observe.collect(model, batches, 10**6)
     found = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
     assert found is not None
-    for slot in find_tensors(model):
-        if slot.weight_like:
-            one = found.tensors[slot.name]
-            in_rows = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape)).rows
-            assert one.moments is not None or one.uses is not None or not in_rows, slot.name
+    for model_tensor in find_tensors(model):
+        if model_tensor.weight_like:
+            one = found.tensors[model_tensor.name]
+            in_rows = view_of(model_tensor.module, model_tensor.attribute, tuple(model_tensor.tensor.shape)).rows
+            assert one.moments is not None or one.uses is not None or not in_rows, model_tensor.name
             assert float(one.rows.sum()) > 0
 
 

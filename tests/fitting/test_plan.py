@@ -110,8 +110,8 @@ def test_strict_lists_what_would_stay_in_float() -> None:
 @pytest.mark.parametrize("bits", [3, 8, 10])
 def test_a_guess_is_near_what_rounding_gives(bits: float) -> None:
     model = nn.Linear(700, 900)
-    slot = find_tensors(model).tensors[0]
+    model_tensor = find_tensors(model).tensors[0]
     decision = Decision("weight", "grid", bits, "")
-    guess = sample_cost(slot, decision, 64)
+    guess = sample_cost(model_tensor, decision, 64)
     assert guess.sampled == 64 * 700
-    assert guess.nbytes == pytest.approx(encode(slot, decision).nbytes, rel=0.02)
+    assert guess.nbytes == pytest.approx(encode(model_tensor, decision).nbytes, rel=0.02)

@@ -97,18 +97,18 @@ def test_predicted_damage_is_what_noise_does(make: Callable[[], nn.Module], batc
     model = make().eval()
     batches = [batch(n) for n in range(20, 44)]
     found = measured(model, batches)
-    for slot in find_tensors(model):
-        if not slot.fits_grid:
+    for model_tensor in find_tensors(model):
+        if not model_tensor.fits_grid:
             continue
-        size = 1e-3 * float(slot.tensor.detach().square().mean().sqrt())
+        size = 1e-3 * float(model_tensor.tensor.detach().square().mean().sqrt())
         costs = []
         for seed in range(6):
             noisy = copy.deepcopy(model)
-            noise = torch.randn(slot.tensor.shape, generator=torch.Generator().manual_seed(seed)) * size
-            noisy.get_parameter(slot.name).data += noise
+            noise = torch.randn(model_tensor.tensor.shape, generator=torch.Generator().manual_seed(seed)) * size
+            noisy.get_parameter(model_tensor.name).data += noise
             costs.append(damage(model, noisy, batches))
-        predicted = float(found.tensors[slot.name].rows.sum()) * size**2
-        assert predicted == pytest.approx(sum(costs) / len(costs), rel=0.35), slot.name
+        predicted = float(found.tensors[model_tensor.name].rows.sum()) * size**2
+        assert predicted == pytest.approx(sum(costs) / len(costs), rel=0.35), model_tensor.name
 
 
 @pytest.mark.parametrize(("make", "batch"), CASES)
@@ -275,10 +275,10 @@ def test_views_say_which_rows_there_are() -> None:
     torch.manual_seed(0)
     model = Convolutions()
     found = measured(model, [images(4)]).tensors
-    for slot in find_tensors(model):
-        if slot.weight_like:
-            view = view_of(slot.module, slot.attribute, tuple(slot.tensor.shape))
-            assert found[slot.name].rows.shape == (view.n_rows,)
+    for model_tensor in find_tensors(model):
+        if model_tensor.weight_like:
+            view = view_of(model_tensor.module, model_tensor.attribute, tuple(model_tensor.tensor.shape))
+            assert found[model_tensor.name].rows.shape == (view.n_rows,)
 
 
 def test_a_lone_call_is_judged_by_samples_that_made_no_factor() -> None:

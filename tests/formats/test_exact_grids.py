@@ -48,7 +48,7 @@ class Odd(nn.Module):
 
 def test_all_that_is_no_weight_is_exact(tmp_path: Path) -> None:
     model = Odd()
-    before = {slot.name: slot.tensor.detach().clone() for slot in find_tensors(model)}
+    before = {model_tensor.name: model_tensor.tensor.detach().clone() for model_tensor in find_tensors(model)}
     q = pared.fit(model, WIDE)
     pared.save(q, tmp_path)
     loaded = pared.load(tmp_path, Odd())

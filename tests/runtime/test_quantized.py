@@ -461,6 +461,23 @@ def test_a_models_forward_may_write_every_name_of_ours(kind: str, memory: Any, t
     assert q.score is None, "ours is there again"
 
 
+class Telling(nn.Module):
+    """Uses our names as words, and for nothing of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"score": self.layer(x), "pared": x}
+
+
+def test_a_word_in_the_code_of_a_model_stays_a_word() -> None:
+    q: Any = pared.fit(Telling(), calib_dataloader=[torch.randn(4, 16)], quiet=True)
+    assert q.score is q.pared.score is None
+    assert set(q(torch.randn(2, 16))) == {"score", "pared"}
+
+
 class Lazy(nn.Module):
     """Asks for attributes with our names before it sets them, as many models do with what they cache."""
 

@@ -13,12 +13,12 @@ from pared.model.contents import Decision
 from pared.model.tensors import ModelTensor
 
 
-def encode(slot: ModelTensor, decision: Decision) -> Coded:
+def encode(model_tensor: ModelTensor, decision: Decision) -> Coded:
     """Encode a tensor as its decision says; a grid without feedback."""
-    tensor = slot.tensor.detach()
+    tensor = model_tensor.tensor.detach()
     if decision.treatment == "grid":
         assert decision.bits is not None
-        return nearest(tensor, decision.bits, slot.view)
+        return nearest(tensor, decision.bits, model_tensor.view)
     if decision.treatment == "exact":
         return Raw(dtype_name(tensor.dtype)).encode(tensor)
     return Float(decision.treatment).encode(tensor)
@@ -37,14 +37,14 @@ class SampledCost:
     sampled: int
 
 
-def sample_cost(slot: ModelTensor, decision: Decision, rows: int) -> SampledCost:
+def sample_cost(model_tensor: ModelTensor, decision: Decision, rows: int) -> SampledCost:
     """Estimate the bytes of an encoded tensor by rounding at most `rows` evenly spaced rows of it."""
-    tensor = slot.tensor.detach()
+    tensor = model_tensor.tensor.detach()
     if decision.treatment != "grid" or tensor.numel() == 0:
         width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
         return SampledCost(tensor.numel() * width, 0)
     assert decision.bits is not None
-    view = slot.view
+    view = model_tensor.view
     matrix = view.matrix(tensor)
     chosen = torch.linspace(0, len(matrix) - 1, min(rows, len(matrix))).long()
     sample = matrix[chosen]

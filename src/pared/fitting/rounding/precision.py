@@ -30,7 +30,7 @@ _SAMPLED_ROWS: Final = 64  # are rounded to estimate the bytes of 8-bit codes
 
 
 def with_enough_bits(
-    plan: Plan, slots: ModelTensors[nn.Module], known: Mapping[str, TensorStats], *, strict: bool = False
+    plan: Plan, model_tensors: ModelTensors[nn.Module], known: Mapping[str, TensorStats], *, strict: bool = False
 ) -> Plan:
     """The plan with its damages, and more than 8 bits for each tensor that would do too much damage with 8.
 
@@ -39,38 +39,45 @@ def with_enough_bits(
 
     Args:
         plan: at the default rate.
-        slots: the model's tensors.
+        model_tensors: the model's tensors.
         known: what errors cost, by the tensor's name.
         strict: raise an error for a tensor of two or more dimensions for which no grid is fine enough.
 
     Raises:
         ConfigError: `strict`, and there is such a tensor.
     """
-    pairs = list(zip(plan, slots, strict=True))
-    weights = sum(slot.tensor.numel() for decision, slot in pairs if decision.treatment == "grid")
-    refined = tuple(_with_enough_bits(decision, slot, known.get(slot.name), weights) for decision, slot in pairs)
+    pairs = list(zip(plan, model_tensors, strict=True))
+    weights = sum(model_tensor.tensor.numel() for decision, model_tensor in pairs if decision.treatment == "grid")
+    refined = tuple(
+        _with_enough_bits(decision, model_tensor, known.get(model_tensor.name), weights)
+        for decision, model_tensor in pairs
+    )
     if strict:
-        refuse_float([(slot, new) for (old, slot), new in zip(pairs, refined, strict=True) if new != old])
+        refuse_float(
+            [(model_tensor, new) for (old, model_tensor), new in zip(pairs, refined, strict=True) if new != old]
+        )
     return refined
 
 
-def _with_enough_bits(decision: Decision, slot: ModelTensor, stats: TensorStats | None, weights: int) -> Decision:
+def _with_enough_bits(
+    decision: Decision, model_tensor: ModelTensor, stats: TensorStats | None, weights: int
+) -> Decision:
     if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
         return decision
-    matrix = slot.view.matrix(slot.tensor.detach().float())
+    matrix = model_tensor.view.matrix(model_tensor.tensor.detach().float())
     steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
     damage = float((stats.rows * steps.square()).sum()) / 12  # the variance of an error within a step
-    share = slot.tensor.numel() / weights if slot.tensor.numel() >= _MANY_WEIGHTS else 0.0
+    share = model_tensor.tensor.numel() / weights if model_tensor.tensor.numel() >= _MANY_WEIGHTS else 0.0
     allowed = max(_DAMAGE_ALONE, _DAMAGE_TOGETHER * share)
     if not allowed < damage < math.inf:
         return replace(decision, damage=damage if damage < math.inf else None)
     because = f"at 8 bits it would do a damage of {damage:.2g}"
     halvings = math.ceil(math.log(damage / allowed, 4))
     # Each halving of the step adds a bit to what 8-bit codes take when they are entropy coded.
-    coded = 8 * sample_cost(slot, decision, _SAMPLED_ROWS).nbytes / slot.tensor.numel()
+    coded = 8 * sample_cost(model_tensor, decision, _SAMPLED_ROWS).nbytes / model_tensor.tensor.numel()
     bits = max(coded + halvings, DEFAULT_BITS + 0.01)  # up to 8 bits no step is finer than int8's
     if halvings <= _MAX_HALVINGS and bits <= _MAX_BITS:
         return replace(decision, bits=round(bits, 2), because=because, damage=damage / 4**halvings)
     # No grid is fine enough; floating-point numbers each have a precision of their own.
-    treatment: Treatment = "float16" if survives_float16(slot.tensor) else "exact"
+    treatment: Treatment = "float16" if survives_float16(model_tensor.tensor) else "exact"
     return replace(decision, treatment=treatment, bits=None, because=because)

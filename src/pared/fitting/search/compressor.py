@@ -19,7 +19,7 @@ from pared.fitting.rounding import encoding, plan
 from pared.fitting.search import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
 from pared.fitting.search.allocate import Choice
-from pared.fitting.search.options import GRID_ENTRY, FreeTensor, rounded, trace_slot
+from pared.fitting.search.options import GRID_ENTRY, FreeTensor, rounded, trace_tensor
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
@@ -89,7 +89,7 @@ class Compressor(Generic[ModuleT_co]):
     `least` and `most` are the damages of the finest and of the smallest model that can be made.
 
     Args:
-        slots: the tensors of the float model, which is left as it is.
+        model_tensors: the tensors of the float model, which is left as it is.
         conf: what is wanted.
         seen: what calibration saw; None without calibration.
         sensitivity: what errors cost; None if it was not measured: the same relative error then costs the same in
@@ -102,28 +102,32 @@ class Compressor(Generic[ModuleT_co]):
 
     def __init__(
         self,
-        slots: ModelTensors[ModuleT_co],
+        model_tensors: ModelTensors[ModuleT_co],
         conf: PostTrainingQuantConfig,
         seen: Statistics | None,
         sensitivity: Sensitivity | None,
         *,
         obey: bool = False,
     ) -> None:
-        self._slots = slots
+        self._model_tensors = model_tensors
         self._conf = conf
         self._seen = seen
         self._noise = sensitivity.inputs if sensitivity else {}
         self._obey = obey
-        self._plan: Plan = plan.make_plan(slots, conf.rules, bits=None, strict=conf.strict)
+        self._plan: Plan = plan.make_plan(model_tensors, conf.rules, bits=None, strict=conf.strict)
         self._fixed = {
-            slot.name: encoding.encode(slot, decision)
-            for slot, decision in zip(slots, self._plan, strict=True)
+            model_tensor.name: encoding.encode(model_tensor, decision)
+            for model_tensor, decision in zip(model_tensors, self._plan, strict=True)
             if not _is_free(decision)
         }
-        free = [slot for slot, decision in zip(slots, self._plan, strict=True) if _is_free(decision)]
+        free = [
+            model_tensor for model_tensor, decision in zip(model_tensors, self._plan, strict=True) if _is_free(decision)
+        ]
         stats = _complete(free, sensitivity.tensors if sensitivity else {})
         fine = conf.quant_level == 0
-        self._free = [trace_slot(slot, stats[slot.name], strict=conf.strict, fine=fine) for slot in free]
+        self._free = [
+            trace_tensor(model_tensor, stats[model_tensor.name], strict=conf.strict, fine=fine) for model_tensor in free
+        ]
         self._options = [tensor.options for tensor in self._free]
         self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option
         self._overhead = self._measure_overhead()
@@ -196,25 +200,30 @@ class Compressor(Generic[ModuleT_co]):
 
     def _stored(self, choice: Choice) -> list[Stored]:
         """Every tensor in its format. Tensors that keep the option of the last call are not rounded again."""
-        chosen = {tensor.slot.name: (tensor, option) for tensor, option in self._chosen(choice)}
+        chosen = {tensor.model_tensor.name: (tensor, option) for tensor, option in self._chosen(choice)}
         earlier, self._rounded = self._rounded, {}
         stored = []
-        for slot, decision in zip(self._slots, self._plan, strict=True):
-            if slot.name not in chosen:
-                stored.append(Stored(slot.names, slot.kind, self._fixed[slot.name], decision))
+        for model_tensor, decision in zip(self._model_tensors, self._plan, strict=True):
+            if model_tensor.name not in chosen:
+                stored.append(Stored(model_tensor.names, model_tensor.kind, self._fixed[model_tensor.name], decision))
                 continue
-            tensor, option = chosen[slot.name]
-            coded = earlier.get((slot.name, option)) or rounded(tensor, option)
-            self._rounded[slot.name, option] = coded
-            stored.append(Stored(slot.names, slot.kind, coded, tensor.decision(option)))
+            tensor, option = chosen[model_tensor.name]
+            coded = earlier.get((model_tensor.name, option)) or rounded(tensor, option)
+            self._rounded[model_tensor.name, option] = coded
+            stored.append(Stored(model_tensor.names, model_tensor.kind, coded, tensor.decision(option)))
         return stored
 
     def _measure_overhead(self) -> int:
         """Bytes of a file beside the numbers of its free tensors, from writing one in which these are all zero."""
-        zeros = {tensor.slot.name: _zeros(tensor.slot, tensor.target.view) for tensor in self._free}
+        zeros = {tensor.model_tensor.name: _zeros(tensor.model_tensor, tensor.target.view) for tensor in self._free}
         stored = [
-            Stored(slot.names, slot.kind, zeros.get(slot.name) or self._fixed[slot.name], decision)
-            for slot, decision in zip(self._slots, self._plan, strict=True)
+            Stored(
+                model_tensor.names,
+                model_tensor.kind,
+                zeros.get(model_tensor.name) or self._fixed[model_tensor.name],
+                decision,
+            )
+            for model_tensor, decision in zip(self._model_tensors, self._plan, strict=True)
         ]
         file = len(storage.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
         return file - sum(coded.nbytes for coded in zeros.values()) - GRID_ENTRY * len(zeros)
@@ -228,7 +237,7 @@ class Compressor(Generic[ModuleT_co]):
         return Contents(tuple(stored), activations, provenance(self._conf, self._seen))
 
     def _candidates(self, stored: Sequence[Stored]) -> list[Candidate]:
-        return find_candidates(self._slots.model, stored, self._seen.inputs if self._seen else None)
+        return find_candidates(self._model_tensors.model, stored, self._seen.inputs if self._seen else None)
 
     def _activations(self, candidates: Sequence[Candidate], damage: float) -> dict[str, Activation]:
         """How inputs are treated, by module name, where the weights do this damage."""
@@ -244,12 +253,14 @@ class Compressor(Generic[ModuleT_co]):
         gives the same file on a busy machine.
         """
         contents = self._contents(self._stored(point.choice), point.choice.damage)
-        return quantized.assemble(self._slots, contents, Profile(this_machine()))
+        return quantized.assemble(self._model_tensors, contents, Profile(this_machine()))
 
     def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         """Tensors and inputs with their shares of the damage, the largest first; the shares add up to 1."""
         choice = point.choice
-        damages = {tensor.slot.name: float(tensor.options.damage[option]) for tensor, option in self._chosen(choice)}
+        damages = {
+            tensor.model_tensor.name: float(tensor.options.damage[option]) for tensor, option in self._chosen(choice)
+        }
         candidates = self._candidates(self._stored(choice))
         activations = self._activations(candidates, choice.damage)
         for candidate in candidates:
@@ -277,28 +288,31 @@ def _is_free(decision: Decision) -> bool:
     return decision.treatment == "grid" and decision.bits is None
 
 
-def _complete(slots: Sequence[ModelTensor], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
+def _complete(model_tensors: Sequence[ModelTensor], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
     """Statistics of every tensor, by name.
 
     A tensor on which no output was seen to depend counts like the median one at the same relative error.
     """
-    energies = {slot.name: float(slot.tensor.detach().float().square().mean()) or 1.0 for slot in slots}
+    energies = {
+        model_tensor.name: float(model_tensor.tensor.detach().float().square().mean()) or 1.0
+        for model_tensor in model_tensors
+    }
     totals = {name: float(stats.rows.sum()) * energies[name] for name, stats in known.items() if name in energies}
     positive = [total for total in totals.values() if 0 < total < math.inf]
-    median = min(float(np.median(positive)), _MAX_MEDIAN) if positive else 1.0 / max(1, len(slots))
+    median = min(float(np.median(positive)), _MAX_MEDIAN) if positive else 1.0 / max(1, len(model_tensors))
     completed = {}
-    for slot in slots:
-        stats, total = known.get(slot.name), totals.get(slot.name, 0.0)
+    for model_tensor in model_tensors:
+        stats, total = known.get(model_tensor.name), totals.get(model_tensor.name, 0.0)
         if stats is None or not 0 < total < math.inf:
-            rows = slot.view.n_rows
-            stats = TensorStats(torch.full((rows,), median / energies[slot.name] / rows, dtype=torch.float64))
+            rows = model_tensor.view.n_rows
+            stats = TensorStats(torch.full((rows,), median / energies[model_tensor.name] / rows, dtype=torch.float64))
         elif total < _MIN_SHARE_OF_MEDIAN * median:
             stats = replace(stats, rows=stats.rows * (_MIN_SHARE_OF_MEDIAN * median / total))
-        completed[slot.name] = stats
+        completed[model_tensor.name] = stats
     return completed
 
 
-def _zeros(slot: ModelTensor, view: View) -> Coded:
-    shape = tuple(slot.tensor.shape)
+def _zeros(model_tensor: ModelTensor, view: View) -> Coded:
+    shape = tuple(model_tensor.tensor.shape)
     parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
-    return Coded(Grid("int8"), shape, slot.tensor.dtype, parts, view)
+    return Coded(Grid("int8"), shape, model_tensor.tensor.dtype, parts, view)

@@ -38,14 +38,14 @@ class FreeTensor:
     """A tensor whose step the allocation decides.
 
     Args:
-        slot: the tensor.
+        model_tensor: the tensor.
         target: what is needed to round it.
         curve: its grids, from fine to coarse.
         options: bytes and damage of the curve's grids, then of the `plain` ones.
         plain: decisions that need no search: a grid at 8 bits, or floats.
     """
 
-    slot: ModelTensor
+    model_tensor: ModelTensor
     target: RoundingTarget
     curve: RateCurve
     options: Options
@@ -56,45 +56,49 @@ class FreeTensor:
         damage = float(self.options.damage[option])
         if option >= len(self.curve.codes):
             return replace(self.plain[option - len(self.curve.codes)], damage=damage)
-        bits = 8 * float(self.options.nbytes[option]) / self.slot.tensor.numel()
-        return Decision(self.slot.name, "grid", round(bits, 3), "", damage)
+        bits = 8 * float(self.options.nbytes[option]) / self.model_tensor.tensor.numel()
+        return Decision(self.model_tensor.name, "grid", round(bits, 3), "", damage)
 
 
-def trace_slot(slot: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False) -> FreeTensor:
+def trace_tensor(
+    model_tensor: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False
+) -> FreeTensor:
     """What a tensor could become, with bytes and damage.
 
     If even sixteen bits do damage that counts, as with inputs of very uneven scale, it may stay exactly as it is.
 
     Args:
-        slot: the tensor.
+        model_tensor: the tensor.
         stats: what errors of it cost.
         strict: a tensor of two or more dimensions never stays in float.
         fine: no row gets a coarser step than at plain 8 bits, absmax / 127.
     """
-    tensor = slot.tensor.detach()
-    view = slot.view
+    tensor = model_tensor.tensor.detach()
+    view = model_tensor.view
     target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
     curve = _without_idle_int16(trace(target, stats))
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
-        decision = Decision(slot.name, "grid", plan.DEFAULT_BITS, "")
-        coded = encoding.encode(slot, decision)
+        decision = Decision(model_tensor.name, "grid", plan.DEFAULT_BITS, "")
+        coded = encoding.encode(model_tensor, decision)
         damage = _damage(target, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
         plain.append((decision, coded.nbytes + GRID_ENTRY, damage))
-    may_stay = not (strict and slot.weight_like)
+    may_stay = not (strict and model_tensor.weight_like)
     if may_stay and survives_float16(tensor):
         damage = _damage(target, tensor.float() - tensor.half().float())
-        plain.append((_in_float(slot, "float16"), 2.0 * tensor.numel(), damage))
+        plain.append((_in_float(model_tensor, "float16"), 2.0 * tensor.numel(), damage))
     if may_stay and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:
-        plain.append((_in_float(slot, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
+        plain.append((_in_float(model_tensor, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
     nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
     options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
-    return FreeTensor(slot, replace(target, judged=None), curve, options, tuple(decision for decision, _, _ in plain))
+    return FreeTensor(
+        model_tensor, replace(target, judged=None), curve, options, tuple(decision for decision, _, _ in plain)
+    )
 
 
-def _in_float(slot: ModelTensor, treatment: Treatment) -> Decision:
-    return Decision(slot.name, treatment, None, _WHY_FLOAT[treatment])
+def _in_float(model_tensor: ModelTensor, treatment: Treatment) -> Decision:
+    return Decision(model_tensor.name, treatment, None, _WHY_FLOAT[treatment])
 
 
 def _damage(target: RoundingTarget, error: Tensor) -> float:
@@ -133,8 +137,8 @@ def _without_idle_int16(curve: RateCurve) -> RateCurve:
 def rounded(free: FreeTensor, option: int) -> Coded:
     """Round a tensor as one of its options says."""
     if option >= len(free.curve.codes):
-        return encoding.encode(free.slot, free.decision(option))
-    tensor, target = free.slot.tensor.detach(), free.target
+        return encoding.encode(free.model_tensor, free.decision(option))
+    tensor, target = free.model_tensor.tensor.detach(), free.target
     code_type: CodeType = free.curve.codes[option]
     codes, steps = solve(target, target.steps(int(free.curve.common[option]), code_type), code_type)
     parts = {

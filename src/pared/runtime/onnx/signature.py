@@ -192,7 +192,7 @@ def signature_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     """The calling convention of a call and its outputs.
 
     >>> signature_of(nn.Linear(2, 2), (torch.zeros(1, 2),), {}, torch.zeros(1, 2)).arguments
-    (Argument(name='input', inputs=('input',), value=''),)
+    (ExportedArgument(name='input', inputs=('input',), value=''),)
     """
     called = inspect.signature(model.forward)
     arguments: list[ExportedArgument] = []

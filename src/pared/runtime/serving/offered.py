@@ -29,10 +29,15 @@ def free_names(model: nn.Module, names: Collection[str]) -> frozenset[str]:
 
 
 _METHODS: Final = frozenset(("save", "export", "report", "pared"))
+_ASKING: Final = frozenset(("hasattr", "getattr"))
 
 
 def _mentioned(cls: type[nn.Module]) -> tuple[set[str], set[str]]:
-    """The texts, and the names of globals and attributes, in the code of a class and of its bases below nn.Module."""
+    """What the code of a class, and of its bases below nn.Module, may ask a model for.
+
+    Returns:
+        the texts in functions that call `hasattr` or `getattr`, and the names of all globals and attributes.
+    """
     codes: list[CodeType] = []
     for base in cls.__mro__:
         members = vars(base).values() if base not in nn.Module.__mro__ else ()
@@ -45,7 +50,8 @@ def _mentioned(cls: type[nn.Module]) -> tuple[set[str], set[str]]:
     while codes:
         code = codes.pop()
         attributes |= set(code.co_names)
-        texts |= {constant for constant in code.co_consts if isinstance(constant, str)}
+        if not _ASKING.isdisjoint(code.co_names):
+            texts |= {constant for constant in code.co_consts if isinstance(constant, str)}
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return texts, attributes
 
