@@ -86,6 +86,11 @@ with torch.no_grad():
 DATA = [torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(i)) for i in range(2)]
 
 
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding: while one thread captures, encoder layers take no fast path in the others either."""
+    return torch.allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def small(model: nn.Module) -> nn.Module:
     conf = pared.PostTrainingQuantConfig(approach="dynamic", quant_level=0)
     return pared.fit(model, conf, DATA, quiet=True)
@@ -133,7 +138,7 @@ def test_eight_threads_export_or_call_for_the_first_time(tmp_path: Path) -> None
         if i % 4 == 0:
             return "model.onnx" in str(pared.export(model, tmp_path / str(i), DATA[0]).path)
         with torch.no_grad():
-            return torch.equal(model(DATA[0]), expected)
+            return alike(model(DATA[0]), expected)
 
     assert all(in_threads(work))
 
