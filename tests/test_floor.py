@@ -12,6 +12,8 @@ from mypy import api
 
 import pared
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(pared.__file__).parent
 _DECLARED = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -21,6 +21,8 @@ from pared.files.pickles import read_pickle
 from pared.runtime.graphs.capture import LOGGERS
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
+pytestmark = pytest.mark.slow
+
 THREADS = 8
 
 

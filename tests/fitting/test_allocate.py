@@ -44,6 +44,7 @@ def test_a_choice_is_the_best_of_all_combinations(tensors: list[Options], price:
 
 @given(tables, st.lists(prices, min_size=2, max_size=8))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_bytes_never_grow_and_damage_never_falls_with_the_price(tensors: list[Options], some: list[float]) -> None:
     choices = [choose(tensors, price) for price in sorted(some)]
     for cheap, dear in itertools.pairwise(choices):

@@ -74,6 +74,7 @@ def test_a_model_is_what_its_operating_point_says(compressor: Compressor[Net], d
     assert len(one) == pytest.approx(point.nbytes, rel=0.02, abs=500)  # real models: 0.2 %, see bench.figures
 
 
+@pytest.mark.slow
 def test_predicted_damage_is_about_what_is_measured(compressor: Compressor[Net]) -> None:
     torch.manual_seed(0)
     model = Net().eval()
@@ -158,6 +159,7 @@ def test_a_weight_that_hardly_matters_is_not_wiped_out() -> None:
 
 
 @pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.slow
 def test_contributors_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_path: Path) -> None:
     """Within a size the plan is filled up: at its price alone, another plan would be named, with other shares."""
     compressor, size = make_compressor(), 26_000

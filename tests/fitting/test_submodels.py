@@ -189,6 +189,7 @@ def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: Mode
         assert asked[-1] is NotImplemented, "of another rank"
 
 
+@pytest.mark.slow
 def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_path: Path) -> None:
     q, plain = assembled(contents, HALF), assembled(contents, ModelTiming())
     assert pared.save(q, tmp_path / "a").read_bytes() == pared.save(plain, tmp_path / "b").read_bytes()

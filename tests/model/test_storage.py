@@ -90,6 +90,7 @@ def test_what_is_saved_is_what_is_loaded(q: Net, kind: str, device: str, tmp_pat
         assert all(torch.equal(v, before[k]) for k, v in skeleton.state_dict().items()), "the skeleton was touched"
 
 
+@pytest.mark.slow
 def test_equal_fits_give_equal_files(data: bytes) -> None:
     assert storage.to_bytes(contents_of(quantized())) == data
 

@@ -89,6 +89,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch.compile's own imports
 @pytest.mark.parametrize("name", WRAPPERS)
 @pytest.mark.parametrize("part", [False, True], ids=["whole", "a part"])
+@pytest.mark.slow
 def test_real_wrappers(name: str, part: bool, tmp_path: Path) -> None:
     model = network()
     if part:

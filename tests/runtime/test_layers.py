@@ -483,6 +483,7 @@ def test_inputs_of_any_nesting_get_gradients() -> None:
 
 # torch's own word on its decompositions.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.slow
 def test_transformed_functions_use_decoded_floats() -> None:
     layer, counterpart, (x,), _ = build("linear", "dynamic")
     assert torch.allclose(torch.func.vmap(counterpart)(x), layer(x), atol=1e-5)

@@ -16,6 +16,8 @@ from torch.utils import _pytree
 import pared
 from pared.runtime.kernels import machine, recurrent
 
+pytestmark = pytest.mark.slow
+
 LSTM, MODULE, TENSOR, ATEN = nn.LSTM(1, 1), nn.Linear(1, 1), torch.ones(1), torch.ops.aten
 
 # The names, and what has them.

@@ -16,6 +16,8 @@ from pared.runtime.layers.table import LAYERS
 from pared.runtime.quantized import Quantized
 from pared.runtime.serving.served import Served
 
+pytestmark = pytest.mark.slow
+
 
 class Own(nn.Linear):
     """A layer of the user's own."""
