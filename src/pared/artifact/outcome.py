@@ -59,14 +59,19 @@ class Trial:
         """The inverse of `dataclasses.asdict`.
 
         Raises:
-            TypeError: a field is missing, or there is one too many.
+            TypeError: a field is missing, there is one too many, or one is not the number that it should be.
 
         >>> trial = Trial(1e-9, 1e-3, 500, 0.9, 0.1, True, 2.0, 0.01, Confirmation(0.9, 1.0, 0.1))
         >>> Trial.from_json(asdict(trial)) == trial
         True
         """
         unseen = data.get("unseen")
-        return cls(**{**data, "unseen": Confirmation(**unseen) if unseen else None})
+        found = cls(**{**data, "unseen": Confirmation(**unseen) if unseen else None})
+        _check_figures(found.price, found.damage, found.nbytes, found.score, found.loss, found.seconds)
+        _check_figures(found.standard_error, *_figures(found.unseen), optional=True)
+        if type(found.met) is not bool or min(found.damage, found.nbytes) < 0:
+            raise TypeError("met is neither true nor false, or a size is negative")
+        return found
 
 
 _NOT_KEPT = ("trials", "contributors")
@@ -135,11 +140,22 @@ def _check_numbers(outcome: Outcome) -> None:
         raise TypeError("it holds trials or contributors, which an artifact does not record")
     if outcome.met not in (None, True, False):
         raise TypeError("met is neither true nor false")
-    seen = outcome.confirmation
-    needed = () if seen is None else (seen.score, seen.baseline, seen.loss)
-    others = (outcome.score, outcome.baseline, outcome.gap, None if seen is None else seen.standard_error)
-    for value in (*needed, *(value for value in others if value is not None)):
-        if not isinstance(value, float | int) or abs(value) > sys.float_info.max:
+    _check_figures(outcome.score, outcome.baseline, outcome.gap, *_figures(outcome.confirmation), optional=True)
+
+
+def _figures(seen: Confirmation | None) -> tuple[float | None, ...]:
+    if seen is None:
+        return ()
+    _check_figures(seen.score, seen.baseline, seen.loss)
+    return (seen.standard_error,)
+
+
+def _check_figures(*values: object, optional: bool = False) -> None:
+    """Raise TypeError where a file has something other than a finite number, or nothing where that may be."""
+    for value in values:
+        if value is None and optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, float | int) or not abs(value) <= sys.float_info.max:
             raise TypeError("one of its figures is not a finite number")
 
 

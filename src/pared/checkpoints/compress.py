@@ -23,6 +23,7 @@ from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTen
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
 from pared.checkpoints.selection import Kept, LeftOut, file_of, select
 from pared.errors import ConfigError, FileError, UnsafeError, printable
+from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
 from pared.files.threads import each, usable_cores
 from pared.formats.dtypes import ELEMENTS, ITEM_SIZES
@@ -149,15 +150,16 @@ def run(
             work = _Work(listing, chosen.kept, journal, quiet)
             work.at_rate(rate) if size is None else work.within(size)
             names = tuple(side_files.find_side_files(source, output)) if source.is_dir() else ()
-            side_files.copy(source, names, output, journal.folder)
             target = output / FILE_NAMES["pt"]
             asked = {"bits": rate} if size is None else {"max_size": size}
             index = Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked}).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
-            write_atomic(
-                target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
-            )
+            with owned(output, wait=SHORT_WAIT):  # the files belong together
+                side_files.copy(source, names, output, journal.folder)
+                write_atomic(
+                    target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
+                )
             journal.remove()
     return Compressed(
         target,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -18,7 +18,8 @@ from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
 from pared.checkpoints import side_files
 from pared.errors import ConfigError, printable
-from pared.files.disk import as_path, forget, make_directory, write_atomic, writing_to
+from pared.files.directories.lock import owned
+from pared.files.disk import as_path, forget, make_directory, write_atomic
 from pared.files.safetensors_file import encoded_header
 from pared.files.threads import each
 from pared.formats.dtypes import TYPES, Array
@@ -80,7 +81,7 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
         `load_state_dict` finds all of them, and transformers ties them again.
 
     Raises:
-        FileError: there is no artifact, or the output cannot be written.
+        FileError: there is no artifact, or the output cannot be written, or another run writes to the directory.
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
         ConfigError: a tensor has an element type that the format lacks.
     """
@@ -95,10 +96,12 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
     target = place if place.suffix == ".safetensors" else place / WEIGHTS
     if os.path.realpath(target) == os.path.realpath(source):  # which never raises
         raise ConfigError("is the artifact itself", where=str(target), remedy="Choose another place to write to.")
-    with open_records(source) as records:
+    with open_records(source) as records, ExitStack() as held:
         entries = parse_index(records).entries
         header = _header(entries, str(source))
         make_directory(folder)
+        if folder is place:  # several files, which belong together
+            held.enter_context(owned(folder))
         nbytes = sum(entry.source_nbytes * len(entry.names) for entry in entries)
         with bytes_done("expanding", nbytes, quiet=quiet) as advance:
 
@@ -110,13 +113,11 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
                         advance(array.nbytes)
 
             write_atomic(target, write)
-        source_nbytes = records.nbytes
-    names = tuple(side_files.find_side_files(source.parent, folder)) if folder is place else ()
-    with writing_to(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".pared-") as within:
-        side_files.copy(source.parent, names, folder, Path(within))
+        names = tuple(side_files.find_side_files(source.parent, folder)) if folder is place else ()
+        side_files.copy(source.parent, names, folder, folder)
     return Expanded(
         target,
-        source_nbytes,
+        records.nbytes,
         target.stat().st_size,
         time.perf_counter() - began,
         tied=tuple(name for entry in entries for name in entry.names[1:]),

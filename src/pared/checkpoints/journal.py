@@ -11,19 +11,19 @@ import contextlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
-
-from filelock import FileLock, Timeout
 
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_entry
 from pared.checkpoints.packing import PackedTensor, entry_of
 from pared.checkpoints.selection import Kept
-from pared.errors import CorruptError, FileError, UnsafeError
+from pared.errors import CorruptError, UnsafeError
 from pared.files.checks import Place
-from pared.files.disk import open_file, write_atomic, writing_to
+from pared.files.directories.lock import owned
+from pared.files.directories.writable import writing_to
+from pared.files.disk import open_file, write_atomic
 
 FOLDER: Final = ".pared-compress"
 _JOURNAL: Final = "journal.jsonl"
@@ -52,21 +52,21 @@ class Journal:
         self.plan: dict[str, Any] | None = None
         with writing_to(directory):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)  # which closes with the process, however that ends
-            try:
+        self._held = ExitStack()
+        self._held.enter_context(owned(directory, file=f"{FOLDER}/{_LOCK}"))
+        try:
+            with writing_to(directory):
                 self._take_over()
-            except BaseException:
-                self.__exit__()
-                raise
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        with contextlib.suppress(OSError):  # Windows deletes it on release
-            (self.folder / _LOCK).unlink()
-        self._lock.release()
+        self._held.close()
         with contextlib.suppress(OSError):  # it holds packed tensors, or another run has just begun
             self.folder.rmdir()
 
@@ -169,24 +169,6 @@ class Journal:
             return parse_entry(_parsed(line), self.end, Place(str(self.folder / _JOURNAL)))
         except (CorruptError, UnsafeError):
             return None  # a truncated line: its tensor is packed again
-
-
-def _locked(folder: Path) -> FileLock:
-    """Lock a folder for this run: two runs that append to one journal would mix their bytes.
-
-    Raises:
-        FileError: another run holds it.
-    """
-    lock = FileLock(folder / _LOCK, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise FileError(
-            "another run writes to this directory",
-            where=str(folder.parent),
-            remedy="Wait until it has ended, or choose another directory.",
-        ) from error
-    return lock
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

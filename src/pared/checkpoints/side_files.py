@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from pared.files.disk import write_atomic, writing_to
+from pared.files.directories.writable import writing_to
+from pared.files.disk import write_atomic
 
 # Suffixes of files with weights, which are not copied beside the compressed ones.
 _WEIGHTS: Final = frozenset(

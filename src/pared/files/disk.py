@@ -6,7 +6,6 @@ import contextlib
 import io
 import mmap
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from typing import BinaryIO
 import numpy as np
 
 from pared.errors import DAMAGED, ConfigError, FileError
+from pared.files.directories.temporary import clear, hold, temporary_name
+from pared.files.directories.writable import writing_to
 from pared.files.memory_limit import MemoryLimit
 
 
@@ -152,11 +153,11 @@ def make_directory(directory: Path) -> None:
     Raises:
         FileError: they cannot be.
     """
-    probe = directory / _temporary_name()
+    probe = directory / temporary_name()
     with writing_to(directory):
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may have cleared it
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Path | None = None) -> None:
@@ -166,12 +167,13 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Pat
         path: the file; its directory is made if it is missing.
         write: called once with the open file. If it raises, the temporary file is removed and the old file stays.
         within: the directory of the temporary file, on the same file system; default: beside the file. If the process
-            is killed, the temporary file is left there.
+            is killed, the temporary file is left there until the next call clears it.
 
     Raises:
         FileError: the directory cannot be written, or the path is a device or a pipe.
     """
-    temporary = (within or path.parent) / _temporary_name()
+    folder = within or path.parent
+    temporary = folder / temporary_name()
     with writing_to(path.parent):
         if path.exists() and not (path.is_file() or path.is_dir()):  # of a directory the system says so
             raise FileError(
@@ -180,33 +182,31 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Pat
                 remedy="Choose the name of a file.",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
+        clear(folder)
         try:
-            with temporary.open("xb") as stream:
+            with _held(temporary) as stream:
                 write(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
-            temporary.replace(path)
+                if os.name != "nt":  # as long as it is held
+                    temporary.replace(path)
+            if os.name == "nt":
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         _sync_directory(path.parent)
 
 
-def _temporary_name() -> str:
-    return f".pared-{secrets.token_hex(4)}.tmp"
-
-
 @contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """Turn the system's errors about a directory that cannot be written into FileError."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(directory),
-            remedy="Choose another directory, or change its permissions or free space.",
-        ) from error
+def _held(temporary: Path) -> Iterator[BinaryIO]:
+    """Create a file and hold it, so that others let it be."""
+    while True:
+        with temporary.open("xb") as stream:
+            hold(stream.fileno())
+            if temporary.exists():  # or else another run has cleared it before it was held
+                yield stream
+                return
 
 
 def _sync_directory(directory: Path) -> None:

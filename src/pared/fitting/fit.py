@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
 from pared.artifact.outcome import Curve
-from pared.files.disk import as_path
+from pared.files.directories.lock import owned
+from pared.files.disk import as_path, make_directory
 from pared.fitting import speed
 from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.eight_bits import at_eight_bits
@@ -63,6 +65,7 @@ def fit(
             errors, and within it on all samples together.
         confirm_func: like `eval_func`, on other data, which then confirm the result instead of the odd samples.
         workspace: a directory for the records of the search. After an interruption the same call continues from there.
+            One search at a time may use it.
         quiet: True shows no progress. Otherwise it is shown at a terminal.
 
     Returns:
@@ -75,6 +78,7 @@ def fit(
             device, or has NaN or infinity in its weights.
         ConfigError: a rule matches nothing, options contradict each other, no file can be as small as `max_size`, or
             the workspace belongs to another search.
+        FileError: the workspace cannot be read or written, or another run is using it.
         CalibrationError: the calibration data are missing, empty, ambiguous, or do not fit the model's `forward`.
         EvaluationError: `eval_func` or `confirm_func` raised an exception, or returned something that is not a score.
 
@@ -86,10 +90,26 @@ def fit(
     """
     conf = configured(conf)
     directory = None if workspace is None else as_path(workspace, "workspace")
-    stages = Stages(quiet=quiet)
+    with ExitStack() as held:
+        if directory is not None and eval_func is not None:  # before hours of work, not after
+            make_directory(directory)
+            held.enter_context(owned(directory))
+        return _fit(model, conf, calib_dataloader, (eval_func, confirm_func), directory, Stages(quiet=quiet))
+
+
+def _fit(
+    model: ModuleT,
+    conf: PostTrainingQuantConfig,
+    calib_dataloader: calls.Calibration | None,
+    functions: tuple[EvalFunc | None, EvalFunc | None],
+    directory: Path | None,
+    stages: Stages,
+) -> ModuleT:
+    """What `fit` does, with checked options, in a directory that it owns."""
+    eval_func, confirm_func = functions
     eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
     # First what errors cost, in each weight and each layer's input.
-    known = prepare(model, conf, calib_dataloader, (eval_func, confirm_func), stages, eight_bits=eight_bits)
+    known = prepare(model, conf, calib_dataloader, functions, stages, eight_bits=eight_bits)
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
             found = at_eight_bits(known)
@@ -101,7 +121,9 @@ def fit(
             found = _planned(compressor, known)
         return _timed(found, known, stages)
     # With a score, which damage just meets the criterion.
-    records = None if directory is None else Workspace(directory, fingerprint(known.tensors, conf, known.seen))
+    records = None
+    if directory is not None:
+        records = Workspace(directory, fingerprint(known.tensors, conf, known.seen, confirmed=confirm_func is not None))
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE
     shadow = copies.shadow(model)

@@ -138,17 +138,12 @@ def _stored(data: memoryview, entry: Entry) -> Stored:
     return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
 
 
-def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify: bool = True) -> Path:
-    """Write an artifact to a directory, atomically: if writing fails, what was there before is left.
+def place(directory: str | Path, kind: str = "pt") -> Path:
+    """Where the artifact of a directory stands; the directory is made if it is missing.
 
     Args:
-        contents: every tensor.
-        directory: made if it is missing.
+        directory: where to write.
         kind: the container, "pt" or "safetensors".
-        verify: before the file is written, decode its bytes and compare every number.
-
-    Returns:
-        the file's path.
 
     Raises:
         ConfigError: an unknown container.
@@ -162,11 +157,18 @@ def write(contents: Contents, directory: str | Path, *, kind: str = "pt", verify
         )
     path = as_path(directory, "save") / FILE_NAMES[kind]
     make_directory(path.parent)
-    data = to_bytes(contents, kind)
-    if verify:
-        _verify(contents, data)
-    write_beside(path, path.name, data)
     return path
+
+
+def verified(contents: Contents, kind: str) -> bytes:
+    """Encode an artifact as `to_bytes` does, decode the bytes and compare every number.
+
+    Raises:
+        CorruptError: one differs.
+    """
+    data = to_bytes(contents, kind)
+    _verify(contents, data)
+    return data
 
 
 def _verify(contents: Contents, data: bytes) -> None:

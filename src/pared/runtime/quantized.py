@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import pared
 from pared.artifact.outcome import Outcome
 from pared.errors import MismatchError
+from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.inspection import ledger
 from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
@@ -88,15 +89,18 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
         the artifact's path.
 
     Raises:
-        FileError: the directory cannot be written.
+        FileError: the directory cannot be written, or another run is writing there and does not end.
         ModelError: the model is not a quantized one, or its weights were changed after compression.
     """
     record = record_of(model)
     contents = contents_of(model)
-    path = storage.write(contents, directory, kind=container, verify=verify)
-    deploy = summary.deploy_yaml(ledger.inspect(path), contents, record.outcome, record.running)
-    storage.write_beside(path, DEPLOY, deploy)
-    storage.write_beside(path, ENGINE_FILE, record.profile.to_json())
+    path = storage.place(directory, container)
+    data = storage.verified(contents, container) if verify else storage.to_bytes(contents, container)
+    listed = ledger.of_artifact_bytes(data, where=path.name)
+    deploy = summary.deploy_yaml(listed, contents, record.outcome, record.running)
+    with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
+        for name, content in ((path.name, data), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
+            storage.write_beside(path, name, content)
     return path
 
 

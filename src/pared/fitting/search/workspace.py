@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from pared.artifact.envelope import find_artifact
 from pared.artifact.outcome import Trial
 from pared.errors import ConfigError, FileError
-from pared.files.disk import make_directory, reading, write_atomic, writing_to
+from pared.files.directories.writable import writing_to
+from pared.files.disk import make_directory, reading, write_atomic
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding.plan import make_plan
@@ -36,15 +39,65 @@ log = logging.getLogger(__name__)
 _FINGERPRINT: Final = "fingerprint.json"
 _BASELINE: Final = "baseline.json"
 _TRIALS: Final = "trials.jsonl"
+_FOLDER: Final = re.compile(r"trial-[1-9]\d{0,5}")
+_CHUNK: Final = 1 << 20
 _START_AGAIN: Final = "Delete the workspace to start again, or pass another directory."
 _VALUE_LENGTH: Final = 60  # characters of a fingerprint's value that an error shows
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A finished trial and its model, which are one: a trial counts only together with the very file it was about.
+
+    Args:
+        trial: the trial.
+        folder: the name of the folder that holds its model.
+        nbytes: the size of the model's file.
+        sha256: the checksum of the model's file.
+    """
+
+    trial: Trial
+    folder: str
+    nbytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, trial: Trial, file: Path) -> _Record:
+        """The record of a trial whose model has just been written."""
+        return cls(trial, file.parent.name, file.stat().st_size, _sha256(file))
+
+    def to_json(self) -> dict[str, Any]:
+        """The record without its seal."""
+        model = {"folder": self.folder, "nbytes": self.nbytes, "sha256": self.sha256}
+        return {**asdict(self.trial), "model": model}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> _Record | None:
+        """The inverse of `to_json`; None if the model is not described. Raises TypeError for anything but a trial."""
+        trial = Trial.from_json({key: value for key, value in data.items() if key not in ("model", "seal")})
+        model = data.get("model")
+        if not isinstance(model, dict) or not _FOLDER.fullmatch(str(model.get("folder"))):
+            return None
+        return cls(trial, model["folder"], model.get("nbytes", -1), model.get("sha256", ""))
+
+    def misfit(self, directory: Path) -> str:
+        """Why the file in the folder is not the model of this trial; empty if it is."""
+        try:
+            file = find_artifact(directory / self.folder)
+            with reading(file):
+                same = file.stat().st_size == self.nbytes and _sha256(file) == self.sha256
+        except FileError as error:
+            return error.what
+        return "" if same else "its file is not the model that was evaluated"
 
 
 class Workspace:
     """The records of one search. Each is on the disk before the next step begins.
 
     The directory holds `fingerprint.json`, `baseline.json`, `trials.jsonl` (a line for each finished trial), and
-    `trial-1`, `trial-2`, ...: what `save` writes, so that the model of each trial can be loaded.
+    `trial-1`, `trial-2`, ...: what `save` writes, so that the model of each trial can be loaded. A seal on each record
+    ties it to the search; whatever was edited, or copied from elsewhere, is left where it is and not used. One run at a
+    time may use the directory: `fit` owns it as long as it runs.
 
     Args:
         directory: created if it is missing; an earlier search in it is continued.
@@ -64,55 +117,48 @@ class Workspace:
 
     def __init__(self, directory: str | Path, fingerprint: Mapping[str, str]) -> None:
         self._directory = Path(directory)
+        self._fingerprint = dict(fingerprint)
         make_directory(self._directory)
-        self._check(dict(fingerprint))
-        self._baselines: dict[str, Any] = self._read(_BASELINE) or {}
-        self._trials = self._read_trials()
-        if self._trials:
-            log.info("%s: %d trials of an earlier run are used again", directory, len(self._trials))
+        self._check()
+        self._baselines = self._read_baselines()
+        self._folders: set[str] = set()  # that lines of the file name, be they used or not
+        self._records = self._read_records()
+        if self._records:
+            log.info("%s: %d trials of an earlier run are used again", directory, len(self._records))
 
     @property
     def trials(self) -> tuple[Trial, ...]:
         """The finished trials, in order."""
-        return tuple(self._trials)
+        return tuple(record.trial for record in self._records)
 
     def baseline(self, name: str) -> Score | None:
         """The float model's recorded score; None if there is none yet.
 
         Args:
             name: the name of the function that scored it: "eval_func" or "confirm_func".
-
-        Raises:
-            FileError: the record is damaged.
         """
-        data = self._baselines.get(name)
-        if data is None:
-            return None
-        try:
-            samples = None if data["samples"] is None else np.array(data["samples"], dtype=np.float64)
-            return Score(float(data["value"]), samples)
-        except (TypeError, KeyError, ValueError) as error:
-            raise _damaged(self._directory / _BASELINE, error) from error
+        return self._baselines.get(name)
 
     def set_baseline(self, name: str, score: Score) -> None:
         """Record the float model's score; `name` is that of the function."""
-        samples = None if score.samples is None else score.samples.tolist()
-        self._baselines = {**self._baselines, name: {"value": score.value, "samples": samples}}
-        self._write(_BASELINE, self._baselines)
+        self._baselines = {**self._baselines, name: score}
+        self._write(_BASELINE, {name: self._sealed(_plain(score), name) for name, score in self._baselines.items()})
 
     def add(self, trial: Trial, model: nn.Module) -> None:
         """Record a finished trial and its model; the trial counts once its line is complete.
 
         Raises:
-            FileError: the directory cannot be written.
+            FileError: the directory cannot be written. What is recorded already stays.
         """
-        quantized.save(model, self._place(len(self._trials)))
-        line = json.dumps(asdict(trial)) + "\n"
-        with writing_to(self._directory), (self._directory / _TRIALS).open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._trials.append(trial)
+        folder = f"trial-{1 + max((int(name.partition('-')[2]) for name in self._folders), default=0)}"
+        file = quantized.save(model, self._directory / folder)
+        with reading(file):
+            record = _Record.of(trial, file)
+        line = json.dumps(self._sealed(record.to_json(), *self._scores())) + "\n"
+        with writing_to(self._directory):
+            _append(self._directory / _TRIALS, line.encode())
+        self._folders.add(folder)
+        self._records.append(record)
 
     def model(self, number: int, skeleton: ModuleT) -> ModuleT:
         """The model of a finished trial, read from its file.
@@ -122,21 +168,40 @@ class Workspace:
             skeleton: a model of the same architecture, which gives structure and class.
 
         Raises:
-            FileError, CorruptError: the file is missing or damaged.
+            FileError: the file is missing, or no longer the one that was evaluated.
         """
-        file = find_artifact(self._place(number))
+        record = self._records[number]
+        if wrong := record.misfit(self._directory):
+            raise FileError(
+                f"cannot be used: {wrong}",
+                where=str(self._directory / record.folder),
+                remedy="Call fit again with this workspace: this trial is repeated, all others are used.",
+            )
+        file = find_artifact(self._directory / record.folder)
         return quantized.assemble(find_tensors(skeleton), storage.read(file), profile_beside(file))
 
-    def _place(self, number: int) -> Path:
-        return self._directory / f"trial-{number + 1}"
+    def _sealed(self, data: Mapping[str, Any], *depends: object) -> dict[str, Any]:
+        """A record with a checksum of itself, of this search, and of other values that it depends on."""
+        text = json.dumps([self._fingerprint, data, depends], sort_keys=True)
+        return {**data, "seal": hashlib.sha256(text.encode()).hexdigest()}
 
-    def _check(self, fingerprint: dict[str, str]) -> None:
+    def _holds(self, data: Mapping[str, Any], *depends: object) -> bool:
+        """Whether a record has the seal that `_sealed` gave it."""
+        return self._sealed({key: value for key, value in data.items() if key != "seal"}, *depends) == data
+
+    def _scores(self) -> list[object]:
+        """The float model's scores, by which a trial was judged."""
+        return [[name, _plain(score)] for name, score in sorted(self._baselines.items())]
+
+    def _check(self) -> None:
         recorded = self._read(_FINGERPRINT)
         if recorded is None:
-            self._write(_FINGERPRINT, fingerprint)
+            self._write(_FINGERPRINT, self._fingerprint)
             return
-        for field in dict.fromkeys([*fingerprint, *recorded]):
-            then, now = recorded.get(field), fingerprint.get(field)
+        for field in dict.fromkeys([*self._fingerprint, *recorded]):
+            then, now = recorded.get(field), self._fingerprint.get(field)
+            if then is not None and not isinstance(then, str):
+                raise _damaged(self._directory / _FINGERPRINT, f"its {field[:_VALUE_LENGTH]!r} is not text")
             if then != now:
                 raise ConfigError(
                     f"belongs to another search: {field} was {_short(then)} and is {_short(now)}",
@@ -159,8 +224,26 @@ class Workspace:
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_atomic(self._directory / name, lambda file: file.write(json.dumps(data, indent=1).encode()))
 
-    def _read_trials(self) -> list[Trial]:
-        """The complete lines. An incomplete last one is cut off, so that the next line is not appended to it."""
+    def _read_baselines(self) -> dict[str, Score]:
+        """The float model's scores that were recorded by this search."""
+        found: dict[str, Score] = {}
+        path = self._directory / _BASELINE
+        for name, data in (self._read(_BASELINE) or {}).items():
+            try:
+                score = _score(data)
+            except (TypeError, KeyError, ValueError, OverflowError) as error:
+                raise _damaged(path, error) from error
+            if self._holds(data, name):
+                found[name] = score
+            else:
+                log.warning("%s: the score of %s was changed or is from elsewhere; it is measured again", path, name)
+        return found
+
+    def _read_records(self) -> list[_Record]:
+        """The trials that can be trusted: each line is as it was written, and names a file that is as it was written.
+
+        An incomplete last line is cut off, so that the next line is not appended to it.
+        """
         path = self._directory / _TRIALS
         if not path.is_file():
             return []
@@ -170,10 +253,57 @@ class Workspace:
         if complete != data:
             log.info("%s: the last line is incomplete; its trial is made again", path)
             write_atomic(path, lambda file: file.write(complete))
+        found: list[_Record] = []
+        for number, line in enumerate(complete.splitlines(), 1):
+            try:
+                read = json.loads(line)
+                record = _Record.from_json(read)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise _damaged(path, error) from error
+            if wrong := self._misfit(read, record):
+                log.warning("%s: line %d is not used, and its trial is made again if needed: %s", path, number, wrong)
+            elif record is not None:
+                found.append(record)
+            self._folders |= set() if record is None else {record.folder}
+        return found
+
+    def _misfit(self, data: Mapping[str, Any], record: _Record | None) -> str:
+        """Why a line cannot be trusted; empty if it can."""
+        if record is None or not self._holds(data, *self._scores()):
+            return "it was changed, or written by another search"
+        if record.folder in self._folders:
+            return f"another line is about {record.folder} as well"
+        return record.misfit(self._directory)
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append a line that is on the disk when this returns; if it cannot be, nothing is left of it."""
+    with path.open("ab", buffering=0) as file:  # with a buffer, closing the file would try again
+        before = file.tell()
         try:
-            return [Trial.from_json(json.loads(line)) for line in complete.splitlines()]
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(path, error) from error
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
+def _sha256(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(_CHUNK):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {"value": score.value, "samples": None if score.samples is None else score.samples.tolist()}
+
+
+def _score(data: Mapping[str, Any]) -> Score:
+    samples = None if data["samples"] is None else np.array(data["samples"], dtype=np.float64)
+    return Score(float(data["value"]), samples)
 
 
 def _short(value: str | None) -> str:
@@ -188,7 +318,11 @@ def _damaged(path: Path, why: object) -> FileError:
 
 
 def fingerprint(
-    tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, seen: Statistics | None
+    tensors: ModelTensors[nn.Module],
+    conf: PostTrainingQuantConfig,
+    seen: Statistics | None,
+    *,
+    confirmed: bool = False,
 ) -> dict[str, str]:
     """What a search depends on, as far as it can be told: the user's functions cannot.
 
@@ -196,6 +330,7 @@ def fingerprint(
         tensors: those of the float model.
         conf: what is wanted.
         seen: what calibration saw.
+        confirmed: whether there is a `confirm_func`.
     """
     # Rules and registered layers are told by what comes of them, as their functions cannot be compared.
     decisions = make_plan(tensors, conf.rules, bits=None, strict=conf.strict)
@@ -208,6 +343,7 @@ def fingerprint(
         "calibration": checksum(tree_leaves([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
         "configuration": repr(replace(conf, max_trials=1, timeout=0, rules=())),
         "decisions": checksum([decided, int8]),
+        "confirm_func": "given" if confirmed else "none",
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import tempfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +14,10 @@ from torch import nn
 
 from pared.artifact.envelope import find_artifact
 from pared.errors import ConfigError, FileError
-from pared.files.disk import as_path, make_directory, reading, writing_to
+from pared.files.directories.lock import SHORT_WAIT, owned
+from pared.files.directories.temporary import temporary_folder
+from pared.files.directories.writable import writing_to
+from pared.files.disk import as_path, make_directory, reading
 from pared.formats.coded import Grid
 from pared.model.calls import bind
 from pared.model.contents import Contents
@@ -124,7 +126,7 @@ def _write(model: Any, path: Path) -> int:
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     beside = f"{path.name}.data" if size > _INLINE_BYTES else None
-    with writing_to(path.parent), tempfile.TemporaryDirectory(prefix=".pared-", dir=path.parent) as folder:
+    with owned(path.parent, wait=SHORT_WAIT), writing_to(path.parent), temporary_folder(path.parent) as folder:
         made = Path(folder) / path.name
         onnx_ir.save(model, made, external_data=beside)
         onnx.checker.check_model(str(made))

@@ -1,0 +1,89 @@
+"""Temporary files and folders: who writes one holds a lock on it, by which those of killed processes are known."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+if sys.platform != "win32":
+    import fcntl
+
+log = logging.getLogger(__name__)
+
+_NAME: Final = re.compile(r"\.pared-[0-9a-f]{8}\.tmp")
+_DAY: Final = 86_400.0  # seconds
+
+
+def temporary_name() -> str:
+    """A name that nothing else has."""
+    return f".pared-{secrets.token_hex(4)}.tmp"
+
+
+def hold(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if someone else has, or if the system cannot."""
+    if sys.platform == "win32":
+        return False  # where a file that is open cannot be deleted
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        log.debug("a temporary file is not locked: %s", error)
+        return False
+    return True
+
+
+def clear(directory: Path) -> None:
+    """Delete the temporary files and folders that killed processes have left in a directory."""
+    try:
+        with os.scandir(directory) as entries:
+            left = [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name) and not entry.is_symlink()]
+        for path in left:
+            _delete_abandoned(path)
+    except OSError as error:  # what cannot be cleared takes space, and does no other harm
+        log.info("%s cannot be cleared of temporary files: %s", directory, error)
+
+
+@contextmanager
+def temporary_folder(directory: Path) -> Iterator[Path]:
+    """A folder in a directory that is removed at the end; those of killed processes are cleared first."""
+    clear(directory)
+    folder = directory / temporary_name()
+    folder.mkdir()
+    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            hold(descriptor)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _delete_abandoned(path: Path) -> None:
+    if sys.platform == "win32":
+        if time.time() - path.stat().st_mtime > _DAY:
+            _delete(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if hold(descriptor):
+            _delete(path)
+    finally:
+        os.close(descriptor)
+
+
+def _delete(path: Path) -> None:
+    log.info("%s, which a killed process has left, is deleted", path)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
