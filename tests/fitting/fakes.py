@@ -51,7 +51,7 @@ class Synthetic(Compressor[Probe]):
         nbytes = self.nbytes(damage)
         return OperatingPoint(Choice(damage * 16 * math.log(2) / WEIGHTS, (), nbytes, damage), damage, nbytes)
 
-    def within_bytes(self, nbytes: int) -> OperatingPoint:
+    def within_bytes(self, nbytes: int, reserve: int = 0) -> OperatingPoint:
         damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
         return self.at_damage(min(max(damage, self.least), self.most))
 

@@ -19,7 +19,7 @@ from pared.artifact.parts import placed
 from pared.checkpoints.rates import steps_at_level, steps_at_rate
 from pared.checkpoints.selection import Kept
 from pared.formats.dtypes import ELEMENTS, FLOATING, Array, as_floats, converted, survives_float16
-from pared.formats.exact_grids import find_exact_grid
+from pared.formats.exact_grids import ExactGrid, find_exact_grid, is_whole, whole_grid
 from pared.formats.grids import CODE_LIMITS, CodeType, encode, finest_steps, magnitudes, refuse_damaged
 from pared.formats.streams import EncodedPart, Steps, encode_codes, encode_steps
 from pared.formats.views import View, matrix_of, plain_view
@@ -101,15 +101,22 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
     # A lossless grid may be at most an octave finer than the planned step.
     finest = 0.0 if target.level is None else 2.0 ** (target.level / 8 - 1)
     if found is not None and float(found.step.max()) >= finest:
-        parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
-        because = "its numbers lie on this grid already: nothing is lost"
-        return PackedTensor(_grid(found.codes.dtype.name), parts, found.view, None, because)
+        return _on_own_grid(found, threads)
+    if is_whole(array):  # a mask or indices
+        found = found or whole_grid(array)
+        return _exact(array, "its whole numbers are kept exactly") if found is None else _on_own_grid(found, threads)
     if target.level is None and target.bits == FLOAT_BITS:
         return _half(array, largest)
     kind, step = _steps(matrix, largest, target)
     codes = encode(matrix, step, kind, threads).reshape(array.shape)
     parts = encode_codes(codes, view, threads) | {"step": encode_steps(step)}
     return PackedTensor(_grid(kind), parts, view, target.bits if target.level is None else None)
+
+
+def _on_own_grid(found: ExactGrid, threads: int) -> PackedTensor:
+    parts = encode_codes(found.codes, found.view, threads) | {"step": encode_steps(found.step)}
+    because = "its numbers lie on this grid already: nothing is lost"
+    return PackedTensor(_grid(found.codes.dtype.name), parts, found.view, None, because)
 
 
 def _steps(matrix: Array, largest: Steps, target: Fineness) -> tuple[CodeType, Steps]:
@@ -146,6 +153,8 @@ def _flat(array: Array, name: str) -> PackedTensor:
     kind = "one number for each row" if array.ndim > 1 else "one dimension" if array.ndim else "a single number"
     if array.itemsize == 2:
         return _exact(array, f"{kind}: kept exactly")
+    if is_whole(array) and (array != converted(values, np.float16)).any():
+        return _exact(array, f"{kind}: its whole numbers are kept exactly")
     if survives_float16(values):
         return _float(array, "float16", f"{kind}: every value survives float16")
     if array.itemsize == 8 and (values == converted(values, np.float32)).all():

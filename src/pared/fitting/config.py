@@ -139,7 +139,10 @@ class Rule:
             ("encoder.*.query", for everything inside them); a module type, subclasses included; or a function that is
             called with the shape of every tensor, a tuple, and returns True where it matches.
         bits: bits per weight: above 0 and below 16 for a grid, 16 for float16, 32 for float32. A rate on a grid applies
-            to weights of two or more dimensions; other tensors that match keep their usual format.
+            to weights of two or more dimensions, and to biases and the like where the target matches no such weight.
+            Other tensors that match keep their usual format: whole numbers (types of integers, and masks and indices
+            kept as floats), complex ones, tables with `max_norm`, and buffers that the state dict leaves out. A rule
+            that matches only these is an error. Numbers that lie on a grid already keep it if that takes no more bits.
         keep: True leaves the tensors exactly as they are.
         because: the reason, which reports show.
 

@@ -18,7 +18,7 @@ from pared.fitting.eight_bits import at_eight_bits
 from pared.fitting.preparation import Prepared, prepare
 from pared.fitting.search import search
 from pared.fitting.search import trade_off as curve
-from pared.fitting.search.compressor import DEFAULT_DAMAGE, Compressor
+from pared.fitting.search.compressor import DEFAULT_DAMAGE, RESERVE_WITHOUT_SCORES, Compressor
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.model import calls, copies
@@ -149,7 +149,7 @@ def _planned(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Modul
     """The model of a size, or else of the default damage: nothing is evaluated."""
     max_size = _max_size(known.conf)
     if max_size is not None:
-        point = compressor.within_bytes(max_size)
+        point = compressor.within_bytes(max_size, RESERVE_WITHOUT_SCORES)
     else:
         if compressor.least > DEFAULT_DAMAGE:
             log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pared.errors import CorruptError
 from pared.formats import dtypes, grids
+from pared.formats.exact_grids import find_exact_grid, whole_grid
 from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.formats.views import View, first_dimension
@@ -234,6 +235,40 @@ def survives_float16(tensor: Tensor) -> bool:
     (True, False)
     """
     return dtypes.survives_float16(tensor.detach().cpu().double().numpy())
+
+
+def on_own_grid(tensor: Tensor) -> Coded | None:
+    """A tensor on the grid that all of its numbers lie on already: smaller than floats, and exact.
+
+    Args:
+        tensor: floating, of any shape; finite.
+
+    Returns:
+        None if there is no such grid, or if it would need codes beyond 16 bits.
+
+    >>> coded = on_own_grid(torch.tensor([[0.5, -1.0, 3.5], [0.0, 0.25, 0.75]]))
+    >>> coded.parts["codes"].tolist(), coded.decode().tolist()
+    ([[1, -2, 7], [0, 1, 3]], [[0.5, -1.0, 3.5], [0.0, 0.25, 0.75]])
+    """
+    array = to_array(tensor)
+    found = find_exact_grid(array, bits=16) if array.ndim > 1 else None
+    found = found or whole_grid(array)
+    if found is None:
+        return None
+    view = found.view
+    parts = {
+        "codes": torch.from_numpy(found.codes),
+        "step": torch.from_numpy(found.step).reshape(view.row_sizes),
+    }
+    kind: CodeType = "int8" if found.codes.itemsize == 1 else "int16"
+    return Coded(Grid(kind), tuple(tensor.shape), tensor.dtype, parts, view)
+
+
+def to_array(tensor: Tensor) -> NDArray[Any]:
+    """The numbers of a floating tensor as an array of the same type, which shares its memory where that is possible."""
+    if tensor.dtype == torch.bfloat16:  # NumPy has no such type of its own
+        return _plain(tensor.detach().view(torch.int16)).view(dtypes.ELEMENTS["bfloat16"])
+    return _plain(tensor)
 
 
 def log_step(step: Tensor) -> Tensor:

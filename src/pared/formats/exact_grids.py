@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from pared.formats import entropy
 from pared.formats.dtypes import Array, as_floats, converted
-from pared.formats.grids import CodeType
+from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.streams import Steps
 from pared.formats.views import View, matrix_of, restored
 
@@ -27,6 +28,7 @@ _GROUPS: Final = (32, 64, 128)  # neighbours in a row with a step of their own
 _ROWS, _COLUMNS = 4, 2048  # that are looked at first
 _ROUNDING: Final = 2.0**-16  # of the largest magnitude: what float32 may be off by, and its step too, with room
 _BLOCK: Final = 1 << 19
+_FIRST: Final = 64
 
 Floats = NDArray[np.float64]
 
@@ -62,6 +64,30 @@ def find_exact_grid(array: Array, bits: float) -> ExactGrid | None:
             if (found := _whole(array, view, largest)) is not None:
                 return found
     return None
+
+
+def is_whole(array: Array) -> bool:
+    """Whether all numbers are whole, as in masks and tables of indices: a model may use them as such.
+
+    >>> is_whole(np.array([0.0, 1.0])), is_whole(np.array([0.5, 1.0]))
+    (True, False)
+    """
+    flat = array.reshape(-1)
+    edges = [0, _FIRST, *range(_BLOCK, flat.size, _BLOCK), flat.size]  # nearly always the first few tell
+    blocks = (as_floats(flat[start:end]) for start, end in pairwise(edges))
+    return all(bool((np.rint(block) == block).all()) for block in blocks)
+
+
+def whole_grid(array: Array) -> ExactGrid | None:
+    """Whole numbers on the grid of step 1; None if they are not whole, or beyond 16 bits.
+
+    >>> whole_grid(np.array([0.0, 1000.0])).codes.tolist()
+    [0, 1000]
+    """
+    if not array.size or not is_whole(array) or abs(as_floats(array)).max() > CODE_LIMITS["int16"]:
+        return None
+    codes = np.ascontiguousarray(as_floats(array)).astype(np.int16).reshape(1, -1)
+    return _exact_grid(View(array.shape, ()), codes, np.ones(1, np.float32), array.shape)
 
 
 def _views(shape: tuple[int, ...]) -> Iterator[View]:

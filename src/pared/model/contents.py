@@ -27,6 +27,8 @@ class Decision:
         bits: bits per weight, as a rule or the search decided; only for grids. None until the search has decided.
         because: the reason, as reports show it; empty where it is the usual format.
         damage: the predicted share of the output's energy that is lost; None without calibration data.
+        own_grid: the grid is the one that all of its numbers lie on already, so nothing is lost. In an artifact it is
+            a grid like any other.
     """
 
     name: str
@@ -34,10 +36,11 @@ class Decision:
     bits: float | None
     because: str
     damage: float | None = field(default=None, compare=False)  # a prediction, which no artifact keeps
+    own_grid: bool = field(default=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The decision as plain data."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: value for key, value in asdict(self).items() if value is not None and key != "own_grid"}
 
 
 Plan = tuple[Decision, ...]

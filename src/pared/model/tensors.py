@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared.formats.coded import RAW_TYPES, Coded, on_own_grid
+from pared.formats.dtypes import FLOATING
 from pared.formats.views import View, view_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 ModuleT_co = TypeVar("ModuleT_co", bound=nn.Module, covariant=True)
 
-# float64 is kept exactly: models use it where a grid would be too coarse.
-GRID_SOURCES = (torch.float32, torch.float16, torch.bfloat16)
+GRID_SOURCES = tuple(RAW_TYPES[name] for name in FLOATING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class ModelTensor:
 
     @property
     def weight_like(self) -> bool:
-        """A float32, float16 or bfloat16 tensor of two or more dimensions in the state dict: it belongs on a grid."""
+        """A floating tensor of two or more dimensions in the state dict: it belongs on a grid."""
         return self.persistent and self.tensor.dim() >= 2 and self.tensor.dtype in GRID_SOURCES
 
     @property
@@ -65,6 +66,11 @@ class ModelTensor:
         """Weight-like, or a parameter of one dimension (a bias, the scale of a norm); and not empty."""
         flat = self.kind == "parameter" and self.tensor.dim() == 1 and self.tensor.dtype in GRID_SOURCES
         return self.tensor.numel() > 0 and (self.weight_like or flat)
+
+    @functools.cached_property
+    def own_grid(self) -> Coded | None:
+        """The tensor, which is finite, on the grid that its numbers lie on already; None if there is none."""
+        return on_own_grid(self.tensor) if self.weight_like else None
 
 
 @dataclass(frozen=True, eq=False)

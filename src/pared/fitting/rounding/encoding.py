@@ -16,6 +16,9 @@ from pared.model.tensors import ModelTensor
 def encode(model_tensor: ModelTensor, decision: Decision) -> Coded:
     """Encode a tensor as its decision says; a grid without feedback."""
     tensor = model_tensor.tensor.detach()
+    if decision.own_grid:
+        assert model_tensor.own_grid is not None
+        return model_tensor.own_grid
     if decision.treatment == "grid":
         assert decision.bits is not None
         return nearest(tensor, decision.bits, model_tensor.view)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -12,11 +14,17 @@ from torch import Tensor, nn
 
 from pared.errors import ConfigError
 from pared.fitting.config import Rule
-from pared.formats.coded import dtype_name, survives_float16
-from pared.model.contents import Decision, Plan
+from pared.formats.coded import dtype_name, survives_float16, to_array
+from pared.formats.exact_grids import is_whole
+from pared.model.contents import Decision, Plan, Treatment
 from pared.model.tensors import ModelTensor, ModelTensors
 
 DEFAULT_BITS: Final = 8.0  # per weight, on a grid: plain int8
+_NAMES_SHOWN: Final = 8  # names or shapes that an error lists
+_TENSORS_SHOWN: Final = 3  # with their reasons
+_EDITED: Final = "its module edits it while reading it (max_norm)"
+# A row's largest magnitude in float32, of which a grid's step is a small part.
+_LEAST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
 
 
 def make_plan(
@@ -35,7 +43,8 @@ def make_plan(
         strict: refuse a tensor of two or more dimensions that would stay in float without a rule.
 
     Raises:
-        ConfigError: a rule matches no tensor or its function fails, or `strict` and there is such a tensor.
+        ConfigError: a rule matches no tensor, or none that can follow it; its function fails; or `strict` and there is
+            such a tensor.
     """
     types = {name: type(module) for name, module in model_tensors.model.named_modules(remove_duplicate=False)}
     matching = [[rule for rule in rules if _matches(rule, model_tensor, types)] for model_tensor in model_tensors]
@@ -44,9 +53,17 @@ def make_plan(
     for rule in rules:
         if id(rule) not in matched:
             raise _unmatched(rule, model_tensors, types)
+    first = [found[0] if found else None for found in matching]
+    claimed = [[one for one, own in zip(model_tensors, first, strict=True) if own is rule] for rule in rules]
+    flat = {id(rule) for rule, tensors in zip(rules, claimed, strict=True) if not any(map(_on_grid, tensors))}
+    for rule, tensors in zip(rules, claimed, strict=True):
+        _refuse_idle(rule, tensors, flat=id(rule) in flat)
+    wide = _is_wide(model_tensors)
     plan = [
-        _by_rule(model_tensor, found[0]) if found else _default(model_tensor, bits)
-        for model_tensor, found in zip(model_tensors, matching, strict=True)
+        _default(model_tensor, bits, wide=wide)
+        if rule is None or _obstacle(model_tensor, rule, flat=id(rule) in flat)
+        else _by_rule(model_tensor, rule)
+        for model_tensor, rule in zip(model_tensors, first, strict=True)
     ]
     if strict:
         decided = zip(model_tensors, plan, matching, strict=True)
@@ -79,23 +96,109 @@ def _places(name: str) -> Iterable[str]:
     yield ""
 
 
+def _refuse_idle(rule: Rule, tensors: Sequence[ModelTensor], *, flat: bool) -> None:
+    """Refuse a rule that no tensor which it decides can follow.
+
+    Args:
+        rule: the rule.
+        tensors: those that it is the first to match.
+        flat: there is no weight of two or more dimensions among them.
+    """
+    obstacles = [(one, _obstacle(one, rule, flat=flat)) for one in tensors if one.tensor.numel() > 0]
+    if obstacles and all(why for _, why in obstacles):
+        shown = "; ".join(f"{one.name}: {why}" for one, why in obstacles[:_TENSORS_SHOWN])
+        more = f"; and {len(obstacles) - _TENSORS_SHOWN} more" if len(obstacles) > _TENSORS_SHOWN else ""
+        raise ConfigError(
+            f"no tensor that it matches can have bits={rule.bits:g} ({shown}{more})",
+            where=f"Rule({rule.label})",
+            remedy="Use keep=True, or leave the rule out: they are then stored without loss.",
+        )
+
+
+def _obstacle(model_tensor: ModelTensor, rule: Rule, *, flat: bool) -> str:
+    """Why a tensor cannot follow a rule; empty if it can."""
+    tensor = model_tensor.tensor
+    if rule.keep:
+        return ""
+    if not tensor.is_floating_point():
+        return f"{dtype_name(tensor.dtype)} has no coarser format"
+    if _edits_itself(model_tensor):
+        return _EDITED
+    if not model_tensor.persistent:
+        return "the state dict leaves it out"
+    if rule.bits in (16, 32):
+        return ""
+    is_flat = model_tensor.fits_grid and not model_tensor.weight_like
+    if tensor.dim() < 2 and not (flat and is_flat):
+        return "only weights of two or more dimensions have a rate"
+    if not _on_grid(model_tensor) and not is_flat:
+        return _beyond(model_tensor) or "it is empty"
+    own = own_grid_of(model_tensor) if _is_index(model_tensor) else None
+    if _is_index(model_tensor) and (own is None or (own.bits or 0) > (rule.bits or 0)):
+        return "its whole numbers, which may be a mask or indices, are never rounded"
+    return ""
+
+
+def _on_grid(model_tensor: ModelTensor) -> bool:
+    """Whether a tensor can be on a grid as a weight."""
+    return model_tensor.weight_like and model_tensor.fits_grid and not _beyond(model_tensor)
+
+
 def _by_rule(model_tensor: ModelTensor, rule: Rule) -> Decision:
     reason = rule.because or f"rule {rule.label}"
-    if _edits_itself(model_tensor):
-        return _default(model_tensor, DEFAULT_BITS)
-    if rule.keep or not model_tensor.tensor.is_floating_point():
+    if rule.keep:
         return Decision(model_tensor.name, "exact", None, reason)
     if rule.bits == 32:
         return Decision(model_tensor.name, "float32", None, reason)
     if rule.bits == 16:
-        if survives_float16(model_tensor.tensor):
+        if _survives(model_tensor):
             return Decision(model_tensor.name, "float16", None, reason)
-        return Decision(model_tensor.name, "exact", None, f"{reason}; its values do not survive float16")
-    if not model_tensor.weight_like or model_tensor.tensor.numel() == 0:
-        return _default(model_tensor, DEFAULT_BITS)  # a rule for a module is about its weights, not its biases
-    if not bool(torch.isfinite(model_tensor.tensor).all()):
-        return Decision(model_tensor.name, "exact", None, f"{reason}; it holds infinities")
+        fits = model_tensor.tensor.dtype == torch.float64 and not _is_index(model_tensor) and not _beyond(model_tensor)
+        treatment: Treatment = "float32" if fits else "exact"
+        return Decision(model_tensor.name, treatment, None, f"{reason}; its values do not survive float16")
+    own = own_grid_of(model_tensor)
+    if own is not None and own.bits is not None and own.bits <= (rule.bits or 0):
+        return replace(own, because=f"{reason}; {own.because}")
     return Decision(model_tensor.name, "grid", rule.bits, reason)
+
+
+def own_grid_of(model_tensor: ModelTensor) -> Decision | None:
+    """The decision for the grid that all numbers of a weight lie on already, with its rate; None if there is none."""
+    own = model_tensor.own_grid if _on_grid(model_tensor) and not _edits_itself(model_tensor) else None
+    if own is None:
+        return None
+    bits = round(8 * own.nbytes / model_tensor.tensor.numel(), 3)
+    return Decision(
+        model_tensor.name, "grid", bits, "its numbers lie on this grid already: nothing is lost", own_grid=True
+    )
+
+
+def _is_index(model_tensor: ModelTensor) -> bool:
+    """Whether a tensor that no training changes holds whole numbers: a mask or indices, which must stay as they are."""
+    fixed = model_tensor.kind == "buffer" or not model_tensor.tensor.requires_grad
+    return fixed and model_tensor.tensor.is_floating_point() and is_whole(to_array(model_tensor.tensor))
+
+
+def _survives(model_tensor: ModelTensor) -> bool:
+    """Whether float16 is good enough: for whole numbers, and for single numbers in float64, only if it is exact."""
+    tensor = model_tensor.tensor.detach()
+    flat = tensor.dtype == torch.float64 and (model_tensor.kind == "buffer" or tensor.dim() == 0)
+    if (flat and model_tensor.tensor.dim() < 2) or _is_index(model_tensor):
+        return bool((tensor.half().to(tensor.dtype) == tensor).all())
+    return survives_float16(tensor)
+
+
+def _beyond(model_tensor: ModelTensor) -> str:
+    """Why no grid can hold a floating tensor, whose arithmetic is in float32; empty if one can."""
+    tensor = model_tensor.tensor
+    wide = tensor.dtype == torch.float64
+    if not tensor.numel() or (model_tensor.kind == "parameter" and not wide):  # a parameter is known to be finite
+        return ""
+    low, high = torch.aminmax(tensor.detach())
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        return "it holds NaN or infinities"
+    return "its values are beyond float32" if wide and largest and not _LEAST <= largest <= _MOST else ""
 
 
 def _edits_itself(model_tensor: ModelTensor) -> bool:
@@ -108,33 +211,58 @@ def _is_flat(tensor: Tensor) -> bool:
     return tensor.numel() == tensor.shape[0]
 
 
-def _default(model_tensor: ModelTensor, bits: float | None) -> Decision:
+def _is_wide(model_tensors: ModelTensors[nn.Module]) -> bool:
+    """Whether the model is one in float64: most of its weights are. Elsewhere float64 is where a grid is too coarse."""
+    weights = [one.tensor for one in model_tensors if one.kind == "parameter" and one.tensor.is_floating_point()]
+    return 2 * sum(one.numel() for one in weights if one.dtype == torch.float64) > sum(one.numel() for one in weights)
+
+
+def _default(model_tensor: ModelTensor, bits: float | None, *, wide: bool) -> Decision:
     tensor = model_tensor.tensor
+
+    def exactly(because: str) -> Decision:
+        return Decision(model_tensor.name, "exact", None, because)
+
     if _edits_itself(model_tensor):
-        return Decision(model_tensor.name, "exact", None, "its module edits it while reading it (max_norm)")
-    if bits is None and model_tensor.fits_grid and not model_tensor.weight_like:
+        return exactly(_EDITED)
+    if not model_tensor.persistent:
+        return exactly("a buffer that the state dict leaves out")
+    if tensor.dtype == torch.float64 and not wide:
+        return exactly("float64 is kept exactly")
+    if model_tensor.weight_like and tensor.numel() > 0:
+        return _default_of_weight(model_tensor, bits) or exactly(
+            "a buffer that holds NaN or infinities"
+            if model_tensor.kind == "buffer" and not bool(torch.isfinite(tensor).all())
+            else _beyond(model_tensor) or "its whole numbers are kept exactly"
+        )
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.dim() <= 1:
+        if bits is None and model_tensor.fits_grid and not _is_index(model_tensor) and not _beyond(model_tensor):
+            return Decision(model_tensor.name, "grid", None, "")
+        kind = "one dimension" if tensor.dim() else "a single number"
+        if _survives(model_tensor):
+            return Decision(model_tensor.name, "float16", None, f"{kind}: every value survives float16")
+        return exactly(f"{kind}: its values do not survive float16, so they are kept exactly")
+    if bits is None and model_tensor.fits_grid and not _is_index(model_tensor):
         return Decision(model_tensor.name, "grid", None, "")
-    if bits is not None and model_tensor.weight_like and tensor.numel() > 1 and _is_flat(tensor):
-        survives = survives_float16(tensor)
+    return exactly(f"{dtype_name(tensor.dtype)} is kept exactly")
+
+
+def _default_of_weight(model_tensor: ModelTensor, bits: float | None) -> Decision | None:
+    """A grid for a weight-like tensor, or float16; None if it must be kept exactly."""
+    tensor = model_tensor.tensor
+    if not _on_grid(model_tensor):
+        return None
+    own = own_grid_of(model_tensor)
+    index = _is_index(model_tensor)
+    if own is not None and (index or model_tensor.kind == "buffer" or (bits is not None and (own.bits or 0) <= bits)):
+        return own
+    if index:
+        return None
+    if bits is not None and tensor.numel() > 1 and _is_flat(tensor):
+        survives = _survives(model_tensor)
         because = "one number per row" + ("" if survives else ", which does not survive float16")
         return Decision(model_tensor.name, "float16" if survives else "exact", None, because)
-    if model_tensor.weight_like and tensor.numel() > 0:
-        if model_tensor.kind == "parameter" or bool(torch.isfinite(tensor).all()):
-            return Decision(model_tensor.name, "grid", bits, "")
-        return Decision(model_tensor.name, "exact", None, "a buffer that holds NaN or infinities")
-    if tensor.dtype == torch.float32 and model_tensor.persistent and tensor.dim() <= 1:
-        kind = "one dimension" if tensor.dim() else "a single number"
-        if survives_float16(tensor):
-            return Decision(model_tensor.name, "float16", None, f"{kind}: every value survives float16")
-        return Decision(
-            model_tensor.name, "exact", None, f"{kind}: its values do not survive float16, so they are kept exactly"
-        )
-    if not model_tensor.persistent:
-        return Decision(model_tensor.name, "exact", None, "a buffer that the state dict leaves out")
-    return Decision(model_tensor.name, "exact", None, f"{dtype_name(tensor.dtype)} is kept exactly")
-
-
-_NAMES_SHOWN: Final = 8  # names or shapes that an error lists
+    return Decision(model_tensor.name, "grid", bits, "")
 
 
 def _unmatched(rule: Rule, model_tensors: ModelTensors[nn.Module], types: Mapping[str, type[nn.Module]]) -> ConfigError:

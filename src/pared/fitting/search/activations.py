@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from pared.fitting.calibration.observe import InputStats
@@ -176,10 +177,15 @@ def _names(candidate: Candidate) -> list[str]:
 
 
 def _fits(coded: Coded) -> bool:
-    """Whether the kernels take the weight: int8 codes, and few enough columns that every sum fits into 32 bits."""
-    if not isinstance(coded.format, Grid) or coded.format.codes != "int8":
+    """Whether the kernels take the weight: int8 codes, few enough columns that every sum fits into 32 bits.
+
+    What is in float64 asks for more than the float32 that they return.
+    """
+    if not isinstance(coded.format, Grid) or coded.format.codes != "int8" or coded.dtype == torch.float64:
         return False
-    return math.prod(coded.shape[1:]) <= MOST_COLUMNS
+    # A group of columns with a step of its own is for no kernel.
+    in_groups = coded.view is not None and coded.view.split != coded.shape
+    return not in_groups and math.prod(coded.shape[1:]) <= MOST_COLUMNS
 
 
 @dataclass(frozen=True, eq=False)

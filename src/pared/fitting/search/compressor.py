@@ -40,8 +40,10 @@ ACTIVATION_SHARE: Final = 0.1
 # ... and that share where the user asked for static or dynamic activations.
 _REQUESTED_ACTIVATION_SHARE: Final = 0.5
 
-# Bytes that stay free below max_size: the search later adds its scores to the index.
+# Bytes that stay free below max_size: the search later adds its scores to the index ...
 RESERVE: Final = 700
+# ... or, without scores, an empty outcome.
+RESERVE_WITHOUT_SCORES: Final = 64
 
 # Total importance (damage at a relative error of 1): no tensor's is below this share of the median tensor's, so that
 # what calibration hardly touches is not wiped out ...
@@ -141,8 +143,8 @@ class Compressor(Generic[ModuleT_co]):
         choice = allocate.within_damage(self._options, damage * (1 - self._activation_share))
         return self._point(choice, damage)
 
-    def within_bytes(self, nbytes: int) -> OperatingPoint:
-        """The plan of least damage whose file is at most `nbytes` large.
+    def within_bytes(self, nbytes: int, reserve: int = RESERVE) -> OperatingPoint:
+        """The plan of least damage whose file is at most `nbytes` large, less the bytes that stay free for the outcome.
 
         Predicted sizes are a little off, so the model is rounded and coded for each attempt: up to 60 times, though
         tensors that keep their option are not rounded again.
@@ -150,7 +152,7 @@ class Compressor(Generic[ModuleT_co]):
         Raises:
             ConfigError: even the smallest file is larger.
         """
-        wanted = nbytes - RESERVE
+        wanted = nbytes - reserve
         planned = float(wanted)
         best: Choice | None = None
         fitting, too_many = 0.0, math.inf  # planned bytes whose file fits, and whose file does not
@@ -173,13 +175,13 @@ class Compressor(Generic[ModuleT_co]):
             if best is not None and not fitting < planned < too_many:
                 planned = (fitting + too_many) / 2 if math.isfinite(too_many) else fitting * 1.01
         if best is None:
-            raise self._too_small(nbytes)
+            raise self._too_small(nbytes, reserve)
         return self._point(best, best.damage / (1 - self._activation_share))
 
-    def _too_small(self, nbytes: int) -> ConfigError:
+    def _too_small(self, nbytes: int, reserve: int) -> ConfigError:
         coarsest = allocate.choose(self._options, allocate.ends(self._options)[1])
         return ConfigError(
-            f"max_size is {nbytes:,} bytes, and the smallest file takes {self._nbytes(coarsest) + RESERVE:,}",
+            f"max_size is {nbytes:,} bytes, and the smallest file takes {self._nbytes(coarsest) + reserve:,}",
             where="PostTrainingQuantConfig",
             remedy=_LESS_THAN_EIGHT if self._conf.quant_level == 0 else _FEWER_RULES,
         )

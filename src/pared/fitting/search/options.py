@@ -84,11 +84,14 @@ def trace_tensor(
         damage = _damage(target, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
         plain.append((decision, coded.nbytes + GRID_ENTRY, damage))
+    own = plan.own_grid_of(model_tensor)
+    if own is not None:
+        plain.append((own, model_tensor.own_grid.nbytes + GRID_ENTRY, 0.0))  # type: ignore[union-attr]  # it has one
     may_stay = not (strict and model_tensor.weight_like)
     if may_stay and survives_float16(tensor):
         damage = _damage(target, tensor.float() - tensor.half().float())
         plain.append((_in_float(model_tensor, "float16"), 2.0 * tensor.numel(), damage))
-    if may_stay and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:
+    if may_stay and own is None and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:
         plain.append((_in_float(model_tensor, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
     nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
     options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
