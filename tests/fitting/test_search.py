@@ -164,6 +164,41 @@ def test_losses_that_follow_no_power_law(law: Law) -> None:
     assert excess(outcome, optimum) <= 1.13
 
 
+@pytest.mark.parametrize("slope", [8.0, 10.0, 12.0])
+@pytest.mark.parametrize("place", [1e-5, 3e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize(("best_decibels", "goal"), [(100.0, 25.0), (60.0, 40.0), (35.0, 30.0)])
+def test_a_goal_in_decibels_takes_few_trials(best_decibels: float, goal: float, place: float, slope: float) -> None:
+    """Signal to error: so many decibels fewer for ten times the damage, which no power law of the loss describes."""
+
+    def score(model: nn.Module) -> float:
+        damage = damage_of(model)
+        return min(best_decibels, goal - slope * math.log10(damage / place)) if damage else best_decibels
+
+    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(best_decibels - goal), score)))
+    assert outcome.met
+    assert len(outcome.trials) <= 6
+    # Where no loss is seen until shortly before the goal, the first loss that is seen may be too large already.
+    assert excess(outcome, place) <= (1.06 if best_decibels == 100 else 1.2)
+
+
+@pytest.mark.parametrize("place", [1e-5, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("tolerable", [1, 3, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_of_matches_take_few_trials(place: float, tolerable: int, seed: int) -> None:
+    """One number, the share of 200 that match, in steps of 1/200: some are lost by the damage, and others won."""
+
+    def score(model: nn.Module) -> float:
+        damage = damage_of(model)
+        rng = np.random.default_rng([seed, int(1e12 * damage)])
+        changed = min(tolerable * damage / place, 120)
+        return (180 - min(180, int(rng.poisson(changed)) - int(rng.poisson(0.3 * changed)))) / 200
+
+    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(tolerable / 200), score)))
+    assert outcome.met
+    assert len(outcome.trials) <= 6
+    assert excess(outcome, place) <= (1.3 if tolerable == 1 else 1.2)
+
+
 def test_the_end_of_the_range_is_enough_if_it_meets() -> None:
     outcome = find(lambda damage: 0.0)
     assert outcome.trials[-1].damage == Synthetic().most

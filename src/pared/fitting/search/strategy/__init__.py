@@ -1,0 +1,1 @@
+"""Which model the search tries next."""
