@@ -14,7 +14,7 @@ from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.fitting.search.strategy.laws import Law, fit_law, loss_of
 
 # After the first trial, the next must promise a file smaller by this share, which grows by this factor with each
-# further trial, by the next one too from a fifth trial on (a score so rough that four did not do tells little more), and
+# further trial, from a fifth trial on by the next factor as well (four trials did not do, so the score is rough), and
 # where the score is noisy: by the last factor for a standard error as large as the tolerable loss.
 _MIN_SAVING: Final = 0.01
 _MIN_SAVING_GROWTH: Final = 1.5
