@@ -93,7 +93,7 @@ def _power(clear: Sequence[Trial], tolerable_loss: float) -> Law:
 
 
 def _logarithmic(clear: Sequence[Trial], tolerable_loss: float) -> Law | None:
-    """`loss = a + b * log(damage)`, by the two clear trials between which, or nearest to which, the tolerable loss lies.
+    """`loss = a + b * log(damage)`, by the two clear trials around the tolerable loss, or those nearest to it.
 
     A ratio of signal to error in decibels is exactly that where the error's energy is the damage: b is then 10 / ln 10.
 
