@@ -298,7 +298,7 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
     "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
     "logging the first": (search.log, "info", 1, "the best of 1 trials is returned"),
-    "choosing": (search._Strategy, "next", 2, "the best of 1 trials is returned"),
+    "choosing": (search.Strategy, "next", 2, "the best of 1 trials is returned"),
     "naming contributors": (
         Compressor,
         "contributors",
