@@ -20,6 +20,7 @@ from pared.artifact.outcome import Curve
 from pared.fitting import speed
 from pared.fitting.search import search, trade_off
 from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.strategy.strategy import Strategy
 from pared.fitting.search.workspace import Workspace
 from pared.runtime import quantized
 from pared.runtime.record import record_of
@@ -298,7 +299,7 @@ STAGES: dict[str, tuple[Any, str, int, str]] = {
     "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
     "logging the first": (search.log, "info", 1, "the best of 1 trials is returned"),
-    "choosing": (search.Strategy, "next", 2, "the best of 1 trials is returned"),
+    "choosing": (Strategy, "next", 2, "the best of 1 trials is returned"),
     "naming contributors": (
         Compressor,
         "contributors",
