@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import safetensors.torch
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
+from torch.distributed.checkpoint import metadata as described
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from tests.inspection.test_ledger import artifact, as_pt, as_safetensors
 
@@ -161,9 +164,27 @@ def index() -> bytes:
     return json.dumps({"metadata": {"total_size": 16}, "weight_map": placed}).encode()
 
 
+def distributed() -> tuple[bytes, bytes]:
+    """The metadata and the chunks of a checkpoint of torch.distributed.checkpoint."""
+    chunks, places, state = b"", {}, {}
+    for name, sizes in (("w", [(2, 3), (1, 3)]), ("b", [(4,)])):
+        parts, row = [], 0
+        for size in sizes:
+            piece = saved(torch.ones(size))
+            offsets = torch.Size((row, *(0 for _ in size[1:])))
+            parts.append(described.ChunkStorageMetadata(offsets, torch.Size(size)))
+            places[described.MetadataIndex(name, offsets)] = _StorageInfo("__0_0.distcp", len(chunks), len(piece))
+            chunks, row = chunks + piece, row + size[0]
+        shape = torch.Size((row, *sizes[0][1:]))
+        state[name] = described.TensorStorageMetadata(described.TensorProperties(torch.float32), shape, parts)
+    paths = {"w": ("model", "w"), "b": ("model", "b")}
+    return pickle.dumps(described.Metadata(state, paths, places)), chunks
+
+
 # What stands beside the damaged file: what a model of ONNX may refer to, and the shards of a folder.
 BESIDE: dict[str, bytes] = {
     "data": bytes(range(16)),
+    "dcp/__0_0.distcp": distributed()[1],
     **{f"model/{name}": safetensors.torch.save(tensors) for name, tensors in SHARDS.items()},
 }
 
@@ -182,4 +203,5 @@ BASES: dict[str, Callable[[], list[bytes]]] = {
     "npy": lambda: [array()],
     "npz": lambda: [arrays(np.savez), arrays(np.savez_compressed)],
     "folder": lambda: [index()],
+    "distributed checkpoint": lambda: [distributed()[0]],
 }

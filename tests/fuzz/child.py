@@ -37,6 +37,9 @@ READ_ALL = 1 << 16
 # Whatever would run code, or look elsewhere.
 FORBIDDEN = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "code.")
 
+# The damaged file of a folder, by kind.
+FOLDERS = {"folder": "model/model.safetensors.index.json", "distributed checkpoint": "dcp/.metadata"}
+
 
 class Hang(BaseException):
     """A file takes too long."""
@@ -77,9 +80,10 @@ def look(file: bytes, kind: str, folder: Path) -> None:
             (folder / "model.onnx").write_bytes(file)
             with readers.open_listing(folder / "model.onnx") as listing:
                 check(listing)
-        elif kind == "folder":
-            (folder / "model" / "model.safetensors.index.json").write_bytes(file)
-            with readers.open_listing(folder / "model") as listing:
+        elif kind in FOLDERS:
+            path = folder / FOLDERS[kind]
+            path.write_bytes(file)
+            with readers.open_listing(path.parent) as listing:
                 check(listing)
         else:
             with open_file(file, "file") as opened:

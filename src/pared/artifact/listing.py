@@ -24,6 +24,7 @@ def open_either(path: Path) -> Iterator[Records | Listing]:
     Raises:
         FileError, CorruptError, UnsafeError: as `open_records` and `open_listing`.
     """
+    readers.refuse_cut(path)
     artifact = artifact_in(path)
     with ExitStack() as files:
         file = None if artifact.is_dir() else files.enter_context(open_file(artifact))

@@ -243,15 +243,9 @@ def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
 
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:
     """Everything that the artifact's bytes depend on; a journal that depends on anything else is discarded."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    used = {key.rpartition("/")[0] for key in listing.storages} if source.is_dir() else set()
+    files = listing.files.values() if listing.files else [source]
     with reading(source):
-        stats = [
-            [file.name, stat.st_size, stat.st_mtime_ns]
-            for file in files
-            if file.is_file() and (not used or file.relative_to(source).as_posix() in used)
-            for stat in [file.stat()]
-        ]
+        stats = [[file.name, stat.st_size, stat.st_mtime_ns] for file in files for stat in [file.stat()]]
     tensors = zlib.crc32(repr([(one.names, one.held) for one in kept]).encode())
     asked = {"bits": bits, "max_size": size, "version": f"{__version__}/{_VERSION}"}
     return {"source": str(source.resolve()), "files": stats, "tensors": tensors, **asked}
@@ -279,6 +273,7 @@ def _check_places(source: Path, output: Path) -> None:
     real = os.path.realpath(source)  # which never raises
     if source.exists() and real in (os.path.realpath(output), os.path.realpath(target)):
         raise ConfigError("is the source itself", where=str(output), remedy="Choose another directory to write to.")
+    readers.refuse_cut(source)
     artifact = artifact_in(source)
     if artifact.is_file():
         with open_file(artifact) as file:
@@ -292,6 +287,13 @@ def _check_places(source: Path, output: Path) -> None:
 
 def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
     """Refuse tensors that an artifact cannot hold, before any work is done."""
+    for place, note in listing.stray.items():
+        raise FileError(
+            f"has {note.nbytes:,} bytes that are {note.because}: another file may have been appended to it",
+            where=f"{listing.where}: {place.strip('()')}" if listing.files else listing.where,
+            remedy="Save the whole state dict with torch.save or as .safetensors, and compress that; pared inspect "
+            "shows what is read of this file.",
+        )
     if not kept and listing.tensors:
         raise FileError(
             "holds no weights of a model",

@@ -11,15 +11,10 @@ from typing import Final
 
 from pared.files.directories.writable import writing_to
 from pared.files.disk import write_atomic
+from pared.readers.folders.names import is_weights
 
-# Suffixes of files with weights, which are not copied beside the compressed ones.
-_WEIGHTS: Final = frozenset(
-    (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".onnx_data", ".gguf", ".npz", ".h5", ".keras",
-     ".msgpack", ".tflite", ".ot")
-)  # fmt: skip
 # Folders in which sentence-transformers keeps layers that follow the model: their weights are copied, too.
 _LAYER: Final = re.compile(r"\d+_\w+$")
-_INDEX: Final = ".index.json"
 _OURS: Final = frozenset(("deploy.yaml", "engine.json"))
 
 
@@ -44,7 +39,7 @@ def find_side_files(folder: Path, output: Path) -> Iterator[str]:
 
 def _is_weights(name: str) -> bool:
     """Whether a file holds weights, is an index of weights, or belongs to an artifact."""
-    return Path(name).suffix in _WEIGHTS or name.endswith(_INDEX) or name in _OURS
+    return is_weights(name) or name in _OURS
 
 
 def copy(folder: Path, names: Collection[str], output: Path, within: Path) -> None:

@@ -93,6 +93,39 @@ def open_file(source: bytes | str | os.PathLike[str], where: str = "") -> Iterat
             mapped.close()
 
 
+def part_of(file: File, begin: int, end: int) -> File:
+    """The bytes of a file from one offset to another, as if they were a file of their own.
+
+    >>> with open_file(b"abc") as file:
+    ...     part_of(file, 1, 3).stream.read()
+    b'bc'
+    """
+    data = file.data[begin:end]
+    return File(file.where, data, _Stream(data))
+
+
+class _Stream(io.BytesIO):
+    """Bytes in memory as a stream that copies only what is read."""
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__()
+        self._data = data
+        self._position = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = max(0, (0, self._position, len(self._data))[whence] + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, length: int | None = -1) -> bytes:
+        end = len(self._data) if length is None or length < 0 else self._position + length
+        piece = bytes(self._data[self._position : end])
+        self._position += len(piece)
+        return piece
+
+
 def _map(path: Path, where: str) -> tuple[BinaryIO, mmap.mmap]:
     try:
         # Opening a pipe would wait for its writer, and a device has no end.

@@ -8,6 +8,7 @@ from pared.files.disk import File
 from pared.files.safetensors_file import is_safetensors
 from pared.files.zip_file import is_zip
 
+POINTER: Final = b"version https://git-lfs"
 # What a file begins with, and what it is then.
 _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"PK\x03\x04", "a zip archive"),
@@ -20,7 +21,7 @@ _KINDS: Final[tuple[tuple[bytes, str], ...]] = (
     (b"GGUF", "a GGUF file"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"\x1f\x8b", "a gzip file"),
-    (b"version https://git-lfs", "a Git LFS pointer in the place of the file"),
+    (POINTER, "a Git LFS pointer in the place of the file"),
     (b"<", "a web page or an XML file"),
     (b"\x08", "an ONNX model or another protocol buffer"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO, Final
@@ -18,6 +19,11 @@ _MAGIC: Final = b"PK\x03\x04"
 _LOCAL_HEADER: Final = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, length of name, of extra field
 _ENCRYPTED: Final = 1
 _UTF8: Final = 0x800
+_LISTED_NBYTES: Final = 46  # of a member's entry in the directory, beside its name, extra field and comment
+_END_NBYTES: Final = 22  # of the end of the directory, beside the comment
+_LARGE_END: Final = b"PK\x06\x06"  # two more records of 76 bytes, where offsets need 64 bits
+_LARGE_END_NBYTES: Final = 76
+_LONGEST_DESCRIPTOR: Final = 24  # after a member: its checksum and sizes
 _ENTRY_NBYTES: Final = 16  # of Python's objects, for each byte of the directory at most
 
 # What the standard library raises on damaged directories.
@@ -65,11 +71,21 @@ class Archive:
         members: in the order of the file; they do not overlap, and have distinct names.
         directory: the offset of the directory, after all members.
         comment: free text at the end of the file.
+        end: the offset after the directory and the comment; the file should end there.
     """
 
     members: tuple[Member, ...]
     directory: int
     comment: bytes
+    end: int = 0
+
+    def gaps(self) -> Iterator[tuple[int, int]]:
+        """The offsets of bytes before, between and after the members that belong to nothing in the archive."""
+        end = 0
+        for member in self.members:
+            yield end, member.start
+            end = member.end + _LONGEST_DESCRIPTOR
+        yield end, self.directory
 
 
 def is_zip(file: File) -> bool:
@@ -99,7 +115,20 @@ def read_archive(file: File) -> Archive:
             raise _corrupt(file, f"its member {member.name!r} reaches into what follows it")
     if len({member.name for member in members}) != len(members):
         raise _corrupt(file, "two members of its archive have the same name")
-    return Archive(tuple(members), directory, comment)
+    return Archive(tuple(members), directory, comment, _end(file, infos, directory) + len(comment))
+
+
+def _end(file: File, infos: Sequence[zipfile.ZipInfo], directory: int) -> int:
+    """The offset after the directory."""
+    listed = sum(_LISTED_NBYTES + len(_listed(info)) + len(info.extra) + len(info.comment) for info in infos)
+    end = directory + listed
+    large = bytes(file.data[end : end + len(_LARGE_END)]) == _LARGE_END
+    return end + _END_NBYTES + (_LARGE_END_NBYTES if large else 0)
+
+
+def _listed(info: zipfile.ZipInfo) -> bytes:
+    """A member's name as the directory has it."""
+    return info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
 
 
 class _Bounded:
@@ -126,8 +155,7 @@ def _member(file: File, info: zipfile.ZipInfo) -> Member:
     magic, flags, method, name_length, extra_length = _LOCAL_HEADER.unpack_from(file.data, start)
     name_start = start + _LOCAL_HEADER.size
     name = bytes(file.data[name_start : name_start + name_length])
-    listed = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
-    if (magic, method, name) != (_MAGIC, info.compress_type, listed):
+    if (magic, method, name) != (_MAGIC, info.compress_type, _listed(info)):
         raise _corrupt(file, f"its member {info.filename!r} and the archive's directory contradict each other")
     encrypted = bool((flags | info.flag_bits) & _ENCRYPTED)
     stored_plain = method == zipfile.ZIP_STORED

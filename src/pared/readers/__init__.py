@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pared.files.disk import open_file
-from pared.readers.folders import list_folder
-from pared.readers.kinds import list_tensors
+from pared.readers.folders.folder import list_file, list_folder
+from pared.readers.folders.sets import refuse_cut
 from pared.readers.listing import Listing
+
+__all__ = ["open_listing", "refuse_cut"]
 
 
 @contextmanager
 def open_listing(path: Path) -> Iterator[Listing]:
     """List the tensors of a file or folder; their numbers can be read while the context is open.
 
+    A file that is one of several (a shard, or a file that an index names) stands for all of them.
+
     Raises:
-        FileError: it cannot be read, or its format is not supported.
+        FileError: it cannot be read, its format is not supported, or a part of the model is missing.
         CorruptError: it contradicts itself.
         UnsafeError: it cannot be read without running code or within the memory limit.
     """
@@ -25,4 +28,4 @@ def open_listing(path: Path) -> Iterator[Listing]:
         if path.is_dir():
             yield list_folder(path, files)
         else:
-            yield list_tensors(files.enter_context(open_file(path)))
+            yield list_file(path, files)

@@ -11,12 +11,17 @@ from typing import Final
 
 from pared.files.checks import Place
 from pared.files.disk import File
-from pared.readers.listing import ListedTensor, Listing, Note, Storage, unknown
+from pared.readers.listing import ListedTensor, Listing, Note, Split, Storage, stray, unknown
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _ALIGNMENT_KEY: Final = b"general.alignment"
 _DEFAULT_ALIGNMENT: Final = 32
+# What a file says that is one of several.
+_NUMBER_KEY: Final = b"split.no"
+_COUNT_KEY: Final = b"split.count"
+_TENSORS_KEY: Final = b"split.tensors.count"
+_SPLIT_KEYS: Final = (_NUMBER_KEY, _COUNT_KEY, _TENSORS_KEY)
 _MOST_DIMENSIONS: Final = 8  # GGML itself has four
 _HELD_NBYTES: Final = 1500
 _DEEPEST: Final = 4
@@ -80,10 +85,14 @@ def read_gguf(file: File) -> Listing:
         raise unknown(file, f"a GGUF file, {order}")
     tensors, entries = reader.count(), reader.count()
     alignment = _DEFAULT_ALIGNMENT
+    said: dict[bytes, int] = {}
     for _ in range(entries):
         key, kind = bytes(reader.text()), reader.number()
         if key == _ALIGNMENT_KEY and kind == _UINT32:
             alignment = reader.number()
+        elif key in _SPLIT_KEYS and kind in _FIXED:
+            begin = reader.skip(_FIXED[kind])
+            said[key] = int.from_bytes(reader.data[begin : reader.position], "little")
         else:
             reader.skip_value(kind, 0)
     if not 0 < alignment <= 1 << 20:
@@ -95,14 +104,16 @@ def read_gguf(file: File) -> Listing:
         memory.take(_HELD_NBYTES)
         found.append(_tensor(reader))
     start = -(-reader.position // alignment) * alignment
-    _check_apart([(start + offset, held) for offset, held in found], len(file.data), reader.at)
+    gaps = _gaps([(start + offset, held) for offset, held in found], start, alignment, file.data, reader.at)
+    count = said.get(_COUNT_KEY)
     return Listing(
         tensors=tuple(held for _, held in found),
         storages={
             held.name: Storage(held.nbytes, partial(_content, file, start + offset, held.nbytes))
             for offset, held in found
         },
-        notes={"(metadata)": Note(metadata), "(header)": Note(reader.position - metadata)},
+        notes={"(metadata)": Note(metadata), "(header)": Note(reader.position - metadata), **gaps},
+        split=None if count is None else Split(said.get(_NUMBER_KEY, 0), count, said.get(_TENSORS_KEY)),
     )
 
 
@@ -174,17 +185,24 @@ def _tensor(reader: _Reader) -> tuple[int, ListedTensor]:
     return offset, ListedTensor(name, block.name, shape, math.prod(shape) // block.elements * block.nbytes, name)
 
 
-def _check_apart(placed: list[tuple[int, ListedTensor]], nbytes: int, at: Place) -> None:
-    """Check that tensors have distinct names, do not overlap and are within the file."""
+def _gaps(
+    placed: list[tuple[int, ListedTensor]], start: int, alignment: int, data: memoryview, at: Place
+) -> dict[str, Note]:
+    """Check that tensors have distinct names, do not overlap and are within the file; return what else is there."""
+    nbytes = len(data)
     if len({held.name for _, held in placed}) != len(placed):
         at.fail("two of its tensors have the same name")
-    end = 0
+    end, between = start, 0
     for begin, held in sorted(placed, key=lambda item: item[0]):
         if begin < end:
             at.fail(f"tensor {held.name!r} begins within another")
+        if begin - end >= alignment:
+            between += sum(note.nbytes for note in stray(data, end, min(begin, nbytes), "").values())
         end = begin + held.nbytes
     if end > nbytes:
         at.fail(f"its tensors end at byte {end:,}, and the file has {nbytes:,}: it is truncated")
+    gaps = {"(bytes between its tensors)": Note(between, "between its tensors, and belong to none", stray=True)}
+    return (gaps if between else {}) | stray(data, end, nbytes, "after its last tensor")
 
 
 def _content(file: File, begin: int, nbytes: int) -> memoryview:

@@ -9,11 +9,11 @@ from typing import Final, NoReturn
 
 from pared.errors import FileError
 from pared.files.disk import File
-from pared.files.magic import kind_of
+from pared.files.magic import POINTER, kind_of
 from pared.files.safetensors_file import is_safetensors
-from pared.files.zip_file import is_zip, read_archive, torch_folder
+from pared.files.zip_file import Archive, is_zip, read_archive, torch_folder
 from pared.readers.gguf import is_gguf, read_gguf
-from pared.readers.listing import Listing, unknown
+from pared.readers.listing import Listing, Note, stray, unknown
 from pared.readers.numpy_files import is_npy, is_npz, read_npy, read_npz
 from pared.readers.onnx.model import is_onnx, read_onnx
 from pared.readers.safetensors import read_safetensors
@@ -25,6 +25,14 @@ from pared.readers.torch.legacy import is_torch_legacy, read_torch_legacy
 def _read_zip(file: File) -> Listing:
     """List a zip archive, whose kind the names of its members tell."""
     archive = read_archive(file)
+    listing = _read_members(file, archive)
+    between = sum(note.nbytes for gap in archive.gaps() for note in stray(file.data, *gap, "").values())
+    gaps = {"(bytes between its members)": Note(between, "outside its members, and belong to no tensor", stray=True)}
+    after = stray(file.data, archive.end, len(file.data), "after its end")
+    return replace(listing, notes={**listing.notes, **(gaps if between else {}), **after})
+
+
+def _read_members(file: File, archive: Archive) -> Listing:
     exported = export_folder(archive)
     if exported is not None:
         return read_torch_export(file, archive, exported)
@@ -36,6 +44,18 @@ def _read_zip(file: File) -> Listing:
     if saved is not None:
         return read_torch_zip(file, archive, saved)
     raise unknown(file, "a zip archive of an unknown kind")
+
+
+def _is_pointer(file: File) -> bool:
+    return bytes(file.data[:128]).startswith(POINTER)
+
+
+def _refuse_pointer(file: File) -> NoReturn:
+    raise FileError(
+        f"is {kind_of(file)}: its repository was cloned without large files",
+        where=file.where,
+        remedy="Run 'git lfs install' and 'git lfs pull' in the clone, or fetch the model with: hf download ORG/NAME",
+    )
 
 
 def _is_hdf5(file: File) -> bool:
@@ -54,6 +74,7 @@ def _refuse_keras(file: File, kind: str) -> NoReturn:
 _READERS: Final[tuple[tuple[Callable[[File], bool], Callable[[File], Listing]], ...]] = (
     (is_safetensors, read_safetensors),
     (is_zip, _read_zip),
+    (_is_pointer, _refuse_pointer),
     (is_torch_legacy, read_torch_legacy),
     (is_gguf, read_gguf),
     (is_npy, read_npy),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -78,12 +80,30 @@ class Note:
         because: an explanation for users, if one is needed.
         ballast: whether the model works without it.
         file: whether it is a complete file of a folder.
+        stray: whether it belongs to no tensor and to no part of the format: a file that was appended to another, for
+            example. What it holds may be missing from the listing.
     """
 
     nbytes: int
     because: str = ""
     ballast: bool = False
     file: bool = False
+    stray: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a file says about the model of which it holds only some tensors.
+
+    Args:
+        number: which of the files it is, from 0.
+        count: the number of files.
+        tensors: the number of tensors in all files together; None if it does not say.
+    """
+
+    number: int
+    count: int
+    tensors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,10 @@ class Listing:
         kind: a description of what was read: "a .safetensors file", "a Hugging Face folder".
         beside: other files that hold some of the numbers, as paths relative to the file's folder.
         flat: whether the file has no nested dictionaries, so that a slash is an ordinary character of a name.
+        files: where several files were read: those that hold the model, by the names with which the keys of their
+            storages begin. Empty for a single file, and for a folder of several models.
+        split: what the file says if it is one of several.
+        world: the number of processes over which the tensors of the model are divided, if the file says so.
     """
 
     tensors: tuple[ListedTensor, ...]
@@ -112,6 +136,17 @@ class Listing:
     kind: str = ""
     beside: tuple[str, ...] = ()
     flat: bool = False
+    files: Mapping[str, Path] = field(default_factory=dict)
+    split: Split | None = None
+    world: int | None = None
+
+    @property
+    def stray(self) -> dict[str, Note]:
+        """The bytes of the model's files that belong to no tensor and to no part of the format, by name."""
+        inside = tuple(f"({name}: " for name in self.files)
+        return {
+            name: note for name, note in self.notes.items() if note.stray and (not inside or name.startswith(inside))
+        }
 
     def array(self, held: ListedTensor) -> Array | None:
         """The numbers of a tensor, memory-mapped where the file stores them plainly.
@@ -138,6 +173,24 @@ class Listing:
         flat = np.frombuffer(content, kind, count=(len(content) - held.offset) // kind.itemsize, offset=held.offset)
         strides = [step * kind.itemsize for step in held.stride]
         return np.lib.stride_tricks.as_strided(flat, held.shape, strides, writeable=False)
+
+
+_PADDING: Final = 1 << 16  # the largest alignment of any format, in bytes
+
+
+def stray(data: memoryview, begin: int, end: int, what: str) -> dict[str, Note]:
+    """A note for bytes of a file that belong to nothing in it; none for the zeros of an alignment.
+
+    Args:
+        data: the file.
+        begin: the offset of the first of these bytes.
+        end: the offset after the last.
+        what: where they are: "after its last tensor".
+    """
+    nbytes = end - begin
+    if nbytes <= 0 or (nbytes < _PADDING and bytes(data[begin:end]).count(0) == nbytes):
+        return {}
+    return {f"(bytes {what})": Note(nbytes, f"{what}, and belong to no tensor", stray=True)}
 
 
 def unknown(file: File, kind: str) -> FileError:

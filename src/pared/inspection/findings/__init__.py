@@ -17,6 +17,7 @@ from pared.inspection.findings.structure import (
     executable_pickle,
     left_in_float,
     optimizer_state,
+    stray_bytes,
     view_of_larger_storage,
     wide_float,
 )
@@ -52,6 +53,7 @@ def _with_trait(kind: str, floats: bool, remedy: str = "") -> Callable[[Case], I
 
 # They run in this order; tensors that one of them explains are skipped by the next ones.
 DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
+    ("stray-bytes", stray_bytes),
     ("executable-pickle", executable_pickle),
     ("optimizer-state", optimizer_state),
     ("view-of-larger-storage", view_of_larger_storage),

@@ -26,6 +26,7 @@ _SAVE: Final = {
     "pared.model._revive": "It is a quantized model of a version before 0.1, whose pickles are no longer read: use the "
     "artifact that save(directory) wrote.",
 }
+_WHOLE: Final = "Save the whole state dict into a file of its own; pared compress refuses this one."
 _PICKLE: Final = re.compile(r"(^\(|: )pickle\)$")
 
 
@@ -37,6 +38,16 @@ def executable_pickle(case: Case) -> Iterator[Cause]:
         nbytes = sum(_pickles(case.listing).values())
         remedy = next((_SAVE[name] for name in imports if name in _SAVE), "")
         yield Cause(imports, nbytes, f"loading it would run {shown}", remedy, always=True)
+
+
+def stray_bytes(case: Case) -> Iterator[Cause]:
+    """Bytes of a file that belong to no tensor: what they hold is missing from the listing."""
+    stray = {name: note for name, note in case.listing.notes.items() if note.stray}
+    if stray:
+        nbytes = sum(note.nbytes for note in stray.values())
+        why = "; ".join(dict.fromkeys(note.because for note in stray.values()))
+        evidence = f"{nbytes:,} bytes are {why}: another file may have been appended"
+        yield Cause(tuple(stray), nbytes, evidence, _WHOLE, always=True)
 
 
 def ballast(case: Case) -> Iterator[Cause]:

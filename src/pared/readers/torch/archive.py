@@ -12,7 +12,7 @@ from typing import Final
 
 from pared.files.disk import File
 from pared.files.memory_limit import MemoryLimit
-from pared.files.pickles import read_pickle
+from pared.files.pickles import Node, read_pickle
 from pared.files.zip_file import PICKLE, Archive, Member, checked_content
 from pared.readers.listing import ListedTensor, Listing, Note, Storage, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
@@ -40,6 +40,7 @@ def read_torch_zip(file: File, archive: Archive, folder: str) -> Listing:
         raise unknown(file, BIG_ENDIAN)
     memory = file.memory
     listing = _described(file, members, PICKLE, "data/", memory)
+    listing = replace(listing, notes={**listing.notes, **_foreign(members)})
     if _CONSTANTS not in members:
         return replace(listing, kind="a torch file")
     constants = _described(file, members, _CONSTANTS, "constants/", memory)
@@ -59,7 +60,26 @@ def _described(file: File, members: Mapping[str, Member], pickle: str, folder: s
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
     tensors = tensors_of(found.root, {key: member.nbytes for key, member in stored.items()}, file.where, memory)
     storages = {key: Storage(member.stored, partial(_content, file, member)) for key, member in stored.items()}
-    return Listing(tuple(tensors), storages, {"(pickle)": Note(members[pickle].stored)}, found.imports)
+    notes = {"(pickle)": Note(members[pickle].stored)}
+    return Listing(tuple(tensors), storages, notes, found.imports, world=_world(found.root))
+
+
+def _world(root: object) -> int | None:
+    """The number of processes over which DeepSpeed divided each tensor of the model."""
+    sizes = [value for key, value in root.pairs if key == "mp_world_size"] if isinstance(root, Node) else []
+    return sizes[0] if sizes and isinstance(sizes[0], int) else None
+
+
+def _foreign(members: Mapping[str, Member]) -> dict[str, Note]:
+    """The members that torch did not write: another model, for example, in a folder of its own."""
+    known = (PICKLE, _CONSTANTS, _BYTE_ORDER, "version", "model.json", "bytecode.pkl")
+    places = ("data/", "constants/", _CODE, _EXTRA, ".")
+    foreign = {name: m.stored for name, m in members.items() if name not in known and not name.startswith(places)}
+    nbytes = sum(foreign.values())
+    because = (
+        f"in members of its archive that torch does not write, such as {next(iter(foreign))[:80]!r}" if nbytes else ""
+    )
+    return {"(other members)": Note(nbytes, because, stray=True)} if nbytes else {}
 
 
 def _content(file: File, member: Member) -> memoryview:

@@ -11,7 +11,7 @@ from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.pickles import Node, Pickle, read_pickle
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import Listing, Note, Storage, unknown
+from pared.readers.listing import Listing, Note, Storage, stray, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import storage_of, tensors_of
 
@@ -42,11 +42,12 @@ def read_torch_legacy(file: File) -> Listing:
     if isinstance(system.root, Node) and ("little_endian", False) in system.root.pairs:
         raise unknown(file, BIG_ENDIAN)
     storages = dict(_storages(file, position, keys.root, _kinds(content, at), at))
+    end = position + sum(_COUNT.size + storage.nbytes for storage in storages.values())
     sizes = {key: storage.nbytes for key, storage in storages.items()}
     return Listing(
         tensors=tuple(tensors_of(content.root, sizes, file.where, memory)),
         storages=storages,
-        notes={"(pickle)": Note(position)},
+        notes={"(pickle)": Note(position), **stray(file.data, end, len(file.data), "after its last storage")},
         imports=content.imports,
         kind="a torch file of the kind that was written before torch 1.6",
     )
