@@ -79,16 +79,20 @@ def convolution(
     levels: int = FULL_LEVELS,
 ) -> Tensor:
     """The output of `conv.static` with a span, of `conv.dynamic` without."""
-    span = tensor_range(x) if span is None else span
-    if span is None:
-        return torch.full_like(convolution(x.nan_to_num(0, 0, 0), codes, step, geometry, bias), torch.nan)
-    scale, zero_point = span.grid(levels)
-    centred = quantize(x.float(), scale, zero_point, levels).double() - zero_point
+    scale: float | Tensor
+    if span is None and x.numel():
+        samples = x.float() if x.dim() == codes.dim() else x.float()[None]
+        rows, scale, zero_points = quantize_rows(samples.flatten(1), levels)
+        centred = (rows.double() - zero_points).reshape(x.shape)
+        scale = scale.double().reshape(-1, *[1] * (x.dim() - 1)) if x.dim() == codes.dim() else scale.double()
+    else:
+        scale, zero_point = (span or Range(0.0, 0.0)).grid(levels)
+        centred = quantize(x.float(), scale, zero_point, levels).double() - zero_point
     trailing = [zeros for more in reversed(geometry.trailing) for zeros in (0, more)]
     moves = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     out = CONVOLUTIONS[codes.dim() - 2](F.pad(centred, trailing), codes.double(), None, *moves)
     channel = (-1, *(1 for _ in codes.shape[2:]))
-    out = out * (scale * step.double()).reshape(channel)
+    out = out * scale * step.double().reshape(channel)
     return (out if bias is None else out + bias.reshape(channel)).to(x.dtype)
 
 
