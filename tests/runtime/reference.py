@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pared.formats.activation import NARROWEST, Outliers, Range, float32
 from pared.runtime.kernels import outliers as columns
-from pared.runtime.kernels.activation import ORIGIN, tensor_range
+from pared.runtime.kernels.activation import ORIGIN
 from pared.runtime.kernels.conv import Geometry
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import ExtraColumns
@@ -114,7 +114,7 @@ def transposed_convolution(
     return out
 
 
-def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights, *, first: bool) -> tuple[Tensor, ...]:
     """The output of `recurrent.run` for one direction of one layer, in float64.
 
     Args:
@@ -122,12 +122,13 @@ def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -
         x: floats (steps, batch, inputs).
         state: one or two of (batch, hidden).
         weights: plain ones.
+        first: whether the input is not that of a layer below.
 
     Returns:
         the outputs (steps, batch, hidden), and the last state or states. Gates stand in the order that PyTorch
         documents for its layers (Hochreiter and Schmidhuber 1997; Cho et al. 2014).
     """
-    inputs = _gates(x, weights, 0)
+    inputs = _gates(x, weights, 0, in_floats=first)
     now = [one.double() for one in state]
     outputs = []
     for step in inputs:
@@ -144,10 +145,13 @@ def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -
     return torch.stack(outputs), *now
 
 
-def _gates(x: Tensor, weights: Weights, which: int) -> Tensor:
-    span = tensor_range(x.float()) or Range(0.0, 0.0)
-    scale, zero_point = span.grid(weights.levels)
-    centred = quantize(x.float(), scale, zero_point, weights.levels).double() - zero_point
+def _gates(x: Tensor, weights: Weights, which: int, *, in_floats: bool = False) -> Tensor:
+    scale, zero_point = Range(-1.0, 1.0).grid(weights.levels)
+    weight = weights.codes[which] * weights.steps[which].reshape(-1, 1)
+    if in_floats:
+        out = F.linear(x.double(), weight.half().double())
+    else:
+        centred = quantize(x.float(), scale, zero_point, weights.levels).double() - zero_point
+        out = F.linear(centred * scale, weight.double())
     bias = weights.biases[which]
-    out = F.linear(centred, weights.codes[which].double()) * (scale * weights.steps[which].double())
     return out if bias is None else out + bias.double()

@@ -418,7 +418,9 @@ def test_a_channel_without_a_step_gives_the_bias_and_nan_shows() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("case", [(4, 6, 1, (3, 3), 1, 1), (3, 8, 1, (16, 16), 16, 0), (8, 8, 8, (3, 3), 2, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [(4, 6, 1, (3, 3), 1, 1), (3, 8, 1, (16, 16), 16, 0), (8, 8, 8, (3, 3), 2, 1)], ids=str
+)
 def test_no_sample_of_a_convolution_depends_on_the_others(
     case: tuple[int, int, int, tuple[int, ...], int, int], layout: torch.memory_format
 ) -> None:

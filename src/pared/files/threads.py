@@ -46,7 +46,7 @@ def apart(work: Callable[[], R]) -> R:
     """Call a function in a thread of its own, and wait for its result, or for what it raises.
 
     OpenMP ties its pool of threads to the thread that first computed in parallel. A fork copies the calling thread and
-    none of the pool's: the child would never stop waiting for them. The pool of a thread that has ended is gone, so that
+    none of the pool's: the child would never stop waiting for them. The pool of a thread that has ended is gone, so
     who calls this may fork afterwards.
 
     >>> apart(lambda: 1 + 1)
