@@ -92,7 +92,7 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
         return _exact(array, f"{dtype} is kept exactly")
     if not goes_on_grid(dtype, array.shape):
         return _flat(array, name)
-    view = plain_view(array.shape)
+    view = plain_view(array.shape, name)
     matrix = matrix_of(array, view)
     largest = magnitudes(matrix, threads)
     if not np.isfinite(largest).all():

@@ -7,6 +7,7 @@ from typing import Final, Generic
 
 from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.calibration.observe import Statistics
+from pared.fitting.calibration.orientation import oriented
 from pared.fitting.calibration.perturbation import perturb
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.config import PostTrainingQuantConfig
@@ -70,6 +71,7 @@ def prepare(
         return Prepared(tensors, conf, None, None)
     with stages.stage("calibrating"):
         seen = observe.collect(model, calibration, conf.calibration_sampling_size)
+        tensors = oriented(tensors, seen.calls)
     with stages.stage("measuring what errors cost"):
         return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,13 @@ OWN_ROWS: Final[weakref.WeakKeyDictionary[type, Mapping[str, tuple[int, ...]]]] 
 # A step takes four bytes: rows shorter than this would spend more on steps than on int8 codes.
 _SHORTEST_ROW: Final = 4
 
+# A tensor of three dimensions is taken for a stack of matrices, such as the experts of a layer, if its name says so, or
+# if the matrices are too large for the kernels of a convolution. If that is wrong, it costs a few steps too many.
+_EXPERTS: Final = re.compile(r"(?i)expert|moe")
+_CONVOLUTION: Final = re.compile(r"(?i)conv")
+_SMALLEST_MATRIX: Final = 32
+_SMALLEST_EXPERT: Final = 8
+
 
 def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
     """The view of one tensor of a module.
@@ -123,21 +131,54 @@ def view_of(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> View:
     own = next((OWN_ROWS[cls] for cls in type(module).__mro__ if attribute in OWN_ROWS.get(cls, {})), None)
     if own is not None:
         return View(shape, own[attribute])
+    if not is_own(module, attribute):
+        return plain_view(shape, f"{type(module).__qualname__}.{attribute}")
     view = first_dimension(shape)
     if attribute == "weight":
         for cls in type(module).__mro__:
             special = VIEWS.get(f"{cls.__module__}.{cls.__qualname__}")
             if special is not None:
                 view = special(module, shape)
-    return _long_enough(view, shape)
+    return long_enough(view, shape)
 
 
-def plain_view(shape: tuple[int, ...]) -> View:
-    """The view of a tensor of which nothing but the shape is known."""
-    return _long_enough(first_dimension(shape), shape)
+def is_own(module: nn.Module, attribute: str) -> bool:
+    """Whether the module's class says what the dimensions of this tensor mean: PyTorch's, registered, or in `VIEWS`."""
+    weight = attribute.startswith("weight")  # what a subclass adds to a layer has other names
+    for cls in type(module).__mro__:
+        if attribute in OWN_ROWS.get(cls, {}) or cls.__module__.startswith("torch.nn.utils."):
+            return True
+        if weight and (f"{cls.__module__}.{cls.__qualname__}" in VIEWS or _is_layer(cls)):
+            return True
+    return False
 
 
-def _long_enough(view: View, shape: tuple[int, ...]) -> View:
+def _is_layer(cls: type) -> bool:
+    """Whether a class is one of PyTorch's layers: neither the base of all modules nor a container of the user's tensors."""
+    room = cls.__module__
+    return room.startswith("torch.nn.") and room not in ("torch.nn.modules.module", "torch.nn.modules.container")
+
+
+def plain_view(shape: tuple[int, ...], name: str = "") -> View:
+    """The view of a tensor of which nothing but the shape and the name is known.
+
+    >>> plain_view((8, 3, 3)).rows, plain_view((8, 64, 64)).rows, plain_view((8, 64, 64), "conv.weight").rows
+    ((0,), (0, 1), (0,))
+    """
+    view = View(shape, tuple(range(len(shape) - 1))) if _is_stack(shape, name) else first_dimension(shape)
+    return long_enough(view, shape)
+
+
+def _is_stack(shape: tuple[int, ...], name: str) -> bool:
+    if len(shape) < 3 or shape[0] < 2 or _CONVOLUTION.search(name):
+        return False
+    if _EXPERTS.search(name):
+        return min(shape[-2:]) >= _SMALLEST_EXPERT
+    return len(shape) == 3 and min(shape[-2:]) >= _SMALLEST_MATRIX
+
+
+def long_enough(view: View, shape: tuple[int, ...]) -> View:
+    """The view, or a single row where its rows would be so short that their steps take more bytes than their codes."""
     return view if math.prod(shape) >= view.n_rows * _SHORTEST_ROW else single_row(shape)
 
 

@@ -31,6 +31,7 @@ class ModelTensor:
         persistent: whether it is in the model's `state_dict`.
         module: the module that owns its first name.
         view: which of its dimensions count rows, with one step each on a grid, and which count columns.
+        groups: how many equal runs of its rows have inputs of their own; None: as many as the module says.
     """
 
     names: tuple[str, ...]
@@ -39,6 +40,7 @@ class ModelTensor:
     persistent: bool
     module: nn.Module
     view: View
+    groups: int | None = None
 
     @property
     def name(self) -> str:

@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 
 # The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
 WIDEST_BLOCK: Final = 4096
+# A weight of few and long rows, or of many groups, has narrower blocks: its moments may take this many entries, or this
+# many for each of its numbers.
+_MOST_ENTRIES: Final = 1 << 22
+_ENTRIES_PER_WEIGHT: Final = 16
 # Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
@@ -359,6 +363,12 @@ class _Noise:
 def _blocks(tensor: ModelTensor) -> Blocks:
     """The groups of its rows, as the module says, and the least number of blocks of at most `WIDEST_BLOCK` columns."""
     groups = getattr(tensor.module, "groups", 1) if tensor.attribute == "weight" else 1
+    if tensor.groups is not None:
+        groups = tensor.groups
     if not isinstance(groups, int) or groups < 1 or tensor.view.n_rows % groups:
         groups = 1
-    return Blocks(groups, max(1, -(-tensor.view.n_columns // WIDEST_BLOCK)))
+    # The moments of all blocks together have about columns * width * groups entries.
+    entries = max(_MOST_ENTRIES, _ENTRIES_PER_WEIGHT * tensor.tensor.numel())
+    columns = tensor.view.n_columns
+    widest = min(WIDEST_BLOCK, max(1, entries // (columns * groups)))
+    return Blocks(groups, max(1, -(-columns // widest)))

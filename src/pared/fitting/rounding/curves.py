@@ -18,6 +18,7 @@ from pared.fitting.rounding.targets import (
     STEPS_PER_OCTAVE,
     Floats,
     RoundingTarget,
+    blocks_of_groups,
     round_rows,
     round_with_feedback,
 )
@@ -32,6 +33,7 @@ _KINDS: Final[tuple[CodeType, ...]] = ("int8", "int16")
 _SAMPLED_WEIGHTS: Final = 1 << 16
 _SAMPLED_WEIGHTS_PLAIN: Final = 1 << 19
 _MIN_ROWS: Final = 128
+_LARGE_GROUPS: Final = 8  # of which rows are sampled, where a group is too large to be rounded as a whole
 # Steps that are tried, in octaves from the root mean square of the weights. Below them the laws of fine steps hold: an
 # octave costs a bit, and the error is that of independent rounding (Bennett 1948), down to the finest step.
 _TRIED: Final = tuple(i / 2 for i in range(-6, 5))
@@ -99,20 +101,30 @@ def trace(target: RoundingTarget, stats: TensorStats) -> RateCurve:
 
 
 def sample_rows(target: RoundingTarget) -> Tensor:
-    """Rows to round for a curve, or whole groups of rows, spread over all rates.
+    """Rows to round for a curve, spread over all rates: whole groups, or some rows of a few large groups.
 
     Returns:
-        int64 (some rows,): their indices.
+        int64 (some groups, rows of each): their indices.
     """
     rows, columns = target.matrix.shape
-    group = rows // target.layout.groups if target.layout.groups > 1 else 1
+    groups = target.layout.groups
     sample = _SAMPLED_WEIGHTS if target.factored is not None else _SAMPLED_WEIGHTS_PLAIN
-    wanted = max(1, min(rows // group, max(sample // (columns * group), _MIN_ROWS // group)))
     spread = target.matrix.square().mean(1).log2() / 2 - target.exponents / STEPS_PER_OCTAVE
-    order = spread.reshape(-1, group).mean(1).argsort(stable=True)
-    places = (torch.arange(wanted) + 0.5) * (rows / group / wanted)
-    first = order[places.long()].sort().values
-    found: Tensor = (first[:, None] * group + torch.arange(group)).reshape(-1)
+    if groups == 1:
+        return _spread_out(spread, max(1, min(rows, max(sample // columns, _MIN_ROWS))))[None]
+    size = rows // groups
+    wanted, each = max(1, min(groups, max(sample // (columns * size), _MIN_ROWS // size))), size
+    if size > _MIN_ROWS and size * columns > sample:
+        wanted = min(groups, _LARGE_GROUPS)
+        each = max(1, min(size, max(sample // columns, _MIN_ROWS) // wanted))
+    first = _spread_out(spread.reshape(-1, size).mean(1), wanted)
+    return torch.stack([int(i) * size + _spread_out(spread[int(i) * size : (int(i) + 1) * size], each) for i in first])
+
+
+def _spread_out(values: Tensor, wanted: int) -> Tensor:
+    """The indices of so many values, in order, evenly spaced among all values when these are sorted: int64 (wanted,)."""
+    places = (torch.arange(wanted) + 0.5) * (len(values) / wanted)
+    found: Tensor = values.argsort(stable=True)[places.long()].sort().values
     return found
 
 
@@ -121,41 +133,47 @@ def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: T
 
     Args:
         target: the tensor.
-        rows: int64: indices of the sampled rows.
+        rows: int64 (some groups, rows of each): indices of the sampled rows.
         tried: common steps, in eighths of an octave.
         moments: float32 (blocks, columns, columns): judge the errors; None: all inputs count alike.
 
     Returns:
         bits per weight, and squared error relative to that of fine steps, each float64 (tried,).
     """
-    steps = torch.cat([target.steps(common, "int16")[rows] for common in tried])
-    copies = rows.repeat(len(tried))
+    groups, each = rows.shape
+    steps = torch.cat([target.steps(common, "int16")[rows] for common in tried], dim=1)
+    copies = rows.repeat(1, len(tried))
     if target.factored is not None:
         codes = round_with_feedback(target, copies, steps, CODE_LIMITS["int16"])
     else:
-        codes = round_rows(target.matrix[copies], steps, CODE_LIMITS["int16"])
-    error = _row_errors(target, copies, codes, steps, moments).reshape(len(tried), -1)
-    plain = (steps.double().square() / 12).reshape(len(tried), -1)
-    weight = target.importance[rows]
+        flat = round_rows(target.matrix[copies.reshape(-1)], steps.reshape(-1), CODE_LIMITS["int16"])
+        codes = flat.reshape(*copies.shape, -1)
+
+    def by_step(values: Tensor) -> Tensor:  # (tried, rows, ...)
+        split = values.reshape(groups, len(tried), each, *values.shape[2:]).transpose(0, 1)
+        return split.reshape(len(tried), groups * each, *values.shape[2:])
+
+    error = by_step(_row_errors(target, copies, codes, steps, moments))
+    plain = by_step(steps.double().square() / 12)
+    weight = target.importance[rows.reshape(-1)]
     errors = (weight * error).sum(1) / (weight * plain).sum(1).clamp(min=_TINY)
-    narrow = codes.to(torch.int16).reshape(len(tried), len(rows), -1).numpy()
+    narrow = by_step(codes.to(torch.int16)).numpy()
     return np.array([rate(of_step, len(target.matrix)) for of_step in narrow]), errors.numpy()
 
 
 def _row_errors(target: RoundingTarget, rows: Tensor, codes: Tensor, steps: Tensor, moments: Tensor | None) -> Tensor:
-    """The mean squared error of each row, weighted by the second moments of its inputs: float64 (rows,)."""
-    error = target.matrix[rows] - codes * steps[:, None]
+    """The mean squared error of each row, weighted by the second moments of its inputs: float64, of the rows' shape."""
+    error = target.matrix[rows.reshape(-1)] - codes.reshape(rows.numel(), -1) * steps.reshape(-1, 1)
     if moments is None:
-        return error.double().square().mean(1)
-    layout, size = target.layout, len(target.matrix) // target.layout.groups
+        return error.double().square().mean(1).reshape(rows.shape)
+    layout = target.layout
     if layout.groups > 1:
-        chosen = (rows[::size] // size)[:, None] * layout.column_blocks + torch.arange(layout.column_blocks)
-        moments = moments[chosen.reshape(-1)]
-        layout = Blocks(len(rows) // size, layout.column_blocks)
+        moments = moments[blocks_of_groups(target, rows)]
+        layout = Blocks(len(rows), layout.column_blocks)
     blocks = layout.blocks(error)
     energy = (torch.bmm(blocks, moments) * blocks).sum(2).double()
     trace = moments.diagonal(dim1=1, dim2=2).sum(1).double()[:, None].expand_as(energy)
-    total, norm = (t.reshape(layout.groups, layout.column_blocks, -1).sum(1).reshape(-1) for t in (energy, trace))
+    total, norm = (t.reshape(layout.groups, layout.column_blocks, -1).sum(1) for t in (energy, trace))
     return torch.where(norm > 0, total / norm.clamp(min=_TINY), torch.zeros_like(total))
 
 

@@ -22,6 +22,7 @@ STEPS_PER_OCTAVE: Final = 8  # steps are 2^(k / 8): a step index k counts eighth
 
 # The largest code before feedback, which moves later columns: rows that then leave the type's range are rounded again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
+_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole groups, to bound memory
 _RAISED_STEP: Final = 1.02  # factor that raises a step to the next one of the table, 2^(1/8) above
 
 
@@ -82,24 +83,31 @@ def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tenso
     if target.factored is None:
         return round_rows(target.matrix, steps, limit).to(kind), steps
     rounded = torch.empty(target.matrix.shape, dtype=kind)
-    rows = torch.arange(len(rounded))
     steps = steps.clone()
-    while len(rows):
-        part = round_with_feedback(target, rows, steps[rows], limit)
-        rounded[rows] = part.to(kind)
-        # Rows are independent: only those whose codes may have been clamped are rounded again, with a larger step.
-        clamped = rows[part.abs().amax(1) >= limit]
-        steps[clamped] = log_step(steps[clamped] * _RAISED_STEP)
-        rows = clamped if target.layout.groups == 1 else _whole_groups(clamped, target)
+    groups = target.layout.groups
+    at_once = max(1, _WEIGHTS_AT_ONCE * groups // max(target.matrix.numel(), 1))
+    for some in torch.arange(len(rounded)).reshape(groups, -1).split(at_once):
+        rows = some
+        while rows.numel():
+            part = round_with_feedback(target, rows, steps[rows], limit)
+            rounded[rows] = part.to(kind)
+            # Rows are independent: only those whose codes may have been clamped are rounded again, with a larger step.
+            clamped = part.abs().amax(2) >= limit
+            steps[rows[clamped]] = log_step(steps[rows[clamped]] * _RAISED_STEP)
+            rows = _clamped_rows(rows, clamped)
     return rounded, steps
 
 
-def _whole_groups(rows: Tensor, target: RoundingTarget) -> Tensor:
-    """The indices of all rows in the groups of these rows, int64."""
-    size = len(target.matrix) // target.layout.groups
-    groups = torch.unique(rows // size)
-    whole: Tensor = (groups[:, None] * size + torch.arange(size)).reshape(-1)
-    return whole
+def _clamped_rows(rows: Tensor, clamped: Tensor) -> Tensor:
+    """Of each group that has clamped rows as many rows, among them all clamped ones: int64 (some groups, rows).
+
+    Args:
+        rows: int64 (groups, rows of each).
+        clamped: bool, likewise.
+    """
+    most = int(clamped.sum(1).max()) if clamped.numel() else 0
+    first = clamped.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    return rows.gather(1, first)[clamped.any(1)]
 
 
 def round_rows(matrix: Tensor, steps: Tensor, limit: int) -> Tensor:
@@ -113,23 +121,27 @@ def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, lim
 
     Args:
         target: the tensor, with a factor.
-        rows: int64: all rows of some groups, or any rows of a matrix that is one group.
+        rows: int64 (some groups, rows of each): as many rows of each of these groups.
         steps: float32, of these rows.
         limit: the largest magnitude of a code.
 
     Returns:
-        codes, float32 (rows, columns) of whole numbers.
+        codes, float32 (some groups, rows of each, columns) of whole numbers.
     """
     assert target.factored is not None
-    whole = target.layout
-    groups = len(rows) * whole.groups // len(target.matrix) if whole.groups > 1 else 1
-    layout = Blocks(groups, whole.column_blocks)
+    whole, columns = target.layout, target.matrix.shape[1]
+    layout = Blocks(len(rows), whole.column_blocks)
     factored = target.factored
-    if groups != whole.groups:
-        size = len(target.matrix) // whole.groups
-        chosen = rows[::size] // size
-        blocks = (chosen[:, None] * whole.column_blocks + torch.arange(whole.column_blocks)).reshape(-1)
-        factored = factored.some(blocks)
-    blocks_of = layout.blocks(target.matrix[rows])
-    codes = feedback(blocks_of, factored, layout.row_blocks(steps).contiguous(), limit)
-    return layout.matrix(codes, target.matrix.shape[1])
+    if layout.groups != whole.groups:
+        factored = factored.some(blocks_of_groups(target, rows))
+    blocks_of = layout.blocks(target.matrix[rows.reshape(-1)])
+    codes = feedback(blocks_of, factored, layout.row_blocks(steps.reshape(-1)).contiguous(), limit)
+    return layout.matrix(codes, columns).reshape(*rows.shape, columns)
+
+
+def blocks_of_groups(target: RoundingTarget, rows: Tensor) -> Tensor:
+    """The indices of the moments' blocks for some groups, int64; `rows` as for `round_with_feedback`."""
+    size = len(target.matrix) // target.layout.groups
+    columns = target.layout.column_blocks
+    found: Tensor = ((rows[:, :1] // size) * columns + torch.arange(columns)).reshape(-1)
+    return found
