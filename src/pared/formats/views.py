@@ -154,7 +154,7 @@ def is_own(module: nn.Module, attribute: str) -> bool:
 
 
 def _is_layer(cls: type) -> bool:
-    """Whether a class is one of PyTorch's layers: neither the base of all modules nor a container of the user's tensors."""
+    """Whether a class is one of PyTorch's layers: not the base of all modules, and no container of a user's tensors."""
     room = cls.__module__
     return room.startswith("torch.nn.") and room not in ("torch.nn.modules.module", "torch.nn.modules.container")
 

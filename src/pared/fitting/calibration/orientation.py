@@ -1,7 +1,7 @@
 """Which dimensions of a weight are output channels, learnt from the products that it is seen in.
 
 A parameter of three or more dimensions may be a stack of matrices, such as the experts of a layer, or the projections
-of attention heads; nothing about it says which dimension a product sums over. So a few recorded calls are run once more,
+of attention heads; nothing about it says which dimension a product sums over. So a few recorded calls are run again,
 and each matrix product is looked at: an operand that is a view of a weight has the weight's own strides, which tell
 the dimensions that the product sums over. All others are rows, with one step each.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 _MOST_CALLS: Final = 4  # that are run until every weight has been seen in a product
 
-# The position of the left one of the two matrices among the arguments; the right one follows. The left one is summed over
-# along its last dimension, the right one along its last but one.
+# The position of the left matrix among the arguments; the right one follows. The left one is summed over along its last
+# dimension, the right one along its last but one.
 PRODUCTS: Final[Mapping[str, int]] = {
     "aten::mm": 0,
     "aten::addmm": 1,
@@ -49,7 +49,7 @@ _COPIES: Final = ("aten::clone", "aten::_to_copy", "aten::mul", "aten::div", "at
 
 @dataclass(frozen=True)
 class _Axis:
-    """A dimension of a weight, or of a copy of some of it, in memory; `origin` is None where an index picked from it."""
+    """A dimension of a weight, or of a copy of some of it, in memory. `origin`: which; None: an index picked from it."""
 
     stride: int
     size: int
@@ -74,7 +74,7 @@ class _Layout:
 def oriented(tensors: ModelTensors[ModuleT], calls: Sequence[Call]) -> ModelTensors[ModuleT]:
     """The same tensors, where the view of each stack of matrices follows the products that it is seen in.
 
-    Layers of PyTorch, and those whose rows are in a table or registered, keep their views; so does what no product uses.
+    Layers of PyTorch, those whose rows are in a table or registered, and what no product uses keep their views.
 
     Args:
         tensors: those of the model, which is left as it is.
@@ -122,7 +122,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, tensors: ModelTensors[nn.Module], unknown: set[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.summed: dict[str, Counter[tuple[frozenset[int], frozenset[int]]]] = {}
         self._known = {_place(tensor.tensor) for tensor in tensors}
         self._layouts: dict[StorageWeakRef, _Layout] = {}
@@ -162,7 +162,9 @@ class _Watch(TorchDispatchMode):
 
     def _vote(self, layout: _Layout, operand: Tensor, summed: set[int], free: set[int]) -> None:
         along, across = (
-            frozenset().union(*(layout.origins(operand.stride(i), operand.shape[i]) for i in which if operand.shape[i] > 1))
+            frozenset().union(
+                *(layout.origins(operand.stride(i), operand.shape[i]) for i in which if operand.shape[i] > 1)
+            )
             for which in (summed, free)
         )
         if along - across:

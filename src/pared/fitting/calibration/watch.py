@@ -75,12 +75,15 @@ class ProductWatch(TorchFunctionMode):
         self._tell = tell
         self._gradients = gradients
         self.otherwise: set[str] = set()
+        self._slices: dict[int, tuple[Tensor, ...]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the function, and report it if it is a product of a watched weight."""
         kwargs = kwargs or {}
+        if func == Tensor.__getitem__ and self._is_slice(*args):
+            return self._slice(*args)
         kind, input_place, weight_place = PRODUCTS.get(func, ("linear", 0, len(args)))
         if func in PRODUCTS and len(args) <= weight_place and "weight" in kwargs:  # the name in all but addmm
             rest = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
@@ -97,3 +100,18 @@ class ProductWatch(TorchFunctionMode):
         y = func(*args, **kwargs)
         self._tell(Product(self._names[id(args[weight_place])], kind, x, y))
         return y
+
+    def _is_slice(self, weight: Tensor, index: object) -> bool:
+        """Whether one matrix of a stack is asked for, and its gradient will be."""
+        if id(weight) not in self._names or weight.dim() < 3 or not (self._gradients and torch.is_grad_enabled()):
+            return False
+        if isinstance(index, Tensor):
+            return index.dim() == 0 and index.dtype == torch.int64 and torch._C._functorch.maybe_current_level() is None
+        return isinstance(index, int) and not isinstance(index, bool)
+
+    def _slice(self, weight: Tensor, index: Tensor | int) -> Tensor:
+        """One matrix of a stack: all come from one split, whose gradient is one stack instead of a stack for each."""
+        self.otherwise.add(self._names[id(weight)])
+        if id(weight) not in self._slices:
+            self._slices[id(weight)] = weight.unbind(0)
+        return self._slices[id(weight)][int(index)]

@@ -122,7 +122,7 @@ def sample_rows(target: RoundingTarget) -> Tensor:
 
 
 def _spread_out(values: Tensor, wanted: int) -> Tensor:
-    """The indices of so many values, in order, evenly spaced among all values when these are sorted: int64 (wanted,)."""
+    """The indices of some values that are evenly spaced among all of them when sorted: int64 (wanted,), ascending."""
     places = (torch.arange(wanted) + 0.5) * (len(values) / wanted)
     found: Tensor = values.argsort(stable=True)[places.long()].sort().values
     return found

@@ -14,6 +14,7 @@ from pared.fitting.rounding.curves import sample_rows, try_steps
 from pared.fitting.rounding.feedback import factor
 from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, RoundingTarget
 from pared.formats.views import View
+from pared.model.tensors import ModelTensor
 
 # Step at which ways to round a tensor are compared, in octaves from the root mean square: about three bits per weight.
 _COMPARED_AT: Final = -1.0
@@ -89,6 +90,26 @@ def _bits_at_equal_damage(target: RoundingTarget, judge: Tensor | None) -> float
     steps = target.steps(common, "int16")[rows].double()
     damage = float(errors[0]) * float((target.importance[rows] * steps.square()).sum())
     return float(rates[0]) + 0.5 * math.log2(max(damage, 1e-300))
+
+
+def unreached(model_tensor: ModelTensor, stats: TensorStats | None) -> str:
+    """What a report says of a weight, or of matrices of a stack, on which no output was seen to depend; else nothing.
+
+    Args:
+        model_tensor: the tensor.
+        stats: what was measured of it; None if nothing was.
+    """
+    if model_tensor.kind != "parameter" or not model_tensor.weight_like:
+        return ""
+    if stats is None or not bool((stats.rows > 0).any()):
+        return "calibration saw no effect of it: it counts like the median of the others"
+    groups = model_tensor.groups or 1
+    idle = int((stats.rows.reshape(groups, -1).amax(1) <= 0).sum())
+    if not idle:
+        return ""
+    return (
+        f"calibration saw no effect of {idle} of its {groups} matrices: their rows count like the median of the others"
+    )
 
 
 def _importance(stats: TensorStats) -> tuple[Tensor, float]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.encoding import sample_cost
+from pared.fitting.rounding.importance import unreached
 from pared.fitting.rounding.plan import DEFAULT_BITS, refuse_float
 from pared.formats.coded import survives_float16
 from pared.formats.grids import CODE_LIMITS
@@ -49,7 +50,9 @@ def with_enough_bits(
     pairs = list(zip(plan, model_tensors, strict=True))
     weights = sum(model_tensor.tensor.numel() for decision, model_tensor in pairs if decision.treatment == "grid")
     refined = tuple(
-        _with_enough_bits(decision, model_tensor, known.get(model_tensor.name), weights)
+        _explained(
+            _with_enough_bits(decision, model_tensor, known.get(model_tensor.name), weights), model_tensor, known
+        )
         for decision, model_tensor in pairs
     )
     if strict:
@@ -57,6 +60,13 @@ def with_enough_bits(
             [(model_tensor, new) for (old, model_tensor), new in zip(pairs, refined, strict=True) if new != old]
         )
     return refined
+
+
+def _explained(decision: Decision, model_tensor: ModelTensor, known: Mapping[str, TensorStats]) -> Decision:
+    """The decision with what is to be said of a weight that calibration did not reach."""
+    if decision.treatment != "grid" or decision.because:
+        return decision
+    return replace(decision, because=unreached(model_tensor, known.get(model_tensor.name)))
 
 
 def _with_enough_bits(

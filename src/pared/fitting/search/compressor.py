@@ -16,6 +16,7 @@ from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding import encoding, plan
+from pared.fitting.rounding.importance import unreached
 from pared.fitting.search import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
 from pared.fitting.search.allocate import Choice
@@ -125,10 +126,18 @@ class Compressor(Generic[ModuleT_co]):
         free = [
             model_tensor for model_tensor, decision in zip(model_tensors, self._plan, strict=True) if _is_free(decision)
         ]
-        stats = _complete(free, sensitivity.tensors if sensitivity else {})
+        measured = sensitivity.tensors if sensitivity else {}
+        stats = _complete(free, measured)
         fine = conf.quant_level == 0
         self._free = [
-            trace_tensor(model_tensor, stats[model_tensor.name], strict=conf.strict, fine=fine) for model_tensor in free
+            trace_tensor(
+                model_tensor,
+                stats[model_tensor.name],
+                strict=conf.strict,
+                fine=fine,
+                because=unreached(model_tensor, measured.get(model_tensor.name)) if sensitivity else "",
+            )
+            for model_tensor in free
         ]
         self._options = [tensor.options for tensor in self._free]
         self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option

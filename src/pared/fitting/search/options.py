@@ -43,6 +43,7 @@ class FreeTensor:
         curve: its grids, from fine to coarse.
         options: bytes and damage of the curve's grids, then of the `plain` ones.
         plain: decisions that need no search: a grid at 8 bits, or floats.
+        because: what is to be said of it on a grid.
     """
 
     model_tensor: ModelTensor
@@ -50,6 +51,7 @@ class FreeTensor:
     curve: RateCurve
     options: Options
     plain: tuple[Decision, ...] = ()
+    because: str = ""
 
     def decision(self, option: int) -> Decision:
         """What an option means, with its damage."""
@@ -57,11 +59,11 @@ class FreeTensor:
         if option >= len(self.curve.codes):
             return replace(self.plain[option - len(self.curve.codes)], damage=damage)
         bits = 8 * float(self.options.nbytes[option]) / self.model_tensor.tensor.numel()
-        return Decision(self.model_tensor.name, "grid", round(bits, 3), "", damage)
+        return Decision(self.model_tensor.name, "grid", round(bits, 3), self.because, damage)
 
 
 def trace_tensor(
-    model_tensor: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False
+    model_tensor: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False, because: str = ""
 ) -> FreeTensor:
     """What a tensor could become, with bytes and damage.
 
@@ -72,6 +74,7 @@ def trace_tensor(
         stats: what errors of it cost.
         strict: a tensor of two or more dimensions never stays in float.
         fine: no row gets a coarser step than at plain 8 bits, absmax / 127.
+        because: what is to be said of it on a grid.
     """
     tensor = model_tensor.tensor.detach()
     view = model_tensor.view
@@ -79,7 +82,7 @@ def trace_tensor(
     curve = _without_idle_int16(trace(target, stats))
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
-        decision = Decision(model_tensor.name, "grid", plan.DEFAULT_BITS, "")
+        decision = Decision(model_tensor.name, "grid", plan.DEFAULT_BITS, because)
         coded = encoding.encode(model_tensor, decision)
         damage = _damage(target, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
@@ -95,9 +98,8 @@ def trace_tensor(
         plain.append((_in_float(model_tensor, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
     nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
     options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
-    return FreeTensor(
-        model_tensor, replace(target, judged=None), curve, options, tuple(decision for decision, _, _ in plain)
-    )
+    decisions = tuple(decision for decision, _, _ in plain)
+    return FreeTensor(model_tensor, replace(target, judged=None), curve, options, decisions, because)
 
 
 def _in_float(model_tensor: ModelTensor, treatment: Treatment) -> Decision:
