@@ -49,7 +49,7 @@ _COPIES: Final = ("aten::clone", "aten::_to_copy", "aten::mul", "aten::div", "at
 
 @dataclass(frozen=True)
 class _Axis:
-    """A dimension of a weight, or of a copy of some of it, in memory. `origin`: which; None: an index picked from it."""
+    """A dimension of a weight, or of a copy of some of it. `origin` is None where an index picked."""
 
     stride: int
     size: int

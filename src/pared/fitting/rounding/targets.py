@@ -99,7 +99,7 @@ def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tenso
 
 
 def _clamped_rows(rows: Tensor, clamped: Tensor) -> Tensor:
-    """Of each group that has clamped rows as many rows, among them all clamped ones: int64 (some groups, rows).
+    """Find equally many rows of each group that has clamped ones, among them all of these: int64 (some groups, rows).
 
     Args:
         rows: int64 (groups, rows of each).
