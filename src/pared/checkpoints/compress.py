@@ -7,8 +7,8 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,9 @@ from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
 from pared.artifact.index import Index
 from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
-from pared.checkpoints import side_files
+from pared.checkpoints.folders import companions
+from pared.checkpoints.folders.companions import Companions, find_companions
+from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
@@ -27,6 +29,8 @@ from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
 from pared.files.threads import each, usable_cores
 from pared.formats.dtypes import ELEMENTS, ITEM_SIZES
+from pared.readers.folders.files import find_files
+from pared.readers.folders.hub import snapshot_of
 from pared.readers.listing import Listing
 from pared.scalars import plain
 from pared.terminal import bytes_done, parse_size
@@ -41,6 +45,7 @@ _BATCH: Final = 1 << 28
 _AIM: Final = 0.9985
 _NEAR: Final = 0.995
 _ROUNDS: Final = 3
+_SHOWN: Final = 5  # names of files in a line
 _VERSION: Final = 1  # of the rounding: a journal written by another version is discarded
 
 
@@ -57,6 +62,8 @@ class Compressed:
         left_out: the tensors that the artifact does not hold under their own name.
         copied: the other files of the folder, copied to the artifact's directory.
         resumed: the number of tensors that an earlier, interrupted run had packed.
+        not_copied: why other files of the folder were not copied, by relative path.
+        kind: what the source is: "a Hugging Face folder".
     """
 
     path: Path
@@ -67,6 +74,8 @@ class Compressed:
     left_out: tuple[LeftOut, ...]
     copied: tuple[str, ...]
     resumed: int
+    not_copied: Mapping[str, str] = field(default_factory=dict)
+    kind: str = ""
 
     def __str__(self) -> str:
         """What was left out and why, one line per reason; the files copied; sizes and time in the last line."""
@@ -79,6 +88,12 @@ class Compressed:
             name = next(left.name for left in self.left_out if left.because == because)
             which = name if count == 1 else f"{name} and {count - 1:,} more"
             yield f"left out: {which}, {nbytes:,} bytes: {because}"
+        for because in dict.fromkeys(self.not_copied.values()):
+            names = [name for name, why in self.not_copied.items() if why == because]
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            yield f"not copied: {', '.join(names[:_SHOWN])}{more}: {because}"
+        if "adapter" in self.kind:
+            yield f"this is {self.kind}"
         if self.copied:
             yield f"copied: {', '.join(self.copied)}"
         if self.resumed:
@@ -137,10 +152,13 @@ def run(
     began = time.perf_counter()
     source, output = as_path(path, "compress"), as_path(directory, "compress")
     rate, size = _checked(bits, max_size)
+    source = snapshot_of(source) if source.is_dir() else source
     _check_places(source, output)
     with readers.open_listing(source) as listing:
         chosen = select(listing)
         _check_kept(chosen.kept, listing)
+        check_forms(listing)
+        beside = _beside(source, output, listing)
         make_directory(output)
         depends = _depends(source, listing, chosen.kept, rate, size)
         with Journal(output, depends) as journal:
@@ -149,14 +167,13 @@ def run(
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(listing, chosen.kept, journal, quiet)
             work.at_rate(rate) if size is None else work.within(size)
-            names = tuple(side_files.find_side_files(source, output)) if source.is_dir() else ()
             target = output / FILE_NAMES["pt"]
             asked = {"bits": rate} if size is None else {"max_size": size}
             index = Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked}).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
             with owned(output, wait=SHORT_WAIT):  # the files belong together
-                side_files.copy(source, names, output, journal.folder)
+                companions.copy(source, beside.copied, output, journal.folder)
                 write_atomic(
                     target, lambda file: write_torch(file, index, journal.data(), journal.end), within=journal.folder
                 )
@@ -168,9 +185,19 @@ def run(
         nbytes=target.stat().st_size,
         seconds=time.perf_counter() - began,
         left_out=chosen.left_out,
-        copied=names,
+        copied=beside.copied,
         resumed=resumed,
+        not_copied=beside.left,
+        kind=listing.kind,
     )
+
+
+def _beside(source: Path, output: Path, listing: Listing) -> Companions:
+    """The files beside the weights; of a file that was given alone, none."""
+    if not source.is_dir():
+        return Companions((), {})
+    unread = {name.strip("()") for name, note in listing.notes.items() if note.file}
+    return find_companions(source, output, [name for name in find_files(source).sizes if name not in unread])
 
 
 class _Work:

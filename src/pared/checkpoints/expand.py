@@ -16,7 +16,8 @@ from pared.artifact.decoding import decode
 from pared.artifact.envelope import Records, find_artifact, open_records
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
-from pared.checkpoints import side_files
+from pared.checkpoints.folders import companions
+from pared.checkpoints.folders.companions import find_companions
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
@@ -113,8 +114,8 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
                         advance(array.nbytes)
 
             write_atomic(target, write)
-        names = tuple(side_files.find_side_files(source.parent, folder)) if folder is place else ()
-        side_files.copy(source.parent, names, folder, folder)
+        names = find_companions(source.parent, folder).copied if folder is place else ()
+        companions.copy(source.parent, names, folder, folder)
     return Expanded(
         target,
         records.nbytes,

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Final, Literal
 
 import numpy as np
@@ -86,6 +87,7 @@ _ATTRIBUTES: Final = ("_modules", "_parameters", "_buffers")
 # Intel Neural Compressor 2.x registers the float model beside the one that it has quantized.
 _FLOAT_COPY: Final = "fp32_model."
 _QUANTIZED_COPY: Final = "_model."
+_ADAPTER: Final = "adapter_model"
 _BUFFERS: Final = re.compile(r"(.*\.)?(running_mean|running_var|num_batches_tracked)$")
 
 # Only tensors of at least this size are compared: small ones are often equal by chance (all ones, all zeros).
@@ -117,7 +119,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
         named = _divided(named, _for_training, left)
         named = _main_file(named, left)
         named = _innermost(named, left)
-    named = _one_copy(named, left)
+    named = _one_copy(named, left, adapter=_is_adapter(listing))
     return Selection(tuple(_together(listing, named, compare, left)), tuple(left))
 
 
@@ -223,8 +225,15 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
     return f"it is outside of the model, which is in {inside!r}", "ballast"
 
 
-def _one_copy(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
+def _is_adapter(listing: Listing) -> bool:
+    """Whether a listing is that of an adapter of PEFT, which finds its tensors by the prefix of its wrapper."""
+    return any(PurePath(name).name.startswith(_ADAPTER) for name in listing.files or (listing.where,))
+
+
+def _one_copy(named: list[_Named], left: list[LeftOut], *, adapter: bool) -> list[_Named]:
     """Keep only the float model where a quantized copy is beside it; remove what wrappers add to names."""
+    if adapter:
+        return named
     if all(any(name.startswith(prefix) for name, _ in named) for prefix in (_FLOAT_COPY, _QUANTIZED_COPY)):
         second = f"a second copy of the model, which {_FLOAT_COPY!r} holds in float", "two-copies"
         named = _divided(named, lambda one: None if one[0].startswith(_FLOAT_COPY) else second, left)

@@ -16,7 +16,7 @@ from pared.files.disk import open_file
 from pared.readers.folders.distributed import list_checkpoint
 from pared.readers.folders.files import find_files
 from pared.readers.folders.hub import places_of, snapshot_of
-from pared.readers.folders.names import CHUNKS, DISTRIBUTED, INDEX, is_cut, is_read, is_training
+from pared.readers.folders.names import CHUNKS, DISTRIBUTED, is_cut, is_index, is_read, is_training
 from pared.readers.folders.sets import WeightSet, check_whole, cut, main_set, set_of
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing, Note
@@ -153,7 +153,7 @@ def _without_weights(
     for name, reason in [*unread.items(), *lost.items()]:
         why = f" that pared reads ({name} {reason})"
         break
-    indexes = [name for name in sizes if name.endswith(INDEX)]
+    indexes = [name for name in sizes if is_index(name)]
     if "Git LFS" in why or lost:
         remedy = "Fetch the files that stand behind it: git lfs pull in a clone, or hf download ORG/NAME."
     elif indexes and not why:
@@ -200,5 +200,5 @@ def _kind(sizes: Mapping[str, int]) -> str:
         return "a folder of Intel Neural Compressor"
     if _ADAPTER in sizes and "config.json" not in sizes:
         return "a folder with an adapter of PEFT, which needs the model it was trained for"
-    known = "config.json" in sizes or any(name.endswith(INDEX) and "/" not in name for name in sizes)
+    known = "config.json" in sizes or any(is_index(name) and "/" not in name for name in sizes)
     return "a Hugging Face folder" if known else "a folder"

@@ -23,7 +23,9 @@ _WEIGHTS: Final = (SUFFIXES | _OF_OTHERS) - {".npy"}
 # What may follow such a suffix in the name of another kind of file.
 _TEXTS: Final = frozenset((".json", ".md", ".txt", ".py", ".yaml", ".yml", ".toml", ".sha256", ".lock"))
 
+# The index of shards; of a variant of the model, with its name: model.safetensors.index.fp16.json.
 INDEX: Final = ".index.json"
+_INDEX: Final = re.compile(r".*\.index(\.\w{1,20})?\.json$")
 # The metadata of a checkpoint of torch.distributed.checkpoint; the numbers are in `*.distcp` beside it.
 DISTRIBUTED: Final = ".metadata"
 CHUNKS: Final = ".distcp"
@@ -156,6 +158,15 @@ def is_read(name: str) -> bool:
     return PurePosixPath(name).suffix in SUFFIXES
 
 
+def is_index(name: str) -> bool:
+    """Whether a file is an index of shards, by its name.
+
+    >>> is_index("model.safetensors.index.json"), is_index("model.safetensors.index.fp16.json"), is_index("index.json")
+    (True, True, False)
+    """
+    return _INDEX.match(name) is not None
+
+
 def is_weights(name: str) -> bool:
     """Whether a file holds weights of any program, or an index of weights, by its name.
 
@@ -163,8 +174,8 @@ def is_weights(name: str) -> bool:
     (True, True, False)
     """
     suffixes = PurePosixPath(name).suffixes
-    if name.endswith(INDEX) or not suffixes:
-        return name.endswith(INDEX)
+    if is_index(name) or not suffixes:
+        return is_index(name)
     return suffixes[-1] in _WEIGHTS or (suffixes[-1] not in _TEXTS and not _WEIGHTS.isdisjoint(suffixes))
 
 

@@ -25,6 +25,7 @@ from pared.readers.folders.names import (
     SUFFIXES,
     folder_of,
     is_cut,
+    is_index,
     is_rank_folder,
     is_read,
     is_training,
@@ -72,7 +73,7 @@ def main_set(folder: Path, found: Found) -> WeightSet | None:
             return one
     if place + DISTRIBUTED in everything:
         return WeightSet((place + DISTRIBUTED,), {})
-    for index in sorted((name for name in everything if name.endswith(INDEX)), key=lambda name: (len(name), name)):
+    for index in sorted((name for name in everything if is_index(name)), key=lambda name: (len(name), name)):
         one = _by_index(folder, index, found)
         if one is not None:
             return one
@@ -85,7 +86,7 @@ def main_set(folder: Path, found: Found) -> WeightSet | None:
 def _is_candidate(name: str) -> bool:
     """Whether a file may be of the model: it is an index, or it is read, and training alone does not need it."""
     base = name.rpartition("/")[2]
-    return (is_read(name) or name.endswith(INDEX) or base == DISTRIBUTED) and not is_training(name)
+    return (is_read(name) or is_index(name) or base == DISTRIBUTED) and not is_training(name)
 
 
 def _main_folder(names: Collection[str]) -> str | None:
@@ -133,7 +134,7 @@ def set_of(path: Path) -> tuple[Path, WeightSet] | None:
     if not path.is_file():
         return None
     found = find_files(folder, deep=False)
-    for index in (one for one in found.sizes if one.endswith(INDEX)):
+    for index in (one for one in found.sizes if is_index(one)):
         try:
             placed = index_of(folder / index, found.sizes)
         except CorruptError:
