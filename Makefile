@@ -29,7 +29,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling results results-docs
+.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling bench-architectures results results-docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,7 +108,11 @@ bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples 
 	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
 	$(BIN)/python -m bench.report
 
-results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling results-docs  ## all of these, and the documents (hours)
+bench-architectures: $(VENV)/.bench  ## every architecture of transformers that can be made small, through fit, save, load and generate (an hour or two)
+	$(BIN)/python -m bench.architectures
+	$(BIN)/python -m bench.report
+
+results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling bench-architectures results-docs  ## all of these, and the documents (hours)
 
 results-docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report
@@ -136,7 +140,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed-all
-	$(INSTALL) pillow
+	$(INSTALL) pillow scipy
 	$(INSTALL) --no-deps $(BENCH_DATA)
 	@touch $@
 

@@ -15,13 +15,17 @@ from typing import Any
 
 from bench import compress, damage, figures, front, graphs, layers, page, run, scaling, scaling_report, search
 from bench.ablation import __main__ as ablation
+from bench.architectures import __main__ as architectures
+from bench.architectures import table
 from bench.markdown import markdown
 from bench.peers import __main__ as peers
 from bench.peers import plot, tables
 
 RESULTS, MORE = Path("docs/results.md"), Path("docs/results/more.md")
+ARCHITECTURES = Path("docs/results/architectures.md")
 # What users ask first stands on the page of results; all else is one page behind it.
 PAGES = dict.fromkeys(("make bench-peers", "make bench-graphs", "make bench-scaling"), RESULTS)
+PAGES |= {"make bench-architectures": ARCHITECTURES}
 MARKS = r"(<!-- results: {} -->\n).*?(<!-- end of results -->)"
 
 
@@ -259,6 +263,7 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench-peers": (peers.RESULTS, tables.whole),
     "make bench-graphs": (graphs.RESULTS, graphs.table),
     "make bench-scaling": (scaling.RESULTS, scaling_report.whole),
+    "make bench-architectures": (architectures.RESULTS, table.whole),
 }
 
 
