@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves
 
 from pared.formats.coded import RAW_TYPES, Coded, on_own_grid
@@ -59,6 +60,21 @@ class ModelTensor:
         return self.name.rpartition(".")[2]
 
     @property
+    def normed(self) -> tuple[int, ...] | None:
+        """The dimensions whose slices the module divides by their norms; () if by that of the whole; None if by none.
+
+        weight_norm and spectral_norm do so, and other parametrizations may: a slice of zeros would give 0 / 0.
+        """
+        if self.tensor.numel() == self.tensor.shape[:1].numel():  # a bias, or the gains of weight_norm
+            return None
+        if isinstance(self.module, ParametrizationList):
+            known = [normed for own in self.module if (normed := _normed(own)) is not None]
+            return known[0] if known else (0,)
+        hooks = [hook for hook in self.module._forward_pre_hooks.values() if _normed(hook) is not None]
+        ours = [hook for hook in hooks if self.attribute in (f"{hook.name}_v", f"{hook.name}_orig")]  # type: ignore[attr-defined]  # both have it
+        return _normed(ours[0]) if ours else None
+
+    @property
     def weight_like(self) -> bool:
         """A floating tensor of two or more dimensions in the state dict: it belongs on a grid."""
         return self.persistent and self.tensor.dim() >= 2 and self.tensor.dtype in GRID_SOURCES
@@ -73,6 +89,15 @@ class ModelTensor:
     def own_grid(self) -> Coded | None:
         """The tensor, which is finite, on the grid that its numbers lie on already; None if there is none."""
         return on_own_grid(self.tensor) if self.weight_like else None
+
+
+def _normed(hook: object) -> tuple[int, ...] | None:
+    """The dimension of a weight_norm, () of a norm of the whole tensor; None for anything else."""
+    name = type(hook).__name__.removeprefix("_")  # the classes of parametrizations are private
+    if name == "WeightNorm" and type(hook).__module__.startswith("torch."):
+        dim = getattr(hook, "dim", -1)
+        return () if dim in (None, -1) else (dim,)
+    return () if name == "SpectralNorm" and type(hook).__module__.startswith("torch.") else None
 
 
 @dataclass(frozen=True, eq=False)

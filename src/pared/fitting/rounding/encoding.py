@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pared.fitting.rounding.nearest import nearest
+from pared.fitting.rounding.targets import ceilings, without_empty_slices
 from pared.formats.coded import Coded, Float, Raw, dtype_name
 from pared.formats.views import View
 from pared.model.contents import Decision
@@ -21,7 +22,10 @@ def encode(model_tensor: ModelTensor, decision: Decision) -> Coded:
         return model_tensor.own_grid
     if decision.treatment == "grid":
         assert decision.bits is not None
-        return nearest(tensor, decision.bits, model_tensor.view)
+        ceiling = ceilings(tensor, model_tensor.view, model_tensor.normed)
+        coded = nearest(tensor, decision.bits, model_tensor.view, ceiling)
+        codes = without_empty_slices(coded.parts["codes"], tensor, model_tensor.normed)
+        return replace(coded, parts={**coded.parts, "codes": codes})
     if decision.treatment == "exact":
         return Raw(dtype_name(tensor.dtype)).encode(tensor)
     return Float(decision.treatment).encode(tensor)

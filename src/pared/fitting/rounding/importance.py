@@ -31,18 +31,19 @@ _TABLE_POWER: Final = 0.75
 _RESOLUTIONS: Final = ((256, 2), (32, 4), (0, 8))
 
 
-def make_target(matrix: Tensor, view: View, stats: TensorStats) -> RoundingTarget:
+def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
     """Gather what is needed to round a tensor, and choose between equal and unequal steps and the damping.
 
     Args:
         matrix: float32 (rows, columns): the tensor through its view.
         view: which dimensions are rows.
         stats: what errors of the tensor cost.
+        ceiling: float32 (rows,): no step is above this.
     """
     importance, power = _importance(stats)
     exponents = _exponents(importance, matrix.shape[1], power)
     absmax = matrix.abs().amax(1)
-    plain = RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax)
+    plain = RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
     if not bool((absmax > 0).any()):
         return plain
     candidates = [plain]

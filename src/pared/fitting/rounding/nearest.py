@@ -42,7 +42,7 @@ def absmax_steps(tensor: Tensor, view: View, limit: int) -> Tensor:
     return torch.where(step >= _SMALLEST_STEP, step, torch.zeros_like(step))
 
 
-def nearest(tensor: Tensor, bits: float, view: View) -> Coded:
+def nearest(tensor: Tensor, bits: float, view: View, ceiling: Tensor | None = None) -> Coded:
     """Round to the nearest point of the grid whose entropy-coded stream takes `bits` per weight.
 
     The step is the same for all rows (at a fixed rate this minimises the squared error of a high-resolution quantizer;
@@ -53,6 +53,7 @@ def nearest(tensor: Tensor, bits: float, view: View) -> Coded:
         tensor: floating, any shape, finite.
         bits: the rate, above 0 and below 16.
         view: which dimensions are rows.
+        ceiling: float32 (rows,): no step is above this, even if that takes more bits; None: no limit.
 
     >>> w = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     >>> coded = nearest(w, 4, View((64, 64), (0,)))
@@ -63,7 +64,10 @@ def nearest(tensor: Tensor, bits: float, view: View) -> Coded:
     finest = absmax_steps(tensor, view, CODE_LIMITS[grid.codes])
     if bits == 8 or not bool((finest > 0).any()):
         return grid.encode(tensor, finest, view)
-    return grid.encode(tensor, _steps_for_rate(tensor, bits, view, grid, finest), view)
+    steps = _steps_for_rate(tensor, bits, view, grid, finest)
+    if ceiling is not None:
+        steps = torch.minimum(steps, ceiling.reshape(steps.shape).clamp(min=_SMALLEST_STEP))
+    return grid.encode(tensor, steps, view)
 
 
 def _steps_for_rate(tensor: Tensor, bits: float, view: View, grid: Grid, finest: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,6 +40,7 @@ class RoundingTarget:
         judged: the factor from one half of the calls, which the other half judges; dropped once the curve is known.
         layout: how the moments' blocks cover the matrix.
         absmax: float32 (rows,): the largest magnitude of each row.
+        ceiling: float32 (rows,): no step is above this; None: steps may be as large as they like.
     """
 
     matrix: Tensor
@@ -49,6 +51,7 @@ class RoundingTarget:
     judged: Factor | None
     layout: Blocks
     absmax: Tensor
+    ceiling: Tensor | None = None
 
     def steps(self, common: int, codes: CodeType) -> Tensor:
         """The rows' steps, 2^((common + exponents) / 8), or coarser where a code would leave its type.
@@ -62,8 +65,68 @@ class RoundingTarget:
         """
         # A little below the intended step of the table, so that rounding up finds it.
         wished = torch.exp2((common + self.exponents).double() / STEPS_PER_OCTAVE).mul_(1 - 1e-6).float()
+        if self.ceiling is not None:
+            wished = torch.minimum(wished, self.ceiling)
         least = self.absmax / HEADROOM[codes]
         return torch.where(self.absmax > 0, log_step(torch.maximum(wished, least)), torch.zeros_like(wished))
+
+
+def ceilings(tensor: Tensor, view: View, normed: tuple[int, ...] | None) -> Tensor | None:
+    """The coarsest step of each row at which no slice that is divided by its norm becomes zeros.
+
+    Args:
+        tensor: floating.
+        view: which of its dimensions are rows.
+        normed: see `ModelTensor.normed`.
+
+    Returns:
+        float32 (rows,); None if no slice is divided by its norm.
+
+    >>> ceilings(torch.tensor([[4.0, 1.0], [0.5, 0.0]]), View((2, 2), (0,)), (0,))
+    tensor([4.0000, 0.5000])
+    >>> ceilings(torch.tensor([[4.0, 1.0], [0.5, 0.0]]), View((2, 2), ()), (0,))
+    tensor([0.5000])
+    """
+    if normed is None:
+        return None
+    largest = _largest(tensor.detach(), normed)
+    if normed == view.rows and view.split == tuple(tensor.shape):
+        return largest
+    live = largest[largest > 0]
+    return torch.full((view.n_rows,), float(live.min()) if len(live) else 0.0)
+
+
+def _largest(tensor: Tensor, normed: tuple[int, ...]) -> Tensor:
+    """The largest magnitude of each slice, float32 (slices,)."""
+    return _slices(tensor, normed).abs().amax(1).float()
+
+
+def _slices(tensor: Tensor, normed: tuple[int, ...]) -> Tensor:
+    return tensor.movedim(normed, tuple(range(len(normed)))).reshape(math.prod(tensor.shape[i] for i in normed), -1)
+
+
+def without_empty_slices(codes: Tensor, tensor: Tensor, normed: tuple[int, ...] | None) -> Tensor:
+    """The codes, where the largest number of a slice that feedback has emptied is 1 or -1.
+
+    Args:
+        codes: integers of the tensor's shape.
+        tensor: what they stand for.
+        normed: see `ModelTensor.normed`; None: nothing is changed.
+
+    >>> without_empty_slices(torch.zeros(2, 2, dtype=torch.int8), torch.tensor([[4.0, 5.0], [0.0, 0.0]]), (0,)).tolist()
+    [[0, 1], [0, 0]]
+    """
+    if normed is None:
+        return codes
+    slices = _slices(tensor.detach(), normed)
+    empty = (_slices(codes, normed) == 0).all(1) & (slices != 0).any(1)
+    if not bool(empty.any()):
+        return codes
+    places = _slices(torch.arange(codes.numel()).reshape(codes.shape), normed)[empty]
+    largest = slices[empty].abs().argmax(1, keepdim=True)
+    codes = codes.clone()
+    codes.view(-1)[places.gather(1, largest)] = slices[empty].gather(1, largest).sign().to(codes.dtype)
+    return codes
 
 
 def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target
-from pared.fitting.rounding.targets import RoundingTarget, solve
+from pared.fitting.rounding.targets import RoundingTarget, ceilings, solve, without_empty_slices
 from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
 from pared.formats.grids import CODE_LIMITS, CodeType
@@ -78,7 +78,8 @@ def trace_tensor(
     """
     tensor = model_tensor.tensor.detach()
     view = model_tensor.view
-    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats)
+    ceiling = ceilings(tensor, view, model_tensor.normed)
+    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats, ceiling)
     curve = _without_idle_int16(trace(target, stats))
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
@@ -146,8 +147,9 @@ def rounded(free: FreeTensor, option: int) -> Coded:
     tensor, target = free.model_tensor.tensor.detach(), free.target
     code_type: CodeType = free.curve.codes[option]
     codes, steps = solve(target, target.steps(int(free.curve.common[option]), code_type), code_type)
+    restored = target.view.restore(codes, tuple(tensor.shape)).contiguous()
     parts = {
-        "codes": target.view.restore(codes, tuple(tensor.shape)).contiguous(),
+        "codes": without_empty_slices(restored, tensor, free.model_tensor.normed),
         "step": steps.reshape(target.view.row_sizes),
     }
     return Coded(Grid(code_type), tuple(tensor.shape), tensor.dtype, parts, target.view)
