@@ -16,14 +16,14 @@ from pared.model.tensors import find_tensors
 
 
 class Frozen(nn.Module):
-    """Switches gradients off in its own forward."""
+    """Switches gradients off in its own forward, for good."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loud = nn.Linear(32, 32)
         self.quiet = nn.Linear(32, 32)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, x: Tensor) -> Tensor:
         return 10 * self.loud(x) + 0.1 * self.quiet(x)
 
@@ -130,11 +130,13 @@ class Offset(Frozen):
 
 
 def test_damage_is_the_same_notion_as_with_gradients() -> None:
-    found = []
-    for offset in (0.0, 100.0):
+    def found(offset: float, logits: tuple[str, ...]) -> float:
         torch.manual_seed(0)
-        found.append(perturb(find_tensors(Offset(offset)), calls(), 0).tensors["loud.weight"].rows.sum())
-    assert float(found[0]) == pytest.approx(float(found[1]), rel=0.02)
+        return float(perturb(find_tensors(Offset(offset)), calls(), 0, logits).tensors["loud.weight"].rows.sum())
+
+    as_numbers, as_both = found(0.0, ()), found(0.0, ("logits",))
+    assert found(1e4, ()) < 1e-6 * as_numbers, "an offset has much energy"
+    assert as_both - as_numbers == pytest.approx(found(1e4, ("logits",)), rel=0.02), "and changes no probability"
 
 
 def test_masked_outputs_do_not_count() -> None:

@@ -356,3 +356,57 @@ def test_outputs_that_are_masked_do_not_count(logits: bool) -> None:
     noisy.weight.data += 1e-3 * torch.randn(4, 6)
     predicted = float(found.sum()) * 1e-6
     assert predicted == pytest.approx(damage(model, noisy, [x, x + 1]), rel=0.7)
+
+
+class Cut(nn.Module):
+    """Cuts gradients off in all the ways that leave what is computed as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unseen, self.detached, self.rounded = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.unseen(x)
+        z = self.rounded(x) * 8
+        z = z + (z.round() - z).detach()
+        return y + self.detached(x).detach() + z / 8
+
+
+class Joined(Cut):
+    """The same without cuts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.unseen(x) + self.detached(x) + self.rounded(x)
+        return y
+
+
+@pytest.mark.slow
+def test_gradients_are_taken_through_what_cuts_them_off() -> None:
+    torch.manual_seed(0)
+    cut, joined = Cut().eval(), Joined().eval()
+    joined.load_state_dict(cut.state_dict())
+    batches = [torch.randn(64, 8) for _ in range(4)]
+    found, expected = measured(cut, batches), measured(joined, batches)
+    for name, stats in expected.tensors.items():
+        assert float(found.tensors[name].rows.sum()) == pytest.approx(float(stats.rows.sum()), rel=0.05), name
+    assert torch.is_grad_enabled()
+
+
+class Rewritten(nn.Module):
+    """Writes into a weight where it switches gradients off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.a.weight.mul_(1.0)
+        y: Tensor = self.a(x)
+        return y
+
+
+@pytest.mark.slow
+def test_a_model_that_writes_where_gradients_are_off_is_measured_as_before() -> None:
+    assert float(measured(Rewritten().eval(), [torch.randn(16, 8)]).tensors["a.weight"].rows.sum()) > 0

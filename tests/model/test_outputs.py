@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pared.model.outputs import Leaf, leaves_of
 
@@ -14,9 +15,9 @@ def test_which_parts_of_an_output_count() -> None:
     assert [leaf.value is x for leaf in leaves_of(x)] == [True]
     assert len(leaves_of((x, [x, ids]))) == 2
     assert leaves_of(ids) == []
-    assert len(leaves_of({"last_hidden_state": x, "past_key_values": (x, x), "pooled": x})) == 2
-    assert [leaf.is_logits for leaf in leaves_of({"logits": x, "hidden": x})] == [True], "logits alone count"
-    assert [leaf.is_logits for leaf in leaves_of({"logits": ids, "hidden": x})] == [False], "these are no logits"
+    assert len(leaves_of({"last_hidden_state": x, "past_key_values": (x, x), "logits": x})) == 4, "whatever the name"
+    assert [leaf.key for leaf in leaves_of({"a": x, "b": x}, {"b"})] == [("a", False), ("b", False), ("b", True)]
+    assert [leaf.key for leaf in leaves_of({"a": ids, "b": x[0]}, {"a", "b"})] == [("b", False)], "these are no logits"
     assert len(leaves_of({"nested": {"deep": (x, x)}})) == 2
     assert leaves_of(torch.zeros(0)) == []
 
@@ -55,4 +56,27 @@ def test_dataclasses_that_are_mappings_are_understood() -> None:
         def __init__(self) -> None:
             super().__init__(logits=torch.zeros(2, 4))
 
-    assert leaves_of(Output())[0].is_logits
+    assert leaves_of(Output())[0].path == "logits"
+
+
+def test_dataclasses_name_their_outputs() -> None:
+    @dataclass
+    class Output:
+        boxes: list[Tensor]
+        label: str
+
+    assert [leaf.path for leaf in leaves_of(Output([torch.zeros(2), torch.zeros(3)], "cat"))] == ["boxes.0", "boxes.1"]
+
+
+def test_caches_of_transformers_are_by_products() -> None:
+    x = torch.zeros(2, 3)
+    found = BaseModelOutputWithPast(last_hidden_state=x, past_key_values=(x, x), hidden_states=(x,))
+    assert [leaf.path for leaf in leaves_of(found)] == ["last_hidden_state"]
+    alone = BaseModelOutputWithPast(hidden_states=(x,))
+    assert [leaf.path for leaf in leaves_of(alone)] == ["hidden_states.0"], "there is nothing else"
+
+
+def test_masks_are_no_energy() -> None:
+    leaf = Leaf(torch.tensor([[1.0, torch.finfo(torch.float32).min], [2.0, torch.nan]]))
+    assert leaf.energy() == 5
+    assert leaf.error(leaf.value.nan_to_num(0.0) + 1) == 2

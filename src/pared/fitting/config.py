@@ -216,6 +216,12 @@ class PostTrainingQuantConfig:
         timeout: seconds after which no new trial begins. Default 0: no limit.
         seed: where the random directions start in which errors are measured; recorded in the artifact. The same seed,
             data and machine give the same file. Default 0.
+        logits: which floating outputs hold logits, logarithms of unnormalized probabilities, along their last
+            dimension, such as ("logits",): a key, a position ("0"), both joined by dots where outputs are nested
+            ("heads.0"), or "output" for a model that returns one tensor. An error in them counts as in every output
+            and, in addition, by what it changes in the probabilities. "auto" (default): those that are known to be
+            logits, because they go through a softmax or a cross entropy within the model, because its `config` says
+            `problem_type="single_label_classification"`, or because it is a language model of transformers. (): none.
         strict: True makes it an error if a floating tensor of two or more dimensions would stay in float, unless a rule
             says so. Default False.
 
@@ -236,6 +242,7 @@ class PostTrainingQuantConfig:
     max_trials: int = 20
     timeout: float = 0
     seed: int = 0
+    logits: Literal["auto"] | tuple[str, ...] | list[str] = "auto"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -262,6 +269,15 @@ class PostTrainingQuantConfig:
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise ConfigError(f"{rule!r} is not a Rule", where=f"{where}.rules", remedy="Pass a list of Rule(...).")
+        if self.logits != "auto" and not (
+            isinstance(self.logits, (list, tuple)) and all(isinstance(path, str) for path in self.logits)
+        ):
+            raise ConfigError(
+                f"logits={self.logits!r} is neither 'auto' nor a list of names of outputs",
+                where=where,
+                remedy='Pass a list such as ["logits"], or "auto".',
+            )
+        object.__setattr__(self, "logits", self.logits if self.logits == "auto" else tuple(self.logits))
         object.__setattr__(self, "rules", tuple(self.rules))
         if self.max_size is not None:
             object.__setattr__(self, "max_size", parse_size(self.max_size))

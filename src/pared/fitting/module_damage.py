@@ -5,14 +5,14 @@ Recurrent layers and attention compute in one function of PyTorch, which hides i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import nn
 
 from pared.fitting.calibration.observe import Statistics
-from pared.fitting.calibration.perturbation import losses, values_of
+from pared.fitting.calibration.perturbation import difference, values_of
 from pared.fitting.calibration.sensitivity import InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import DEFAULT_BITS
@@ -56,10 +56,13 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
     candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
     with torch.no_grad(), WITHOUT_FAST_PATHS:
-        return {next(iter(c.weights.values())).name: InputNoise(0.0, _lost(model, c, calls)) for c in candidates}
+        return {
+            next(iter(c.weights.values())).name: InputNoise(0.0, _lost(model, c, calls, seen.logits))
+            for c in candidates
+        }
 
 
-def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> float:
+def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str]) -> float:
     """The share of the outputs' energy that is lost when one module runs in int8; the mean over the outputs."""
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
@@ -69,10 +72,9 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call]) -> floa
     for name, weights in held.items():
         for attribute, stored in weights.items():
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
-    expected = [values_of(copied(*call.args, **call.kwargs)) for call in calls]
+    expected = [values_of(copied(*call.args, **call.kwargs), logits) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}
         stand_in(copied.get_submodule(name), coded, activation)
-    shares = [lost / total if total else 0.0 for lost, total in losses(copied, calls, expected)]
-    return sum(shares) / len(shares) if shares else 0.0
+    return difference(copied, calls, expected)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Generic
 
 from pared.fitting.calibration import observe, sensitivity
+from pared.fitting.calibration.logits import find_logits
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.orientation import oriented
 from pared.fitting.calibration.perturbation import perturb
@@ -72,6 +73,8 @@ def prepare(
     with stages.stage("calibrating"):
         seen = observe.collect(model, calibration, conf.calibration_sampling_size)
         tensors = oriented(tensors, seen.calls)
+        paths = {path for path, _ in seen.energies}
+        seen = replace(seen, logits=find_logits(model, seen.calls[0], conf.logits, paths))
     with stages.stage("measuring what errors cost"):
         return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
 
@@ -84,7 +87,7 @@ def _measured(
     rounds = max(1, _SAMPLES_AT_EIGHT_BITS // max(some.samples, 2)) if eight_bits else None
     found = sensitivity.measure(tensors, some.calls, some.energies, conf.seed, rounds=rounds)
     if found is None:
-        found = perturb(tensors, some.calls, conf.seed)
+        found = perturb(tensors, some.calls, conf.seed, some.logits)
     if conf.approach in ("auto", "dynamic"):
         found = replace(found, inputs={**found.inputs, **try_modules(tensors, seen)})
     return found

@@ -1,24 +1,37 @@
 """The outputs of a model as tensors that can be compared, to measure damage.
 
 Damage is the expected share of the output's energy that is lost: `|y' - y|^2 / |y|^2`, the mean over all floating
-outputs of a call. Where a model returns `logits`, only they count, and an error counts by how it changes the
-probabilities: twice the divergence KL(p || p'), which for small errors is the variance of the error under p.
+outputs of a call. An output that is known to hold logits loses that share and, in addition, what an error changes in
+the probabilities: twice the divergence KL(p || p'), which for small errors is the variance of the error under p.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# By-products in an output: caches and traces that nobody scores.
+# What a model of transformers returns beside its results, to look into it or for its own next call. Nobody scores it.
 _BY_PRODUCTS: Final = ("past_key_values", "hidden_states", "attentions", "cross_attentions", "mems", "cache_params")
-_LOGITS: Final = "logits"
+# Beyond this, a number stands for minus infinity: masks are filled with the least number of their type.
+_INFINITE: Final = torch.finfo(torch.float32).max / 2
+
+
+class _Every(Container[str]):
+    """Contains all paths."""
+
+    def __contains__(self, _path: object) -> bool:
+        return True
+
+
+EVERY: Final = _Every()
+
+Key = tuple[str, bool]  # the path of an output, and whether it counts as logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,17 +40,24 @@ class Leaf:
 
     Args:
         value: floating, of any shape.
-        is_logits: the last dimension holds logarithms of unnormalized probabilities.
+        is_logits: the last dimension holds logarithms of unnormalized probabilities, and these are what counts.
+        path: where it is in what the model returned: keys and positions, joined by dots.
     """
 
     value: Tensor
     is_logits: bool = False
+    path: str = "output"
+
+    @property
+    def key(self) -> Key:
+        """What tells it from the other leaves of a call."""
+        return self.path, self.is_logits
 
     def counts(self) -> Tensor:
         """Which numbers count, and of logits which distributions: the finite ones (a boolean tensor)."""
         value = self.value.detach()
         if not self.is_logits:
-            return value.isfinite()
+            return value.abs() < _INFINITE  # false for NaN
         broken = value.isnan() | (value == torch.inf)
         return value.isfinite().any(-1) & ~broken.any(-1)
 
@@ -76,20 +96,62 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).float()
 
 
-def leaves_of(output: Any) -> list[Leaf]:
-    """The floating tensors in what a model returned.
+def leaves_of(output: Any, logits: Container[str] = ()) -> list[Leaf]:
+    """The floating tensors in what a model returned. Those that hold logits come twice: as numbers, and as logits.
 
-    >>> [leaf.is_logits for leaf in leaves_of({"logits": torch.zeros(2, 3), "past_key_values": torch.zeros(4)})]
-    [True]
-    >>> len(leaves_of((torch.zeros(2), torch.tensor([1]))))
-    1
+    Args:
+        output: of any type.
+        logits: the paths of the outputs that are known to hold logits along their last dimension.
+
+    >>> [leaf.key for leaf in leaves_of({"logits": torch.zeros(2, 3), "boxes": [torch.zeros(4)]}, {"logits"})]
+    [('logits', False), ('logits', True), ('boxes.0', False)]
+    >>> [leaf.path for leaf in leaves_of((torch.zeros(2), torch.tensor([1])))], leaves_of(torch.zeros(2))[0].path
+    (['0'], 'output')
     """
-    if isinstance(output, Mapping):
-        logits = output.get(_LOGITS)
-        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() > 1 and logits.shape[-1] > 1:
-            return [Leaf(logits, is_logits=True)]
-        output = {key: value for key, value in output.items() if key not in _BY_PRODUCTS}
-    return [Leaf(tensor) for tensor in tensors_of(output)]
+    found = []
+    for path, tensor in _named(_results(output), ()):
+        if tensor.is_floating_point() and tensor.numel():
+            leaf = Leaf(tensor, path=path or "output")
+            found.append(leaf)
+            if leaf.path in logits and may_be_logits(tensor):
+                found.append(Leaf(tensor, is_logits=True, path=leaf.path))
+    return found
+
+
+def may_be_logits(value: Tensor) -> bool:
+    """Whether a tensor has a dimension of classes."""
+    return value.dim() > 1 and value.shape[-1] > 1
+
+
+def share_of_each(keys: Iterable[Key]) -> float:
+    """What share of the damage an output's own damage makes up: all outputs count alike."""
+    return 1.0 / max(1, len({path for path, _ in keys}))
+
+
+def _results(output: Any) -> Any:
+    """Without the by-products, if the output is of a class of transformers and there is something else in it."""
+    if not isinstance(output, Mapping) or not type(output).__module__.startswith("transformers."):
+        return output
+    results = {key: value for key, value in output.items() if key not in _BY_PRODUCTS}
+    return results if tensors_of(results) else output
+
+
+def _named(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a value, each with its path."""
+    if isinstance(value, Tensor):
+        yield ".".join(path), value
+        return
+    if isinstance(value, Mapping):
+        parts = [(str(key), part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(str(i), part) for i, part in enumerate(value)]
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = [(one.name, getattr(value, one.name)) for one in fields(value)]
+    else:
+        leaves = tree_leaves(value)
+        parts = [] if len(leaves) == 1 and leaves[0] is value else [(str(i), part) for i, part in enumerate(leaves)]
+    for name, part in parts:
+        yield from _named(part, (*path, name))
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -98,14 +160,5 @@ def tensors_of(value: Any) -> list[Tensor]:
     >>> [tuple(found.shape) for found in tensors_of({"a": (torch.zeros(2), None), "b": torch.tensor([1])})]
     [(2,)]
     """
-    tensors = [leaf for leaf in tree_leaves(_plain(value)) if isinstance(leaf, Tensor)]
+    tensors = [tensor for _, tensor in _named(value, ())]
     return [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-
-
-def _plain(output: Any) -> Any:
-    """The same with dicts and lists for mappings and sequences of classes that torch's trees do not know."""
-    if isinstance(output, Mapping):
-        return {key: _plain(value) for key, value in output.items()}
-    if isinstance(output, (list, tuple)):
-        return [_plain(value) for value in output]
-    return output

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from pared.formats.activation import Outliers
 from pared.model import calls
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.outputs import leaves_of
+from pared.model.outputs import EVERY, Key, leaves_of
 from pared.runtime.layers.table import has_columns, layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
 
@@ -63,21 +62,28 @@ class Statistics:
         samples: the number of samples seen.
         inputs: the inputs of each layer that was called, by module name.
         calls: the calls of the model, in order, until the limit of samples was reached.
-        energies_of_calls: for each call the energy of each floating output, see `Leaf.energy`; empty where the model
-            returns no floats.
+        energies_of_calls: for each call the energy of each floating output, as numbers and as logits where it could
+            be these, see `Leaf.energy`; empty where the model returns no floats.
         samples_of_calls: the number of samples in each call.
+        logits: the paths of the outputs that are known to hold logits.
     """
 
     samples: int
     inputs: Mapping[str, InputStats]
     calls: tuple[Call, ...] = ()
-    energies_of_calls: tuple[tuple[float, ...], ...] = ()
+    energies_of_calls: tuple[Mapping[Key, float], ...] = ()
     samples_of_calls: tuple[int, ...] = ()
+    logits: frozenset[str] = frozenset()
 
     @property
-    def energies(self) -> tuple[float, ...]:
-        """The energy of each floating output, summed over all calls."""
-        return tuple(map(sum, zip_longest(*self.energies_of_calls, fillvalue=0.0)))
+    def energies(self) -> dict[Key, float]:
+        """The energy of each floating output, summed over all calls; of logits both energies."""
+        totals: dict[Key, float] = {}
+        for energies in self.energies_of_calls:
+            for key, energy in energies.items():
+                if not key[1] or key[0] in self.logits:
+                    totals[key] = totals.get(key, 0.0) + energy
+        return totals
 
     def some(self, samples: int) -> Statistics:
         """The same with fewer calls, evenly spaced, that have about this number of samples."""
@@ -137,7 +143,7 @@ class _Recorder:
 
     def __init__(self, limit: int) -> None:
         self.calls: list[Call] = []
-        self.energies_of_calls: list[tuple[float, ...]] = []
+        self.energies_of_calls: list[dict[Key, float]] = []
         self.samples_of_calls: list[int] = []
         self._left = limit
 
@@ -147,7 +153,7 @@ class _Recorder:
         self.samples_of_calls.append(calls.samples_of(args, kwargs))
         self._left -= self.samples_of_calls[-1]
         self.calls.append(_owned(args, kwargs))
-        self.energies_of_calls.append(tuple(leaf.energy() for leaf in leaves_of(output)))
+        self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves_of(output, EVERY)})
 
 
 def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -6,7 +6,7 @@ recorded calls for each weight, where one gradient would give every row of every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from pared.errors import CalibrationError
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.outputs import Leaf, leaves_of
+from pared.model.outputs import Key, Leaf, leaves_of, share_of_each
 from pared.model.tensors import ModelTensor, ModelTensors
 
 # The disturbance as a share of the root mean square of the weight: about the error at six bits.
@@ -28,13 +28,16 @@ _DOUBLINGS: Final = 4
 _MOST_CALLS: Final = 16
 
 
-def perturb(tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int) -> Sensitivity:
+def perturb(
+    tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int, logits: Container[str] = ()
+) -> Sensitivity:
     """Measure what errors in each weight cost by disturbing it, with the same cost for all of its rows.
 
     Args:
         tensors: those of the model, which is left as it is.
         calls: the calls of calibration; the first 16 are repeated.
         seed: seeds the random disturbances.
+        logits: the paths of the outputs that count as logits, too.
 
     Raises:
         CalibrationError: the same input gave two different outputs, so nothing can be compared.
@@ -49,8 +52,8 @@ def perturb(tensors: ModelTensors[nn.Module], calls: Sequence[Call], seed: int) 
     calls = calls[:_MOST_CALLS]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        expected: list[list[Leaf]] = [values_of(copied(*call.args, **call.kwargs)) for call in calls]
-        if _difference(copied, calls, expected) > 0:
+        expected: list[list[Leaf]] = [values_of(copied(*call.args, **call.kwargs), logits) for call in calls]
+        if difference(copied, calls, expected) > 0:
             raise CalibrationError(
                 "the model gives different outputs for the same input, so the cost of errors cannot be measured",
                 where=type(tensors.model).__name__,
@@ -71,7 +74,7 @@ def _disturb(
         deviation = _NOISE * 2**doubling * scale
         noise = torch.randn(tensor.shape, generator=generator) * deviation
         tensor.copy_(original + noise.to(original.dtype))
-        damage, variance = _difference(model, calls, expected), deviation**2
+        damage, variance = difference(model, calls, expected), deviation**2
         tensor.copy_(original)
         if damage > 0 or scale == 0:
             break
@@ -79,18 +82,21 @@ def _disturb(
     return TensorStats(torch.full((rows,), each, dtype=torch.float64))
 
 
-def values_of(output: Any) -> list[Leaf]:
+def values_of(output: Any, logits: Container[str] = ()) -> list[Leaf]:
     """The outputs that are compared: the floating ones, or all tensors if there are none."""
-    floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output)]
-    return floats or [Leaf(leaf.clone()) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output, logits)]
+    others = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    return floats or [Leaf(leaf.clone(), path=str(i)) for i, leaf in enumerate(others)]
 
 
-def _difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> float:
-    shares = [lost / total for lost, total in losses(model, calls, expected) if total > 0]
-    return sum(shares) / len(shares) if shares else 0.0
+def difference(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> float:
+    """The damage of the disturbed model: the mean over the outputs of the share that is lost."""
+    found = losses(model, calls, expected)
+    shares = [lost / total for lost, total in found.values() if total > 0]
+    return sum(shares) * share_of_each(key for key, (_, total) in found.items() if total > 0)
 
 
-def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> list[tuple[float, float]]:
+def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) -> dict[Key, tuple[float, float]]:
     """The loss of each output over all calls, and the total it is a share of: energy of floats, or number of values.
 
     Args:
@@ -98,13 +104,15 @@ def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) 
         calls: what it is called with.
         expected: the outputs of the undisturbed model for each call, from `values_of`.
     """
-    found: dict[int, tuple[float, float]] = {}
+    found: dict[Key, tuple[float, float]] = {}
     for call, wanted in zip(calls, expected, strict=True):
-        for i, (ours, theirs) in enumerate(zip(wanted, values_of(model(*call.args, **call.kwargs)), strict=False)):
-            error, energy = _compared(ours, theirs.value)
-            lost, total = found.get(i, (0.0, 0.0))
-            found[i] = lost + error, total + energy
-    return list(found.values())
+        got = {leaf.path: leaf.value for leaf in values_of(model(*call.args, **call.kwargs))}
+        for ours in wanted:
+            if ours.path in got:
+                error, energy = _compared(ours, got[ours.path])
+                lost, total = found.get(ours.key, (0.0, 0.0))
+                found[ours.key] = lost + error, total + energy
+    return found
 
 
 def _compared(ours: Leaf, theirs: Tensor) -> tuple[float, float]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -22,7 +23,7 @@ from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.outputs import Leaf, leaves_of
+from pared.model.outputs import Key, Leaf, leaves_of, share_of_each
 from pared.model.tensors import ModelTensor, ModelTensors
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,10 @@ _ENTRIES_PER_WEIGHT: Final = 16
 # Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
+
+# How gradients are taken: first through where the model cuts them off, which fails where it then writes into a weight.
+# A buffer that the forward writes into cannot have a gradient.
+_ATTEMPTS: Final = ((True, ("parameter", "buffer")), (False, ("parameter", "buffer")), (False, ("parameter",)))
 
 LeavesOfCall = Callable[[ModelTensors[nn.Module], Call], list[Leaf]]
 
@@ -100,7 +105,7 @@ class Sensitivity:
 def measure(
     tensors: ModelTensors[nn.Module],
     calls: Sequence[Call],
-    energies: Sequence[float],
+    energies: Mapping[Key, float],
     seed: int,
     *,
     rounds: int | None = None,
@@ -110,7 +115,8 @@ def measure(
     Args:
         tensors: those of the model, which is left as it is.
         calls: the calls of calibration, which are repeated.
-        energies: the energy of each floating output, summed over all calls; empty if there are no such outputs.
+        energies: the energy of each floating output, summed over all calls, and as logits of those that count as
+            logits, too; empty if there are no floating outputs.
         seed: seeds the random directions.
         rounds: how often each call is probed, without second moments, which rounding without feedback does not need.
             None: until there are about 16 probes, with second moments.
@@ -121,17 +127,17 @@ def measure(
     """
     if not any(tensor.fits_grid for tensor in tensors):
         return Sensitivity({})
-    try:
-        return _probed(tensors, calls, energies, seed, ("parameter", "buffer"), rounds)
-    except RuntimeError as first:
-        _refuse_exhausted(first)
-        try:  # a buffer that the forward writes into cannot have a gradient
-            return _probed(tensors, calls, energies, seed, ("parameter",), rounds)
-        except RuntimeError as error:
+    failed: RuntimeError | None = None
+    for through, kinds in _ATTEMPTS:
+        try:
+            return _probed(tensors, calls, energies, seed, kinds, rounds, through=through)
+        except RuntimeError as error:  # noqa: PERF203  # three attempts
             _refuse_exhausted(error)
-            # The same calls ran before without gradients.
-            log.warning("gradients fail in the model, so its weights are disturbed one at a time instead: %s", error)
-            return None
+            log.debug("gradients of %s fail: %s", " and ".join(kinds), error)
+            failed = error
+    # The same calls ran before without gradients.
+    log.warning("gradients fail in the model, so its weights are disturbed one at a time instead: %s", failed)
+    return None
 
 
 def _refuse_exhausted(error: RuntimeError) -> None:
@@ -143,20 +149,23 @@ def _refuse_exhausted(error: RuntimeError) -> None:
 def _probed(
     tensors: ModelTensors[nn.Module],
     calls: Sequence[Call],
-    energies: Sequence[float],
+    energies: Mapping[Key, float],
     seed: int,
     kinds: Sequence[str],
     wanted: int | None,
+    *,
+    through: bool,
 ) -> Sensitivity | None:
     copied = tensors.in_copy(shadow(tensors.model))
-    pass_ = _Pass(copied, seed, kinds, moments=wanted is None)
+    pass_ = _Pass(copied, seed, kinds, moments=wanted is None, through=through)
     rounds = wanted or max(1, round(_PROBES / len(calls)))
-    leaves_of_call = output_leaves if energies else last_products
+    logits = {path for path, is_logits in energies if is_logits}
+    leaves_of_call = partial(output_leaves, logits=logits) if energies else last_products
     with torch.enable_grad():
         energies = energies or _energies(copied, calls)
         for turn in range(rounds):
             for i, call in enumerate(calls):
-                scaled = [(e or 1.0) * rounds for e in energies]
+                scaled = {key: (energy or 1.0) * rounds for key, energy in energies.items()}
                 if len(calls) > 1 or wanted:
                     pass_.probe(leaves_of_call, call, scaled, unseen=i % 2 == 1)
                 else:
@@ -164,20 +173,18 @@ def _probed(
     return pass_.result(rounds)
 
 
-def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> list[float]:
+def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> dict[Key, float]:
     """The energies, summed over all calls, of what stands in for the outputs of a model that returns no floats."""
-    totals: list[float] = []
+    totals: dict[Key, float] = {}
     for call in calls:
-        leaves = last_products(tensors, call)
-        totals += [0.0] * (len(leaves) - len(totals))
-        for i, leaf in enumerate(leaves):
-            totals[i] += leaf.energy()
+        for leaf in last_products(tensors, call):
+            totals[leaf.key] = totals.get(leaf.key, 0.0) + leaf.energy()
     return totals
 
 
-def output_leaves(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
+def output_leaves(tensors: ModelTensors[nn.Module], call: Call, logits: Container[str] = ()) -> list[Leaf]:
     """The floating outputs of a call."""
-    return leaves_of(tensors.model(*call.args, **call.kwargs))
+    return leaves_of(tensors.model(*call.args, **call.kwargs), logits)
 
 
 def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
@@ -193,7 +200,7 @@ def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
 
     with ProductWatch(tensors.names, tell):
         tensors.model(*call.args, **call.kwargs)
-    return [Leaf(y) for y in _last(ends)]
+    return [Leaf(y, path=str(i)) for i, y in enumerate(_last(ends))]
 
 
 def _last(ends: list[Tensor]) -> list[Tensor]:
@@ -212,9 +219,12 @@ def _last(ends: list[Tensor]) -> list[Tensor]:
 class _Pass:
     """Sums up what the gradients of all probes show."""
 
-    def __init__(self, tensors: ModelTensors[nn.Module], seed: int, kinds: Sequence[str], *, moments: bool) -> None:
+    def __init__(
+        self, tensors: ModelTensors[nn.Module], seed: int, kinds: Sequence[str], *, moments: bool, through: bool
+    ) -> None:
         self._tensors = tensors
         self._wants_moments = moments
+        self._through = through
         self._generator = torch.Generator().manual_seed(seed)
         self._probed = {tensor.name: tensor for tensor in tensors if tensor.fits_grid and tensor.kind in kinds}
         self._names = {key: name for key, name in tensors.names.items() if name in self._probed}
@@ -235,7 +245,7 @@ class _Pass:
         self,
         leaves_of_call: LeavesOfCall,
         call: Call,
-        energies: Sequence[float],
+        energies: Mapping[Key, float],
         *,
         unseen: bool,
         half: int | None = None,
@@ -253,18 +263,19 @@ class _Pass:
         for buffer in self._tensors.model.buffers():
             if buffer.grad_fn is not None:
                 buffer.detach_()  # written by the last call, whose graph is gone
-        with ProductWatch(self._names, self._tell, gradients=True) as watch:
+        with ProductWatch(self._names, self._tell, gradients=True, through=self._through) as watch:
             leaves = leaves_of_call(self._tensors, call)
         self._otherwise |= watch.otherwise
-        pairs = [(leaf, e) for leaf, e in zip(leaves, energies, strict=False) if leaf.value.requires_grad]
-        if not pairs:
+        leaves = [leaf for leaf in leaves if leaf.value.requires_grad and leaf.key in energies]
+        if not leaves:
             return
-        directions = [leaf.probe(self._generator) / (energy * len(leaves)) ** 0.5 for leaf, energy in pairs]
+        share = share_of_each(energies)
+        directions = [leaf.probe(self._generator) * (share / energies[leaf.key]) ** 0.5 for leaf in leaves]
         if half is not None:
             self._judged = all(d.dim() > 0 and len(d) > 1 for d in directions)
             directions = [_every_other(d, half) for d in directions] if self._judged else directions
         wanted = [tensor.tensor for tensor in self._probed.values()]
-        outputs = [leaf.value for leaf, _ in pairs]
+        outputs = [leaf.value for leaf in leaves]
         # The gradients of the model's own inputs come only when asked for: no weight stands before them.
         found = torch.autograd.grad(outputs, wanted + self._first, directions, allow_unused=True)
         for tensor, gradient in zip(self._probed.values(), found[: len(wanted)], strict=True):

@@ -51,6 +51,27 @@ PRODUCTS: Final[dict[Callable[..., Any], tuple[Kind, int, int]]] = {
 }
 
 
+class _Straight(torch.autograd.Function):
+    """A result whose gradient is handed on as it is."""
+
+    @staticmethod
+    def forward(_ctx: Any, _x: Tensor, result: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+# What cuts a result off from what it was computed from: by name, and by steps, whose slope is 0 but 1 in the mean.
+_DETACHED: Final[tuple[Callable[..., Any], ...]] = (Tensor.detach, torch.detach)
+_STEPS: Final[tuple[Callable[..., Any], ...]] = (
+    *(torch.round, torch.floor, torch.ceil, torch.trunc, torch.fix),
+    *(Tensor.round, Tensor.floor, Tensor.ceil, Tensor.trunc, Tensor.fix),
+)
+_CUTS: Final = frozenset((torch._C._set_grad_enabled, *_DETACHED, *_STEPS))
+
+
 class ProductWatch(TorchFunctionMode):
     """While it is entered, reports each product of a watched weight.
 
@@ -58,6 +79,8 @@ class ProductWatch(TorchFunctionMode):
         names: the names of the watched tensors, by `id`.
         tell: called with each product, right after it was computed.
         gradients: give each product an alias of its input, so that the gradient by it can be asked for.
+        through: let gradients through where the model cuts them off, by `torch.no_grad`, `detach` or rounding: what
+            is computed before that changes the output all the same.
 
     Attributes:
         otherwise: the names of watched tensors from which other functions computed a tensor, such as a transposition.
@@ -69,11 +92,19 @@ class ProductWatch(TorchFunctionMode):
     ('weight', 'linear', torch.Size([4, 3]))
     """
 
-    def __init__(self, names: Mapping[int, str], tell: Callable[[Product], None], *, gradients: bool = False) -> None:
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        tell: Callable[[Product], None],
+        *,
+        gradients: bool = False,
+        through: bool = False,
+    ) -> None:
         super().__init__()
         self._names = names
         self._tell = tell
         self._gradients = gradients
+        self._through = through
         self.otherwise: set[str] = set()
         self._slices: dict[int, tuple[Tensor, ...]] = {}
 
@@ -82,6 +113,8 @@ class ProductWatch(TorchFunctionMode):
     ) -> Any:
         """Run the function, and report it if it is a product of a watched weight."""
         kwargs = kwargs or {}
+        if self._through and func in _CUTS:
+            return self._uncut(func, args, kwargs)
         if func == Tensor.__getitem__ and self._is_slice(*args):
             return self._slice(*args)
         kind, input_place, weight_place = PRODUCTS.get(func, ("linear", 0, len(args)))
@@ -115,3 +148,15 @@ class ProductWatch(TorchFunctionMode):
         if id(weight) not in self._slices:
             self._slices[id(weight)] = weight.unbind(0)
         return self._slices[id(weight)][int(index)]
+
+    @staticmethod
+    def _uncut(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a function that cuts gradients off returns, with a gradient where its input has one."""
+        if func not in (*_DETACHED, *_STEPS):
+            return None  # gradients stay switched on
+        x = args[0] if args else kwargs.get("input")
+        if type(x) is not Tensor or not x.requires_grad:
+            return func(*args, **kwargs)
+        if func in _DETACHED:
+            return x.view_as(x)
+        return _Straight.apply(x, func(*args, **kwargs).detach())  # type: ignore[no-untyped-call]  # as torch has it
