@@ -100,7 +100,7 @@ def leaves_of(output: Any, logits: Container[str] = ()) -> list[Leaf]:
     """The floating tensors in what a model returned. Those that hold logits come twice: as numbers, and as logits.
 
     Args:
-        output: of any type.
+        output: a value of any type.
         logits: the paths of the outputs that are known to hold logits along their last dimension.
 
     >>> [leaf.key for leaf in leaves_of({"logits": torch.zeros(2, 3), "boxes": [torch.zeros(4)]}, {"logits"})]

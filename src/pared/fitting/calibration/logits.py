@@ -37,7 +37,7 @@ def find_logits(
         wanted: "auto": an output that goes through a softmax or a cross entropy within the call, that a configuration
             with `problem_type="single_label_classification"` describes, or that scores the vocabulary of a language
             model of transformers; else the paths themselves.
-        paths: of all floating outputs that calibration saw.
+        paths: the paths of all floating outputs that calibration saw.
 
     Raises:
         ConfigError: a path that is wanted is none of these.
