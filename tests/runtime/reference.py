@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pared.formats.activation import NARROWEST, Outliers, Range, float32
 from pared.runtime.kernels import outliers as columns
-from pared.runtime.kernels.activation import ORIGIN, tensor_range
+from pared.runtime.kernels.activation import ORIGIN
 from pared.runtime.kernels.conv import Geometry
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import ExtraColumns
@@ -79,16 +79,20 @@ def convolution(
     levels: int = FULL_LEVELS,
 ) -> Tensor:
     """The output of `conv.static` with a span, of `conv.dynamic` without."""
-    span = tensor_range(x) if span is None else span
-    if span is None:
-        return torch.full_like(convolution(x.nan_to_num(0, 0, 0), codes, step, geometry, bias), torch.nan)
-    scale, zero_point = span.grid(levels)
-    centred = quantize(x.float(), scale, zero_point, levels).double() - zero_point
+    scale: float | Tensor
+    if span is None and x.numel():
+        samples = x.float() if x.dim() == codes.dim() else x.float()[None]
+        rows, scale, zero_points = quantize_rows(samples.flatten(1), levels)
+        centred = (rows.double() - zero_points).reshape(x.shape)
+        scale = scale.double().reshape(-1, *[1] * (x.dim() - 1)) if x.dim() == codes.dim() else scale.double()
+    else:
+        scale, zero_point = (span or Range(0.0, 0.0)).grid(levels)
+        centred = quantize(x.float(), scale, zero_point, levels).double() - zero_point
     trailing = [zeros for more in reversed(geometry.trailing) for zeros in (0, more)]
     moves = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     out = CONVOLUTIONS[codes.dim() - 2](F.pad(centred, trailing), codes.double(), None, *moves)
     channel = (-1, *(1 for _ in codes.shape[2:]))
-    out = out * (scale * step.double()).reshape(channel)
+    out = out * scale * step.double().reshape(channel)
     return (out if bias is None else out + bias.reshape(channel)).to(x.dtype)
 
 
@@ -110,7 +114,7 @@ def transposed_convolution(
     return out
 
 
-def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, ...]:
+def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights, *, first: bool) -> tuple[Tensor, ...]:
     """The output of `recurrent.run` for one direction of one layer, in float64.
 
     Args:
@@ -118,12 +122,13 @@ def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -
         x: floats (steps, batch, inputs).
         state: one or two of (batch, hidden).
         weights: plain ones.
+        first: whether the input is not that of a layer below.
 
     Returns:
         the outputs (steps, batch, hidden), and the last state or states. Gates stand in the order that PyTorch
         documents for its layers (Hochreiter and Schmidhuber 1997; Cho et al. 2014).
     """
-    inputs = _gates(x, weights, 0)
+    inputs = _gates(x, weights, 0, in_floats=first)
     now = [one.double() for one in state]
     outputs = []
     for step in inputs:
@@ -140,10 +145,13 @@ def sequence(kind: Kind, x: Tensor, state: Sequence[Tensor], weights: Weights) -
     return torch.stack(outputs), *now
 
 
-def _gates(x: Tensor, weights: Weights, which: int) -> Tensor:
-    span = tensor_range(x.float()) or Range(0.0, 0.0)
-    scale, zero_point = span.grid(weights.levels)
-    centred = quantize(x.float(), scale, zero_point, weights.levels).double() - zero_point
+def _gates(x: Tensor, weights: Weights, which: int, *, in_floats: bool = False) -> Tensor:
+    scale, zero_point = Range(-1.0, 1.0).grid(weights.levels)
+    weight = weights.codes[which] * weights.steps[which].reshape(-1, 1)
+    if in_floats:
+        out = F.linear(x.double(), weight.half().double())
+    else:
+        centred = quantize(x.float(), scale, zero_point, weights.levels).double() - zero_point
+        out = F.linear(centred * scale, weight.double())
     bias = weights.biases[which]
-    out = F.linear(centred, weights.codes[which].double()) * (scale * weights.steps[which].double())
     return out if bias is None else out + bias.double()

@@ -416,6 +416,28 @@ def test_a_channel_without_a_step_gives_the_bias_and_nan_shows() -> None:
     assert reference.convolution(x, codes, step, geometry, bias).isnan().all()
 
 
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "case", [(4, 6, 1, (3, 3), 1, 1), (3, 8, 1, (16, 16), 16, 0), (8, 8, 8, (3, 3), 2, 1)], ids=str
+)
+def test_no_sample_of_a_convolution_depends_on_the_others(
+    case: tuple[int, int, int, tuple[int, ...], int, int], layout: torch.memory_format
+) -> None:
+    inputs, outputs, groups, taps, stride, padding = case
+    geometry = conv.Geometry.of(taps, stride, padding, 1, groups)
+    packed = conv.pack(random_codes(outputs, inputs // groups, *taps), random_step(outputs), geometry)
+    x = random(5, inputs, 33, 32).contiguous(memory_format=layout)
+    x[1], x[2], x[3] = x[1].abs(), x[2] * 1e6, x[3] * 1e-4
+    alone = [conv.dynamic(sample[None], packed, random(outputs)) for sample in x]
+    for whole, each in zip(conv.dynamic(x, packed, random(outputs)), alone, strict=True):
+        assert_same(whole, each[0])
+    x[2, 0, 3, 3], x[4, 1, 5, 5] = math.nan, math.inf
+    spoilt = conv.dynamic(x, packed, random(outputs))
+    assert spoilt.isfinite().flatten(1).any(1).tolist() == [True, True, False, True, False]
+    assert torch.equal(spoilt[[0, 1, 3]], conv.dynamic(x[[0, 1, 3]], packed, random(outputs)))
+
+
 def test_convolutions_refuse_what_does_not_fit() -> None:
     with pytest.raises(ModelError) as caught:
         conv.Geometry.of((3, 3), stride=(1, 2, 3))

@@ -107,21 +107,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Any, ...], dict[str, Any]]
     "lstm": (lambda: nn.LSTM(12, 16, 2, bidirectional=True), (image(7, 3, 12),), {}),
     "lstm, batch first, with states": (
         lambda: nn.LSTM(12, 16, batch_first=True),
-        (image(3, 7, 12), (image(1, 3, 16), image(1, 3, 16))),
+        (image(3, 7, 12), (image(1, 3, 16).tanh(), image(1, 3, 16))),
         {},
     ),
     "lstm, no batch, no bias": (lambda: nn.LSTM(12, 16, bias=False), (image(7, 12),), {}),
     "lstm, packed": (lambda: nn.LSTM(12, 16, bidirectional=True), (sequences(),), {}),
     "lstm, packed, with states": (
         lambda: nn.LSTM(12, 16),
-        (sequences(), (image(1, 3, 16), image(1, 3, 16))),
+        (sequences(), (image(1, 3, 16).tanh(), image(1, 3, 16))),
         {},
     ),
     "gru": (lambda: nn.GRU(12, 16, 2, bidirectional=True, batch_first=True), (image(3, 7, 12),), {}),
-    "gru, packed, with a state": (lambda: nn.GRU(12, 16), (sequences(), image(1, 3, 16)), {}),
+    "gru, packed, with a state": (lambda: nn.GRU(12, 16), (sequences(), image(1, 3, 16).tanh()), {}),
     "lstm cell": (lambda: nn.LSTMCell(12, 16), (image(3, 12),), {}),
-    "lstm cell with states, no batch": (lambda: nn.LSTMCell(12, 16), (image(12), (image(16), image(16))), {}),
-    "gru cell": (lambda: nn.GRUCell(12, 16), (image(3, 12), image(3, 16)), {}),
+    "lstm cell with states, no batch": (lambda: nn.LSTMCell(12, 16), (image(12), (image(16).tanh(), image(16))), {}),
+    "gru cell": (lambda: nn.GRUCell(12, 16), (image(3, 12), image(3, 16).tanh()), {}),
     "rnn cell": (lambda: nn.RNNCell(12, 16, nonlinearity="relu"), (image(3, 12),), {}),
     "attention": (lambda: nn.MultiheadAttention(16, 4), (image(6, 2, 16), image(6, 2, 16), image(6, 2, 16)), {}),
     "self attention, masked": (
@@ -439,6 +439,54 @@ def test_a_loud_state_does_not_drown_a_quiet_one(make: type[Any], packed: bool) 
     outputs = [tensors(one(x, (state, state) if pair else state))[0] for one in (layer, counterpart)]
     outputs = [one.reshape(-1, 2, 16)[:, 0] for one in outputs]
     assert snr(outputs[0], outputs[1]) > 30
+
+
+# Each called with a batch in the first dimension.
+ALONE: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "linear": lambda one, x: one(x),
+    "linear in 4 dimensions": lambda one, x: one(x),
+    "conv1d": lambda one, x: one(x),
+    "conv2d": lambda one, x: one(x),
+    "conv2d depthwise": lambda one, x: one(x),
+    "conv2d channels last": lambda one, x: one(x),
+    "conv2d reflecting": lambda one, x: one(x),
+    "conv3d": lambda one, x: one(x),
+    "transposed conv1d": lambda one, x: one(x),
+    "transposed conv2d": lambda one, x: one(x),
+    "lstm": lambda one, x: one(x.transpose(0, 1))[0].transpose(0, 1),
+    "gru": lambda one, x: one(x)[0],
+    "lstm cell": lambda one, x: one(x)[0],
+    "gru cell": lambda one, x: one(x),
+    "rnn cell": lambda one, x: one(x),
+    "attention": lambda one, x: one(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1),
+    "self attention, masked": lambda one, x: one(x, x, x, need_weights=False)[0],
+}
+
+
+@pytest.mark.parametrize(("name", "mode"), [one for one in EVERY if one[0] in ALONE])
+def test_no_sample_depends_on_who_else_is_in_the_batch(name: str, mode: str) -> None:
+    layer, counterpart, (x, *_), _ = build(name, mode)
+    shape = (3, 7, 12) if name == "lstm" else (2, 6, 16) if name == "attention" else tuple(x.shape)
+    x = torch.randn((4, *shape[1:]), generator=torch.Generator().manual_seed(1))
+    if mode == "dynamic":
+        x[1], x[2] = 0.1 * x[1], 1e6 * x[2].abs()
+
+    def run(one: nn.Module, given: Tensor) -> Tensor:
+        found: Tensor = ALONE[name](one, given)
+        return found
+
+    whole = run(counterpart, x)
+    for i, sample in enumerate(x):
+        alone = run(counterpart, sample[None])[0]
+        assert torch.allclose(whole[i], alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+    others = [0, 1, 3]
+    for bad in (torch.nan, torch.inf, 1e6):
+        spoilt = x.clone()
+        spoilt[2].view(-1)[5] = bad
+        found, expected = run(counterpart, spoilt), run(layer, spoilt)
+        assert torch.allclose(found[others], whole[others], rtol=1e-5, atol=1e-5 * float(whole[others].abs().max()))
+        if mode == "dynamic":
+            assert not (found[2].isfinite() & ~expected[2].isfinite()).any(), "what is not finite is hidden"
 
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -53,8 +53,8 @@ def test_a_sequence_is_what_the_reference_says(
         for layer in range(layers)
     ]
     x = numbers(generator, steps, batch, inputs)
-    state = [numbers(generator, layers * ways, batch, hidden) for _ in range(states)]
-    packed = [recurrent.pack(one) for layer in weights for one in layer]
+    state = [numbers(generator, layers * ways, batch, hidden).clamp(-1, 1) for _ in range(states)]
+    packed = [recurrent.pack(one, ways if i else 0) for i, layer in enumerate(weights) for one in layer]
     out, *last = recurrent.run(kind, x, state, packed, layers)
 
     expected, ends = x, []
@@ -62,7 +62,7 @@ def test_a_sequence_is_what_the_reference_says(
         parts = []
         for way, own in enumerate(one):
             first = [s[layer * ways + way] for s in state]
-            ran, *end = reference.sequence(kind, expected.flip(0) if way else expected, first, own)
+            ran, *end = reference.sequence(kind, expected.flip(0) if way else expected, first, own, first=not layer)
             parts.append(ran.flip(0) if way else ran)
             ends.append(end)
         expected = torch.cat(parts, -1).float()

@@ -10,7 +10,6 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_leaves
 
 from pared.formats.coded import RAW_TYPES, Coded, on_own_grid
 from pared.formats.dtypes import FLOATING
@@ -200,16 +199,3 @@ def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor):
                 yield module, attribute, value
-
-
-def held_elsewhere(model: nn.Module) -> set[int]:
-    """The `id` of every tensor that a module also holds as a plain attribute, or in a list or dict that is one."""
-    registries = ("_parameters", "_buffers", "_modules", "_flat_weights")  # the last is an LSTM's, which copying renews
-    return {
-        id(leaf)
-        for module in model.modules()
-        for attribute, value in vars(module).items()
-        if attribute not in registries
-        for leaf in tree_leaves(value)
-        if isinstance(leaf, Tensor)
-    }

@@ -10,6 +10,7 @@ from torch import nn
 from pared.artifact.envelope import find_artifact
 from pared.errors import ConfigError
 from pared.files.disk import as_path
+from pared.files.threads import apart
 from pared.model import storage
 from pared.model.checks import check_modules
 from pared.model.tensors import ModuleT, find_tensors
@@ -41,6 +42,9 @@ def load(
 
     On Linux this also changes the C allocator of the whole process: memory that is freed stays with the process for the
     next call, which makes int8 layers faster and the process's resident memory a little larger.
+
+    A process may fork after this, as servers do that load a model before they start workers, as long as it has not
+    called the model, or computed anything large with PyTorch, itself.
 
     Args:
         path: the directory that `save` wrote, or the artifact itself.
@@ -98,7 +102,10 @@ def check_model(model: nn.Module | None, where: str) -> nn.Module:
 
 
 def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
-    model = check_model(model, "pared.load")
+    known = check_model(model, "pared.load")
     file = find_artifact(as_path(path, "load"))
-    contents = storage.read(file)
-    return quantized.assemble(find_tensors(model), contents, profile_beside(file), memory)
+
+    def made() -> nn.Module:
+        return quantized.assemble(find_tensors(known), storage.read(file), profile_beside(file), memory)
+
+    return apart(made)

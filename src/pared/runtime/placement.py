@@ -17,7 +17,8 @@ from pared.formats.coded import Coded, Float, Grid, Raw, dtype_name, survives_fl
 from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View, view_of
 from pared.model.contents import Contents, Stored
-from pared.model.tensors import held_elsewhere, registered
+from pared.model.copying.reach import Reach
+from pared.model.tensors import registered
 from pared.runtime.layers.counterpart import Counterpart, stand_in
 from pared.runtime.layers.table import layer_of, weights_of
 from pared.runtime.profile import Profile, Running
@@ -174,7 +175,7 @@ def held_in_codes(
 
     `running` is changed to float32 where only some of a module's weights could be in codes: all of them or none are.
     """
-    elsewhere = held_elsewhere(model)
+    elsewhere = Reach(model).held_elsewhere()
     free = [stored for stored, tensors in pairs if not any(id(tensor) in elsewhere for tensor in tensors)]
     while True:
         runs = [stored for stored in free if _runs_in_codes(stored, contents, running)]

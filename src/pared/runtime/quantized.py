@@ -17,6 +17,7 @@ import pared
 from pared.artifact.outcome import Outcome
 from pared.errors import MismatchError
 from pared.files.directories.lock import SHORT_WAIT, owned
+from pared.files.threads import apart
 from pared.inspection import ledger
 from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
@@ -70,7 +71,7 @@ def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:
     """The quantized model of a pickle: the inverse of `Quantized.__reduce_ex__`."""
     raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
     profile, outcome, memory = state_from_json(state)
-    model = assemble(find_tensors(skeleton), storage.from_bytes(raw), profile, memory)
+    model = apart(lambda: assemble(find_tensors(skeleton), storage.from_bytes(raw), profile, memory))
     set_outcome(model, outcome)
     return model
 

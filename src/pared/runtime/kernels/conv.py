@@ -1,7 +1,7 @@
 """Convolutions in one, two and three dimensions on int8 weights, with the activations as unsigned codes.
 
-`static` puts the input on one calibrated grid, `dynamic` on one grid of the call's own range, so that a sample's result
-depends a little on the others in its batch. Padding is with zeros; for another mode, pad the float input first.
+`static` puts the input on one calibrated grid, `dynamic` each sample on a grid of its own range, so that no sample's
+result depends on the others in its batch. Padding is with zeros; for another mode, pad the float input first.
 
 The kernels work on channels-last memory. The output has the layout that PyTorch's own convolution would give: channels
 last if the input or the weight is, else contiguous, which costs a copy. So a model in channels-last layout is faster.
@@ -9,7 +9,6 @@ last if the input or the weight is, else contiguous, which costs a copy. So a mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pared.errors import ModelError
 from pared.formats.activation import Range
-from pared.runtime.kernels.activation import quantize, tensor_range
+from pared.runtime.kernels.activation import quantize, quantize_rows
 from pared.runtime.kernels.linear import check_step, float_bias
 from pared.runtime.kernels.machine import PLAIN, levels_for
 from pared.runtime.kernels.patches import channels_first, patches_of, pays, rows_of_filter
@@ -179,20 +178,29 @@ def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> T
     Raises:
         ModelError: the number of dimensions or channels does not fit the filter.
     """
-    return _convolve(x, _batch(x, packed), packed, bias, span)
+    batch = _batch(x, packed)
+    scale, zero_point = span.grid(packed.levels)
+    codes = quantize(batch, scale, zero_point, packed.levels)
+    return _convolved(x, batch, packed, codes, scale, zero_point, bias)
 
 
 def dynamic(x: Tensor, packed: PackedConv, bias: Tensor | None = None) -> Tensor:
-    """The layer's output, with the range taken from this input.
+    """The layer's output, with each sample of the input on a grid of its own.
 
-    As in `static`, but nothing is clipped, and NaN or Inf anywhere in the input makes the whole output NaN.
+    As in `static`, but nothing is clipped, and a sample that holds NaN or Inf gives only NaN or Inf.
     """
     batch = _batch(x, packed)
+    if not batch.numel():
+        return _convolved(x, batch, packed, batch.to(torch.uint8), 1.0, 0, bias)
     # In the order of memory: PyTorch would copy a channels-last tensor to find its extremes.
-    span = tensor_range(batch.movedim(1, -1) if _is_channels_last(batch) else batch)
-    if span is None:
-        return _convolve(x, batch, packed, bias, Range(0.0, 0.0)).fill_(math.nan)
-    return _convolve(x, batch, packed, bias, span)
+    is_last = _is_channels_last(batch)
+    samples = batch.movedim(1, -1) if is_last else batch
+    rows, scales, zero_points = quantize_rows(samples.flatten(1), packed.levels)
+    codes = rows.view(samples.shape)
+    codes = codes.movedim(-1, 1) if is_last else codes
+    if len(batch) == 1 and scales.isfinite():
+        return _convolved(x, batch, packed, codes, float(scales), int(zero_points), bias)
+    return _convolved(x, batch, packed, codes, scales, zero_points, bias)
 
 
 def _batch(x: Tensor, packed: PackedConv) -> Tensor:
@@ -208,34 +216,84 @@ def _batch(x: Tensor, packed: PackedConv) -> Tensor:
     return (x.unsqueeze(0) if missing else x).detach().float()
 
 
-def _convolve(x: Tensor, batch: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> Tensor:
-    """The convolution of `batch`, in the type and with the dimensions of `x`."""
-    scale, zero_point = span.grid(packed.levels)
-    codes = quantize(batch, scale, zero_point, packed.levels)
-    moves, padding, bias = packed.geometry, packed.geometry.padding, float_bias(bias)
-    if zero_point or any(moves.trailing) or packed.taps:
-        codes, padding = pad_codes(codes, moves.sides, zero_point), (0,) * len(padding)
-    if zero_point:
-        # The kernel is not told of the zero point: it would rearrange the whole weight at every call.
-        shift = packed.sums * (-scale * zero_point)
-        bias = shift if bias is None else shift.add_(bias)
-    weight = (packed.weight, packed.step, packed.zeros, bias)
-    out: Tensor
-    if packed.taps:
-        rows = patches_of(codes, packed.taps, moves.stride)
-        if not rows.numel():
-            return x.new_zeros(*x.shape[: x.dim() - len(padding) - 1], len(packed.step), *rows.shape[1:-1])
-        products = torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *PLAIN)
-        out = channels_first(products)
+def _convolved(
+    x: Tensor,
+    batch: Tensor,
+    packed: PackedConv,
+    codes: Tensor,
+    scale: float | Tensor,
+    zero_point: int | Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The convolution of `batch`, in the type and with the dimensions of `x`.
+
+    Args:
+        x: the layer's input.
+        batch: the same with a batch dimension, in float32.
+        packed: the filter.
+        codes: those of `batch`.
+        scale: that of all samples, or float32 of shape (batch, 1).
+        zero_point: likewise.
+        bias: floats of shape (out,), or None.
+    """
+    bias = float_bias(bias)
+    if isinstance(scale, Tensor):
+        products = _products(_padded(codes, packed, zero_point), packed, 1.0, None)
+        shift = packed.sums * (scale * zero_point).neg_()
+        shift = shift if bias is None else shift.add_(bias)
+        each = [1] * (products.dim() - 2)
+        out = torch.addcmul(shift.reshape(*shift.shape, *each), products, scale.reshape(-1, 1, *each), out=products)
     else:
-        moved = (moves.stride, padding, moves.dilation, moves.groups)
-        kernel = getattr(torch.ops.onednn, f"qconv{len(padding)}d_pointwise").default
-        out = kernel(codes, scale, 0, *weight, *moved, *PLAIN)
-    if out.dim() > batch.dim():  # an empty batch in one dimension of space comes back in the kernel's own two
-        out = out.squeeze(2)
+        if zero_point:
+            # The kernel is not told of the zero point: it would rearrange the whole weight at every call.
+            shift = packed.sums * (-scale * zero_point)
+            bias = shift if bias is None else shift.add_(bias)
+        out = _products(_padded(codes, packed, zero_point), packed, scale, bias)
     if not (packed.channels_last or _is_channels_last(batch)):
         out = out.contiguous()
     return (out.squeeze(0) if x.dim() < batch.dim() else out).to(x.dtype)
+
+
+def _padded(codes: Tensor, packed: PackedConv, zero_point: int | Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The codes, padded if the kernel cannot do that, and the padding that is left to the kernel."""
+    moves = packed.geometry
+    none = (0,) * len(moves.padding)
+    if isinstance(zero_point, Tensor) and any(moves.sides) and bool(zero_point.any()):
+        return _pad_samples(codes, moves.sides, zero_point), none
+    value = 0 if isinstance(zero_point, Tensor) else zero_point
+    if value or any(moves.trailing) or packed.taps:
+        return pad_codes(codes, moves.sides, value), none
+    return codes, moves.padding
+
+
+def _pad_samples(codes: Tensor, sides: Sequence[int], zero_points: Tensor) -> Tensor:
+    """The codes, each sample padded with its own code of zero, in the kernel's own layout."""
+    space = codes.dim() - 2
+    before, behind = sides[0::2][::-1], sides[1::2][::-1]
+    sizes = [size + b + e for size, b, e in zip(codes.shape[2:], before, behind, strict=True)]
+    layout = _CHANNELS_LAST.get(space, torch.contiguous_format)
+    whole = torch.empty((*codes.shape[:2], *sizes), dtype=torch.uint8, device="cpu", memory_format=layout)
+    # Samples that hold NaN have none; whatever is computed from their codes becomes NaN.
+    whole.copy_(zero_points.nan_to_num(0.0).to(torch.uint8).reshape(-1, *[1] * (space + 1)))
+    inside = (slice(start, start + size) for start, size in zip(before, codes.shape[2:], strict=True))
+    whole[(slice(None), slice(None), *inside)] = codes
+    return whole
+
+
+def _products(given: tuple[Tensor, tuple[int, ...]], packed: PackedConv, scale: float, bias: Tensor | None) -> Tensor:
+    """The products with codes and the padding that is left, of shape (batch, out, space...), in float32."""
+    codes, padding = given
+    moves, weight = packed.geometry, (packed.weight, packed.step, packed.zeros, bias)
+    if packed.taps:
+        rows = patches_of(codes, packed.taps, moves.stride)
+        if not rows.numel():
+            return codes.new_zeros(len(codes), len(packed.step), *rows.shape[1:-1], dtype=torch.float32)
+        return channels_first(torch.ops.onednn.qlinear_pointwise.default(rows, scale, 0, *weight, *PLAIN))
+    moved = (moves.stride, padding, moves.dilation, moves.groups)
+    kernel = getattr(torch.ops.onednn, f"qconv{len(padding)}d_pointwise").default
+    out: Tensor = kernel(codes, scale, 0, *weight, *moved, *PLAIN)
+    # An empty batch in one dimension of space comes back in the kernel's own two.
+    return out.squeeze(2) if out.dim() > codes.dim() else out
 
 
 def pad_codes(codes: Tensor, sides: Sequence[int], zero_point: int) -> Tensor:

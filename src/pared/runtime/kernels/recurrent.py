@@ -1,8 +1,10 @@
 """LSTM and GRU on int8 weights: all steps of a sequence in one call of PyTorch's own dynamic int8 layers.
 
-The product of the input is computed for the whole sequence at once, that of the state at each step. Each puts its
-activations on one grid of their own range: a state lies within (-1, 1) and needs no calibration. Gates and states are
-floats.
+These put a whole tensor on one grid of its own range, so that the samples of a batch would change each other's results.
+Therefore every state gets two more units that stay at 1 and -1 whatever happens: the gates' biases hold them there,
+and no weight reads them. So all states, which lie within (-1, 1), have the same grid at each step of every call. The
+first layer's input has no such bounds: its product takes the floats as they are, and weights in float16.
+Gates and states are floats.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
@@ -20,6 +23,12 @@ from pared.runtime.kernels.machine import available as products_available
 from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]
+
+# The units at 1 and -1, and the gates' biases that keep them there: in a sigmoid, 40 is 1 and -40 is 0. An LSTM's gates
+# are input, forget, cell and output; a GRU's are reset, update and new.
+_ENDS: Final = (1.0, -1.0)
+_SATURATED: Final = 40.0
+_KEEPING: Final = {4: (-_SATURATED, _SATURATED, 0.0, _SATURATED), 3: (0.0, _SATURATED, 0.0)}
 
 # oneDNN is 2 to 10 % faster for whole sequences, but two threads must not call one of its packed weights at once: about
 # one call in 5,000 then returned wrong numbers (torch 2.13).
@@ -60,15 +69,42 @@ def available() -> str:
     return ""
 
 
-def pack(weights: Weights) -> Any:
-    """Pack one direction of one layer for `run`; the result can be neither copied nor pickled."""
+def pack(weights: Weights, ways: int = 0) -> Any:
+    """Pack one direction of one layer for `run`; the result can be neither copied nor pickled.
+
+    Args:
+        weights: plain ones.
+        ways: the number of directions of the layer below, whose outputs are this one's inputs; 0: there is none.
+    """
+    hidden = weights.codes[1].shape[1]
+    gates = len(weights.codes[1]) // hidden
+    steps = [_with_units(steps, gates) for steps in weights.steps]
     floats = [
-        torch.zeros(len(codes), device="cpu") if bias is None else bias.detach().float().contiguous()
-        for codes, bias in zip(weights.codes, weights.biases, strict=True)
+        _with_units(steps.new_zeros(gates * hidden) if bias is None else bias.detach().float(), gates)
+        for steps, bias in zip(weights.steps, weights.biases, strict=True)
     ]
-    packed = map(_pack_product, weights.codes, weights.steps, floats)
+    floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], device="cpu")[:, None]
+    own, last = (_with_units(codes, gates) for codes in weights.codes)
     narrow = weights.levels < FULL_LEVELS
-    return torch.ops.quantized.make_quantized_cell_params_dynamic(*packed, *floats, narrow)
+    state = _pack_product(_with_columns(last, 1), steps[1], floats[1])
+    if ways:
+        inputs = _pack_product(_with_columns(own, ways), steps[0], floats[0])
+    else:
+        decoded = own.float() * steps[0][:, None]
+        inputs = torch.ops.quantized.linear_prepack_fp16(decoded, floats[0])
+    return torch.ops.quantized.make_quantized_cell_params_dynamic(inputs, state, *floats, narrow)
+
+
+def _with_units(rows: Tensor, gates: int) -> Tensor:
+    """Rows of all gates, with rows of zeros for the additional units of each."""
+    each = rows.reshape(gates, -1, *rows.shape[1:])
+    more = each.new_zeros(gates, len(_ENDS), *rows.shape[1:])
+    return torch.cat([each, more], 1).flatten(0, 1)
+
+
+def _with_columns(codes: Tensor, ways: int) -> Tensor:
+    """A weight that reads the states of one or two directions, with columns of zeros for the additional units."""
+    return F.pad(codes.unflatten(1, (ways, -1)), (0, len(_ENDS))).flatten(1)
 
 
 def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor) -> Any:
@@ -98,7 +134,7 @@ def run(
         kind: "lstm" or "gru".
         x: float32 (steps, batch, inputs); with sizes: (steps of all sequences, inputs), as in a `PackedSequence`.
         state: the first hidden state, and of an LSTM the first cell state: float32 (layers * directions, batch,
-            hidden).
+            hidden). The hidden state lies within -1..1.
         packed: from `pack`: the one or two directions of each layer, one layer after the other.
         layers: the number of layers.
         sizes: int64, the size of the batch at each step, for packed sequences.
@@ -106,12 +142,16 @@ def run(
     Returns:
         the outputs of all steps, and the last state or states.
     """
+    hidden = state[0].shape[-1]
     data = (x,) if sizes is None else (x, sizes)
     batch_first = (False,) if sizes is None else ()
-    options = (list(packed), True, layers, 0.0, False, len(packed) > layers, *batch_first)
-    found: tuple[Tensor, ...]
+    ways = len(packed) // layers
+    options = (list(packed), True, layers, 0.0, False, ways > 1, *batch_first)
+    ends = state[0].new_tensor(_ENDS).expand(*state[0].shape[:-1], -1)
+    first = [torch.cat(pair, -1) for pair in zip(state, (ends, ends * _SATURATED), strict=False)]
     if kind == "lstm":
-        found = torch.quantized_lstm(*data, tuple(state), *options, use_dynamic=True)
+        out, *last = torch.quantized_lstm(*data, tuple(first), *options, use_dynamic=True)
     else:
-        found = torch.quantized_gru(*data, state[0], *options)
-    return found
+        out, *last = torch.quantized_gru(*data, first[0], *options)
+    own = out.unflatten(-1, (ways, -1))[..., :hidden].flatten(-2)
+    return own.contiguous(), *(one[..., :hidden].contiguous() for one in last)

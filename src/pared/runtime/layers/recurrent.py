@@ -26,6 +26,9 @@ def cell_weights(_module: nn.RNNCellBase) -> tuple[str, ...]:
     return ("weight_ih", "weight_hh")
 
 
+_FIRST: Final = ("", "_l0", "_l0_reverse")  # the ends of the names of weights that read the layer's own input
+
+
 def _kind(module: nn.Module) -> Kind:
     return next(kind for cls, kind in _KINDS.items() if isinstance(module, cls))
 
@@ -37,7 +40,8 @@ def _packed(module: Any, suffix: str) -> Any:
     def pack() -> Any:
         codes, steps = ([get(name) for name in names] for get in (owner.pared_codes, owner.pared_row_steps))
         biases = [module._parameters.get(name.replace("weight", "bias")) for name in names]
-        return recurrent.pack(Weights((codes[0], codes[1]), (steps[0], steps[1]), (biases[0], biases[1])))
+        weights = Weights((codes[0], codes[1]), (steps[0], steps[1]), (biases[0], biases[1]))
+        return recurrent.pack(weights, 0 if suffix in _FIRST else 1 + module.bidirectional)
 
     return owner.pared_packed(suffix, pack)
 
@@ -55,9 +59,9 @@ def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -
     data = (x if batched else x[:, None]).float()
     data = data.transpose(0, 1) if first else data
     state = _states(module, hx, data, data.shape[1], batched)
-    if state is NotImplemented or not _share_a_grid(data.abs().amax((0, 2))):
+    if state is NotImplemented:
         return NotImplemented
-    out, *last = recurrent.run(_kind(module), data, state, _all_packed(module), module.num_layers)
+    out, last = _run(module, data, state)
     out = out.transpose(0, 1) if first else out
     return _as_given(x.dtype, out if batched else out[:, 0], last if batched else [one[:, 0] for one in last])
 
@@ -67,47 +71,109 @@ def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
     if not data.numel() or not data.is_floating_point():
         return NotImplemented
     state = _states(module, hx, data, int(sizes[0]), True)
-    if state is NotImplemented or not _share_a_grid(_peaks(data, sizes)):
+    if state is NotImplemented:
         return NotImplemented
     if order is not None and hx is not None:
         state = [one.index_select(1, order) for one in state]
-    kind, packed = _kind(module), _all_packed(module)
-    out, *last = recurrent.run(kind, data.float(), state, packed, module.num_layers, sizes)
+    out, last = _run(module, data.float(), state, sizes)
     last = last if back is None else [one.index_select(1, back) for one in last]
     values, states = _as_given(data.dtype, out, last)
     return PackedSequence(values, sizes, order, back), states
 
 
-# All samples of a batch share one grid: a sample more than 8 times quieter than the loudest would use too few levels.
-_LOUDER: Final = 8.0
+# The grid of states reaches from -1 to 1: a sample whose states never reach an eighth of that would use too few levels.
+_LEAST: Final = 1 / 8
 
 
-def _share_a_grid(peaks: Tensor) -> bool:
-    """Whether a batch may share an int8 grid, given the largest magnitude in each sample's input.
+def _run(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Run each sample of a batch on codes, or in floats if the grid of states does not suit it.
 
-    Inputs with NaN or Inf go to the float layer, whose outputs show them.
+    That is so if its states are large (those that come from these layers lie within (-1, 1), a caller's own need not),
+    if all of them are small, and if it holds NaN or Inf, which codes would hide.
+
+    Args:
+        module: the layer or cell.
+        data: float32 (steps, batch, inputs), or with sizes those of a `PackedSequence`.
+        state: the first states, float32 (layers * directions, batch, hidden).
+        sizes: the size of the batch at each step.
+
+    Returns:
+        the outputs, and the last states.
     """
-    loud = peaks[peaks > 0]
-    return bool(peaks.isfinite().all()) and (not len(loud) or bool(loud.max() <= _LOUDER * loud.min()))
+    finite = _peaks(data, sizes).isfinite()
+    for one in state:
+        finite &= one.sum((0, 2)).isfinite()
+    suits = finite & (state[0].abs().amax((0, 2)) <= 1.0)
+    if not suits.all():
+        data_, state_ = data.nan_to_num(0.0, 0.0, 0.0), [one.nan_to_num(0.0, 0.0, 0.0) for one in state]
+        out, last = _on_codes(module, data_, [state_[0].clamp(-1.0, 1.0), *state_[1:]], sizes)
+    else:
+        out, last = _on_codes(module, data, state, sizes)
+    suits &= ~_is_quiet(data, state, out, last, sizes)
+    if suits.all():
+        return out, last
+    exact, ends = _in_floats(module, data, state, sizes)
+    of_rows = suits if sizes is None else suits[_samples(len(data), sizes)]
+    out = torch.where(of_rows[:, None], out, exact)
+    return out, [torch.where(suits[:, None], one, end) for one, end in zip(last, ends, strict=True)]
 
 
-def _peaks(data: Tensor, sizes: Tensor) -> Tensor:
-    """The largest magnitude of each sequence of a packed batch."""
+def _is_quiet(data: Tensor, state: list[Tensor], out: Tensor, last: list[Tensor], sizes: Tensor | None) -> Tensor:
+    """Whether the states of each sample, of which a state of zeros is exact, are small throughout."""
+    steps = len(data) if sizes is None else len(sizes)
+    peaks = _peaks(out, sizes) if steps > 1 else state[0].abs().amax((0, 2))
+    if steps > 1 and len(last[0]) > 2:
+        peaks = torch.minimum(peaks, last[0].abs().amax(2).amin(0))  # of the layers below, only these are known
+    return (peaks > 0) & (peaks < _LEAST)
+
+
+def _on_codes(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    packed = _all_packed(module)
+    out, *last = recurrent.run(_kind(module), data, state, packed, getattr(module, "num_layers", 1), sizes)
+    return out, last
+
+
+def _in_floats(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """The same with decoded weights."""
+    names = getattr(module, "_flat_weights_names", None) or [*cell_weights(module), "bias_ih", "bias_hh"]
+    weights = [
+        module.pared_decode(name) if name in module.pared_views else module._parameters[name]
+        for name in names
+        if name in module.pared_views or module._parameters.get(name) is not None
+    ]
+    weights = [weight.detach().float() for weight in weights]
+    layers, both = getattr(module, "num_layers", 1), getattr(module, "bidirectional", False)
+    lstm = _kind(module) == "lstm"
+    given = (data,) if sizes is None else (data, sizes)
+    options = (weights, module.bias, layers, 0.0, False, both, *((False,) if sizes is None else ()))
+    run: Any = torch.lstm if lstm else torch.gru
+    out, *last = run(*given, tuple(state) if lstm else state[0], *options)
+    return out, last
+
+
+def _peaks(data: Tensor, sizes: Tensor | None) -> Tensor:
+    """The largest magnitude of each sample of a batch; NaN if it holds NaN."""
+    if sizes is None:
+        return data.abs().amax((0, 2))
+    peaks = data.new_zeros(int(sizes[0]))
+    return peaks.scatter_reduce(0, _samples(len(data), sizes), data.abs().amax(1), "amax")
+
+
+def _samples(rows: int, sizes: Tensor) -> Tensor:
+    """Which sample each row of a packed batch belongs to."""
     first = sizes.cumsum(0) - sizes
-    sample = torch.arange(len(data), device=data.device) - torch.repeat_interleave(first, sizes)
-    return data.new_zeros(int(sizes[0])).scatter_reduce(0, sample, data.abs().amax(1), "amax")
+    return torch.arange(rows, device="cpu") - torch.repeat_interleave(first, sizes)
 
 
 def _all_packed(module: Any) -> list[Any]:
+    if isinstance(module, nn.RNNCellBase):
+        return [_packed(module, "")]
     names = [name for name in layer_weights(module) if name.startswith("weight_ih")]
     return [_packed(module, name.removeprefix("weight_ih")) for name in names]
 
 
 def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> Any:
-    """The first states in float32, (layers * directions, batch, hidden); NotImplemented if the float layer has to run.
-
-    States that come from these layers lie within (-1, 1); a caller's own need not, and share a grid, too.
-    """
+    """The first states in float32, (layers * directions, batch, hidden); NotImplemented if they are misshapen."""
     lstm = _kind(module) == "lstm"
     directions = 2 if module.bidirectional else 1
     shape = (module.num_layers * directions, batch, module.hidden_size)
@@ -117,9 +183,9 @@ def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> An
         return [torch.zeros(shape, device=data.device)] * (2 if lstm else 1)
     given: Sequence[Tensor] = hx if lstm else [hx]
     found = [(one if batched else one[:, None]).float().contiguous() for one in given]
-    if len(found) != (2 if lstm else 1) or not all(one.shape == shape and one.sum().isfinite() for one in found):
+    if len(found) != (2 if lstm else 1) or not all(one.shape == shape for one in found):
         return NotImplemented
-    return found if _share_a_grid(found[0].abs().amax((0, 2)).clamp(min=1.0)) else NotImplemented
+    return found
 
 
 def _as_given(dtype: torch.dtype, out: Tensor, last: Sequence[Tensor]) -> tuple[Tensor, Any]:
@@ -138,14 +204,10 @@ def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
     data = x if batched else x[None]
     zero = torch.zeros(len(data), module.hidden_size, device=x.device)
     state = [(one if batched else one[None]).float() for one in given] or [zero] * (2 if lstm else 1)
-    if any(one.shape != zero.shape or not one.sum().isfinite() for one in state):
+    if any(one.shape != zero.shape for one in state):
         return NotImplemented
-    # States from these layers lie within (-1, 1); a caller's own need not.
-    peaks = (data.float().abs().amax(1), state[0].abs().amax(1).clamp(min=1.0))
-    if not all(map(_share_a_grid, peaks)):
-        return NotImplemented
-    sequence = [one[None].contiguous() for one in (data.float(), *state)]
-    _, *last = recurrent.run(_kind(module), sequence[0], sequence[1:], [_packed(module, "")], 1)
+    first, *states = (one[None].contiguous() for one in (data.float(), *state))
+    _, last = _run(module, first, states)
     found = [(one[0] if batched else one[0, 0]).to(x.dtype) for one in last]
     return tuple(found) if lstm else found[0]
 
