@@ -35,3 +35,8 @@ def __getattr__(name: str) -> Any:
 def _revive(*state: Any) -> Any:
     """Rebuild the quantized model that `pickle` or `torch.save` wrote: the one name of ours in such a file."""
     return importlib.import_module("pared.runtime.quantized").revive(*state)
+
+
+def _revive_part(*state: Any) -> Any:
+    """Rebuild a module with parametrizations in such a model: the other name, where there are any."""
+    return importlib.import_module("pared.runtime.pickling.parametrized").revive_part(*state)

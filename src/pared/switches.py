@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import re
 import threading
 import warnings
@@ -84,6 +85,22 @@ def quantized_engine(name: str) -> Iterator[None]:
             yield
         finally:
             torch.backends.quantized.engine = before
+
+
+@contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Restore the random states of torch (on all devices), NumPy and Python at the end: they are the user's."""
+    import numpy as np
+    import torch
+
+    drawn = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
 
 
 @contextlib.contextmanager

@@ -11,9 +11,12 @@ from pared.errors import CalibrationError, ConfigError
 from pared.fitting.calibration import observe
 from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.rounding import encoding, plan
+from pared.fitting.verification.weights import check_weights
 from pared.model import calls
 from pared.model.checks import supported_tensors
+from pared.model.copies import check_copyable
 from pared.runtime.layers.table import check_registered
+from pared.switches import random_states_kept
 
 
 def check_arguments(
@@ -68,6 +71,7 @@ _ENVELOPE = 1500
 _SAMPLED_ROWS = 64
 
 
+@random_states_kept()
 def estimate(
     model: nn.Module,
     conf: PostTrainingQuantConfig | None = None,
@@ -91,6 +95,7 @@ def estimate(
     tensors = supported_tensors(model)
     check_registered(model)
     check_arguments(conf, calib_dataloader)
+    check_copyable(model)
     decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
     start = time.monotonic()
     guesses = [
@@ -104,6 +109,7 @@ def estimate(
         start = time.monotonic()
         seen = observe.collect(model, calib_dataloader, 1)
         calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
+        check_weights(tensors, seen.calls)
     nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)

@@ -21,15 +21,18 @@ from pared.fitting.search import trade_off as curve
 from pared.fitting.search.compressor import DEFAULT_DAMAGE, RESERVE_WITHOUT_SCORES, Compressor
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
+from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls, copies
 from pared.model.tensors import ModuleT
 from pared.runtime.record import contents_of, record_of
 from pared.scalars import checked_number
+from pared.switches import random_states_kept
 from pared.terminal import Stages
 
 log = logging.getLogger(__name__)
 
 
+@random_states_kept()
 def fit(
     model: ModuleT,
     conf: PostTrainingQuantConfig | None = None,
@@ -113,13 +116,13 @@ def _fit(
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
             found = at_eight_bits(known)
-        return _timed(found, known, stages)
+        return _finished(found, known, stages)
     # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
     if eval_func is None:
         with stages.stage("rounding weights"):
             found = _planned(compressor, known)
-        return _timed(found, known, stages)
+        return _finished(found, known, stages)
     # With a score, which damage just meets the criterion.
     records = None
     if directory is not None:
@@ -169,7 +172,7 @@ def _searched(
             found = find()
         record = record_of(found)
         record.curve = curve.trace(compressor, known.tensors.model).scored(record.outcome)
-        return _timed(found, known, stages)
+        return _finished(found, known, stages)
     except KeyboardInterrupt:
         if found is None:
             raise
@@ -177,6 +180,15 @@ def _searched(
         record.curve = record.curve or Curve(()).scored(record.outcome)  # at least the trials
         log.warning("interrupted: the model is returned without its remaining measurements")
         return found
+
+
+def _finished(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
+    """The same model in its fastest form, after a look at what its file will give."""
+    fastest = _timed(found, known, stages)
+    if known.seen is not None:
+        with stages.stage("verifying"):
+            check_reloading(fastest, known.tensors, known.seen.calls)
+    return fastest
 
 
 def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
@@ -191,6 +203,7 @@ def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
     return fastest
 
 
+@random_states_kept()
 def trade_off(
     model: nn.Module,
     conf: PostTrainingQuantConfig | None = None,

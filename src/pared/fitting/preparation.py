@@ -16,8 +16,11 @@ from pared.fitting.estimate import check_arguments
 from pared.fitting.module_damage import try_modules
 from pared.fitting.rounding import plan
 from pared.fitting.search.evaluate import EvalFunc
+from pared.fitting.verification.weights import check_weights
 from pared.model import calls
 from pared.model.checks import supported_tensors
+from pared.model.copies import check_copyable
+from pared.model.copying.ties import check_globals
 from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.layers.table import check_registered
 from pared.terminal import Stages
@@ -68,10 +71,13 @@ def prepare(
     check_registered(model)
     check_arguments(conf, calibration, *functions)
     plan.make_plan(tensors, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
+    check_copyable(model)
     if calibration is None:
+        check_globals(model)
         return Prepared(tensors, conf, None, None)
     with stages.stage("calibrating"):
         seen = observe.collect(model, calibration, conf.calibration_sampling_size)
+        check_weights(tensors, seen.calls)
         tensors = oriented(tensors, seen.calls)
         paths = {path for path, _ in seen.energies}
         seen = replace(seen, logits=find_logits(model, seen.calls[0], conf.logits, paths))

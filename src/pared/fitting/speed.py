@@ -37,6 +37,7 @@ from pared.runtime.serving.graph_server import GraphServer, agree
 from pared.runtime.serving.served import forward_of
 from pared.runtime.stopwatch import fastest_ms
 from pared.scalars import checked_number
+from pared.switches import random_states_kept
 
 _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
@@ -264,6 +265,7 @@ def measure(
     return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
 
 
+@random_states_kept()
 def tune_speed(
     path: str | Path, model: ModuleT, calib_dataloader: calls.Calibration, *, calibration_sampling_size: int = 100
 ) -> ModuleT:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from types import MethodType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError
@@ -39,18 +41,58 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
             if kind == "parameter" and not isinstance(new, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=False)
             tensors[id(tensor)] = new
+    return _copied(reach, Memo(reach, tensors))
+
+
+def _copied(reach: Reach[ModuleT], memo: Memo) -> ModuleT:
     try:
-        clone: ModuleT = copy.deepcopy(model, Memo(reach, tensors))
+        clone: ModuleT = copy.deepcopy(reach.model, memo)
     except RecursionError as error:
         raise ModelError(
             "its modules refer to each other in a chain that is too long to be copied",
-            where=type(model).__name__,
+            where=type(reach.model).__name__,
             remedy="Set attributes that lead from module to module to None before, or raise sys.setrecursionlimit.",
         ) from error
     _forget_plain_forwards(clone)
     refresh_recurrent(clone)
     check_copy(reach, clone)
     return clone
+
+
+def deep_copy(model: ModuleT, memo: dict[int, Any]) -> ModuleT:
+    """What `copy.deepcopy` is to give for a model, as its `__deepcopy__`: a copy as by `clone_structure`.
+
+    Args:
+        model: it is left as it is.
+        memo: that of the deep copy which the model is part of.
+
+    Raises:
+        ModelError: see `clone_structure`.
+    """
+    reach = Reach(model)
+    own = Memo(reach, {})
+    own.update(memo)
+    for key, tensor in reach.registered.items():
+        if key not in own:
+            own[key] = copy.deepcopy(tensor if tensor.grad_fn is None else tensor.detach(), {})
+    clone = _copied(reach, own)
+    memo.setdefault(id(memo), []).append(reach)  # whose objects must live as long as the memo
+    memo.update({key: value for key, value in own.items() if key != id(own) and key not in memo})
+    return clone
+
+
+def is_guarded(memo: Mapping[int, Any]) -> bool:
+    """Whether the memo of a deep copy is one of ours, which goes on with the copy of a whole model."""
+    return isinstance(memo, Memo)
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Refuse a model of which no copy can be made that is independent of it.
+
+    Raises:
+        ModelError: see `clone_structure`.
+    """
+    clone_structure(model, lambda tensor: torch.empty_like(tensor, device="meta"))
 
 
 def _forget_plain_forwards(model: nn.Module) -> None:

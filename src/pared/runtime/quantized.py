@@ -34,6 +34,8 @@ from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.layers.subclasses import subclass_of
 from pared.runtime.onnx.capture import Dynamic
 from pared.runtime.onnx.export import Exported, export_onnx
+from pared.runtime.pickling.parametrized import let_be_pickled
+from pared.runtime.pickling.refusal import check_picklable
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
 from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
@@ -61,10 +63,12 @@ class Quantized(Yielding):
 
         In protocol 2, which torch.save uses, every byte of a bytes object takes up to two bytes: there it is a tensor.
         """
+        structure = let_be_pickled(skeleton_of(self))
+        check_picklable(structure)
         data: bytes | Tensor = self._pared_artifact()
         if int(protocol) < 3:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return pared._revive, (skeleton_of(self), data, record_of(self).to_json())
+        return pared._revive, (structure, data, record_of(self).to_json())
 
 
 def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:

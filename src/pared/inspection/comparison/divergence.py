@@ -25,7 +25,7 @@ from pared.model import calls
 from pared.model.outputs import leaves_of, tensors_of
 from pared.readers.memory import array_of
 from pared.readers.naming import unwrapped
-from pared.switches import DRAWING, WITHOUT_FAST_PATHS
+from pared.switches import DRAWING, WITHOUT_FAST_PATHS, random_states_kept
 
 # The most numbers of a tensor inside the model that are compared, at places chosen once. The outputs of the whole
 # model are compared in full.
@@ -86,18 +86,14 @@ _EVERYTHING: Final = 1 << 62
 def _as_they_were(*models: nn.Module) -> Iterator[None]:
     """Both models in eval mode; training flags and random states are restored at the end."""
     flags = [(module, module.training) for model in models for module in model.modules()]
-    drawn = random.getstate(), np.random.get_state()  # the state that models may use
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
-        with torch.random.fork_rng(devices=list(devices)):
+        with random_states_kept():
             for model in models:
                 model.eval()
             yield
     finally:
         for module, training in flags:
             module.training = training
-        random.setstate(drawn[0])
-        np.random.set_state(drawn[1])
 
 
 class _PairRecorder:

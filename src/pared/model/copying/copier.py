@@ -46,7 +46,7 @@ class Memo(dict[int, Any]):
         tensors: by the `id` of a registered tensor, the one that takes its place.
     """
 
-    def __init__(self, reach: Reach, tensors: Mapping[int, Tensor]) -> None:
+    def __init__(self, reach: Reach[nn.Module], tensors: Mapping[int, Tensor]) -> None:
         super().__init__(tensors)
         self._reach = reach
         self._making: set[int] = set()

@@ -18,12 +18,12 @@ from types import (
     MethodType,
     ModuleType,
 )
-from typing import Any, Final
+from typing import Any, Final, Generic
 
 import torch
 from torch import Tensor, nn
 
-from pared.model.tensors import registrations
+from pared.model.tensors import ModuleT_co, registrations
 
 PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), type(...), type(NotImplemented), range, slice)
 SHARED: Final = (ModuleType, logging.Logger)  # copies share these, and nobody looks into them
@@ -33,7 +33,7 @@ _REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
 _DROPPED: Final = ("_pared_packed", "_compiled_call_impl")  # what no copy takes with it
 
 
-class Reach:
+class Reach(Generic[ModuleT_co]):
     """The objects that a model refers to: through attributes, containers, closures, methods, hooks and defaults.
 
     Args:
@@ -44,7 +44,7 @@ class Reach:
         places: by the `id` of an object, the module and the attribute where it was met first: "encoder.forward".
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: ModuleT_co) -> None:
         self.model = model
         self.modules: Final = list(model.modules())
         self.objects: dict[int, object] = {}

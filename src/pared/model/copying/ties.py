@@ -21,7 +21,7 @@ _TORCH: Final = ("torch.", "pared.")
 class _Original:
     """What a copy must not lead to: modules and registered tensors, except tensors that it has on purpose."""
 
-    def __init__(self, reach: Reach, kept: Mapping[int, Tensor]) -> None:
+    def __init__(self, reach: Reach[nn.Module], kept: Mapping[int, Tensor]) -> None:
         self.ids = {id(module) for module in reach.modules} | (reach.registered.keys() - kept.keys())
         held, shared = (
             {_memory(tensor) for tensor in tensors.values() if is_plain(tensor)} for tensors in (reach.registered, kept)
@@ -38,7 +38,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def check_copy(reach: Reach, clone: nn.Module) -> None:
+def check_copy(reach: Reach[nn.Module], clone: nn.Module) -> None:
     """Refuse a copy that refers to the model: whatever its modules would compute, it would not be with their weights.
 
     Args:

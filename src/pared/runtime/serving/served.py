@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from pared.model.copies import refresh_recurrent
+from pared.model.copies import deep_copy, is_guarded, refresh_recurrent
 from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
 from pared.runtime.serving.server import Server
 
@@ -21,6 +21,8 @@ class Served(Mixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """An independent module; graphs and packed weights are made again at first use."""
+        if not is_guarded(memo):
+            return deep_copy(self, memo)
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(_state(self), memo))  # type: ignore[no-untyped-call]  # torch's
@@ -55,6 +57,13 @@ def serve(module: nn.Module, server: Server) -> None:
         base = type(module)
         module.__class__ = subclass_of(base, Served, members=lambda: {"forward": _forward(base.forward)})
     module.__dict__[_SERVER] = server
+
+
+def on_modules(model: nn.Module) -> nn.Module:
+    """Let the modules answer all calls of a model and its submodels from now on, in place."""
+    for module in model.modules():
+        module.__dict__.pop(_SERVER, None)
+    return model
 
 
 def release(module: nn.Module) -> None:

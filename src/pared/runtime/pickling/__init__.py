@@ -1,0 +1,1 @@
+"""What pickle is given in the place of a quantized model's structure."""
