@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,6 +110,31 @@ def test_what_cannot_be_pickled_is_named(make: Callable[[], Any], words: str) ->
             write(q)
         assert words in str(error.value)
         assert "pared.save(model, directory)" in error.value.remedy
+
+
+class Aliased(nn.Module):
+    """Reads its weight through a view in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.views = [self.layer.weight.data.T]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.views[0] + self.layer.bias
+
+
+@pytest.mark.parametrize("approach", ["dynamic", "weight_only"])
+def test_a_view_of_a_weight_follows_it(approach: str, tmp_path: Path) -> None:
+    q = pared.fit(Aliased(), PostTrainingQuantConfig(approach=approach), [X], quiet=True)
+    with torch.device("meta"):
+        empty = Aliased()
+    with torch.no_grad():
+        for skeleton in (Aliased(), empty):
+            assert torch.equal(pared.load(pared.save(q, tmp_path), model=skeleton)(X), q(X))
+        assert torch.equal(copy.deepcopy(q)(X), q(X))
+    with pytest.raises(ModelError, match="views: is a tensor in the memory of a weight, which it would no longer be"):
+        pickle.dumps(q)
 
 
 def test_a_class_that_cannot_be_imported_is_named() -> None:

@@ -191,11 +191,3 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for module_name, module in model.named_modules(remove_duplicate=False):
         for attribute, tensor in registered(module):
             yield (f"{module_name}.{attribute}" if module_name else attribute), tensor
-
-
-def loose_tensors(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Tensors that are plain attributes of a module, so in no state dict: module, attribute and tensor."""
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, Tensor):
-                yield module, attribute, value

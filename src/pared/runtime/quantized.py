@@ -25,7 +25,8 @@ from pared.model import storage
 from pared.model.checks import check_unquantized
 from pared.model.contents import Contents, completed, match
 from pared.model.copies import clone_structure
-from pared.model.tensors import ModelTensors, ModuleT, find_tensors, loose_tensors, named_tensors
+from pared.model.copying.reach import Reach
+from pared.model.tensors import ModelTensors, ModuleT, find_tensors, named_tensors
 from pared.runtime import summary
 from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skeleton_of
 from pared.runtime.kernels.machine import keep_freed_memory
@@ -273,7 +274,8 @@ def _server(timing: ModelTiming) -> Server:
 
 def _refuse_meta(model: nn.Module) -> None:
     left = [name for name, tensor in named_tensors(model) if tensor.is_meta]
-    left += [attribute for _, attribute, tensor in loose_tensors(model) if tensor.is_meta]
+    reach = Reach(model)
+    left += [reach.places[key] for key, one in reach.objects.items() if isinstance(one, Tensor) and one.is_meta]
     if left:
         raise MismatchError(
             "is on the meta device and in no state dict, so the artifact does not hold it",

@@ -157,8 +157,6 @@ def _aliasing(memo: Memo, value: Tensor, owner: Tensor) -> Tensor:
     new = memo[id(owner)].detach()
     offset = value.storage_offset() - owner.storage_offset()
     fits = offset >= 0 and offset + span(value) <= span(owner) and value.dtype == owner.dtype
-    if new.is_meta and fits:
-        return torch.empty_strided(value.shape, value.stride(), dtype=new.dtype, device="meta")
     if not fits or new.stride() != owner.stride():
         raise ModelError(
             "is a tensor in the same memory as a weight, of another type or with other weights around it",

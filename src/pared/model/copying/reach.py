@@ -91,12 +91,12 @@ class Reach(Generic[ModuleT_co]):
         """Tensors and arrays in the memory of a registered tensor that are not registered: each with that tensor."""
         memory: dict[int, list[Tensor]] = {}
         for tensor in self.registered.values():
-            if is_plain(tensor):
-                memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+            if _has_memory(tensor):
+                memory.setdefault(_memory(tensor), []).append(tensor)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for key, value in self.objects.items():
-            if isinstance(value, Tensor) and key not in self.registered and is_plain(value):
-                owners = memory.get(value.untyped_storage().data_ptr(), [])
+            if isinstance(value, Tensor) and key not in self.registered and _has_memory(value):
+                owners = memory.get(_memory(value), [])
                 if owners:
                     found[key] = (value, next((one for one in owners if _lies_within(value, one)), owners[0]))
         return found
@@ -128,13 +128,19 @@ def _is_bookkeeping(value: object) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own that can be compared with that of another one."""
-    return (
-        type(tensor) in (Tensor, nn.Parameter, nn.Buffer)
-        and tensor.layout is torch.strided
-        and not tensor.is_meta
-        and tensor.numel() > 0
-    )
+    """Whether a tensor holds numbers in memory that can be compared with that of another one."""
+    return _has_memory(tensor) and not tensor.is_meta
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout is torch.strided
+    return plain and tensor.numel() > 0
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells one memory from another, on the meta device as well."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 def _lies_within(inner: Tensor, outer: Tensor) -> bool:

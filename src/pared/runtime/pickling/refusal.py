@@ -5,12 +5,18 @@ from __future__ import annotations
 import pickle
 import sys
 from types import FrameType
+from typing import Final
 
 from torch import nn
 
 from pared.errors import ModelError
+from pared.model.copying.reach import Reach
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
+_REMEDY: Final = (
+    "Set the attribute to None before, use functions and classes that can be imported, or hand on the file: "
+    "pared.save(model, directory), and pared.load(directory, model=build_model())."
+)
 
 
 def check_picklable(structure: nn.Module) -> None:
@@ -24,6 +30,13 @@ def check_picklable(structure: nn.Module) -> None:
     Raises:
         ModelError: an attribute cannot be pickled, or a class cannot be imported.
     """
+    reach = Reach(structure)
+    for key in reach.aliases:
+        raise ModelError(
+            "is a tensor in the memory of a weight, which it would no longer be after pickling",
+            where=reach.places[key],
+            remedy=_REMEDY,
+        )
     error = _failure(structure)
     if error is None or _is_other_pickler():
         return
@@ -42,8 +55,7 @@ def check_picklable(structure: nn.Module) -> None:
     raise ModelError(
         f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})",
         where=where,
-        remedy="Set the attribute to None before, use functions and classes that can be imported, or hand on the file: "
-        "pared.save(model, directory), and pared.load(directory, model=build_model()).",
+        remedy=_REMEDY,
     ) from error
 
 
