@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pared.errors import CalibrationError, ModelError
 from pared.formats.activation import Range
 from pared.runtime.kernels import conv, linear, machine
-from pared.runtime.kernels.activation import quantize, quantize_rows, tensor_range
+from pared.runtime.kernels.activation import FAR, NotFiniteError, quantize, quantize_rows, tensor_range
 from pared.runtime.kernels.machine import available, exact_products, levels_for
 from tests.runtime import reference
 
@@ -82,10 +82,24 @@ def test_halves_go_to_the_even_code() -> None:
     assert quantize(torch.tensor([0.5, 1.5, 2.5, 3.5]), 1.0, 1, 255).tolist() == [2, 2, 4, 4]
 
 
-def test_values_beyond_the_grid_take_its_ends_and_nan_takes_zero() -> None:
-    x = torch.tensor([math.inf, -math.inf, 3e38, -3e38, math.nan])
+def test_values_beyond_the_grid_take_its_ends_and_what_is_not_finite_has_no_code() -> None:
+    x = torch.tensor([3e38, -3e38])
     for quantizer in (quantize, reference.quantize):
-        assert quantizer(x, 0.01, 100, 127).tolist() == [127, 0, 127, 0, 0]
+        assert quantizer(x, 0.01, 100, 127).tolist() == [127, 0]
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(NotFiniteError):
+            quantize(torch.tensor([1.0, bad]), 0.01, 100, 127)
+
+
+def test_an_input_far_beyond_the_grid_is_noted() -> None:
+    FAR.seen = None
+    quantize(torch.tensor([1.0, 1.5]), 0.01, 100, 200)
+    assert FAR.seen == pytest.approx((1.2748, 1.0), abs=1e-3)
+    FAR.seen = None
+    quantize(torch.tensor([0.5, 1.2]), 0.01, 100, 200)
+    assert FAR.seen is None
+    quantize(torch.empty(0), 0.01, 100, 200)
+    assert FAR.seen is None
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 17), (129, 33), (70_001,)])

@@ -212,6 +212,11 @@ def _take_in(draft: Draft, node: fx.Node) -> None:
     _skip(draft, node)
 
 
+def hides_nan(node: fx.Node) -> bool:
+    """Whether a node is a float convolution with an activation that makes NaN a number: oneDNN takes a maximum."""
+    return node.target is FLOAT_CONV and given_to(node)[-3] in ("relu", "hardtanh")
+
+
 def _lift(draft: Draft, node: fx.Node) -> None:
     """Pad codes instead of floats."""
     x, scale, zero_point, levels = given_to(node)

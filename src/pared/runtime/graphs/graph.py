@@ -14,8 +14,9 @@ from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capture import Captured, Size
 from pared.runtime.graphs.draft import Draft
-from pared.runtime.graphs.fusion import fuse, simplify
+from pared.runtime.graphs.fusion import fuse, hides_nan, simplify
 from pared.runtime.graphs.products import place, share, take_apart
+from pared.runtime.kernels.activation import NotFiniteError
 
 
 class Graph:
@@ -36,6 +37,7 @@ class Graph:
         self._outputs: TreeSpec = captured.outputs
         try:
             self.module = compiled(captured, model)
+            self._hides = any(hides_nan(node) for node in self.module.graph.nodes)
         except Exception as error:  # a rule that fails costs the graph, not the user's call; tests make graphs by hand
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
@@ -55,8 +57,16 @@ class Graph:
         return True
 
     def __call__(self, bound: Bound) -> Any:
-        """The model's output."""
+        """The model's output.
+
+        Raises:
+            NotFiniteError: NaN or Inf, which the modules answer in floats.
+        """
         tensors = [value for value in bound.values() if type(value) is Tensor]
+        if self._hides and not all(
+            torch.linalg.vector_norm(one).isfinite() for one in tensors if one.is_floating_point()
+        ):
+            raise NotFiniteError
         return tree_unflatten(self.module.forward(*tensors), self._outputs)
 
 

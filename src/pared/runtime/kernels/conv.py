@@ -167,7 +167,7 @@ def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> T
 
     Args:
         x: float32, bfloat16 or float16 of shape (batch, in, space...) or (in, space...). Values outside the span are
-            clipped to it, and NaN becomes its low end.
+            clipped to it.
         packed: the filter, from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.
@@ -177,6 +177,7 @@ def static(x: Tensor, packed: PackedConv, bias: Tensor | None, span: Range) -> T
 
     Raises:
         ModelError: the number of dimensions or channels does not fit the filter.
+        NotFiniteError: the input holds NaN or Inf.
     """
     batch = _batch(x, packed)
     scale, zero_point = span.grid(packed.levels)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pared.errors import ModelError
 from pared.formats.activation import Outliers, Range
-from pared.runtime.kernels.activation import quantize, quantize_rows
+from pared.runtime.kernels.activation import check, codes_of, quantize, quantize_rows
 from pared.runtime.kernels.machine import PLAIN, has_tiles, levels_for
 from pared.runtime.kernels.outliers import ExtraColumns, columns_of, extra_columns, widened
 
@@ -87,7 +87,7 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
 
     Args:
         x: float32, bfloat16 or float16 of shape (..., in). Values outside the span are clipped to it, outliers to the
-            spans of their extra columns; NaN becomes its low end.
+            spans of their extra columns.
         packed: the weight, from `pack`.
         bias: floats of shape (out,), or None.
         span: the range of the inputs seen in calibration.
@@ -98,6 +98,7 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
 
     Raises:
         ModelError: the last dimension is not as wide as the weight.
+        NotFiniteError: the input holds NaN or Inf.
     """
     # The operator takes any leading shape; with a few rows, each reshape would cost a tenth of the product.
     floats = _floats(x, packed)
@@ -128,7 +129,8 @@ def quantize_all(x: Tensor, scale: float, zero_point: int, levels: int, more: Ex
     """
     whole = torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device="cpu")
     inputs = x.shape[-1]
-    quantize(x, scale, zero_point, levels, whole[..., :inputs])
+    check(x, scale * max(zero_point, levels - zero_point) * more.reach)
+    codes_of(x, scale, zero_point, levels, whole[..., :inputs])
     more.codes(x, whole[..., inputs : inputs + len(more.columns)])
     return whole
 

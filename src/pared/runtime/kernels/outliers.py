@@ -30,6 +30,7 @@ class ExtraColumns:
         low, high: float32, `ORIGIN` plus its smallest and largest code: the zero point and an end of the grid.
         scale: the scale of the grid, which all columns share.
         zero_point: the zero point of the grid.
+        reach: how many times as far as the grid an input reaches with all of its extra columns.
     """
 
     columns: Tensor
@@ -39,6 +40,7 @@ class ExtraColumns:
     high: Tensor
     scale: float
     zero_point: int
+    reach: int = 1
 
     def codes(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The codes of the extra columns (uint8, (..., extra)) of an input (float32, (..., in)); in `out` if given."""
@@ -91,6 +93,7 @@ def extra_columns(outliers: Outliers, span: Range, levels: int) -> ExtraColumns:
         high=floats([levels if up else zero_point for up in above]) + ORIGIN,
         scale=scale,
         zero_point=zero_point,
+        reach=1 + max(map(abs, ranges), default=0),
     )
 
 

@@ -25,6 +25,7 @@ from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
 from pared.model.copies import clone_structure, refresh_recurrent
+from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.layers.casts import cast_floats, first_dtype
 from pared.runtime.layers.dispatch import KERNELS, OUTPUTS
 from pared.runtime.layers.registry import layer_of
@@ -358,11 +359,24 @@ def run_kernel(
 ) -> Tensor:
     """The product with one of the owner's weights, by the kernel that was measured to be fastest."""
     if not owner.pared_in_bfloat16:
-        return KERNELS[func](owner, attribute, x, *rest, **named)
+        try:
+            return KERNELS[func](owner, attribute, x, *rest, **named)
+        except NotFiniteError:
+            return _with_what_is_not_finite(func, owner, attribute, x, *rest, **named)
     weight = owner.pared_packed((attribute, "bfloat16"), lambda: owner.pared_decode(attribute).bfloat16())
     rest, named = cast_floats((rest, named), torch.bfloat16)
     out: Tensor = func(x.bfloat16(), weight, *rest, **named)
     return out.to(x.dtype)
+
+
+def _with_what_is_not_finite(
+    func: Callable[..., Any], owner: Counterpart, attribute: str, x: Tensor, *rest: Any, **named: Any
+) -> Tensor:
+    """The product for an input with NaN or Inf: not finite where the float layer's is, else as without them."""
+    clean = KERNELS[func](owner, attribute, x.nan_to_num(0.0, 0.0, 0.0), *rest, **named)
+    rest, named = cast_floats((rest, named), torch.float32)
+    exact = func(x.detach().float(), owner.pared_decode(attribute).float(), *rest, **named).to(clean.dtype)
+    return torch.where(exact.isfinite(), clean, exact)
 
 
 def _in_bfloat16(owner: Counterpart, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

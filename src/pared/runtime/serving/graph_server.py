@@ -15,6 +15,7 @@ from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
 from pared.runtime.graphs.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
+from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton, has_listeners
 
 log = logging.getLogger(__name__)
@@ -98,13 +99,18 @@ class _CheckedGraph:
             return NotImplemented
         ones = tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)
         if ones in self._checked:
-            return graph(bound)
+            try:
+                return graph(bound)
+            except NotFiniteError:
+                return NotImplemented
         with self._lock:
             return self._check(graph, bound, ones, modules())
 
     def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
         try:
             found = graph(bound)
+        except NotFiniteError:
+            return expected
         except (RuntimeError, ValueError, IndexError, TypeError) as error:  # operators raise these for a wrong shape
             self._drop(f"the graph cannot take such inputs ({type(error).__name__}: {error})")
             return expected

@@ -91,6 +91,8 @@ class Offered:
 class Yielding(Served):
     """Lets a model register tensors and modules under the names that it offers; torch refuses names it already has."""
 
+    pared_is_whole = True
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in every module."""
         with _given_up(self, "_parameters", name):

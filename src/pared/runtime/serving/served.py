@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
+import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from torch import nn
 
 from pared.model.copies import deep_copy, is_guarded, refresh_recurrent
+from pared.runtime.kernels.activation import FAR
 from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
 from pared.runtime.serving.server import Server
 
+log = logging.getLogger(__name__)
+
 _SERVER: Final = "_pared_server"  # the attribute that holds it
+_TOLD: Final = "_pared_told_of_range"
+_TELLING: Final = threading.Lock()
 
 
 class Served(Mixin):
-    """Mixed in before a module's own class: its own `forward` only runs if its server does not answer."""
+    """Mixed in before a module's own class: its own `forward` only runs if its server does not answer.
+
+    Attributes:
+        pared_is_whole: whether it is a whole model, which tells of inputs that leave the calibrated ranges.
+    """
+
+    pared_is_whole: ClassVar[bool] = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """An independent module; graphs and packed weights are made again at first use."""
@@ -39,6 +52,19 @@ class Served(Mixin):
         """Pickle a submodel under its own class, which can be imported, and without its server."""
         state = {name: value for name, value in _state(self).items() if name != _SERVER}
         return _blank, (class_below(type(self), Served),), state
+
+
+def _tell_of_range(module: nn.Module) -> None:
+    """Warn, once for each model, of an input that reached far beyond the range that calibration saw."""
+    seen, FAR.seen = FAR.seen, None
+    with _TELLING:
+        told, module.__dict__[_TOLD] = module.__dict__.get(_TOLD, False), True
+    if seen is not None and not told:
+        log.warning(
+            "%s: the input of a layer is far beyond the range that calibration saw, and was clipped to it (root mean "
+            'square %.3g, range up to %.3g): calibrate with calls like this one, or with approach="dynamic"',
+            *(type(module).__name__, *seen),
+        )
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
@@ -69,6 +95,7 @@ def on_modules(model: nn.Module) -> nn.Module:
 def release(module: nn.Module) -> None:
     """Undo `serve`, in place, and whatever was mixed in on top of `Served`."""
     module.__dict__.pop(_SERVER, None)
+    module.__dict__.pop(_TOLD, None)
     if isinstance(module, Served):
         module.__class__ = class_below(type(module), Served)  # type: ignore[assignment]  # what it was
 
@@ -92,6 +119,9 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         server = self.__dict__.get(_SERVER)  # a slice of a Sequential is made of its class, without one
         found = NotImplemented if server is None else server.serve(self, args, kwargs, own)
-        return own(self, *args, **kwargs) if found is NotImplemented else found
+        found = own(self, *args, **kwargs) if found is NotImplemented else found
+        if FAR.seen is not None and isinstance(self, Served) and self.pared_is_whole:
+            _tell_of_range(self)
+        return found
 
     return forward
