@@ -138,6 +138,7 @@ def test_a_call_that_is_no_way_of_calling_has_no_copy_in_bfloat16() -> None:
 def test_one_disturbed_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "process_time", lambda: clock[0])
     runs = {"fast": 0, "slow": 0}
 
     def run(name: str, usual: float) -> None:
@@ -148,6 +149,35 @@ def test_one_disturbed_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     times = fastest_ms({name: partial(run, name, usual) for name, usual in (("fast", 1.0), ("slow", 2.0))})
     assert times == {"fast": 1e3, "slow": 2e3}
     assert runs["slow"] < runs["fast"], "what is slower after a few runs is not timed to the end"
+
+
+def test_what_other_processes_were_given_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, processor = [0.0], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "process_time", lambda: processor[0])
+    waits = iter([9, 30, 40, 10, 60, 10, 50, 10, 20, 10] * 100)  # hundredths of a second; the fast one waits longest
+
+    def run(usual: float) -> None:
+        clock[0] += usual + next(waits) / 100
+        processor[0] += usual
+
+    times = fastest_ms({name: partial(run, usual) for name, usual in (("fast", 0.01), ("slow", 0.012))})
+    assert times == {"fast": pytest.approx(10.0), "slow": pytest.approx(12.0)}
+    assert clock[0] > 1.0, "measured for longer than on an idle machine"
+
+
+def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any) -> None:
+    q = pared.fit(network(), STATIC, batches(), quiet=True)
+    pared.save(q, tmp_path)
+    monkeypatch.setattr(time, "process_time", lambda: 0.5 * time.perf_counter())
+    busy = pared.tune_speed(tmp_path, network(), batches())
+    assert "the machine was busy while this was measured" in caplog.text
+    assert "the machine was busy" in pared.report(busy)
+    assert "the machine was busy" in pared.report(pared.load(tmp_path, model=network()))
+    monkeypatch.setattr(time, "process_time", time.perf_counter)
+    caplog.clear()
+    assert "busy" not in pared.report(pared.tune_speed(tmp_path, network(), batches()))
+    assert not caplog.text
 
 
 def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,14 +31,26 @@ from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_
 from pared.runtime.graphs.capture import Captures
 from pared.runtime.kernels.outliers import columns_of
 from pared.runtime.load import check_model
-from pared.runtime.profile import ENGINE_FILE, WORTH, CallTiming, Kernel, ModelTiming, Profile, Timing, this_machine
+from pared.runtime.profile import (
+    BUSY,
+    ENGINE_FILE,
+    WORTH,
+    CallTiming,
+    Kernel,
+    ModelTiming,
+    Profile,
+    Timing,
+    this_machine,
+)
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.graph_server import GraphServer, agree
 from pared.runtime.serving.served import forward_of
-from pared.runtime.stopwatch import fastest_ms
+from pared.runtime.stopwatch import Spent, fastest_ms
 from pared.scalars import checked_number
 from pared.switches import random_states_kept
+
+log = logging.getLogger(__name__)
 
 _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
@@ -54,6 +67,13 @@ def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) 
         contents: everything that the artifact holds.
         seen: what calibration saw; its calls are made again.
     """
+    spent = Spent()
+    with spent.adding():
+        found = _fastest(tensors, contents, seen)
+    return quantized.assemble(tensors, contents, replace(found, busy=spent.is_busy))
+
+
+def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> Profile:
     candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
     outright = tensors.in_copy(shadow(tensors.model))
@@ -66,7 +86,7 @@ def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) 
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
             best = together
-    return quantized.assemble(tensors, contents, best)
+    return best
 
 
 def _left(profile: Profile) -> float:
@@ -297,5 +317,7 @@ def tune_speed(
     floats = float_forms.decoded(tensors, completed(tensors, contents))
     seen = observe.collect(floats, calib_dataloader, limit)
     found: ModuleT = tuned(tensors.in_copy(floats), contents, seen)
+    if record_of(found).profile.busy:
+        log.warning("%s", BUSY)
     storage.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
     return found

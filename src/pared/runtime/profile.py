@@ -25,6 +25,11 @@ ENGINE_FILE: Final = "engine.json"  # beside the artifact
 # a smaller gain is noise, or not worth the rounding.
 WORTH: Final = 0.9
 
+BUSY: Final = (
+    "the machine was busy while this was measured: only time on the processor counts, and pared.tune_speed on an idle "
+    "machine may find something faster"
+)
+
 Kernel = Literal["float32", "bfloat16", "int8"]
 
 
@@ -202,6 +207,7 @@ class Profile:
         model: the times of the whole model.
         submodels: the times of those submodels that are also called on their own and run as a graph or in bfloat16.
         together: the model was fastest with every layer in int8 that may be, whatever is fastest for each on its own.
+        busy: other processes were given the processor while this was measured.
     """
 
     machine: Mapping[str, Any]
@@ -209,12 +215,14 @@ class Profile:
     model: ModelTiming = field(default_factory=ModelTiming)
     submodels: Mapping[str, ModelTiming] = field(default_factory=dict)
     together: bool = False
+    busy: bool = False
 
     def to_json(self) -> str:
         """The text of `engine.json`."""
         layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
         calls = {name: asdict(timing)["calls"] for name, timing in {"": self.model, **self.submodels}.items()}
-        data = {"machine": dict(self.machine), "together": self.together, "layers": layers, "calls": calls}
+        found = {"together": self.together, "busy": self.busy}
+        data = {"machine": dict(self.machine), **found, "layers": layers, "calls": calls}
         return json.dumps(data, indent=1)
 
     @classmethod
@@ -226,12 +234,14 @@ class Profile:
         }
         models = {name: ModelTiming(tuple(map(CallTiming.from_json, calls))) for name, calls in data["calls"].items()}
         model = models.pop("", ModelTiming())
-        return cls(dict(data["machine"]), layers, model, models, bool(data.get("together", False)))
+        flags = (bool(data.get(name, False)) for name in ("together", "busy"))
+        return cls(dict(data["machine"]), layers, model, models, *flags)
 
     def summary(self) -> list[str]:
         """How everything runs, and the times that decided it, as lines for people."""
         timings = {"": self.model, **self.submodels}
-        return [line for name, timing in timings.items() for line in timing.summary(name)]
+        notes = [BUSY] if self.busy else []
+        return [*(line for name, timing in timings.items() for line in timing.summary(name)), *notes]
 
     def running(self, module: str, reason: str = "") -> Running:
         """The kernel of a module that may run in int8: the fastest on this machine, or int8 if it was not measured.
