@@ -116,11 +116,13 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that asks the server before it runs the module's own, whose signature it has."""
 
     @functools.wraps(own)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.pared_is_whole:
+            FAR.seen = None  # whatever else ran in this thread
         server = self.__dict__.get(_SERVER)  # a slice of a Sequential is made of its class, without one
         found = NotImplemented if server is None else server.serve(self, args, kwargs, own)
         found = own(self, *args, **kwargs) if found is NotImplemented else found
-        if FAR.seen is not None and isinstance(self, Served) and self.pared_is_whole:
+        if FAR.seen is not None and self.pared_is_whole:
             _tell_of_range(self)
         return found
 
