@@ -52,6 +52,7 @@ from pared.switches import random_states_kept
 
 log = logging.getLogger(__name__)
 
+_MOST_TENSORS: Final = 2000  # of a model of which graphs are captured, which takes about 20 ms for each
 _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
 _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
@@ -222,6 +223,9 @@ class _Forms:
 
     def _as_graph(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
         """The call as a graph; or why there is none."""
+        tensors = sum(len(module._parameters) + len(module._buffers) for module in self.float32.modules())
+        if tensors > _MOST_TENSORS:
+            return f"to capture one of a model of {tensors:,} tensors would take too long"
         modules = forward_of(self.by_layers)
         run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
         with torch.inference_mode():

@@ -55,6 +55,7 @@ _LAYOUTS: Final = {1: (*_WHOLE, (2, 4)), 2: (*_WHOLE, (1, 4), (1, 8), (2, 8))}
 
 # Layouts are compared on _RUNS runs of _RUN neighbouring codes. Among those within a factor of _SMALL of the fewest
 # bytes, the one with the fewest symbols wins, because symbols cost time.
+_FEW: Final = 1 << 10  # codes that are sorted in less time than a table of all values is filled
 _RUNS: Final = 8
 _RUN: Final = 8192
 _SMALL: Final = 1.002
@@ -170,9 +171,12 @@ def entropy(codes: Codes) -> float:
     """
     flat = _flat(codes)
     unsigned = flat.view(f"u{flat.itemsize}")
-    counts = np.zeros(1 << 8 * flat.itemsize, np.int64)
-    for start in range(0, flat.size, 1 << 20):  # bincount widens what it is given to eight bytes
-        counts += np.bincount(unsigned[start : start + (1 << 20)], minlength=len(counts))
+    if flat.size < _FEW:
+        counts = np.unique(unsigned, return_counts=True)[1]
+    else:
+        counts = np.zeros(1 << 8 * flat.itemsize, np.int64)
+        for start in range(0, flat.size, 1 << 20):  # bincount widens what it is given to eight bytes
+            counts += np.bincount(unsigned[start : start + (1 << 20)], minlength=len(counts))
     shares = counts[counts > 0] / max(flat.size, 1)
     return abs(float((shares * np.log2(shares)).sum()))
 

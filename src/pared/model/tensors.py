@@ -186,6 +186,12 @@ def registered(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield attribute, tensor
 
 
+def registered_as(module: nn.Module, attribute: str) -> Tensor:
+    """The module's own parameter or buffer of this name."""
+    parameter = module._parameters.get(attribute)
+    return module.get_buffer(attribute) if parameter is None else parameter
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of the model, under each of its names."""
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -18,7 +18,7 @@ from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View, view_of
 from pared.model.contents import Contents, Stored
 from pared.model.copying.reach import Reach
-from pared.model.tensors import registered
+from pared.model.tensors import registered_as
 from pared.runtime.layers.counterpart import Counterpart, stand_in
 from pared.runtime.layers.table import layer_of, weights_of
 from pared.runtime.profile import Profile, Running
@@ -96,7 +96,7 @@ def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str,
     """Hook of `load_state_dict`: the inverse of `_narrow`, for whatever format the state dict has."""
     name = f"{prefix}{attribute}"
     step, value = state.pop(f"{name}_step", None), state.get(name)
-    own = dict(registered(module))[attribute]
+    own = registered_as(module, attribute)
     if value is None or value.shape != own.shape:
         return  # the module reports what is missing or misshapen
     if step is None and (value.is_floating_point() or not own.is_floating_point()):

@@ -14,7 +14,7 @@ from pared.errors import CorruptError, ModelError
 from pared.formats.activation import Activation
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
-from pared.model.tensors import named_tensors, registered
+from pared.model.tensors import named_tensors, registered_as
 from pared.runtime import summary
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.placement import Memory, StoredForm
@@ -123,7 +123,7 @@ def contents_of(model: nn.Module) -> Contents:
         if isinstance(module, Counterpart) and attribute in module.pared_views:
             coded = module.pared_coded(attribute)
         else:
-            coded = record.stored_forms[names[0]].coded(names[0], dict(registered(module))[attribute])
+            coded = record.stored_forms[names[0]].coded(names[0], registered_as(module, attribute))
         tensors.append(Stored(names, kind, coded, decision))
     provenance = {**record.provenance, "outcome": record.outcome.to_json()}
     return Contents(tuple(tensors), record.activations, provenance)

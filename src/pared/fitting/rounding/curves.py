@@ -46,6 +46,7 @@ _FEW_WEIGHTS: Final = 1 << 13
 # octaves of coarser ones are tried.
 _SMALL_RATE: Final = 0.25
 _MAX_EXTRA_OCTAVES: Final = 4
+_STEPS_AT_ONCE: Final = 1 << 18  # of rows at several common steps, to bound memory
 _TABLE_NBYTES: Final = 64  # of a code table (an estimate)
 _STREAM_ENTRY: Final = 8  # bytes of the index for one more stream (an estimate)
 _TINY: Final = 1e-300  # instead of 0 in denominators and logarithms
@@ -204,15 +205,17 @@ def _options(
     weight, exponents = target.importance[live].numpy(), target.exponents[live].numpy()
     nbytes, damage = [], []
     some = common[:: STEPS_PER_OCTAVE // 2] if len(common) > STEPS_PER_OCTAVE else common
-    for k in some:
-        steps = target.steps(int(k), codes)[live].numpy().astype(np.float64)
+    for together in torch.from_numpy(some).split(max(1, _STEPS_AT_ONCE // max(rows, 1))):
+        steps = target.steps(together[:, None], codes)[:, live].numpy().astype(np.float64)
         index = STEPS_PER_OCTAVE * np.log2(steps)
-        effective = float((index - exponents).mean())  # the common step that would take as many bits
-        below = max(0.0, tried[0] - effective) / STEPS_PER_OCTAVE  # a bit more for each octave below the finest tried
-        bits = float(np.interp(effective, tried, rates)) + below
-        relative_error = float(np.interp(effective, tried, errors))
-        step_bits = entropy.entropy(np.rint(index).astype(np.int16)) * len(index)  # as the coder takes, estimated
+        effective = (index - exponents).mean(1)  # the common step that would take as many bits
+        below = np.maximum(0.0, tried[0] - effective) / STEPS_PER_OCTAVE  # a bit for each octave below the finest tried
+        bits = np.interp(effective, tried, rates) + below
+        relative_error = np.interp(effective, tried, errors)
+        rounded = np.rint(index).astype(np.int16)
+        step_bits = np.array([entropy.entropy(of_step) * len(of_step) for of_step in rounded])  # as coded, estimated
         nbytes.append(bits * rows * columns / 8 + step_bits / 8)
-        damage.append(relative_error * float((weight * steps**2 / 12).sum()))
+        damage.append(relative_error * (weight * steps**2 / 12).sum(1))
     # Between these steps bytes and the logarithm of the damage are nearly straight.
-    return np.interp(common, some, nbytes), np.exp(np.interp(common, some, np.log(np.maximum(damage, _TINY))))
+    lowered = np.log(np.maximum(np.concatenate(damage), _TINY))
+    return np.interp(common, some, np.concatenate(nbytes)), np.exp(np.interp(common, some, lowered))

@@ -40,11 +40,9 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor 
         stats: what errors of the tensor cost.
         ceiling: float32 (rows,): no step is above this.
     """
-    importance, power = _importance(stats)
-    exponents = _exponents(importance, matrix.shape[1], power)
-    absmax = matrix.abs().amax(1)
-    plain = RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
-    if not bool((absmax > 0).any()):
+    plain = plain_target(matrix, view, stats, ceiling)
+    exponents = plain.exponents
+    if not bool((plain.absmax > 0).any()):
         return plain
     candidates = [plain]
     if bool(exponents.any()):
@@ -58,6 +56,14 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor 
     if _bits_at_equal_damage(judged, judge) >= _bits_at_equal_damage(best, judge):
         return best
     return replace(best, factored=factor(stats.moments, damping), judged=judged.factored)
+
+
+def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
+    """What is needed to round a tensor without feedback, and with steps as its rows' importance asks; as above."""
+    importance, power = _importance(stats)
+    exponents = _exponents(importance, matrix.shape[1], power)
+    absmax = matrix.abs().amax(1)
+    return RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
 
 
 def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:

@@ -53,15 +53,15 @@ class RoundingTarget:
     absmax: Tensor
     ceiling: Tensor | None = None
 
-    def steps(self, common: int, codes: CodeType) -> Tensor:
+    def steps(self, common: int | Tensor, codes: CodeType) -> Tensor:
         """The rows' steps, 2^((common + exponents) / 8), or coarser where a code would leave its type.
 
         Args:
-            common: index of the common step, in eighths of an octave.
+            common: index of the common step, in eighths of an octave; or several, int64 (some, 1).
             codes: "int8" or "int16".
 
         Returns:
-            float32 (rows,); 0 for rows that are zero.
+            float32 (rows,), or (some, rows); 0 for rows that are zero.
         """
         # A little below the intended step of the table, so that rounding up finds it.
         wished = torch.exp2((common + self.exponents).double() / STEPS_PER_OCTAVE).mul_(1 - 1e-6).float()

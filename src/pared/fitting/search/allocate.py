@@ -7,10 +7,11 @@ has less damage in as few bytes.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,54 @@ class Options:
 
     nbytes: NDArray[np.float64]
     damage: NDArray[np.float64]
+
+
+class Table(Sequence[Options]):
+    """The options of all tensors in one array each, so that a price decides all of them at once.
+
+    Args:
+        tensors: the options of each tensor, one or more.
+    """
+
+    def __init__(self, tensors: Sequence[Options]) -> None:
+        self._tensors = tuple(tensors)
+        sizes = np.array([len(options.nbytes) for options in self._tensors], np.int64)
+        self.starts = np.cumsum(sizes) - sizes
+        self.owners = np.repeat(np.arange(len(sizes)), sizes)
+        self.nbytes = np.concatenate([options.nbytes for options in self._tensors] or [np.zeros(0)])
+        self.damage = np.concatenate([options.damage for options in self._tensors] or [np.zeros(0)])
+
+    @overload
+    def __getitem__(self, index: int) -> Options: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Options, ...]: ...
+    def __getitem__(self, index: int | slice) -> Options | tuple[Options, ...]:
+        """The options of a tensor."""
+        return self._tensors[index]
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def least(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """For each option the least value among the options of the same tensor."""
+        lowest: NDArray[np.float64] = np.minimum.reduceat(values, self.starts)[self.owners]
+        return lowest
+
+    def firsts(self, marked: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The place of the first marked option of each tensor, of which each has one."""
+        places = np.flatnonzero(marked)
+        owners = self.owners[places]
+        first: NDArray[np.int64] = places[np.append(True, owners[1:] != owners[:-1])]
+        return first
+
+    @functools.cached_property
+    def ends(self) -> tuple[float, float]:
+        """See `ends`."""
+        return _ends(self._tensors)
+
+
+def _table(tensors: Sequence[Options]) -> Table:
+    return tensors if isinstance(tensors, Table) else Table(tensors)
 
 
 @dataclass(frozen=True)
@@ -56,20 +105,21 @@ def choose(tensors: Sequence[Options], price: float) -> Choice:
     >>> [choose([tensor], price).options for price in (0.1, 1.0, 3.0)]
     [(0,), (1,), (2,)]
     """
-    chosen = []
-    nbytes = damage = 0.0
-    for options in tensors:
-        cost = options.damage + price * options.nbytes
-        best = int(np.lexsort((options.nbytes, cost))[0])
-        chosen.append(best)
-        nbytes += float(options.nbytes[best])
-        damage += float(options.damage[best])
-    return Choice(price, tuple(chosen), nbytes, damage)
+    if not tensors:
+        return Choice(price, (), 0.0, 0.0)
+    table = _table(tensors)
+    cost = table.damage + price * table.nbytes
+    nbytes = np.where(cost == table.least(cost), table.nbytes, np.inf)
+    best = table.firsts(nbytes == table.least(nbytes))
+    # Summed one after the other: the sums of equal choices are equal, whoever computes them.
+    total, damage = (float(np.cumsum(values[best])[-1]) for values in (table.nbytes, table.damage))
+    return Choice(price, tuple((best - table.starts).tolist()), total, damage)
 
 
 def within_bytes(tensors: Sequence[Options], nbytes: float) -> Choice:
     """The choice of least damage among those at a price that take at most `nbytes`; else the smallest choice."""
-    low, high = ends(tensors)
+    tensors = _table(tensors)
+    low, high = tensors.ends
     return _cross(tensors, low, high, lambda choice: choice.nbytes > nbytes)[1]
 
 
@@ -85,30 +135,30 @@ def fill(tensors: Sequence[Options], choice: Choice, nbytes: float) -> Choice:
     >>> fill(tensors, choose(tensors, 10.0), 6.0).options
     (1,)
     """
-    chosen = list(choice.options)
+    table = _table(tensors)
+    chosen = np.array(choice.options, np.int64)
     left = nbytes - choice.nbytes
-    while True:
-        best = (0.0, -1, -1)  # damage saved per byte, tensor, option
-        for i, (tensor, present) in enumerate(zip(tensors, chosen, strict=True)):
-            more = tensor.nbytes - tensor.nbytes[present]
-            saved = tensor.damage[present] - tensor.damage
-            rates = np.where((more <= left) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
-            option = int(rates.argmax())
-            best = max(best, (float(rates[option]), i, option))
-        rate, i, option = best
-        if rate <= 0:
+    while len(chosen):
+        present = (table.starts + chosen)[table.owners]
+        more, saved = table.nbytes - table.nbytes[present], table.damage[present] - table.damage
+        rates = np.where((more <= left) & (saved > 0), saved / np.maximum(more, 1e-9), 0.0)
+        best = np.flatnonzero(rates == rates.max())
+        owner = table.owners[best[-1]]  # of equally good tensors the last, and its first option
+        option = best[table.owners[best] == owner][0]
+        if rates[option] <= 0:
             break
-        left -= float(tensors[i].nbytes[option] - tensors[i].nbytes[chosen[i]])
-        chosen[i] = option
-    pairs = list(zip(tensors, chosen, strict=True))
+        left -= float(more[option])
+        chosen[owner] = option - table.starts[owner]
+    pairs = list(zip(tensors, chosen.tolist(), strict=True))
     total = sum(float(tensor.nbytes[option]) for tensor, option in pairs)
     damage = sum(float(tensor.damage[option]) for tensor, option in pairs)
-    return Choice(choice.price, tuple(chosen), total, damage)
+    return Choice(choice.price, tuple(chosen.tolist()), total, damage)
 
 
 def within_damage(tensors: Sequence[Options], damage: float) -> Choice:
     """The smallest choice among those at a price that do at most this damage; else the least damaging one."""
-    low, high = ends(tensors)
+    tensors = _table(tensors)
+    low, high = tensors.ends
     return _cross(tensors, low, high, lambda choice: choice.damage <= damage)[0]
 
 
@@ -119,6 +169,10 @@ def ends(tensors: Sequence[Options]) -> tuple[float, float]:
     >>> low < 2 < high
     True
     """
+    return _table(tensors).ends
+
+
+def _ends(tensors: Sequence[Options]) -> tuple[float, float]:
     varied = [tensor for tensor in tensors if np.ptp(tensor.damage) > 0 and np.ptp(tensor.nbytes) > 0]
     if not varied:
         return 1.0, 1.0

@@ -139,7 +139,7 @@ class Compressor(Generic[ModuleT_co]):
             )
             for model_tensor in free
         ]
-        self._options = [tensor.options for tensor in self._free]
+        self._options = allocate.Table([tensor.options for tensor in self._free])
         self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option
         self._overhead = self._measure_overhead()
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))

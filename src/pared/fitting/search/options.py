@@ -12,7 +12,7 @@ from torch import Tensor
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
-from pared.fitting.rounding.importance import make_target
+from pared.fitting.rounding.importance import make_target, plain_target
 from pared.fitting.rounding.targets import RoundingTarget, ceilings, solve, without_empty_slices
 from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
@@ -31,6 +31,9 @@ _WHY_FLOAT: Final[Mapping[Treatment, str]] = {
     "float16": "as float16 it does less damage in as few bytes than on a grid",
     "exact": "no grid is fine enough for it",
 }
+
+
+_NO_GRID: Final = RateCurve(np.zeros(0, np.int64), (), np.zeros(0), np.zeros(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +81,16 @@ def trace_tensor(
     """
     tensor = model_tensor.tensor.detach()
     view = model_tensor.view
+    matrix = view.matrix(tensor.float()).contiguous()
     ceiling = ceilings(tensor, view, model_tensor.normed)
-    target = make_target(view.matrix(tensor.float()).contiguous(), view, stats, ceiling)
-    curve = _without_idle_int16(trace(target, stats))
+    may_stay = not (strict and model_tensor.weight_like)
+    in_half = may_stay and survives_float16(tensor)
+    if in_half and 2 * tensor.numel() <= GRID_ENTRY:
+        # As float16 it takes fewer bytes than on any grid.
+        target, curve = plain_target(matrix, view, stats, ceiling), _NO_GRID
+    else:
+        target = make_target(matrix, view, stats, ceiling)
+        curve = _without_idle_int16(trace(target, stats))
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
         decision = Decision(model_tensor.name, "grid", plan.DEFAULT_BITS, because)
@@ -91,8 +101,7 @@ def trace_tensor(
     own = plan.own_grid_of(model_tensor)
     if own is not None:
         plain.append((own, model_tensor.own_grid.nbytes + GRID_ENTRY, 0.0))  # type: ignore[union-attr]  # it has one
-    may_stay = not (strict and model_tensor.weight_like)
-    if may_stay and survives_float16(tensor):
+    if in_half:
         damage = _damage(target, tensor.float() - tensor.half().float())
         plain.append((_in_float(model_tensor, "float16"), 2.0 * tensor.numel(), damage))
     if may_stay and own is None and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pared.model.tensors import registered
+from pared.model.tensors import registered_as
 from pared.runtime.graphs.draft import Draft, given_to, rank_of
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import Geometry, pad_codes
@@ -112,7 +112,7 @@ def _floats(model: nn.Module, name: str) -> Tensor:
     owner = model.get_submodule(module)
     if isinstance(owner, Counterpart) and attribute in owner.pared_views:
         return owner.pared_decode(attribute)
-    return dict(registered(owner))[attribute].detach()
+    return registered_as(owner, attribute).detach()
 
 
 def _place(draft: Draft, node: fx.Node, owner: Counterpart, attribute: str) -> None:
