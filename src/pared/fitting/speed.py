@@ -296,7 +296,8 @@ def tune_speed(
     """Measure what is fastest on this machine, and write it to `engine.json`; the artifact stays as it is.
 
     `fit` measures this too. Measure again on another machine, with another number of threads, or if your calls have
-    other sizes than the calibration data of `fit`.
+    other sizes than the calibration data of `fit`. While a machine is busy, only time on the processor counts, which
+    is a rougher measure: the report says so, and this function tells the log.
 
     Args:
         path: the directory that `save` wrote, or the artifact in it.
