@@ -42,11 +42,11 @@ def read(path: str | Path) -> dict[str, Array]:
         path: a `.pt` or `.safetensors` artifact.
 
     Raises:
-        ValueError: it is not an artifact, it is damaged, or its version is newer than 2.
+        ValueError: it is not an artifact, it is damaged, or its version is newer than 3.
     """
     record, data = records(Path(path))
     index = json.loads(zlib.decompress(record))
-    if index["pared"] not in (1, 2):
+    if index["pared"] not in (1, 2, 3):
         raise ValueError(f"version {index['pared']} of the format is newer than this reader")
     found, end = {}, 0
     for entry in index["tensors"]:
@@ -82,7 +82,7 @@ def records(path: Path) -> tuple[bytes, bytes]:
 
 
 def cut(entry: dict[str, Any], data: bytes, end: int) -> tuple[dict[str, bytes], int]:
-    """The parts of an entry of version 2, in the order of the data, and where the last one ends."""
+    """The parts of an entry of version 2 or 3, in the order of the data, and where the last one ends."""
     parts = {}
     for name, part in sorted(entry["parts"].items()):
         length = part.get("length", 0 if "coding" in part else plain_length(entry, name, part))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from pared.files.safetensors_file import write_safetensors
 from pared.formats import entropy
 from pared.model import storage
 from pared.model.contents import Contents
+from pared.model.state.tables import made
 from tests.golden import make
 from tests.mutations import mutations
 
@@ -149,7 +151,7 @@ def test_the_reader_alone_rounds_to_bfloat16_as_torch_does(values: list[float]) 
 
 # --- the golden files
 
-VERSIONS = ["v1", "v2"]
+VERSIONS = ["v1", "v2", "v3"]
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
@@ -190,6 +192,20 @@ def test_the_golden_file_of_this_version_holds_every_way_of_storing() -> None:
     assert {len(entry.parts) - 2 for entry in entries if "classes" in entry.parts} == {2, 4, 8}
     assert any(part.offset % 64 for _, part in parts)
     assert any(part.length >= 4096 for _, part in parts)
+
+
+def test_the_golden_file_of_the_newest_version_holds_what_only_that_has() -> None:
+    found, wanted = storage.read(make.FOLDER / "v3" / "net.pt"), make.contents_of_version_3()
+    assert same(replace(found, states={}), replace(wanted, tensors=wanted.tensors[:-1], states={}))
+    assert {name: state.tree for name, state in found.states.items()} == {
+        name: state.tree for name, state in wanted.states.items()
+    }
+    for ours, theirs in zip(
+        found.states["a._extra_state"].tensors, wanted.states["a._extra_state"].tensors, strict=True
+    ):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    assert found.made == (made(("positions", "again"), torch.arange(2000.0).reshape(20, 100)),)
 
 
 SMALL = storage.to_bytes(make.contents(), "safetensors")

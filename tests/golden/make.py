@@ -5,6 +5,7 @@ to, bit for bit. (Those of version 1 hold the small network of `tests/artifact/t
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from pared.formats.coded import Coded, Float, Grid, Raw, log_step
 from pared.formats.views import View, first_dimension, single_row, view_of
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
+from pared.model.state.extra import ExtraState
 
 FOLDER = Path(__file__).parent
 RANDOM = torch.Generator()
@@ -79,10 +81,33 @@ def contents() -> Contents:
     return Contents(tuple(stored), modules, {"pared": "0.1.0", "about": "golden files"})
 
 
+def contents_of_version_3() -> Contents:
+    """What only version 3 has, beside a few tensors: extra state of every kind, and buffers that are left out."""
+    first = contents()
+    made = torch.arange(2000.0).reshape(20, 100)
+    left = Stored(
+        ("positions", "again"), "buffer", Raw("float32").encode(made), Decision("positions", "made", None, "")
+    )
+    tree = {
+        "dict": [
+            ["plain", [None, True, 3, 2.5, "text", {"float": "-inf"}, {"complex": [1.0, -2.0]}]],
+            [{"tuple": [1, "key"]}, {"ordered": [["a", {"set": [1, 2]}], ["b", {"frozenset": []}]]}],
+            ["torch", [{"dtype": "float16"}, {"device": "cpu"}, {"size": [2, 3]}]],
+            ["numbers", [{"tensor": 0}, {"array": 1}, {"bytes": 2}, {"bytearray": 3}, {"stream": 4}]],
+        ]
+    }
+    row = torch.arange(5, dtype=torch.uint8)
+    tensors = (made[:2].bfloat16(), made[0].double(), row, row[:0], row + 250)
+    states = {"a._extra_state": ExtraState(tree, tensors), "_extra_state": ExtraState(None)}
+    return replace(first, tensors=(*first.tensors[-5:], left), states=states)
+
+
+MAKERS = {"v2": contents, "v3": contents_of_version_3}
+
 if __name__ == "__main__":
     folder = FOLDER / sys.argv[1]
     folder.mkdir(exist_ok=False)
     for kind in FILE_NAMES:
-        (folder / f"net.{kind}").write_bytes(storage.to_bytes(contents(), kind))
-    decoded = {stored.name: stored.coded.decode() for stored in contents().tensors}
+        (folder / f"net.{kind}").write_bytes(storage.to_bytes(MAKERS[sys.argv[1]](), kind))
+    decoded = {s.name: s.coded.decode() for s in MAKERS[sys.argv[1]]().tensors if s.decision.treatment != "made"}
     torch.save(decoded, folder / "decoded.pt")

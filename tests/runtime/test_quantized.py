@@ -638,7 +638,8 @@ def test_models_of_other_types_keep_theirs(dtype: torch.dtype, approach: str, tm
         assert snr(model(x).double(), q(x).double()) > 28
         assert torch.equal(loaded(x), q(x))
     if dtype == torch.float64:
-        assert {line.treatment for line in q.plan} == {"exact"}
+        assert {line.treatment for line in q.plan} == {"grid", "float16"}
+        assert {line.kernel for line in q.plan} == {"float"}
 
 
 def test_a_table_that_edits_itself_is_kept() -> None:

@@ -12,7 +12,11 @@ from typing import Any, Final
 from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
 
-VERSION: Final = 2  # the version that is written; version 1 is also read
+# The version that is written where it can say everything, and the newest, which also says what a state dict does not
+# hold as tensors. Version 1 is read, too.
+VERSION: Final = 2
+NEWEST: Final = 3
+STATE: Final = "state"  # the kind of an entry that is a part of a module's extra state
 ALIGNMENT: Final = 64  # of large parts in the data, in bytes; in version 1, of every part
 _LARGE: Final = 4096  # bytes
 
@@ -74,7 +78,7 @@ class Entry:
 
     Args:
         names: all its names; the first is the one shown in tables.
-        kind: "parameter" or "buffer".
+        kind: "parameter" or "buffer"; or "state": part of a module's extra state.
         dtype: the element type of the source tensor, a key of `ITEM_SIZES`.
         shape: the source tensor's.
         format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...} or {"tag": "raw"}.
@@ -162,6 +166,9 @@ class Index:
         entries: one per tensor, in the order of the data.
         modules: how int8 counterparts treat their input, by module name: `Activation.to_json`.
         provenance: where the model comes from and how it was made; JSON, for people.
+        states: the extra state of modules as trees of JSON, by their names in a state dict. Tensors in them are entries
+            of the kind "state", named "NAME/0", "NAME/1", ...
+        made: the buffers that are left to the constructor of their class, as JSON.
 
     >>> Index(()).to_json()
     {'pared': 2, 'tensors': [], 'modules': {}, 'provenance': {}}
@@ -170,11 +177,15 @@ class Index:
     entries: tuple[Entry, ...]
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    states: Mapping[str, Any] = field(default_factory=dict)
+    made: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The index as plain data."""
-        return {
-            "pared": VERSION,
+        more: dict[str, Any] = {"states": dict(self.states), "made": [dict(one) for one in self.made]}
+        more = {key: value for key, value in more.items() if value}
+        return more | {
+            "pared": NEWEST if more else VERSION,
             "tensors": [entry.to_json() for entry in self.entries],
             "modules": {name: dict(activation) for name, activation in self.modules.items()},
             "provenance": dict(self.provenance),

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from pared.artifact.beside.states import check_states, parse_made
 from pared.artifact.envelope import Records
-from pared.artifact.index import VERSION, Entry, Index
+from pared.artifact.index import NEWEST, STATE, Entry, Index
 from pared.artifact.parts import check_data, parse_parts
 from pared.errors import VersionError
 from pared.files.checks import Place
@@ -22,7 +23,7 @@ from pared.formats.grids import CODE_LIMITS
 
 # The required fields of an entry, by version.
 _COMMON: Final = ("name", "kind", "dtype", "shape", "format", "because", "parts")
-_REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32")}
+_REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32"), 3: (*_COMMON, "crc32")}
 
 # The fields of each format in addition to its tag, with their legal values.
 _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
@@ -74,18 +75,24 @@ def _inflate(record: bytes, bound: int, at: Place) -> bytes:
 def _index(text: bytes, data: memoryview, at: Place) -> Index:
     top = at.mapping(at.json(text, "its index"), "its index")
     version = _version(top.get("pared"), at)
-    at.fields(top, "its index", ("pared", "tensors", "modules", "provenance"))
+    more = ("states", "made") if version >= NEWEST else ()
+    at.fields(top, "its index", ("pared", "tensors", "modules", "provenance"), more)
     entries: list[Entry] = []
     for entry in at.sequence(top["tensors"], "the list of tensors"):
         entries.append(_entry(entry, version, entries[-1].end if entries else 0, at))
     modules = {name: _module(name, value, at) for name, value in at.mapping(top["modules"], "modules").items()}
-    _check_names(entries, at)
+    states = at.mapping(top.get("states", {}), "states")
+    check_states(states, entries, at)
+    made = parse_made(top.get("made", []), at)
+    _check_names(
+        [*(name for entry in entries for name in entry.names), *(name for one in made for name in one["names"])], at
+    )
     check_data(entries, data, at)
-    return Index(tuple(entries), modules, at.mapping(top["provenance"], "provenance"))
+    return Index(tuple(entries), modules, at.mapping(top["provenance"], "provenance"), states, made)
 
 
 def parse_entry(value: object, end: int, at: Place) -> Entry:
-    """Parse one entry of an index of the version that is written.
+    """Parse one entry of an index of the newest version.
 
     Args:
         value: the entry, as JSON.
@@ -95,15 +102,15 @@ def parse_entry(value: object, end: int, at: Place) -> Entry:
     Raises:
         CorruptError, UnsafeError: as for a whole index.
     """
-    return _entry(value, VERSION, end, at)
+    return _entry(value, NEWEST, end, at)
 
 
 def _version(version: object, at: Place) -> int:
     if type(version) is not int or version < 1:
         at.fail("its index does not state a version of the format")
-    if version > VERSION:
+    if version > NEWEST:
         raise VersionError(
-            f"has version {version} of the format, and this pared reads up to {VERSION}",
+            f"has version {version} of the format, and this pared reads up to {NEWEST}",
             where=at.place,
             remedy="Install a newer pared: pip install --upgrade pared",
         )
@@ -121,7 +128,7 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
     format = _format(known["format"], dtype, at)
     entry = Entry(
         names=(name, *(at.text(alias, "an alias") for alias in aliases)),
-        kind=at.one_of(known["kind"], ("parameter", "buffer"), "its kind"),
+        kind=at.one_of(known["kind"], ("parameter", "buffer", *((STATE,) if version >= NEWEST else ())), "its kind"),
         dtype=dtype,
         shape=shape,
         format=format,
@@ -186,9 +193,9 @@ def _check_outliers(value: object, what: str, at: Place) -> None:
         seen.add(side)
 
 
-def _check_names(entries: Iterable[Entry], at: Place) -> None:
+def _check_names(names: Iterable[str], at: Place) -> None:
     seen: set[str] = set()
-    for name in (name for entry in entries for name in entry.names):
+    for name in names:
         if name in seen:
             at.fail(f"two tensors have the name {name!r}")
         seen.add(name)

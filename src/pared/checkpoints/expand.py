@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from pared.artifact.decoding import decode
 from pared.artifact.envelope import Records, find_artifact, open_records
-from pared.artifact.index import Entry
+from pared.artifact.index import STATE, Entry, Index
 from pared.artifact.parse import parse_index
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import find_companions
@@ -84,7 +84,7 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
     Raises:
         FileError: there is no artifact, or the output cannot be written, or another run writes to the directory.
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
-        ConfigError: a tensor has an element type that the format lacks.
+        ConfigError: a tensor has an element type that the format lacks, or a module has extra state of another kind.
     """
     return run(path, output, quiet=quiet).path
 
@@ -98,7 +98,7 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
     if os.path.realpath(target) == os.path.realpath(source):  # which never raises
         raise ConfigError("is the artifact itself", where=str(target), remedy="Choose another place to write to.")
     with open_records(source) as records, ExitStack() as held:
-        entries = parse_index(records).entries
+        entries = _of_a_state_dict(parse_index(records), str(source))
         header = _header(entries, str(source))
         make_directory(folder)
         if folder is place:  # several files, which belong together
@@ -124,6 +124,21 @@ def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: 
         tied=tuple(name for entry in entries for name in entry.names[1:]),
         tied_nbytes=nbytes - sum(entry.source_nbytes for entry in entries),
         copied=names,
+    )
+
+
+def _of_a_state_dict(index: Index, where: str) -> tuple[Entry, ...]:
+    """The tensors to write; extra state that is a single tensor is one of them, under its own name."""
+    for name, tree in index.states.items():
+        if tree != {"tensor": 0}:
+            raise ConfigError(
+                "is extra state of a module that is more than one tensor, which .safetensors files cannot hold",
+                where=f"{where}: {name}",
+                remedy="Load the artifact with pared.load, and save the state dict with torch.save.",
+            )
+    return tuple(
+        replace(entry, names=(entry.name.removesuffix("/0"),)) if entry.kind == STATE else entry
+        for entry in index.entries
     )
 
 

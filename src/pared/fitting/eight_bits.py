@@ -9,6 +9,7 @@ from pared.fitting.rounding import encoding, plan, precision
 from pared.fitting.search.activations import choose_activations, find_candidates
 from pared.fitting.search.compressor import provenance
 from pared.model.contents import Contents, Stored
+from pared.model.state import extra
 from pared.model.tensors import ModuleT
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
@@ -32,5 +33,5 @@ def at_eight_bits(known: Prepared[ModuleT]) -> ModuleT:
     approach = "weight_only" if seen is None and conf.approach == "auto" else conf.approach
     budget = _INPUT_DAMAGE if approach == "auto" else float("inf")
     activations = choose_activations(candidates, approach, sensitivity.inputs if sensitivity else {}, budget)
-    contents = Contents(stored, activations, provenance(conf, seen))
+    contents = Contents(stored, activations, provenance(conf, seen), extra.collect(known.tensors.model))
     return quantized.assemble(known.tensors, contents, Profile(this_machine()))

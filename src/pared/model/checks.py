@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pared.errors import ModelError
 from pared.formats.coded import RAW_TYPES, dtype_name
+from pared.model.state import extra
 from pared.model.tensors import ModelTensor, ModelTensors, ModuleT, find_tensors
 
 
@@ -17,7 +18,7 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
 
     Raises:
         ModelError: it is not a module; compiled, scripted or lazy; on the meta device; quantized already; or one of its
-            parameters holds NaN or infinity.
+            parameters holds NaN or infinity; or its extra state is more than plain data.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -29,6 +30,7 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
     tensors = find_tensors(model)
     for tensor in tensors:
         _check_tensor(tensor)
+    extra.collect(model)
     return tensors
 
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from pared.errors import MismatchError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Raw, dtype_name
+from pared.model.state.extra import ExtraState
+from pared.model.state.tables import Made, check_made, left_to_constructor
 from pared.model.tensors import ModelTensors
 from pared.readers.naming import N_AVERAGED, aligned
 
-Treatment = Literal["grid", "float16", "float32", "exact"]
+Treatment = Literal["grid", "float16", "float32", "exact", "made"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Decision:
 
     Args:
         name: the tensor's first name.
-        treatment: "grid" at `bits` per weight; "float16" or "float32"; or "exact", bit for bit.
+        treatment: "grid" at `bits` per weight; "float16" or "float32"; "exact", bit for bit; or "made": a buffer that
+            no file holds, since the constructor of its class makes it.
         bits: bits per weight, as a rule or the search decided; only for grids. None until the search has decided.
         because: the reason, as reports show it; empty where it is the usual format.
         damage: the predicted share of the output's energy that is lost; None without calibration data.
@@ -44,6 +47,7 @@ class Decision:
 
 
 Plan = tuple[Decision, ...]
+Kind = Literal["parameter", "buffer", "state"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,13 +56,13 @@ class Stored:
 
     Args:
         names: every dotted name it goes by; the first is its name in tables.
-        kind: whether it is a parameter or a buffer.
+        kind: whether it is a parameter or a buffer; or part of a module's extra state, in files only.
         coded: its numbers in this format.
         decision: which format, and why.
     """
 
     names: tuple[str, ...]
-    kind: Literal["parameter", "buffer"]
+    kind: Kind
     coded: Coded
     decision: Decision
 
@@ -77,11 +81,15 @@ class Contents:
         activations: by module name, how the input of each module that can run in int8 is rounded; all other modules run
             in float.
         provenance: versions, configuration and scores, as JSON data that nothing depends on.
+        states: the extra state of modules, by their names in a state dict.
+        made: what a file tells of the buffers that it leaves to constructors, until they are met in a model.
     """
 
     tensors: tuple[Stored, ...]
     activations: Mapping[str, Activation] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    states: Mapping[str, ExtraState] = field(default_factory=dict)
+    made: tuple[Made, ...] = ()
 
 
 def match(model: ModelTensors[nn.Module], contents: Contents) -> list[tuple[Stored, list[Tensor]]]:
@@ -110,7 +118,7 @@ def match(model: ModelTensors[nn.Module], contents: Contents) -> list[tuple[Stor
                 where=tensor.name,
                 remedy="Build the model with the configuration that the artifact was made from.",
             )
-        if tuple(tensor.tensor.shape) != stored.coded.shape:
+        if tuple(tensor.tensor.shape) != stored.coded.shape and tensor.persistent:  # others may grow when they are used
             raise MismatchError(
                 f"the model has shape {list(tensor.tensor.shape)}, the artifact {list(stored.coded.shape)}",
                 where=tensor.name,
@@ -136,6 +144,7 @@ def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
     if N_AVERAGED not in wanted:  # a checkpoint of an AveragedModel, loaded into the model itself
         contents = replace(contents, tensors=tuple(one for one in contents.tensors if one.names != (N_AVERAGED,)))
     contents = _renamed(contents, wanted)
+    computed, told = left_to_constructor(model), {name: one for one in contents.made for name in one.names}
     held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
     tensors = list(contents.tensors)
     for tensor in model:
@@ -144,11 +153,21 @@ def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
         if len(places) == 1:
             (place,) = places
             tensors[place] = replace(tensors[place], names=(*tensors[place].names, *missing), kind=tensor.kind)
-        elif not places and not tensor.persistent and not tensor.tensor.is_meta:
-            coded = Raw(dtype_name(tensor.tensor.dtype)).encode(tensor.tensor)
-            because = "a buffer that the state dict leaves out"
-            tensors.append(Stored(tensor.names, tensor.kind, coded, Decision(tensor.name, "exact", None, because)))
-    return replace(contents, tensors=tuple(tensors))
+        elif not places and not tensor.persistent:
+            if tensor.name in told:
+                check_made(told[tensor.name], tensor.tensor)
+            if not tensor.tensor.is_meta:
+                coded = Raw(dtype_name(tensor.tensor.dtype)).encode(tensor.tensor)
+                computes = tensor.name in told or tensor.name in computed
+                tensors.append(Stored(tensor.names, tensor.kind, coded, unregistered(tensor.name, computes)))
+    return replace(contents, tensors=tuple(tensors), made=())
+
+
+def unregistered(name: str, computed: bool) -> Decision:
+    """What becomes of a buffer that is in no state dict: exact, or left to the constructor where that computes it."""
+    if computed:
+        return Decision(name, "made", None, "a table that the constructor computes: the file leaves it out")
+    return Decision(name, "exact", None, "a buffer that the state dict leaves out")
 
 
 def _renamed(contents: Contents, wanted: Sequence[str]) -> Contents:

@@ -6,7 +6,7 @@ import functools
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,10 +25,12 @@ from pared.files.threads import each
 from pared.formats import coded as formats
 from pared.formats import streams
 from pared.formats.activation import Activation
-from pared.formats.coded import RAW_TYPES, Coded, dtype_name
+from pared.formats.coded import RAW_TYPES, Coded, Raw, dtype_name
 from pared.formats.grids import MOST_COLUMNS
 from pared.formats.views import View
 from pared.model.contents import Contents, Decision, Stored
+from pared.model.state import tables
+from pared.model.state.extra import ExtraState
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +44,28 @@ def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
 
 def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     data = bytearray()
-    work = [math.prod(stored.coded.shape) for stored in contents.tensors]
-    coded = each(lambda stored: stored.coded.format.streams(stored.coded), contents.tensors, work)
-    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(contents.tensors, coded, strict=True))
+    tensors = [stored for stored in contents.tensors if stored.decision.treatment != "made"]
+    left = [tables.made(one.names, one.coded.decode()) for one in contents.tensors if one.decision.treatment == "made"]
+    tensors += [part for name, state in contents.states.items() for part in _parts_of(name, state)]
+    work = [math.prod(stored.coded.shape) for stored in tensors]
+    coded = each(lambda stored: stored.coded.format.streams(stored.coded), tensors, work)
+    entries = tuple(_entry(stored, parts, data) for stored, parts in zip(tensors, coded, strict=True))
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
-    index = Index(entries, modules, dict(contents.provenance)).to_bytes()
+    states = {name: state.tree for name, state in contents.states.items()}
+    made = tuple(map(tables.to_json, left))
+    index = Index(entries, modules, dict(contents.provenance), states, made).to_bytes()
     if kind == "safetensors":
         write_safetensors(file, index, bytes(data))
     else:
         write_torch(file, index, (bytes(data),), len(data))
+
+
+def _parts_of(name: str, state: ExtraState) -> Iterator[Stored]:
+    """The tensors of an extra state, as they are named in a file."""
+    for i, tensor in enumerate(state.tensors):
+        part = f"{name}/{i}"
+        coded = Raw(dtype_name(tensor.dtype)).encode(tensor)
+        yield Stored((part,), "state", coded, Decision(part, "exact", None, "extra state"))
 
 
 def _entry(stored: Stored, encoded: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
@@ -99,10 +114,19 @@ def read(path: Path) -> Contents:
 def _contents(records: Records) -> Contents:
     index = parse_index(records)
     read_one = functools.partial(_stored, records.data)
-    tensors = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
+    found = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
+    tensors = tuple(stored for stored in found if stored.kind != "state")
+    parts = {stored.name: stored.coded.decode() for stored in found if stored.kind == "state"}
+    states = {name: ExtraState(tree, _in_order(name, parts)) for name, tree in index.states.items()}
     activations = {name: Activation.from_json(dict(value)) for name, value in index.modules.items()}
     _check_outliers(tensors, activations)
-    return Contents(tensors, activations, dict(index.provenance))
+    return Contents(tensors, activations, dict(index.provenance), states, tables.from_json(index.made))
+
+
+def _in_order(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """The tensors of one extra state, in their order."""
+    count = sum(part.rpartition("/")[0] == name for part in parts)
+    return tuple(parts[f"{name}/{i}"] for i in range(count))
 
 
 def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:
@@ -172,7 +196,8 @@ def verified(contents: Contents, kind: str) -> bytes:
 
 
 def _verify(contents: Contents, data: bytes) -> None:
-    for ours, theirs in zip(contents.tensors, from_bytes(data).tensors, strict=True):
+    stored = [one for one in contents.tensors if one.decision.treatment != "made"]
+    for ours, theirs in zip(stored, from_bytes(data).tensors, strict=True):
         same = all(torch.equal(_bits(ours.coded.parts[k]), _bits(theirs.coded.parts[k])) for k in ours.coded.parts)
         if ours.names != theirs.names or not same:
             raise CorruptError(

@@ -13,7 +13,7 @@ from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.layers.attention import rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore
 from pared.runtime.placement import detach
-from pared.runtime.record import RECORD
+from pared.runtime.record import RECORD, record_of
 from pared.runtime.serving.served import release
 
 
@@ -26,8 +26,13 @@ def decoded(tensors: ModelTensors[ModuleT], contents: Contents) -> ModuleT:
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
-    """An empty float model of the original class, on the meta device."""
-    return _float_form(model, lambda tensor: torch.empty_like(tensor, device="meta"))
+    """An empty float model of the original class, on the meta device but for buffers that artifacts leave out."""
+    made = {
+        id(model.get_buffer(names[0]))
+        for names, _, decision in record_of(model).tensors
+        if decision.treatment == "made"
+    }
+    return _float_form(model, lambda one: one.detach() if id(one) in made else torch.empty_like(one, device="meta"))
 
 
 def outline_of(model: nn.Module) -> nn.Module:

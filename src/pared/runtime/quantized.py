@@ -6,6 +6,8 @@ original modules; hooks let `state_dict` return their codes, recovered exactly a
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from pared.model.checks import check_unquantized
 from pared.model.contents import Contents, completed, match
 from pared.model.copies import clone_structure
 from pared.model.copying.reach import Reach
+from pared.model.state import extra
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors, named_tensors
 from pared.runtime import summary
 from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skeleton_of
@@ -48,6 +51,11 @@ from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
 
 DEPLOY: Final = "deploy.yaml"
+# What torch.save takes for the name and the place of each tensor, and for the archive around them (estimates).
+_TORCH_ENTRY: Final = 300
+_TORCH_ARCHIVE: Final = 1000
+
+log = logging.getLogger(__name__)
 
 
 class Quantized(Yielding):
@@ -107,7 +115,20 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
         for name, content in ((path.name, data), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
             storage.write_beside(path, name, content)
+    _warn_if_larger(path, len(data), model, contents)
     return path
+
+
+def _warn_if_larger(path: Path, nbytes: int, model: nn.Module, contents: Contents) -> None:
+    """Say so if a file is larger than the state dict of the float model: only buffers outside of it can cause that."""
+    saved = {one.name for one in find_tensors(outline_of(model)) if one.persistent}
+    sizes = {one.name: math.prod(one.coded.shape) * one.coded.dtype.itemsize for one in contents.tensors}
+    source = _TORCH_ARCHIVE + sum(sizes.get(name, 0) + _TORCH_ENTRY for name in saved)
+    if nbytes > source:
+        kept = [one.name for one in contents.tensors if one.name not in saved and one.decision.treatment != "made"]
+        named = f"; {max(kept, key=sizes.__getitem__)} is the largest of {len(kept)}" if kept else ""
+        what = "%s: %s bytes are more than the about %s that the float model's state dict takes, which leaves buffers "
+        log.warning(f"{what}out%s", path, f"{nbytes:,}", f"{source:,}", named)
 
 
 def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic = True) -> Exported:
@@ -167,7 +188,7 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if html is not None:
         data = summary.page_data(listing, contents, record.outcome, record.running, record.profile, record.curve)
         page.write(data, html)
-    notes = record.profile.summary()
+    notes = [*record.profile.summary(), *summary.left_out(contents)]
     if record.memory == "small":
         decoding = fastest_ms({"all": lambda: _decode_all(model)})["all"]
         notes = [f"weights stay in codes; decoding all of them takes {decoding:.1f} ms"]
@@ -238,6 +259,8 @@ def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profil
             new = stored.coded.decode()
         replacement |= {id(tensor): like(new, tensor) for tensor in objects}
     clone = clone_structure(model, replacement).eval()
+    for name in extra.restore(clone, contents.states):
+        log.warning("%s: the artifact holds no extra state of this module: it keeps that of the model passed", name)
     stored_forms = install(clone, contents, in_codes, running)
     if in_codes:
         keep_freed_memory()

@@ -13,7 +13,8 @@ from pared.artifact.outcome import Curve, Outcome, Trial
 from pared.errors import CorruptError, ModelError
 from pared.formats.activation import Activation
 from pared.model import storage
-from pared.model.contents import Contents, Decision, Stored
+from pared.model.contents import Contents, Decision, Kind, Stored
+from pared.model.state import extra
 from pared.model.tensors import named_tensors, registered_as
 from pared.runtime import summary
 from pared.runtime.layers.counterpart import Counterpart
@@ -40,7 +41,7 @@ class Record:
         engine_ms: the milliseconds of each engine if `pared.load(..., engine="auto")` chose this one, else empty.
     """
 
-    tensors: tuple[tuple[tuple[str, ...], Literal["parameter", "buffer"], Decision], ...]
+    tensors: tuple[tuple[tuple[str, ...], Kind, Decision], ...]
     stored_forms: Mapping[str, StoredForm]
     activations: Mapping[str, Activation]
     provenance: Mapping[str, Any]
@@ -126,7 +127,7 @@ def contents_of(model: nn.Module) -> Contents:
             coded = record.stored_forms[names[0]].coded(names[0], registered_as(module, attribute))
         tensors.append(Stored(names, kind, coded, decision))
     provenance = {**record.provenance, "outcome": record.outcome.to_json()}
-    return Contents(tuple(tensors), record.activations, provenance)
+    return Contents(tuple(tensors), record.activations, provenance, extra.collect(model))
 
 
 def _refuse_edited(model: nn.Module, record: Record) -> None:

@@ -24,7 +24,7 @@ class TensorSummary:
     Args:
         name: the tensor's first name.
         shape: its shape.
-        treatment: "grid", "float16", "float32" or "exact".
+        treatment: "grid", "float16", "float32" or "exact"; "made" for what the constructor makes, and no file holds.
         bits: the planned bits per weight if it is on a grid, else None.
         format: the label of its format, "grid int8" for instance.
         kernel: how it is computed with: "int8 static", "int8 dynamic", "int8 gather", "bfloat16" or "float".
@@ -45,6 +45,15 @@ class TensorSummary:
 def tensor_summaries(contents: Contents, running: Mapping[str, Running]) -> tuple[TensorSummary, ...]:
     """One line per tensor, in the model's order."""
     return tuple(_line(stored, contents.activations, running) for stored in contents.tensors)
+
+
+def left_out(contents: Contents) -> list[str]:
+    """A note on the buffers that files leave to the constructor of their class."""
+    made = [stored.name for stored in contents.tensors if stored.decision.treatment == "made"]
+    if not made:
+        return []
+    more = f" and {len(made) - 1:,} more" if made[1:] else ""
+    return [f"not in the file, since the constructor computes them: {made[0]}{more}"]
 
 
 _KERNEL_LABELS = {"int8": "int8 {}", "bfloat16": "bfloat16", "float32": "float"}
@@ -179,8 +188,10 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: M
         "provenance": dict(contents.provenance),
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
         "plan": [
-            asdict(line) | {"shape": list(line.shape), "bytes": rows[line.name].nbytes, "rate": rows[line.name].bits}
+            asdict(line)
+            | {"shape": list(line.shape), "bytes": row.nbytes if row else 0, "rate": row.bits if row else 0}
             for line in tensor_summaries(contents, running)
+            for row in [rows.get(line.name)]  # None: the file leaves it out
         ],
     }
     # The dumper in C gives the same text in a tenth of the time; not every PyYAML has it.

@@ -26,7 +26,7 @@ def encode(model_tensor: ModelTensor, decision: Decision) -> Coded:
         coded = nearest(tensor, decision.bits, model_tensor.view, ceiling)
         codes = without_empty_slices(coded.parts["codes"], tensor, model_tensor.normed)
         return replace(coded, parts={**coded.parts, "codes": codes})
-    if decision.treatment == "exact":
+    if decision.treatment == "exact" or decision.treatment == "made":  # mypy narrows only so
         return Raw(dtype_name(tensor.dtype)).encode(tensor)
     return Float(decision.treatment).encode(tensor)
 
@@ -48,7 +48,7 @@ def sample_cost(model_tensor: ModelTensor, decision: Decision, rows: int) -> Sam
     """Estimate the bytes of an encoded tensor by rounding at most `rows` evenly spaced rows of it."""
     tensor = model_tensor.tensor.detach()
     if decision.treatment != "grid" or tensor.numel() == 0:
-        width = {"float16": 2, "float32": 4}.get(decision.treatment, tensor.element_size())
+        width = {"float16": 2, "float32": 4, "made": 0}.get(decision.treatment, tensor.element_size())
         return SampledCost(tensor.numel() * width, 0)
     assert decision.bits is not None
     view = model_tensor.view

@@ -16,7 +16,8 @@ from pared.errors import ConfigError
 from pared.fitting.config import Rule
 from pared.formats.coded import dtype_name, survives_float16, to_array
 from pared.formats.exact_grids import is_whole
-from pared.model.contents import Decision, Plan, Treatment
+from pared.model.contents import Decision, Plan, Treatment, unregistered
+from pared.model.state.tables import left_to_constructor
 from pared.model.tensors import ModelTensor, ModelTensors
 
 DEFAULT_BITS: Final = 8.0  # per weight, on a grid: plain int8
@@ -58,9 +59,9 @@ def make_plan(
     flat = {id(rule) for rule, tensors in zip(rules, claimed, strict=True) if not any(map(_on_grid, tensors))}
     for rule, tensors in zip(rules, claimed, strict=True):
         _refuse_idle(rule, tensors, flat=id(rule) in flat)
-    wide = _is_wide(model_tensors)
+    wide, computed = _is_wide(model_tensors), left_to_constructor(model_tensors)
     plan = [
-        _default(model_tensor, bits, wide=wide)
+        _default(model_tensor, bits, wide=wide, computed=model_tensor.name in computed)
         if rule is None or _obstacle(model_tensor, rule, flat=id(rule) in flat)
         else _by_rule(model_tensor, rule)
         for model_tensor, rule in zip(model_tensors, first, strict=True)
@@ -217,7 +218,7 @@ def _is_wide(model_tensors: ModelTensors[nn.Module]) -> bool:
     return 2 * sum(one.numel() for one in weights if one.dtype == torch.float64) > sum(one.numel() for one in weights)
 
 
-def _default(model_tensor: ModelTensor, bits: float | None, *, wide: bool) -> Decision:
+def _default(model_tensor: ModelTensor, bits: float | None, *, wide: bool, computed: bool) -> Decision:
     tensor = model_tensor.tensor
 
     def exactly(because: str) -> Decision:
@@ -226,7 +227,7 @@ def _default(model_tensor: ModelTensor, bits: float | None, *, wide: bool) -> De
     if _edits_itself(model_tensor):
         return exactly(_EDITED)
     if not model_tensor.persistent:
-        return exactly("a buffer that the state dict leaves out")
+        return unregistered(model_tensor.name, computed)
     if tensor.dtype == torch.float64 and not wide:
         return exactly("float64 is kept exactly")
     if model_tensor.weight_like and tensor.numel() > 0:

@@ -26,6 +26,7 @@ from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Plan, Stored
+from pared.model.state import extra
 from pared.model.tensors import ModelTensor, ModelTensors, ModuleT_co
 from pared.runtime import quantized
 from pared.runtime.profile import Profile, this_machine
@@ -117,6 +118,7 @@ class Compressor(Generic[ModuleT_co]):
         self._seen = seen
         self._noise = sensitivity.inputs if sensitivity else {}
         self._obey = obey
+        self._states = extra.collect(model_tensors.model)
         self._plan: Plan = plan.make_plan(model_tensors, conf.rules, bits=None, strict=conf.strict)
         self._fixed = {
             model_tensor.name: encoding.encode(model_tensor, decision)
@@ -245,7 +247,7 @@ class Compressor(Generic[ModuleT_co]):
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
         activations = self._activations(self._candidates(stored), damage)
-        return Contents(tuple(stored), activations, provenance(self._conf, self._seen))
+        return Contents(tuple(stored), activations, provenance(self._conf, self._seen), self._states)
 
     def _candidates(self, stored: Sequence[Stored]) -> list[Candidate]:
         return find_candidates(self._model_tensors.model, stored, self._seen.inputs if self._seen else None)

@@ -1,0 +1,1 @@
+"""What an index says beside the tensors of a state dict."""
