@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -23,7 +24,7 @@ from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
-from pared.checkpoints.selection import Kept, LeftOut, file_of, select
+from pared.checkpoints.selection import Kept, LeftOut, contained, file_of
 from pared.errors import ConfigError, FileError, UnsafeError, printable
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
@@ -136,6 +137,9 @@ def compress(
         ConfigError: the options contradict each other, or the size cannot be reached.
         FileError: the source cannot be read, or the directory cannot be written; CorruptError and UnsafeError are such.
         ModelError: a weight is NaN or infinite.
+
+    Extra state of modules in a state dict (`get_extra_state`) is stored as plain data; what only a pickle could store
+    is a FileError.
     """
     return run(path, directory, bits=bits, max_size=max_size, quiet=quiet).path
 
@@ -155,8 +159,8 @@ def run(
     source = snapshot_of(source) if source.is_dir() else source
     _check_places(source, output)
     with readers.open_listing(source) as listing:
-        chosen = select(listing)
-        _check_kept(chosen.kept, listing)
+        chosen = contained(listing)
+        _check_kept(chosen.kept, chosen.listing)
         check_forms(listing)
         beside = _beside(source, output, listing)
         make_directory(output)
@@ -165,11 +169,15 @@ def run(
             resumed = len(journal.entries)
             if resumed:
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
-            work = _Work(listing, chosen.kept, journal, quiet)
-            work.at_rate(rate) if size is None else work.within(size)
+            work = _Work(chosen.listing, chosen.kept, journal, quiet)
+            work.at_rate(rate) if size is None else work.within(
+                size - (len(json.dumps(chosen.states)) if chosen.states else 0)
+            )
             target = output / FILE_NAMES["pt"]
             asked = {"bits": rate} if size is None else {"max_size": size}
-            index = Index(tuple(journal.entries), {}, {"pared": __version__, "compress": asked}).to_bytes()
+            index = Index(
+                tuple(journal.entries), {}, {"pared": __version__, "compress": asked}, chosen.states
+            ).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
             with owned(output, wait=SHORT_WAIT):  # the files belong together

@@ -89,7 +89,7 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
     """
     dtype = array.dtype.name
     if dtype not in FLOATING or array.size == 0:
-        return _exact(array, f"{dtype} is kept exactly")
+        return exact(array, f"{dtype} is kept exactly")
     if not goes_on_grid(dtype, array.shape):
         return _flat(array, name)
     view = plain_view(array.shape, name)
@@ -104,7 +104,7 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
         return _on_own_grid(found, threads)
     if is_whole(array):  # a mask or indices
         found = found or whole_grid(array)
-        return _exact(array, "its whole numbers are kept exactly") if found is None else _on_own_grid(found, threads)
+        return exact(array, "its whole numbers are kept exactly") if found is None else _on_own_grid(found, threads)
     if target.level is None and target.bits == FLOAT_BITS:
         return _half(array, largest)
     kind, step = _steps(matrix, largest, target)
@@ -134,7 +134,8 @@ def _grid(codes: str) -> dict[str, str]:
     return {"tag": "grid", "codes": codes}
 
 
-def _exact(array: Array, because: str) -> PackedTensor:
+def exact(array: Array, because: str) -> PackedTensor:
+    """Keep every number of a tensor."""
     # A contiguous tensor of a mapped file is not copied.
     plain = array.reshape(-1).view(np.uint8).data if array.flags.c_contiguous else array.tobytes()
     return PackedTensor({"tag": "raw"}, {"values": EncodedPart(plain)}, because=because)
@@ -152,25 +153,25 @@ def _flat(array: Array, name: str) -> PackedTensor:
         return _unbounded(array, name)
     kind = "one number for each row" if array.ndim > 1 else "one dimension" if array.ndim else "a single number"
     if array.itemsize == 2:
-        return _exact(array, f"{kind}: kept exactly")
+        return exact(array, f"{kind}: kept exactly")
     if is_whole(array) and (array != converted(values, np.float16)).any():
-        return _exact(array, f"{kind}: its whole numbers are kept exactly")
+        return exact(array, f"{kind}: its whole numbers are kept exactly")
     if survives_float16(values):
         return _float(array, "float16", f"{kind}: every value survives float16")
     if array.itemsize == 8 and (values == converted(values, np.float32)).all():
         return _float(array, "float32", f"{kind}: float32 holds every value")
-    return _exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
+    return exact(array, f"{kind}: its values do not survive float16, so they are kept exactly")
 
 
 def _half(array: Array, largest: Steps) -> PackedTensor:
     """Encode a tensor in 16 bits per number."""
     if array.dtype.name == "bfloat16":
-        return _exact(array, "bfloat16 is kept exactly")
+        return exact(array, "bfloat16 is kept exactly")
     values = as_floats(array)
     typical = math.sqrt(float(np.mean(np.square(values, dtype=np.float64))))
     if typical >= _SMALLEST_HALF and largest.max() <= _LARGEST_HALF:
         return _float(array, "float16", "")
-    return _exact(array, "its values do not survive float16")
+    return exact(array, "its values do not survive float16")
 
 
 def _unbounded(array: Array, name: str) -> PackedTensor:
@@ -178,10 +179,10 @@ def _unbounded(array: Array, name: str) -> PackedTensor:
     values = as_floats(array)
     finite = np.isfinite(values)
     if finite.all():
-        return _exact(array, "its values are beyond float32")
+        return exact(array, "its values are beyond float32")
     if np.isnan(values).any() or len(np.unique(values[finite])) > 1:
         refuse_damaged(array, name)
-    return _exact(array, "a mask of infinities is kept exactly")
+    return exact(array, "a mask of infinities is kept exactly")
 
 
 def entry_of(kept: Kept, packed: PackedTensor, end: int, factor: float = 1.0) -> Entry:

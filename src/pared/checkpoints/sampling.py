@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from pared.artifact.index import Entry, Index
-from pared.checkpoints.packing import INT8_BITS, Fineness, PackedTensor, entry_of, goes_on_grid, pack
+from pared.checkpoints.packing import INT8_BITS, Fineness, PackedTensor, entry_of, exact, goes_on_grid, pack
 from pared.checkpoints.rates import crossing
 from pared.checkpoints.selection import Kept, select
 from pared.errors import ConfigError
@@ -140,7 +140,7 @@ class SizeModel:
 
 
 def _sample(listing: Listing, kept: Kept, most: int) -> Sample | None:
-    if not goes_on_grid(kept.held.dtype, kept.held.shape):
+    if kept.exact or not goes_on_grid(kept.held.dtype, kept.held.shape):
         return None
     array = array_of(listing, kept)
     part = _rows(array, most)
@@ -189,7 +189,8 @@ def unsupported(kept: Kept) -> ConfigError:
 
 def pack_held(listing: Listing, kept: Kept, target: Fineness, threads: int = 1) -> PackedTensor:
     """Pack a tensor of a file, and release the memory of what was read."""
-    packed = pack(array_of(listing, kept), target, kept.held.name, threads)
+    array = array_of(listing, kept)
+    packed = exact(array, "extra state") if kept.exact else pack(array, target, kept.held.name, threads)
     release(listing, kept)
     return packed
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePath
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from pared.errors import FileError
 from pared.formats.dtypes import FLOATING
-from pared.readers.listing import ListedTensor, Listing
+from pared.readers.listing import EXTRA_STATE, ListedTensor, Listing, Storage
 from pared.readers.naming import HOLDERS, without_wrappers
 
 
@@ -28,17 +30,22 @@ class Kept:
     Args:
         held: the tensor in the file.
         names: the model's names for it; several if it is tied.
-        kind: parameter or buffer, judged by type and name: files do not say.
+        kind: parameter or buffer, judged by type and name: files do not say; or part of a module's extra state.
     """
 
     held: ListedTensor
     names: tuple[str, ...]
-    kind: Literal["parameter", "buffer"]
+    kind: Literal["parameter", "buffer", "state"]
 
     @property
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is extra state of a module, which is never rounded."""
+        return self.kind == "state" or self.name.rpartition(".")[2] == EXTRA_STATE
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ _COMPARED: Final = 1 << 14
 _BLOCK: Final = 1 << 22  # bytes compared at a time
 _FIRST: Final = 1024  # numbers in a checksum that tells most tensors apart
 
+_STATES: Final = "(extra state)"  # instead of a storage
+
 _Named = tuple[str, ListedTensor]
 _Verdict = tuple[str, str]  # why a tensor is left out, and the kind of finding
 
@@ -121,6 +130,65 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
         named = _innermost(named, left)
     named = _one_copy(named, left, adapter=_is_adapter(listing))
     return Selection(tuple(_together(listing, named, compare, left)), tuple(left))
+
+
+@dataclass(frozen=True)
+class Contained:
+    """What a checkpoint holds of a model.
+
+    Args:
+        listing: the checkpoint, with the bytes of extra state as storages.
+        kept: the model's tensors, then those in its extra state.
+        states: extra state as trees of JSON, by the model's names.
+        left_out: all other tensors.
+    """
+
+    listing: Listing
+    kept: tuple[Kept, ...]
+    states: Mapping[str, Any]
+    left_out: tuple[LeftOut, ...]
+
+
+def contained(listing: Listing) -> Contained:
+    """Divide a checkpoint as `select` does, with the extra state of its modules.
+
+    Raises:
+        FileError: a state is more than plain data.
+    """
+    if not listing.states:
+        chosen = select(listing)
+        return Contained(listing, chosen.kept, {}, chosen.left_out)
+    inside = tuple(f"{name}/" for name in listing.states)
+    # Each state is selected by its name, like a tensor without numbers.
+    markers = (ListedTensor(name, "uint8", (0,), 0, _STATES) for name in listing.states)
+    plain = (held for held in listing.tensors if not held.name.startswith(inside))
+    chosen = select(replace(listing, tensors=(*plain, *markers)))
+    kept = [one for one in chosen.kept if one.held.storage != _STATES]
+    storages, states = dict(listing.storages), {}
+    for marker in (one for one in chosen.kept if one.held.storage == _STATES):
+        state = listing.states[marker.held.name]
+        if state.problem:
+            raise FileError(
+                f"its extra state {state.problem}, which only a pickle could store",
+                where=f"{listing.where}: {marker.held.name}",
+                remedy="Let get_extra_state return plain data: numbers, texts, bytes, tensors, and lists, tuples and "
+                "dicts of them. Or delete the state from the checkpoint, if the model works without it.",
+            )
+        states[marker.name] = state.tree
+        for i, part in enumerate(state.parts):
+            name = f"{marker.name}/{i}"
+            held = (
+                part if isinstance(part, ListedTensor) else ListedTensor(name, "uint8", (len(part),), len(part), name)
+            )
+            if isinstance(part, bytes):
+                storages[name] = Storage(len(part), partial(_view, part), coded=True)
+            kept.append(Kept(held, (name,), "state"))
+    left = tuple(one for one in chosen.left_out if one.name not in listing.states)
+    return Contained(replace(listing, storages=storages), tuple(kept), states, left)
+
+
+def _view(content: bytes) -> memoryview:
+    return memoryview(content)
 
 
 def _divided(named: Sequence[_Named], judge: Callable[[_Named], _Verdict | None], left: list[LeftOut]) -> list[_Named]:

@@ -47,6 +47,7 @@ class Node:
         values: its elements.
         pairs: the keys and values of a dict.
         states: what would be set as its attributes.
+        kind: which plain container it is: "tuple", "list", "set", "frozenset" or "dict".
     """
 
     call: Name | Node | None = None
@@ -54,6 +55,7 @@ class Node:
     values: Sequence[object] = ()
     pairs: Sequence[tuple[object, object]] = ()
     states: Sequence[object] = ()
+    kind: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,15 +219,9 @@ class _Machine:
     def recall(self, key: int) -> None:
         self.push(self.memo[key])
 
-    def container(self, _: object) -> None:
-        self.push(Node())
-
-    def container_from_mark(self, _: object) -> None:
-        self.push(Node(values=self.pop_to_mark()))
-
     def dict_from_mark(self, _: object) -> None:
         items = self.pop_to_mark()
-        self.push(Node())
+        self.push(Node(kind="dict"))
         self.add_pairs(_pairs(items))
 
     def append(self, _: object) -> None:
@@ -323,9 +319,13 @@ def _pairs(values: list[object]) -> list[tuple[object, object]]:
 
 def _tuple_of(length: int) -> Callable[[_Machine, object], None]:
     def action(machine: _Machine, _: object) -> None:
-        machine.push(Node(values=[machine.pop() for _ in range(length)][::-1]))
+        machine.push(Node(values=[machine.pop() for _ in range(length)][::-1], kind="tuple"))
 
     return action
+
+
+def _container(kind: str, *, from_mark: bool = False) -> Callable[[_Machine, object], None]:
+    return lambda machine, _: machine.push(Node(values=machine.pop_to_mark() if from_mark else (), kind=kind))
 
 
 def _constant(value: object) -> Callable[[_Machine, object], None]:
@@ -347,9 +347,9 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "NONE": _constant(None),
     "NEWTRUE": _constant(True),
     "NEWFALSE": _constant(False),
-    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT"), _Machine.container),
+    **{f"EMPTY_{kind.upper()}": _container(kind) for kind in ("list", "set", "dict")},
     **{name: _tuple_of(n) for n, name in enumerate(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))},
-    **dict.fromkeys(("TUPLE", "LIST", "FROZENSET"), _Machine.container_from_mark),
+    **{kind.upper(): _container(kind, from_mark=True) for kind in ("tuple", "list", "frozenset")},
     "DICT": _Machine.dict_from_mark,
     "APPEND": _Machine.append,
     **dict.fromkeys(("APPENDS", "ADDITEMS"), _Machine.append_from_mark),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pared.errors import ModelError
 from pared.formats.coded import RAW_TYPES, dtype_name
 from pared.model.state import extra
-from pared.model.tensors import ModelTensor, ModelTensors, ModuleT, find_tensors
+from pared.model.tensors import ModelTensor, ModelTensors, ModuleT, find_tensors, registered
 
 
 def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
@@ -50,13 +50,16 @@ def check_unquantized(model: nn.Module) -> None:
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse modules whose weights are hidden or not there yet.
+    """Refuse modules whose weights are hidden or not there yet, and tensors that are not dense.
 
     Raises:
-        ModelError: a module is compiled, scripted or lazy; prepared for quantization, or quantized by another tool.
+        ModelError: a tensor is sparse or nested; a module is compiled, scripted or lazy; prepared for quantization, or
+            quantized by another tool.
     """
     for name, module in model.named_modules():
         _check_module(name or type(module).__name__, module)
+        for attribute, tensor in registered(module):
+            _check_layout(f"{name}.{attribute}".removeprefix("."), tensor)
 
 
 _LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
@@ -95,18 +98,27 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
 
 
+def _check_layout(name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise _no_format(name, tensor, "nested" if tensor.is_nested else str(tensor.layout))
+
+
+def _no_format(name: str, tensor: Tensor, layout: str) -> ModelError:
+    return ModelError(
+        f"has a type or layout that no format can hold ({tensor.dtype}, {layout})",
+        where=name,
+        remedy="Convert it to a dense tensor of a type such as float32, float16, bfloat16, int64 or bool.",
+    )
+
+
 def _check_tensor(named: ModelTensor) -> None:
     tensor = named.tensor
     if tensor.is_meta:
         raise ModelError(
             "is on the meta device: it holds no numbers", where=named.name, remedy="Load the weights first."
         )
-    if tensor.layout is not torch.strided or dtype_name(tensor.dtype) not in RAW_TYPES:
-        raise ModelError(
-            f"has a type or layout that no format can hold ({tensor.dtype}, {tensor.layout})",
-            where=named.name,
-            remedy="Convert it to a dense tensor of a type such as float32, float16, bfloat16, int64 or bool.",
-        )
+    if dtype_name(tensor.dtype) not in RAW_TYPES:
+        raise _no_format(named.name, tensor, str(tensor.layout))
     if tensor.is_quantized or type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
         raise ModelError(
             f"is a {type(tensor).__name__}, a tensor of another quantization tool",

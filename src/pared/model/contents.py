@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pared.errors import MismatchError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Raw, dtype_name
-from pared.model.state.extra import ExtraState
+from pared.model.state.extra import KEY, ExtraState
 from pared.model.state.tables import Made, check_made, left_to_constructor
 from pared.model.tensors import ModelTensors
 from pared.readers.naming import N_AVERAGED, aligned
@@ -143,7 +143,7 @@ def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
     wanted = [name for tensor in model for name in tensor.names]
     if N_AVERAGED not in wanted:  # a checkpoint of an AveragedModel, loaded into the model itself
         contents = replace(contents, tensors=tuple(one for one in contents.tensors if one.names != (N_AVERAGED,)))
-    contents = _renamed(contents, wanted)
+    contents = _renamed(_with_states(contents), wanted)
     computed, told = left_to_constructor(model), {name: one for one in contents.made for name in one.names}
     held = {name: i for i, stored in enumerate(contents.tensors) for name in stored.names}
     tensors = list(contents.tensors)
@@ -161,6 +161,16 @@ def completed(model: ModelTensors[nn.Module], contents: Contents) -> Contents:
                 computes = tensor.name in told or tensor.name in computed
                 tensors.append(Stored(tensor.names, tensor.kind, coded, unregistered(tensor.name, computes)))
     return replace(contents, tensors=tuple(tensors), made=())
+
+
+def _with_states(contents: Contents) -> Contents:
+    """The contents of a checkpoint, in which extra state that is a tensor looks like any other tensor."""
+    states = {one.name: one for one in contents.tensors if one.name.rpartition(".")[2] == KEY}
+    if not states:
+        return contents
+    tensors = tuple(one for one in contents.tensors if one.name not in states)
+    more = {name: ExtraState({"tensor": 0}, (one.coded.decode(),)) for one in states.values() for name in one.names}
+    return replace(contents, tensors=tensors, states={**contents.states, **more})
 
 
 def unregistered(name: str, computed: bool) -> Decision:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -71,6 +71,24 @@ class Storage:
     coded: bool = False
 
 
+EXTRA_STATE: Final = "_extra_state"  # what torch calls the extra state of a module, behind the module's name
+
+
+@dataclass(frozen=True, eq=False)
+class ListedState:
+    """The extra state of a module, in a file.
+
+    Args:
+        tree: as JSON values, see `docs/format.md`.
+        parts: the tensors and bytes that the tree refers to, by their place.
+        problem: why it cannot be stored; empty if it can be.
+    """
+
+    tree: Any
+    parts: tuple[ListedTensor | bytes, ...] = ()
+    problem: str = ""
+
+
 @dataclass(frozen=True)
 class Note:
     """Something in a file, other than a tensor, that takes bytes.
@@ -125,6 +143,7 @@ class Listing:
             storages begin. Empty for a single file, and for a folder of several models.
         split: what the file says if it is one of several.
         world: the number of processes over which the tensors of the model are divided, if the file says so.
+        states: extra state of modules, by name. Tensors in it are also in `tensors`.
     """
 
     tensors: tuple[ListedTensor, ...]
@@ -139,6 +158,7 @@ class Listing:
     files: Mapping[str, Path] = field(default_factory=dict)
     split: Split | None = None
     world: int | None = None
+    states: Mapping[str, ListedState] = field(default_factory=dict)
 
     @property
     def stray(self) -> dict[str, Note]:

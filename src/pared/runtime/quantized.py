@@ -124,9 +124,9 @@ def _warn_if_larger(path: Path, nbytes: int, model: nn.Module, contents: Content
     saved = {one.name for one in find_tensors(outline_of(model)) if one.persistent}
     sizes = {one.name: math.prod(one.coded.shape) * one.coded.dtype.itemsize for one in contents.tensors}
     source = _TORCH_ARCHIVE + sum(sizes.get(name, 0) + _TORCH_ENTRY for name in saved)
-    if nbytes > source:
-        kept = [one.name for one in contents.tensors if one.name not in saved and one.decision.treatment != "made"]
-        named = f"; {max(kept, key=sizes.__getitem__)} is the largest of {len(kept)}" if kept else ""
+    kept = [one.name for one in contents.tensors if one.name not in saved and one.decision.treatment != "made"]
+    if kept and nbytes > source:
+        named = f"; {max(kept, key=sizes.__getitem__)} is the largest of {len(kept)}"
         what = "%s: %s bytes are more than the about %s that the float model's state dict takes, which leaves buffers "
         log.warning(f"{what}out%s", path, f"{nbytes:,}", f"{source:,}", named)
 

@@ -19,7 +19,7 @@ from pared.readers.folders.hub import places_of, snapshot_of
 from pared.readers.folders.names import CHUNKS, DISTRIBUTED, is_cut, is_index, is_read, is_training
 from pared.readers.folders.sets import WeightSet, check_whole, cut, main_set, set_of
 from pared.readers.kinds import list_tensors
-from pared.readers.listing import Listing, Note
+from pared.readers.listing import ListedTensor, Listing, Note
 
 _INC: Final = ("best_configure.yaml", "best_configure.json", "qconfig.json", "quantize_config.json")
 _ADAPTER: Final = "adapter_config.json"
@@ -176,20 +176,26 @@ def _joined(parts: Iterable[Listing], folder: Path, main: Collection[str]) -> Li
         imports=tuple(sorted({name for part in parts for name in part.imports})),
         where=str(folder),
         files={name: folder / name for name in sorted(main)},
+        states={name: state for part in parts for name, state in part.states.items()},
     )
 
 
 def _of_file(name: str, listing: Listing, plain: bool) -> Listing:
+    prefix = "" if plain else f"{name}/"
+
+    def here(held: ListedTensor) -> ListedTensor:
+        storage = None if held.storage is None else f"{name}/{held.storage}"
+        return replace(held, name=f"{prefix}{held.name}", storage=storage)
+
     return replace(
         listing,
-        tensors=tuple(
-            replace(
-                held,
-                name=held.name if plain else f"{name}/{held.name}",
-                storage=None if held.storage is None else f"{name}/{held.storage}",
+        tensors=tuple(map(here, listing.tensors)),
+        states={
+            f"{prefix}{key}": replace(
+                state, parts=tuple(here(part) if isinstance(part, ListedTensor) else part for part in state.parts)
             )
-            for held in listing.tensors
-        ),
+            for key, state in listing.states.items()
+        },
         storages={f"{name}/{key}": storage for key, storage in listing.storages.items()},
         notes={f"({name}: {key.strip('()')})": note for key, note in listing.notes.items()},
     )

@@ -33,6 +33,15 @@ REBUILD_META: Final = "torch._utils._rebuild_meta_tensor_no_storage"  # of (type
 REBUILD_SUBCLASS: Final = "torch._tensor._rebuild_from_type_v2"  # of (function, class, arguments, state)
 REBUILD_PARAMETER: Final = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 
+# The functions that make tensors of other tensors, and what they make.
+UNUSUAL: Final[Mapping[str, str]] = {
+    "torch._utils._rebuild_sparse_tensor": "sparse tensor",
+    "torch._utils._rebuild_sparse_csr_tensor": "sparse tensor",
+    "torch._utils._rebuild_nested_tensor": "nested tensor",
+    "torch._utils._rebuild_wrapper_subclass": "tensor subclass",
+    "torch.nested._internal.nested_tensor._rebuild_njt": "nested tensor",
+}
+
 # Everything else that state dicts, optimizer states and plain data refer to.
 HARMLESS: Final = frozenset(
     (

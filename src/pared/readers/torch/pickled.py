@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final
 
@@ -21,6 +21,7 @@ from pared.readers.torch.names import (
     REBUILD_SUBCLASS,
     REBUILD_WITH_TYPE,
     STORAGES,
+    UNUSUAL,
 )
 
 _DEEPEST: Final = 100
@@ -46,6 +47,7 @@ class _Step:
         path: whether the name is that of a module, to which the names of its tensors are joined by a dot.
         modules: the ids of the enclosing modules; None unless the node is a child module.
         depth: how deeply it is nested.
+        unusual: what its tensors are parts of, if that is a tensor whose numbers they are not.
     """
 
     name: str
@@ -53,6 +55,7 @@ class _Step:
     path: bool = False
     modules: tuple[int, ...] | None = None
     depth: int = 0
+    unusual: str = ""
 
 
 def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[ListedTensor]:
@@ -75,7 +78,9 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
         node, call, arguments = _resolved(step.node)
         if call in REBUILD or call == REBUILD_META:
             memory.take(_HELD_NBYTES + len(step.name))
-            yield _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+            held = _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+            unusual = step.unusual or _view(arguments)
+            yield replace(held, dtype=unusual) if unusual else held
         memory.take(_PAIR_NBYTES * len(node.states))
         memory.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
@@ -84,7 +89,9 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
             continue
         entered.add(id(node))
         inside = []
+        unusual = step.unusual or UNUSUAL.get(call, "")
         for inner in _inside(step, node, arguments):
+            inner = replace(inner, unusual=unusual) if unusual else inner
             memory.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
             inside.append(inner)
             if step.depth == _DEEPEST:
@@ -94,6 +101,18 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
                     remedy="Do not use this file.",
                 )
         waiting += reversed(inside)
+
+
+def _view(arguments: Sequence[object]) -> str:
+    """What a tensor is, if its numbers are not those of its storage: that is in the last argument of `REBUILD[1]`."""
+    facts = arguments[6].pairs if len(arguments) > 6 and isinstance(arguments[6], Node) else ()
+    return next((f"{key} view" for key, value in facts if key in ("conj", "neg") and value is True), "")
+
+
+def tensor_of(node: Node, name: str, sizes: Mapping[str, int], at: Place) -> ListedTensor | None:
+    """The tensor that a node describes; None if it describes something else."""
+    _, call, arguments = _resolved(node)
+    return _held(name, call, arguments, sizes, at) if call in REBUILD or call == REBUILD_META else None
 
 
 def _resolved(node: Node) -> tuple[Node, str, Sequence[object]]:
