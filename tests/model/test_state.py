@@ -291,6 +291,7 @@ def test_a_file_larger_than_the_state_dict_says_so(tmp_path: Path, caplog: pytes
 
 COMPUTED = {
     "sinusoids in half precision": sinusoid(1000, 32).half(),
+    "sinusoids with a row for padding": sinusoid(1000, 64).index_fill(0, torch.tensor(1), 0.0),
     "rotations": torch.polar(torch.ones(512, 32), torch.arange(512.0)[:, None] * 1e4 ** (-torch.arange(32) / 32)),
     "a window": torch.hann_window(4000),
     "a mask of bytes": torch.ones(1, 1, 128, 128, dtype=torch.uint8).tril(),

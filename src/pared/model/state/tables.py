@@ -168,10 +168,22 @@ def _is_recurrent(table: NDArray[np.float64], axis: int) -> bool:
     for column in columns.T:
         before = np.stack([column[i : len(column) - _ORDER + i] for i in range(_ORDER)], 1)
         after = column[_ORDER:]
-        weights = np.linalg.lstsq(before, after, rcond=None)[0]
+        errors = min((_errors(before, after, part) for part in _halves(len(after))), key=lambda found: found.sum())
         energy += float(np.square(after).sum())
-        rest += float(np.square(after - before @ weights).sum())
+        rest += float(errors.sum())
     return rest <= _UNEXPLAINED * energy
+
+
+def _halves(count: int) -> tuple[slice, slice]:
+    return slice(0, count // 2), slice(count // 2, count)
+
+
+def _errors(before: NDArray[np.float64], after: NDArray[np.float64], part: slice) -> NDArray[np.float64]:
+    """The squared errors of a combination that a part gives, without the largest: a row may be an exception."""
+    weights = np.linalg.lstsq(before[part], after[part], rcond=None)[0]
+    errors = np.sort(np.square(after - before @ weights))
+    kept: NDArray[np.float64] = errors[: len(errors) - max(_ORDER + 1, len(errors) // 100)]
+    return kept
 
 
 def to_json(one: Made) -> dict[str, Any]:
