@@ -62,7 +62,7 @@ def test_parametrizations_are_copied_and_pickled(name: str, way: Callable[[nn.Mo
     with torch.no_grad():
         assert torch.equal(again(X), q(X))
     assert again.state_dict().keys() == q.state_dict().keys()
-    assert [parametrize.is_parametrized(one) for one in again] == [parametrize.is_parametrized(one) for one in q]  # type: ignore[attr-defined]  # a Sequential
+    assert [parametrize.is_parametrized(one) for one in again] == [parametrize.is_parametrized(one) for one in q]
     assert isinstance(again, nn.Sequential)
 
 
