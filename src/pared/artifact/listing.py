@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from pared import readers
 from pared.artifact.decoding import decode
-from pared.artifact.envelope import Records, artifact_in, records_of
+from pared.artifact.envelope import Records, artifact_in, open_records, records_of
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
 from pared.files.disk import open_file
 from pared.formats.dtypes import bytes_of
+from pared.readers.folders.manifests import manifest_parts
 from pared.readers.listing import ListedTensor, Listing, Storage
 
 
@@ -26,10 +28,39 @@ def open_either(path: Path) -> Iterator[Records | Listing]:
     """
     readers.refuse_cut(path)
     artifact = artifact_in(path)
+    parts = artifact_parts(path)
     with ExitStack() as files:
+        if parts:
+            yield _joined(path, {part: files.enter_context(open_records(artifact_in(path / part))) for part in parts})
+            return
         file = None if artifact.is_dir() else files.enter_context(open_file(artifact))
         records = None if file is None else records_of(file)
         yield records or files.enter_context(readers.open_listing(path))
+
+
+def artifact_parts(path: Path) -> tuple[str, ...]:
+    """The folders in which the artifacts of a folder of several models are, as its manifest names them; () otherwise.
+
+    Raises:
+        CorruptError: the manifest is not JSON.
+    """
+    parts = [part for part in manifest_parts(path) if artifact_in(path / part).is_file()] if path.is_dir() else []
+    return tuple(parts) if any(parts) else ()
+
+
+def _joined(path: Path, parts: Mapping[str, Records]) -> Listing:
+    """The tensors of several artifacts, by the folders they are in."""
+    tensors: list[ListedTensor] = []
+    storages: dict[str, Storage] = {}
+    for part, records in parts.items():
+        prefix = f"{part}/" if part else ""
+        listing = list_artifact(records)
+        storages |= {prefix + key: storage for key, storage in listing.storages.items()}
+        tensors += [
+            replace(held, name=prefix + held.name, storage=f"{prefix}{held.storage}") for held in listing.tensors
+        ]
+    nbytes = sum(records.nbytes for records in parts.values())
+    return Listing(tuple(tensors), storages, where=str(path), nbytes=nbytes, kind=f"{len(parts)} artifacts")
 
 
 def list_artifact(records: Records) -> Listing:

@@ -8,10 +8,9 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pared import readers
 from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
@@ -21,17 +20,20 @@ from pared.artifact.torch_file import write_torch
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import Companions, find_companions
 from pared.checkpoints.folders.forms import check_forms
+from pared.checkpoints.folders.layout import record
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
+from pared.checkpoints.result import Compressed, joined
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
-from pared.checkpoints.selection import Kept, LeftOut, contained, file_of
-from pared.errors import ConfigError, FileError, UnsafeError, printable
+from pared.checkpoints.selection import Kept, contained, file_of, select
+from pared.errors import ConfigError, FileError, UnsafeError
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
 from pared.files.threads import each, usable_cores
 from pared.formats.dtypes import ELEMENTS, ITEM_SIZES
 from pared.readers.folders.files import find_files
 from pared.readers.folders.hub import snapshot_of
+from pared.readers.folders.manifests import model_parts
 from pared.readers.listing import Listing
 from pared.scalars import plain
 from pared.terminal import bytes_done, parse_size
@@ -46,66 +48,8 @@ _BATCH: Final = 1 << 28
 _AIM: Final = 0.9985
 _NEAR: Final = 0.995
 _ROUNDS: Final = 3
-_SHOWN: Final = 5  # names of files in a line
+_Part = Literal["whole", "top", "inside"]
 _VERSION: Final = 1  # of the rounding: a journal written by another version is discarded
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """The result of a compression.
-
-    Args:
-        path: where the artifact is.
-        source_nbytes: the size of the files that were read.
-        weight_nbytes: the size of the tensors that were compressed, in their own types.
-        nbytes: the size of the artifact.
-        seconds: the time it took.
-        left_out: the tensors that the artifact does not hold under their own name.
-        copied: the other files of the folder, copied to the artifact's directory.
-        resumed: the number of tensors that an earlier, interrupted run had packed.
-        not_copied: why other files of the folder were not copied, by relative path.
-        kind: what the source is: "a Hugging Face folder".
-    """
-
-    path: Path
-    source_nbytes: int
-    weight_nbytes: int
-    nbytes: int
-    seconds: float
-    left_out: tuple[LeftOut, ...]
-    copied: tuple[str, ...]
-    resumed: int
-    not_copied: Mapping[str, str] = field(default_factory=dict)
-    kind: str = ""
-
-    def __str__(self) -> str:
-        """What was left out and why, one line per reason; the files copied; sizes and time in the last line."""
-        return "\n".join(map(printable, (*self._notes(), self._figures())))
-
-    def _notes(self) -> Iterator[str]:
-        reasons = Counter(left.because for left in self.left_out)
-        for because, count in reasons.items():
-            nbytes = sum(left.nbytes for left in self.left_out if left.because == because)
-            name = next(left.name for left in self.left_out if left.because == because)
-            which = name if count == 1 else f"{name} and {count - 1:,} more"
-            yield f"left out: {which}, {nbytes:,} bytes: {because}"
-        for because in dict.fromkeys(self.not_copied.values()):
-            names = [name for name, why in self.not_copied.items() if why == because]
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"not copied: {', '.join(names[:_SHOWN])}{more}: {because}"
-        if "adapter" in self.kind:
-            yield f"this is {self.kind}"
-        if self.copied:
-            yield f"copied: {', '.join(self.copied)}"
-        if self.resumed:
-            yield f"resumed: {self.resumed:,} tensors were packed by an earlier run"
-
-    def _figures(self) -> str:
-        speed = self.weight_nbytes / 1e6 / max(self.seconds, 1e-3)
-        return (
-            f"{self.source_nbytes:,} -> {self.nbytes:,} bytes ({self.nbytes / max(1, self.source_nbytes):.3f}), "
-            f"{self.seconds:.1f} s, {speed:.0f} MB/s: {self.path}"
-        )
 
 
 def compress(
@@ -122,16 +66,18 @@ def compress(
     better. A run that was killed continues where it stopped when it is called again.
 
     Args:
-        path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; or a folder of Hugging Face, whose
-            other files are copied too. Optimizer states, other training data and duplicates are left out.
-        directory: where `best_model.pt` is written; created if it is missing.
+        path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; one of several shards, for all of
+            them; or a folder of Hugging Face, whose other files are copied too. Optimizer states, other training data
+            and duplicates are left out.
+        directory: where `best_model.pt` is written; created if it is missing. The models of a pipeline of diffusers,
+            or of sentence-transformers, are each written into their own folder in it, as the source has them.
         bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default
             without `max_size`, each row has the finest int8 step.
         max_size: instead of bits, the largest size of the file in bytes: 12000000, "12MB" or "12MiB".
         quiet: whether to hide the progress bar.
 
     Returns:
-        the path of the artifact.
+        the path of the artifact; of a folder of several models, `directory`.
 
     Raises:
         ConfigError: the options contradict each other, or the size cannot be reached.
@@ -153,16 +99,61 @@ def run(
     quiet: bool = False,
 ) -> Compressed:
     """Do what `compress` does; return its result with sizes, times and what was left out."""
-    began = time.perf_counter()
     source, output = as_path(path, "compress"), as_path(directory, "compress")
     rate, size = _checked(bits, max_size)
     source = snapshot_of(source) if source.is_dir() else source
+    parts = model_parts(source) if source.is_dir() else ()
+    if parts:
+        return _each(source, output, parts, rate, size, quiet=quiet)
+    return _run(source, output, rate, size, quiet=quiet)
+
+
+def _each(
+    source: Path, output: Path, parts: Sequence[str], rate: float, size: int | None, *, quiet: bool
+) -> Compressed:
+    """Compress the models of which a folder consists, each into its own folder; nothing is written before all pass."""
+    if size is not None:
+        raise ConfigError(
+            f"max_size cannot be divided among the {len(parts)} models of {source}",
+            where="compress",
+            remedy="Pass bits, or compress each of its folders with a size of its own.",
+        )
+    for part in parts:
+        _check_places(source / part, output / part)
+        with readers.open_listing(source / part, part=not part) as listing:
+            _check_kept(select(listing, compare=False).kept, listing)
+            check_forms(listing)
+    beside = find_companions(source, output)
+    done = {}
+    for part in parts:
+        own: _Part = "inside" if part else "top"
+        done[part] = _run(source / part, output / part, rate, None, quiet=quiet, part=own)
+    with owned(output, wait=SHORT_WAIT):
+        companions.copy(source, beside.copied, output, output)
+    return joined(done, output, beside)
+
+
+def _run(
+    source: Path, output: Path, rate: float, size: int | None, *, quiet: bool, part: _Part = "whole"
+) -> Compressed:
+    """Compress one model.
+
+    Args:
+        source: the file or folder.
+        output: the directory.
+        rate: bits per weight, used only without a size.
+        size: the largest size of the file in bytes; None: as the rate has it.
+        quiet: whether to hide the progress bar.
+        part: "whole"; or of a folder of several models, whose other files are copied with that folder, the one in its
+            "top" folder or one "inside".
+    """
+    began = time.perf_counter()
     _check_places(source, output)
-    with readers.open_listing(source) as listing:
+    with readers.open_listing(source, part=part == "top") as listing:
         chosen = contained(listing)
         _check_kept(chosen.kept, chosen.listing)
         check_forms(listing)
-        beside = _beside(source, output, listing)
+        beside = Companions((), {}) if part != "whole" else _beside(source, output, listing)
         make_directory(output)
         depends = _depends(source, listing, chosen.kept, rate, size)
         with Journal(output, depends) as journal:
@@ -175,9 +166,8 @@ def run(
             )
             target = output / FILE_NAMES["pt"]
             asked = {"bits": rate} if size is None else {"max_size": size}
-            index = Index(
-                tuple(journal.entries), {}, {"pared": __version__, "compress": asked}, chosen.states
-            ).to_bytes()
+            provenance = {"pared": __version__, "compress": asked, **_files(source, listing, chosen.kept)}
+            index = Index(tuple(journal.entries), {}, provenance, chosen.states).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
             with owned(output, wait=SHORT_WAIT):  # the files belong together
@@ -198,6 +188,11 @@ def run(
         not_copied=beside.left,
         kind=listing.kind,
     )
+
+
+def _files(source: Path, listing: Listing, kept: Sequence[Kept]) -> dict[str, Any]:
+    """What is recorded about the files of the source: nothing for a single file that was given alone."""
+    return record(listing, kept) if source.is_dir() or len(listing.files) > 1 else {}
 
 
 def _beside(source: Path, output: Path, listing: Listing) -> Companions:

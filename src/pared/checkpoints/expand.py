@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
 
 from pared.artifact.decoding import decode
-from pared.artifact.envelope import Records, find_artifact, open_records
+from pared.artifact.envelope import Records, artifact_in, find_artifact, open_records
 from pared.artifact.index import STATE, Entry, Index
+from pared.artifact.listing import artifact_parts
 from pared.artifact.parse import parse_index
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import find_companions
+from pared.checkpoints.folders.layout import layout_of, single
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
@@ -26,7 +29,7 @@ from pared.files.threads import each
 from pared.formats.dtypes import TYPES, Array
 from pared.terminal import bytes_done
 
-WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
+_SUFFIX: Final = ".safetensors"
 _BATCH: Final = 1 << 27
 
 
@@ -35,9 +38,9 @@ class Expanded:
     """The result of an expansion.
 
     Args:
-        path: the `.safetensors` file.
+        path: the `.safetensors` file; the index of several, the folder of several models.
         source_nbytes: the size of the artifact.
-        nbytes: the size of the file.
+        nbytes: the size of the file, or of all files.
         seconds: the time it took.
         tied: the names of tied tensors, whose numbers are in the file a second time.
         tied_nbytes: the size of these repetitions.
@@ -73,13 +76,15 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
 
     Args:
         path: an artifact, or the directory that it is in; made by `compress` or by `save`.
-        output: a `.safetensors` file; or a directory, in which `model.safetensors` is written and to which the other
-            files of the artifact's directory are copied, so that a Hugging Face folder becomes one again.
+        output: a `.safetensors` file; or a directory, in which files of the source's names are written (its shards
+            with their index; `model.safetensors` where the source was a single file) and to which the other files of
+            the artifact's directory are copied, so that a Hugging Face folder becomes one again.
         quiet: whether to hide the progress bar.
 
     Returns:
-        the path of the file. A tied tensor is written under each of its names, because the format cannot share:
-        `load_state_dict` finds all of them, and transformers ties them again.
+        the path of the file; of several shards their index, of several models `output`. A tied tensor is written under
+        each of its names, because the format cannot share: `load_state_dict` finds all of them, and transformers ties
+        them again.
 
     Raises:
         FileError: there is no artifact, or the output cannot be written, or another run writes to the directory.
@@ -91,35 +96,73 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
 
 def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = False) -> Expanded:
     """Do what `expand` does; return its result with sizes and times."""
+    source, place = as_path(path, "expand"), as_path(output, "expand")
+    parts = artifact_parts(source)
+    if parts:
+        return _each(source, place, parts, quiet=quiet)
+    return _run(find_artifact(source), place, quiet=quiet)
+
+
+def _each(source: Path, place: Path, parts: Sequence[str], *, quiet: bool) -> Expanded:
+    """Expand the artifacts of a folder of several models, each into its own folder."""
+    if place.suffix == _SUFFIX:
+        raise ConfigError(
+            f"holds {len(parts)} models, which are not written into one file",
+            where=str(source),
+            remedy="Pass a directory, or the artifact of one of them.",
+        )
+    done = [_run(artifact_in(source / part), place / part, quiet=quiet, part=True) for part in parts]
+    with owned(place):
+        names = find_companions(source, place).copied
+        companions.copy(source, names, place, place)
+    return Expanded(
+        place,
+        sum(one.source_nbytes for one in done),
+        sum(one.nbytes for one in done),
+        sum(one.seconds for one in done),
+        tied=tuple(f"{part}/{name}" for part, one in zip(parts, done, strict=True) for name in one.tied),
+        tied_nbytes=sum(one.tied_nbytes for one in done),
+        copied=names,
+    )
+
+
+def _run(source: Path, place: Path, *, quiet: bool, part: bool = False) -> Expanded:
+    """Expand one artifact.
+
+    Args:
+        source: the artifact.
+        place: a file, or a directory.
+        quiet: whether to hide the progress bar.
+        part: whether it is one of several models of a folder, whose other files are copied with that folder.
+    """
     began = time.perf_counter()
-    source, place = find_artifact(as_path(path, "expand")), as_path(output, "expand")
-    folder = place.parent if place.suffix == ".safetensors" else place
-    target = place if place.suffix == ".safetensors" else place / WEIGHTS
-    if os.path.realpath(target) == os.path.realpath(source):  # which never raises
-        raise ConfigError("is the artifact itself", where=str(target), remedy="Choose another place to write to.")
+    whole = place.suffix != _SUFFIX  # a folder, as the source was
+    folder = place if whole else place.parent
     with open_records(source) as records, ExitStack() as held:
-        entries = _of_a_state_dict(parse_index(records), str(source))
-        header = _header(entries, str(source))
+        index = parse_index(records)
+        entries = _of_a_state_dict(index, str(source))
+        layout = layout_of(index.provenance, len(entries), str(source)) if whole else single(len(entries), place.name)
+        for name in layout.files:
+            if os.path.realpath(folder / name) == os.path.realpath(source):  # which never raises
+                what, remedy = "is the artifact itself", "Choose another place to write to."
+                raise ConfigError(what, where=str(folder / name), remedy=remedy)
+        headers = {name: _header(group, str(source)) for name, group in layout.divided(entries)}
         make_directory(folder)
-        if folder is place:  # several files, which belong together
+        if whole:  # several files, which belong together
             held.enter_context(owned(folder))
         nbytes = sum(entry.source_nbytes * len(entry.names) for entry in entries)
         with bytes_done("expanding", nbytes, quiet=quiet) as advance:
-
-            def write(file: BinaryIO) -> None:
-                file.write(header)
-                for entry, array in _decoded(entries, records):
-                    for _ in entry.names:
-                        file.write(array.reshape(-1).view(np.uint8).data)
-                        advance(array.nbytes)
-
-            write_atomic(target, write)
-        names = find_companions(source.parent, folder).copied if folder is place else ()
+            for name, group in layout.divided(entries):
+                write_atomic(folder / name, partial(_write, headers[name], group, records, advance))
+        if layout.index:
+            content = layout.index_bytes(entries)
+            write_atomic(folder / layout.index, lambda file: file.write(content))
+        names = find_companions(source.parent, folder).copied if whole and not part else ()
         companions.copy(source.parent, names, folder, folder)
     return Expanded(
-        target,
+        folder / layout.main,
         records.nbytes,
-        target.stat().st_size,
+        sum((folder / name).stat().st_size for name in layout.files),
         time.perf_counter() - began,
         tied=tuple(name for entry in entries for name in entry.names[1:]),
         tied_nbytes=nbytes - sum(entry.source_nbytes for entry in entries),
@@ -140,6 +183,16 @@ def _of_a_state_dict(index: Index, where: str) -> tuple[Entry, ...]:
         replace(entry, names=(entry.name.removesuffix("/0"),)) if entry.kind == STATE else entry
         for entry in index.entries
     )
+
+
+def _write(
+    header: bytes, entries: Sequence[Entry], records: Records, advance: Callable[[int], object], file: BinaryIO
+) -> None:
+    file.write(header)
+    for entry, array in _decoded(entries, records):
+        for _ in entry.names:
+            file.write(array.reshape(-1).view(np.uint8).data)
+            advance(array.nbytes)
 
 
 def _header(entries: Sequence[Entry], where: str) -> bytes:

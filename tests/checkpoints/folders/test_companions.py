@@ -12,6 +12,7 @@ import torch
 
 import pared
 from pared.checkpoints import compress
+from pared.checkpoints.result import Compressed
 
 STATE = {"w": torch.randn(16, 32)}
 
@@ -27,7 +28,7 @@ def written(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
 
 
-def there_and_back(source: Path, where: Path) -> compress.Compressed:
+def there_and_back(source: Path, where: Path) -> Compressed:
     """Compress and expand; whatever is in the output is a plain file."""
     done = compress.run(source, where / "small", quiet=True)
     pared.expand(where / "small", where / "big")

@@ -5,7 +5,7 @@ Every file of the folder is accounted for: files of weights by their tensors, al
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -14,8 +14,9 @@ from typing import Final
 from pared.errors import FileError
 from pared.files.disk import open_file
 from pared.readers.folders.distributed import list_checkpoint
-from pared.readers.folders.files import find_files
+from pared.readers.folders.files import Found, find_files
 from pared.readers.folders.hub import places_of, snapshot_of
+from pared.readers.folders.manifests import files_of, model_parts
 from pared.readers.folders.names import CHUNKS, DISTRIBUTED, is_cut, is_index, is_read, is_training
 from pared.readers.folders.sets import WeightSet, check_whole, cut, main_set, set_of
 from pared.readers.kinds import list_tensors
@@ -42,16 +43,17 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     """
     folder = snapshot_of(folder)
     found = find_files(folder)
-    main = main_set(folder, found)
-    wanted = main.files if main is not None else ()
+    mains = list(_mains(folder, found))
+    wanted = [name for _, main in mains for name in main.files]
     named = [name for name in found.sizes if is_read(name) or _is_distributed(name, found.sizes) or name in wanted]
     listings, unread = _listings(folder, named, wanted, files)
     if not listings:
         raise _without_weights(folder, found.sizes, found.odd, unread)
-    if main is not None:
+    for _, main in mains:
         check_whole({name: listings[name] for name in main.files if name in listings}, main.placed, str(folder))
-    plain = _plain(listings, wanted)
-    parts = [_of_file(name, listing, name in plain) for name, listing in listings.items()]
+    prefixes = {name: prefix for prefix, main in mains for name in main.files if name in listings}
+    prefixes = prefixes or (dict.fromkeys(listings, "") if len(listings) == 1 else {})
+    parts = [_of_file(name, listing, prefixes.get(name, f"{name}/")) for name, listing in listings.items()]
     taken = {*listings, *_beside(listings)}
     others = {
         f"({name})": Note(size, unread.get(name, _FOR_TRAINING if is_training(name) else ""), file=True)
@@ -59,12 +61,33 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         if name not in taken
     }
     return replace(
-        _joined(parts, folder, [name for name in plain if len(plain) > 1 or name in wanted]),
+        _joined(parts, folder, wanted if len(mains) == 1 else ()),
         notes={name: note for part in parts for name, note in part.notes.items()} | others,
         nbytes=sum(found.sizes.values()),
         kind=_kind(found.sizes),
-        flat=plain == listings.keys() and all(listing.flat for listing in listings.values()),
+        flat=not any(prefixes.get(name, name) for name in listings) and all(one.flat for one in listings.values()),
     )
+
+
+def _mains(folder: Path, found: Found) -> Iterator[tuple[str, WeightSet]]:
+    """The models of a folder: one, or those of its parts, with what precedes the names of their tensors."""
+    parts = model_parts(folder)
+    for part in parts or ("",):
+        main = main_set(folder / part, files_of(folder, part) if parts else found)
+        inside = f"{part}/" if part else ""
+        if main is not None:
+            placed = {tensor: inside + name for tensor, name in main.placed.items()}
+            yield inside, WeightSet(tuple(inside + name for name in main.files), placed)
+
+
+def list_part(folder: Path, files: ExitStack) -> Listing:
+    """List the tensors of the model that is directly in a folder, without those of other models in it.
+
+    Raises:
+        FileError, CorruptError, UnsafeError: as `list_folder`.
+    """
+    main = main_set(folder, find_files(folder, deep=False))
+    return list_folder(folder, files) if main is None else _list_set(folder, main, folder, files)
 
 
 def list_file(path: Path, files: ExitStack) -> Listing:
@@ -92,7 +115,7 @@ def _list_set(folder: Path, several: WeightSet, path: Path, files: ExitStack) ->
     """The tensors of the files of one model, without the rest of their folder."""
     listings, _ = _listings(folder, several.files, several.files, files)
     check_whole(listings, several.placed, str(path))
-    parts = [_of_file(name, listing, True) for name, listing in listings.items()]
+    parts = [_of_file(name, listing, "") for name, listing in listings.items()]
     kinds = {listing.kind for listing in listings.values()}
     of = f", one of {len(listings)} files" if len(listings) > 1 else ""
     return replace(
@@ -161,11 +184,6 @@ def _without_weights(
     return FileError(f"holds no file of weights{why}", where=str(folder), remedy=remedy)
 
 
-def _plain(listings: Mapping[str, Listing], wanted: Collection[str]) -> set[str]:
-    """The files whose tensors have no prefix: those of the model, or the only one."""
-    return set(wanted) & listings.keys() if wanted else set(listings) if len(listings) == 1 else set()
-
-
 def _joined(parts: Iterable[Listing], folder: Path, main: Collection[str]) -> Listing:
     """The tensors of several files as one listing."""
     parts = list(parts)
@@ -180,9 +198,7 @@ def _joined(parts: Iterable[Listing], folder: Path, main: Collection[str]) -> Li
     )
 
 
-def _of_file(name: str, listing: Listing, plain: bool) -> Listing:
-    prefix = "" if plain else f"{name}/"
-
+def _of_file(name: str, listing: Listing, prefix: str) -> Listing:
     def here(held: ListedTensor) -> ListedTensor:
         storage = None if held.storage is None else f"{name}/{held.storage}"
         return replace(held, name=f"{prefix}{held.name}", storage=storage)

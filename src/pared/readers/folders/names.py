@@ -39,7 +39,7 @@ _TRAINING: Final = re.compile(
     r"(?i)(optim(izer)?|(lr_)?scheduler|(grad_)?scaler|rng_state|random_states?|training_args|train(er)?_state|"
     r"extra_state|events\.out\.tfevents|.*optim_states?)([-_.\d].*)?$"
 )
-_TRAINING_FOLDER: Final = re.compile(r"(?i)(optimizer|scheduler)[-_\d]*$")
+_TRAINING_FOLDER: Final = re.compile(r"(?i)optimizer[-_\d]*$")
 _STAGE: Final = re.compile(r"(?i)(checkpoint|global_step)[-_]?\d+$")
 
 _NUMBERED: Final = re.compile(r"(?P<before>.*?)(?P<number>\d{1,6})[-_.]of[-_.](?P<count>\d{1,6})(?P<after>\D.*|)$")
