@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from onnx import helper, numpy_helper
 
 import pared
 from pared.errors import CorruptError, FileError
@@ -76,6 +78,30 @@ def test_a_safetensors_file_ends_with_its_last_tensor(tmp_path: Path) -> None:
     for verb in (pared.inspect, lambda path: pared.compress(path, tmp_path / "out")):
         with pytest.raises(CorruptError, match="the rest does not belong to any tensor"):
             verb(path)
+
+
+def test_two_onnx_models_in_a_file(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [weight])).SerializeToString()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model)
+    assert [row.name for row in pared.inspect(path).rows if row.shape] == ["w"]
+    path.write_bytes(model + model)
+    for verb in (pared.inspect, lambda path: pared.compress(path, tmp_path / "out")):
+        with pytest.raises(CorruptError, match="it holds two models, one after the other"):
+            verb(path)
+
+
+def test_slices_of_tensors_are_not_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    for offsets, whole in (([0, 0], True), ([4, 0], False)):
+        metadata = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": offsets}})}
+        safetensors.torch.save_file({"w": torch.ones(4, 4)}, path, metadata)
+        if whole:
+            pared.compress(path, tmp_path / "out")
+            continue
+        with pytest.raises(FileError, match=r"holds slices of tensors: its part of 'w' begins at \[4, 0\]"):
+            pared.compress(path, tmp_path / "again")
 
 
 WHOLE: dict[str, Callable[[Path], bytes]] = {

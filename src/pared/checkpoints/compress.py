@@ -25,7 +25,7 @@ from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
 from pared.checkpoints.result import Compressed, joined
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
-from pared.checkpoints.selection import Kept, contained, file_of, select
+from pared.checkpoints.selection import Kept, contained, file_of, is_adapter, select
 from pared.errors import ConfigError, FileError, UnsafeError
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
@@ -118,12 +118,14 @@ def _each(
             where="compress",
             remedy="Pass bits, or compress each of its folders with a size of its own.",
         )
+    taken: list[str] = []
     for part in parts:
         _check_places(source / part, output / part)
         with readers.open_listing(source / part, part=not part) as listing:
+            taken += [f"{part}/{name}".lstrip("/") for name in listing.files]
             _check_kept(select(listing, compare=False).kept, listing)
             check_forms(listing)
-    beside = find_companions(source, output)
+    beside = find_companions(source, output, taken)
     done = {}
     for part in parts:
         own: _Part = "inside" if part else "top"
@@ -186,8 +188,18 @@ def _run(
         copied=beside.copied,
         resumed=resumed,
         not_copied=beside.left,
-        kind=listing.kind,
+        about=_about(listing),
     )
+
+
+def _about(listing: Listing) -> str:
+    """What the user has to know about a source that is not a whole model, or more than weights."""
+    if is_adapter(listing):
+        return "an adapter of PEFT: the model that it was trained for is not in it"
+    places = tuple(f"({name}: " for name in listing.files) or ("(",)
+    if any(name.startswith(places) and name.endswith("graph)") for name in listing.notes):
+        return "left out: the graph of the model; expand gives its weights alone"
+    return ""
 
 
 def _files(source: Path, listing: Listing, kept: Sequence[Kept]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Compressed:
         copied: the other files of the folder, copied to the artifact's directory.
         resumed: the number of tensors that an earlier, interrupted run had packed.
         not_copied: why other files of the folder were not copied, by relative path.
-        kind: what the source is: "a Hugging Face folder".
+        about: what its user has to know about the source; "" if nothing.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Compressed:
     copied: tuple[str, ...]
     resumed: int
     not_copied: Mapping[str, str] = field(default_factory=dict)
-    kind: str = ""
+    about: str = ""
 
     def __str__(self) -> str:
         """What was left out and why, one line per reason; the files copied; sizes and time in the last line."""
@@ -58,8 +58,8 @@ class Compressed:
             names = [name for name, why in self.not_copied.items() if why == because]
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             yield f"not copied: {', '.join(names[:_SHOWN])}{more}: {because}"
-        if "adapter" in self.kind:
-            yield f"this is {self.kind}"
+        if self.about:
+            yield self.about
         if self.copied:
             yield f"copied: {', '.join(self.copied)}"
         if self.resumed:
@@ -93,5 +93,5 @@ def joined(parts: Mapping[str, Compressed], path: Path, beside: Companions) -> C
         copied=beside.copied,
         resumed=sum(one.resumed for one in done),
         not_copied=beside.left,
-        kind=f"{len(done)} models",
+        about="; ".join(f"{part}: {one.about}" for part, one in parts.items() if one.about),
     )

@@ -128,7 +128,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
         named = _divided(named, _for_training, left)
         named = _main_file(named, left)
         named = _innermost(named, left)
-    named = _one_copy(named, left, adapter=_is_adapter(listing))
+    named = _one_copy(named, left, adapter=is_adapter(listing))
     return Selection(tuple(_together(listing, named, compare, left)), tuple(left))
 
 
@@ -293,7 +293,7 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
     return f"it is outside of the model, which is in {inside!r}", "ballast"
 
 
-def _is_adapter(listing: Listing) -> bool:
+def is_adapter(listing: Listing) -> bool:
     """Whether a listing is that of an adapter of PEFT, which finds its tensors by the prefix of its wrapper."""
     return any(PurePath(name).name.startswith(_ADAPTER) for name in listing.files or (listing.where,))
 

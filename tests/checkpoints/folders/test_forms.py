@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 import pared
@@ -24,6 +27,7 @@ def both(folder: Path, taken: dict[str, Tensor], other: dict[str, Tensor]) -> Pa
 
 
 def back(source: Path, where: Path) -> dict[str, Tensor]:
+    where.mkdir(exist_ok=True)
     small = pared.compress(source, where / "small")
     return safetensors.torch.load_file(pared.expand(small, where / "back.safetensors"))
 
@@ -118,9 +122,26 @@ def test_an_adapter_keeps_its_names_and_is_called_one(tmp_path: Path) -> None:
     safetensors.torch.save_file(state, source / "adapter_model.safetensors")
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     done = compress.run(source, tmp_path / "small", quiet=True)
-    assert "an adapter of PEFT, which needs the model it was trained for" in str(done)
+    assert "an adapter of PEFT: the model that it was trained for is not in it" in str(done)
     assert done.copied == ("adapter_config.json",)
-    pared.expand(tmp_path / "small", tmp_path / "big")
+    found = safetensors.torch.load_file(pared.expand(tmp_path / "small", tmp_path / "big"))
+    assert set(found) == set(state)
+    assert sorted(path.name for path in (tmp_path / "big").iterdir()) == [
+        *("adapter_config.json", "adapter_model.safetensors")
+    ]
+
+
+def test_an_onnx_model_with_its_data_gives_its_weights(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.arange(4096, dtype=np.float32).reshape(64, 64), "w")
+    model = helper.make_model(helper.make_graph([], "g", [], [], [weight]))
+    (tmp_path / "m").mkdir()
+    onnx.save(model, str(tmp_path / "m" / "model.onnx"), save_as_external_data=True, location="weights.data")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    done = compress.run(tmp_path / "m", tmp_path / "small", quiet=True)
+    assert done.copied == ("config.json",)  # not the data, whatever they are called
+    assert "left out: the graph of the model; expand gives its weights alone" in str(done)
+    safetensors.torch.save_file(STATE, tmp_path / "m" / "model.safetensors")
+    assert set(back(tmp_path / "m", tmp_path / "both")) == set(STATE)
 
 
 def test_several_quantizations_of_one_model(tmp_path: Path) -> None:

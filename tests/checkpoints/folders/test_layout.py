@@ -212,6 +212,7 @@ def test_a_pipeline_is_compressed_model_by_model(tmp_path: Path) -> None:
     states = pipeline(tmp_path / "m")
     done = compress.run(tmp_path / "m", tmp_path / "small", quiet=True)
     assert done.path == tmp_path / "small"
+    assert set(done.not_copied) == {"unet/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors"}
     parts = ["text_encoder", "unet", "vae"]
     assert [name for name in files(tmp_path / "small") if name.endswith(".pt")] == [
         f"{part}/best_model.pt" for part in parts

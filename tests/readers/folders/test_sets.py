@@ -271,6 +271,17 @@ def test_numbers_of_the_same_name_and_another_count_are_another_model(tmp_path: 
     assert set(held(tmp_path / "model-00003-of-00003.safetensors")) == {"3.0", "3.1", "3.2"}
 
 
+def test_a_file_in_a_crowd_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_torch({"w": torch.ones(2, 2)}, tmp_path / "m.pt")
+    for i in range(30):
+        (tmp_path / f"{i}.txt").touch()
+    (tmp_path / "foreign.index.json").write_text("{")
+    monkeypatch.setattr("pared.readers.folders.files._MOST_FILES", 10)
+    assert held(tmp_path / "m.pt") == {"w": 1.0}
+    with pytest.raises(FileError, match="holds more than 10 files"):
+        held(tmp_path)
+
+
 def test_the_index_of_a_damaged_folder(tmp_path: Path) -> None:
     paths = shards(tmp_path / "m", "model-{}-of-00003.safetensors")
     (tmp_path / "m" / "model.safetensors.index.json").write_text("{")

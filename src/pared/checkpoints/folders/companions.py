@@ -96,10 +96,10 @@ def _why_not(folder: Path, name: str, homes: Collection[Path], taken: Collection
         return _OUTSIDE
     if is_training(name):
         return "only training needs it"
-    if is_stage(name):
-        return "of an earlier stage of the training"
     if (name in taken and not name.endswith(".npy")) or is_index(name):
         return ""
+    if is_stage(name):
+        return "of a stage of the training"
     if is_weights(name):
         return "weights in another form"
     kind = _kind(real)

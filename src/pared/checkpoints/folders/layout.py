@@ -75,7 +75,8 @@ def record(listing: Listing, kept: Sequence[Kept]) -> dict[str, Any]:
     last = ""
     for one in kept:
         key = one.held.storage or ""
-        name = next((name for name in listing.files if key.startswith(f"{name}/")), "")
+        same = last and key.startswith(f"{last}/")  # the tensors of a file follow one another
+        name = last if same else next((name for name in listing.files if key.startswith(f"{name}/")), "")
         if not name or name.endswith(DISTRIBUTED) or (name in counts and name != last):
             return {}
         counts[name] = counts.get(name, 0) + 1

@@ -39,7 +39,7 @@ def find_files(folder: Path, *, deep: bool = True) -> Found:
         deep: whether to look into the folders in it.
 
     Raises:
-        FileError: it cannot be read, or holds more than 10,000 files.
+        FileError: it cannot be read, or holds more than 10,000 files in all its folders.
     """
     sizes: dict[str, int] = {}
     odd: dict[str, str] = {}
@@ -49,7 +49,7 @@ def find_files(folder: Path, *, deep: bool = True) -> Found:
         if what:
             odd[name] = what
             continue
-        if len(sizes) == _MOST_FILES:
+        if deep and len(sizes) == _MOST_FILES:
             raise FileError(
                 f"holds more than {_MOST_FILES:,} files", where=str(folder), remedy="Pass the folder of one model."
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from pared.errors import CorruptError, FileError
+from pared.errors import CorruptError, FileError, UnsafeError
 from pared.files.checks import Place
 from pared.files.disk import open_file, reading
 from pared.files.memory_limit import MemoryLimit
@@ -137,7 +137,7 @@ def set_of(path: Path) -> tuple[Path, WeightSet] | None:
     for index in (one for one in found.sizes if is_index(one)):
         try:
             placed = index_of(folder / index, found.sizes)
-        except CorruptError:
+        except (CorruptError, UnsafeError):
             if name == index or numbered(name):
                 raise
             continue  # it may be about other files

@@ -43,8 +43,12 @@ def read_onnx(file: File) -> Listing:
     """
     at = Place(file.where)
     tensors = Tensors(file, file.memory)
+    graphs = 0
     for number, value in _messages(file.data, at):
         if number == _MODEL_GRAPH:
+            graphs += 1
+            if graphs > 1:
+                at.fail("it holds two models, one after the other")
             _graph(value, tensors, 0)
         elif number == _MODEL_FUNCTION:
             _function(value, tensors)
