@@ -215,6 +215,26 @@ def test_the_only_process_saves_a_whole_model(tmp_path: Path, name: str) -> None
     assert held(tmp_path / name) == held(tmp_path) == {"w": 1.0}
 
 
+def test_the_only_file_of_a_larger_llama_is_a_slice(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    path = tmp_path / "m" / "consolidated.00.pth"
+    (tmp_path / "m" / "params.json").write_text(json.dumps({"dim": 16, "n_heads": 4}))
+    write_torch({"layers.0.attention.wq.weight": torch.ones(8, 16), "norm.weight": torch.ones(16)}, path)
+    for one in (path, tmp_path / "m"):
+        refused(one, tmp_path, "is one of 2 files of a model, each of which may hold a slice of every tensor")
+    write_torch({"layers.0.attention.wq.weight": torch.ones(16, 16)}, path)
+    assert held(path) == held(tmp_path / "m") == {"layers.0.attention.wq.weight": 1.0}
+
+
+def test_numbers_after_the_suffix(tmp_path: Path) -> None:
+    for i, (name, tensor) in enumerate(STATE.items()):
+        write_torch({name: tensor}, tmp_path / f"pytorch_model.bin-0000{i + 1}-of-00003")
+    assert held(tmp_path) == held(tmp_path / "pytorch_model.bin-00002-of-00003") == ALL
+    (tmp_path / "pytorch_model.bin-00003-of-00003").unlink()
+    with pytest.raises(FileError, match="pytorch_model.bin-00003-of-00003 is missing"):
+        held(tmp_path)
+
+
 def test_a_file_that_says_over_how_many_processes_it_is_divided(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     path = tmp_path / "m" / "mp_rank_00_model_states.pt"

@@ -18,6 +18,7 @@ from pared.readers.folders.files import Found, find_files
 from pared.readers.folders.hub import places_of, snapshot_of
 from pared.readers.folders.manifests import files_of, model_parts
 from pared.readers.folders.names import CHUNKS, DISTRIBUTED, is_cut, is_index, is_read, is_training
+from pared.readers.folders.parallel import check_parallel
 from pared.readers.folders.sets import WeightSet, check_whole, cut, main_set, set_of
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import ListedTensor, Listing, Note
@@ -50,7 +51,10 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     if not listings:
         raise _without_weights(folder, found.sizes, found.odd, unread)
     for _, main in mains:
-        check_whole({name: listings[name] for name in main.files if name in listings}, main.placed, str(folder))
+        there = {name: listings[name] for name in main.files if name in listings}
+        check_whole(there, main.placed, str(folder))
+        for name, listing in there.items():
+            check_parallel(folder / name, listing)
     prefixes = {name: prefix for prefix, main in mains for name in main.files if name in listings}
     prefixes = prefixes or (dict.fromkeys(listings, "") if len(listings) == 1 else {})
     parts = [_of_file(name, listing, prefixes.get(name, f"{name}/")) for name, listing in listings.items()]
@@ -61,7 +65,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
         if name not in taken
     }
     return replace(
-        _joined(parts, folder, wanted if len(mains) == 1 else ()),
+        _joined(parts, folder, [name for name in wanted if name in listings] if len(mains) == 1 else ()),
         notes={name: note for part in parts for name, note in part.notes.items()} | others,
         nbytes=sum(found.sizes.values()),
         kind=_kind(found.sizes),
@@ -108,6 +112,7 @@ def list_file(path: Path, files: ExitStack) -> Listing:
             return _list_set(*several, path, files)
     listing = list_tensors(files.enter_context(open_file(path)))
     check_whole({path.name: listing}, {}, str(path))
+    check_parallel(path, listing)
     return listing
 
 

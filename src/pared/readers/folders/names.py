@@ -154,8 +154,14 @@ def is_cut(name: str, beside: Collection[str] = ()) -> str:
 
 
 def is_read(name: str) -> bool:
-    """Whether a file of a folder is read as weights: by its suffix."""
-    return PurePosixPath(name).suffix in SUFFIXES
+    """Whether a file of a folder is read as weights: by its suffix.
+
+    >>> is_read("pytorch_model.bin-00001-of-00002"), is_read("model.txt-1-of-2")
+    (True, False)
+    """
+    suffix = PurePosixPath(name).suffix
+    found = _NUMBERED.match(suffix)
+    return (found["before"].rstrip("-_.") if found else suffix) in SUFFIXES
 
 
 def is_index(name: str) -> bool:

@@ -146,7 +146,7 @@ def set_of(path: Path) -> tuple[Path, WeightSet] | None:
             if one is not None and (name == index or len(one.files) > 1):
                 return folder, one
     if is_rank_folder(folder.name) and (others := _ranks_beside(folder)) > 1:
-        raise _one_of_several(path, others, slices=True)
+        raise one_of_several(path, others, slices=True)
     one = _by_numbers(folder, name, {name: 0, **found.sizes})
     return (folder, one) if one is not None and len(one.files) > 1 else None
 
@@ -245,7 +245,7 @@ def _by_numbers(folder: Path, name: str, sizes: Mapping[str, int]) -> WeightSet 
     if part.rank and 0 not in present:
         return None
     if part.count is None or "world_size" in part.before:
-        raise _one_of_several(folder / name, part.count or len(present), slices=part.rank or part.count is not None)
+        raise one_of_several(folder / name, part.count or len(present), slices=part.rank or part.count is not None)
     first = 0 if 0 in present else 1
     missing = [sibling(name, number) for number in range(first, first + part.count) if number not in present]
     if missing:
@@ -258,7 +258,7 @@ def _by_numbers(folder: Path, name: str, sizes: Mapping[str, int]) -> WeightSet 
     return WeightSet(tuple(sorted(present.values())), {})
 
 
-def _one_of_several(path: Path, count: int, *, slices: bool) -> FileError:
+def one_of_several(path: Path, count: int, *, slices: bool) -> FileError:
     """The error for a file whose siblings cannot be found or joined."""
     several = f"is one of {count} files of a model" if count > 1 else "is one of several files of a model"
     why = "each of which may hold a slice of every tensor" if slices else "and there is no index that names them all"
@@ -298,7 +298,7 @@ def check_whole(listings: Mapping[str, Listing], placed: Mapping[str, str], wher
             )
     for listing in listings.values():
         if listing.world is not None and listing.world > len(listings):
-            raise _one_of_several(Path(where), listing.world, slices=True)
+            raise one_of_several(Path(where), listing.world, slices=True)
     splits = {name: listing.split for name, listing in listings.items() if listing.split is not None}
     count = max((split.count for split in splits.values()), default=0)
     if count <= 1:
