@@ -47,7 +47,8 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     mains = list(_mains(folder, found))
     wanted = [name for _, main in mains for name in main.files]
     named = [name for name in found.sizes if is_read(name) or _is_distributed(name, found.sizes) or name in wanted]
-    listings, unread = _listings(folder, named, wanted, files)
+    # Of a folder of one file, the error tells about the folder.
+    listings, unread = _listings(folder, named, wanted if len(named) > 1 else (), files)
     if not listings:
         raise _without_weights(folder, found.sizes, found.odd, unread)
     for _, main in mains:
