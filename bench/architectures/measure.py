@@ -80,7 +80,7 @@ def _steps(made: Small) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "start", {"source_bytes": _state_bytes(model)}
     calls = [call, call_of(model, seed=1)]
     began = time.process_time()
-    q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), calls, quiet=True)
+    q: Any = pared.fit(model, PostTrainingQuantConfig(quant_level=0), calls, quiet=True)
     yield "fit", {"fit_seconds": time.process_time() - began}
     exact, found = _answer(model, call), _answer(q, call)
     sqnr = decibels(exact, found)
@@ -91,7 +91,7 @@ def _steps(made: Small) -> Iterator[tuple[str, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         q.save(folder)
         yield "save", {"nbytes": (Path(folder) / "best_model.pt").stat().st_size}
-        loaded = pared.load(folder, model=type(model)(model.config).eval())
+        loaded: Any = pared.load(folder, model=type(model)(model.config).eval())
         yield "load", {"equal": _same(found, _answer(loaded, call))}
     for way, other in (("deepcopy", copy.deepcopy(q)), ("pickle", pickle.loads(pickle.dumps(q)))):
         yield way, {} if _same(found, _answer(other, call)) else {"equal": False}

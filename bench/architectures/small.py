@@ -14,7 +14,8 @@ from typing import Any, Final
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY: Final = 512
 BATCH: Final = 2
@@ -76,7 +77,7 @@ TASKS: Final = (
 class Small:
     """A small model with random weights, in eval mode, and a call of it."""
 
-    model: nn.Module
+    model: Any  # a PreTrainedModel
     call: Mapping[str, Any]
 
 
@@ -88,7 +89,7 @@ def architectures() -> list[str]:
     """The model types of transformers that have a model class."""
     known = set(modeling_auto.MODEL_MAPPING_NAMES)
     known.update(*(_classes(task) for task in TASKS))
-    return sorted(known & set(configuration_auto.CONFIG_MAPPING_NAMES))
+    return sorted(known & set(CONFIG_MAPPING))
 
 
 def small(name: str, seed: int = 0) -> Small:
@@ -106,7 +107,7 @@ def small(name: str, seed: int = 0) -> Small:
     raise NotSmallError("; ".join(dict.fromkeys(reasons)))
 
 
-def call_of(model: nn.Module, seed: int = 0) -> dict[str, Any]:
+def call_of(model: Any, seed: int = 0) -> dict[str, Any]:
     """Arguments for a call: those that `forward` requires, and the inputs that its class names."""
     generator = torch.Generator().manual_seed(seed)
     found = inspect.signature(model.forward).parameters
@@ -125,7 +126,7 @@ def call_of(model: nn.Module, seed: int = 0) -> dict[str, Any]:
 
 
 def _attempt(name: str, sizes: Sizes, seed: int) -> Small:
-    config_class = configuration_auto.CONFIG_MAPPING[name]
+    config_class = CONFIG_MAPPING[name]
     kwargs = _walk(_plain(config_class().to_dict()), sizes) if sizes else _plain(config_class().to_dict())
     kwargs.pop("model_type", None)
     model_class = _class_of(name)
