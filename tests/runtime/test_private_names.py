@@ -4,6 +4,8 @@ A release of torch may drop any of them without notice; this test says which.
 """
 
 import ast
+import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,10 @@ LSTM, MODULE, TENSOR, ATEN = nn.LSTM(1, 1), nn.Linear(1, 1), torch.ones(1), torc
 
 # The names, and what has them.
 NAMES: dict[str, object] = {
+    "_cdata": torch.UntypedStorage(),
+    "_getframe": sys,  # these two are of Python
+    "_Pickler": pickle,
+    "_set_grad_enabled": torch._C,
     **dict.fromkeys(("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"), MODULE),
     **dict.fromkeys(("_forward_hooks", "_forward_pre_hooks"), MODULE),
     **dict.fromkeys(("_state_dict_hooks", "_load_state_dict_pre_hooks"), MODULE),
