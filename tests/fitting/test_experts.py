@@ -12,6 +12,7 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.fitting.calibration import sensitivity
 from pared.fitting.calibration.blocks import Blocks
+from pared.fitting.calibration.observe import collect
 from pared.fitting.calibration.orientation import oriented
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.curves import sample_rows
@@ -19,7 +20,6 @@ from pared.fitting.rounding.feedback import factor
 from pared.fitting.rounding.importance import make_target
 from pared.fitting.rounding.targets import solve
 from pared.formats.views import View
-from pared.model.calls import Call
 from pared.model.tensors import find_tensors
 from tests.runtime.test_quantized import snr
 
@@ -120,7 +120,8 @@ def test_a_long_row_has_bounded_moments() -> None:
             return (self.rows * x).sum(-1)
 
     model = Table()
-    found = sensitivity.measure(find_tensors(model), [Call((torch.randn(40000),), {})], [1.0], 0)
+    seen = collect(model, [torch.randn(40000), torch.randn(40000)], 100)
+    found = sensitivity.measure(find_tensors(model), seen.calls, seen.energies, 0)
     assert found is not None
     moments = found.tensors["rows"].moments
     assert moments is not None
@@ -163,8 +164,9 @@ def test_the_groups_of_a_stack_are_rounded_apart(groups: int) -> None:
 
 def test_slices_of_a_stack_have_the_gradients_that_they_have_without_a_watch() -> None:
     model = Fused(reached=4).requires_grad_(False)
-    tensors = oriented(find_tensors(model), [Call((X,), {})])
-    found = sensitivity.measure(tensors, [Call((X,), {})], [float(model(X).square().sum())], 0)
+    seen = collect(model, [X], 100)
+    tensors = oriented(find_tensors(model), seen.calls)
+    found = sensitivity.measure(tensors, seen.calls, seen.energies, 0)
     assert found is not None
     rows = found.tensors["up"].rows.reshape(4, 48)
     assert bool((rows.sum(1) > 0).all())

@@ -60,7 +60,7 @@ class Table(Sequence[Options]):
         return len(self._tensors)
 
     def least(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """For each option the least value among the options of the same tensor."""
+        """Find for each option the least value among the options of the same tensor."""
         lowest: NDArray[np.float64] = np.minimum.reduceat(values, self.starts)[self.owners]
         return lowest
 
