@@ -7,6 +7,8 @@ from typing import Final
 DAMAGED: Final = "Fetch the file again; it is damaged."
 DANGEROUS: Final = "Do not use this file: pared writes nothing like it, and reading it could exhaust the memory."
 
+_LONGEST: Final = 300  # characters of a reason
+
 
 def printable(text: str) -> str:
     r"""Escape what would move a terminal's cursor or change its colours, in text from a file.
@@ -17,6 +19,19 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of any kind in one line: the first of its message, and its class where that is not one of ours.
+
+    >>> reason_of(KeyError("weight")), reason_of(ValueError(""))
+    ('KeyError: weight', 'ValueError')
+    """
+    if isinstance(error, ParedError):
+        return error.what
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose text is the key's `repr`
+    lines = str(text).strip().splitlines()
+    return printable(f"{type(error).__name__}: {lines[0]}"[:_LONGEST] if lines else type(error).__name__)
 
 
 class ParedError(ValueError):

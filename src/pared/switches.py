@@ -12,7 +12,7 @@ import random
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
@@ -46,15 +46,25 @@ class Switch(Generic[ValueT]):
                 self._write(self._before)
 
 
-def quiet_loggers(names: Sequence[str], level: int) -> Switch[list[int]]:
-    """A switch inside which loggers have this level. Two switches with a logger in common must not overlap in time."""
-    loggers = [logging.getLogger(name) for name in names]
+def quiet_loggers(names: Sequence[str], level: int) -> Switch[Mapping[str, int] | int]:
+    """A switch inside which loggers and those below them have this level, whatever their own was.
 
-    def write(levels: list[int]) -> None:
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.setLevel(before)
+    Two switches with a logger in common must not overlap in time.
+    """
 
-    return Switch(lambda: [logger.level for logger in loggers], write, [level] * len(loggers))
+    def loggers() -> dict[str, logging.Logger]:
+        known = dict(logging.root.manager.loggerDict)
+        wanted = [name for name in known if any(name == one or name.startswith(f"{one}.") for one in names)]
+        return {name: logging.getLogger(name) for name in {*names, *wanted}}
+
+    def write(levels: Mapping[str, int] | int) -> None:
+        for name, logger in loggers().items():
+            if isinstance(levels, int):
+                logger.setLevel(levels)
+            elif name in levels:
+                logger.setLevel(levels[name])
+
+    return Switch(lambda: {name: logger.level for name, logger in loggers().items()}, write, level)
 
 
 def _fast_paths() -> bool:

@@ -18,6 +18,7 @@ import pared
 from pared import ConfigError, ModelError, PostTrainingQuantConfig
 from pared.fitting import speed
 from pared.model.calls import Call
+from pared.model.recorded import values
 from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs import capture
@@ -182,11 +183,14 @@ def test_a_busy_machine_is_told_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_calls_that_are_timed_are_the_largest_the_smallest_and_a_single_sample() -> None:
     calls = [Call((torch.zeros(n, 3),), {}) for n in (4, 9, 2)] + [Call((), {"x": torch.zeros(5, 3), "flag": True})]
-    found = speed.chosen(calls, ("x",))
+    found = speed.chosen(calls, ("x",), lambda *_: True)
     shapes = [tuple((*call.args, *call.kwargs.values())[0].shape) for call in found]
     assert shapes == [(9, 3), (2, 3), (1, 3), (5, 3), (1, 3)]
     assert found[3].kwargs["flag"] is True
-    assert len(speed.chosen([Call((torch.zeros(64),), {})], ("x",))) == 1, "a vector may be one sample, without a batch"
+    without = speed.chosen(calls, ("x",), lambda *_: False)
+    assert [len(values.tensors_in((call.args, dict(call.kwargs)))[0]) for call in without] == [9, 2, 5]
+    vector = speed.chosen([Call((torch.zeros(64),), {})], ("x",), lambda *_: True)
+    assert len(vector) == 1, "a vector may be one sample, without a batch"
 
 
 @pytest.mark.whole_models_are_timed

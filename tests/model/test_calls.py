@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pared import CalibrationError
 from pared.model import calls
+from pared.model.recorded import values
 
 
 class Two(nn.Module):
@@ -120,4 +121,4 @@ def test_a_packed_batch_is_one_argument() -> None:
     model = nn.LSTM(4, 4)
     model.register_forward_pre_hook(lambda _, args: seen.append(args))
     assert calls.run(model, [packed], 100) == 3
-    assert seen == [(packed,)]
+    assert values.same(seen, [(packed,)])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from pared.artifact.outcome import Curve
+from pared.errors import reason_of
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, make_directory
 from pared.fitting import speed
@@ -24,6 +26,7 @@ from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls, copies
 from pared.model.tensors import ModuleT
+from pared.runtime.profile import ModelTiming
 from pared.runtime.record import contents_of, record_of
 from pared.scalars import checked_number
 from pared.switches import random_states_kept
@@ -158,8 +161,17 @@ def _planned(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Modul
             log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
         point = compressor.at_damage(max(DEFAULT_DAMAGE, compressor.least))
     found = compressor.build(point)
-    record_of(found).curve = curve.trace(compressor, known.tensors.model)
+    record_of(found).curve = _traced(compressor, known)
     return found
+
+
+def _traced(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Curve | None:
+    """The curve of a model that is found already: it is kept if the curve fails."""
+    try:
+        return curve.trace(compressor, known.tensors.model)
+    except Exception as error:  # noqa: BLE001  # whatever it is, a curve is not worth a finished search
+        log.warning("there is no trade-off curve: %s", reason_of(error))
+        return None
 
 
 def _searched(
@@ -171,7 +183,7 @@ def _searched(
         with stages.stage("searching"):
             found = find()
         record = record_of(found)
-        record.curve = curve.trace(compressor, known.tensors.model).scored(record.outcome)
+        record.curve = (_traced(compressor, known) or Curve(())).scored(record.outcome)
         return _finished(found, known, stages)
     except KeyboardInterrupt:
         if found is None:
@@ -196,8 +208,14 @@ def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
     contents = contents_of(found)
     if known.seen is None or known.conf.approach == "weight_only":
         return found
-    with stages.stage("timing"):
-        fastest = speed.tuned(known.tensors, contents, known.seen)
+    try:
+        with stages.stage("timing"):
+            fastest = speed.tuned(known.tensors, contents, known.seen)
+    except Exception as error:  # noqa: BLE001  # whatever it is, times are not worth a finished search
+        log.warning("nothing could be timed, so the model runs layer by layer: %s", reason_of(error))
+        record = record_of(found)
+        record.profile = replace(record.profile, model=ModelTiming(because=reason_of(error)))
+        return found
     old, new = record_of(found), record_of(fastest)
     new.outcome, new.curve = old.outcome, old.curve
     return fastest

@@ -5,12 +5,15 @@ Recurrent layers and attention compute in one function of PyTorch, which hides i
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Container, Mapping, Sequence
 from typing import Final
 
 import torch
 from torch import nn
 
+from pared.errors import reason_of
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.perturbation import difference, values_of
 from pared.fitting.calibration.sensitivity import InputNoise
@@ -23,7 +26,9 @@ from pared.model.copies import shadow
 from pared.model.tensors import ModelTensors
 from pared.runtime.layers.counterpart import stand_in
 from pared.runtime.layers.table import layer_of, weights_of
-from pared.switches import WITHOUT_FAST_PATHS
+from pared.switches import WITHOUT_FAST_PATHS, ignoring
+
+log = logging.getLogger(__name__)
 
 _MOST_CALLS: Final = 4
 
@@ -55,11 +60,16 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
     ]
     candidates = [c for c in find_candidates(model, stored, seen.inputs) if c.layer.forward and not c.layer.missing()]
     calls = seen.calls[:_MOST_CALLS]
-    with torch.no_grad(), WITHOUT_FAST_PATHS:
-        return {
-            next(iter(c.weights.values())).name: InputNoise(0.0, _lost(model, c, calls, seen.logits))
-            for c in candidates
-        }
+    found: dict[str, InputNoise] = {}
+    with torch.no_grad(), ignoring(), WITHOUT_FAST_PATHS:
+        for candidate in candidates:
+            try:
+                lost = _lost(model, candidate, calls, seen.logits)
+            except Exception as error:  # noqa: BLE001  # whatever the module makes of it: it stays in float then
+                log.info("%s stays in float: %s", candidate.name, reason_of(error))
+                lost = math.inf
+            found[next(iter(candidate.weights.values())).name] = InputNoise(0.0, lost)
+    return found
 
 
 def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str]) -> float:
@@ -72,7 +82,7 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits:
     for name, weights in held.items():
         for attribute, stored in weights.items():
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
-    expected = [values_of(copied(*call.args, **call.kwargs), logits) for call in calls]
+    expected = [values_of(call.on(copied), logits) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}

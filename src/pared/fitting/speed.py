@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pared.artifact.envelope import find_artifact
+from pared.errors import reason_of
 from pared.files.disk import as_path
 from pared.fitting.calibration import observe
 from pared.fitting.calibration.observe import Statistics
@@ -25,6 +25,7 @@ from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
+from pared.model.recorded import values
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_kind, parameters_of
@@ -46,7 +47,7 @@ from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.graph_server import GraphServer, agree
 from pared.runtime.serving.served import forward_of
-from pared.runtime.stopwatch import Spent, fastest_ms
+from pared.runtime.stopwatch import Spent, times_of
 from pared.scalars import checked_number
 from pared.switches import random_states_kept
 
@@ -57,6 +58,7 @@ _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
 _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
 _FAR: Final = 2  # a call this many times as large, or as slow, is far larger or slower
+_SAME: Final = 1e-3  # share of the energy by which the output of a sample may differ alone and among others
 _BFLOAT16_LOSS: Final = 1e-3  # share of the output's energy that bfloat16 may lose: the default damage of `fit`
 
 
@@ -130,27 +132,46 @@ def time_calls(
         calls: the calls that calibration made. Of each kind the largest, the smallest and the first sample of the
             smallest are made again. bfloat16 is given up if the first call is far slower in it.
         captures: the graphs captured so far of this architecture.
+
+    Returns:
+        the times of the calls that can be made again. A form that raises an exception has no time.
     """
     names = parameters_of(model)
-    found = chosen(calls, names)
+    found = chosen(calls, names, partial(_is_part, model))
     bound = [bind(names, call.args, call.kwargs) for call in found]
     kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
     # A graph for each call kind, of its largest call.
     server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
-    forms = _Forms(model, in_bfloat16(model), by_layers, server)
+    forms = _Forms(model, _copied_to_bfloat16(model), by_layers, server)
     times: list[CallTiming] = []
     for call, arguments in zip(found, bound, strict=True):
-        times.append(forms.time(call, arguments, in_bfloat16=not times or not _is_hopeless(times[0])))
+        timing = forms.time(call, arguments, in_bfloat16=not times or not _is_hopeless(times[0]))
+        times += [] if timing is None else [timing]
     return tuple(times)
 
 
 def _is_hopeless(timing: CallTiming) -> bool:
     """Whether bfloat16 was too slow to be tried again."""
-    return timing.bfloat16_ms is not None and timing.bfloat16_ms > _FAR * min(timing.float32_ms, timing.modules_ms)
+    fastest = min(timing.float32_ms, timing.modules_ms or timing.float32_ms)
+    return timing.bfloat16_ms is not None and timing.bfloat16_ms > _FAR * fastest
 
 
-def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
-    """The calls that are timed: of each kind the largest, the smallest if it is far smaller, and a single sample."""
+def _copied_to_bfloat16(model: nn.Module) -> Callable[..., Any] | str:
+    """The model in bfloat16; or why there is none."""
+    try:
+        return in_bfloat16(model)
+    except Exception as error:  # noqa: BLE001  # whatever the model's class makes of it becomes the reason
+        return reason_of(error)
+
+
+def chosen(calls: Sequence[Call], names: Sequence[str], is_part: Callable[[Call, Call], bool]) -> list[Call]:
+    """The calls that are timed: of each kind the largest, the smallest if it is far smaller, and a single sample.
+
+    Args:
+        calls: the calls that calibration made.
+        names: the names of the parameters of the model's `forward`.
+        is_part: whether a call with a single sample of another one gives that sample's output.
+    """
     kinds: dict[object, list[Call]] = {}
     for call in calls:
         bound = bind(names, call.args, call.kwargs)
@@ -158,8 +179,27 @@ def chosen(calls: Sequence[Call], names: Sequence[str]) -> list[Call]:
     found = []
     for same in list(kinds.values())[:_MOST_KINDS]:
         largest, smallest = max(same, key=_numbers), min(same, key=_numbers)
-        found += [largest, *([smallest] if _FAR * _numbers(smallest) < _numbers(largest) else []), *_single(smallest)]
+        found += [largest, *([smallest] if _FAR * _numbers(smallest) < _numbers(largest) else [])]
+        found += [single for single in _single(smallest) if is_part(single, smallest)]
     return found
+
+
+def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
+    """Whether a model takes a single sample, and gives for it what it gives for that sample among the others.
+
+    The first dimension of an input need not count samples, and a model may be made for a batch of a fixed size.
+    """
+    count = len(_tensors(whole)[0])
+
+    def equal(alone: Tensor, among: Tensor) -> bool:
+        return agree(alone, among[:1] if among.dim() and len(among) == count else among, _SAME)
+
+    try:
+        with torch.no_grad():
+            return values.same(single.on(model), whole.on(model), equal)
+    except Exception as error:  # noqa: BLE001  # nobody asked for this call
+        log.debug("a single sample is not timed: %s", reason_of(error))
+        return False
 
 
 def _tensors(call: Call) -> list[Tensor]:
@@ -173,7 +213,9 @@ def _numbers(call: Call) -> int:
 def _single(call: Call) -> list[Call]:
     """A call with only the first sample, if all tensors of the call have the same number of samples, two or more."""
     tensors = _tensors(call)
-    if any(tensor.dim() < 2 for tensor in tensors) or len(set(map(len, tensors))) != 1 or len(tensors[0]) < 2:
+    if call.side_effects or not tensors or any(tensor.dim() < 2 for tensor in tensors):
+        return []
+    if len(set(map(len, tensors))) != 1 or len(tensors[0]) < 2:
         return []
 
     def first(value: object) -> object:
@@ -187,39 +229,56 @@ class _Forms:
     """A model in all of its forms: float32, bfloat16, quantized and run layer by layer, and as graphs."""
 
     float32: nn.Module
-    bfloat16: Callable[..., Any]
+    bfloat16: Callable[..., Any] | str
     by_layers: nn.Module
     server: GraphServer
 
-    def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming:
-        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph"), _UNKNOWN)
-        if bound is not None:
+    def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming | None:
+        """The times of one call; None if the float model raises an exception when it is made again."""
+        if call.state is not None and self._is_steady(call):
+            call = replace(call, state=None)  # such as tables of positions that are kept for the next call
+        reason = call.side_effects or (_UNKNOWN if bound is None else "")
+        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph"), reason)
+        if bound is not None and not reason:
             found["bfloat16"] = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
             found["graph"] = self._as_graph(call, bound)
-        forms = {name: form for name, form in found.items() if not isinstance(form, str)} | {
-            "float32": partial(self.float32, *call.args, **call.kwargs),
-            "modules": partial(self.by_layers, *call.args, **call.kwargs),
-        }
-        times = fastest_ms(forms)
+        found |= {"float32": partial(call.on, self.float32), "modules": partial(call.on, self.by_layers)}
+        times = times_of(found)
+        if times is None:
+            log.info("a call is not timed, as it cannot be made again: %s", found["float32"])
+            return None
         return CallTiming(
             () if bound is None else arguments_of(bound),
             times["float32"],
             times.get("bfloat16"),
-            times["modules"],
+            times.get("modules"),
             times.get("graph"),
             "; ".join(f"no {name}: {form}" for name, form in found.items() if isinstance(form, str)),
         )
 
+    def _is_steady(self, call: Call) -> bool:
+        """Whether what calls change in the model has no influence on their outputs."""
+        assert call.state is not None
+        bare = replace(call, state=None)
+        try:
+            with torch.no_grad(), call.state.within(self.float32):
+                first, second = bare.on(self.float32), bare.on(self.float32)
+        except Exception as error:  # noqa: BLE001  # a second call may be more than the model takes
+            log.debug("the model's state decides: %s", reason_of(error))
+            return False
+        with torch.no_grad():
+            return agree(first, second, 0.0) and agree(first, bare.on(self.float32), 0.0)
+
     def _in_bfloat16(self, call: Call) -> Callable[[], Any] | str:
         """The call in bfloat16; or why it cannot be chosen."""
-        run = partial(self.bfloat16, *call.args, **call.kwargs)
-        with torch.inference_mode():
-            expected = self.float32(*call.args, **call.kwargs)
-            try:
-                found = run()
-            except Exception as error:  # noqa: BLE001  # whatever the model raises in bfloat16 becomes the reason
-                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return run if agree(found, expected, _BFLOAT16_LOSS) else "it is too far from float32"
+        if isinstance(self.bfloat16, str):
+            return self.bfloat16
+        run = partial(call.on, self.bfloat16)
+        try:
+            with torch.no_grad():
+                return run if agree(run(), call.on(self.float32), _BFLOAT16_LOSS) else "it is too far from float32"
+        except Exception as error:  # noqa: BLE001  # whatever the model raises in bfloat16 becomes the reason
+            return reason_of(error)
 
     def _as_graph(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
         """The call as a graph; or why there is none."""
@@ -228,9 +287,12 @@ class _Forms:
             return f"to capture one of a model of {tensors:,} tensors would take too long"
         modules = forward_of(self.by_layers)
         run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
-        with torch.inference_mode():
-            run()  # makes it, and compares
-            return self.server.reason(bound) if run() is NotImplemented else run
+        try:
+            with torch.no_grad():
+                run()  # makes it, and compares
+                return self.server.reason(bound) if run() is NotImplemented else run
+        except Exception as error:  # noqa: BLE001  # whatever torch makes of the model's code becomes the reason
+            return reason_of(error)
 
 
 _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
@@ -239,7 +301,7 @@ _KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
 def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
     """Time each module in float32, bfloat16 and int8 on a call that calibration saw; equal modules only once."""
     timings: dict[str, Timing] = {}
-    known: dict[object, Timing] = {}
+    known: dict[object, Timing | None] = {}
     for candidate in candidates:
         activation, seen = activations.get(candidate.name), candidate.inputs
         if activation is None or activation.mode == "gather" or seen is None or candidate.layer.missing():
@@ -261,7 +323,8 @@ def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activ
             forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
             forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
             known[key] = measure(forms, seen.shape, dtype, seen.call)
-        timings |= dict.fromkeys(candidate.activations(activation), known[key])
+        timing = known[key]
+        timings |= {} if timing is None else dict.fromkeys(candidate.activations(activation), timing)
     return Profile(this_machine(), timings)
 
 
@@ -274,8 +337,8 @@ def measure(
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     call: Call | None = None,
-) -> Timing:
-    """Time one layer in each of its forms, in turn.
+) -> Timing | None:
+    """Time one layer in each of its forms, in turn; None if the float layer raises an exception.
 
     Args:
         layers: the float layer, and its counterparts in bfloat16 and int8.
@@ -284,9 +347,14 @@ def measure(
         call: the arguments; None: one tensor of random numbers with this shape and type.
     """
     call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
-    forms = {kernel: functools.partial(layer, *call.args, **call.kwargs) for kernel, layer in layers.items()}
-    times = fastest_ms(forms)
-    return Timing(shape, *(times[kernel] for kernel in ("float32", "bfloat16", "int8")))
+    forms: dict[str, Callable[[], Any] | str] = {kernel: partial(call.on, layer) for kernel, layer in layers.items()}
+    times = times_of(forms)
+    if times is None:
+        return None
+    kernels = ("float32", "bfloat16", "int8")
+    because = "; ".join(f"no {kernel}: {form}" for kernel, form in forms.items() if isinstance(form, str))
+    float32, bfloat16, int8 = (times.get(kernel, times["float32"]) for kernel in kernels)
+    return Timing(shape, float32, bfloat16, int8, because)
 
 
 @random_states_kept()

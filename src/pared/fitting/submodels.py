@@ -5,17 +5,22 @@ They are recognized by their arguments: inputs of the model and nothing else, so
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pared.errors import reason_of
 from pared.model.calls import Call
+from pared.model.recorded.values import is_transformed
 from pared.runtime.graphs.call_kinds import bind, parameters_of
 from pared.runtime.layers.table import layer_of
 from pared.runtime.stopwatch import Stopwatch
 from pared.switches import WITHOUT_FAST_PATHS
+
+log = logging.getLogger(__name__)
 
 # The share of the model's time that a submodel takes: below, it is not worth a graph of its own; above, the model is
 # only a wrapper of it.
@@ -26,10 +31,14 @@ _MOST_SHARE: Final = 0.9
 def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
     """The outermost submodels, by name, each with the call that the model makes of it.
 
+    None where the call changes its arguments or the model: then theirs are not known either.
+
     Args:
         model: a float model in eval mode, which is left as it is.
         call: a call of the model, which is repeated.
     """
+    if call.side_effects:
+        return {}
     recorders = {
         name: _CallRecorder(call)
         for name, module in model.named_modules()
@@ -40,10 +49,13 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
     total = Stopwatch()
     handles = [handle for name, recorder in recorders.items() for handle in recorder.over(model.get_submodule(name))]
     try:
-        with torch.inference_mode(), WITHOUT_FAST_PATHS:
+        with torch.no_grad(), WITHOUT_FAST_PATHS:
             total.start()
-            model(*call.args, **call.kwargs)
+            call.on(model)
             total.stop()
+    except Exception as error:  # noqa: BLE001  # whatever the model makes of hooks on its modules
+        log.debug("no submodels are timed: %s", reason_of(error))
+        return {}
     finally:
         for handle in handles:
             handle.remove()
@@ -82,6 +94,8 @@ class _CallRecorder:
         return module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)
 
     def _has_only_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if is_transformed():
+            return False
         given = {id(tensor) for tensor in _tensors(args, kwargs)}
         # A module that gets all of several inputs is the model inside a wrapper.
         if not given or not given <= self._inputs or (given == self._inputs and len(given) > 1):

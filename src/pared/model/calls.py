@@ -3,31 +3,67 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
 from pared.errors import CalibrationError, ParedError
+from pared.model.recorded import values
+from pared.model.recorded.state import Moment, StateWatch
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The arguments of one call of the model, in tensors that nobody else writes to, so that it can be repeated."""
+    """One call of the model as it was made, so that it can be made again, on any model of the architecture.
+
+    Args:
+        args: the positional arguments, as they were before the call; nobody else writes to them.
+        kwargs: the keyword arguments, likewise.
+        writes: `forward` changes its arguments: a cache that grows, a tensor that it works on in place.
+        state: what the calls change in the model, as it was before this one; None: they change nothing.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    writes: bool = False
+    state: Moment | None = None
+
+    def on(self, model: Callable[..., Any]) -> Any:
+        """The output of a model, or of whatever stands for it; the call and the model stay as they are."""
+        args, kwargs = values.copied((self.args, dict(self.kwargs))) if self.writes else (self.args, self.kwargs)
+        if self.state is None or not isinstance(model, nn.Module):
+            return model(*args, **kwargs)
+        with self.state.within(model):
+            return model(*args, **kwargs)
+
+    @property
+    def side_effects(self) -> str:
+        """What the call changes besides giving an output, in words; empty if nothing."""
+        what = ["its arguments"] if self.writes else []
+        what += [", ".join(self.state.changed[:3])] if self.state is not None else []
+        return f"its forward changes {' and '.join(what)}" if what else ""
 
 
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
+Listener = Callable[[Call, Any], None]  # gets a call, and its output
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "calib_dataloader") -> int:
+def run(
+    model: nn.Module,
+    calibration: Calibration,
+    limit: int,
+    name: str = "calib_dataloader",
+    listener: Listener | None = None,
+) -> int:
     """Call the model on the calibration data, once, without gradients.
+
+    Batches are left as they are: the model gets copies.
 
     Args:
         model: called as it is, so hooks on it see the calls.
@@ -35,6 +71,7 @@ def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "cal
             arguments; or a function that gets the model and calls it.
         limit: reading stops after the batch that reaches this number of samples.
         name: the name of the caller's argument, for messages.
+        listener: is told of each call, until `limit` samples were seen: the call, and its output.
 
     Returns:
         the number of samples seen: the sum over the calls of the first dimension of their first tensor.
@@ -43,27 +80,23 @@ def run(model: nn.Module, calibration: Calibration, limit: int, name: str = "cal
         CalibrationError: there are no data, a batch does not fit the model's `forward` or fits it in two ways, or the
             model raised an exception.
     """
-    counter = _SampleCounter()
-    handle = model.register_forward_pre_hook(counter, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            if callable(calibration) and not isinstance(calibration, nn.Module):
-                _guarded(lambda: calibration(model), f"{name}(model)")
-            else:
-                _read(model, calibration, limit, counter, name)
-    finally:
-        handle.remove()
-    if counter.calls == 0:
+    recorder = _Recorder(model, limit, listener)
+    with torch.no_grad(), recorder.hooked():
+        if callable(calibration) and not isinstance(calibration, nn.Module):
+            _guarded(lambda: calibration(model), f"{name}(model)")
+        else:
+            _read(model, calibration, recorder, name)
+    if recorder.calls == 0:
         raise CalibrationError(
             "the calibration data are empty: the model was not called",
             where=name,
             remedy="Pass an iterable with at least one batch (an exhausted generator gives none), or a callable that "
             "calls the model.",
         )
-    return counter.samples
+    return recorder.samples
 
 
-def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCounter, name: str) -> None:
+def _read(model: nn.Module, calibration: object, recorder: _Recorder, name: str) -> None:
     if not isinstance(calibration, Iterable) or isinstance(calibration, (Tensor, Mapping, str, bytes)):
         raise CalibrationError(
             f"expected an iterable of batches or a callable, got {type(calibration).__name__}",
@@ -72,9 +105,11 @@ def _read(model: nn.Module, calibration: object, limit: int, counter: _SampleCou
         )
     for index, batch in enumerate(calibration):
         where = f"{name}: batch {index}"
-        args, kwargs = bind(model, batch, where)
+        given = bind(model, batch, where)
+        args, kwargs = values.copied(given)
+        recorder.original = given
         _guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
-        if counter.samples >= limit:
+        if recorder.is_full:
             return
 
 
@@ -92,16 +127,54 @@ def _guarded(call: Callable[[], object], where: str) -> None:
         ) from error
 
 
-class _SampleCounter:
-    """A forward pre-hook that counts calls and samples."""
+class _Recorder:
+    """Hooks on a model that count calls and samples, and tell a listener of calls as they were made."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, limit: int, listener: Listener | None) -> None:
         self.calls = 0
         self.samples = 0
+        self.original: Arguments | None = None  # of the next call: what its arguments are copies of
+        self._model, self._limit, self._listener = model, limit, listener
+        self._watch = StateWatch(model) if listener is not None else None
+        self._running: list[tuple[Arguments, bool, Moment] | None] = []  # a model may call itself
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @property
+    def is_full(self) -> bool:
+        return self.samples >= self._limit
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Record the calls of the model within this context."""
+        # Hooks of the user, which may change arguments and outputs, run between these two: now, and when a call is
+        # made again.
+        before = self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+        after = self._model.register_forward_hook(self._after, with_kwargs=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        original, self.original = self.original, None
+        if self._watch is not None and not self.is_full and not values.is_transformed():
+            kept = original if original is not None else values.copied((args, kwargs))
+            self._running.append((kept, original is not None, self._watch.before()))
+        else:
+            self._running.append(None)
         self.calls += 1
         self.samples += samples_of(args, kwargs)
+
+    def _after(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        begun = self._running.pop()
+        if begun is None or self._listener is None or self._watch is None:
+            return
+        (kept, is_callers, moment), given = begun, (args, kwargs)
+        self._watch.after()
+        writes = not values.same(given, kept)
+        if is_callers:
+            kept = values.copied(kept) if writes else given
+        self._listener(Call(*kept, writes, moment), output)
 
 
 def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -110,8 +183,8 @@ def samples_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     >>> samples_of((torch.zeros(8, 3),), {}), samples_of((2.0,), {})
     (8, 1)
     """
-    leaves = tree_leaves((args, dict(kwargs)), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
-    first = next((leaf for leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))), None)
+    leaves = values.leaves((args, dict(kwargs)), whole=(PackedSequence,))
+    first = next((leaf for _, leaf in leaves if isinstance(leaf, (Tensor, PackedSequence))), None)
     if isinstance(first, PackedSequence):
         return int(first.batch_sizes[0])
     return first.shape[0] if first is not None and first.dim() > 0 else 1

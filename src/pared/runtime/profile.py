@@ -42,12 +42,14 @@ class Timing:
         float32_ms: the fastest of several runs of the float layer.
         bfloat16_ms: the same with weight and input cast to bfloat16, and the output cast back.
         int8_ms: the same in int8.
+        because: why one of these was not measured, and has the time of the float layer.
     """
 
     shape: tuple[int, ...]
     float32_ms: float
     bfloat16_ms: float
     int8_ms: float
+    because: str = ""
 
     @property
     def kernel(self) -> Kernel:
@@ -68,15 +70,15 @@ class CallTiming:
         arguments: the call's arguments without their numbers.
         float32_ms: the fastest of several runs of the float model.
         bfloat16_ms: the same for a copy in bfloat16, with float32 inputs and outputs; None if there is none.
-        modules_ms: the same for the quantized model, each layer with its own kernel.
+        modules_ms: the same for the quantized model, each layer with its own kernel; None if it raises an exception.
         graph_ms: the same for its graph; None if there is none.
-        because: why there is none.
+        because: why there is none of these.
     """
 
     arguments: tuple[Argument, ...]
     float32_ms: float
     bfloat16_ms: float | None
-    modules_ms: float
+    modules_ms: float | None
     graph_ms: float | None
     because: str = ""
 
@@ -121,9 +123,11 @@ class ModelTiming:
 
     Args:
         calls: the calls that were timed; default: none.
+        because: why none was timed although there were some; empty if that is not so.
     """
 
     calls: tuple[CallTiming, ...] = ()
+    because: str = ""
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
@@ -178,7 +182,7 @@ class ModelTiming:
         """The time in int8 as a share of float32's."""
         served = {describe_kind(arguments) for arguments in self.graphs}
         times = [(call.graph_ms if call.kind in served else None) or call.modules_ms for call in self.calls]
-        return _mean(ms / call.float32_ms for ms, call in zip(times, self.calls, strict=True))
+        return _mean((ms or math.inf) / call.float32_ms for ms, call in zip(times, self.calls, strict=True))
 
     def summary(self, name: str = "") -> list[str]:
         """How it runs, and the times that decided it, as lines for people.
@@ -187,7 +191,7 @@ class ModelTiming:
             name: the submodel's name; default: the lines are about the model.
         """
         if not self.calls:
-            return []
+            return [f"runs layer by layer; its calls could not be timed: {self.because}"] if self.because else []
         chosen = {
             "int8": "as a graph, each layer in its own kernel" if self.graphs else "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
@@ -261,11 +265,12 @@ class Profile:
             return Running("float32", "the whole model is faster in float32 on this machine")
         timing = self.layers.get(module)
         kernel = "int8" if timing is None or self.together else timing.kernel
-        return Running(kernel, "" if kernel == "int8" else "int8 is not the fastest on this machine")
+        because = timing.because if timing is not None else ""
+        return Running(kernel, "" if kernel == "int8" else because or "int8 is not the fastest on this machine")
 
 
 def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
-    ratios = [call.graph_ms / call.modules_ms for call in calls if call.graph_ms is not None]
+    ratios = [call.graph_ms / call.modules_ms for call in calls if call.graph_ms and call.modules_ms]
     faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
     return len(ratios) == len(calls) and faster
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+from pared.errors import reason_of
 
 FormT = TypeVar("FormT")
 
@@ -25,6 +28,11 @@ _WARM_UP: Final = 1
 # After this number of runs, a form that takes more than this multiple of the fastest's time is timed no more. After a
 # single run none is given up: that run may have been disturbed.
 _HOPELESS: Final = {2: 2.0, 3: 1.5}
+
+# Seconds of processor that a capture may take: in all, and more for each operator. Operators on sizes that may vary
+# usually take 0.01 s, and 0.2 s where windows and shifts divide these sizes.
+_PATIENCE: Final = 2.0
+_PATIENCE_AN_OPERATOR: Final = 0.015
 
 # A machine is busy if it gives this process less than one processor for this share of the time.
 _BUSY: Final = 1.25
@@ -77,22 +85,40 @@ class Stopwatch:
         self.seconds += time.perf_counter()
 
 
+class FormError(Exception):
+    """One of the functions that are timed raised the exception that is the cause.
+
+    Args:
+        form: which.
+    """
+
+    def __init__(self, form: object) -> None:
+        super().__init__(form)
+        self.form = form
+
+
 def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float]:
     """The shortest time of each of several functions, in milliseconds; they run in turn, without gradients.
 
     What other processes were given meanwhile does not count, so far as that is known: see `Spent`.
+
+    Raises:
+        FormError: one of them raised an exception.
     """
     best = dict.fromkeys(forms, math.inf)
     total = Spent()
-    with torch.inference_mode():
+    with torch.no_grad():  # a model may take gradients in its own forward, as of an energy: no `inference_mode`
         for attempt in range(_WARM_UP + _MOST_RUNS):
             bound = _HOPELESS.get(min(attempt - _WARM_UP, max(_HOPELESS)), math.inf) * min(best.values())
             for form, run in forms.items():
                 if best[form] > bound:
                     continue
                 spent = Spent()
-                with spent.adding():
-                    run()
+                try:
+                    with spent.adding():
+                        run()
+                except Exception as error:
+                    raise FormError(form) from error
                 total.clock, total.processor = total.clock + spent.clock, total.processor + spent.processor
                 if attempt >= _WARM_UP:
                     best[form] = min(best[form], spent.seconds)
@@ -100,3 +126,40 @@ def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float
             if attempt >= _WARM_UP + _LEAST_RUNS and total.clock > limit:
                 break
     return {form: 1e3 * seconds for form, seconds in best.items()}
+
+
+def times_of(forms: dict[str, Callable[[], Any] | str]) -> dict[str, float] | None:
+    """The shortest time of each form, in milliseconds; the reason takes the place of a form that raises an exception.
+
+    Returns:
+        None if it is the form "float32" that raises one.
+    """
+    try:
+        return fastest_ms({name: form for name, form in forms.items() if not isinstance(form, str)})
+    except FormError as error:
+        forms[str(error.form)] = reason_of(error.__cause__ or error)
+        return None if error.form == "float32" else times_of(forms)
+
+
+class TooSlowError(Exception):
+    """What `Patience` allows is not enough."""
+
+
+class Patience(TorchFunctionMode):
+    """While it is entered, an operator that comes too late raises `TooSlowError`, as a capture may take minutes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begun = time.thread_time()
+        self._operators = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, if there is time left."""
+        if getattr(func, "__name__", "") != "__get__":  # an attribute such as `shape`
+            self._operators += 1
+        spent = time.thread_time() - self._begun
+        if spent > _PATIENCE + _PATIENCE_AN_OPERATOR * self._operators:
+            raise TooSlowError(f"its first {self._operators} operators took {spent:.0f} s of processor")
+        return func(*args, **(kwargs or {}))

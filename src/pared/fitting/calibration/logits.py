@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from pared.errors import ConfigError
+from pared.errors import ConfigError, reason_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import leaves_of, may_be_logits
+from pared.switches import ignoring
+
+log = logging.getLogger(__name__)
 
 # Functions that make probabilities of their first argument; the last one along dimension 1.
 _SOFTMAX: Final = (F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax)
@@ -52,8 +56,12 @@ def find_logits(
             )
         return frozenset(wanted)
     copied = shadow(model)
-    with torch.no_grad(), _SoftmaxWatch() as watch:
-        leaves = leaves_of(copied(*call.args, **call.kwargs))
+    try:
+        with torch.no_grad(), ignoring(), _SoftmaxWatch() as watch:
+            leaves = leaves_of(call.on(copied))
+    except Exception as error:  # noqa: BLE001  # a call that cannot be made again is told of where its errors are measured
+        log.debug("no outputs are known to be logits: %s", reason_of(error))
+        return frozenset()
     sizes = _known_sizes(model)
     return frozenset(
         leaf.path

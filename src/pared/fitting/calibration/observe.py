@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map
 
 from pared.errors import CalibrationError
 from pared.fitting.calibration.ranges import without_outliers
@@ -21,8 +21,13 @@ from pared.model import calls
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import EVERY, Key, leaves_of
+from pared.model.recorded import values
 from pared.runtime.layers.table import has_columns, layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
+
+log = logging.getLogger(__name__)
+
+_MOST_BYTES: Final = 1 << 29  # of what recorded calls change: their arguments, and the state of the model
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,53 +127,62 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
     }
     for name, collector in collectors.items():
         copied.get_submodule(name).register_forward_hook(collector, with_kwargs=True)
-    recorder = _Recorder(limit)
-    copied.register_forward_hook(recorder, with_kwargs=True)
+    recorder = _Recorder()
     with WITHOUT_FAST_PATHS:
-        samples = calls.run(copied, calibration, limit)
+        samples = calls.run(copied, calibration, limit, listener=recorder)
+    if not recorder.calls:
+        raise CalibrationError(
+            "the model was called only inside functions that are being transformed, such as `torch.func.vmap`",
+            where="calib_dataloader",
+            remedy="Call the model itself at least once, or pass an iterable of batches.",
+        )
     found = {id(copied.get_submodule(name)): c.result() for name, c in collectors.items() if c.seen}
     every_name = copied.named_modules(remove_duplicate=False)  # a shared module goes by each of its names
     inputs = {name: found[id(module)] for name, module in every_name if id(module) in found}
     return Statistics(
         samples,
         inputs,
-        tuple(recorder.calls),
+        recorder.made(),
         tuple(recorder.energies_of_calls),
         tuple(recorder.samples_of_calls),
     )
 
 
 class _Recorder:
-    """A forward hook that records calls of the model, up to a number of samples, and the energies of their outputs."""
+    """Keeps calls of the model, and the energies of their outputs.
 
-    def __init__(self, limit: int) -> None:
+    What calls change, such as the cache of a model that generates text, is kept once for each call. Where that takes
+    too much, every other call is forgotten, but never the first.
+    """
+
+    def __init__(self) -> None:
         self.calls: list[Call] = []
         self.energies_of_calls: list[dict[Key, float]] = []
         self.samples_of_calls: list[int] = []
-        self._left = limit
+        self._bytes: list[int] = []  # of what calls change
+        self._every = 1  # each call whose number is a multiple of this is kept
+        self._count = 0
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._left <= 0:
+    def __call__(self, call: Call, output: Any) -> None:
+        number, self._count = self._count, self._count + 1
+        if number % self._every:
             return
-        self.samples_of_calls.append(calls.samples_of(args, kwargs))
-        self._left -= self.samples_of_calls[-1]
-        self.calls.append(_owned(args, kwargs))
+        self.calls.append(call)
+        self.samples_of_calls.append(calls.samples_of(call.args, call.kwargs))
         self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves_of(output, EVERY)})
+        changing = values.nbytes((call.args, dict(call.kwargs))) if call.writes else 0
+        self._bytes.append(changing + (call.state.nbytes if call.state is not None else 0))
+        while sum(self._bytes) > _MOST_BYTES and len(self.calls) > 2:
+            self._every *= 2
+            for kept in (self.calls, self.energies_of_calls, self.samples_of_calls, self._bytes):
+                del kept[1::2]
 
-
-def _owned(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call with copies of its tensors; a tensor that is in it twice stays one tensor."""
-    known: dict[int, object] = {}
-
-    def own(value: object) -> object:
-        if id(value) not in known:
-            if isinstance(value, PackedSequence):
-                known[id(value)] = PackedSequence(value.data.detach().clone(), *value[1:])
-            else:
-                known[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
-        return known[id(value)]
-
-    return Call(*tree_map(own, (args, kwargs)))
+    def made(self) -> tuple[Call, ...]:
+        """The calls; without a state where none of them changed anything in the model."""
+        return tuple(
+            replace(call, state=None) if call.state is not None and not call.state.changed else call
+            for call in self.calls
+        )
 
 
 class _Collector:
@@ -199,7 +213,19 @@ class _Collector:
         return bool(self.shapes) and self.plain
 
     def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found = [x for x in tree_leaves((args, kwargs)) if isinstance(x, (Tensor, PackedSequence))]
+        if not self.plain or values.is_transformed():
+            return  # kernels do not run within `torch.func.vmap`, and its tensors have no numbers
+        try:
+            self._look(args, kwargs, output)
+        except CalibrationError:
+            raise
+        except Exception as error:  # noqa: BLE001  # tensors of any class; the model itself has run
+            log.debug("%s stays in float: its input cannot be observed: %s", self.name, error)
+            self.plain = False
+
+    def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = (leaf for _, leaf in values.leaves((args, kwargs), whole=(PackedSequence,)))
+        found = [leaf for leaf in given if isinstance(leaf, (Tensor, PackedSequence))]
         if not self._whole and (len(args) != 1 or kwargs or type(args[0]) is not Tensor or type(output) is not Tensor):
             # A subclass with a signature of its own cannot be run alone.
             self.plain, self._whole = self._builtin, self._builtin
@@ -209,7 +235,7 @@ class _Collector:
         self.shapes[tuple(x.shape)] += 1
         size = sum(tensor.data.numel() for tensor in found)
         if self._whole and size > self._most:
-            self._largest, self._most = _owned(args, kwargs), size
+            self._largest, self._most = Call(*values.copied((args, kwargs))), size
         if not x.is_floating_point():
             return
         ends = self._ends(x)

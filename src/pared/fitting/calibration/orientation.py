@@ -88,7 +88,7 @@ def oriented(tensors: ModelTensors[ModuleT], calls: Sequence[Call]) -> ModelTens
     with torch.no_grad(), WITHOUT_FAST_PATHS:
         for call in calls[:_MOST_CALLS]:
             with watch:
-                copied.model(*call.args, **call.kwargs)
+                call.on(copied.model)
             if unknown <= watch.summed.keys():
                 break
     found = [

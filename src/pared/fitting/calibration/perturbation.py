@@ -19,13 +19,17 @@ from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Key, Leaf, leaves_of, share_of_each
+from pared.model.recorded import draws
 from pared.model.tensors import ModelTensor, ModelTensors
+from pared.switches import ignoring
 
 # The disturbance as a share of the root mean square of the weight: about the error at six bits.
 _NOISE: Final = 2.0**-5
 # Small disturbances change no token, so they are doubled until some change, at most this many times.
 _DOUBLINGS: Final = 4
 _MOST_CALLS: Final = 16
+# Differences up to this share of the energy are those of sums whose order the threads decide.
+_ROUNDING: Final = 1e-10
 
 
 def perturb(
@@ -40,7 +44,8 @@ def perturb(
         logits: the paths of the outputs that count as logits, too.
 
     Raises:
-        CalibrationError: the same input gave two different outputs, so nothing can be compared.
+        CalibrationError: the same input gave two different outputs, so nothing can be compared; or the calls cannot be
+            made again.
 
     >>> layer = nn.Linear(8, 2)
     >>> from pared.model.tensors import find_tensors
@@ -51,16 +56,48 @@ def perturb(
     copied = shadow(tensors.model)
     calls = calls[:_MOST_CALLS]
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        expected: list[list[Leaf]] = [values_of(copied(*call.args, **call.kwargs), logits) for call in calls]
-        if difference(copied, calls, expected) > 0:
-            raise CalibrationError(
-                "the model gives different outputs for the same input, so the cost of errors cannot be measured",
-                where=type(tensors.model).__name__,
-                remedy="Switch off what is random in eval mode, or leave calib_dataloader out.",
-            )
+    with torch.no_grad(), ignoring():
+        expected = _repeated(copied, calls, logits)
+        if difference(copied, calls, expected) > _ROUNDING:
+            raise _refusal(copied, calls, logits, type(tensors.model).__name__)
         weights = [tensor for tensor in tensors.in_copy(copied) if tensor.weight_like and tensor.tensor.numel()]
         return Sensitivity({w.name: _disturb(w, copied, calls, expected, generator) for w in weights})
+
+
+def _repeated(model: nn.Module, calls: Sequence[Call], logits: Container[str]) -> list[list[Leaf]]:
+    try:
+        return [values_of(call.on(model), logits) for call in calls]
+    except Exception as error:
+        raise CalibrationError(
+            f"the model raised {type(error).__name__} when a call of the calibration data was made again: {error}",
+            where=type(model).__name__,
+            remedy="Check that the same call can be made twice: a generator, for instance, can be read only once. Or "
+            "leave calib_dataloader out.",
+        ) from error
+
+
+def _refusal(model: nn.Module, calls: Sequence[Call], logits: Container[str], where: str) -> CalibrationError:
+    """Why the same calls give other outputs: random numbers, or something that the calls leave behind."""
+    expected = []
+    with draws.alike():
+        expected += [values_of(call.on(model), logits) for call in calls]
+    with draws.alike():
+        is_random = difference(model, calls, expected) <= _ROUNDING
+    if is_random:
+        return CalibrationError(
+            "the model gives different outputs for the same input, as it draws random numbers: the cost of errors "
+            "cannot be measured",
+            where=where,
+            remedy="Switch off what is random in eval mode, or leave calib_dataloader out.",
+        )
+    return CalibrationError(
+        "the model gives different outputs for the same input, and draws no random numbers: it keeps something between "
+        "calls that cannot be put back, such as a global variable or a generator that is used up, so the cost of "
+        "errors cannot be measured",
+        where=where,
+        remedy="Keep it in an attribute of a module or in a buffer, pass lists in place of generators, or leave "
+        "calib_dataloader out.",
+    )
 
 
 def _disturb(
@@ -106,7 +143,7 @@ def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) 
     """
     found: dict[Key, tuple[float, float]] = {}
     for call, wanted in zip(calls, expected, strict=True):
-        got = {leaf.path: leaf.value for leaf in values_of(model(*call.args, **call.kwargs))}
+        got = {leaf.path: leaf.value for leaf in values_of(call.on(model))}
         for ours in wanted:
             if ours.path in got:
                 error, energy = _compared(ours, got[ours.path])

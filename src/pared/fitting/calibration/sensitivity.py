@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from pared.errors import reason_of
 from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
@@ -25,6 +26,7 @@ from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Key, Leaf, leaves_of, share_of_each
 from pared.model.tensors import ModelTensor, ModelTensors
+from pared.switches import ignoring
 
 log = logging.getLogger(__name__)
 
@@ -122,27 +124,28 @@ def measure(
             None: until there are about 16 probes, with second moments.
 
     Returns:
-        None if nothing can be differentiated: no gradient leads from the outputs to the weights, or it fails in the
-        model's own code, which may overwrite a tensor that the gradient needs.
+        None if nothing can be differentiated: no gradient leads from the outputs to the weights, or taking one fails,
+        as where the model's own code overwrites a tensor that the gradient needs.
     """
     if not any(tensor.fits_grid for tensor in tensors):
         return Sensitivity({})
-    failed: RuntimeError | None = None
+    failed: Exception | None = None
     for through, kinds in _ATTEMPTS:
         try:
             return _probed(tensors, calls, energies, seed, kinds, rounds, through=through)
-        except RuntimeError as error:  # noqa: PERF203  # three attempts
+        except Exception as error:  # noqa: BLE001, PERF203  # whatever the model's code makes of gradients; three attempts
             _refuse_exhausted(error)
             log.debug("gradients of %s fail: %s", " and ".join(kinds), error)
             failed = error
     # The same calls ran before without gradients.
-    log.warning("gradients fail in the model, so its weights are disturbed one at a time instead: %s", failed)
+    why = "" if failed is None else reason_of(failed)
+    log.warning("gradients cannot be taken, so its weights are disturbed one at a time instead (%s)", why)
     return None
 
 
-def _refuse_exhausted(error: RuntimeError) -> None:
+def _refuse_exhausted(error: Exception) -> None:
     """Raise an error that is about memory and not about gradients."""
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
         raise error
 
 
@@ -161,7 +164,7 @@ def _probed(
     rounds = wanted or max(1, round(_PROBES / len(calls)))
     logits = {path for path, is_logits in energies if is_logits}
     leaves_of_call = partial(output_leaves, logits=logits) if energies else last_products
-    with torch.enable_grad():
+    with torch.enable_grad(), ignoring():  # the model has given its warnings already; others are about gradients
         energies = energies or _energies(copied, calls)
         for turn in range(rounds):
             for i, call in enumerate(calls):
@@ -184,7 +187,7 @@ def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> dict[K
 
 def output_leaves(tensors: ModelTensors[nn.Module], call: Call, logits: Container[str] = ()) -> list[Leaf]:
     """The floating outputs of a call."""
-    return leaves_of(tensors.model(*call.args, **call.kwargs), logits)
+    return leaves_of(call.on(tensors.model), logits)
 
 
 def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
@@ -199,7 +202,7 @@ def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:
             ends.append(product.y)
 
     with ProductWatch(tensors.names, tell):
-        tensors.model(*call.args, **call.kwargs)
+        call.on(tensors.model)
     return [Leaf(y, path=str(i)) for i, y in enumerate(_last(ends))]
 
 

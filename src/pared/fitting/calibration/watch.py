@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pared.model.recorded.values import is_transformed
+
 Kind = Literal["linear", "conv", "embedding"]
 
 
@@ -113,6 +115,8 @@ class ProductWatch(TorchFunctionMode):
     ) -> Any:
         """Run the function, and report it if it is a product of a watched weight."""
         kwargs = kwargs or {}
+        if is_transformed():  # by `torch.func`: a tensor stands for many, or for a derivative
+            return func(*args, **kwargs)
         if self._through and func in _CUTS:
             return self._uncut(func, args, kwargs)
         if func == Tensor.__getitem__ and self._is_slice(*args):

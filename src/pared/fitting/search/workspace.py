@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from pared.artifact.envelope import find_artifact
 from pared.artifact.outcome import Trial
@@ -28,6 +27,7 @@ from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search.evaluate import Score
 from pared.model import storage
+from pared.model.recorded import values
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import quantized
 from pared.runtime.layers.table import weights_of
@@ -340,11 +340,17 @@ def fingerprint(
         "pared": __version__,
         "torch": str(torch.__version__),
         "model": checksum(tensor.tensor for tensor in tensors),
-        "calibration": checksum(tree_leaves([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
+        "calibration": checksum(_told([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
         "configuration": repr(replace(conf, max_trials=1, timeout=0, rules=())),
         "decisions": checksum([decided, int8]),
         "confirm_func": "given" if confirmed else "none",
     }
+
+
+def _told(value: object) -> Iterator[object]:
+    """The leaves of a value; of those whose `repr` is their address, only the class."""
+    for _, leaf in values.leaves(value):
+        yield type(leaf).__name__ if type(leaf).__repr__ is object.__repr__ else leaf
 
 
 def checksum(values: Iterable[object]) -> str:

@@ -64,7 +64,7 @@ def check_reloading(found: nn.Module, tensors: ModelTensors[nn.Module], calls: S
 def _call(model: nn.Module, call: Call) -> list[torch.Tensor]:
     with torch.no_grad(), random_states_kept():
         torch.manual_seed(0)
-        output: Any = model(*call.args, **call.kwargs)
+        output: Any = call.on(model)
         return [tensor.detach().double() for tensor in tensors_of(output)]
 
 

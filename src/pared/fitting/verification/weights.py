@@ -68,7 +68,7 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
     reads, call = _Reads(), calls[0]
     try:
         with torch.no_grad(), random_states_kept(), reads:
-            output = copied(*call.args, **call.kwargs)
+            output = call.on(copied)
     except Exception as error:  # noqa: BLE001  # an operator that no mode may watch
         log.debug("whether copies use their own weights could not be watched: %r", error)
         return

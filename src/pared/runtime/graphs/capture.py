@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,18 +13,18 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from pared.errors import ModelError
+from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.stopwatch import Patience, TooSlowError
 from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
+
+log = logging.getLogger(__name__)
 
 PREFIX: Final = "model."  # what `FlatModel` puts before the names of tensors and modules
 _REMEDY: Final = "Nothing needs to be done: its modules run instead."
 # They report sizes that are fixed or may vary, and packages that are not installed; what cannot be captured is raised.
-LOGGERS: Final = (
-    *("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes"),
-    *("torch.onnx", "torch.onnx._internal.exporter._registration"),
-)
-_QUIETLY: Final = quiet_loggers(LOGGERS, logging.CRITICAL)
+LOGGERS: Final = ("torch", "onnxscript", "onnx_ir")
+_QUIETLY: Final = quiet_loggers(LOGGERS, logging.CRITICAL + 1)
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a call
 
@@ -91,6 +91,13 @@ class Captures:
         return found
 
 
+class ValuesDecideError(Exception):
+    """A model's forward asks for a number that a capture does not have.
+
+    In place of torch's RuntimeError, for which `torch.export` prints the graph so far to standard error.
+    """
+
+
 class FlatModel(nn.Module):
     """A model as a function of tensors that returns tensors: an exported graph has no other inputs and outputs.
 
@@ -98,11 +105,19 @@ class FlatModel(nn.Module):
         model: the model.
         call: positional and keyword arguments; what is not a tensor keeps its value.
         returned: makes the list that is returned out of the model's output.
+        around: makes a context in which the model is called; default: one that does nothing.
     """
 
-    def __init__(self, model: nn.Module, call: Example, returned: Callable[[Any], list[Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Example,
+        returned: Callable[[Any], list[Any]],
+        around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         super().__init__()
         self.model = model
+        self._around = around
         self._leaves, self._structure = tree_flatten(call)
         self._returned = returned
 
@@ -116,7 +131,13 @@ class FlatModel(nn.Module):
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
-        return self._returned(self.model(*args, **kwargs))
+        try:
+            with self._around():
+                return self._returned(self.model(*args, **kwargs))
+        except RuntimeError as error:
+            if "data-dependent" in str(error):
+                raise ValuesDecideError(str(error)) from error
+            raise
 
 
 def doubled(call: Example) -> Example:
@@ -163,10 +184,17 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
 
     try:
         call = doubled(((), {argument.name: argument.example() for argument in arguments}))
-        program = _exported(FlatModel(model, call, returned))
+        flat = FlatModel(model, call, returned, Patience)
+        try:
+            program = _exported(flat, range)
+        except TooSlowError as error:
+            log.debug("only the number of samples may vary in a graph: %s", error)
+            program = _exported(flat, lambda rank: range(min(rank, 1)))
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"torch.export cannot capture it: {reason}", where="graph", remedy=_REMEDY) from error
+        log.debug("torch.export cannot capture a call: %s", error)
+        raise ModelError(
+            f"torch.export cannot capture it: {reason_of(error)}", where="graph", remedy=_REMEDY
+        ) from error
     return _checked(program, structures[-1])
 
 
@@ -178,8 +206,9 @@ def _materialize(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
 
 
-def _exported(flat: FlatModel) -> Any:
-    dimensions = tuple(dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
+def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
+    """The exported program, in which these dimensions of a tensor, by its rank, may have other sizes."""
+    dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
         operators = (node.target for node in program.graph.nodes if node.op == "call_function")

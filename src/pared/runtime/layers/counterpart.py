@@ -17,7 +17,6 @@ from typing import Any, Final, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -25,6 +24,7 @@ from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
 from pared.model.copies import clone_structure, refresh_recurrent
+from pared.model.recorded.values import is_transformed
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.layers.casts import cast_floats, first_dtype
 from pared.runtime.layers.dispatch import KERNELS, OUTPUTS
@@ -345,8 +345,7 @@ def is_ordinary_call() -> bool:
             pass
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
         return False
-    # `torch.func.vmap`, `jvp`, or forward-mode differentiation.
-    return torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+    return not is_transformed()
 
 
 def _is_input(func: Callable[..., Any], x: object) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pared.errors import ConfigError, ModelError
-from pared.runtime.graphs.capture import PREFIX, Example, FlatModel, capturing, doubled
+from pared.runtime.graphs.capture import PREFIX, Example, FlatModel, ValuesDecideError, capturing, doubled
 from pared.runtime.onnx.signature import GraphInput, Signature, output_names, signature_of, tensors_of
 
 log = logging.getLogger(__name__)
@@ -169,8 +169,9 @@ def _translated(program: Any, signature: Signature) -> Any:
 
 def _refusal(model: nn.Module | None, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n\n")[0].strip()
+    cause = error.__cause__ if isinstance(error, ValuesDecideError) else error
     return ModelError(
-        f"cannot be exported: {type(error).__name__}: {reason}",
+        f"cannot be exported: {type(cause).__name__}: {reason}",
         where=type(model).__name__ if model is not None else "torch.onnx",
         remedy="torch.export has to capture the float model: the traceback above shows what it cannot. If it names a "
         "dimension that must be fixed, pass dynamic=False, or say which dimensions may vary.",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from pared.errors import ModelError
+from pared.errors import reason_of
+from pared.model.recorded import values
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
 from pared.runtime.graphs.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
@@ -87,8 +88,9 @@ class _CheckedGraph:
         self._lock = threading.Lock()
         try:
             self.graph = Graph(model, captured())
-        except ModelError as error:
-            self.reason = error.what
+        except Exception as error:  # noqa: BLE001  # a call that no graph can be made of is answered by the modules
+            self.reason = reason_of(error)
+            log.debug("no graph: %s", error)
 
     def is_current(self) -> bool:
         return self.graph is None or self._snapshot.is_current()
@@ -103,6 +105,9 @@ class _CheckedGraph:
                 return graph(bound)
             except NotFiniteError:
                 return NotImplemented
+            except Exception as error:  # noqa: BLE001  # as in `_check`: the modules may well take this call
+                self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
+                return NotImplemented
         with self._lock:
             return self._check(graph, bound, ones, modules())
 
@@ -111,8 +116,8 @@ class _CheckedGraph:
             found = graph(bound)
         except NotFiniteError:
             return expected
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # operators raise these for a wrong shape
-            self._drop(f"the graph cannot take such inputs ({type(error).__name__}: {error})")
+        except Exception as error:  # noqa: BLE001  # of operators, for instance for a wrong shape
+            self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
             return expected
         if agree(found, expected):
             self._checked.add(ones)
@@ -133,12 +138,16 @@ def agree(found: object, expected: object, tolerance: float = _TOLERANCE) -> boo
     """
     ours, structure = tree_flatten(found)
     theirs, their_structure = tree_flatten(expected)
-    return structure == their_structure and all(_agree(a, b, tolerance) for a, b in zip(ours, theirs, strict=True))
+    if structure != their_structure:
+        return False
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return _agree(a, b, tolerance)
+
+    return all(values.same(a, b, equal) for a, b in zip(ours, theirs, strict=True))
 
 
-def _agree(found: object, expected: object, tolerance: float) -> bool:
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        return type(found) is type(expected) and found == expected
+def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not expected.is_floating_point():

@@ -1,0 +1,259 @@
+"""Values of any type, as models take and return them: the tensors in them, copies, and whether two are equal.
+
+Lists, dicts, dataclasses, caches and batches of any class are taken apart: into items, and into attributes. No value's
+own `==` is asked, which may do anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import functools
+import logging
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+log = logging.getLogger(__name__)
+
+ValueT = TypeVar("ValueT")
+Place = tuple[tuple[type, object], ...]  # the way to a leaf: of each container its class, and a key or an attribute
+
+_DEEPEST: Final = 100  # levels; what lies deeper is one leaf
+_PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)
+_LEAVES: Final = (
+    *(*_PLAIN, Tensor, np.ndarray, np.generic, nn.Module, enum.Enum, type, torch.Generator, torch.dtype, torch.device),
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    *(weakref.ReferenceType, logging.Logger),
+)
+
+
+def leaves(value: object, whole: tuple[type, ...] = ()) -> Iterator[tuple[Place, object]]:
+    """What a value is made of, in order, each with its place.
+
+    Args:
+        value: anything.
+        whole: classes that are leaves, too.
+
+    >>> [leaf for _, leaf in leaves({"a": [1, (2, None)], "b": "text"})]
+    [1, 2, None, 'text']
+    """
+    return _leaves(value, whole, (), set())
+
+
+def _leaves(value: object, whole: tuple[type, ...], place: Place, around: set[int]) -> Iterator[tuple[Place, object]]:
+    parts = None if isinstance(value, (*_LEAVES, *whole)) or len(place) > _DEEPEST else _parts(value)
+    if parts is None:
+        yield place, value
+    elif id(value) not in around:  # a value may contain itself
+        around.add(id(value))
+        for key, part in parts:
+            yield from _leaves(part, whole, (*place, (type(value), key)), around)
+        around.remove(id(value))
+
+
+def _parts(value: object) -> list[tuple[object, object]] | None:
+    """The items and the attributes of a value; None for what is a leaf."""
+    parts: list[tuple[object, object]] = []
+    if isinstance(value, dict):
+        parts += dict.items(value)
+    elif isinstance(value, (list, tuple, deque)):
+        parts += enumerate(value)
+    elif isinstance(value, functools.partial):
+        parts += [("args", value.args), ("keywords", value.keywords)]
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        items = value if isinstance(value, dict) else {}  # some classes of dicts hold each item as an attribute as well
+        parts += [(f".{name}", part) for name, part in attributes.items() if dict.get(items, name, parts) is not part]
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else tuple(slots):
+            descriptor = cls.__dict__.get(name if not name.startswith("__") else f"_{cls.__name__.lstrip('_')}{name}")
+            if isinstance(descriptor, types.MemberDescriptorType):
+                try:
+                    parts.append((f".{name}", descriptor.__get__(value, cls)))
+                except AttributeError:
+                    continue  # not set
+    return parts if parts or isinstance(value, (dict, list, tuple, deque)) else None
+
+
+def tensors_in(value: object) -> list[Tensor]:
+    """The tensors in a value, in order.
+
+    >>> [len(one) for one in tensors_in({"x": torch.zeros(2), "rest": [torch.zeros(3), "text"]})]
+    [2, 3]
+    """
+    return [leaf for _, leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def is_transformed() -> bool:
+    """Whether a function is being transformed, as by `torch.func`: tensors stand for others then."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def nbytes(value: object) -> int:
+    """The bytes of the tensors and arrays in a value."""
+    return sum(leaf.nbytes for _, leaf in leaves(value) if isinstance(leaf, (Tensor, np.ndarray)))
+
+
+def same(a: object, b: object, equal: Callable[[Tensor, Tensor], bool] | None = None) -> bool:
+    """Whether two values have the same structure and equal leaves; of leaves of unknown types only the class counts.
+
+    Args:
+        a: anything.
+        b: anything.
+        equal: compares two tensors; default: type, shape and all numbers, where NaN equals NaN.
+
+    >>> same([torch.zeros(2), {"n": 1}], [torch.zeros(2), {"n": 1}]), same([1, 2], (1, 2)), same(1, True)
+    (True, False, False)
+    """
+    ours, theirs = list(leaves(a)), list(leaves(b))
+    if len(ours) != len(theirs):
+        return False
+    if any(not _same_place(p, q) for (p, _), (q, _) in zip(ours, theirs, strict=True)):
+        return False
+    return all(_same_leaf(x, y, equal or _equal) for (_, x), (_, y) in zip(ours, theirs, strict=True))
+
+
+def _same_place(a: Place, b: Place) -> bool:
+    if len(a) != len(b):
+        return False
+    # Keys of other kinds, such as tensors, are the same by where they stand.
+    return all(
+        p is q and type(k) is type(m) and (k == m or not isinstance(k, _PLAIN))
+        for (p, k), (q, m) in zip(a, b, strict=True)
+    )
+
+
+def _same_leaf(a: object, b: object, equal: Callable[[Tensor, Tensor], bool]) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return equal(a, b)
+    if isinstance(a, torch.Generator) and isinstance(b, torch.Generator):
+        return torch.equal(a.get_state(), b.get_state())
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return a.dtype.hasobject or bool(np.array_equal(a, b, equal_nan=a.dtype.kind in "fc"))
+    if isinstance(a, (*_PLAIN, np.generic)):
+        return bool(a == b) or (a != a and b != b)
+    if isinstance(a, enum.Enum):
+        return a is b
+    return True
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape or a.layout != b.layout:
+        return False
+    if a.is_leaf and b.is_leaf and a.requires_grad != b.requires_grad:
+        return False
+    if a.is_meta or b.is_meta:
+        return a.is_meta == b.is_meta
+    a, b = a.detach(), b.detach()
+    if a.is_sparse or a.layout is not torch.strided or a.is_quantized or a.is_nested:
+        return a.shape == b.shape and torch.equal(_dense(a), _dense(b))
+    if torch.equal(a, b):
+        return True
+    return (a.is_floating_point() or a.is_complex()) and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    if tensor.is_nested:
+        return tensor.values() if tensor.layout is torch.jagged else tensor.to_padded_tensor(0.0)
+    return tensor.to_dense()
+
+
+def copied(value: ValueT, known: Mapping[int, object] | None = None) -> ValueT:
+    """A copy whose tensors are its own; modules are shared, and whatever Python cannot copy.
+
+    Tensors leave their graph, and keep `requires_grad`. Tensors that share memory do so in the copy.
+
+    Args:
+        value: anything.
+        known: by `id`, objects with what takes their place in the copy.
+    """
+    memo: dict[int, Any] = dict(known or {})
+    found = [leaf for _, leaf in leaves(value) if id(leaf) not in memo]
+    memo |= {id(leaf): leaf for leaf in found if isinstance(leaf, nn.Module)}
+    memo |= {id(leaf): _same_draws(leaf) for leaf in found if isinstance(leaf, torch.Generator)}
+    memo |= _clones([leaf for leaf in found if isinstance(leaf, Tensor)])
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception:  # noqa: BLE001  # whatever a class makes of being copied: what cannot be is shared
+        for leaf in found:
+            if id(leaf) not in memo and not isinstance(leaf, _LEAVES):
+                memo |= _itself(leaf)
+    try:
+        return copy.deepcopy(value, dict(memo))
+    except Exception as error:  # noqa: BLE001  # as above
+        log.debug("a %s cannot be copied and is shared: %s", type(value).__name__, error)
+        return value
+
+
+def _itself(leaf: object) -> dict[int, object]:
+    """A leaf that cannot be copied, by its `id`; nothing if it can."""
+    try:
+        copy.deepcopy(leaf)
+    except Exception as error:  # noqa: BLE001  # whatever its class makes of being copied
+        log.debug("a %s cannot be copied and is shared: %s", type(leaf).__name__, error)
+        return {id(leaf): leaf}
+    return {}
+
+
+def _same_draws(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator(generator.device).set_state(generator.get_state())
+
+
+def _clones(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """A copy of each tensor, by `id`."""
+    by_storage: dict[object, dict[int, Tensor]] = {}
+    for tensor in tensors:
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_cpu and tensor.numel()
+        key = (tensor.untyped_storage().data_ptr(), tensor.dtype) if plain else id(tensor)
+        by_storage.setdefault(key, {})[id(tensor)] = tensor
+    found: dict[int, Tensor] = {}
+    for group in by_storage.values():
+        found |= _views(list(group.values())) or {key: _clone(tensor) for key, tensor in group.items()}
+    return found
+
+
+def _views(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Copies of tensors that share memory and do so again; nothing if it is one, or if they lie far apart."""
+    if len(tensors) == 1 or any(one.is_conj() or one.is_neg() for one in tensors):
+        return {}
+    low = min(one.storage_offset() for one in tensors)
+    high = max(_end(one) for one in tensors)
+    if high - low > sum(one.numel() for one in tensors):
+        return {}
+    base = tensors[0].detach().as_strided((high - low,), (1,), low).clone()
+    return {
+        id(one): base.as_strided(one.shape, one.stride(), one.storage_offset() - low).requires_grad_(one.requires_grad)
+        for one in tensors
+    }
+
+
+def _end(tensor: Tensor) -> int:
+    """The place in its storage after its last number."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + 1 + sum(steps))
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone()
+    if tensor.requires_grad and not clone.requires_grad:
+        clone.requires_grad_()
+    for name, value in getattr(tensor, "__dict__", {}).items():
+        clone.__dict__.setdefault(name, value)
+    return clone
