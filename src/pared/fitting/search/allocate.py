@@ -111,7 +111,7 @@ def choose(tensors: Sequence[Options], price: float) -> Choice:
     cost = table.damage + price * table.nbytes
     nbytes = np.where(cost == table.least(cost), table.nbytes, np.inf)
     best = table.firsts(nbytes == table.least(nbytes))
-    # Summed one after the other: the sums of equal choices are equal, whoever computes them.
+    # Summed one after the other: the sums of equal choices are equal.
     total, damage = (float(np.cumsum(values[best])[-1]) for values in (table.nbytes, table.damage))
     return Choice(price, tuple((best - table.starts).tolist()), total, damage)
 
