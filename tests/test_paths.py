@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,16 @@ def broken(folder: Path) -> Path:
     return folder / "link"
 
 
+def deep(folder: Path) -> Path:
+    """Folders within folders."""
+    top = folder
+    for _ in range(100):
+        folder = folder / "d"
+        folder.mkdir()
+    torch.save(net().state_dict(), folder / "model.pt")
+    return top
+
+
 def empty_file(folder: Path) -> Path:
     (folder / "empty").touch()
     return folder / "empty"
@@ -109,6 +121,9 @@ REFUSED: dict[str, Callable[[Path], Any]] = {
     "links in a circle": circle,
     "a name that is no Unicode": lambda folder: folder / "\ud800",
     "below a file": lambda folder: text(folder) / "below",
+    "far below a file": lambda folder: text(folder) / "far" / "below",
+    "empty": lambda folder: "",
+    "a surrogate escape": lambda folder: folder / os.fsdecode(b"\xff\x00"),
     "not a path": lambda folder: 3,
     "bytes": lambda folder: bytes(folder),
 }
@@ -120,8 +135,16 @@ UNREADABLE: dict[str, Callable[[Path], Any]] = {
     "an empty folder": lambda folder: folder,
     "no Unicode": text,
     "a device": lambda folder: Path("/dev/zero"),
+    "nested without end": deep,
 }
-NOT_ON_A_COMMAND_LINE = ("a NUL in it", "a name that is no Unicode", "not a path", "bytes")
+NOT_ON_A_COMMAND_LINE = (
+    "a NUL in it",
+    "a surrogate escape",
+    "a name that is no Unicode",
+    "not a path",
+    "bytes",
+    "empty",
+)
 TABLE = [
     *[(verb, path) for verb in READS for path in (REFUSED | UNREADABLE)],
     *[(verb, path) for verb in WRITES for path in REFUSED],
@@ -138,6 +161,30 @@ def test_every_verb_tells_what_is_wrong_with_a_path(verb: str, path: str, tmp_pa
     with pytest.raises(ParedError) as error:
         (READS | WRITES | COMMANDS)[verb](given, tmp_path / "free")
     assert isinstance(error.value, FileError | ConfigError)
+
+
+# --- paths of others
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+@pytest.mark.child
+def test_what_belongs_to_another_is_told() -> None:
+    """In a child that gives up being root, if it is: root may read everything."""
+    code = "import sys; from tests import paths_child; paths_child.main(sys.argv[1])"
+    with tempfile.TemporaryDirectory() as place:  # not of pytest, whose folders only their owner may enter
+        found = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=False)
+        for folder in ("closed", "inner/closed", "listed"):
+            Path(place, folder).chmod(0o755)
+    assert found.stdout.splitlines() == ["done"], found.stdout + found.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+@pytest.mark.slow
+@pytest.mark.child
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path: Path) -> None:
+    code = "import sys; from tests import full_disk_child; full_disk_child.main(sys.argv[1])"
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines() == ["done"], found.stdout + found.stderr
 
 
 # --- files within a directory of ours

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.artifact import decoding
+from pared.artifact.decoding import whole
 from pared.artifact.envelope import open_records
 from pared.artifact.listing import list_artifact
 from pared.artifact.parse import parse_index
@@ -31,7 +31,7 @@ def checked(contents: Contents, data: bytes) -> None:
     with open_records(data) as records:
         entries = parse_index(records).entries
         for stored, entry in zip(contents.tensors, entries, strict=True):
-            array = decoding.decode(entry, records.data)
+            array = whole.decode(entry, records.data)
             assert array.shape == stored.coded.shape
             assert array.tobytes() == bits_of(stored.coded.decode())
         listing = list_artifact(records)
@@ -42,7 +42,7 @@ def checked(contents: Contents, data: bytes) -> None:
             assert read is not None
             entry = entry_of[tensor.name]
             assert (read.shape, tensor.nbytes, tensor.label) == (entry.shape, entry.nbytes, entry.label)
-            assert read.tobytes() == decoding.decode(entry, records.data).tobytes()
+            assert read.tobytes() == whole.decode(entry, records.data).tobytes()
 
 
 def contents_of(coded: Coded) -> Contents:
@@ -98,4 +98,4 @@ def test_a_flipped_bit_is_found() -> None:
         data = bytearray(records.data)
         data[0] ^= 1
         with pytest.raises(CorruptError, match="w: the checksum of its numbers does not match"):
-            decoding.decode(entry, memoryview(data))
+            whole.decode(entry, memoryview(data))

@@ -161,7 +161,8 @@ def test_any_shape_and_scale(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     source = (drawn(*shape, seed=seed) * 2.0**scale).to(dtype)
-    found = there_and_back({"t": source}, tmp_path_factory.mktemp("any"), bits=bits)["t"]
+    state = {"t": source, "another": torch.ones(1)}  # a model without numbers is refused
+    found = there_and_back(state, tmp_path_factory.mktemp("any"), bits=bits)["t"]
     assert found.dtype == dtype
     assert found.shape == source.shape
     assert bool(found.isfinite().all()) == bool(source.isfinite().all())
@@ -407,8 +408,11 @@ def test_a_file_without_a_model(tmp_path: Path) -> None:
         pared.compress(source, tmp_path / "out")
 
 
-def test_an_empty_state_is_an_empty_artifact(tmp_path: Path) -> None:
-    assert there_and_back({}, tmp_path) == {}
+@pytest.mark.parametrize("state", [{}, {"w": torch.zeros(0, 8)}, {"model": {}}], ids=str)
+def test_an_empty_state_is_refused(state: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="holds no weights of a model"):
+        pared.compress(saved(state, tmp_path / "m.pt"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_meet_are_told(tmp_path: Path) -> None:
@@ -518,6 +522,30 @@ def test_a_damaged_journal_is_not_believed(
     done = compress.run(source, output, quiet=True)
     assert done.path.read_bytes() == whole
     assert done.resumed < 6
+
+
+PLANS: tuple[Any, ...] = (3, [], {}, {"round": 1}, {"round": "1", "level": 1.0}, {"round": 1, "level": 1e300})
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_plan_that_makes_no_sense_is_made_again(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = saved(layers(), tmp_path / "m.pt"), tmp_path / "out"
+    whole = pared.compress(source, tmp_path / "whole", max_size=60_000).read_bytes()
+    interrupted(source, output, monkeypatch, max_size=60_000)
+    head, *lines = (output / FOLDER / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    head = json.dumps(json.loads(head) | {"plan": plan}).encode() + b"\n"
+    (output / FOLDER / "journal.jsonl").write_bytes(b"".join([head, *lines]))
+    assert pared.compress(source, output, max_size=60_000).read_bytes() == whole
+
+
+def test_a_journal_of_other_tensors_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, output = saved(layers(), tmp_path / "m.pt"), tmp_path / "out"
+    whole = pared.compress(source, tmp_path / "whole").read_bytes()
+    interrupted(source, output, monkeypatch)
+    head, first, *_ = (output / FOLDER / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    first = json.dumps(json.loads(first) | {"name": "other"}).encode() + b"\n"
+    (output / FOLDER / "journal.jsonl").write_bytes(head + first)
+    assert pared.compress(source, output).read_bytes() == whole
 
 
 def test_two_runs_do_not_write_to_one_place(tmp_path: Path) -> None:

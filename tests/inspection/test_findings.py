@@ -126,7 +126,7 @@ def test_headers_alone_tell_some_kinds(case: str, tmp_path: Path, monkeypatch: p
     assert seen == pytest.approx(kinds if kinds.keys() <= BY_HEADERS or case in BY_NAMES else {}, rel=0.03)
 
 
-BY_HEADERS = {"optimizer-state", "view-of-larger-storage", "ballast", "left-in-float"}
+BY_HEADERS = {"optimizer-state", "view-of-larger-storage", "ballast", "left-in-float", "quantized-already"}
 BY_NAMES = ("an average of the model beside it", "doubles")
 
 
@@ -235,6 +235,7 @@ def test_the_remedy_reaches_what_it_says(case: str, tmp_path: Path, monkeypatch:
 MENDED_BY_HAND = (
     "small numbers in int64",
     "an LSTM that stayed in float",
+    "codes and scales of GPTQ",
     "int8 beside float in one module",
     "a master copy in float32 of bfloat16",
 )

@@ -144,6 +144,17 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, int], str]] = {
         {"left-in-float": 4 * (512 * 64 + 512 * 128)},
         "1.weight_hh_l0",
     ),
+    "codes and scales of GPTQ": (
+        lambda: {
+            "l.qweight": torch.randint(-(2**31), 2**31 - 1, (128, 512), dtype=torch.int32),
+            "l.qzeros": torch.full((8, 64), 0x77777777, dtype=torch.int32),
+            "l.scales": drawn(8, 512).abs().half(),
+            "l.g_idx": torch.arange(1024, dtype=torch.int32) // 128,
+            "embed.weight": per_channel(WEIGHT, 0),  # where another cause would be found
+        },
+        {"quantized-already": 4 * (128 * 512 + 8 * 64)},
+        "l.qweight",
+    ),
     "storages that nothing refers to": (
         lambda: {"w": WEIGHT, "kept": drawn(100, 100).untyped_storage()},
         {"ballast": 40_000},

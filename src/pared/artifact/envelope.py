@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from pared.errors import CorruptError, FileError
-from pared.files.disk import File, open_file
+from pared.files.disk import File, open_file, reading
 from pared.files.magic import kind_of
 from pared.files.safetensors_file import is_safetensors, read_header
 from pared.files.zip_file import PICKLE, Archive, Member, checked_content, is_zip, read_archive, torch_folder
@@ -63,8 +63,11 @@ def find_artifact(path: Path) -> Path:
         FileError: there is none.
     """
     found = artifact_in(path)
-    if found.is_file():
-        return found
+    with reading(path):
+        if found.is_file():
+            return found
+        if found.is_dir():
+            next(found.iterdir(), None)  # raises if one may not look into it
     raise FileError(
         "there is no artifact here",
         where=str(path),

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from pared import readers
-from pared.artifact.decoding import decode
+from pared.artifact.decoding.pieces import need, pieces
+from pared.artifact.decoding.whole import decode
 from pared.artifact.envelope import Records, artifact_in, open_records, records_of
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
 from pared.files.disk import open_file
+from pared.files.memory_limit import MemoryLimit
 from pared.formats.dtypes import bytes_of
 from pared.readers.folders.manifests import manifest_parts
 from pared.readers.listing import ListedTensor, Listing, Storage
@@ -76,10 +78,21 @@ def list_artifact(records: Records) -> Listing:
             for entry in entries
             for name in entry.names
         ),
-        {entry.name: Storage(entry.nbytes, partial(_content, entry, records.data), coded=True) for entry in entries},
+        {entry.name: _storage(entry, records) for entry in entries},
         where=records.where,
         nbytes=records.nbytes,
         kind="an artifact",
+    )
+
+
+def _storage(entry: Entry, records: Records) -> Storage:
+    limit = MemoryLimit(records.where, records.nbytes)
+    return Storage(
+        entry.nbytes,
+        partial(_content, entry, records.data),
+        coded=True,
+        need=need(entry),
+        pieces=partial(pieces, entry, records.data, limit),
     )
 
 

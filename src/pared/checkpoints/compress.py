@@ -8,7 +8,8 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,6 +24,7 @@ from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.folders.layout import record
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
+from pared.checkpoints.quantized.recognize import REMEDY, Quantization, recognize, unrounded
 from pared.checkpoints.result import Compressed, joined
 from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
 from pared.checkpoints.selection import Kept, contained, file_of, is_adapter, select
@@ -48,6 +50,8 @@ _BATCH: Final = 1 << 28
 _AIM: Final = 0.9985
 _NEAR: Final = 0.995
 _ROUNDS: Final = 3
+_MOST_ROUNDS: Final = 64  # which nothing needs: what a journal may say
+_LARGEST_LEVEL: Final = 1 << 12
 _Part = Literal["whole", "top", "inside"]
 _VERSION: Final = 1  # of the rounding: a journal written by another version is discarded
 
@@ -77,7 +81,9 @@ def compress(
         quiet: whether to hide the progress bar.
 
     Returns:
-        the path of the artifact; of a folder of several models, `directory`.
+        the path of the artifact; of a folder of several models, `directory`. Of a checkpoint that another tool has
+        quantized (GPTQ, AWQ, bitsandbytes, ...) every tensor is stored bit for bit, whatever `bits` is, and a warning
+        says so.
 
     Raises:
         ConfigError: the options contradict each other, or the size cannot be reached.
@@ -152,18 +158,24 @@ def _run(
     began = time.perf_counter()
     _check_places(source, output)
     with readers.open_listing(source, part=part == "top") as listing:
-        chosen = contained(listing)
+        chosen, quantized = contained(listing), recognize(listing)
+        if quantized is not None:
+            chosen = replace(chosen, kept=unrounded(chosen.kept, quantized))
+            log.warning("%s: %s: nothing of it is rounded", source, quantized)
         _check_kept(chosen.kept, chosen.listing)
         check_forms(listing)
         beside = Companions((), {}) if part != "whole" else _beside(source, output, listing)
+        if quantized is not None and size is not None:
+            _check_exact_size(listing, chosen.kept, size)
         make_directory(output)
         depends = _depends(source, listing, chosen.kept, rate, size)
         with Journal(output, depends) as journal:
+            journal.keep(chosen.kept)
             resumed = len(journal.entries)
             if resumed:
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(chosen.listing, chosen.kept, journal, quiet)
-            work.at_rate(rate) if size is None else work.within(
+            work.at_rate(rate) if size is None or quantized is not None else work.within(
                 size - (len(json.dumps(chosen.states)) if chosen.states else 0)
             )
             target = output / FILE_NAMES["pt"]
@@ -188,12 +200,14 @@ def _run(
         copied=beside.copied,
         resumed=resumed,
         not_copied=beside.left,
-        about=_about(listing),
+        about=_about(listing, quantized),
     )
 
 
-def _about(listing: Listing) -> str:
-    """What the user has to know about a source that is not a whole model, or more than weights."""
+def _about(listing: Listing, quantized: Quantization | None) -> str:
+    """What the user has to know about a source that is not a whole model, or more than weights, or fewer bits."""
+    if quantized is not None:
+        return f"nothing was rounded: {quantized}. {REMEDY}"
     if is_adapter(listing):
         return "an adapter of PEFT: the model that it was trained for is not in it"
     places = tuple(f"({name}: " for name in listing.files) or ("(",)
@@ -234,7 +248,7 @@ class _Work:
         """Pack with the finest steps at which the file has at most `nbytes`, correcting estimates by real sizes."""
         prospect = SizeModel(self._listing, self._kept)
         plan = self._journal.plan
-        if plan is None:
+        if plan is None or not _is_plan(plan):
             plan = {"round": 1, "level": prospect.level_for(int(nbytes * _AIM), nbytes)}
             self._journal.begin(plan)
         while True:
@@ -269,6 +283,13 @@ class _Work:
         return each(lambda i: pack_held(self._listing, self._kept[i], targets[i]), batch, sizes)
 
 
+def _is_plan(plan: Mapping[str, Any]) -> bool:
+    """Whether a journal's plan is one of those that `_Work.within` makes."""
+    level, number = plan.get("level"), plan.get("round")
+    known = isinstance(level, float | int) and abs(level) <= _LARGEST_LEVEL
+    return known and type(number) is int and 1 <= number <= _MOST_ROUNDS
+
+
 def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
     """Consecutive tensors that are packed together, from index `done` on."""
     start = done
@@ -288,7 +309,7 @@ def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, 
     files = listing.files.values() if listing.files else [source]
     with reading(source):
         stats = [[file.name, stat.st_size, stat.st_mtime_ns] for file in files for stat in [file.stat()]]
-    tensors = zlib.crc32(repr([(one.names, one.held) for one in kept]).encode())
+    tensors = zlib.crc32(repr([(one.names, one.held, one.exact) for one in kept]).encode())
     asked = {"bits": bits, "max_size": size, "version": f"{__version__}/{_VERSION}"}
     return {"source": str(source.resolve()), "files": stats, "tensors": tensors, **asked}
 
@@ -327,6 +348,18 @@ def _check_places(source: Path, output: Path) -> None:
                 )
 
 
+def _check_exact_size(listing: Listing, kept: Sequence[Kept], most: int) -> None:
+    """Refuse a size that tensors which may not be rounded exceed."""
+    nbytes = SizeModel(listing, kept).nbytes([Fineness()] * len(kept))
+    if nbytes > most:
+        raise ConfigError(
+            f"{most:,} bytes are too few: nothing may be rounded, and so it takes about {nbytes:,}, since "
+            f"{kept[0].exact}",
+            where="max_size",
+            remedy=REMEDY,
+        )
+
+
 def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
     """Refuse tensors that an artifact cannot hold, before any work is done."""
     for place, note in listing.stray.items():
@@ -336,7 +369,7 @@ def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
             remedy="Save the whole state dict with torch.save or as .safetensors, and compress that; pared inspect "
             "shows what is read of this file.",
         )
-    if not kept and listing.tensors:
+    if not any(one.held.nbytes for one in kept):
         raise FileError(
             "holds no weights of a model",
             where=listing.where,

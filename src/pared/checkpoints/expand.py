@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from pared.artifact.decoding import decode
+from pared.artifact.decoding.pieces import need, pieces
+from pared.artifact.decoding.whole import decode
 from pared.artifact.envelope import Records, artifact_in, find_artifact, open_records
 from pared.artifact.index import STATE, Entry, Index
 from pared.artifact.listing import artifact_parts
@@ -24,13 +25,14 @@ from pared.checkpoints.folders.layout import layout_of, single
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
+from pared.files.memory_limit import MemoryLimit
 from pared.files.safetensors_file import encoded_header
 from pared.files.threads import each
 from pared.formats.dtypes import TYPES, Array
 from pared.terminal import bytes_done
 
 _SUFFIX: Final = ".safetensors"
-_BATCH: Final = 1 << 27
+_BATCH: Final = 3 << 27  # bytes of memory that decoding a batch of tensors takes
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,11 @@ def _write(
     header: bytes, entries: Sequence[Entry], records: Records, advance: Callable[[int], object], file: BinaryIO
 ) -> None:
     file.write(header)
-    for entry, array in _decoded(entries, records):
+    for entry, content in _decoded(entries, records):
         for _ in entry.names:
-            file.write(array.reshape(-1).view(np.uint8).data)
-            advance(array.nbytes)
+            for array in content():
+                file.write(array.reshape(-1).view(np.uint8).data)
+                advance(array.nbytes)
 
 
 def _header(entries: Sequence[Entry], where: str) -> bytes:
@@ -215,15 +218,22 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
     return encoded_header("pt", tensors, alignment=8)
 
 
-def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Array]]:
-    """All tensors in the order of the file, decoded in batches by all cores."""
+def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Callable[[], Iterable[Array]]]]:
+    """All tensors in the order of the file: in batches by all cores, and what exceeds a batch piece by piece."""
+    limit = MemoryLimit(records.where, records.nbytes)
+    most = min(_BATCH, limit.left // 2)
     batch: list[Entry] = []
     for i, entry in enumerate(entries):
-        batch.append(entry)
-        if i + 1 == len(entries) or sum(one.source_nbytes for one in batch) >= _BATCH:
+        large = need(entry) > most
+        if not large:
+            batch.append(entry)
+        following = entries[i + 1] if i + 1 < len(entries) else None
+        if large or following is None or sum(map(need, (*batch, following))) > most:
             arrays = each(lambda one: _decode(one, records.data), batch, [one.elements for one in batch])
-            yield from zip(batch, arrays, strict=True)
+            yield from ((one, partial(iter, [array])) for one, array in zip(batch, arrays, strict=True))
             batch = []
+        if large:
+            yield entry, partial(pieces, entry, records.data, limit)
 
 
 def _decode(entry: Entry, data: memoryview) -> Array:

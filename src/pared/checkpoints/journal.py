@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -24,6 +25,8 @@ from pared.files.checks import Place
 from pared.files.directories.lock import owned
 from pared.files.directories.writable import writing_to
 from pared.files.disk import open_file, write_atomic
+
+log = logging.getLogger(__name__)
 
 FOLDER: Final = ".pared-compress"
 _JOURNAL: Final = "journal.jsonl"
@@ -90,6 +93,14 @@ class Journal:
             write_atomic(self.folder / _JOURNAL, lambda file: file.write(head))
             self._open()
 
+    def keep(self, kept: Sequence[Kept]) -> None:
+        """Begin again unless the packed tensors are the first of these: anyone may have written a journal."""
+        packed = [(entry.names, entry.dtype, entry.shape) for entry in self.entries]
+        if packed != [(one.names, one.held.dtype, one.held.shape) for one in kept[: len(packed)]]:
+            log.warning("%s: the journal is about other tensors; it is begun again", self.folder)
+            self._close()
+            self.entries, self.plan = [], None
+
     def add(self, kept: Kept, packed: PackedTensor) -> None:
         """Record a packed tensor."""
         assert self._data is not None
@@ -139,7 +150,8 @@ class Journal:
         lines = self._lines()
         head = _parsed(lines[0]) if lines else {}
         if head.get("depends") == self._depends:
-            self.plan = head.get("plan")
+            plan = head.get("plan")
+            self.plan = plan if isinstance(plan, dict) else None
             self._resume(lines)
 
     def _lines(self) -> list[bytes]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from pared.artifact.index import Entry, Index
 from pared.checkpoints.packing import INT8_BITS, Fineness, PackedTensor, entry_of, exact, goes_on_grid, pack
+from pared.checkpoints.quantized.recognize import REMEDY, recognize, unrounded
 from pared.checkpoints.rates import crossing
 from pared.checkpoints.selection import Kept, select
 from pared.errors import ConfigError
@@ -59,7 +60,7 @@ def predict_nbytes(listing: Listing, bits: float = INT8_BITS) -> int:
         ModelError: a tensor holds NaN, or infinities that are not a mask.
         ConfigError: a tensor has an element type that an artifact cannot hold.
     """
-    kept = select(listing).kept
+    kept = unrounded(select(listing).kept, recognize(listing))
     return SizeModel(listing, kept).nbytes([Fineness(bits)] * len(kept))
 
 
@@ -180,6 +181,12 @@ def array_of(listing: Listing, kept: Kept) -> Array:
 
 def unsupported(kept: Kept) -> ConfigError:
     """The error for a tensor whose element type an artifact cannot hold."""
+    if kept.exact:
+        return ConfigError(
+            f"is of type {kept.held.dtype}, which an artifact cannot hold: {kept.exact}",
+            where=kept.held.name,
+            remedy=REMEDY,
+        )
     return ConfigError(
         f"is of type {kept.held.dtype}, which an artifact cannot hold",
         where=kept.held.name,
@@ -190,7 +197,7 @@ def unsupported(kept: Kept) -> ConfigError:
 def pack_held(listing: Listing, kept: Kept, target: Fineness, threads: int = 1) -> PackedTensor:
     """Pack a tensor of a file, and release the memory of what was read."""
     array = array_of(listing, kept)
-    packed = exact(array, "extra state") if kept.exact else pack(array, target, kept.held.name, threads)
+    packed = exact(array, kept.exact) if kept.exact else pack(array, target, kept.held.name, threads)
     release(listing, kept)
     return packed
 

@@ -31,11 +31,13 @@ class Kept:
         held: the tensor in the file.
         names: the model's names for it; several if it is tied.
         kind: parameter or buffer, judged by type and name: files do not say; or part of a module's extra state.
+        quantized: how its checkpoint was quantized before; empty if it was not.
     """
 
     held: ListedTensor
     names: tuple[str, ...]
     kind: Literal["parameter", "buffer", "state"]
+    quantized: str = ""
 
     @property
     def name(self) -> str:
@@ -43,9 +45,10 @@ class Kept:
         return self.names[0]
 
     @property
-    def exact(self) -> bool:
-        """Whether it is extra state of a module, which is never rounded."""
-        return self.kind == "state" or self.name.rpartition(".")[2] == EXTRA_STATE
+    def exact(self) -> str:
+        """Why it must not be rounded: it is extra state of a module, or quantized already; empty if it may be."""
+        state = self.kind == "state" or self.name.rpartition(".")[2] == EXTRA_STATE
+        return self.quantized or ("extra state" if state else "")
 
 
 @dataclass(frozen=True)

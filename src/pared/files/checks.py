@@ -80,6 +80,12 @@ class Place:
             self.fail(f"{what} is not an integer from {legal[0]} to {legal[-1]}")
         return value
 
+    def integer(self, value: object, what: str) -> int:
+        """Check that the value is an integer of 64 bits."""
+        if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
+            self.fail(f"{what} is not an integer of 64 bits")
+        return value
+
     def number(self, value: object, what: str) -> float:
         """Check that the value is a number that a float can hold."""
         if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:

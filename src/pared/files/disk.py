@@ -32,6 +32,10 @@ def as_path(value: object, where: str) -> Path:
     'models'
     """
     named = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if named == "":
+        raise ConfigError(
+            "the path is empty", where=where, remedy='Pass the path of a file or folder; "." is this one.'
+        )
     if isinstance(named, str):
         path = Path(named)
         with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -385,8 +385,8 @@ def tune_speed(
         "pared.tune_speed", "calibration_sampling_size", calibration_sampling_size, least=1, whole=True
     )
     file = find_artifact(as_path(path, "tune_speed"))
-    contents = storage.read(file)
     tensors = find_tensors(model)
+    contents = storage.read(file, tensors.numbers)
     floats = float_forms.decoded(tensors, completed(tensors, contents))
     seen = observe.collect(floats, calib_dataloader, limit)
     found: ModuleT = tuned(tensors.in_copy(floats), contents, seen)

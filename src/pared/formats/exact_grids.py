@@ -28,6 +28,7 @@ _GROUPS: Final = (32, 64, 128)  # neighbours in a row with a step of their own
 _ROWS, _COLUMNS = 4, 2048  # that are looked at first
 _ROUNDING: Final = 2.0**-16  # of the largest magnitude: what float32 may be off by, and its step too, with room
 _BLOCK: Final = 1 << 19
+_WHOLE: Final = {4: 2.0**24, 8: 2.0**53}  # the largest whole numbers of which every one has a float, by a float's bytes
 _FIRST: Final = 64
 
 Floats = NDArray[np.float64]
@@ -75,7 +76,8 @@ def is_whole(array: Array) -> bool:
     flat = array.reshape(-1)
     edges = [0, _FIRST, *range(_BLOCK, flat.size, _BLOCK), flat.size]  # nearly always the first few tell
     blocks = (as_floats(flat[start:end]) for start, end in pairwise(edges))
-    return all(bool((np.rint(block) == block).all()) for block in blocks)
+    # Beyond, every float is whole, and says nothing.
+    return all(bool(((np.rint(block) == block) & (abs(block) <= _WHOLE[block.itemsize])).all()) for block in blocks)
 
 
 def whole_grid(array: Array) -> ExactGrid | None:

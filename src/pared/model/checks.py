@@ -18,7 +18,8 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
 
     Raises:
         ModelError: it is not a module; compiled, scripted or lazy; on the meta device; quantized already; or one of its
-            parameters holds NaN or infinity; or its extra state is more than plain data.
+            parameters holds NaN or infinity; or its extra state is more than plain data; or it has neither that nor a
+            number in its parameters and buffers.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -30,7 +31,13 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
     tensors = find_tensors(model)
     for tensor in tensors:
         _check_tensor(tensor)
-    extra.collect(model)
+    states = extra.collect(model)
+    if not tensors.numbers and not states:
+        raise ModelError(
+            f"has no numbers to compress: its {len(tensors)} parameters and buffers are empty",
+            where=type(model).__name__,
+            remedy="Pass the model that holds the weights; tensors in plain attributes do not count.",
+        )
     return tensors
 
 

@@ -18,8 +18,9 @@ from pared.artifact.index import Entry, Index
 from pared.artifact.parse import parse_index
 from pared.artifact.parts import parts_of, placed
 from pared.artifact.torch_file import write_torch
-from pared.errors import DANGEROUS, ConfigError, CorruptError, UnsafeError
+from pared.errors import DANGEROUS, ConfigError, CorruptError, MismatchError, UnsafeError
 from pared.files.disk import as_path, make_directory, write_atomic
+from pared.files.memory_limit import MemoryLimit
 from pared.files.safetensors_file import write_safetensors
 from pared.files.threads import each
 from pared.formats import coded as formats
@@ -33,6 +34,8 @@ from pared.model.state import tables
 from pared.model.state.extra import ExtraState
 
 log = logging.getLogger(__name__)
+
+_NUMBER_NBYTES = 16  # what a number takes while it is decoded, at most
 
 
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
@@ -98,21 +101,28 @@ def from_bytes(data: bytes) -> Contents:
         return _contents(records)
 
 
-def read(path: Path) -> Contents:
+def read(path: Path, numbers: int | None = None) -> Contents:
     """Read an artifact.
+
+    Args:
+        path: the file.
+        numbers: how many the model has that it is for, which bounds what decoding takes; None: the file is our own.
 
     Raises:
         FileError: there is no such file, or it is not an artifact.
         CorruptError: its bytes contradict themselves.
+        MismatchError: it describes far more numbers than the model has.
         UnsafeError: it would inflate without bound.
         VersionError: a newer version wrote it.
     """
     with open_records(path) as records:
-        return _contents(records)
+        return _contents(records, numbers)
 
 
-def _contents(records: Records) -> Contents:
+def _contents(records: Records, numbers: int | None = None) -> Contents:
     index = parse_index(records)
+    if numbers is not None:
+        _check_numbers(index, records, numbers)
     read_one = functools.partial(_stored, records.data)
     found = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
     tensors = tuple(stored for stored in found if stored.kind != "state")
@@ -127,6 +137,18 @@ def _in_order(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The tensors of one extra state, in their order."""
     count = sum(part.rpartition("/")[0] == name for part in parts)
     return tuple(parts[f"{name}/{i}"] for i in range(count))
+
+
+def _check_numbers(index: Index, records: Records, numbers: int) -> None:
+    """Refuse far more numbers than a model has, before any is decoded: those of a few bytes may be very many."""
+    described = sum(max(entry.elements, entry.n_rows) for entry in index.entries)
+    free = MemoryLimit(records.where, records.nbytes).left // _NUMBER_NBYTES
+    if described > numbers + free:
+        raise MismatchError(
+            f"describes {described:,} numbers, and the model has {numbers:,}",
+            where=records.where,
+            remedy="Pass the architecture that it was made from; if you have, do not use this file.",
+        )
 
 
 def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activation]) -> None:

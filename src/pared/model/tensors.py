@@ -122,6 +122,11 @@ class ModelTensors(Generic[ModuleT_co]):
         """The first name of each tensor, by the `id` of every object that is this tensor."""
         return {id(an_object): tensor.name for tensor in self for an_object in tensor.objects}
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers all tensors have."""
+        return sum(tensor.tensor.numel() for tensor in self)
+
     def in_copy(self, model: ModuleT) -> ModelTensors[ModuleT]:
         """The tensors of the same names in a copy of the model."""
         known = dict(named_tensors(model))

@@ -7,7 +7,7 @@ uses torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -64,11 +64,15 @@ class Storage:
         nbytes: the size in the file.
         content: returns the bytes of the numbers, decompressed if necessary; None if they cannot be read.
         coded: whether the numbers are compressed or otherwise coded, so that `nbytes` does not tell their count.
+        need: the bytes of memory that `content` takes in proportion to the numbers, not to the file; 0: none.
+        pieces: gives the numbers in C order, in pieces of one dimension, in little memory; None: only `content` does.
     """
 
     nbytes: int
     content: Callable[[], memoryview] | None = None
     coded: bool = False
+    need: int = 0
+    pieces: Callable[[], Iterator[Array]] | None = None
 
 
 EXTRA_STATE: Final = "_extra_state"  # what torch calls the extra state of a module, behind the module's name

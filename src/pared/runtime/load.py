@@ -108,6 +108,7 @@ def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.M
     file = find_artifact(as_path(path, "load"))
 
     def made() -> nn.Module:
-        return quantized.assemble(find_tensors(known), storage.read(file), profile_beside(file), memory)
+        tensors = find_tensors(known)
+        return quantized.assemble(tensors, storage.read(file, tensors.numbers), profile_beside(file), memory)
 
     return apart(made)

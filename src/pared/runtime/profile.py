@@ -8,12 +8,14 @@ import math
 import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 
+from pared.errors import CorruptError, ParedError
+from pared.files.checks import Place
 from pared.runtime.graphs.call_kinds import Argument, describe_kind
 from pared.runtime.kernels.machine import extensions
 
@@ -29,6 +31,10 @@ BUSY: Final = (
     "the machine was busy while this was measured: only time on the processor counts, and pared.tune_speed on an idle "
     "machine may find something faster"
 )
+# What may stand in a file: no more bytes, and no times that are not measured but made up, in milliseconds.
+_LARGEST: Final = 1 << 24
+_SHORTEST, _LONGEST = 1e-9, 1e12
+_FLAGS: Final = ("together", "busy")
 
 Kernel = Literal["float32", "bfloat16", "int8"]
 
@@ -100,13 +106,18 @@ class CallTiming:
         return f"{sizes or 'a call'}: {shown} ms" + (f" ({self.because})" if self.because else "")
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> CallTiming:
-        """The inverse of `dataclasses.asdict`."""
-        arguments = tuple(Argument(**{**given, "shape": tuple(given["shape"])}) for given in data["arguments"])
-        for name, ms in data.items():
-            if name.endswith("_ms") and ms is not None and not 0 < ms < math.inf:
-                raise ValueError(f"{name} is {ms}")
-        return cls(**{**data, "arguments": arguments})
+    def from_json(cls, data: object, at: Place) -> CallTiming:
+        """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else."""
+        known = at.fields(data, "a call", [one.name for one in fields(cls)])
+        given = at.sequence(known["arguments"], "the arguments of a call")
+        return cls(
+            arguments=tuple(Argument.from_json(one, at) for one in given),
+            float32_ms=_milliseconds(known["float32_ms"], at),
+            bfloat16_ms=None if known["bfloat16_ms"] is None else _milliseconds(known["bfloat16_ms"], at),
+            modules_ms=_milliseconds(known["modules_ms"], at),
+            graph_ms=None if known["graph_ms"] is None else _milliseconds(known["graph_ms"], at),
+            because=at.text(known["because"], "a reason"),
+        )
 
 
 @dataclass(frozen=True)
@@ -230,16 +241,25 @@ class Profile:
         return json.dumps(data, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Profile:
-        """The inverse of `to_json`. Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
-        data = json.loads(text)
-        layers = {
-            name: Timing(**{**timing, "shape": tuple(timing["shape"])}) for name, timing in data["layers"].items()
+    def from_json(cls, text: str | bytes, where: str = ENGINE_FILE) -> Profile:
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptError: it is anything else. It may come from anyone, and decides which kernels run.
+        """
+        at = Place(where)
+        data = at.json(text.encode() if isinstance(text, str) else text, "it")
+        known = at.fields(data, "it", ("machine", "layers", "calls"), _FLAGS)
+        if any(type(known.get(name, False)) is not bool for name in _FLAGS):
+            at.fail(f"its {' or '.join(_FLAGS)} is neither true nor false")
+        layers = {name: _timing(one, at) for name, one in at.mapping(known["layers"], "its 'layers'").items()}
+        models = {
+            name: ModelTiming(tuple(CallTiming.from_json(one, at) for one in at.sequence(calls, "a list of calls")))
+            for name, calls in at.mapping(known["calls"], "its 'calls'").items()
         }
-        models = {name: ModelTiming(tuple(map(CallTiming.from_json, calls))) for name, calls in data["calls"].items()}
         model = models.pop("", ModelTiming())
-        flags = (bool(data.get(name, False)) for name in ("together", "busy"))
-        return cls(dict(data["machine"]), layers, model, models, *flags)
+        flags = (known.get(name, False) is True for name in _FLAGS)
+        return cls(at.mapping(known["machine"], "its 'machine'"), layers, model, models, *flags)
 
     def summary(self) -> list[str]:
         """How everything runs, and the times that decided it, as lines for people."""
@@ -267,6 +287,17 @@ class Profile:
         kernel = "int8" if timing is None or self.together else timing.kernel
         because = timing.because if timing is not None else ""
         return Running(kernel, "" if kernel == "int8" else because or "int8 is not the fastest on this machine")
+
+
+def _timing(data: object, at: Place) -> Timing:
+    known = at.fields(data, "the times of a layer", [one.name for one in fields(Timing)])
+    times = (_milliseconds(known[name], at) for name in ("float32_ms", "bfloat16_ms", "int8_ms"))
+    return Timing(at.shape(known["shape"], "shape"), *times)
+
+
+def _milliseconds(value: object, at: Place) -> float:
+    ms = at.number(value, "a time")
+    return ms if _SHORTEST <= ms <= _LONGEST else at.fail(f"a time is {ms:g} ms, which no clock has measured")
 
 
 def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
@@ -303,9 +334,12 @@ def profile_beside(artifact: Path) -> Profile:
     try:
         if not file.is_file():
             return Profile(machine)
-        profile = Profile.from_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, error)
+        if (nbytes := file.stat().st_size) > _LARGEST:
+            raise CorruptError(f"has {nbytes:,} bytes, far more than measured times take", where=str(file))
+        profile = Profile.from_json(file.read_bytes(), str(file))
+    except (OSError, ParedError) as error:
+        why = error.what if isinstance(error, ParedError) else error
+        log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, why)
         return Profile(machine)
     if profile.machine != machine:
         log.info("%s was measured on another machine: every layer that may run in int8 will", file)

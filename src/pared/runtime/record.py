@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast, get_args
 
 from torch import nn
 
 from pared.artifact.outcome import Curve, Outcome, Trial
 from pared.errors import CorruptError, ModelError
+from pared.files.checks import Place
 from pared.formats.activation import Activation
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Kind, Stored
@@ -66,8 +67,9 @@ def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
     try:
         state = json.loads(text)
         outcome = Outcome.from_state(state["outcome"])
-        return Profile.from_json(state["profile"]), outcome, state["memory"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        memory = Place("a pickle").one_of(state["memory"], get_args(Memory), "its memory")
+        return Profile.from_json(state["profile"]), outcome, cast("Memory", memory)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(
             f"the record in the pickle of a quantized model cannot be read ({error!r})",
         ) from error

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from pared.errors import ConfigError, MismatchError
+from pared.files.memory_limit import MemoryLimit
 from pared.files.threads import each
 from pared.formats.dtypes import Array, is_floating
-from pared.inspection.comparison.metrics import identical, measure
+from pared.inspection.comparison.metrics import Similarity, identical, measure
 from pared.inspection.comparison.pairing import Layout, Match, correlation, layout_of, pair, sampled
 from pared.inspection.comparison.result import Alone, Comparison, Pair, Side
 from pared.inspection.comparison.sources import ReadableTensor, open_source, readable
@@ -77,7 +80,9 @@ def compare(a: object, b: object, inputs: Calibration | None = None) -> Comparis
 
 
 def _tensors(a: Listing, b: Listing) -> Comparison:
-    first, second = readable(a), readable(b)
+    # Two pairs are read at a time, and what has been read is compared in blocks.
+    most = MemoryLimit(f"{a.where} and {b.where}", a.nbytes + b.nbytes).left // (2 * _AT_ONCE)
+    first, second = readable(a, most), readable(b, most)
     matches = pair(first, second)
     if not matches:
         raise MismatchError(
@@ -133,6 +138,9 @@ def _compared(match: Match) -> Pair:
             **result,
         )
 
+    if (a.pieces or b.pieces) and a.shape == b.shape and not (a.note or b.note):
+        similarity, same_bits = _in_pieces(a, b)
+        return row("", similarity=similarity, identical=same_bits and a.dtype == b.dtype)
     arrays = _read(a, b)
     if arrays[0] is None or arrays[1] is None:
         return row("" if a.note or b.note else "its numbers cannot be read", similarity=None)
@@ -144,6 +152,33 @@ def _compared(match: Match) -> Pair:
     similarity = measure(x, y)
     same_bits = a.dtype == b.dtype and not layout and similarity.same and identical(x, y)
     return row(f"{layout} in B" if layout else "", similarity=similarity, identical=same_bits)
+
+
+def _in_pieces(a: ReadableTensor, b: ReadableTensor) -> tuple[Similarity | None, bool]:
+    """How alike two tensors of one shape are, of which at least one is too large to be read at once."""
+    streams = _flat(a), _flat(b)
+    found, same = Similarity(), True
+    x = y = np.empty(0)
+    while True:
+        x, y = (one if one.size else next(stream, one) for one, stream in zip((x, y), streams, strict=True))
+        count = min(x.size, y.size)
+        if not count:
+            break
+        found += measure(x[:count], y[:count])
+        same = same and x.dtype == y.dtype and identical(x[:count], y[:count])
+        x, y = x[count:], y[count:]
+    return (found if found.count == math.prod(a.shape) else None), same
+
+
+def _flat(tensor: ReadableTensor) -> Iterator[Array]:
+    """The numbers of a tensor in C order, in pieces."""
+    if tensor.pieces is not None:
+        yield from tensor.pieces()
+        return
+    array = tensor.read()
+    if array is not None:
+        for part in array if array.ndim > 1 else [array]:  # by rows, which are rarely strided
+            yield np.ascontiguousarray(part).reshape(-1)
 
 
 def _read(a: ReadableTensor, b: ReadableTensor) -> tuple[Array | None, Array | None]:

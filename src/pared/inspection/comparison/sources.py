@@ -30,11 +30,13 @@ class ReadableTensor(ListedTensor):
         note: what a reader of the comparison has to know about the numbers.
         by_columns: another reading, for a square matrix of codes: nothing says whether its steps belong to the rows,
             as `read` assumes, or to the columns, as here. None for all other tensors.
+        pieces: the numbers in C order, piece by piece, where `read` would take too much memory and gives None.
     """
 
     read: Callable[[], Array | None] = lambda: None
     note: str = ""
     by_columns: Callable[[], Array | None] | None = None
+    pieces: Callable[[], Iterator[Array]] | None = None
 
 
 @contextmanager
@@ -69,15 +71,24 @@ def open_source(target: object, where: str) -> Iterator[Listing]:
         )
 
 
-def readable(listing: Listing) -> list[ReadableTensor]:
-    """The tensors of a listing. The bytes of tied ones count once; codes and their steps become one tensor."""
+def readable(listing: Listing, most: int) -> list[ReadableTensor]:
+    """The tensors of a listing. The bytes of tied ones count once; codes and their steps become one tensor.
+
+    Args:
+        listing: the tensors.
+        most: the bytes that reading one of them may take.
+    """
     tensors = []
     seen: set[object] = set()
     for held in listing.tensors:
         nbytes = 0 if held.place in seen else held.nbytes
         seen |= {held.place} - {None}
         fields = vars(held) | {"nbytes": nbytes}
-        tensors.append(ReadableTensor(**fields, read=partial(listing.array, held), note=_note(held)))
+        storage = listing.storages.get(held.storage or "")
+        if storage is not None and storage.need > most:
+            tensors.append(ReadableTensor(**fields, note=_note(held), pieces=storage.pieces))
+        else:
+            tensors.append(ReadableTensor(**fields, read=partial(listing.array, held), note=_note(held)))
     return list(_joined(tensors))
 
 

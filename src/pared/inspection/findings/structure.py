@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from pared.checkpoints.quantized.recognize import REMEDY, recognize
 from pared.inspection.findings.finding import JUDGED_NBYTES, QUANTIZED, WORTH_SHARE, Case, Cause, megabytes
 from pared.readers.listing import ListedTensor, Listing, Storage
 
@@ -110,6 +111,18 @@ def optimizer_state(case: Case) -> Iterator[Cause]:
     times = "there is no model" if alone else f"{nbytes / model:.1f} times the bytes of the model"
     evidence = f"{words[:60]} in {len(left)} entries: only training needs them; {times}"
     yield Cause(tuple(one.name for one in left), nbytes, evidence, _NO_MODEL if alone else "")
+
+
+def quantized_already(case: Case) -> Iterator[Cause]:
+    """Codes and scales of another tool, which must not be rounded again; no other cause is looked for in their file."""
+    found = recognize(case.listing)
+    if found is not None:
+        kept = [one.held for one in case.selection.kept]
+        nbytes = sum(map(case.stored, found.codes or kept))
+        names = tuple(held.name for held in (*found.codes, *kept))
+        because = "pared compress keeps every tensor as it is"
+        evidence = f"{found.label} ({found.seen}): {because}"
+        yield Cause(tuple(dict.fromkeys(names)), nbytes, evidence, REMEDY, always=True)
 
 
 def left_in_float(case: Case) -> Iterator[Cause]:

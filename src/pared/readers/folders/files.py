@@ -13,6 +13,7 @@ from pared.errors import FileError
 from pared.files.disk import reading
 
 _MOST_FILES: Final = 10_000
+_DEEPEST: Final = 64  # folders within folders; no model needs more than a few
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def find_files(folder: Path, *, deep: bool = True) -> Found:
 
 def _entries(folder: Path, deep: bool) -> Iterator[Path]:
     """All entries that are not plain directories; links to directories are among them, and not followed."""
-    for place, directories, names in os.walk(folder):
-        here = Path(place)
+    for here, directories, names in walk(folder):
         with reading(here):
             found = [here / name for name in names]
             found += [here / name for name in directories if (here / name).is_symlink()]
@@ -79,3 +79,39 @@ def _odd(path: Path) -> str:
     if stat.S_ISREG(kind):
         return ""
     return "a link to a directory" if stat.S_ISDIR(kind) else "a pipe, a socket or a device"
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each directory below a folder and the folder itself, with the names of its directories and of everything else.
+
+    Links to directories are among the directories, and not followed. What is removed from the list of directories
+    before the next step is left out, as with `os.walk`; that one does not tell of directories that cannot be read.
+
+    Raises:
+        FileError: a directory cannot be read, or they are nested too deep.
+    """
+    waiting = [(folder, 0)]
+    while waiting:
+        place, depth = waiting.pop()
+        if depth > _DEEPEST:
+            raise FileError(
+                f"holds folders nested more than {_DEEPEST} deep",
+                where=str(folder),
+                remedy="Pass the folder of the model itself.",
+            )
+        directories: list[str] = []
+        names: list[str] = []
+        with reading(place), os.scandir(place) as entries:
+            for entry in entries:
+                (directories if _is_directory(entry) else names).append(entry.name)
+        directories.sort()
+        yield place, directories, names
+        below = [place / name for name in directories]
+        waiting += [(path, depth + 1) for path in reversed(below) if not path.is_symlink()]
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # links in a circle, for instance: what opens it says so

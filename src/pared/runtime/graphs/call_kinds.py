@@ -6,12 +6,15 @@ A graph is made for one kind of call and serves no other.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+
+from pared.files.checks import Place
 
 _CONSTANTS: Final = (bool, int, float, str, type(None))
 
@@ -32,11 +35,23 @@ class Argument:
     shape: tuple[int, ...] = ()
     value: bool | float | str | None = None
 
-    def __post_init__(self) -> None:
-        """Refuse impossible types and shapes: `engine.json` may hold anything."""
-        known = not self.dtype or isinstance(getattr(torch, self.dtype, None), torch.dtype)
-        if not known or not all(type(size) is int and size >= 0 for size in self.shape):
-            raise ValueError(f"no tensor can be of type {self.dtype} and shape {self.shape}")
+    @classmethod
+    def from_json(cls, data: object, at: Place) -> Argument:
+        """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else: a file may hold anything."""
+        known = at.fields(data, "an argument", [one.name for one in fields(cls)])
+        dtype, value = at.text(known["dtype"], "its type"), known["value"]
+        if dtype and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            at.fail(f"no tensor can be of type {dtype[:80]!r}")
+        if isinstance(value, str):
+            at.text(value, "its value")
+        elif value is not None and type(value) is not bool:
+            value = at.number(value, "its value") if type(value) is float else at.integer(value, "its value")
+        return cls(at.text(known["name"], "its name"), dtype, at.shape(known["shape"], "shape"), value)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of a tensor like that of the call; 0 for a constant."""
+        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize if self.dtype else 0
 
     @property
     def kind(self) -> tuple[object, ...]:

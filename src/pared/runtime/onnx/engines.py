@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
-from pared.files.disk import as_path
+from pared.files.disk import as_path, reading
 from pared.runtime.onnx.export import ARTIFACT, ONNX_FILE, checksum_beside, need
 from pared.runtime.onnx.signature import SIGNATURE, Signature
 from pared.runtime.stopwatch import fastest_ms
@@ -112,6 +112,12 @@ class Runner(nn.Module):
             if type(error).__module__.startswith("onnxruntime"):
                 raise _unfit(self, error) from error
             raise
+        if len(outputs) != self.signature.n_outputs:
+            raise CorruptError(
+                f"gives {len(outputs)} outputs, and says that it gives {self.signature.n_outputs}",
+                where=self.path.name,
+                remedy="Export the model again: q_model.export(directory, inputs).",
+            )
         return self.signature.rebuild(outputs)
 
 
@@ -125,7 +131,9 @@ def _unfit(runner: Runner, error: Exception) -> ConfigError:
 
 def _opened(path: Path, engine: str) -> _Session:
     need(engine, engine)
-    if not path.is_file():
+    with reading(path):
+        exported = path.is_file()
+    if not exported:
         raise FileError(
             "is missing: the model has not been exported",
             where=str(path),
@@ -143,10 +151,13 @@ def _opened(path: Path, engine: str) -> _Session:
 
 def _signature(metadata: Mapping[str, str], path: Path) -> Signature:
     try:
-        return Signature.from_json(metadata[SIGNATURE])
-    except (ValueError, KeyError, TypeError) as error:
+        found = Signature.from_json(metadata[SIGNATURE], path.name)
+        found.check(path.name)
+        return found
+    except (CorruptError, KeyError) as error:
+        because = error.what if isinstance(error, CorruptError) else "it has none"
         raise CorruptError(
-            f"has no valid description of its inputs and outputs ({error!r})",
+            f"has no valid description of its inputs and outputs: {because}",
             where=str(path),
             remedy="pared did not write this file. Export the model again: q_model.export(directory, inputs).",
         ) from error

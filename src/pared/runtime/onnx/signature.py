@@ -6,7 +6,8 @@ import ast
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -15,9 +16,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import ConfigError
+from pared.files.checks import Place
 from pared.formats.coded import RAW_TYPES, dtype_name
 
 SIGNATURE: Final = "pared.signature"  # the key of the file's metadata
+
+
+# What a file may ask for: numbers in a sample, containers within containers, characters of a value that is parsed; and
+# what stands for an infinite end of a range.
+_MOST_SAMPLED: Final = 1 << 26
+_FAR: Final = 1e4
+_LONGEST_VALUE: Final = 10_000
+_DEEPEST: Final = 50
 
 
 class Outputs(dict[str, Any]):
@@ -90,7 +100,8 @@ class GraphInput:
     def sample(self, seed: int = 0) -> Tensor:
         """A tensor of random numbers with the example's type, shape and range."""
         chance = torch.Generator().manual_seed(seed)
-        numbers = self.low + (self.high - self.low) * torch.rand(self.example, generator=chance, dtype=torch.float64)
+        low, high = (end if math.isfinite(end) else math.copysign(_FAR, end) for end in (self.low, self.high))
+        numbers = low + (high - low) * torch.rand(self.example, generator=chance, dtype=torch.float64)
         dtype = RAW_TYPES[self.dtype]
         return (numbers if dtype.is_floating_point else numbers.round()).to(dtype)
 
@@ -116,15 +127,26 @@ class Signature:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Signature:
-        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
-        data = json.loads(text)
-        arguments = (ExportedArgument(one["name"], tuple(one["inputs"]), one["value"]) for one in data["arguments"])
-        inputs = {
-            name: GraphInput(**{**one, "shape": tuple(one["shape"]), "example": tuple(one["example"])})
-            for name, one in data["inputs"].items()
-        }
-        return cls(tuple(arguments), tuple(data["parameters"]), data["outputs"], inputs)
+    def from_json(cls, text: str, where: str = SIGNATURE) -> Signature:
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptError: it is anything else. The file may come from anyone.
+        """
+        at = Place(where)
+        try:
+            known = json.loads(text)  # with infinite ends of a mask's range, which `Place.json` refuses
+        except (ValueError, RecursionError) as error:
+            at.fail(f"it is not JSON ({error})")
+        known = at.fields(known, "it", [one.name for one in dataclasses.fields(cls)])
+        inputs = {name: _input(one, at) for name, one in at.mapping(known["inputs"], "its inputs").items()}
+        arguments = tuple(_argument(one, at) for one in at.sequence(known["arguments"], "its arguments"))
+        parameters = tuple(at.text(one, "a parameter") for one in at.sequence(known["parameters"], "its parameters"))
+        places: list[int] = []
+        _check_structure(known["outputs"], places, at)
+        if places != list(range(len(places))):
+            at.fail("its outputs are not numbered one after the other")
+        return cls(arguments, parameters, known["outputs"], inputs)
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         """The graph's inputs for a call.
@@ -159,13 +181,39 @@ class Signature:
         return found
 
     def sample(self) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments like those of the example: random numbers of the same shapes, within the same range."""
+        """Arguments like those of the example: random numbers of the same shapes, within the same range.
+
+        Raises:
+            ConfigError: they would be too many, or an argument cannot be made again.
+        """
+        if (count := sum(math.prod(one.example) for one in self.inputs.values())) > _MOST_SAMPLED:
+            raise ConfigError(
+                f"the example of the export has {count:,} numbers, too many to try",
+                where="inputs",
+                remedy='Choose an engine yourself: engine="auto" has to call the model to time it.',
+            )
         values = {}
         for argument in self.arguments:
             tensors = tuple(self.inputs[name].sample(i) for i, name in enumerate(argument.inputs))
             values[argument.name] = (tensors[0] if len(tensors) == 1 else tensors) if tensors else _literal(argument)
         places = [name for name, known in zip(self.parameters, values, strict=False) if name == known]
         return [values.pop(name) for name in places], values
+
+    def check(self, where: str) -> None:
+        """Check that the arguments have the inputs that they name.
+
+        Raises:
+            CorruptError: one has not.
+        """
+        for argument in self.arguments:
+            for name in argument.inputs:
+                if name not in self.inputs:
+                    Place(where).fail(f"its argument {argument.name!r} needs an input {name!r}, which it does not have")
+
+    @property
+    def n_outputs(self) -> int:
+        """The number of tensors among the outputs."""
+        return len(output_names(self.outputs))
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The outputs in their structure."""
@@ -174,13 +222,60 @@ class Signature:
 
 def _literal(argument: ExportedArgument) -> Any:
     try:
+        if len(argument.value) > _LONGEST_VALUE:
+            raise ValueError(f"{len(argument.value):,} characters")  # as the parser does
         return ast.literal_eval(argument.value)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ConfigError(
-            f"was {argument.value} at the export, which cannot be recreated from its text",
+            f"was {argument.value[:80]} at the export, which cannot be made again from its text",
             where=argument.name,
             remedy='Choose an engine yourself: engine="auto" has to call the model to time it.',
         ) from error
+
+
+def _input(data: object, at: Place) -> GraphInput:
+    known = at.fields(data, "an input", [one.name for one in dataclasses.fields(GraphInput)])
+    shape = tuple(
+        at.text(size, "a size") if isinstance(size, str) else at.whole(size, "a size")
+        for size in at.sequence(known["shape"], "its shape")
+    )
+    example = at.shape(known["example"], "example")
+    if len(example) != len(shape):
+        at.fail("an input's example has other dimensions than its shape")
+    low, high = known["low"], known["high"]
+    if type(low) is not float or type(high) is not float:
+        at.fail("the range of an input is not two numbers")
+    return GraphInput(at.one_of(known["dtype"], RAW_TYPES, "the type of an input"), shape, example, low, high)
+
+
+def _argument(data: object, at: Place) -> ExportedArgument:
+    known = at.fields(data, "an argument", [one.name for one in dataclasses.fields(ExportedArgument)])
+    taken = tuple(at.text(one, "an input") for one in at.sequence(known["inputs"], "the inputs of an argument"))
+    return ExportedArgument(at.text(known["name"], "an argument"), taken, at.text(known["value"], "a value"))
+
+
+def _check_structure(structure: object, places: list[int], at: Place, depth: int = 0) -> None:
+    """Check a structure as `describe` gives it, and collect the places of its tensors."""
+    if depth > _DEEPEST:
+        at.fail(f"its outputs are nested more than {_DEEPEST} deep")
+    if type(structure) is int:
+        places.append(structure)
+        return
+    known = at.mapping(structure, "a part of its outputs")
+    parts: Iterable[object]
+    if known.keys() == {"value"}:
+        value = known["value"]
+        if value is not None and not isinstance(value, bool | int | float | str):
+            at.fail("a value of its outputs is neither a number nor text")
+        return
+    if known.keys() == {"names", "plain"} and type(known["plain"]) is bool:
+        parts = at.mapping(known["names"], "a part of its outputs").values()
+    elif len(known) == 1 and (kind := next(iter(known))) in ("list", "tuple"):
+        parts = at.sequence(known[kind], "a part of its outputs")
+    else:
+        at.fail("its outputs are of no known kind")
+    for part in parts:
+        _check_structure(part, places, at, depth + 1)
 
 
 def _misfit(what: str, where: str, signature: Signature) -> ConfigError:

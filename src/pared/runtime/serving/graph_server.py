@@ -28,6 +28,10 @@ _TOLERANCE: Final = 1e-2
 # Call kinds that differ from a wanted one in constants only, and get a graph: each costs seconds.
 _MOST_OTHERS: Final = 2
 
+# The bytes that an example call may take in any case, and as a multiple of those of the call at hand.
+_FREE: Final = 1 << 26
+_TIMES: Final = 4
+
 Capture = Callable[[nn.Module, Sequence[Argument]], Captured]
 
 
@@ -60,8 +64,22 @@ class GraphServer(Server):
         if graph is None or not graph.is_current():
             if has_listeners(model):
                 return NotImplemented  # nor is a graph made: capturing would call the hooks with fake tensors
-            graph = self._made(model, kind, self._kinds.get(kind) or arguments_of(bound))
+            example = self._example(kind, arguments_of(bound))
+            if example is None:
+                return NotImplemented
+            graph = self._made(model, kind, example)
         return graph.run(bound, modules)
+
+    def _example(self, kind: tuple[object, ...], given: Sequence[Argument]) -> Sequence[Argument] | None:
+        """The call to capture: the wanted one; None if it would take far more memory than the call at hand.
+
+        Where it is read from a file, anyone may have written it.
+        """
+        wanted = self._kinds.get(kind)
+        most = max(_FREE, _TIMES * sum(one.nbytes for one in given))
+        if wanted is None:
+            return given
+        return wanted if sum(one.nbytes for one in wanted) <= most else None
 
     def _made(self, model: nn.Module, kind: object, arguments: Sequence[Argument]) -> _CheckedGraph:
         with self._lock:

@@ -1,0 +1,1 @@
+"""Checkpoints that another tool has quantized already: nothing of them may be rounded again."""
