@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pared.errors import CorruptError
@@ -74,7 +74,53 @@ class Trial:
         return found
 
 
-_NOT_KEPT = ("trials", "contributors")
+@dataclass(frozen=True)
+class Damage:
+    """What a model loses, as predicted and as measured on recorded calls: shares of the outputs' energy.
+
+    Args:
+        predicted: by the plan, int8 inputs included; None without calibration data.
+        measured: the mean over the outputs that can be compared, infinite where one is not finite; None if nothing
+            could be measured.
+        outputs: the measured share of each output, by its name.
+        calls: the number of calibration calls that were repeated.
+        notes: what could not be compared, what was refined, and what could not be repaired.
+    """
+
+    predicted: float | None = None
+    measured: float | None = None
+    outputs: tuple[tuple[str, float], ...] = ()
+    calls: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The output that loses most, and the share that it loses; None if nothing was measured."""
+        return max(self.outputs, key=lambda output: output[1], default=None)
+
+    def lines(self) -> list[str]:
+        """The figures in words, then the notes.
+
+        >>> Damage(1e-3, 9e-4, (("logits", 1e-3), ("boxes", 8e-4)), 3).lines()
+        ['damage: predicted 0.001, measured 0.0009 on 3 calls (most in logits: 0.001)']
+        """
+        found = [] if self.predicted is None else [f"predicted {self.predicted:.2g}"]
+        if self.measured is not None:
+            calls = "1 call" if self.calls == 1 else f"{self.calls} calls"
+            found.append(f"measured {self.measured:.2g} on {calls}")
+        elif not self.notes:
+            return []
+        most = f" (most in {self.worst[0]}: {self.worst[1]:.2g})" if self.worst and len(self.outputs) > 1 else ""
+        return [f"damage: {', '.join(found) or 'not measured'}{most}", *self.notes]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Damage:
+        """The inverse of `dataclasses.asdict`."""
+        outputs = tuple((str(name), float(share)) for name, share in data["outputs"])
+        return cls(**{**data, "outputs": outputs, "notes": tuple(data["notes"])})
+
+
+_NOT_KEPT = ("trials", "contributors", "damage")
 
 
 @dataclass(frozen=True)
@@ -90,6 +136,7 @@ class Outcome:
         trials: every model that was evaluated, in order.
         contributors: if the criterion is not met, the tensors and inputs that do most of the damage, each with its
             share of it.
+        damage: what the model loses, as predicted and as measured; None after loading.
     """
 
     met: bool | None = None
@@ -99,9 +146,10 @@ class Outcome:
     confirmation: Confirmation | None = None
     trials: tuple[Trial, ...] = ()
     contributors: tuple[tuple[str, float], ...] = ()
+    damage: Damage | None = field(default=None, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """What an artifact keeps: neither trials, whose seconds depend on a clock, nor contributors, a long list."""
+        """What an artifact keeps: no trials, whose seconds depend on a clock; no damage, which depends on a machine."""
         return {key: value for key, value in asdict(self).items() if value is not None and key not in _NOT_KEPT}
 
     @classmethod
@@ -116,7 +164,8 @@ class Outcome:
         plain = {key: value for key, value in data.items() if key not in _NOT_KEPT}
         trials = tuple(Trial.from_json(trial) for trial in data["trials"])
         contributors = tuple((name, share) for name, share in data["contributors"])
-        return replace(cls.from_json(plain), trials=trials, contributors=contributors)
+        damage = Damage.from_json(data["damage"]) if data.get("damage") else None
+        return replace(cls.from_json(plain), trials=trials, contributors=contributors, damage=damage)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
@@ -136,8 +185,8 @@ class Outcome:
 
 def _check_numbers(outcome: Outcome) -> None:
     """Raise TypeError where a file has something other than a number, true or false."""
-    if outcome.trials or outcome.contributors:
-        raise TypeError("it holds trials or contributors, which an artifact does not record")
+    if outcome.trials or outcome.contributors or outcome.damage:
+        raise TypeError("it holds trials, contributors or a damage, which an artifact does not record")
     if outcome.met not in (None, True, False):
         raise TypeError("met is neither true nor false")
     _check_figures(outcome.score, outcome.baseline, outcome.gap, *_figures(outcome.confirmation), optional=True)

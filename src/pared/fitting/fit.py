@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
-from pared.artifact.outcome import Curve
+from pared.artifact.outcome import Curve, Damage
 from pared.errors import reason_of
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, make_directory
 from pared.fitting import speed
 from pared.fitting.config import PostTrainingQuantConfig, configured
-from pared.fitting.eight_bits import at_eight_bits
+from pared.fitting.eight_bits import MOST_LOST_WITH_INPUTS, at_eight_bits
+from pared.fitting.measured.repair import Corrections, Refiner, reported
+from pared.fitting.measured.yardstick import Yardstick
 from pared.fitting.preparation import Prepared, prepare
 from pared.fitting.search import search
 from pared.fitting.search import trade_off as curve
@@ -27,7 +31,7 @@ from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls, copies
 from pared.model.tensors import ModuleT
 from pared.runtime.profile import ModelTiming
-from pared.runtime.record import contents_of, record_of
+from pared.runtime.record import contents_of, record_of, set_outcome
 from pared.scalars import checked_number
 from pared.switches import random_states_kept
 from pared.terminal import Stages
@@ -116,16 +120,20 @@ def _fit(
     eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
     # First what errors cost, in each weight and each layer's input.
     known = prepare(model, conf, calib_dataloader, functions, stages, eight_bits=eight_bits)
+    refiner = _refiner(known)
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
-            found = at_eight_bits(known)
-        return _finished(found, known, stages)
+            found, corrections = _repaired(refiner, partial(at_eight_bits, known), MOST_LOST_WITH_INPUTS)
+        return _measured(found, known, stages, refiner, corrections)
     # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
     if eval_func is None:
         with stages.stage("rounding weights"):
-            found = _planned(compressor, known)
-        return _finished(found, known, stages)
+            found, corrections = _repaired(
+                refiner, lambda c: _planned(compressor.corrected(c.factors, c.inputs), known)
+            )
+            record_of(found).curve = _traced(compressor.corrected(corrections.factors, corrections.inputs), model)
+        return _measured(found, known, stages, refiner, corrections)
     # With a score, which damage just meets the criterion.
     records = None
     if directory is not None:
@@ -133,12 +141,59 @@ def _fit(
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE
     shadow = copies.shadow(model)
+    corrections = Corrections()
+    if refiner is not None:  # once more, of all tensors together, where the search begins
+        _, corrections = refiner.repaired(lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True)
+        compressor = compressor.corrected(corrections.factors, corrections.inputs)
     return _searched(
         lambda: search.search(compressor, shadow, judge, max_size=_max_size(conf), workspace=records, start=start),
         compressor,
-        known,
+        lambda found: _measured(found, known, stages, refiner, corrections),
         stages,
     )
+
+
+def _refiner(known: Prepared[ModuleT]) -> Refiner[ModuleT] | None:
+    """What measures and repairs results; None without calibration data."""
+    if known.seen is None or known.sensitivity is None:
+        return None
+    yardstick = Yardstick(known.tensors.model, known.seen, known.conf.seed)
+    free = known.conf.approach == "auto"
+    return Refiner(known.tensors, known.seen, known.sensitivity, yardstick, may_keep_inputs=free)
+
+
+def _repaired(
+    refiner: Refiner[ModuleT] | None,
+    make: Callable[[Corrections], ModuleT],
+    most_of_output: float = math.inf,
+) -> tuple[ModuleT, Corrections]:
+    """What `make` makes, repaired where that can be measured."""
+    if refiner is None:
+        return make(Corrections()), Corrections()
+    return refiner.repaired(make, most_of_output)
+
+
+def _at(compressor: Compressor[ModuleT], damage: float) -> ModuleT:
+    """The model at a damage, or the nearest that the compressor reaches."""
+    return compressor.build(compressor.at_damage(min(max(damage, compressor.least), compressor.most)))
+
+
+def _measured(
+    found: ModuleT,
+    known: Prepared[ModuleT],
+    stages: Stages,
+    refiner: Refiner[ModuleT] | None,
+    corrections: Corrections,
+) -> ModuleT:
+    """The same model in its fastest form, with the damage that it then does."""
+    found = _finished(found, known, stages)
+    if refiner is None:
+        damage = Damage(notes=("no damage was measured: there are no calibration data",))
+    else:
+        with stages.stage("measuring the result"):
+            damage = reported(refiner.damage_of(found), corrections)
+    set_outcome(found, replace(record_of(found).outcome, damage=damage))
+    return found
 
 
 def _max_size(conf: PostTrainingQuantConfig) -> int | None:
@@ -160,22 +215,23 @@ def _planned(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Modul
         if compressor.least > DEFAULT_DAMAGE:
             log.warning("no formats do less damage than %.2g of the output's energy", compressor.least)
         point = compressor.at_damage(max(DEFAULT_DAMAGE, compressor.least))
-    found = compressor.build(point)
-    record_of(found).curve = _traced(compressor, known)
-    return found
+    return compressor.build(point)
 
 
-def _traced(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Curve | None:
+def _traced(compressor: Compressor[ModuleT], model: nn.Module) -> Curve | None:
     """The curve of a model that is found already: it is kept if the curve fails."""
     try:
-        return curve.trace(compressor, known.tensors.model)
+        return curve.trace(compressor, model)
     except Exception as error:  # noqa: BLE001  # whatever it is, a curve is not worth a finished search
         log.warning("there is no trade-off curve: %s", reason_of(error))
         return None
 
 
 def _searched(
-    find: Callable[[], ModuleT], compressor: Compressor[ModuleT], known: Prepared[ModuleT], stages: Stages
+    find: Callable[[], ModuleT],
+    compressor: Compressor[ModuleT],
+    finish: Callable[[ModuleT], ModuleT],
+    stages: Stages,
 ) -> ModuleT:
     """What a search finds, with its curve and in its fastest form; Ctrl-C leaves out what is not done yet."""
     found: ModuleT | None = None
@@ -183,8 +239,8 @@ def _searched(
         with stages.stage("searching"):
             found = find()
         record = record_of(found)
-        record.curve = (_traced(compressor, known) or Curve(())).scored(record.outcome)
-        return _finished(found, known, stages)
+        record.curve = (_traced(compressor, found) or Curve(())).scored(record.outcome)
+        return finish(found)
     except KeyboardInterrupt:
         if found is None:
             raise

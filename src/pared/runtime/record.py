@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, cast, get_args
 
 from torch import nn
 
-from pared.artifact.outcome import Curve, Outcome, Trial
+from pared.artifact.outcome import Curve, Damage, Outcome, Trial
 from pared.errors import CorruptError, ModelError
 from pared.files.checks import Place
 from pared.formats.activation import Activation
@@ -179,6 +179,11 @@ class Result:
     def baseline(self) -> float | None:
         """What `eval_func` gave for the float model; None if nothing was evaluated."""
         return record_of(self.model).outcome.baseline
+
+    @property
+    def damage(self) -> Damage:
+        """What the model loses, predicted and measured on calibration calls; empty for a model that was loaded."""
+        return record_of(self.model).outcome.damage or Damage()
 
     @property
     def trials(self) -> tuple[Trial, ...]:

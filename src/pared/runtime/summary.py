@@ -150,6 +150,8 @@ def _summary(ledger: Ledger, outcome: Outcome) -> list[str]:
         found.append(
             f"on unseen data: score {seen.score:.6g}, baseline {seen.baseline or 0.0:.6g}, loss {seen.loss:.4g}{error}"
         )
+    for line in outcome.damage.lines() if outcome.damage is not None else ():
+        found += textwrap.wrap(line, WIDTH, subsequent_indent="  ")
     if outcome.contributors:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in outcome.contributors)
         found += textwrap.wrap(f"most of the damage: {shares}", WIDTH, subsequent_indent="  ")

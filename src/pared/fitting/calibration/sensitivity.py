@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -102,6 +102,16 @@ class Sensitivity:
 
     tensors: Mapping[str, TensorStats]
     inputs: Mapping[str, InputNoise] = field(default_factory=dict)
+
+    def corrected(self, tensors: ModelTensors[nn.Module], factors: Mapping[str, float]) -> Sensitivity:
+        """The same where errors in some tensors cost more, by their first names; of a tensor nothing is known of, 1."""
+        known = dict(self.tensors)
+        for tensor in tensors:
+            if tensor.name in factors:
+                rows = torch.full((tensor.view.n_rows,), 1.0 / tensor.view.n_rows, dtype=torch.float64)
+                stats = known.get(tensor.name, TensorStats(rows))
+                known[tensor.name] = replace(stats, rows=stats.rows * factors[tensor.name])
+        return replace(self, tensors=known)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from pared.fitting.rounding.importance import unreached
 from pared.fitting.search import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
 from pared.fitting.search.allocate import Choice
-from pared.fitting.search.options import GRID_ENTRY, FreeTensor, rounded, trace_tensor
+from pared.fitting.search.options import GRID_ENTRY, FreeTensor, corrected, rounded, trace_tensor
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
@@ -141,9 +142,31 @@ class Compressor(Generic[ModuleT_co]):
             )
             for model_tensor in free
         ]
-        self._options = allocate.Table([tensor.options for tensor in self._free])
         self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option
+        self._inputs = 1.0  # the part of their share of the damage that inputs may do
         self._overhead = self._measure_overhead()
+        self._set_ends()
+
+    def corrected(self, factors: Mapping[str, float], inputs: float) -> Compressor[ModuleT_co]:
+        """The same where some predictions are corrected.
+
+        Args:
+            factors: how many times the predicted damage a tensor does, by its first name.
+            inputs: the part of their share of the damage that int8 inputs may still do.
+        """
+        other = copy.copy(self)
+        other._free = [
+            corrected(free, factors[free.model_tensor.name], strict=self._conf.strict)
+            if free.model_tensor.name in factors
+            else free
+            for free in self._free
+        ]
+        other._rounded, other._inputs = dict(self._rounded), inputs
+        other._set_ends()
+        return other
+
+    def _set_ends(self) -> None:
+        self._options = allocate.Table([tensor.options for tensor in self._free])
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
         # A little more, so that the smallest model stays within reach in spite of floating-point rounding.
@@ -202,7 +225,8 @@ class Compressor(Generic[ModuleT_co]):
         """The share of the damage that is left to activations."""
         if self._conf.approach == "weight_only" or not self._noise:
             return 0.0
-        return ACTIVATION_SHARE if self._conf.approach == "auto" else _REQUESTED_ACTIVATION_SHARE
+        share = ACTIVATION_SHARE if self._conf.approach == "auto" else _REQUESTED_ACTIVATION_SHARE
+        return share * self._inputs
 
     def _point(self, choice: Choice, damage: float) -> OperatingPoint:
         return OperatingPoint(choice, damage, round(choice.nbytes + self._overhead))

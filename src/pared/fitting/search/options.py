@@ -65,6 +65,19 @@ class FreeTensor:
         return Decision(self.model_tensor.name, "grid", round(bits, 3), self.because, damage)
 
 
+def corrected(free: FreeTensor, factor: float, *, strict: bool = False) -> FreeTensor:
+    """The same tensor where every option does this many times the damage; it may stay as it is, if not `strict`."""
+    options, plain = free.options, free.plain
+    nbytes, damage = options.nbytes, options.damage * factor
+    model_tensor = free.model_tensor
+    may_stay = not (strict and model_tensor.weight_like)
+    if may_stay and not any(decision.treatment == "exact" for decision in plain):
+        plain = (*plain, _in_float(model_tensor, "exact"))
+        nbytes = np.append(nbytes, float(model_tensor.tensor.numel() * model_tensor.tensor.element_size()))
+        damage = np.append(damage, 0.0)
+    return replace(free, options=Options(nbytes, damage), plain=plain)
+
+
 def trace_tensor(
     model_tensor: ModelTensor, stats: TensorStats, *, strict: bool = False, fine: bool = False, because: str = ""
 ) -> FreeTensor:

@@ -1,0 +1,186 @@
+"""The damage of a result is measured on calibration calls; where it is far beyond the prediction, it is repaired."""
+
+import copy
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pared
+from pared import PostTrainingQuantConfig, Rule
+from pared.artifact.outcome import Damage
+from pared.fitting.measured.repair import FACTOR, TOLERABLE
+
+pytestmark = pytest.mark.slow
+
+
+def measured(model: nn.Module, q: nn.Module, batches: list[Tensor]) -> float:
+    lost = total = 0.0
+    with torch.no_grad():
+        for x in batches:
+            y = model(x)
+            lost += float((q(x) - y).square().sum())
+            total += float(y.square().sum())
+    return lost / total
+
+
+def batches(columns: int = 32, n: int = 3) -> list[Tensor]:
+    return [torch.randn(64, columns, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quant_level": 0},
+        {"max_size": 4500},
+        *({"approach": approach} for approach in ("static", "dynamic", "weight_only")),
+    ],
+)
+def test_every_result_is_measured(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    q: Any = pared.fit(model, PostTrainingQuantConfig(**options), batches(), quiet=True)
+    found = q.pared.damage
+    assert found.measured == pytest.approx(measured(model, q, batches()[:2]), rel=0.02)
+    assert 0 < found.predicted < 10 * found.measured
+    assert found.calls == 2, "calibration reads 100 samples"
+    assert [name for name, _ in found.outputs] == ["output"]
+    line = f"damage: predicted {found.predicted:.2g}, measured {found.measured:.2g} on 2 calls"
+    assert line in q.report().splitlines()
+    again: Any = copy.deepcopy(q)
+    assert again.pared.damage == found
+
+
+def test_a_searched_result_is_measured_without_further_evaluations() -> None:
+    torch.manual_seed(0)
+    model, asked = Net().eval(), []
+
+    def score(candidate: nn.Module) -> float:
+        asked.append(candidate)
+        return 1 - measured(model, candidate, batches())
+
+    q: Any = pared.fit(model, None, batches(), score, quiet=True)
+    assert len(asked) == 1 + len(q.pared.trials)
+    assert q.pared.damage.measured == pytest.approx(1 - q.pared.score, rel=0.2)
+
+
+def test_without_calibration_data_nothing_is_measured_and_that_is_said() -> None:
+    q: Any = pared.fit(Net().eval(), quiet=True)
+    assert q.pared.damage == Damage(notes=("no damage was measured: there are no calibration data",))
+    assert "no damage was measured" in q.report()
+
+
+class Normed(nn.Module):
+    """Divides a weight by its norm in its own forward: of zeros that is not a number."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.main, self.branch, self.scale = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.main(x)
+        return y + self.scale * x @ (self.branch / self.branch.norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_is_not_finite_is_repaired(scored: bool) -> None:
+    torch.manual_seed(0)
+    model = Normed(1e-3).eval()
+
+    def score(candidate: nn.Module) -> float:
+        found = measured(model, candidate, batches())
+        return 1 - found if math.isfinite(found) else 0.0
+
+    q: Any = pared.fit(model, None, batches(), score if scored else None, quiet=True)
+    assert measured(model, q, batches()) < (2e-2 if scored else 2e-3)
+    assert any("branch" in note and "more finely" in note for note in q.pared.damage.notes)
+    assert "stored more finely" in q.report()
+
+
+class Codebook(nn.Module):
+    """What stands before an argmin has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.book, self.decoder = nn.Linear(32, 16), nn.Embedding(64, 16), nn.Linear(16, 32)
+        self.skip = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.encoder(x)
+        code = torch.cdist(z, self.book.weight).argmin(1)
+        y: Tensor = self.decoder(self.book(code)) + self.skip(x)
+        return y
+
+
+class Chosen(nn.Module):
+    """Chooses one of two layers by a third, which no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.one, self.other = nn.Linear(32, 1), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.gate(x) > 0, self.one(x), self.other(x))
+
+
+@pytest.mark.parametrize("kind", [Codebook, Chosen])
+def test_what_no_gradient_reaches_is_measured(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    q: Any = pared.fit(model, None, batches(), quiet=True)
+    assert measured(model, q, batches()) < FACTOR * TOLERABLE
+
+
+def test_what_a_rule_breaks_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = Normed(1e-3).eval()
+    with caplog.at_level(logging.WARNING, "pared"):
+        q: Any = pared.fit(model, PostTrainingQuantConfig(rules=[Rule("branch", bits=0.1)]), batches(), quiet=True)
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert "not finite on the calibration data" in caplog.text
+    assert q.pared.damage.measured == math.inf
+    assert "an output of the result is not finite" in q.report()
+
+
+class Spoken(nn.Module):
+    """The number of its frames depends on what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length, self.frames = nn.Linear(32, 1), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        frames = int(1e5 * self.length(x).abs().sum())
+        return {"waveform": self.frames(x).reshape(1, -1)[:, :1].expand(1, frames), "frames": self.frames(x)}
+
+
+def test_outputs_of_another_length_are_named_and_the_others_are_compared() -> None:
+    torch.manual_seed(0)
+    model = Spoken().eval()
+    q: Any = pared.fit(model, PostTrainingQuantConfig(quant_level=0), batches(n=1), quiet=True)
+    found = q.pared.damage
+    assert [name for name, _ in found.outputs] == ["frames"]
+    assert found.measured < 2e-3
+    assert found.notes[0].startswith("waveform cannot be compared: the shape (1, ")
+
+
+def test_models_that_draw_random_numbers_draw_the_same_ones() -> None:
+    class Noisy(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = nn.Sequential.forward(self, x)  # type: ignore[no-untyped-call]  # as torch has it
+            return y + torch.randn_like(y)
+
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    q: Any = pared.fit(Noisy().eval(), PostTrainingQuantConfig(quant_level=0), batches(), quiet=True)
+    assert q.pared.damage.measured < 1e-3
+    assert state.shape == torch.get_rng_state().shape
