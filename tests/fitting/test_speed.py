@@ -20,7 +20,7 @@ from pared.fitting import speed
 from pared.model.calls import Call
 from pared.model.recorded import values
 from pared.model.tensors import find_tensors
-from pared.runtime import float_forms, quantized
+from pared.runtime import float_forms, quantized, stopwatch
 from pared.runtime.graphs import capture
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capture import Captures
@@ -240,7 +240,7 @@ def test_a_call_is_captured_once_for_all_that_is_timed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(capture, "capture", counted)
     monkeypatch.setattr(speed, "_left", lambda _: 1.0)  # so that layers are also tried all in int8
-    monkeypatch.setattr(speed, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
+    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), [torch.randn(32, 64)], quiet=True)
@@ -279,7 +279,7 @@ def test_captures_tell_apart_what_is_tied_and_types_and_keep_refusals() -> None:
 @pytest.mark.whole_models_are_timed
 @pytest.mark.slow
 def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
+    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
     torch.manual_seed(0)
     q = pared.fit(
         Scaled(tied=False, scale=2.0),
