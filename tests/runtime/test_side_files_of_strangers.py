@@ -23,7 +23,7 @@ HOSTILE: tuple[Any, ...] = (
 )
 CALL = CallTiming((Argument("input", "float32", (2, 8)), Argument("scale", value=2.0)), 3.0, 2.5, 1.0, 0.5)
 PROFILE = Profile(
-    this_machine(), {"0": Timing((2, 8), 3.0, 2.0, 1.0)}, ModelTiming((CALL,)), {"0": ModelTiming((CALL,))}
+    this_machine(), {"0": Timing((2, 8), 3.0, 2.0, 1.0, "no int8")}, ModelTiming((CALL,)), {"0": ModelTiming((CALL,))}
 )
 
 

@@ -292,7 +292,9 @@ class Profile:
 def _timing(data: object, at: Place) -> Timing:
     known = at.fields(data, "the times of a layer", [one.name for one in fields(Timing)])
     times = (_milliseconds(known[name], at) for name in ("float32_ms", "bfloat16_ms", "int8_ms"))
-    return Timing(at.shape(known["shape"], "shape"), *times)
+    float32_ms, bfloat16_ms, int8_ms = times
+    because = at.text(known["because"], "a reason")
+    return Timing(at.shape(known["shape"], "shape"), float32_ms, bfloat16_ms, int8_ms, because)
 
 
 def _milliseconds(value: object, at: Place) -> float:

@@ -24,12 +24,13 @@ def snapshot_of(folder: Path) -> Path:
         folder: `models--ORG--NAME`, or `snapshots` in it: the snapshot is that of `refs/main`, or else the only one.
 
     Raises:
-        FileError: there are several snapshots and no `refs/main`, or none at all.
+        FileError: there are several snapshots and no `refs/main`, or none at all; or the folder cannot be read.
     """
-    top = folder.parent if folder.name == _SNAPSHOTS and (folder.parent / _BLOBS).is_dir() else folder
-    snapshots = top / _SNAPSHOTS
-    if not ((top / _BLOBS).is_dir() and snapshots.is_dir()):
-        return folder
+    with reading(folder):
+        top = folder.parent if folder.name == _SNAPSHOTS and (folder.parent / _BLOBS).is_dir() else folder
+        snapshots = top / _SNAPSHOTS
+        if not ((top / _BLOBS).is_dir() and snapshots.is_dir()):
+            return folder
     main = top / _MAIN
     with reading(top):
         commit = main.read_text("utf-8", "replace")[:_LONGEST_REF].strip() if main.is_file() else ""

@@ -9,7 +9,7 @@ from typing import Final
 
 from pared.errors import FileError
 from pared.files.checks import Place
-from pared.files.disk import open_file
+from pared.files.disk import open_file, reading
 from pared.files.memory_limit import MemoryLimit
 from pared.readers.folders.files import Found, find_files
 from pared.readers.folders.names import DISTRIBUTED, is_read, is_training
@@ -44,11 +44,13 @@ def manifest_parts(folder: Path) -> tuple[str, ...]:
     """The folders that a folder's manifest names, relative to it, "" for the folder itself; () without a manifest.
 
     Raises:
-        CorruptError: the manifest is not JSON.
+        FileError: the folder cannot be read; CorruptError: the manifest is not JSON.
     """
     for name, find in _MANIFESTS.items():
         path = folder / name
-        if not path.is_file() or not 0 < path.stat().st_size <= _LARGEST:
+        with reading(folder):
+            is_there = path.is_file() and 0 < path.stat().st_size <= _LARGEST
+        if not is_there:
             continue
         at = Place(str(path))
         with open_file(path) as file:
