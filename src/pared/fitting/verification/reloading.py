@@ -14,7 +14,7 @@ from pared.errors import ModelError
 from pared.model.calls import Call
 from pared.model.copies import clone_structure
 from pared.model.outputs import tensors_of
-from pared.model.tensors import ModelTensors, find_tensors
+from pared.model.tensors import ModelTensors
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.served import on_modules
@@ -40,7 +40,7 @@ def check_reloading(found: nn.Module, tensors: ModelTensors[nn.Module], calls: S
         return
     record = record_of(found)
     empty = clone_structure(tensors.model, lambda tensor: torch.empty_like(tensor, device="meta"))
-    loaded = assemble(find_tensors(empty), contents_of(found), record.profile, record.memory)
+    loaded = assemble(tensors.in_copy(empty), contents_of(found), record.profile, record.memory)
     try:
         # Graphs are compared with the modules wherever they are made.
         ours, theirs = (_call(on_modules(one), calls[0]) for one in (copy.deepcopy(found), loaded))
