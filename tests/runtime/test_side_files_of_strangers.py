@@ -80,6 +80,19 @@ def test_a_profile_is_read_or_refused() -> None:
     assert refused > 500
 
 
+def test_a_call_that_fails_in_the_modules_leaves_the_other_times_readable() -> None:
+    call = CallTiming((), 2.0, None, None, 1.0, "quantized by layers: IndexError")
+    profile = Profile(PROFILE.machine, PROFILE.layers, ModelTiming((call,)))
+    assert Profile.from_json(profile.to_json()) == profile
+
+
+def test_a_profile_of_a_version_without_reasons_is_read() -> None:
+    data = json.loads(PROFILE.to_json())
+    for timing in (*data["layers"].values(), *data["calls"][""]):
+        del timing["because"]
+    assert Profile.from_json(json.dumps(data)).layers.keys() == PROFILE.layers.keys()
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -35,6 +35,7 @@ BUSY: Final = (
 _LARGEST: Final = 1 << 24
 _SHORTEST, _LONGEST = 1e-9, 1e12
 _FLAGS: Final = ("together", "busy")
+_REASON: Final = "because"  # which files of version 0.1 lack
 
 Kernel = Literal["float32", "bfloat16", "int8"]
 
@@ -108,15 +109,15 @@ class CallTiming:
     @classmethod
     def from_json(cls, data: object, at: Place) -> CallTiming:
         """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else."""
-        known = at.fields(data, "a call", [one.name for one in fields(cls)])
+        known = at.fields(data, "a call", _required(cls), [_REASON])
         given = at.sequence(known["arguments"], "the arguments of a call")
         return cls(
             arguments=tuple(Argument.from_json(one, at) for one in given),
             float32_ms=_milliseconds(known["float32_ms"], at),
-            bfloat16_ms=None if known["bfloat16_ms"] is None else _milliseconds(known["bfloat16_ms"], at),
-            modules_ms=_milliseconds(known["modules_ms"], at),
-            graph_ms=None if known["graph_ms"] is None else _milliseconds(known["graph_ms"], at),
-            because=at.text(known["because"], "a reason"),
+            bfloat16_ms=_milliseconds_or_none(known["bfloat16_ms"], at),
+            modules_ms=_milliseconds_or_none(known["modules_ms"], at),
+            graph_ms=_milliseconds_or_none(known["graph_ms"], at),
+            because=at.text(known.get(_REASON, ""), "a reason"),
         )
 
 
@@ -289,17 +290,25 @@ class Profile:
         return Running(kernel, "" if kernel == "int8" else because or "int8 is not the fastest on this machine")
 
 
+def _required(cls: type[Timing | CallTiming]) -> list[str]:
+    return [one.name for one in fields(cls) if one.name != _REASON]
+
+
 def _timing(data: object, at: Place) -> Timing:
-    known = at.fields(data, "the times of a layer", [one.name for one in fields(Timing)])
+    known = at.fields(data, "the times of a layer", _required(Timing), [_REASON])
     times = (_milliseconds(known[name], at) for name in ("float32_ms", "bfloat16_ms", "int8_ms"))
     float32_ms, bfloat16_ms, int8_ms = times
-    because = at.text(known["because"], "a reason")
+    because = at.text(known.get(_REASON, ""), "a reason")
     return Timing(at.shape(known["shape"], "shape"), float32_ms, bfloat16_ms, int8_ms, because)
 
 
 def _milliseconds(value: object, at: Place) -> float:
     ms = at.number(value, "a time")
     return ms if _SHORTEST <= ms <= _LONGEST else at.fail(f"a time is {ms:g} ms, which no clock has measured")
+
+
+def _milliseconds_or_none(value: object, at: Place) -> float | None:
+    return None if value is None else _milliseconds(value, at)
 
 
 def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
