@@ -300,6 +300,8 @@ COMPUTED = {
     "indices of relative positions": (torch.arange(49)[:, None] - torch.arange(49) + 48),
     "positions": torch.arange(4096)[None],
     "zeros": torch.zeros(5000),
+    "frequencies far from zero": 1000 + torch.linspace(0, 1, 2048),
+    "zeros of 8 bits": torch.zeros(5000, dtype=torch.float8_e4m3fn),
 }
 RANDOM = {
     "features": torch.randn(256, 64, generator=torch.Generator().manual_seed(0)),
@@ -307,6 +309,9 @@ RANDOM = {
     "a permutation in floats": torch.randperm(300, generator=torch.Generator().manual_seed(0)).float(),
     "signs": torch.randn(4096, generator=torch.Generator().manual_seed(0)).sign(),
     "a sparse mask": torch.rand(256, 256, generator=torch.Generator().manual_seed(0)) < 0.02,
+    "numbers around 300": 300 + torch.randn(4096, generator=torch.Generator().manual_seed(0)),
+    "rows around 25": 25 + 0.1 * torch.randn(256, 32, generator=torch.Generator().manual_seed(0)),
+    "numbers of 8 bits": torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn),
     "a rotation": torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))[0],
 }
 

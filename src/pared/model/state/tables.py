@@ -29,7 +29,8 @@ _NUMBERS: Final = 1 << 20
 _COLUMNS: Final = 64
 _ORDER: Final = 3  # of the recurrence: a constant and a sinusoid
 _LEAST_ROWS: Final = 16
-_UNEXPLAINED: Final = 2e-5  # share of the energy
+_UNEXPLAINED: Final = 2e-5  # share of the variance
+_ROUNDING: Final = 1e-9  # share of the energy that counts as well: differences of large float32 numbers are rounded
 _COMPRESSED: Final = 0.5  # of what a code for independent numbers would take
 _LEVELS: Final = 64  # distinct values of a table of levels, such as a mask
 
@@ -121,6 +122,8 @@ def is_computed(tensor: Tensor) -> bool:
     (False, False)
     """
     tensor = tensor.detach().cpu()
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.float()  # the 8-bit types can hardly be computed with
     if not tensor.numel():
         return True
     if tensor.is_complex():
@@ -169,7 +172,8 @@ def _is_recurrent(table: NDArray[np.float64], axis: int) -> bool:
         before = np.stack([column[i : len(column) - _ORDER + i] for i in range(_ORDER)], 1)
         after = column[_ORDER:]
         errors = min((_errors(before, after, part) for part in _halves(len(after))), key=lambda found: found.sum())
-        energy += float(np.square(after).sum())
+        # About the mean: measured numbers far from zero are nearly a constant, and still no table.
+        energy += float(np.square(after - after.mean()).sum()) + _ROUNDING * float(np.square(after).sum())
         rest += float(errors.sum())
     return rest <= _UNEXPLAINED * energy
 
