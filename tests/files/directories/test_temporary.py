@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,17 @@ def test_what_is_still_being_written_stays(tmp_path: Path) -> None:
 
     write_atomic(tmp_path / "first", write)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"first": b"outer", "second": b"second"}
+
+
+def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(4):
+        (tmp_path / temporary_name()).write_bytes(b"")
+    with socket.socket(socket.AF_UNIX) as other, pytest.MonkeyPatch.context() as patch, caplog.at_level("INFO"):
+        patch.chdir(tmp_path)  # the name of a socket is short
+        other.bind(kept := ".pared-00000000.tmp")  # no file: it cannot be opened
+        clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
+    assert f"{tmp_path / kept} cannot be deleted" in caplog.text
 
 
 def test_only_what_is_ours_is_cleared(tmp_path: Path) -> None:

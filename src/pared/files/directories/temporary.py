@@ -45,10 +45,11 @@ def clear(directory: Path) -> None:
     try:
         with os.scandir(directory) as entries:
             left = [Path(entry.path) for entry in entries if _NAME.fullmatch(entry.name) and not entry.is_symlink()]
-        for path in left:
-            _delete_abandoned(path)
     except OSError as error:  # what cannot be cleared takes space, and does no other harm
         log.info("%s cannot be cleared of temporary files: %s", directory, error)
+        return
+    for path in left:
+        _delete_abandoned(path)
 
 
 @contextmanager
@@ -69,16 +70,19 @@ def temporary_folder(directory: Path) -> Iterator[Path]:
 
 
 def _delete_abandoned(path: Path) -> None:
-    if sys.platform == "win32":
-        if time.time() - path.stat().st_mtime > _DAY:
-            _delete(path)
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        if hold(descriptor):
-            _delete(path)
-    finally:
-        os.close(descriptor)
+        if sys.platform == "win32":
+            if time.time() - path.stat().st_mtime > _DAY:
+                _delete(path)
+            return
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if hold(descriptor):
+                _delete(path)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # another user's, for instance: no reason to keep the others
+        log.info("%s cannot be deleted: %s", path, error)
 
 
 def _delete(path: Path) -> None:
