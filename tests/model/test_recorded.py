@@ -110,6 +110,10 @@ class Unequal:
 def test_objects_are_not_asked_whether_they_are_equal() -> None:
     assert values.same([Unequal(), float("nan"), "a"], [Unequal(), float("nan"), "a"])
     assert not values.same([Unequal(), "a"], [Unequal(), "b"])
+    assert values.same({1, "a", Unequal}, {"a", 1, Unequal})
+    assert not values.same({1, 2}, {1, 3})
+    assert not values.same([frozenset("ab")], [frozenset("abc")])
+    assert not values.same(bytearray(b"a"), bytearray(b"b"))
     nan = torch.tensor([1.0, float("nan")])
     assert values.same(nan, nan.clone())
 

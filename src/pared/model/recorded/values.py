@@ -13,7 +13,7 @@ import logging
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -149,7 +149,16 @@ def _same_leaf(a: object, b: object, equal: Callable[[Tensor, Tensor], bool]) ->
         return bool(a == b) or (a != a and b != b)
     if isinstance(a, enum.Enum):
         return a is b
+    if type(a) is bytearray:
+        return a == b
+    if isinstance(a, (set, frozenset)) and isinstance(b, (set, frozenset)):
+        return len(a) == len(b) and _plain_of(a) == _plain_of(b)
     return True
+
+
+def _plain_of(values: Set[object]) -> set[object]:
+    """Those members of a set that are equal where they look alike."""
+    return {one for one in values if isinstance(one, _PLAIN)}
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
