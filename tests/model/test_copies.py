@@ -401,6 +401,26 @@ def test_an_array_in_the_memory_of_a_weight_is_refused() -> None:
         shadow(model)
 
 
+def test_an_array_that_reaches_into_a_weight_from_before_or_backwards_is_refused() -> None:
+    numbers = np.ones(20, np.float32)
+    for array in (numbers, numbers[12::-1], numbers.reshape(4, 5).T):
+        model = build()
+        model[0].bias = nn.Parameter(torch.from_numpy(numbers[8:16]))
+        give(model[0], "array", array)
+        with pytest.raises(ModelError, match="0.array: is an array in the memory of a weight"):
+            shadow(model)
+
+
+def test_arrays_beside_the_memory_of_weights_are_copied() -> None:
+    numbers = np.arange(20, dtype=np.float32)
+    model = build()
+    model[0].bias = nn.Parameter(torch.from_numpy(numbers[8:16].copy()))
+    give(model[0], "arrays", [numbers[:8], numbers[16:], numbers[8:8], np.array(["a", None], object)])
+    arrays: Any = shadow(model)[0].arrays
+    assert [array.tolist() for array in arrays] == [[*range(8)], [16, 17, 18, 19], [], ["a", None]]
+    assert not np.shares_memory(arrays[0], numbers)
+
+
 def test_a_traced_forward_is_refused() -> None:
     model = build()
     weight = model[0].weight.detach()
@@ -431,15 +451,15 @@ def test_a_forward_that_looks_layers_up_in_a_global_is_known() -> None:
 
 # Ordinary models are copied as ever.
 class Slots(nn.Module):
-    __slots__ = ("scale",)
+    __slots__ = ("__shift", "scale")
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = 2.0
+        self.scale, self.__shift = 2.0, 1.0
         self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Any:
-        return self.layer(x) * self.scale
+        return self.layer(x) * self.scale + self.__shift
 
 
 class Own(nn.Module):

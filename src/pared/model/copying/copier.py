@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError, ParedError
-from pared.model.copying.reach import PROXIES, SHARED, Reach, behind, contents, is_plain, slots, span, weak_targets
+from pared.model.copying.reach import PROXIES, SHARED, Reach, behind, contents, slots, span, weak_targets
 
 log = logging.getLogger(__name__)
 
@@ -167,22 +167,20 @@ def _aliasing(memo: Memo, value: Tensor, owner: Tensor) -> Tensor:
     return nn.Parameter(part, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else part
 
 
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Where the memory of a tensor begins, and its bytes."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _addresses(value: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Where the numbers of an array begin and end, whatever its strides."""
+    first = value.__array_interface__["data"][0]
+    ways = [(size - 1) * stride for size, stride in zip(value.shape, value.strides, strict=True)]
+    return first + sum(way for way in ways if way < 0), first + sum(way for way in ways if way > 0) + value.itemsize
 
 
 def _array(memo: Memo, value: np.ndarray[Any, Any]) -> object:
-    start = value.__array_interface__["data"][0] if value.dtype != object else 0
-    for tensor in memo._reach.registered.values():
-        first, nbytes = _memory(tensor) if is_plain(tensor) and tensor.is_cpu else (0, 0)
-        if first <= start < first + nbytes:
-            raise ModelError(
-                "is an array in the memory of a weight, which a copy of the model would go on reading",
-                where=memo.place(value),
-                remedy="Use the tensor itself, or set the attribute to None before.",
-            )
+    if value.size and memo._reach.is_in_memory(*_addresses(value)):
+        raise ModelError(
+            "is an array in the memory of a weight, which a copy of the model would go on reading",
+            where=memo.place(value),
+            remedy="Use the tensor itself, or set the attribute to None before.",
+        )
     return _copied_or_shared(memo, value)
 
 

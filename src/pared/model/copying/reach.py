@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import gc
 import logging
@@ -101,6 +102,23 @@ class Reach(Generic[ModuleT_co]):
                     found[key] = (value, next((one for one in owners if _lies_within(value, one)), owners[0]))
         return found
 
+    def is_in_memory(self, start: int, end: int) -> bool:
+        """Whether bytes between two addresses are in the memory of a registered tensor."""
+        place = bisect.bisect_left(self._memory, (end, 0)) - 1  # the last that begins before the end
+        return place >= 0 and self._memory[place][1] > start
+
+    @functools.cached_property
+    def _memory(self) -> list[tuple[int, int]]:
+        """The addresses of registered tensors on the CPU: where each stretch of memory begins and ends, in order."""
+        storages = [one.untyped_storage() for one in self.registered.values() if is_plain(one) and one.is_cpu]
+        found: list[tuple[int, int]] = []
+        for start, end in sorted({(one.data_ptr(), one.data_ptr() + one.nbytes()) for one in storages}):
+            if found and start < found[-1][1]:
+                found[-1] = (found[-1][0], max(end, found[-1][1]))
+            else:
+                found.append((start, end))
+        return found
+
     @functools.cached_property
     def tied(self) -> set[int]:
         """The objects through which the model's modules, or any tensors, can be reached, by `id`."""
@@ -162,8 +180,12 @@ def span(tensor: Tensor) -> int:
 
 def slots(kind: type) -> tuple[str, ...]:
     """The attributes of a class that its objects have no dict for."""
-    named = [vars(cls).get("__slots__", ()) for cls in kind.__mro__]
-    found = [name for names in named for name in ((names,) if isinstance(names, str) else names)]
+    found = []
+    for cls in kind.__mro__:
+        names = vars(cls).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            is_private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{cls.__name__.lstrip('_')}{name}" if is_private else name)
     return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
