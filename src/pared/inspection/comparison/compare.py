@@ -177,7 +177,8 @@ def _flat(tensor: ReadableTensor) -> Iterator[Array]:
         return
     array = tensor.read()
     if array is not None:
-        for part in array if array.ndim > 1 else [array]:  # by rows, which are rarely strided
+        whole = array.flags.c_contiguous or array.ndim == 1
+        for part in [array] if whole else array:  # of one that is strided, a row at a time is copied
             yield np.ascontiguousarray(part).reshape(-1)
 
 
