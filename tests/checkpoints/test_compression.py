@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import pared
 from pared import readers
 from pared.artifact.envelope import open_records
+from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
 from pared.checkpoints import compress, expand
 from pared.checkpoints.journal import FOLDER, Journal
@@ -603,6 +604,22 @@ def test_a_damaged_artifact_does_not_expand(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="checksum"):
         pared.expand(path, tmp_path / "big.safetensors")
     assert not (tmp_path / "big.safetensors").exists()
+
+
+def test_many_small_tensors_are_divided_into_batches_in_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"w{i:03d}": torch.full((2, 3), float(i)) for i in range(200)}
+    asked: list[str] = []
+
+    def need(entry: Entry) -> int:
+        asked.append(entry.name)
+        return 64
+
+    monkeypatch.setattr(expand, "need", need)
+    monkeypatch.setattr(expand, "_BATCH", 64 * 7)
+    assert all(torch.equal(value, state[name]) for name, value in there_and_back(state, tmp_path).items())
+    assert len(asked) <= 3 * len(state)
 
 
 def test_a_name_that_the_format_keeps_for_itself_is_told(tmp_path: Path) -> None:

@@ -223,15 +223,17 @@ def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry
     limit = MemoryLimit(records.where, records.nbytes)
     most = min(_BATCH, limit.left // 2)
     batch: list[Entry] = []
+    taken = 0
     for i, entry in enumerate(entries):
         large = need(entry) > most
         if not large:
             batch.append(entry)
+            taken += need(entry)
         following = entries[i + 1] if i + 1 < len(entries) else None
-        if large or following is None or sum(map(need, (*batch, following))) > most:
+        if large or following is None or taken + need(following) > most:
             arrays = each(lambda one: _decode(one, records.data), batch, [one.elements for one in batch])
             yield from ((one, partial(iter, [array])) for one, array in zip(batch, arrays, strict=True))
-            batch = []
+            batch, taken = [], 0
         if large:
             yield entry, partial(pieces, entry, records.data, limit)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import pared
 from pared import readers
 from pared.errors import CorruptError, FileError
+from pared.readers.folders import sets
 
 STATE = {f"layers.{i}.weight": torch.full((4, 8), float(i)) for i in range(3)}
 
@@ -319,3 +320,21 @@ def test_numbers_are_compared_with_numpy(tmp_path: Path) -> None:
             assert np.array_equal(array, STATE[one.name].numpy())
         assert listing.kind == "a .safetensors file, one of 3 files"
         assert listing.nbytes == sum(path.stat().st_size for path in paths)
+
+
+def test_the_shards_of_an_index_are_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once for each of them: a large model has hundreds."""
+    pattern = "model-{}-of-00003.safetensors"
+    shards(tmp_path / "m", pattern)
+    placed = {name: pattern.format(f"{i:05d}") for i, name in enumerate(STATE, 1)}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    looked: list[str] = []
+    by_numbers = sets._by_numbers
+
+    def noted(folder: Path, name: str, sizes: Mapping[str, int]) -> sets.WeightSet | None:
+        looked.append(name)
+        return by_numbers(folder, name, sizes)
+
+    monkeypatch.setattr(sets, "_by_numbers", noted)
+    assert held(tmp_path / "m") == ALL
+    assert looked == [pattern.format("00001")]

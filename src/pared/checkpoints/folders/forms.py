@@ -79,6 +79,9 @@ def _is_lost(
     alike = (one for one in plain.values() if one.shape == held.shape and one.dtype == held.dtype)
     numbers = listing.array(held)
     return not any(
-        numbers is not None and (found := listing.array(one)) is not None and np.array_equal(numbers, found)
+        numbers is not None
+        and (found := listing.array(one)) is not None
+        and np.array_equal(numbers[:1], found[:1])  # which tells most apart
+        and np.array_equal(numbers, found)
         for one in alike
     )

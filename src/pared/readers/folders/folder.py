@@ -139,9 +139,10 @@ def _listings(
     """The listing of each readable file, and the reasons why others are not readable; `wanted` ones must be."""
     listings: dict[str, Listing] = {}
     unread: dict[str, str] = {}
+    beside: set[str] = set()
     # ONNX models first: some of the others may be their data.
     for name in sorted(names, key=lambda name: (not name.endswith(".onnx"), name)):
-        if name in _beside(listings):
+        if name in beside:
             continue
         try:
             if PurePosixPath(name).name == DISTRIBUTED:
@@ -152,6 +153,8 @@ def _listings(
             if type(error) is not FileError or name in wanted:
                 raise
             unread[name] = error.what
+            continue
+        beside |= _beside({name: listings[name]})
     return dict(sorted(listings.items())), unread
 
 

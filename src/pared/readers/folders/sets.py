@@ -222,9 +222,12 @@ def _by_index(folder: Path, index: str, found: Found) -> WeightSet | None:
                 where=str(folder / index),
                 remedy=f"Fetch {_some(missing)}, and put it beside the others.",
             )
-    for name in sorted(files):
-        part = numbered(name)
-        alike = None if part is None or part.count is None else _by_numbers(folder, name, found.sizes)
+    ordered = sorted(files, reverse=True)  # so that the first of each family counts
+    families = {
+        part.family: name for name in ordered if (part := numbered(name)) is not None and part.count is not None
+    }
+    for name in families.values():
+        alike = _by_numbers(folder, name, found.sizes)
         files.update(alike.files if alike is not None else ())
     return WeightSet(tuple(sorted(files)), placed)
 
