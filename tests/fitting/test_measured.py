@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ import pared
 from pared import PostTrainingQuantConfig, Rule
 from pared.artifact.outcome import Damage
 from pared.fitting.measured.repair import FACTOR, TOLERABLE
+from pared.fitting.search import compressor
+from pared.fitting.search.options import FreeTensor, rounded
+from pared.formats.coded import Coded
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +75,28 @@ def test_a_searched_result_is_measured_without_further_evaluations() -> None:
     q: Any = pared.fit(model, None, batches(), score, quiet=True)
     assert len(asked) == 1 + len(q.pared.trials)
     assert q.pared.damage.measured == pytest.approx(1 - q.pared.score, rel=0.2)
+
+
+def test_what_is_measured_before_a_search_is_not_rounded_again_for_its_first_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[tuple[str, int]] = []
+
+    def noted(free: FreeTensor, option: int) -> Coded:
+        made.append((free.model_tensor.name, option))
+        return rounded(free, option)
+
+    monkeypatch.setattr(compressor, "rounded", noted)
+    torch.manual_seed(0)
+    pared.fit(Net().eval(), PostTrainingQuantConfig(max_trials=1), batches(), lambda candidate: 1.0, quiet=True)
+    assert len(made) == len(set(made)) > 0
+
+
+@pytest.mark.parametrize("nbytes", range(4400, 4464, 9))
+def test_the_outcome_of_a_model_that_nobody_scored_fits_into_the_room_left_for_it(nbytes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    q = pared.fit(Net().eval(), PostTrainingQuantConfig(max_size=nbytes, approach="weight_only"), batches(), quiet=True)
+    assert nbytes - 192 < pared.save(q, tmp_path).stat().st_size <= nbytes
 
 
 def test_without_calibration_data_nothing_is_measured_and_that_is_said() -> None:

@@ -153,7 +153,12 @@ class Compressor(Generic[ModuleT_co]):
         Args:
             factors: how many times the predicted damage a tensor does, by its first name.
             inputs: the part of their share of the damage that int8 inputs may still do.
+
+        Returns:
+            itself if nothing is corrected, so that what was rounded is not rounded again.
         """
+        if not factors and inputs == self._inputs:
+            return self
         other = copy.copy(self)
         other._free = [
             corrected(free, factors[free.model_tensor.name], strict=self._conf.strict)
