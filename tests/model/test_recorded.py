@@ -209,6 +209,15 @@ def test_every_call_finds_the_state_it_found_when_it_was_made() -> None:
     assert made[0].side_effects.startswith("its forward changes ")
 
 
+def test_what_no_call_changes_is_not_held() -> None:
+    model = Stateful()
+    model.large = torch.ones(1000)
+    (call,), _ = recorded(model, [torch.ones(2, 2)])
+    assert call.state is not None
+    assert values.nbytes(dict(call.state._watch._first)) < 1000
+    assert set(call.state._watch._first) == set(call.state._watch.changed)
+
+
 def test_a_module_that_changes_nothing_has_no_state() -> None:
     (call,), _ = recorded(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval(), [torch.ones(3, 2)])
     assert call.state is not None

@@ -154,6 +154,8 @@ class _Recorder:
         finally:
             before.remove()
             after.remove()
+            if self._watch is not None:
+                self._watch.only_changes()  # what did not change need not be held as long as the calls are
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         original, self.original = self.original, None
