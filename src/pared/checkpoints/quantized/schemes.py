@@ -14,7 +14,6 @@ INTEGERS: Final = frozenset(
 NARROW_FLOATS: Final = frozenset(
     ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float4_e2m1fn_x2", "float4_e2m1")
 )  # fmt: skip
-CODES: Final = INTEGERS | NARROW_FLOATS
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,11 @@ class Scheme:
         label: the method's name, for people.
         codes: the pattern of the name of the codes; what its groups matched stands in `beside` as `{0}`, `{1}`.
         beside: names of which one must be there as well, for these codes.
-        numbers: the types that codes may have.
     """
 
     label: str
     codes: re.Pattern[str]
     beside: tuple[str, ...]
-    numbers: frozenset[str] = CODES
 
 
 def _scheme(label: str, codes: str, *beside: str) -> Scheme:
