@@ -107,6 +107,24 @@ class Unequal:
     __hash__ = None  # type: ignore[assignment]  # on purpose
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"words": {"a": 1, "b": 2, "c": 2.0}, "rest": [None, float("nan")]},
+        {"words": {"a": 1, "b": True, "c": 2.0}, "rest": [None, float("nan")]},
+        {"words": {"b": 1, "a": 1, "c": 2.0}, "rest": [None, float("nan")]},
+        {"words": {"a": 1, "b": 1, "c": 2.0}, "rest": (None, float("nan"))},
+        {"words": {"a": 1, "b": 1, "c": 2.0}, "rest": [None, float("nan"), 0]},
+        {"words": {"a": 1, "b": 1, "c": 2.0}, "rest": [None, torch.tensor(float("nan"))]},
+    ],
+)
+def test_tables_of_plain_values_differ_in_one_of_them(other: Any) -> None:
+    value = {"words": {"a": 1, "b": 1, "c": 2.0}, "rest": [None, float("nan")]}
+    assert values.same(value, {"words": {"a": 1, "b": 1, "c": 2.0}, "rest": [None, float("nan")]})
+    assert not values.same(value, other)
+    assert not values.same(other, value)
+
+
 def test_objects_are_not_asked_whether_they_are_equal() -> None:
     assert values.same([Unequal(), float("nan"), "a"], [Unequal(), float("nan"), "a"])
     assert not values.same([Unequal(), "a"], [Unequal(), "b"])

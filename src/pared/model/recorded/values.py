@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 log = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
+_Parts = list[tuple[object, object]]  # keys, or names of attributes, and what is there
 Place = tuple[tuple[type, object], ...]  # the way to a leaf: of each container its class, and a key or an attribute
 
 _DEEPEST: Final = 100  # levels; what lies deeper is one leaf
@@ -48,20 +49,26 @@ def leaves(value: object, whole: tuple[type, ...] = ()) -> Iterator[tuple[Place,
     return _leaves(value, whole, (), set())
 
 
-def _leaves(value: object, whole: tuple[type, ...], place: Place, around: set[int]) -> Iterator[tuple[Place, object]]:
+def _leaves(
+    value: object,
+    whole: tuple[type, ...],
+    place: Place,
+    around: set[int],
+    is_leaf: Callable[[_Parts], bool] | None = None,
+) -> Iterator[tuple[Place, object]]:
     parts = None if isinstance(value, (*_LEAVES, *whole)) or len(place) > _DEEPEST else _parts(value)
-    if parts is None:
+    if parts is None or (is_leaf is not None and is_leaf(parts)):
         yield place, value
     elif id(value) not in around:  # a value may contain itself
         around.add(id(value))
         for key, part in parts:
-            yield from _leaves(part, whole, (*place, (type(value), key)), around)
+            yield from _leaves(part, whole, (*place, (type(value), key)), around, is_leaf)
         around.remove(id(value))
 
 
-def _parts(value: object) -> list[tuple[object, object]] | None:
+def _parts(value: object) -> _Parts | None:
     """The items and the attributes of a value; None for what is a leaf."""
-    parts: list[tuple[object, object]] = []
+    parts: _Parts = []
     if isinstance(value, dict):
         parts += dict.items(value)
     elif isinstance(value, (list, tuple, deque)):
@@ -104,7 +111,9 @@ def nbytes(value: object) -> int:
 
 
 def same(a: object, b: object, equal: Callable[[Tensor, Tensor], bool] | None = None) -> bool:
-    """Whether two values have the same structure and equal leaves; of leaves of unknown types only the class counts.
+    """Whether two values have the same structure and equal leaves.
+
+    Of leaves of unknown types only the class counts, and of sets the plain members.
 
     Args:
         a: anything.
@@ -114,7 +123,8 @@ def same(a: object, b: object, equal: Callable[[Tensor, Tensor], bool] | None = 
     >>> same([torch.zeros(2), {"n": 1}], [torch.zeros(2), {"n": 1}]), same([1, 2], (1, 2)), same(1, True)
     (True, False, False)
     """
-    ours, theirs = list(leaves(a)), list(leaves(b))
+    # Vocabularies and other tables of plain values are one leaf: there may be hundreds of calls to look at them.
+    ours, theirs = (list(_leaves(one, (), (), set(), _are_plain)) for one in (a, b))
     if len(ours) != len(theirs):
         return False
     if any(not _same_place(p, q) for (p, _), (q, _) in zip(ours, theirs, strict=True)):
@@ -149,11 +159,21 @@ def _same_leaf(a: object, b: object, equal: Callable[[Tensor, Tensor], bool]) ->
         return bool(a == b) or (a != a and b != b)
     if isinstance(a, enum.Enum):
         return a is b
+    x, y = (None if isinstance(one, _LEAVES) else _parts(one) for one in (a, b))
+    if x is not None and y is not None and _are_plain(x) and _are_plain(y):
+        return len(x) == len(y) and all(
+            type(k) is type(m) and k == m and type(p) is type(q) and (p == q or (p != p and q != q))
+            for (k, p), (m, q) in zip(x, y, strict=True)
+        )
     if type(a) is bytearray:
         return a == b
     if isinstance(a, (set, frozenset)) and isinstance(b, (set, frozenset)):
         return len(a) == len(b) and _plain_of(a) == _plain_of(b)
     return True
+
+
+def _are_plain(parts: _Parts) -> bool:
+    return all(type(part) in _PLAIN and type(key) in _PLAIN for key, part in parts)
 
 
 def _plain_of(values: Set[object]) -> set[object]:
