@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig, Rule
 from pared.artifact.outcome import Damage
-from pared.fitting.measured.repair import FACTOR, TOLERABLE
+from pared.fitting.measured.repair import FACTOR, TOLERABLE, Corrections, Refiner
 from pared.fitting.search import compressor
 from pared.fitting.search.options import FreeTensor, rounded
 from pared.formats.coded import Coded
@@ -97,6 +98,23 @@ def test_the_outcome_of_a_model_that_nobody_scored_fits_into_the_room_left_for_i
     torch.manual_seed(0)
     q = pared.fit(Net().eval(), PostTrainingQuantConfig(max_size=nbytes, approach="weight_only"), batches(), quiet=True)
     assert nbytes - 192 < pared.save(q, tmp_path).stat().st_size <= nbytes
+
+
+class Together:
+    """In place of a yardstick: all tensors at once do four times the predicted damage, and fewer do as predicted."""
+
+    def with_weights(self, values: dict[str, Tensor]) -> float:
+        return 0.04 if len(values) == 4 else 0.0025 * len(values)
+
+
+def test_tensors_that_only_together_do_too_much_count_as_much_more_as_they_did() -> None:
+    nothing: Any = None
+    yardstick: Any = Together()
+    coded: Any = SimpleNamespace(decode=lambda: torch.zeros(1))
+    weights: Any = [(SimpleNamespace(name=name, coded=coded), 0.0025) for name in "abcd"]
+    found = Refiner(nothing, nothing, nothing, yardstick)._refined(weights, Corrections())
+    assert found is not None
+    assert found.factors == pytest.approx(dict.fromkeys("abcd", 4.0))
 
 
 def test_without_calibration_data_nothing_is_measured_and_that_is_said() -> None:

@@ -128,23 +128,21 @@ class Refiner(Generic[ModuleT]):
     def _refined(self, weights: Sequence[tuple[Stored, float]], known: Corrections) -> Corrections | None:
         """With more weight for the tensors that do more damage than predicted, found by halving groups of them."""
         groups = [list(weights)]
-        runs, factors = 0, dict[str, float]()
+        runs, together, factors = 0, 0.0, dict[str, float]()
         while groups:
             group = groups.pop(0)
             runs += 1
             measured, predicted = self._lost([stored for stored, _ in group]), sum(damage for _, damage in group)
-            if not math.isfinite(measured):
-                excess = _BROKEN
-            else:
-                excess = measured / max(predicted, TOLERABLE / 100)
-                if excess < FACTOR / 1.5:
-                    continue
+            excess = measured / max(predicted, TOLERABLE / 100) if math.isfinite(measured) else _BROKEN
+            together = together or excess  # the first group is all of them
+            if excess < FACTOR / 1.5:
+                continue
             if len(group) > 1 and runs + len(groups) + 2 <= _RUNS:
                 groups += [group[: len(group) // 2], group[len(group) // 2 :]]
             else:
                 factors |= {stored.name: min(excess, _BROKEN) for stored, _ in group}
         if not factors:  # only together do they do so much
-            factors = {stored.name: FACTOR**2 for stored, _ in weights}
+            factors = {stored.name: min(together, FACTOR**2) for stored, _ in weights}
         return known.raised(factors)
 
     def _lost(self, tensors: Sequence[Stored]) -> float:
