@@ -31,7 +31,7 @@ _MOST_SHARE: Final = 0.9
 def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
     """The outermost submodels, by name, each with the call that the model makes of it.
 
-    None where the call changes its arguments or the model: then theirs are not known either.
+    There are none if the call changes its arguments or the model: then theirs are not known either.
 
     Args:
         model: a float model in eval mode, which is left as it is.

@@ -143,7 +143,7 @@ class ProductWatch(TorchFunctionMode):
         if id(weight) not in self._names or weight.dim() < 3 or not (self._gradients and torch.is_grad_enabled()):
             return False
         if isinstance(index, Tensor):
-            return index.dim() == 0 and index.dtype == torch.int64 and torch._C._functorch.maybe_current_level() is None
+            return index.dim() == 0 and index.dtype == torch.int64
         return isinstance(index, int) and not isinstance(index, bool)
 
     def _slice(self, weight: Tensor, index: Tensor | int) -> Tensor:

@@ -188,7 +188,7 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
         try:
             program = _exported(flat, range)
         except TooSlowError as error:
-            log.debug("only the number of samples may vary in a graph: %s", error)
+            log.info("only the number of samples may vary in a graph: %s", error)
             program = _exported(flat, lambda rank: range(min(rank, 1)))
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         log.debug("torch.export cannot capture a call: %s", error)
