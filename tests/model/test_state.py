@@ -174,6 +174,20 @@ def test_trees_that_are_no_state_are_refused(edit: str, tmp_path: Path) -> None:
         pared.load(tmp_path / "x", scaled())
 
 
+def test_tensors_of_a_state_with_a_gap_in_their_numbers_are_refused(tmp_path: Path) -> None:
+    model = scaled()
+    model[0].state = torch.randn(4)
+    path = pared.save(pared.fit(model, quiet=True), tmp_path)
+    with open_records(path) as records:
+        text, data = zlib.decompress(records.index).decode(), bytes(records.data)
+    index = json.loads(text.replace("0._extra_state/0", "0._extra_state/2"))
+    index["states"]["0._extra_state"] = {"tensor": 2}
+    with (tmp_path / "x").open("wb") as file:
+        write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
+    with pytest.raises(CorruptError, match="its tensors are not numbered one after the other"):
+        pared.load(tmp_path / "x", scaled())
+
+
 # --- buffers that the constructor computes
 
 

@@ -135,8 +135,10 @@ def _contents(records: Records, numbers: int | None = None) -> Contents:
 
 def _in_order(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """The tensors of one extra state, in their order."""
-    count = sum(part.rpartition("/")[0] == name for part in parts)
-    return tuple(parts[f"{name}/{i}"] for i in range(count))
+    found: list[Tensor] = []
+    while (part := parts.get(f"{name}/{len(found)}")) is not None:
+        found.append(part)
+    return tuple(found)
 
 
 def _check_numbers(index: Index, records: Records, numbers: int) -> None:

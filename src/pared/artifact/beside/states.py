@@ -35,7 +35,11 @@ def check_states(states: Mapping[str, Any], entries: Sequence[Entry], at: Place)
         here = Place(f"{at.place}: {name}")
         if name.rpartition(".")[2] != "_extra_state":
             here.fail("its name is not that of an extra state")
-        _check_tree(tree, name, parts, used, 0, here)
+        own: set[str] = set()
+        _check_tree(tree, name, parts, own, 0, here)
+        if own != {f"{name}/{i}" for i in range(len(own))}:
+            here.fail("its tensors are not numbered one after the other")
+        used |= own
     for name, entry in parts.items():
         if name not in used or len(entry.names) > 1 or entry.format["tag"] != "raw":
             at.fail(f"{name!r} is part of no extra state, or not stored as it is")
