@@ -3,10 +3,13 @@
 import copy
 import logging
 import math
+import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -217,11 +220,19 @@ def test_outputs_of_another_length_are_named_and_the_others_are_compared() -> No
     assert found.notes[0].startswith("waveform cannot be compared: the shape (1, ")
 
 
-def test_models_that_draw_random_numbers_draw_the_same_ones() -> None:
+NOISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch": torch.randn_like,
+    "NumPy": lambda y: torch.from_numpy(np.random.standard_normal(y.shape)).to(y.dtype),
+    "Python": lambda y: y * random.random(),
+}
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_models_that_draw_random_numbers_draw_the_same_ones(noise: str) -> None:
     class Noisy(Net):
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = nn.Sequential.forward(self, x)  # type: ignore[no-untyped-call]  # as torch has it
-            return y + torch.randn_like(y)
+            return y + NOISES[noise](y)
 
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -17,6 +17,7 @@ from pared.fitting.calibration.perturbation import values_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Key, Leaf, share_of_each
+from pared.model.recorded import draws
 from pared.switches import WITHOUT_FAST_PATHS
 
 MOST_CALLS: Final = 3  # that are repeated: the first, the last and one in the middle
@@ -114,8 +115,7 @@ class Yardstick:
         return found.measured is None or not found.measured < 1e-9 or bool(found.notes)
 
     def _outputs(self, model: nn.Module, call: Call) -> list[Leaf]:
-        with torch.no_grad(), WITHOUT_FAST_PATHS, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
+        with torch.no_grad(), WITHOUT_FAST_PATHS, draws.alike(self._seed):
             return values_of(call.on(model), self._logits)
 
 

@@ -14,11 +14,11 @@ from pared.errors import ModelError
 from pared.model.calls import Call
 from pared.model.copies import clone_structure
 from pared.model.outputs import tensors_of
+from pared.model.recorded import draws
 from pared.model.tensors import ModelTensors
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.served import on_modules
-from pared.switches import random_states_kept
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,7 @@ def check_reloading(found: nn.Module, tensors: ModelTensors[nn.Module], calls: S
 
 
 def _call(model: nn.Module, call: Call) -> list[torch.Tensor]:
-    with torch.no_grad(), random_states_kept():
-        torch.manual_seed(0)
+    with torch.no_grad(), draws.alike():
         output: Any = call.on(model)
         return [tensor.detach().double() for tensor in tensors_of(output)]
 

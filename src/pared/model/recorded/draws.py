@@ -19,7 +19,7 @@ def alike(seed: int = 0) -> Iterator[None]:
         drawn = random.getstate(), np.random.get_state()  # the state that models may use
         try:
             random.seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed % (1 << 32))  # it takes no larger ones
             torch.manual_seed(seed)
             yield
         finally:
