@@ -196,6 +196,22 @@ def test_a_result_that_a_file_does_not_give_is_refused() -> None:
         check_reloading(q, find_tensors(model), [Call((X,), {})])
 
 
+def test_a_result_that_a_file_does_not_give_is_refused_before_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object) -> None:
+        raise ModelError("gives other outputs", where="Net", remedy="Look.")
+
+    monkeypatch.setattr("pared.fitting.fit.check_reloading", refuse)
+    scored: list[nn.Module] = []
+
+    def score(model: nn.Module) -> float:
+        scored.append(model)
+        return 1.0
+
+    with pytest.raises(ModelError, match="gives other outputs"):
+        pared.fit(build(), None, [X], score, quiet=True)
+    assert scored == []
+
+
 def test_what_is_random_is_compared_with_itself() -> None:
     class Noisy(nn.Sequential):
         def forward(self, x: Tensor) -> Any:

@@ -143,7 +143,10 @@ def _fit(
     shadow = copies.shadow(model)
     corrections = Corrections()
     if refiner is not None:  # once more, of all tensors together, where the search begins
-        _, corrections = refiner.repaired(lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True)
+        first, corrections = refiner.repaired(
+            lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True
+        )
+        _verify(first, known, stages)  # before hours of work, not after
         compressor = compressor.corrected(corrections.factors, corrections.inputs)
     return _searched(
         lambda: search.search(compressor, shadow, judge, max_size=_max_size(conf), workspace=records, start=start),
@@ -253,10 +256,15 @@ def _searched(
 def _finished(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
     """The same model in its fastest form, after a look at what its file will give."""
     fastest = _timed(found, known, stages)
+    _verify(fastest, known, stages)
+    return fastest
+
+
+def _verify(found: nn.Module, known: Prepared[ModuleT], stages: Stages) -> None:
+    """Refuse a model whose file would give another one, where there is a call to compare them by."""
     if known.seen is not None:
         with stages.stage("verifying"):
-            check_reloading(fastest, known.tensors, known.seen.calls)
-    return fastest
+            check_reloading(found, known.tensors, known.seen.calls)
 
 
 def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
