@@ -76,7 +76,8 @@ def test_caches_of_transformers_are_by_products() -> None:
     assert [leaf.path for leaf in leaves_of(alone)] == ["hidden_states.0"], "there is nothing else"
 
 
-def test_masks_are_no_energy() -> None:
-    leaf = Leaf(torch.tensor([[1.0, torch.finfo(torch.float32).min], [2.0, torch.nan]]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_masks_are_no_energy(dtype: torch.dtype) -> None:
+    leaf = Leaf(torch.tensor([[1.0, torch.finfo(dtype).min], [2.0, torch.nan]], dtype=dtype))
     assert leaf.energy() == 5
     assert leaf.error(leaf.value.nan_to_num(0.0) + 1) == 2

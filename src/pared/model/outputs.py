@@ -57,7 +57,7 @@ class Leaf:
         """Which numbers count, and of logits which distributions: the finite ones (a boolean tensor)."""
         value = self.value.detach()
         if not self.is_logits:
-            return value.abs() < _INFINITE  # false for NaN
+            return value.abs() < min(_INFINITE, torch.finfo(value.dtype).max / 2)  # false for NaN
         broken = value.isnan() | (value == torch.inf)
         return value.isfinite().any(-1) & ~broken.any(-1)
 
