@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pared.errors import CalibrationError, ModelError
 from pared.formats.activation import Range
 from pared.runtime.kernels import conv, linear, machine
-from pared.runtime.kernels.activation import FAR, NotFiniteError, quantize, quantize_rows, tensor_range
+from pared.runtime.kernels.activation import FAR, NotFiniteError, quantize, quantize_rows
 from pared.runtime.kernels.machine import available, exact_products, levels_for
 from tests.runtime import reference
 
@@ -157,12 +157,6 @@ def test_a_range_must_be_finite_and_hold_zero() -> None:
     for low, high in ((math.nan, 1.0), (0.0, math.inf), (0.0, 1e39)):
         with pytest.raises(CalibrationError, match="is not finite"):
             Range.of(low, high)
-
-
-def test_the_range_of_a_tensor() -> None:
-    assert tensor_range(torch.tensor([-1.0, 4.0])) == Range(-1.0, 4.0)
-    assert tensor_range(torch.empty(0)) == Range(0.0, 0.0)
-    assert tensor_range(torch.tensor([0.0, math.inf])) is None
 
 
 # --- linear -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from pared.formats.activation import NARROWEST, Range, float32
+from pared.formats.activation import NARROWEST, float32
 
 ORIGIN: Final = 1.5 * 2.0**23  # the middle of the float32 numbers that are 1 apart; its lowest byte is 0
 
@@ -102,15 +102,3 @@ def _row_grids(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
     # One level is kept free: both ends are rounded, so the codes of a row may span one step more than its range.
     scale = high.sub_(low).div_(levels - 1)
     return low, scale, scale.reciprocal()
-
-
-def tensor_range(x: Tensor) -> Range | None:
-    """The range of all of `x`, or None if it holds NaN or Inf.
-
-    >>> tensor_range(torch.tensor([1.0, 3.0])), tensor_range(torch.tensor([math.nan]))
-    (Range(low=0.0, high=3.0), None)
-    """
-    if not x.numel():
-        return Range(0.0, 0.0)
-    low, high = (float(end) for end in x.aminmax())
-    return Range.of(low, high) if math.isfinite(low) and math.isfinite(high) else None
