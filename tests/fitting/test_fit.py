@@ -295,7 +295,7 @@ def assert_is_whole(q: Any, tmp_path: Path) -> None:
 
 # Where the user presses Ctrl-C: an attribute, the number of its call, and what is logged.
 STAGES: dict[str, tuple[Any, str, int, str]] = {
-    "building": (Compressor, "build", 2, "the best of 1 trials is returned"),
+    "building": (Compressor, "build", 3, "the best of 1 trials is returned"),
     "counting bytes": (quantized, "nbytes", 2, "the best of 1 trials is returned"),
     "recording the first": (Workspace, "add", 1, "the best of 1 trials is returned"),
     "logging the first": (search.log, "info", 1, "the best of 1 trials is returned"),

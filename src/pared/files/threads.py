@@ -6,7 +6,9 @@ import contextvars
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Final, TypeVar
+
+_TURNS: Final = 64  # of each thread: to hand over a single item takes longer than most small items do
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -37,8 +39,12 @@ def each(
     if threads <= 1:
         return [work(item) for item in items]
     order = range(len(items)) if sizes is None else sorted(range(len(items)), key=lambda i: -sizes[i])
+    turns = [order[first :: _TURNS * threads] for first in range(min(_TURNS * threads, len(items)))]
     with ThreadPoolExecutor(threads) as pool:
-        done = dict(zip(order, pool.map(lambda i: work(items[i]), order), strict=True))
+        found = list(pool.map(lambda turn: [work(items[i]) for i in turn], turns))
+    done = {
+        i: result for turn, results in zip(turns, found, strict=True) for i, result in zip(turn, results, strict=True)
+    }
     return [done[i] for i in range(len(items))]
 
 

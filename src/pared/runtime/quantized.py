@@ -121,10 +121,14 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
 
 def _warn_if_larger(path: Path, nbytes: int, model: nn.Module, contents: Contents) -> None:
     """Say so if a file is larger than the state dict of the float model: only buffers outside of it can cause that."""
-    saved = {one.name for one in find_tensors(outline_of(model)) if one.persistent}
     sizes = {one.name: math.prod(one.coded.shape) * one.coded.dtype.itemsize for one in contents.tensors}
-    source = _TORCH_ARCHIVE + sum(sizes.get(name, 0) + _TORCH_ENTRY for name in saved)
-    kept = [one.name for one in contents.tensors if one.name not in saved and one.decision.treatment != "made"]
+    left_out = sizes.keys() & {
+        f"{name}.{buffer}".removeprefix(".")
+        for name, module in model.named_modules(remove_duplicate=False)
+        for buffer in module._non_persistent_buffers_set
+    }
+    source = _TORCH_ARCHIVE + sum(nbytes + _TORCH_ENTRY for name, nbytes in sizes.items() if name not in left_out)
+    kept = [one.name for one in contents.tensors if one.name in left_out and one.decision.treatment != "made"]
     if kept and nbytes > source:
         named = f"; {max(kept, key=sizes.__getitem__)} is the largest of {len(kept)}"
         what = "%s: %s bytes are more than the about %s that the float model's state dict takes, which leaves buffers "
