@@ -211,6 +211,19 @@ def test_the_output_is_that_of_the_float_layer(name: str, mode: str) -> None:
         assert not all(torch.equal(*pair) for pair in pairs), "the int8 kernel did not run"
 
 
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(12, 16, 2, bidirectional=True), lambda: nn.GRUCell(12, 16)])
+@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1e6])
+def test_weights_for_inputs_in_unusual_units_lose_nothing(make: Callable[[], nn.Module], scale: float) -> None:
+    torch.manual_seed(0)
+    module = make().eval().requires_grad_(False)
+    for name in weights_of(module):
+        if name.startswith("weight_ih") and "l1" not in name:
+            module.get_parameter(name).mul_(scale)
+    counterpart = counterpart_of(module, "dynamic")
+    x = torch.randn(7, 3, 12)[-1 if isinstance(module, nn.GRUCell) else slice(None)] / scale
+    assert snr(tensors(module(x))[0], tensors(counterpart(x))[0]) > 35
+
+
 @pytest.mark.parametrize(("name", "mode"), EVERY)
 def test_an_empty_batch(name: str, mode: str) -> None:
     layer, counterpart, args, kwargs = build(name, mode)

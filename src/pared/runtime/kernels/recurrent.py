@@ -10,6 +10,7 @@ Gates and states are floats.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -28,6 +29,8 @@ Kind = Literal["lstm", "gru"]
 # are input, forget, cell and output; a GRU's are reset, update and new.
 _ENDS: Final = (1.0, -1.0)
 _SATURATED: Final = 40.0
+# Weights in float16 lose digits where their largest is smaller, and are cut where it is larger.
+_SMALLEST, _LARGEST = 2.0**-10, 2.0**15
 _KEEPING: Final = {4: (-_SATURATED, _SATURATED, 0.0, _SATURATED), 3: (0.0, _SATURATED, 0.0)}
 
 # oneDNN is 2 to 10 % faster for whole sequences, but two threads must not call one of its packed weights at once: about
@@ -69,12 +72,30 @@ def available() -> str:
     return ""
 
 
-def pack(weights: Weights, ways: int = 0) -> Any:
+def input_scale(largest: float) -> float:
+    """The power of two by which inputs are multiplied, and weights divided, so that float16 holds the weights.
+
+    Args:
+        largest: the magnitude of the largest weight that reads the layer's own input.
+
+    Returns:
+        1 for all but very small or large ones.
+
+    >>> input_scale(0.5), input_scale(0.0), input_scale(2.0**-20), input_scale(2.0**20)
+    (1.0, 1.0, 9.5367431640625e-07, 1048576.0)
+    """
+    if not largest or _SMALLEST <= largest <= _LARGEST:
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)
+
+
+def pack(weights: Weights, ways: int = 0, scale: float = 1.0) -> Any:
     """Pack one direction of one layer for `run`; the result can be neither copied nor pickled.
 
     Args:
         weights: plain ones.
         ways: the number of directions of the layer below, whose outputs are this one's inputs; 0: there is none.
+        scale: by what the inputs are multiplied, if there is none: see `input_scale`.
     """
     hidden = weights.codes[1].shape[1]
     gates = len(weights.codes[1]) // hidden
@@ -90,7 +111,7 @@ def pack(weights: Weights, ways: int = 0) -> Any:
     if ways:
         inputs = _pack_product(_with_columns(own, ways), steps[0], floats[0])
     else:
-        decoded = own.float() * steps[0][:, None]
+        decoded = own.float() * (steps[0] / scale)[:, None]
         inputs = torch.ops.quantized.linear_prepack_fp16(decoded, floats[0])
     return torch.ops.quantized.make_quantized_cell_params_dynamic(inputs, state, *floats, narrow)
 

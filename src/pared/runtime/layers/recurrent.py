@@ -35,15 +35,27 @@ def _kind(module: nn.Module) -> Kind:
 
 def _packed(module: Any, suffix: str) -> Any:
     owner = cast(Owner, module)
-    names = [f"weight_{which}{suffix}" for which in ("ih", "hh")]
+    names, scale = [f"weight_{which}{suffix}" for which in ("ih", "hh")], _input_scale(module)
 
     def pack() -> Any:
         codes, steps = ([get(name) for name in names] for get in (owner.pared_codes, owner.pared_row_steps))
         biases = [module._parameters.get(name.replace("weight", "bias")) for name in names]
         weights = Weights((codes[0], codes[1]), (steps[0], steps[1]), (biases[0], biases[1]))
-        return recurrent.pack(weights, 0 if suffix in _FIRST else 1 + module.bidirectional)
+        return recurrent.pack(weights, 0 if suffix in _FIRST else 1 + module.bidirectional, scale)
 
     return owner.pared_packed(suffix, pack)
+
+
+def _input_scale(module: Any) -> float:
+    owner = cast(Owner, module)
+
+    def find() -> float:
+        names = [name for suffix in _FIRST if (name := f"weight_ih{suffix}") in owner.pared_views]
+        found = [owner.pared_codes(name).short().abs().amax(1) * owner.pared_row_steps(name) for name in names]
+        return recurrent.input_scale(float(torch.cat(found).max()))
+
+    scale: float = owner.pared_packed("scale of the input", find)
+    return scale
 
 
 def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any:
@@ -128,7 +140,8 @@ def _is_quiet(data: Tensor, state: list[Tensor], out: Tensor, last: list[Tensor]
 
 
 def _on_codes(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    packed = _all_packed(module)
+    packed, scale = _all_packed(module), _input_scale(module)
+    data = data if scale == 1.0 else data * scale
     out, *last = recurrent.run(_kind(module), data, state, packed, getattr(module, "num_layers", 1), sizes)
     return out, last
 
