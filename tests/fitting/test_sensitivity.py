@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.fitting.calibration import observe, sensitivity
-from pared.fitting.calibration.sensitivity import Sensitivity
+from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.formats.activation import Activation
 from pared.formats.views import view_of
 from pared.model import calls
@@ -410,3 +410,15 @@ class Rewritten(nn.Module):
 @pytest.mark.slow
 def test_a_model_that_writes_where_gradients_are_off_is_measured_as_before() -> None:
     assert float(measured(Rewritten().eval(), [torch.randn(16, 8)]).tensors["a.weight"].rows.sum()) > 0
+
+
+@pytest.mark.parametrize("known", [{}, {"weight": TensorStats(torch.zeros(4, dtype=torch.float64))}])
+def test_what_has_no_known_cost_can_be_corrected(known: dict[str, TensorStats]) -> None:
+    found = Sensitivity(known).corrected(find_tensors(nn.Linear(3, 4, bias=False)), {"weight": 8.0})
+    assert found.tensors["weight"].rows.tolist() == [2.0] * 4
+
+
+def test_what_is_known_is_corrected_by_the_factor() -> None:
+    known = {"weight": TensorStats(torch.arange(4, dtype=torch.float64))}
+    found = Sensitivity(known).corrected(find_tensors(nn.Linear(3, 4, bias=False)), {"weight": 8.0})
+    assert found.tensors["weight"].rows.tolist() == [0.0, 8.0, 16.0, 24.0]

@@ -104,12 +104,14 @@ class Sensitivity:
     inputs: Mapping[str, InputNoise] = field(default_factory=dict)
 
     def corrected(self, tensors: ModelTensors[nn.Module], factors: Mapping[str, float]) -> Sensitivity:
-        """The same where errors in some tensors cost more, by their first names; of a tensor nothing is known of, 1."""
+        """The same where errors in some tensors cost more, by their first names; 1 in those without a known cost."""
         known = dict(self.tensors)
         for tensor in tensors:
             if tensor.name in factors:
-                rows = torch.full((tensor.view.n_rows,), 1.0 / tensor.view.n_rows, dtype=torch.float64)
-                stats = known.get(tensor.name, TensorStats(rows))
+                stats = known.get(tensor.name)
+                if stats is None or not bool((stats.rows > 0).any()):  # no factor would change zeros
+                    rows = tensor.view.n_rows
+                    stats = TensorStats(torch.full((rows,), 1.0 / rows, dtype=torch.float64))
                 known[tensor.name] = replace(stats, rows=stats.rows * factors[tensor.name])
         return replace(self, tensors=known)
 
