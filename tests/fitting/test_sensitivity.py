@@ -414,11 +414,11 @@ def test_a_model_that_writes_where_gradients_are_off_is_measured_as_before() -> 
 
 @pytest.mark.parametrize("known", [{}, {"weight": TensorStats(torch.zeros(4, dtype=torch.float64))}])
 def test_what_has_no_known_cost_can_be_corrected(known: dict[str, TensorStats]) -> None:
-    found = Sensitivity(known).corrected(find_tensors(nn.Linear(3, 4, bias=False)), {"weight": 8.0})
+    found = Sensitivity(known).corrected(find_tensors(nn.Linear(8, 4, bias=False)), {"weight": 8.0})
     assert found.tensors["weight"].rows.tolist() == [2.0] * 4
 
 
 def test_what_is_known_is_corrected_by_the_factor() -> None:
     known = {"weight": TensorStats(torch.arange(4, dtype=torch.float64))}
-    found = Sensitivity(known).corrected(find_tensors(nn.Linear(3, 4, bias=False)), {"weight": 8.0})
+    found = Sensitivity(known).corrected(find_tensors(nn.Linear(8, 4, bias=False)), {"weight": 8.0})
     assert found.tensors["weight"].rows.tolist() == [0.0, 8.0, 16.0, 24.0]
