@@ -36,7 +36,7 @@ SIZES: Final[tuple[tuple[int | None, str], ...]] = (
     (2, "num_kv_heads *num_key_value_heads num_query_groups"),
     (16, "*head_dim d_kv kv_channels *_key_dim attention_head_size attention_key_size dim_head"),
     (4, "*heads n_head nhead *num_heads_*"),
-    (2, "*layer *layers n_layer *depth *num_blocks num_hidden_groups *num_stages"),
+    (2, "*layer *layers n_layer *depth *num_blocks num_hidden_groups"),
     (128, "*intermediate_size* *ffn_dim* *d_ff* d_inner n_inner *ffn_hidden_size* *mlp_dim*"),
     (128, "*ff_dim* *feed*forward* *linear_units*"),
     (4, "*num_experts *n_experts *local_experts *routed_experts"),
@@ -46,8 +46,9 @@ SIZES: Final[tuple[tuple[int | None, str], ...]] = (
     (160, "*max_position_embeddings *n_positions *n_ctx *source_positions *target_positions"),
     (160, "*max_seq_len* *context_length"),
     (48, "embed_dim"),
-    (64, "hidden_size d_model n_embd hidden_dim emb_dim dim embedding_size *_hidden_size *_embed_dim *width"),
-    (32, "*projection_dim *proj_dim *output_dim *lora_rank *codebook_dim *_channel *_channels classifier_proj_size"),
+    (64, "hidden_size codebook_dim d_model n_embd hidden_dim emb_dim dim embedding_size *_hidden_size *_embed_dim"),
+    (64, "*width"),
+    (32, "*projection_dim *proj_dim *output_dim *lora_rank *_channel *_channels classifier_proj_size"),
     (8, "*num_queries num_latents *query_length num_query_tokens"),
 )
 # For configurations whose sizes depend on one another: only fewer layers and words.
@@ -133,6 +134,8 @@ def _attempt(name: str, sizes: Sizes, seed: int) -> Small:
     if "is_decoder" in kwargs and model_class.__name__.endswith(("CausalLM", "LMHead", "Decoder", "LMHeadModel")):
         kwargs["is_decoder"] = True
     config = config_class(**kwargs)
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(config).parameters())
     if size > MAX_PARAMETERS:
@@ -257,8 +260,9 @@ def _video(config: Any, generator: torch.Generator) -> Tensor:
     return torch.stack([_image(config, generator) for _ in range(frames)], 1)
 
 
-def _sound(_: Any, generator: torch.Generator) -> Tensor:
-    return torch.randn(BATCH, 4000, generator=generator)
+def _sound(config: Any, generator: torch.Generator) -> Tensor:
+    channels = (config.audio_channels,) if hasattr(config, "audio_channels") else ()
+    return torch.randn(BATCH, *channels, 4000, generator=generator)
 
 
 def _spectrum(config: Any, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pared.fitting.measured.yardstick import Yardstick
 from pared.model.contents import Contents, Stored
 from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.record import contents_of
+from pared.runtime.serving.served import on_modules
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,9 @@ class Refiner(Generic[ModuleT]):
     def damage_of(self, model: ModuleT) -> Damage:
         """The predicted and the measured damage of a result."""
         predicted = self.predicted(contents_of(model)) if self.yardstick.in_floats else None
-        return replace(self.yardstick.damage_of(model), predicted=predicted)
+        # A copy is called, without its graph: a call may change the model, and would capture the graph before users
+        # have changed what they want to change.
+        return replace(self.yardstick.damage_of(on_modules(copy.deepcopy(model))), predicted=predicted)
 
     def repaired(
         self, make: Callable[[Corrections], ModuleT], most_of_output: float = math.inf, *, scored: bool = False

@@ -181,10 +181,10 @@ def _is_index(model_tensor: ModelTensor) -> bool:
 
 
 def _survives(model_tensor: ModelTensor) -> bool:
-    """Whether float16 is good enough: for whole numbers, and for single numbers in float64, only if it is exact."""
+    """Whether float16 is good enough: whole numbers, infinities and single float64 numbers have to survive exactly."""
     tensor = model_tensor.tensor.detach()
     flat = tensor.dtype == torch.float64 and (model_tensor.kind == "buffer" or tensor.dim() == 0)
-    if (flat and model_tensor.tensor.dim() < 2) or _is_index(model_tensor):
+    if (flat and tensor.dim() < 2) or _is_index(model_tensor) or not bool(tensor.isfinite().all()):
         return bool((tensor.half().to(tensor.dtype) == tensor).all())
     return survives_float16(tensor)
 
