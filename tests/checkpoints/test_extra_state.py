@@ -13,23 +13,9 @@ from torch import Tensor, nn
 
 import pared
 from pared.errors import ConfigError, FileError, UnsafeError
+from tests.model.test_state import Scaled
 
 X = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-
-
-class Scaled(nn.Linear):
-    """A layer with state that is in no tensor."""
-
-    state: Any = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (self.state if isinstance(self.state, float) else 1.0)
-
-    def get_extra_state(self) -> Any:
-        return {"state": self.state}
-
-    def set_extra_state(self, state: Any) -> None:
-        self.state = state["state"]
 
 
 class Packed(nn.Linear):

@@ -102,11 +102,13 @@ class Yardstick:
         known = {**dict(self._copy.named_parameters()), **dict(self._copy.named_buffers())}
         own = {name: known[name].detach().clone() for name in values}
         with torch.no_grad():
-            for name, value in values.items():
-                known[name].copy_(value)
-            found = self.damage_of(self._copy, 1).measured
-            for name, value in own.items():
-                known[name].copy_(value)
+            try:
+                for name, value in values.items():
+                    known[name].copy_(value)
+                found = self.damage_of(self._copy, 1).measured
+            finally:  # Ctrl-C comes at any time
+                for name, value in own.items():
+                    known[name].copy_(value)
         return 0.0 if found is None else found
 
     def varies(self) -> bool:
