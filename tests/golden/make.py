@@ -1,7 +1,7 @@
 """Write the golden files of the format: `python -m tests.golden.make v3`. Released ones are never written again.
 
 Both containers hold the same tensors, one of each way of storing them; `decoded.pt` holds what every tensor must decode
-to, bit for bit. (Those of version 1 hold the small network of `tests/artifact/test_container.py`.)
+to, bit for bit. (Those of version 1 hold a small network.)
 """
 
 import sys
