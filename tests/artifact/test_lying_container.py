@@ -1,11 +1,9 @@
 """A container that lies or is damaged, and other files: refused, and every kind of damage has its own words."""
 
 import io
-import json
 import os
 import struct
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 
 from pared.artifact.envelope import open_records
 from pared.errors import CorruptError, FileError, ParedError
-from tests.artifact.artifacts import INDEX, PT, SAFE, Json, parse, pt
+from tests.artifact.artifacts import INDEX, PT, SAFE, parse, pt
 from tests.mutations import mutations
 
 
@@ -54,14 +52,6 @@ def with_member(name: str, value: bytes) -> bytes:
 def flipped(needle: bytes) -> bytes:
     position = PT.index(needle)
     return PT[:position] + bytes([PT[position] ^ 1]) + PT[position + 1 :]
-
-
-def header(edit: Callable[[Json], object], tail: bytes = b"") -> bytes:
-    length = struct.unpack("<Q", SAFE[:8])[0]
-    known = json.loads(SAFE[8 : 8 + length])
-    edit(known)
-    text = json.dumps(known).encode()
-    return struct.pack("<Q", len(text)) + text + SAFE[8 + length :] + tail
 
 
 FILES: dict[str, tuple[bytes, type[FileError], str]] = {
