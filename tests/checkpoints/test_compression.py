@@ -33,6 +33,7 @@ from pared.checkpoints.sampling import predict_nbytes
 from pared.cli import app
 from pared.errors import ConfigError, CorruptError, FileError, MismatchError, ModelError, UnsafeError
 from pared.model import storage
+from tests.ratios import snr
 
 State = dict[str, Tensor]
 
@@ -53,11 +54,6 @@ def there_and_back(state: object, where: Path, **options: Any) -> State:
     return safetensors.torch.load_file(pared.expand(path, where / "big.safetensors"))
 
 
-def sqnr(source: Tensor, found: Tensor) -> float:
-    wide = source.detach().double()
-    return float(10 * torch.log10(wide.square().sum() / (wide - found.detach().double()).square().sum()))
-
-
 # --- what becomes of single tensors
 
 
@@ -67,7 +63,7 @@ def test_weights_come_back_in_their_own_type(dtype: torch.dtype, bits: float, le
     source = drawn(128, 300).to(dtype)
     found = there_and_back({"w": source}, tmp_path, bits=bits)["w"]
     assert found.dtype == dtype
-    assert sqnr(source, found) > (min(least, 52) if dtype == torch.bfloat16 else least)
+    assert snr(source, found) > (min(least, 52) if dtype == torch.bfloat16 else least)
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 5.5, 8, 10])
@@ -126,7 +122,7 @@ def test_rows_of_very_different_size_each_keep_their_digits(tmp_path: Path) -> N
     source = drawn(8, 500) * 10.0 ** torch.arange(-30, 34, 8)[:, None]
     found = there_and_back({"w": source}, tmp_path)["w"]
     for row, back in zip(source, found, strict=True):
-        assert sqnr(row, back) > 38
+        assert snr(row, back) > 38
 
 
 def test_short_rows_share_a_step(tmp_path: Path) -> None:
@@ -227,7 +223,7 @@ def test_a_model_runs_on_what_was_compressed(wrap: Callable[[State], object], tm
     path = pared.compress(saved(wrap(model.state_dict()), tmp_path / "m.pt"), tmp_path / "out")
     small = pared.load(path.parent, model=Tied())
     x = torch.arange(60)
-    assert sqnr(model(x), small(x)) > 35
+    assert snr(model(x), small(x)) > 35
     assert small.head.weight is small.embedding.weight
     assert pared.inspect(tmp_path / "out").original_nbytes == sum(t.nbytes for t in Tied().parameters()) + 2 * 64 + 8
     again = pared.load(pared.save(small, tmp_path / "again"), model=Tied())
@@ -238,7 +234,7 @@ def test_a_checkpoint_without_the_second_name_fits_a_tied_model(tmp_path: Path) 
     model = Tied().eval()
     state = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
     small = pared.load(pared.compress(saved(state, tmp_path / "m.pt"), tmp_path / "out"), model=Tied())
-    assert sqnr(model(torch.arange(60)), small(torch.arange(60))) > 35
+    assert snr(model(torch.arange(60)), small(torch.arange(60))) > 35
     missing = {name: value for name, value in state.items() if name != "norm.weight"}
     path = pared.compress(saved(missing, tmp_path / "m.pt"), tmp_path / "out")
     with pytest.raises(MismatchError, match="the artifact lacks norm.weight"):
@@ -298,7 +294,7 @@ def test_a_sharded_folder_there_and_back(tmp_path: Path) -> None:
     small = pared.load(tmp_path / "small", model=empty)
     with torch.no_grad():
         expected, found = model(x).last_hidden_state, small(x).last_hidden_state
-    assert sqnr(expected, found) > 30
+    assert snr(expected, found) > 30
     pared.expand(tmp_path / "small", tmp_path / "big")
     again = frozen(AutoModel.from_pretrained(tmp_path / "big"))
     with torch.no_grad():
@@ -315,7 +311,7 @@ def test_a_tied_language_model_of_hugging_face(tmp_path: Path) -> None:
     pared.expand(tmp_path / "small", tmp_path / "big")
     again = frozen(GPT2LMHeadModel.from_pretrained(tmp_path / "big"))
     with torch.no_grad():
-        assert sqnr(model(x).logits, small(x).logits) > 30
+        assert snr(model(x).logits, small(x).logits) > 30
         assert torch.allclose(again(x).logits, small(x).logits, atol=1e-5)
 
 
@@ -348,7 +344,7 @@ def test_a_size_is_spent_where_it_counts(tmp_path: Path) -> None:
     """The errors are the same share of energy for each weight of every tensor: large tensors bear more of them."""
     source = layers()
     found = there_and_back(source, tmp_path, max_size="60KB")
-    shares = [10 ** (-sqnr(source[name], found[name]) / 10) / source[name].numel() for name in source]
+    shares = [10 ** (-snr(source[name], found[name]) / 10) / source[name].numel() for name in source]
     assert max(shares) < 1.2 * min(shares)
 
 
@@ -634,7 +630,7 @@ def test_very_large_and_very_small_numbers_fit_a_size(scale: float, tmp_path: Pa
     for size in (4500, 30_000):
         found = there_and_back(source, tmp_path, max_size=size)
         for name, tensor in source.items():
-            assert sqnr(tensor / scale, found[name] / scale) > (0 if size == 4500 else 33)
+            assert snr(tensor / scale, found[name] / scale) > (0 if size == 4500 else 33)
 
 
 def test_complex128_is_told(tmp_path: Path) -> None:
@@ -658,7 +654,7 @@ def test_numpy_archives(save: Callable[..., None], tmp_path: Path) -> None:
     save(tmp_path / "m.npz", w=source)
     (stored,) = storage.read(pared.compress(tmp_path / "m.npz", tmp_path / "out")).tensors
     assert stored.names == ("w",)
-    assert sqnr(torch.from_numpy(source), stored.coded.decode()) > 38
+    assert snr(torch.from_numpy(source), stored.coded.decode()) > 38
 
 
 def test_pickled_modules(tmp_path: Path) -> None:
@@ -666,7 +662,7 @@ def test_pickled_modules(tmp_path: Path) -> None:
     path = pared.compress(saved({"model": model, "epoch": 3}, tmp_path / "m.pt"), tmp_path / "out")
     small = pared.load(path, model=model)
     assert set(model.state_dict()) == {name for stored in storage.read(path).tensors for name in stored.names}
-    assert sqnr(model(torch.ones(1, 8))[0], small(torch.ones(1, 8))[0]) > 25
+    assert snr(model(torch.ones(1, 8))[0], small(torch.ones(1, 8))[0]) > 25
 
 
 def test_of_several_models_one_has_to_be_named(tmp_path: Path) -> None:

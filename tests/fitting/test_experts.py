@@ -21,7 +21,7 @@ from pared.fitting.rounding.importance import make_target
 from pared.fitting.rounding.targets import solve
 from pared.formats.views import View
 from pared.model.tensors import find_tensors
-from tests.runtime.test_quantized import snr
+from tests.ratios import snr
 
 
 class Fused(nn.Module):

@@ -14,7 +14,7 @@ from pared.fitting import speed
 from pared.fitting.search import trade_off
 from pared.runtime.record import record_of
 from pared.runtime.serving import graph_server
-from tests.runtime.test_quantized import snr
+from tests.ratios import snr
 
 pytestmark = [pytest.mark.whole_models_are_timed, pytest.mark.slow]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import CalibrationError, PostTrainingQuantConfig
-from tests.runtime.test_quantized import snr
+from tests.ratios import snr
 
 EIGHT = PostTrainingQuantConfig(quant_level=0)
 

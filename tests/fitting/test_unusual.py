@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import pared
 from pared import ModelError, PostTrainingQuantConfig
 from pared.runtime.layers.counterpart import Counterpart
-from tests.runtime.test_quantized import snr
+from tests.ratios import snr
 
 
 class Referring(nn.Linear):

@@ -23,6 +23,7 @@ from pared.runtime.layers.attention import leave_fast_paths, rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore, stand_in
 from pared.runtime.layers.subclasses import class_below
 from pared.runtime.layers.table import LAYERS, layer_of, weights_of
+from tests.ratios import snr
 
 
 class Scaled(nn.Embedding):
@@ -190,10 +191,6 @@ def tensors(out: Any) -> list[Tensor]:
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 EVERY = [(name, mode) for name in CASES for mode in modes(name)]
-
-
-def snr(exact: Tensor, other: Tensor) -> float:
-    return float(10 * torch.log10(exact.square().sum() / (exact - other).square().sum().clamp(min=1e-30)))
 
 
 @pytest.mark.parametrize(("name", "mode"), EVERY)

@@ -16,8 +16,8 @@ from pared.runtime.graphs.call_kinds import arguments_of
 from pared.runtime.kernels.machine import available
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import serve
+from tests.ratios import snr
 from tests.runtime.test_graphs import CASES, assembled, bound_of, forced
-from tests.runtime.test_layers import snr
 
 pytestmark = pytest.mark.skipif(bool(available()), reason="no int8 kernels here")
 

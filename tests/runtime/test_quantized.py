@@ -21,6 +21,7 @@ import pared
 from pared import AccuracyCriterion, CorruptError, ModelError, PostTrainingQuantConfig, Rule, VersionError
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.record import record_of
+from tests.ratios import snr
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -75,10 +76,6 @@ def original() -> Everything:
 def small(request: pytest.FixtureRequest, original: Everything) -> Everything:
     conf = PostTrainingQuantConfig(approach=request.param, quant_level=0)
     return pared.fit(original, conf, [ids()])
-
-
-def snr(exact: Tensor, other: Tensor) -> float:
-    return float(10 * torch.log10(exact.square().sum() / (exact - other).square().sum()))
 
 
 def test_outputs_stay_close(original: Everything, small: Everything) -> None:
