@@ -4,13 +4,8 @@ import copy
 import io
 import math
 import pickle
-import pickletools
-import sys
 import threading
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pared
-from pared import AccuracyCriterion, CorruptError, ModelError, PostTrainingQuantConfig, Rule, VersionError
+from pared import ModelError, PostTrainingQuantConfig, Rule
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.record import record_of
 from tests.ratios import snr
-
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.runtime.copies import copies
 
 pytestmark = pytest.mark.slow  # almost every test here fits a whole model
 
@@ -177,89 +171,6 @@ def test_however_it_is_saved_it_is_small(original: Everything, small: Everything
     assert pared.save(small, tmp_path).stat().st_size < 0.3 * plain
 
 
-def copies() -> dict[str, Callable[[nn.Module], nn.Module]]:
-    def torch_saved(model: nn.Module) -> nn.Module:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        loaded: nn.Module = torch.load(buffer, weights_only=False)
-        return loaded
-
-    return {
-        "deepcopy": copy.deepcopy,
-        "copy": copy.copy,
-        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-        "torch.save": torch_saved,
-        "twice": lambda model: copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(model)))),
-    }
-
-
-def named_in(data: bytes) -> set[str]:
-    """The names that a pickle, of itself or in a file of torch.save, has imported."""
-    if data[:2] == b"PK":
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            data = file.read(next(name for name in file.namelist() if name.endswith("data.pkl")))
-    found, strings = set(), [""]
-    for op, argument, _ in pickletools.genops(data):
-        if op.name == "GLOBAL":
-            found.add(str(argument).replace(" ", "."))
-        elif op.name == "STACK_GLOBAL":
-            found.add(".".join(strings[-2:]))
-        elif isinstance(argument, str):
-            strings.append(argument)
-        elif op.name in ("BINGET", "LONG_BINGET"):
-            strings.append("memo")  # of a name that was named before
-    return found
-
-
-def searched() -> Any:
-    """A small model after a search, with measured times and an unmet criterion: all that a pickle may hold of it."""
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)), torch.randn(32, 48)
-    criterion = AccuracyCriterion(tolerable_loss=0.0)
-    conf = PostTrainingQuantConfig(accuracy_criterion=criterion, approach="static", max_trials=1)
-    scores = iter([1.0, 0.5])  # of the float model, and of the one that is tried
-    return pared.fit(model, conf, [x], lambda _: [next(scores)] * 8)
-
-
-@pytest.mark.whole_models_are_timed
-def test_a_pickle_names_nothing_inside_of_the_package() -> None:
-    q = searched()
-    assert q.pared.trials
-    assert record_of(q).outcome.contributors
-    assert record_of(q).profile.model.calls
-    buffer = io.BytesIO()
-    torch.save(q, buffer)
-    for data in (buffer.getvalue(), *(pickle.dumps(q, protocol) for protocol in (2, 3, 4, 5))):
-        ours = {name for name in named_in(data) if name.startswith("pared")}
-        assert ours == {"pared._revive"}
-    loaded = pickle.loads(pickle.dumps(q))
-    assert record_of(loaded).outcome == record_of(q).outcome
-    assert record_of(loaded).profile == record_of(q).profile
-
-
-def test_a_pickle_of_before_names_the_way() -> None:
-    """Written at commit 5192997, when pickles named seven modules inside of the package."""
-    data = (GOLDEN / "pickle_5192997.pt").read_bytes()
-    ours = {name for name in named_in(data) if name.startswith("pared")}
-    assert {"pared.model._revive", "pared.profile.Profile", "pared.ways.Argument", "pared.outcome.Trial"} <= ours
-    with pytest.raises(VersionError, match=r"earlier version than 0\.1(.|\n)*pared\.load\(directory, model="):
-        torch.load(io.BytesIO(data), weights_only=False)
-
-
-def test_a_pickle_of_before_is_refused_before_its_other_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules that it names may be gone."""
-    for name in ("pared.profile", "pared.ways", "pared.outcome"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(VersionError, match=r"earlier version than 0\.1"):
-        torch.load(GOLDEN / "pickle_5192997.pt", weights_only=False)
-
-
-def test_a_damaged_pickle_is_an_error_of_the_family() -> None:
-    with pytest.raises(CorruptError, match="the record in the pickle of a quantized model cannot be read"):
-        pared._revive(nn.Linear(1, 1), b"", "{}")
-
-
 @pytest.mark.parametrize("way", copies())
 def test_a_copy_gives_the_same_outputs(small: Everything, way: str) -> None:
     with torch.no_grad():
@@ -366,210 +277,6 @@ def test_a_root_that_is_a_linear(approach: str, bias: bool, tmp_path: Path) -> N
         assert snr(layer(x), q(x)) > 30
         assert torch.equal(loaded(x), q(x))
         assert torch.equal(pickle.loads(pickle.dumps(q))(x), q(x))
-
-
-class Named(nn.Module):
-    """Has attributes with our names, as models of transformers do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.score = nn.Linear(8, 4)
-        self.plan = "mine"
-
-    def save(self) -> str:
-        return "saved my way"
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.score(x)
-        return out
-
-
-def test_a_models_own_names_stay_its_own(tmp_path: Path) -> None:
-    q = pared.fit(Named())
-    assert isinstance(q.score, nn.Linear)
-    assert q.plan == "mine"
-    assert q.save() == "saved my way"
-    assert "met" in dir(type(q))
-    assert pared.save(q, tmp_path).exists()
-    assert "score.weight" in pared.report(q)
-
-
-NAMES = (
-    *("save", "report", "export", "pared", "met", "score", "baseline", "trials"),
-    *("plan", "curve", "nbytes", "engine", "engine_ms"),
-)
-OLD_NAMES = ("met", "score", "baseline", "trials", "plan", "engine", "engine_ms")
-
-
-class Writing(nn.Module):
-    """A model whose forward writes all of our names, as an ordinary model may."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 8)
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        for name in NAMES:
-            setattr(self, name, WRITTEN[self.kind](out))
-        return out
-
-
-WRITTEN: dict[str, Callable[[Tensor], object]] = {
-    "number": lambda out: float(out.detach().sum()),
-    "tensor": lambda out: out,
-    "none": lambda _: None,
-    "module": lambda _: nn.Identity(),
-    "parameter": lambda out: nn.Parameter(out.detach(), requires_grad=False),
-    "buffer": lambda out: nn.Buffer(out.detach(), persistent=False),
-}
-
-
-@pytest.mark.parametrize("memory", ["fast", "small"])
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_a_models_forward_may_write_every_name_of_ours(kind: str, memory: Any, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, x = Writing(kind), torch.randn(4, 16)
-    quantized = pared.fit(model, PostTrainingQuantConfig(approach="static"), [x])
-    pared.save(quantized, tmp_path)
-    q: Any = pared.load(tmp_path, model=Writing(kind), memory=memory)
-    assert q.met is q.pared.met is None
-    assert q.plan == q.pared.plan
-    before = q.state_dict()
-    for call in range(3):
-        with torch.no_grad():
-            out = q(x + call)
-        expected = WRITTEN[kind](out)
-        for name in NAMES:
-            found = getattr(q, name)
-            assert torch.equal(found, out) if isinstance(expected, Tensor) else type(found) is type(expected)
-            assert kind != "number" or found == expected
-    if kind not in ("parameter", "buffer"):  # those change what the model is made of, as in every module
-        assert all(torch.equal(before[name], tensor) for name, tensor in q.state_dict().items())
-        assert "Linear" in repr(q)
-        assert pared.save(q, tmp_path / "again").read_bytes() == (tmp_path / "best_model.pt").read_bytes()
-        assert "layer.weight" in pared.report(q)
-        for clone in (way(q) for way in copies().values()):
-            with torch.no_grad():
-                assert torch.equal(clone(x), q(x))
-            assert type(clone.score) is type(q.score)
-    del q.score
-    assert q.score is None, "ours is there again"
-
-
-class Telling(nn.Module):
-    """Uses our names as words, and for nothing of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"score": self.layer(x), "pared": x}
-
-
-def test_a_word_in_the_code_of_a_model_stays_a_word() -> None:
-    q: Any = pared.fit(Telling(), calib_dataloader=[torch.randn(4, 16)], quiet=True)
-    assert q.score is q.pared.score is None
-    assert set(q(torch.randn(2, 16))) == {"score", "pared"}
-
-
-class Lazy(nn.Module):
-    """Asks for attributes with our names before it sets them, as many models do with what they cache."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 8)
-
-    @property
-    def engine(self) -> str:
-        raise RuntimeError("call forward first")
-
-    @property
-    def met(self) -> bool:
-        if not hasattr(self, "report"):
-            raise AttributeError("not known yet")
-        return bool(self.report)
-
-    def cached(self) -> float:
-        try:
-            return float(self.score)
-        except AttributeError:
-            self.score: float = 1.0
-        return self.score
-
-    def forward(self, x: Tensor) -> Tensor:
-        if getattr(self, "report", None) is None:
-            self.report = {"calls": 0}
-        self.report["calls"] += 1
-        scales = [self.plan for _ in range(1) if hasattr(self, "plan")] or [torch.ones(8)]
-        self.plan: Tensor = scales[0]
-        out: Tensor = self.layer(x) * self.plan * self.cached()
-        return out
-
-
-def _agreement(reference: nn.Module, x: Tensor) -> Callable[[nn.Module], float]:
-    return lambda model: -1 - float((model(x) - reference(x)).detach().square().mean())
-
-
-def test_a_model_may_ask_for_names_of_ours_before_it_sets_them() -> None:
-    x = torch.randn(64, 16)
-    model = Lazy().eval()
-    q: Any = pared.fit(model, None, [x], _agreement(model.layer, x))
-    assert q.pared.met is True
-    assert not hasattr(q, "met"), "its own property says so"
-    with pytest.raises(RuntimeError, match="call forward first"):
-        _ = q.engine
-    q(x)
-    assert q.met is True
-    assert q.report == {"calls": 1}
-    assert (q.score, q.plan.tolist()) == (1.0, [1.0] * 8)
-    assert q.trials == q.pared.trials, "of which its code knows nothing"
-    assert "layer.weight" in pared.report(q)
-    assert callable(q.save)
-
-
-def test_a_module_that_has_a_name_of_ours_may_be_exchanged() -> None:
-    q: Any = pared.fit(nn.Sequential(nn.Linear(16, 8)))
-    for add in (q.register_parameter, q.register_buffer, q.add_module):
-        with pytest.raises(TypeError):
-            add("score", "neither")
-        assert q.score is None
-    q.register_buffer("score", torch.ones(2))
-    assert q.score.tolist() == [1.0, 1.0]
-    with pytest.raises(KeyError, match="attribute 'score' already exists"):
-        q.register_parameter("score", nn.Parameter(torch.ones(2)))
-    with pytest.raises(KeyError, match="attribute 'training' already exists"):
-        q.register_buffer("training", torch.ones(2))
-
-
-def test_one_attribute_tells_what_came_of_it(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, batches = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8)), [torch.randn(32, 48)]
-    criterion = AccuracyCriterion(higher_is_better=False, criterion="absolute", tolerable_loss=1e-2)
-    conf = PostTrainingQuantConfig(accuracy_criterion=criterion)
-    with torch.no_grad():
-        expected = model(batches[0])
-
-    @torch.no_grad()
-    def lost(net: nn.Module) -> float:
-        return float((net(batches[0]) - expected).square().mean())
-
-    q: Any = pared.fit(model, conf, batches, lost)
-    for name in OLD_NAMES:
-        assert getattr(q, name) == getattr(q.pared, name), name
-    assert (q.pared.met, q.pared.baseline, q.pared.engine) == (True, 0.0, "torch")
-    assert q.pared.score == q.pared.trials[-1].score or len(q.pared.trials) > 1
-    assert q.pared.curve == q.curve()
-    assert q.pared.nbytes() == q.nbytes == q.save(tmp_path).stat().st_size
-    assert repr(q.pared).startswith("<pared: met=True, score=")
-    with pytest.raises(AttributeError):
-        q.pared.met = False
-    loaded: Any = pared.load(tmp_path, model=model)
-    assert loaded.pared.score == q.pared.score
-    with pytest.raises(ModelError, match="has no trade-off curve"):
-        loaded.pared.curve  # noqa: B018  # a property that raises
 
 
 def test_a_changed_weight_is_noticed_and_not_lost(original: Everything, tmp_path: Path) -> None:
