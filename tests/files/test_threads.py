@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pared.runtime.kernels.machine import available
 from tests.files.threads_child import THREADS
-from tests.runtime.test_layers import EVERY, build, counterpart_of, tensors
+from tests.runtime.counterparts import EVERY, build, counterpart_of, tensors
 
 CALLERS, CALLS_EACH = 8, 4
 SEQUENCE_CALLS_EACH = 100  # one call in 5,000 was wrong while oneDNN packed the weights

@@ -28,7 +28,7 @@ def kernels() -> dict[str, list[int]]:
         ("lstm", "dynamic"),
     ]
     torch.set_num_threads(1)
-    from tests.runtime.test_layers import build  # only now: it calls torch, which would start threads
+    from tests.runtime.counterparts import build  # only now: it calls torch, which would start threads
 
     counts = [threads()]
     made = [(build(name, mode), LARGE if name == "linear" else 1) for name, mode in cases]
