@@ -109,6 +109,17 @@ def test_a_configuration_and_a_class_tell() -> None:
     assert found(BertForSequenceClassification, num_labels=3, problem_type="single_label_classification") == {"logits"}
 
 
+def test_a_class_tells_where_no_call_can_be_watched() -> None:
+    class Unwatched(BertForMaskedLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if torch._C._len_torch_function_stack():
+                raise RuntimeError("runs below no mode")
+            return super().forward(*args, **kwargs)
+
+    model = cast("Any", Unwatched)(cast("Any", BertConfig)(**SMALL)).eval()
+    assert find_logits(model, Call((ids(),), {}), "auto", ()) == {"logits"}
+
+
 def test_the_user_may_say_so() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10)).eval(), torch.randn(64, 32)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from pared.errors import ConfigError, reason_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.outputs import leaves_of, may_be_logits
+from pared.model.outputs import Leaf, leaves_of, may_be_logits
 from pared.switches import ignoring
 
 log = logging.getLogger(__name__)
@@ -55,19 +55,34 @@ def find_logits(
                 remedy=f"Its floating outputs are: {', '.join(map(repr, sorted(paths))) or 'none'}.",
             )
         return frozenset(wanted)
-    copied = shadow(model)
+    sizes, watch = _known_sizes(model), _SoftmaxWatch()
     try:
-        with torch.no_grad(), ignoring(), _SoftmaxWatch() as watch:
-            leaves = leaves_of(call.on(copied))
-    except Exception as error:  # noqa: BLE001  # a call that cannot be made again is told of where its errors are measured
-        log.debug("no outputs are known to be logits: %s", reason_of(error))
-        return frozenset()
-    sizes = _known_sizes(model)
+        leaves = _watched(model, call, watch)
+    except Exception as error:  # noqa: BLE001  # a function that no mode may watch, or one that is made once only
+        log.info("no softmax of the model can be watched: %s", reason_of(error))
+        leaves = _outputs(model, call) if sizes else []
     return frozenset(
         leaf.path
         for leaf in leaves
         if may_be_logits(leaf.value) and (leaf.value.shape[-1] in sizes or watch.saw(leaf.value))
     )
+
+
+def _watched(model: nn.Module, call: Call, watch: _SoftmaxWatch) -> list[Leaf]:
+    copied = shadow(model)
+    with torch.no_grad(), ignoring(), watch:
+        return leaves_of(call.on(copied))
+
+
+def _outputs(model: nn.Module, call: Call) -> list[Leaf]:
+    """The outputs of a call that cannot be watched; none if it cannot be made again either."""
+    copied = shadow(model)
+    try:
+        with torch.no_grad(), ignoring():
+            return leaves_of(call.on(copied))
+    except Exception as error:  # noqa: BLE001  # it is told of where its errors are measured
+        log.info("no outputs are known to be logits: %s", reason_of(error))
+        return []
 
 
 def _known_sizes(model: nn.Module) -> set[int]:
