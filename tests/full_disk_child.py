@@ -17,7 +17,7 @@ from pared.cli import app
 from pared.errors import FileError
 
 _MOST = 2048  # bytes of a file, less than what is written, except
-_SMALL = (".pared-compress", "baseline.json", "fingerprint.json", "curve.json")
+_SMALL = (".pared-compress", "baseline.json", "corrections.json", "fingerprint.json", "curve.json")
 
 
 def net() -> nn.Sequential:
@@ -74,11 +74,7 @@ def main(directory: str) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         changed = sorted(path for path, content in contents(places[name]).items() if before.get(path) != content)
         changed += sorted(before.keys() - contents(places[name]).keys())
-        changed = [
-            path
-            for path in changed
-            if not path.startswith((".pared-compress", "baseline", "fingerprint", "curve.json"))
-        ]
+        changed = [path for path in changed if not path.startswith(_SMALL)]
         if found or changed:
             sys.stdout.write(f"{name}: {found} {changed}\n")
     sys.stdout.write("done\n")

@@ -215,7 +215,7 @@ def test_records_of_a_search_that_cannot_be_read(name: str, damage: str, tmp_pat
         Workspace(tmp_path, {"seed": "0"})
 
 
-@pytest.mark.parametrize("name", ["fingerprint.json", "baseline.json", "trials.jsonl", "trial-1"])
+@pytest.mark.parametrize("name", ["fingerprint.json", "baseline.json", "corrections.json", "trials.jsonl", "trial-1"])
 def test_a_directory_or_file_in_place_of_records(name: str, tmp_path: Path) -> None:
     if name == "trial-1":
         (tmp_path / name).write_text("")

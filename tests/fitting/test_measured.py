@@ -1,6 +1,7 @@
 """The damage of a result is measured on calibration calls; where it is far beyond the prediction, it is repaired."""
 
 import copy
+import gc
 import logging
 import math
 import random
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig, Rule
 from pared.artifact.outcome import Damage
+from pared.fitting.calibration.observe import collect
 from pared.fitting.measured.repair import FACTOR, TOLERABLE, Corrections, Refiner
+from pared.fitting.measured.yardstick import Yardstick
 from pared.fitting.search import compressor
 from pared.fitting.search.options import FreeTensor, rounded
 from pared.formats.coded import Coded
@@ -151,6 +154,56 @@ def test_what_is_not_finite_is_repaired(scored: bool) -> None:
     assert measured(model, q, batches()) < (2e-2 if scored else 2e-3)
     assert any("branch" in note and "more finely" in note for note in q.pared.damage.notes)
     assert "stored more finely" in q.report()
+
+
+class Refusing(Normed):
+    """Checks its weights in its own forward: of zeros there is an error in place of an output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((self.branch.norm(dim=1) == 0).any()):
+            raise ValueError("a direction has no length")
+        return super().forward(x)
+
+
+def test_what_lets_a_call_fail_is_repaired() -> None:
+    torch.manual_seed(0)
+    model = Refusing(1e-3).eval()
+    q: Any = pared.fit(model, None, batches(), quiet=True)
+    assert measured(model, q, batches()) < 2e-3
+    assert any("branch" in note and "more finely" in note for note in q.pared.damage.notes)
+
+
+def test_a_result_whose_calls_fail_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    rules = [Rule("branch", bits=0.1)]
+    with caplog.at_level(logging.WARNING, "pared"):
+        q: Any = pared.fit(Refusing(1e-3).eval(), PostTrainingQuantConfig(rules=rules), batches(), quiet=True)
+    assert [record.message for record in caplog.records if "a recorded call fails in the result" in record.message]
+    assert q.pared.damage.measured == math.inf
+    assert q.report().count("a recorded call fails in the result: ValueError: a direction has no length") == 1
+
+
+def test_weights_with_which_a_call_fails_lose_everything() -> None:
+    model = Refusing(1e-3).eval()
+    yardstick = Yardstick(model, collect(model, batches(), 100), 0)
+    assert yardstick.with_weights({"branch": torch.zeros(32, 32)}) == math.inf
+    assert yardstick.with_weights({"branch": model.branch.detach()}) == 0.0, "they are put back"
+
+
+def test_a_search_keeps_no_copies_of_the_float_model(tmp_path: Path) -> None:
+    class Counted(Net):
+        pass
+
+    alive: list[int] = []
+
+    def score(candidate: nn.Module) -> float:
+        gc.collect()
+        alive.append(sum(type(one) is Counted for one in gc.get_objects()))
+        return 1.0
+
+    torch.manual_seed(0)
+    pared.fit(Counted().eval(), PostTrainingQuantConfig(max_trials=2), batches(), score, quiet=True)
+    assert alive == [2, 1, 1], "of the float model one is scored; then there is only the user's"
 
 
 class Codebook(nn.Module):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import pared
 from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantConfig, Rule
 from pared.artifact.outcome import Confirmation, Outcome, Trial
+from pared.fitting.measured.repair import Refiner
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
@@ -78,6 +80,34 @@ def test_a_workspace_changes_nothing_of_the_result(tmp_path: Path) -> None:
     plain = workspace_child.run(None, tmp_path / "a.log")
     kept = workspace_child.run(Workspace(tmp_path / "work", FINGERPRINT), tmp_path / "b.log")
     assert timeless(outcome_of(kept)) == timeless(outcome_of(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edited", [False, True])
+def test_what_was_measured_before_a_search_is_measured_once(
+    edited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval(), [torch.randn(4, 8)]
+    made: list[Refiner[nn.Module]] = []
+    repaired = Refiner.repaired
+
+    def counted(refiner: Refiner[nn.Module], *args: Any, **options: Any) -> Any:
+        made.append(refiner)
+        return repaired(refiner, *args, **options)
+
+    monkeypatch.setattr(Refiner, "repaired", counted)
+    results = []
+    for _ in range(2):
+        conf = PostTrainingQuantConfig(max_trials=2)
+        q = pared.fit(model, conf, x, lambda one: 1.0, workspace=tmp_path / "work", quiet=True)
+        results.append(pared.save(q, tmp_path / "saved").read_bytes())
+        if edited:
+            place = tmp_path / "work" / "corrections.json"
+            place.write_text(json.dumps(json.loads(place.read_text()) | {"inputs": 0.5}))
+    assert results[0] == results[1]
+    assert len(made) == (2 if edited else 1)
+    assert ("corrections.json was changed or is from elsewhere" in caplog.text) == edited
 
 
 def test_every_trial_can_be_loaded(tmp_path: Path) -> None:

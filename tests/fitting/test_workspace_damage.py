@@ -205,7 +205,7 @@ def test_a_second_search_is_refused_before_it_begins(tmp_path: Path) -> None:
     pared.fit(model, PostTrainingQuantConfig(max_trials=1), x, score, workspace=tmp_path, quiet=True)
     assert refused == ["another run writes to this directory"] * 2, "for the float model, and for the trial"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("baseline.json", "fingerprint.json", "trial-1", "trials.jsonl")
+        *("baseline.json", "corrections.json", "fingerprint.json", "trial-1", "trials.jsonl")
     ]
 
 

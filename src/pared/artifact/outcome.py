@@ -80,8 +80,8 @@ class Damage:
 
     Args:
         predicted: by the plan, int8 inputs included; None without calibration data.
-        measured: the mean over the outputs that can be compared, infinite where one is not finite; None if nothing
-            could be measured.
+        measured: the mean over the outputs that can be compared, infinite where one is not finite or a call fails;
+            None if nothing could be measured.
         outputs: the measured share of each output, by its name.
         calls: the number of calibration calls that were repeated.
         notes: what could not be compared, what was refined, and what could not be repaired.

@@ -6,9 +6,10 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
@@ -28,7 +29,7 @@ from pared.fitting.search.compressor import DEFAULT_DAMAGE, RESERVE_WITHOUT_SCOR
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.fitting.verification.reloading import check_reloading
-from pared.model import calls, copies
+from pared.model import calls
 from pared.model.tensors import ModuleT
 from pared.runtime.profile import ModelTiming
 from pared.runtime.record import contents_of, record_of, set_outcome
@@ -37,6 +38,8 @@ from pared.switches import random_states_kept
 from pared.terminal import Stages
 
 log = logging.getLogger(__name__)
+
+_CORRECTIONS: Final = "corrections"  # the name of their record in a workspace
 
 
 @random_states_kept()
@@ -140,16 +143,12 @@ def _fit(
         records = Workspace(directory, fingerprint(known.tensors, conf, known.seen, confirmed=confirm_func is not None))
     judge = search.Judge(conf.accuracy_criterion, eval_func, confirm_func, conf.max_trials, conf.timeout)
     start = compressor.most if conf.quant_level == 0 else DEFAULT_DAMAGE
-    shadow = copies.shadow(model)
     corrections = Corrections()
     if refiner is not None:  # once more, of all tensors together, where the search begins
-        first, corrections = refiner.repaired(
-            lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True
-        )
-        _verify(first, known, stages)  # before hours of work, not after
+        corrections = _corrections(refiner, compressor, start, known, stages, records)
         compressor = compressor.corrected(corrections.factors, corrections.inputs)
     return _searched(
-        lambda: search.search(compressor, shadow, judge, max_size=_max_size(conf), workspace=records, start=start),
+        lambda: search.search(compressor, model, judge, max_size=_max_size(conf), workspace=records, start=start),
         compressor,
         lambda found: _measured(found, known, stages, refiner, corrections),
         stages,
@@ -174,6 +173,25 @@ def _repaired(
     if refiner is None:
         return make(Corrections()), Corrections()
     return refiner.repaired(make, most_of_output)
+
+
+def _corrections(
+    refiner: Refiner[ModuleT],
+    compressor: Compressor[ModuleT],
+    start: float,
+    known: Prepared[ModuleT],
+    stages: Stages,
+    records: Workspace | None,
+) -> Corrections:
+    """What measurement corrects where a search begins; of a search that goes on, what it has recorded."""
+    noted = records.noted(_CORRECTIONS) if records is not None else None
+    if noted is not None:
+        return Corrections(**noted)
+    first, found = refiner.repaired(lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True)
+    _verify(first, known, stages)  # before hours of work, not after
+    if records is not None:
+        records.note(_CORRECTIONS, asdict(found))
+    return found
 
 
 def _at(compressor: Compressor[ModuleT], damage: float) -> ModuleT:
@@ -326,4 +344,4 @@ def trade_off(
     judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
     compressor = _compressor(known, stages, obey=eval_func is None)
     with stages.stage("tracing"):
-        return curve.trace(compressor, copies.shadow(model), judge, points=points)
+        return curve.trace(compressor, model, judge, points=points)

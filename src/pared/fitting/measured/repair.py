@@ -104,6 +104,7 @@ class Refiner(Generic[ModuleT]):
             log.debug("measured %s, predicted %s: made again with %s", found.measured, found.predicted, better)
             corrections = better
             model = make(corrections)
+        self.yardstick.rest()
         return model, corrections
 
     def _better(
@@ -176,7 +177,9 @@ def reported(found: Damage, corrections: Corrections) -> Damage:
         notes.append(f"{fewer} rounded to int8, as that did more damage than predicted")
     found = replace(found, notes=(*found.notes, *notes))
     trouble = ""
-    if found.measured is not None and not math.isfinite(found.measured):
+    if found.measured == math.inf and not found.outputs:
+        trouble = found.notes[0]  # a call fails
+    elif found.measured is not None and not math.isfinite(found.measured):
         trouble = "an output of the result is not finite on the calibration data"
     elif is_far(found):
         trouble = "the damage on the calibration data is far beyond the predicted one"

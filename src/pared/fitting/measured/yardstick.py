@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,7 @@ class Yardstick:
     """
 
     def __init__(self, model: nn.Module, seen: Statistics, seed: int) -> None:
-        self._seed, self._logits = seed, seen.logits
-        self._copy = shadow(model)
+        self._model, self._seed, self._logits = model, seed, seen.logits
         self._expected: list[_Expected] = []
         places = sorted({0, len(seen.calls) // 2, len(seen.calls) - 1})
         self.in_floats, self._failure = bool(seen.energies), ""
@@ -51,6 +51,16 @@ class Yardstick:
             self._repeat([seen.calls[place] for place in places[:MOST_CALLS]])
         except Exception as error:  # noqa: BLE001  # whatever the model raises: then nothing can be compared
             self._failure = f"no damage was measured: a recorded call cannot be repeated: {reason_of(error)}"
+        self.rest()
+
+    @functools.cached_property
+    def _copy(self) -> nn.Module:
+        """A copy of the float model, which is called and in which weights are exchanged."""
+        return shadow(self._model)
+
+    def rest(self) -> None:
+        """Free the copy of the model, which is made again where it is needed again."""
+        vars(self).pop("_copy", None)
 
     def _repeat(self, calls: Sequence[Call]) -> None:
         """Keep the float model's outputs for these calls, or for the first of them if they are large."""
@@ -63,7 +73,7 @@ class Yardstick:
             self._expected.append(_Expected(call, leaves))
 
     def damage_of(self, model: nn.Module, most: int = MOST_CALLS) -> Damage:
-        """The damage that a model does on these calls; infinite where an output is not finite.
+        """The damage that a model does on these calls; infinite where an output is not finite or a call fails.
 
         Args:
             model: it is called.
@@ -77,11 +87,13 @@ class Yardstick:
         lost: dict[Key, float] = {}
         total: dict[Key, float] = {}
         notes: dict[str, None] = {}
-        for expected in self._expected[:most]:
+        repeated = self._expected[:most]
+        for expected in repeated:
             try:
                 got = {leaf.key: leaf.value for leaf in self._outputs(model, expected.call)}
             except Exception as error:  # noqa: BLE001  # whatever the model raises is what is found
-                return Damage(notes=(f"a recorded call fails in the result: {reason_of(error)}",))
+                note = f"a recorded call fails in the result: {reason_of(error)}"
+                return Damage(None, math.inf, calls=len(repeated), notes=(note,))
             for leaf in expected.leaves:
                 theirs = got.get(leaf.key)
                 if theirs is None or theirs.shape != leaf.value.shape:
@@ -95,10 +107,13 @@ class Yardstick:
             share = energy_lost / (total[key] or 1.0)
             outputs[key[0]] = outputs.get(key[0], 0.0) + (share if math.isfinite(share) else math.inf)
         measured = sum(outputs.values()) * share_of_each(lost) if outputs else None
-        return Damage(None, measured, tuple(outputs.items()), len(self._expected[:most]), tuple(notes)[:3])
+        return Damage(None, measured, tuple(outputs.items()), len(repeated), tuple(notes)[:3])
 
     def with_weights(self, values: Mapping[str, Tensor]) -> float:
-        """The damage on the first call while some tensors of the float model, by name, have other values."""
+        """The damage on the first call while some tensors of the float model, by name, have other values.
+
+        It is infinite where the call fails then, and 0 where no output can be compared.
+        """
         known = {**dict(self._copy.named_parameters()), **dict(self._copy.named_buffers())}
         own = {name: known[name].detach().clone() for name in values}
         with torch.no_grad():

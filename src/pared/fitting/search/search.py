@@ -21,6 +21,7 @@ from pared.fitting.search.evaluate import EvalFunc, Score, confirm, confirm_else
 from pared.fitting.search.strategy.laws import loss_of
 from pared.fitting.search.strategy.strategy import Strategy
 from pared.fitting.search.workspace import Workspace
+from pared.model.copies import shadow
 from pared.model.tensors import ModuleT
 from pared.runtime import quantized
 from pared.runtime.record import set_outcome
@@ -70,7 +71,7 @@ def search(
 
     Args:
         compressor: makes the models.
-        original: the float model, in eval mode.
+        original: the float model, which is left as it is: a copy in eval mode is scored.
         judge: decides which model is good enough.
         max_size: the most bytes that the file may take; no larger model is tried.
         workspace: where finished trials are recorded; those of an earlier run count as if they were made now.
@@ -163,7 +164,7 @@ def _reference(name: str, function: EvalFunc, original: nn.Module, workspace: Wo
     known = workspace.baseline(name) if workspace is not None else None
     if known is not None:
         return known
-    score = evaluate(function, original, name)
+    score = evaluate(function, shadow(original), name)
     if workspace is not None:
         workspace.set_baseline(name, score)
     return score

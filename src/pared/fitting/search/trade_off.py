@@ -15,6 +15,7 @@ from pared.fitting.search.allocate import Choice
 from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.evaluate import evaluate
 from pared.fitting.search.search import Judge
+from pared.model.copies import shadow
 from pared.runtime import quantized
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def trace(
 
     Args:
         compressor: makes the models, all from one set of statistics.
-        original: the float model, in eval mode; scored once.
+        original: the float model, which is left as it is: a copy in eval mode is scored, once.
         judge: its `eval_func` scores each model. If None, nothing is built, and bytes are the planned ones.
         points: how many operating points to try, evenly spaced in log damage; equal plans are one point of the curve.
         span: the least and the most damage, moved into the range that the compressor reaches.
@@ -54,7 +55,7 @@ def trace(
             where="curve",
             remedy="Ask for at least one point, and for 0 < least <= most.",
         )
-    baseline = evaluate(judge.eval_func, original).value if judge is not None else None
+    baseline = evaluate(judge.eval_func, shadow(original)).value if judge is not None else None
 
     def reachable(damage: float) -> float:
         return min(max(damage, compressor.least), compressor.most)

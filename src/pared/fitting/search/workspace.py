@@ -94,8 +94,9 @@ class _Record:
 class Workspace:
     """The records of one search. Each is on the disk before the next step begins.
 
-    The directory holds `fingerprint.json`, `baseline.json`, `trials.jsonl` (a line for each finished trial), and
-    `trial-1`, `trial-2`, ...: what `save` writes, so that the model of each trial can be loaded. A seal on each record
+    The directory holds `fingerprint.json`, `baseline.json`, `corrections.json` (what was measured before the first
+    trial), `trials.jsonl` (a line for each finished trial), and `trial-1`, `trial-2`, ...: what `save` writes, so that
+    the model of each trial can be loaded. A seal on each record
     ties it to the search; whatever was edited, or copied from elsewhere, is left where it is and not used. One run at a
     time may use the directory: `fit` owns it as long as it runs.
 
@@ -143,6 +144,20 @@ class Workspace:
         """Record the float model's score; `name` is that of the function."""
         self._baselines = {**self._baselines, name: score}
         self._write(_BASELINE, {name: self._sealed(_plain(score), name) for name, score in self._baselines.items()})
+
+    def noted(self, name: str) -> dict[str, Any] | None:
+        """What this search has noted under a name; None if there is nothing, or if it was changed since."""
+        data = self._read(f"{name}.json")
+        if data is None:
+            return None
+        if not self._holds(data, name):
+            log.warning("%s: %s.json was changed or is from elsewhere; it is measured again", self._directory, name)
+            return None
+        return {key: value for key, value in data.items() if key != "seal"}
+
+    def note(self, name: str, data: Mapping[str, Any]) -> None:
+        """Record JSON values under a name."""
+        self._write(f"{name}.json", self._sealed(data, name))
 
     def add(self, trial: Trial, model: nn.Module) -> None:
         """Record a finished trial and its model; the trial counts once its line is complete.
