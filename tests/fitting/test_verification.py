@@ -16,7 +16,7 @@ from pared import ModelError, PostTrainingQuantConfig
 from pared.fitting.verification.reloading import check_reloading
 from pared.model.calls import Call
 from pared.model.tensors import find_tensors
-from tests.model.test_copies import LAYERS, LooksUp, X, build, wrapped
+from tests.model.entangled import LAYERS, LooksUp, X, build, wrapped
 
 CONF = PostTrainingQuantConfig(quant_level=0, approach="weight_only")
 ROUTES: dict[str, Any] = {}

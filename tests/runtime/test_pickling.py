@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 import pared
 from pared import ModelError, PostTrainingQuantConfig
 from pared.runtime.pickling.refusal import check_picklable
-from tests.model.test_copies import X, build, give, with_graph, wrapped
+from tests.model.entangled import X, build, give, with_graph, wrapped
 
 
 class Halved(nn.Module):
