@@ -1,4 +1,4 @@
-"""Started by test_kernels.py with oneDNN limited to AVX2: prints, as JSON, what int8 products come to there."""
+"""Started by test_machine.py with oneDNN limited to AVX2: prints, as JSON, what int8 products come to there."""
 
 import json
 import sys

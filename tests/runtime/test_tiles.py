@@ -18,8 +18,8 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.machine import available, extensions, has_tiles
 from pared.runtime.kernels.patches import channels_first, patches_of
 from tests.runtime import reference
+from tests.runtime.inputs import SPAN, assert_same, random, random_codes, random_step
 from tests.runtime.test_graphs import CASES, SIZES, Case, assembled, bound_of, graph_of, leaves, targets
-from tests.runtime.test_kernels import SPAN, assert_same, random, random_codes, random_step
 
 pytestmark = pytest.mark.skipif(bool(available()), reason="no int8 kernels here")
 
