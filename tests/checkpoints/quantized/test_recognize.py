@@ -180,6 +180,30 @@ def test_other_configurations_say_nothing(config: str, tmp_path: Path) -> None:
         assert recognize(listing) is None
 
 
+def test_a_configuration_outside_of_the_folder_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "elsewhere.json").write_text(json.dumps({"quantization_config": {"quant_method": "a secret"}}))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    safetensors.torch.save_file(floats(), tmp_path / "hf" / "model.safetensors")
+    with readers.open_listing(tmp_path / "hf") as listing:
+        assert recognize(listing) is None
+    assert "config.json is not read: a link that leads out of the folder" in caplog.text
+
+
+def test_a_configuration_among_the_blobs_of_a_cache_is_read(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1234", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "c").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    safetensors.torch.save_file(floats(), blobs / "m")
+    for name, blob in (("config.json", "c"), ("model.safetensors", "m")):
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    with readers.open_listing(snapshot) as listing:
+        found = recognize(listing)
+    assert found is not None
+    assert found.label == "GPTQ, 4 bits"
+
+
 FLOAT_MODELS: dict[str, Callable[[], State]] = {
     "a table of indexes beside a scale": lambda: {
         "attn.relative_position_index": codes(49, 49),

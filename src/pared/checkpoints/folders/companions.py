@@ -19,7 +19,7 @@ from pared.files.directories.writable import writing_to
 from pared.files.disk import open_file, write_atomic
 from pared.files.magic import POINTER, kind_of
 from pared.readers.folders.files import find_files
-from pared.readers.folders.hub import blobs_of
+from pared.readers.folders.hub import is_within
 from pared.readers.folders.names import is_index, is_stage, is_training, is_weights
 
 log = logging.getLogger(__name__)
@@ -60,10 +60,9 @@ def find_companions(folder: Path, output: Path, taken: Collection[str] = ()) -> 
         FileError: the folder cannot be read.
     """
     found = find_files(folder)
-    homes = [Path(os.path.realpath(folder)), *filter(None, [blobs_of(folder)])]
     copied, left = [], {}
     for name in _wanted([*found.sizes, *found.odd], folder, output):
-        why = found.odd.get(name) or _why_not(folder, name, homes, taken)
+        why = found.odd.get(name) or _why_not(folder, name, taken)
         if why is None:
             copied.append(name)
         elif why:
@@ -89,10 +88,9 @@ def _in_order(names: Collection[str]) -> list[str]:
     return sorted(names, key=lambda name: (name.split("/")[:-1], name))
 
 
-def _why_not(folder: Path, name: str, homes: Collection[Path], taken: Collection[str]) -> str | None:
+def _why_not(folder: Path, name: str, taken: Collection[str]) -> str | None:
     """Why a file is not copied; "" for weights that the result tells about; None if it is copied."""
-    real = Path(os.path.realpath(folder / name))
-    if not any(real.is_relative_to(home) for home in homes):
+    if not is_within(folder, name):
         return _OUTSIDE
     if is_training(name):
         return "only training needs it"
@@ -102,7 +100,7 @@ def _why_not(folder: Path, name: str, homes: Collection[Path], taken: Collection
         return "of a stage of the training"
     if is_weights(name):
         return "weights in another form"
-    kind = _kind(real)
+    kind = _kind(folder / name)
     return _IS_POINTER if kind.encode() == POINTER else "weights under another name" if kind in _KINDS else None
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from pared.checkpoints.quantized.schemes import INTEGERS, METHODS, NARROW_FLOATS, SCHEMES
 from pared.checkpoints.selection import Kept
+from pared.readers.folders.hub import is_within
 from pared.readers.gguf import BLOCKS
 from pared.readers.listing import ListedTensor, Listing
 
@@ -120,8 +121,12 @@ def _configured(listing: Listing, name: str) -> tuple[str, str] | None:
     note = listing.notes.get(f"({name})")
     if note is None or not note.file or note.nbytes > _LARGEST_CONFIG:
         return None
+    folder = Path(listing.where)
+    if not is_within(folder, name):
+        log.warning("%s is not read: a link that leads out of the folder", folder / name)
+        return None
     try:
-        data = json.loads((Path(listing.where) / name).read_text(encoding="utf-8"))
+        data = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         log.info("%s in %s says nothing of quantization: %s", name, listing.where, error)
         return None

@@ -56,6 +56,13 @@ def blobs_of(folder: Path) -> Path | None:
     return None
 
 
+def is_within(folder: Path, name: str) -> bool:
+    """Whether a file of a folder lies in it, wherever links lead: of a snapshot, its cache's blobs belong to it."""
+    real = Path(os.path.realpath(folder / name))
+    homes = (Path(os.path.realpath(folder)), blobs_of(folder))
+    return any(home is not None and real.is_relative_to(home) for home in homes)
+
+
 def places_of(path: Path) -> Iterator[Path]:
     """Where a file may have its neighbours: where it is, and where the links lead that it consists of.
 
