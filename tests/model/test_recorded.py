@@ -144,6 +144,57 @@ def test_views_of_one_memory_stay_views_of_one() -> None:
     assert x[0, 1] == 1
 
 
+@pytest.mark.parametrize("numbers", [8, 9])
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_views_of_other_types_stay_views_of_the_same_memory(start: int, numbers: int) -> None:
+    x = torch.randn(12, generator=torch.Generator().manual_seed(0))[start : start + numbers]
+    given = [x, x.view(torch.int32)[2:], x.view(torch.int16)[::2], x.view(torch.uint8)]
+    before = [one.clone() for one in given]
+    copied = values.copied(given)
+    assert [one.dtype for one in copied] == [one.dtype for one in given]
+    assert all(map(torch.equal, copied, given))
+    copied[0].fill_(1.0)
+    assert all(map(torch.equal, given, before)), "the original stays"
+    ones = torch.ones(numbers)
+    expected = [ones, ones.view(torch.int32)[2:], ones.view(torch.int16)[::2], ones.view(torch.uint8)]
+    assert all(map(torch.equal, copied, expected)), "what is written through one is read through all"
+
+
+def test_parts_of_complex_numbers_stay_parts_of_them() -> None:
+    z = torch.ones(4, dtype=torch.complex128)
+    copied, real = values.copied((z, torch.view_as_real(z)[1:]))
+    copied.zero_()
+    assert not real.any()
+    assert bool((z == 1).all())
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = [torch.ones(1)]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def test_values_that_contain_the_same_value_many_times_over() -> None:
+    value = nested(40)  # with 2 to the power of 40 ways to the tensor
+    assert len(list(values.leaves(value))) == 1
+    assert values.nbytes(value) == 4
+    copied = values.copied(value)
+    assert values.same(value, copied)
+    values.tensors_in(copied)[0].zero_()
+    assert not values.same(value, copied)
+
+
+def test_values_are_the_same_however_often_one_of_them_is_used_again() -> None:
+    part = [torch.ones(1)]
+    assert values.same([part, part], [[torch.ones(1)], [torch.ones(1)]])
+    assert not values.same([part, part], [[torch.ones(1)], [torch.zeros(1)]])
+    one, other = [torch.ones(1)], [torch.ones(1)]
+    for value in (one, other):
+        value.append(value)  # type: ignore[arg-type]  # it contains itself
+    assert values.same(one, other)
+
+
 def test_a_copy_takes_no_more_than_the_part_that_is_passed() -> None:
     (copy,) = values.copied([torch.zeros(1 << 20)[:4]])
     assert copy.untyped_storage().nbytes() == 16

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -28,6 +29,7 @@ _Parts = list[tuple[object, object]]  # keys, or names of attributes, and what i
 Place = tuple[tuple[type, object], ...]  # the way to a leaf: of each container its class, and a key or an attribute
 
 _DEEPEST: Final = 100  # levels; what lies deeper is one leaf
+_WIDEST: Final = 16  # bytes of a number, of which the sizes of all others are divisors
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)
 _LEAVES: Final = (
     *(*_PLAIN, Tensor, np.ndarray, np.generic, nn.Module, enum.Enum, type, torch.Generator, torch.dtype, torch.device),
@@ -37,7 +39,7 @@ _LEAVES: Final = (
 
 
 def leaves(value: object, whole: tuple[type, ...] = ()) -> Iterator[tuple[Place, object]]:
-    """What a value is made of, in order, each with its place.
+    """What a value is made of, in order, each with its place; of what is there more than once, the first.
 
     Args:
         value: anything.
@@ -46,24 +48,19 @@ def leaves(value: object, whole: tuple[type, ...] = ()) -> Iterator[tuple[Place,
     >>> [leaf for _, leaf in leaves({"a": [1, (2, None)], "b": "text"})]
     [1, 2, None, 'text']
     """
-    return _leaves(value, whole, (), set())
+    return _leaves(value, whole, (), {})
 
 
 def _leaves(
-    value: object,
-    whole: tuple[type, ...],
-    place: Place,
-    around: set[int],
-    is_leaf: Callable[[_Parts], bool] | None = None,
+    value: object, whole: tuple[type, ...], place: Place, seen: dict[int, object]
 ) -> Iterator[tuple[Place, object]]:
     parts = None if isinstance(value, (*_LEAVES, *whole)) or len(place) > _DEEPEST else _parts(value)
-    if parts is None or (is_leaf is not None and is_leaf(parts)):
+    if parts is None:
         yield place, value
-    elif id(value) not in around:  # a value may contain itself
-        around.add(id(value))
+    elif id(value) not in seen:  # a value may contain itself, or the same one twice
+        seen[id(value)] = value
         for key, part in parts:
-            yield from _leaves(part, whole, (*place, (type(value), key)), around, is_leaf)
-        around.remove(id(value))
+            yield from _leaves(part, whole, (*place, (type(value), key)), seen)
 
 
 def _parts(value: object) -> _Parts | None:
@@ -123,23 +120,45 @@ def same(a: object, b: object, equal: Callable[[Tensor, Tensor], bool] | None = 
     >>> same([torch.zeros(2), {"n": 1}], [torch.zeros(2), {"n": 1}]), same([1, 2], (1, 2)), same(1, True)
     (True, False, False)
     """
-    # Vocabularies and other tables of plain values are one leaf: there may be hundreds of calls to look at them.
-    ours, theirs = (list(_leaves(one, (), (), set(), _are_plain)) for one in (a, b))
-    if len(ours) != len(theirs):
-        return False
-    if any(not _same_place(p, q) for (p, _), (q, _) in zip(ours, theirs, strict=True)):
-        return False
-    return all(_same_leaf(x, y, equal or _equal) for (_, x), (_, y) in zip(ours, theirs, strict=True))
+    return _same(a, b, equal or _equal, 0, {})
 
 
-def _same_place(a: Place, b: Place) -> bool:
-    if len(a) != len(b):
+def _same(
+    a: object,
+    b: object,
+    equal: Callable[[Tensor, Tensor], bool],
+    depth: int,
+    seen: dict[tuple[int, int], tuple[object, object]],
+) -> bool:
+    """As `same`, at a depth within two values of which pairs have been seen before."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
         return False
-    # Keys of other kinds, such as tensors, are the same by where they stand.
-    return all(
-        p is q and type(k) is type(m) and (k == m or not isinstance(k, _PLAIN))
-        for (p, k), (q, m) in zip(a, b, strict=True)
+    ours, theirs = (_inner(one, depth) for one in (a, b))
+    if ours is None or theirs is None:
+        return ours is theirs and _same_leaf(a, b, equal)
+    pair = (id(a), id(b))
+    if pair in seen:  # compared before, or still being compared
+        return True
+    seen[pair] = (a, b)
+    return len(ours) == len(theirs) and all(
+        _same_key(k, m) and _same(p, q, equal, depth + 1, seen) for (k, p), (m, q) in zip(ours, theirs, strict=True)
     )
+
+
+def _inner(value: object, depth: int) -> _Parts | None:
+    """The parts of a value that are compared one by one.
+
+    Vocabularies and other tables of plain values are one leaf: there may be hundreds of calls to look at them.
+    """
+    parts = None if isinstance(value, _LEAVES) or depth > _DEEPEST else _parts(value)
+    return None if parts is None or _are_plain(parts) else parts
+
+
+def _same_key(a: object, b: object) -> bool:
+    """Keys of other kinds, such as tensors, are the same by where they stand."""
+    return type(a) is type(b) and (a == b or not isinstance(a, _PLAIN))
 
 
 def _same_leaf(a: object, b: object, equal: Callable[[Tensor, Tensor], bool]) -> bool:
@@ -247,10 +266,9 @@ def _same_draws(generator: torch.Generator) -> torch.Generator:
 
 def _clones(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     """A copy of each tensor, by `id`."""
-    by_storage: dict[object, dict[int, Tensor]] = {}
+    by_storage: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
-        plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_cpu and tensor.numel()
-        key = (tensor.untyped_storage().data_ptr(), tensor.dtype) if plain else id(tensor)
+        key = tensor.untyped_storage().data_ptr() if _may_share(tensor) else id(tensor)
         by_storage.setdefault(key, {})[id(tensor)] = tensor
     found: dict[int, Tensor] = {}
     for group in by_storage.values():
@@ -258,25 +276,34 @@ def _clones(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
     return found
 
 
+def _may_share(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory, which others may be views of."""
+    plain = type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_cpu and tensor.numel() > 0
+    return plain and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
 def _views(tensors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Copies of tensors that share memory and do so again; nothing if it is one, or if they lie far apart."""
-    if len(tensors) == 1 or any(one.is_conj() or one.is_neg() for one in tensors):
+    """Copies of tensors of any types that share memory and do so again; nothing if it is one, or they lie far apart."""
+    if len(tensors) == 1:
         return {}
-    low = min(one.storage_offset() for one in tensors)
+    low = min(one.storage_offset() * one.itemsize for one in tensors) // _WIDEST * _WIDEST
     high = max(_end(one) for one in tensors)
-    if high - low > sum(one.numel() for one in tensors):
+    if high - low > sum(one.nbytes for one in tensors) + _WIDEST:
         return {}
-    base = tensors[0].detach().as_strided((high - low,), (1,), low).clone()
+    source = torch.empty(0, dtype=torch.uint8).set_(tensors[0].untyped_storage(), low, (high - low,), (1,))
+    base = F.pad(source, (0, (low - high) % _WIDEST))
     return {
-        id(one): base.as_strided(one.shape, one.stride(), one.storage_offset() - low).requires_grad_(one.requires_grad)
+        id(one): base.view(one.dtype)
+        .as_strided(one.shape, one.stride(), one.storage_offset() - low // one.itemsize)
+        .requires_grad_(one.requires_grad)
         for one in tensors
     }
 
 
 def _end(tensor: Tensor) -> int:
-    """The place in its storage after its last number."""
+    """The byte of its storage after its last number."""
     steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + 1 + sum(steps))
+    return int(tensor.storage_offset() + 1 + sum(steps)) * tensor.itemsize
 
 
 def _clone(tensor: Tensor) -> Tensor:
