@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from pared.errors import DAMAGED, ConfigError, FileError
-from pared.files.directories.temporary import clear, hold, temporary_name
+from pared.files.directories.temporary import clear, keep, temporary_name
 from pared.files.directories.writable import writing_to
 from pared.files.memory_limit import MemoryLimit
 
@@ -240,8 +240,7 @@ def _held(temporary: Path) -> Iterator[BinaryIO]:
     """Create a file and hold it, so that others let it be."""
     while True:
         with temporary.open("xb") as stream:
-            hold(stream.fileno())
-            if temporary.exists():  # or else another run has cleared it before it was held
+            if keep(temporary, stream.fileno()):
                 yield stream
                 return
 

@@ -10,8 +10,13 @@ from typing import BinaryIO
 
 import pytest
 
+from pared.files import disk
+from pared.files.directories import temporary
 from pared.files.directories.temporary import clear, temporary_folder, temporary_name
 from pared.files.disk import write_atomic
+
+if sys.platform != "win32":
+    import fcntl
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows deletes nothing that is open")
 
@@ -50,6 +55,39 @@ def test_what_is_still_being_written_stays(tmp_path: Path) -> None:
 
     write_atomic(tmp_path / "first", write)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"first": b"outer", "second": b"second"}
+
+
+@pytest.mark.parametrize("moment", ["before it is held", "while it is cleared"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_another_run_clears_before_it_is_held_is_made_again(
+    kind: str, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = disk if kind == "file" else temporary
+    keep, seen = module.keep, list[Path]()
+
+    def raced(path: Path, descriptor: int) -> bool:
+        seen.append(path)
+        if len(seen) > 1:
+            return keep(path, descriptor)
+        other = os.open(path, os.O_RDONLY)  # what `clear` does, in two steps
+        fcntl.flock(other, fcntl.LOCK_EX)
+        if moment == "before it is held":
+            path.rmdir() if kind == "folder" else path.unlink()
+            os.close(other)
+            return keep(path, descriptor)
+        kept = keep(path, descriptor)
+        path.rmdir() if kind == "folder" else path.unlink()
+        os.close(other)
+        return kept
+
+    monkeypatch.setattr(module, "keep", raced)
+    if kind == "file":
+        write_atomic(tmp_path / "file", lambda file: file.write(b"whole"))
+        assert (tmp_path / "file").read_bytes() == b"whole"
+    else:
+        with temporary_folder(tmp_path) as folder:
+            (folder / "inner").write_bytes(b"whole")
+    assert len(seen) == 2
 
 
 def test_one_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

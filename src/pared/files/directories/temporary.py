@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -28,15 +29,26 @@ def temporary_name() -> str:
     return f".pared-{secrets.token_hex(4)}.tmp"
 
 
-def hold(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False if someone else has, or if the system cannot."""
+def keep(path: Path, descriptor: int) -> bool:
+    """Hold a file or folder that was just made until it is closed.
+
+    Returns:
+        False if another run clears it, or has done so before it was held.
+    """
+    return _lock(descriptor) is not False and path.exists()
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder until it is closed; False if another run has; None if the system cannot."""
     if sys.platform == "win32":
-        return False  # where a file that is open cannot be deleted
+        return None  # where a file that is open cannot be deleted
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
         log.debug("a temporary file is not locked: %s", error)
-        return False
+        return None
     return True
 
 
@@ -56,16 +68,26 @@ def clear(directory: Path) -> None:
 def temporary_folder(directory: Path) -> Iterator[Path]:
     """A folder in a directory that is removed at the end; those of killed processes are cleared first."""
     clear(directory)
-    folder = directory / temporary_name()
-    folder.mkdir()
-    descriptor = None if sys.platform == "win32" else os.open(folder, os.O_RDONLY)
+    folder, descriptor = _made(directory)
     try:
-        if descriptor is not None:
-            hold(descriptor)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if descriptor is not None:
+            os.close(descriptor)
+
+
+def _made(directory: Path) -> tuple[Path, int | None]:
+    """A new folder, and the descriptor by which it is held as long as that is open."""
+    while True:
+        folder = directory / temporary_name()
+        folder.mkdir()
+        if sys.platform == "win32":
+            return folder, None
+        with contextlib.suppress(FileNotFoundError):  # another run has cleared it before it was opened
+            descriptor = os.open(folder, os.O_RDONLY)
+            if keep(folder, descriptor):
+                return folder, descriptor
             os.close(descriptor)
 
 
@@ -77,7 +99,7 @@ def _delete_abandoned(path: Path) -> None:
             return
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if hold(descriptor):
+            if _lock(descriptor):
                 _delete(path)
         finally:
             os.close(descriptor)
