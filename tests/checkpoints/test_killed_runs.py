@@ -115,7 +115,7 @@ def test_a_journal_of_other_tensors_is_begun_anew(tmp_path: Path, monkeypatch: p
 
 def test_two_runs_do_not_write_to_one_place(tmp_path: Path) -> None:
     source = saved(layers(), tmp_path / "m.pt")
-    with Journal(tmp_path / "out", {}), pytest.raises(FileError, match="out: another run writes to this directory"):
+    with Journal(tmp_path / "out", {}), pytest.raises(FileError, match="out: this very run writes to this directory"):
         pared.compress(source, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     pared.compress(source, tmp_path / "out")

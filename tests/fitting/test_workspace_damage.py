@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import pared
-from pared import AccuracyCriterion, ConfigError, FileError, PostTrainingQuantConfig
+from pared import AccuracyCriterion, ConfigError, EvaluationError, FileError, PostTrainingQuantConfig
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
@@ -203,10 +203,26 @@ def test_a_second_search_is_refused_before_it_begins(tmp_path: Path) -> None:
         return 1.0
 
     pared.fit(model, PostTrainingQuantConfig(max_trials=1), x, score, workspace=tmp_path, quiet=True)
-    assert refused == ["another run writes to this directory"] * 2, "for the float model, and for the trial"
+    assert refused == ["this very run writes to this directory already"] * 2, "for the float model, and for the trial"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("baseline.json", "corrections.json", "fingerprint.json", "trial-1", "trials.jsonl")
     ]
+
+
+@pytest.mark.slow
+def test_saving_into_the_workspace_of_the_search_that_asks_for_a_score_is_refused_at_once(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), [torch.ones(4, 8)]
+    saved: list[Path] = []
+
+    def score(q: nn.Module) -> float:
+        if hasattr(q, "pared"):
+            saved.append(pared.save(q, tmp_path / "mine"))
+            pared.save(q, tmp_path)
+        return 1.0
+
+    with pytest.raises(EvaluationError, match="this very run writes to this directory already"):
+        pared.fit(model, PostTrainingQuantConfig(max_trials=1), x, score, workspace=tmp_path, quiet=True)
+    assert len(saved) == 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from pared.errors import FileError
 from pared.files.directories.lock import LOCK, owned
 
-REFUSED = "another run writes to this directory"
+REFUSED = ("another run writes to this directory", "this very run writes to this directory already")
 
 
 def is_free(directory: Path) -> bool:
@@ -20,7 +20,7 @@ def is_free(directory: Path) -> bool:
         with owned(directory):
             return True
     except FileError as error:
-        return error.what != REFUSED
+        return error.what not in REFUSED
 
 
 def test_the_owner_is_alone_and_leaves_nothing(tmp_path: Path) -> None:
@@ -37,6 +37,18 @@ def test_another_thread_is_another_run(tmp_path: Path) -> None:
         thread.start()
         thread.join()
     assert found == [False]
+
+
+def test_the_owner_itself_does_not_wait_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with (
+        owned(tmp_path),
+        pytest.raises(FileError, match="this very run writes to this directory already") as error,
+        owned(tmp_path / "link", wait=1e6),
+    ):
+        pass
+    assert "Choose another directory" in error.value.remedy
+    assert is_free(tmp_path)
 
 
 def test_who_waits_comes_next(tmp_path: Path) -> None:
