@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pared.errors import CalibrationError
+from pared.errors import CalibrationError, reason_of
 from pared.fitting.calibration.ranges import without_outliers
 from pared.formats.activation import Outliers
 from pared.model import calls
@@ -220,7 +220,7 @@ class _Collector:
         except CalibrationError:
             raise
         except Exception as error:  # noqa: BLE001  # tensors of any class; the model itself has run
-            log.debug("%s stays in float: its input cannot be observed: %s", self.name, error)
+            log.info("%s stays in float: its input cannot be observed: %s", self.name, reason_of(error))
             self.plain = False
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pared.errors import ModelError
+from pared.errors import ModelError, reason_of
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.copying.reach import Reach, is_plain
+from pared.model.copying.reach import Reach, is_plain, memory_of
 from pared.model.outputs import tensors_of
 from pared.model.tensors import ModelTensors, named_tensors
 from pared.switches import random_states_kept
@@ -41,12 +41,8 @@ class _Reads(TorchDispatchMode):
         return output
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _memories(value: object) -> set[int]:
-    return {_memory(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and is_plain(leaf)}
+    return {memory_of(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and is_plain(leaf)}
 
 
 def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> None:
@@ -70,26 +66,26 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
         with torch.no_grad(), random_states_kept(), reads:
             output = call.on(copied)
     except Exception as error:  # noqa: BLE001  # an operator that no mode may watch
-        log.debug("whether copies use their own weights could not be watched: %r", error)
+        log.warning("whether copies use their own weights could not be checked: %s", reason_of(error))
         return
     own = {name: tensor for name, tensor in named_tensors(copied) if is_plain(tensor) and tensor.is_floating_point()}
-    _refuse_reads_of_the_model(tensors, {_memory(tensor) for tensor in own.values()}, reads.memory)
-    unread = {name: tensor for name, tensor in own.items() if _memory(tensor) not in reads.memory}
+    _refuse_reads_of_the_model(tensors, {memory_of(tensor) for tensor in own.values()}, reads.memory)
+    unread = {name: tensor for name, tensor in own.items() if memory_of(tensor) not in reads.memory}
     if own and len(unread) == len(own) and tensors_of(output):
         raise ModelError(
             "no weight is read when a copy runs on the first calibration call: the output comes from somewhere else",
             where=type(tensors.model).__name__,
             remedy="Look for an output that is kept from an earlier call, or a forward that runs in another engine.",
         )
-    known = {_memory(tensor) for tensor in own.values()}
+    known = {memory_of(tensor) for tensor in own.values()}
     for key, tensor in kept.items():
-        if is_plain(tensor) and _memory(tensor) in reads.memory and _memory(tensor) not in known:
+        if is_plain(tensor) and memory_of(tensor) in reads.memory and memory_of(tensor) not in known:
             _refuse_stand_in(reach.places[key], tensor, unread)
 
 
 def _refuse_reads_of_the_model(tensors: ModelTensors[nn.Module], own: set[int], read: set[int]) -> None:
     for tensor in tensors:
-        if is_plain(tensor.tensor) and _memory(tensor.tensor) in read - own:
+        if is_plain(tensor.tensor) and memory_of(tensor.tensor) in read - own:
             raise ModelError(
                 "is read from the model itself when a copy of the model runs: other weights in the copy have no effect",
                 where=tensor.name,

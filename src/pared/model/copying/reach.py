@@ -93,11 +93,11 @@ class Reach(Generic[ModuleT_co]):
         memory: dict[int, list[Tensor]] = {}
         for tensor in self.registered.values():
             if _has_memory(tensor):
-                memory.setdefault(_memory(tensor), []).append(tensor)
+                memory.setdefault(memory_of(tensor), []).append(tensor)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for key, value in self.objects.items():
             if isinstance(value, Tensor) and key not in self.registered and _has_memory(value):
-                owners = memory.get(_memory(value), [])
+                owners = memory.get(memory_of(value), [])
                 if owners:
                     found[key] = (value, next((one for one in owners if _lies_within(value, one)), owners[0]))
         return found
@@ -155,7 +155,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return plain and tensor.numel() > 0
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """What tells one memory from another, on the meta device as well."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() or storage._cdata

@@ -9,7 +9,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from pared.errors import ModelError
-from pared.model.copying.reach import Reach, contents, is_plain, references, weak_targets
+from pared.model.copying.reach import Reach, contents, is_plain, memory_of, references, weak_targets
 
 _REMEDY: Final = (
     "pared works on copies of the model, and what is changed in a copy would have no effect. Undo it before, or put it "
@@ -24,18 +24,15 @@ class _Original:
     def __init__(self, reach: Reach[nn.Module], kept: Mapping[int, Tensor]) -> None:
         self.ids = {id(module) for module in reach.modules} | (reach.registered.keys() - kept.keys())
         held, shared = (
-            {_memory(tensor) for tensor in tensors.values() if is_plain(tensor)} for tensors in (reach.registered, kept)
+            {memory_of(tensor) for tensor in tensors.values() if is_plain(tensor)}
+            for tensors in (reach.registered, kept)
         )
         self.memory = held - shared
 
     def has(self, value: object) -> bool:
         if id(value) in self.ids:
             return True
-        return isinstance(value, Tensor) and is_plain(value) and _memory(value) in self.memory
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+        return isinstance(value, Tensor) and is_plain(value) and memory_of(value) in self.memory
 
 
 def check_copy(reach: Reach[nn.Module], clone: nn.Module) -> None:
