@@ -46,7 +46,7 @@ def collect(model: nn.Module) -> dict[str, ExtraState]:
     Raises:
         ModelError: a state is not plain data, or a module does not give it.
     """
-    return {f"{name}.{KEY}".removeprefix("."): _collected(name, module) for name, module in _having(model)}
+    return {key: _collected(key, module) for key, module in _having(model)}
 
 
 def restore(model: nn.Module, states: Mapping[str, ExtraState]) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ def restore(model: nn.Module, states: Mapping[str, ExtraState]) -> tuple[str, ..
     Raises:
         MismatchError: a module has no such state, or does not take it.
     """
-    modules = {f"{name}.{KEY}".removeprefix("."): module for name, module in _having(model)}
+    modules = dict(_having(model))
     for name, state in states.items():
         if name not in modules:
             raise MismatchError(
@@ -78,14 +78,14 @@ def restore(model: nn.Module, states: Mapping[str, ExtraState]) -> tuple[str, ..
 
 
 def _having(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that have extra state, each under every name, as in a state dict."""
+    """The modules that have extra state, each under every name that its state has in a state dict."""
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield name, module
+            yield f"{name}.{KEY}".removeprefix("."), module
 
 
-def _collected(name: str, module: nn.Module) -> ExtraState:
-    where = name or type(module).__name__
+def _collected(key: str, module: nn.Module) -> ExtraState:
+    where = key.removesuffix(KEY).removesuffix(".") or type(module).__name__
     try:
         value = module.get_extra_state()
     except Exception as error:
