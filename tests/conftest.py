@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -16,6 +17,8 @@ from pared.runtime.graphs import fusion
 from pared.runtime.kernels import linear, patches
 
 collect_ignore_glob = [] if importlib.util.find_spec("selenium") else ["*browser.py"]  # `make test` installs it
+
+_TIME_CALLS = speed.time_calls
 
 # Nothing here depends on a clock: machines do something else meanwhile.
 hypothesis.settings.register_profile("pared", deadline=None)
@@ -40,21 +43,26 @@ def _children_are_marked(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
 
 
-@pytest.fixture(autouse=True)
-def _layers_decide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole models are timed only in tests that are marked so: it takes seconds of each `fit`, and chance decides."""
-    if request.node.get_closest_marker("whole_models_are_timed") is None:
-        monkeypatch.setattr(speed, "time_calls", lambda *_: ())
+@pytest.fixture(autouse=True, scope="session")
+def _as_on_most_machines() -> Iterator[None]:
+    """Layers decide, and there are no tiles; fixtures of every scope are made under these rules, too.
+
+    Whole models are timed only in tests that are marked so: it takes seconds of each `fit`, and chance decides.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "time_calls", lambda *_: ())
+        _set_tiles(patch, there=False)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def _no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs and kernels are as on most machines, whatever this one has."""
-    _set_tiles(monkeypatch, there=False)
+def _whole_models_are_timed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("whole_models_are_timed") is not None:
+        monkeypatch.setattr(speed, "time_calls", _TIME_CALLS)
 
 
 @pytest.fixture
-def tiles(_no_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs and kernels are as on a machine with tiles."""
     _set_tiles(monkeypatch, there=True)
 
