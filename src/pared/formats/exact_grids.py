@@ -22,7 +22,7 @@ from pared.formats.streams import Steps
 from pared.formats.views import View, matrix_of, restored
 
 # The largest code of a row, where values say it no other way; 0: neighbouring values do.
-_LARGEST: Final = (0, 127, 8, 7, 128, 255)
+_LARGEST: Final = np.array([0, 127, 8, 7, 128, 255])
 _MOST: Final = 255  # levels to either side of zero: with a zero point of its own, a grid of 256 reaches so far
 _GROUPS: Final = (32, 64, 128)  # neighbours in a row with a step of their own
 _ROWS, _COLUMNS = 4, 2048  # that are looked at first
@@ -108,9 +108,10 @@ def _promising(array: Array, view: View, bits: float) -> Iterator[int]:
     sample = _some(array, view).astype(np.float64)
     if sample.shape[1] < 2 or not sample.any():
         return
-    for largest in _LARGEST:
-        if _on_grid(sample[:1], array.dtype, largest) is None:  # nearly always, and cheaper than all of them
-            continue
+    # Nearly always none explains the first row, and trying all of them on it at once is cheaper than one after another.
+    first = np.broadcast_to(sample[:1], (len(_LARGEST), sample.shape[1]))
+    exact, _, _ = _tried(first, array.dtype, _LARGEST)
+    for largest in _LARGEST[exact].tolist():
         found = _on_grid(sample, array.dtype, largest)
         if found is not None and entropy.entropy(found[0]) <= bits:
             yield largest
@@ -124,7 +125,7 @@ def _some(array: Array, view: View) -> Array:
         return flat[:, ::stride]
     if view.rows in ((0,), (1,)):
         (axis,) = view.rows
-        chosen = np.unique(np.linspace(0, array.shape[axis] - 1, _ROWS).astype(int))
+        chosen = sorted({i * (array.shape[axis] - 1) // (_ROWS - 1) for i in range(_ROWS)})
         rows: Array = np.moveaxis(np.take(array, chosen, axis), axis, 0).reshape(len(chosen), -1)
         return rows[:, :_COLUMNS]
     runs: Array = array.reshape(-1, view.split[-1])  # groups
@@ -176,21 +177,32 @@ def _exact_grid(view: View, codes: NDArray[Any], step: Steps, shape: tuple[int, 
 
 def _on_grid(rows: Floats, kind: np.dtype[Any], largest: int) -> tuple[NDArray[np.int16], Steps] | None:
     """The codes and the steps that give every number exactly; None if some row has none."""
+    exact, codes, step = _tried(rows, kind, np.full(len(rows), largest))
+    return (codes, step) if exact.all() else None
+
+
+def _tried(
+    rows: Floats, kind: np.dtype[Any], largest: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], NDArray[np.int16], Steps]:
+    """For each row, with the largest code given for it: whether codes give every number exactly; these, and the steps.
+
+    Codes and steps mean nothing where they do not, and there are none as soon as no row can have any.
+    """
     magnitudes = abs(rows)
     top = magnitudes.max(1)
-    codes_of_top = np.full(len(rows), largest) if largest else _by_differences(magnitudes, top)
-    if codes_of_top is None:
-        return None
+    codes_of_top = np.where(largest > 0, largest, _by_differences(magnitudes, top)) if (largest == 0).any() else largest
     guess = np.divide(top, codes_of_top, out=np.zeros_like(top), where=codes_of_top > 0)
     if kind.itemsize == 2:
         guess = _settled(magnitudes, guess)
-    codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(rows), where=guess[:, None] > 0))
-    if codes.max() > _MOST or not _near(magnitudes, codes, guess, kind):
-        return None
+    codes = np.rint(np.divide(magnitudes, guess[:, None], out=np.zeros_like(magnitudes), where=guess[:, None] > 0))
+    may = (codes.max(1) <= _MOST) & _near(magnitudes, codes, guess, kind)
+    if not may.any():
+        return may, np.zeros(rows.shape, np.int16), np.zeros(len(rows), np.float32)
+    codes[~may] = 0
     step = _refined(magnitudes, codes, guess, kind)
     signed = np.copysign(codes, rows)
     exact = converted(signed.astype(np.float32) * step[:, None], kind).astype(np.float64) == rows
-    return (signed.astype(np.int16), step) if exact.all() else None
+    return may & exact.all(1), signed.astype(np.int16), step
 
 
 def _settled(magnitudes: Floats, guess: Floats) -> Floats:
@@ -203,21 +215,22 @@ def _settled(magnitudes: Floats, guess: Floats) -> Floats:
     return guess
 
 
-def _near(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> bool:
-    """Whether the codes can be right, before it is found out exactly: what they miss is rounding, not half a step."""
+def _near(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> NDArray[np.bool_]:
+    """Whether the codes of a row can be right, which is found out exactly later: they miss it by rounding at most."""
     if kind.itemsize == 2:  # the rounding of 16 bits may be most of a step
-        return True
-    return bool((abs(magnitudes - codes * guess[:, None]) <= _ROUNDING * magnitudes.max(1)[:, None]).all())
+        return np.ones(len(codes), np.bool_)
+    off = abs(magnitudes - codes * guess[:, None])
+    return np.asarray((off <= _ROUNDING * magnitudes.max(1)[:, None]).all(1))
 
 
-def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64] | None:
-    """The code of each row's largest magnitude, if the least difference between two is a step."""
+def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64]:
+    """The code of each row's largest magnitude, if the least difference between two is a step; 0 where none can be."""
     ordered = np.sort(magnitudes, axis=1)
     differences = np.diff(ordered, axis=1, prepend=0)
     # Equal codes may differ by the rounding of their products; a step is much more, or there are too many levels.
     least = np.where(differences > top[:, None] / (4 * _MOST), differences, math.inf).min(1)
     codes = np.rint(np.divide(top, least, out=np.zeros_like(top), where=np.isfinite(least)))
-    return codes.astype(np.int64) if ((codes > 0) | (top == 0)).all() and codes.max() <= _MOST else None
+    return np.where(codes <= _MOST, codes, 0).astype(np.int64)
 
 
 def _refined(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> Steps:

@@ -84,8 +84,9 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
 
 
 def _refuse_reads_of_the_model(tensors: ModelTensors[nn.Module], own: set[int], read: set[int]) -> None:
+    elsewhere = read - own
     for tensor in tensors:
-        if is_plain(tensor.tensor) and memory_of(tensor.tensor) in read - own:
+        if is_plain(tensor.tensor) and memory_of(tensor.tensor) in elsewhere:
             raise ModelError(
                 "is read from the model itself when a copy of the model runs: other weights in the copy have no effect",
                 where=tensor.name,
