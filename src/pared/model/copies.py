@@ -49,9 +49,9 @@ def _copied(reach: Reach[ModuleT], memo: Memo) -> ModuleT:
         clone: ModuleT = copy.deepcopy(reach.model, memo)
     except RecursionError as error:
         raise ModelError(
-            "its modules refer to each other in a chain that is too long to be copied",
+            "its objects refer to each other in a chain that is too long to be copied",
             where=type(reach.model).__name__,
-            remedy="Set attributes that lead from module to module to None before, or raise sys.setrecursionlimit.",
+            remedy="Set attributes that lead from object to object to None before, or raise sys.setrecursionlimit.",
         ) from error
     _forget_plain_forwards(clone)
     refresh_recurrent(clone)

@@ -80,39 +80,41 @@ class StoredForm:
 
 
 def _narrow(
-    form: StoredForm, attribute: str, _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
+    forms: Mapping[str, StoredForm], _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
 ) -> None:
     """Hook of `state_dict`: put codes and steps, or narrow floats, in the place of floats."""
-    name = f"{prefix}{attribute}"
-    if name not in state:
-        return
-    coded = form.coded(name, state[name])
-    state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
-    if isinstance(coded.format, Grid):
-        state[f"{name}_step"] = coded.parts["step"]
+    for attribute, form in forms.items():
+        name = f"{prefix}{attribute}"
+        if name not in state:
+            continue
+        coded = form.coded(name, state[name])
+        state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
+        if isinstance(coded.format, Grid):
+            state[f"{name}_step"] = coded.parts["step"]
 
 
-def _widen(form: StoredForm, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _widen(forms: Mapping[str, StoredForm], module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Hook of `load_state_dict`: the inverse of `_narrow`, for whatever format the state dict has."""
-    name = f"{prefix}{attribute}"
-    step, value = state.pop(f"{name}_step", None), state.get(name)
-    own = registered_as(module, attribute)
-    if value is None or value.shape != own.shape:
-        return  # the module reports what is missing or misshapen
-    if step is None and (value.is_floating_point() or not own.is_floating_point()):
-        narrow = form.format if isinstance(form.format, Float) and survives_float16(value) else None
-        form.format = narrow or Raw(dtype_name(own.dtype))
-        form.view = form.step = None
-        state[name] = value.to(own.dtype)
-    elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
-        error_messages: list[str] = rest[-1]
-        error_messages.append(f"{name}: expected int8 or int16 codes with {name}_step, not {value.dtype}.")
-    else:
-        form.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
-        form.view = form.view or view_of(module, attribute, tuple(value.shape))
-        form.step = step.detach().float().reshape(form.view.row_sizes).clone()
-        parts = {"codes": value, "step": form.step}
-        state[name] = Coded(form.format, tuple(value.shape), own.dtype, parts, form.view).decode()
+    error_messages: list[str] = rest[-1]
+    for attribute, form in forms.items():
+        name = f"{prefix}{attribute}"
+        step, value = state.pop(f"{name}_step", None), state.get(name)
+        own = registered_as(module, attribute)
+        if value is None or value.shape != own.shape:
+            continue  # the module reports what is missing or misshapen
+        if step is None and (value.is_floating_point() or not own.is_floating_point()):
+            narrow = form.format if isinstance(form.format, Float) and survives_float16(value) else None
+            form.format = narrow or Raw(dtype_name(own.dtype))
+            form.view = form.step = None
+            state[name] = value.to(own.dtype)
+        elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
+            error_messages.append(f"{name}: expected int8 or int16 codes with {name}_step, not {value.dtype}.")
+        else:
+            form.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
+            form.view = form.view or view_of(module, attribute, tuple(value.shape))
+            form.step = step.detach().float().reshape(form.view.row_sizes).clone()
+            parts = {"codes": value, "step": form.step}
+            state[name] = Coded(form.format, tuple(value.shape), own.dtype, parts, form.view).decode()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -122,10 +124,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def attach(form: StoredForm, module: nn.Module, attribute: str) -> None:
-    """Let a module's state dict show a tensor's stored form, and take it back."""
-    module.register_state_dict_post_hook(functools.partial(_narrow, form, attribute))
-    module.register_load_state_dict_pre_hook(functools.partial(_widen, form, attribute))
+def attach(forms: Mapping[str, StoredForm], module: nn.Module) -> None:
+    """Let a module's state dict show the stored forms of its tensors, by attribute, and take them back."""
+    module.register_state_dict_post_hook(functools.partial(_narrow, forms))
+    module.register_load_state_dict_pre_hook(functools.partial(_widen, forms))
 
 
 def detach(module: nn.Module) -> None:
@@ -175,6 +177,8 @@ def held_in_codes(
 
     `running` is changed to float32 where only some of a module's weights could be in codes: all of them or none are.
     """
+    if not running and memory == "fast":
+        return set()
     elsewhere = Reach(model).held_elsewhere()
     free = [stored for stored, tensors in pairs if not any(id(tensor) in elsewhere for tensor in tensors)]
     while True:
@@ -200,7 +204,7 @@ def install(
 ) -> dict[str, StoredForm]:
     """Add counterparts and hooks for every tensor; returns the stored forms of those that are held as floats."""
     stored_forms: dict[str, StoredForm] = {}
-    hooked: set[tuple[int, str]] = set()
+    hooked: dict[nn.Module, dict[str, StoredForm]] = {}
     held: dict[str, dict[str, Coded]] = {}  # what stays in codes, by module and attribute
     for stored in contents.tensors:
         coded = stored.coded
@@ -212,10 +216,9 @@ def install(
         form = StoredForm(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
         stored_forms[stored.name] = form
         for owner, attribute in _owners(stored):
-            module = clone.get_submodule(owner)
-            if (id(module), attribute) not in hooked:
-                hooked.add((id(module), attribute))
-                attach(form, module, attribute)
+            hooked.setdefault(clone.get_submodule(owner), {})[attribute] = form  # a shared module has it once
+    for module, forms in hooked.items():
+        attach(forms, module)
     for owner, coded_by_attribute in held.items():
         module = clone.get_submodule(owner)
         if isinstance(module, Counterpart):  # a shared module is met under each of its names

@@ -302,7 +302,7 @@ def _server(timing: ModelTiming) -> Server:
 def _refuse_meta(model: nn.Module) -> None:
     left = [name for name, tensor in named_tensors(model) if tensor.is_meta]
     reach = Reach(model)
-    left += [reach.places[key] for key, one in reach.objects.items() if isinstance(one, Tensor) and one.is_meta]
+    left += [reach.places[key] for key, one in reach.tensors.items() if one.is_meta]
     if left:
         raise MismatchError(
             "is on the meta device and in no state dict, so the artifact does not hold it",

@@ -60,7 +60,7 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
         return
     copied = shadow(tensors.model)
     reach = Reach(copied)
-    kept = {key: one for key, one in reach.objects.items() if isinstance(one, Tensor) and key not in reach.registered}
+    kept = {key: one for key, one in reach.tensors.items() if key not in reach.registered}
     reads, call = _Reads(), calls[0]
     try:
         with torch.no_grad(), random_states_kept(), reads:

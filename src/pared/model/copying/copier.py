@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError, ParedError
-from pared.model.copying.reach import PROXIES, SHARED, Reach, behind, contents, slots, span, weak_targets
+from pared.model.copying.reach import PLAIN, PROXIES, SHARED, Reach, behind, contents, slots, span, weak_targets
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,7 @@ class Memo(dict[int, Any]):
         value = self._reach.objects.get(key, _UNMADE)
         if value is _UNMADE or key in self._making:
             return default
-        kind = type(value)
-        if kind not in self._kinds:
-            self._kinds[kind] = _rule(kind)
-        rule = self._kinds[kind]
+        rule = self.rule(type(value))
         if rule is None:
             return default
         self._making.add(key)
@@ -73,8 +70,19 @@ class Memo(dict[int, Any]):
             self._making.discard(key)
         return made
 
+    def rule(self, kind: type) -> Callable[[Memo, Any], object] | None:
+        """How objects of a class are copied; None: as `copy.deepcopy` does it."""
+        if kind not in self._kinds:
+            self._kinds[kind] = _rule(kind)
+        return self._kinds[kind]
+
     def copied(self, value: Any) -> Any:
         """A deep copy of anything that the model refers to."""
+        kind = type(value)
+        if kind in PLAIN:
+            return value
+        if kind in _EMPTY and not value:  # most hooks of modules: `copy.deepcopy` would take much longer for them
+            return self.setdefault(id(value), kind())
         return copy.deepcopy(value, self)
 
     def is_tied(self, value: object) -> bool:
@@ -103,15 +111,23 @@ def _copied_or_shared(memo: Memo, value: Any) -> object:
         return value
 
 
-def _with_slots(memo: Memo, value: nn.Module) -> object:
-    """A module whose class has slots, which torch would leave out."""
-    new = type(value).__new__(type(value))
-    memo[id(value)] = new
-    vars(new).update(memo.copied(vars(value)))
-    for name in slots(type(value)):
-        if hasattr(value, name):
-            setattr(new, name, memo.copied(getattr(value, name)))
-    return new
+def _module(memo: Memo, value: nn.Module) -> object:
+    """A module, with all modules below it, one after the other: they may nest deeper than Python calls itself."""
+    made: list[tuple[nn.Module, nn.Module]] = []
+    waiting: list[Any] = [value]
+    while waiting:
+        old = waiting.pop()
+        if id(old) not in memo and memo.rule(type(old)) is _module:
+            new = memo[id(old)] = type(old).__new__(type(old))
+            memo[id(vars(old))] = vars(new)
+            made.append((old, new))
+            waiting += vars(old).get("_modules", {}).values()
+    for old, new in reversed(made):  # what a module holds is whole before the module is
+        vars(new).update({name: memo.copied(one) for name, one in vars(old).items()})
+        for name in slots(type(old)):  # which torch would leave out
+            if hasattr(old, name):
+                setattr(new, name, memo.copied(getattr(old, name)))
+    return memo[id(value)]
 
 
 def _uncopyable(memo: Memo, value: object, why: str) -> ModelError:
@@ -293,7 +309,11 @@ _RULES: Final[tuple[tuple[tuple[type, ...], Callable[[Memo, Any], object]], ...]
 
 
 _EXACT: Final = (list, tuple, set, frozenset, dict, OrderedDict)
-_PROTOCOL: Final = ("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__")
+_EMPTY: Final = (dict, OrderedDict, list, set)
+_PROTOCOL: Final = (
+    *("__deepcopy__", "__reduce_ex__", "__reduce__", "__getstate__", "__setstate__"),
+    *("__getnewargs__", "__getnewargs_ex__"),
+)
 
 
 def _rule(kind: type) -> Callable[[Memo, Any], object] | None:
@@ -303,8 +323,7 @@ def _rule(kind: type) -> Callable[[Memo, Any], object] | None:
     for kinds, rule in _RULES:
         if issubclass(kind, kinds):
             return rule
-    if issubclass(kind, nn.Module) and all(
-        getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _PROTOCOL
-    ):
-        return _with_slots if slots(kind) else None
+    is_module = issubclass(kind, nn.Module) and not issubclass(kind, _EXACT)
+    if is_module and all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _PROTOCOL):
+        return _module
     return _copied_or_shared

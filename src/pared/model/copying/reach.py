@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -24,10 +24,14 @@ from typing import Any, Final, Generic
 import torch
 from torch import Tensor, nn
 
+from pared.formats.coded import Float, Grid, Raw
+from pared.formats.views import View
+from pared.model.contents import Decision
 from pared.model.tensors import ModuleT_co, registrations
 
 PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), type(...), type(NotImplemented), range, slice)
-SHARED: Final = (ModuleType, logging.Logger)  # copies share these, and nobody looks into them
+# Copies share these, and nobody looks into them; what a quantized model knows of each tensor never changes.
+SHARED: Final = (ModuleType, logging.Logger, Decision, View, Grid, Float, Raw)
 PROXIES: Final = (weakref.ProxyType, weakref.CallableProxyType)
 _CONTAINERS: Final = (dict, OrderedDict, list, tuple, set)  # most objects are
 _REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
@@ -52,40 +56,53 @@ class Reach(Generic[ModuleT_co]):
         self.places: dict[int, str] = {}
         self.registered: Final = {id(tensor): tensor for m in self.modules for _, tensor, _, _ in registrations(m)}
         self.holders: dict[int, list[int]] = {}  # by object, those that refer to it
-        self._leaves: dict[type, bool] = {}  # by class, whether nothing is behind its objects
+        self._ways: dict[type, Way | None] = {}  # by class, see `_way_from`
         self.registries: Final = {id(vars(m).get(name)) for m in self.modules for name in _REGISTRIES}
         for name, module in model.named_modules():
             self.objects[id(module)], self.places[id(module)], self.holders[id(module)] = module, name, []
         for name, module in model.named_modules():
             for attribute, value in attributes(module):
-                if attribute not in _DROPPED and (type(value) is not OrderedDict or value):  # most hooks are none
+                if attribute not in _DROPPED and (type(value) not in _CONTAINERS or value):  # most hooks are none
                     self._add(value, id(module), f"{name}.{attribute}".removeprefix("."))
         self._weak()
 
     def _add(self, start: object, holder: int, place: str) -> None:
-        objects, places, holders, leaves = self.objects, self.places, self.holders, self._leaves
+        objects, places, holders, ways = self.objects, self.places, self.holders, self._ways
         waiting = [(start, holder)]
         while waiting:
             value, owner = waiting.pop()
             kind = type(value)
-            is_leaf = leaves.get(kind)
-            if is_leaf is None:
-                is_leaf = leaves[kind] = issubclass(kind, (*PLAIN, type, CodeType))
-            if is_leaf:
+            if kind not in ways:
+                ways[kind] = _way_from(kind)
+            way, key = ways[kind], id(value)
+            if way is None:
                 continue
-            key = id(value)
             if key in objects:
                 holders[key].append(owner)
                 continue
             objects[key], places[key], holders[key] = value, place, [owner]
-            waiting += [(child, key) for child in references(value)]
+            waiting += [(child, key) for child in way(value)]
 
     def _weak(self) -> None:
         """Weak references count where they refer to what is met anyway."""
-        for key, value in list(self.objects.items()):
+        for key, value in self.weak.items():
             for target in weak_targets(value):
                 if id(target) in self.objects:
                     self.holders.setdefault(id(target), []).append(key)
+
+    @functools.cached_property
+    def weak(self) -> dict[int, object]:
+        """The weak references and weak proxies among the objects."""
+        return self._of_class((weakref.ref, *PROXIES))
+
+    @functools.cached_property
+    def tensors(self) -> dict[int, Tensor]:
+        """The tensors among the objects, registered or not."""
+        return self._of_class((Tensor,))
+
+    def _of_class(self, wanted: tuple[type, ...]) -> dict[int, Any]:
+        kinds = {kind for kind in self._ways if issubclass(kind, wanted)}
+        return {key: value for key, value in self.objects.items() if type(value) in kinds}
 
     @functools.cached_property
     def aliases(self) -> dict[int, tuple[Tensor, Tensor]]:
@@ -95,8 +112,8 @@ class Reach(Generic[ModuleT_co]):
             if _has_memory(tensor):
                 memory.setdefault(memory_of(tensor), []).append(tensor)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for key, value in self.objects.items():
-            if isinstance(value, Tensor) and key not in self.registered and _has_memory(value):
+        for key, value in self.tensors.items():
+            if key not in self.registered and _has_memory(value):
                 owners = memory.get(memory_of(value), [])
                 if owners:
                     found[key] = (value, next((one for one in owners if _lies_within(value, one)), owners[0]))
@@ -123,7 +140,7 @@ class Reach(Generic[ModuleT_co]):
     def tied(self) -> set[int]:
         """The objects through which the model's modules, or any tensors, can be reached, by `id`."""
         found = {id(module) for module in self.modules}
-        found |= {key for key, value in self.objects.items() if isinstance(value, Tensor)}
+        found |= self.tensors.keys()
         waiting = list(found)
         while waiting:
             for holder in self.holders.get(waiting.pop(), ()):
@@ -197,28 +214,39 @@ def attributes(value: Any) -> Iterator[tuple[str, object]]:
             yield name, getattr(value, name)
 
 
+Way = Callable[[Any], Iterable[object]]
+
+
 def references(value: Any) -> Iterable[object]:
     """What an object refers to, as far as a copy of it would have to refer to something else."""
-    if type(value) in _CONTAINERS:
-        return gc.get_referents(value)
-    if isinstance(value, nn.Module):
-        return [one for attribute, one in attributes(value) if attribute not in _DROPPED]
-    if isinstance(value, Tensor):
-        return list(getattr(value, "__dict__", {}).values())
-    if isinstance(value, FunctionType):
-        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        return (*(value.__closure__ or ()), *defaults, *vars(value).values())
-    if isinstance(value, CellType):
-        return contents(value)
-    if isinstance(value, MethodType):
-        return (value.__self__, value.__func__)
-    if isinstance(value, BuiltinFunctionType):
-        return (value.__self__,)
-    if isinstance(value, GeneratorType):
-        return list(value.gi_frame.f_locals.values()) if value.gi_frame is not None else ()
-    if isinstance(value, (FrameType, *SHARED, *PROXIES)):
-        return ()
-    return gc.get_referents(value)
+    way = _way_from(type(value))
+    return () if way is None else way(value)
+
+
+def _way_from(kind: type) -> Way | None:
+    """How to find what objects of a class refer to; None for plain values and classes, behind which nothing is."""
+    if kind in _CONTAINERS:
+        return gc.get_referents
+    if issubclass(kind, (*PLAIN, type, CodeType)):
+        return None
+    return next((way for kinds, way in _WAYS if issubclass(kind, kinds)), gc.get_referents)
+
+
+def _of_module(value: nn.Module) -> Iterable[object]:
+    return [one for attribute, one in attributes(value) if attribute not in _DROPPED]
+
+
+def _of_tensor(value: Tensor) -> Iterable[object]:
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _of_function(value: FunctionType) -> Iterable[object]:
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return (*(value.__closure__ or ()), *defaults, *vars(value).values())
+
+
+def _of_generator(value: GeneratorType[Any, Any, Any]) -> Iterable[object]:
+    return list(value.gi_frame.f_locals.values()) if value.gi_frame is not None else ()
 
 
 def contents(cell: CellType) -> tuple[object, ...]:
@@ -227,6 +255,19 @@ def contents(cell: CellType) -> tuple[object, ...]:
         return (cell.cell_contents,)
     except ValueError:  # it is empty
         return ()
+
+
+# By class, in this order.
+_WAYS: Final[tuple[tuple[tuple[type, ...], Way], ...]] = (
+    ((nn.Module,), _of_module),
+    ((Tensor,), _of_tensor),
+    ((FunctionType,), _of_function),
+    ((CellType,), contents),
+    ((MethodType,), lambda value: (value.__self__, value.__func__)),
+    ((BuiltinFunctionType,), lambda value: (value.__self__,)),
+    ((GeneratorType,), _of_generator),
+    ((FrameType, *SHARED, *PROXIES), lambda _: ()),
+)
 
 
 def weak_targets(value: Any) -> Iterator[object]:

@@ -22,7 +22,7 @@ class _Original:
     """What a copy must not lead to: modules and registered tensors, except tensors that it has on purpose."""
 
     def __init__(self, reach: Reach[nn.Module], kept: Mapping[int, Tensor]) -> None:
-        self.ids = {id(module) for module in reach.modules} | (reach.registered.keys() - kept.keys())
+        self.ids: set[int] = {id(module) for module in reach.modules} | (reach.registered.keys() - kept.keys())
         held, shared = (
             {memory_of(tensor) for tensor in tensors.values() if is_plain(tensor)}
             for tensors in (reach.registered, kept)
@@ -47,9 +47,12 @@ def check_copy(reach: Reach[nn.Module], clone: nn.Module) -> None:
     """
     copied = Reach(clone)
     original = _Original(reach, copied.registered)
-    for key, value in copied.objects.items():
-        if original.has(value) or any(id(target) in original.ids for target in weak_targets(value)):
-            raise _tied(copied.places[key], "leads back to the model that was copied, not to the copy")
+    back = original.ids & copied.objects.keys()
+    back |= {key for key, one in copied.tensors.items() if original.has(one)}
+    back |= {key for key, one in copied.weak.items() if any(id(to) in original.ids for to in weak_targets(one))}
+    if back:
+        place = next(copied.places[key] for key in copied.objects if key in back)
+        raise _tied(place, "leads back to the model that was copied, not to the copy")
     for name, function in _own_functions(clone):
         for cell in function.__closure__ or ():
             if any(original.has(one) for content in contents(cell) for one in _near(content)):
