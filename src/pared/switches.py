@@ -53,16 +53,20 @@ def quiet_loggers(names: Sequence[str], level: int) -> Switch[Mapping[str, int] 
     """
 
     def loggers() -> dict[str, logging.Logger]:
+        # Those without a level of their own have that of the logger above. Each change of a level walks through all
+        # loggers of the process, of which some libraries have thousands.
         known = dict(logging.root.manager.loggerDict)
-        wanted = [name for name in known if any(name == one or name.startswith(f"{one}.") for one in names)]
+        wanted = {name for name, one in known.items() if isinstance(one, logging.Logger) and one.level and below(name)}
         return {name: logging.getLogger(name) for name in {*names, *wanted}}
 
+    def below(name: str) -> bool:
+        return any(name.startswith(f"{one}.") for one in names)
+
     def write(levels: Mapping[str, int] | int) -> None:
-        for name, logger in loggers().items():
-            if isinstance(levels, int):
-                logger.setLevel(levels)
-            elif name in levels:
-                logger.setLevel(levels[name])
+        if isinstance(levels, int):
+            levels = dict.fromkeys(loggers(), levels)
+        for name, one in levels.items():
+            logging.getLogger(name).setLevel(one)
 
     return Switch(lambda: {name: logger.level for name, logger in loggers().items()}, write, level)
 

@@ -14,7 +14,7 @@ from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search import activations
-from pared.fitting.speed import measure
+from pared.fitting.timing.layers import measure
 from pared.model.contents import Stored
 from pared.model.tensors import find_tensors
 from pared.runtime.profile import Profile, Timing, this_machine

@@ -11,16 +11,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pared.artifact.envelope import find_artifact
 from pared.errors import reason_of
 from pared.files.disk import as_path
 from pared.fitting.calibration import observe
 from pared.fitting.calibration.observe import Statistics
-from pared.fitting.search.activations import Candidate, find_candidates
+from pared.fitting.search.activations import find_candidates
 from pared.fitting.submodels import find_submodels
-from pared.formats.activation import Activation
+from pared.fitting.timing.layers import time_layers
 from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
@@ -28,20 +27,24 @@ from pared.model.copies import shadow
 from pared.model.recorded import values
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import float_forms, quantized
-from pared.runtime.graphs.call_kinds import Bound, arguments_of, bind, describe_kind, parameters_of
+from pared.runtime.graphs.call_kinds import (
+    Bound,
+    arguments_of,
+    bind,
+    describe_kind,
+    parameters_of,
+    unknown_output,
+)
 from pared.runtime.graphs.capture import Captures
-from pared.runtime.kernels.outliers import columns_of
+from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
 from pared.runtime.profile import (
     BUSY,
     ENGINE_FILE,
     WORTH,
     CallTiming,
-    Kernel,
     ModelTiming,
     Profile,
-    Timing,
-    this_machine,
 )
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
@@ -58,6 +61,7 @@ _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
 _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
 _FAR: Final = 2  # a call this many times as large, or as slow, is far larger or slower
+_LONG: Final = 0.1  # seconds of a call
 _SAME: Final = 1e-3  # share of the energy by which the output of a sample may differ alone and among others
 _BFLOAT16_LOSS: Final = 1e-3  # share of the output's energy that bfloat16 may lose: the default damage of `fit`
 
@@ -82,9 +86,11 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     outright = tensors.in_copy(shadow(tensors.model))
     largest = max(seen.calls, key=_numbers, default=None)
     submodels = find_submodels(outright.model, largest) if largest is not None else {}
-    captures = {name: Captures() for name in ("", *submodels)}
+    whole = Captures()
+    captures = {"": whole, **{name: Captures(whole) for name in submodels}}
     best = _timed(outright, contents, profile, seen.calls, submodels, captures)
-    if _left(profile) >= _WORTH_TRYING:
+    has_graphs = bool(submodels) or any(call.graph_ms for call in best.model.calls)
+    if has_graphs and _left(profile) >= _WORTH_TRYING:
         # A layer that is slower on its own may be faster where a graph joins it with its neighbours.
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
@@ -158,6 +164,8 @@ def _is_hopeless(timing: CallTiming) -> bool:
 
 def _copied_to_bfloat16(model: nn.Module) -> Callable[..., Any] | str:
     """The model in bfloat16; or why there is none."""
+    if without_bfloat16():
+        return without_bfloat16()
     try:
         return in_bfloat16(model)
     except Exception as error:  # noqa: BLE001  # whatever the model's class makes of it becomes the reason
@@ -187,7 +195,8 @@ def chosen(calls: Sequence[Call], names: Sequence[str], is_part: Callable[[Call,
 def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
     """Whether a model takes a single sample, and gives for it what it gives for that sample among the others.
 
-    The first dimension of an input need not count samples, and a model may be made for a batch of a fixed size.
+    The first dimension of an input need not count samples, and a model may be made for a batch of a fixed size. Where a
+    single sample takes long, what comes with each call hardly counts, and the other calls say what is fastest.
     """
     count = len(_tensors(whole)[0])
 
@@ -196,7 +205,9 @@ def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
 
     try:
         with torch.no_grad():
-            return values.same(single.on(model), whole.on(model), equal)
+            with (spent := Spent()).adding():
+                alone = single.on(model)
+            return spent.seconds < _LONG and values.same(alone, whole.on(model), equal)
     except Exception as error:  # noqa: BLE001  # nobody asked for this call
         log.debug("a single sample is not timed: %s", reason_of(error))
         return False
@@ -247,13 +258,15 @@ class _Forms:
         if times is None:
             log.info("a call is not timed, as it cannot be made again: %s", found["float32"])
             return None
+        note = self.server.note(bound) if bound is not None and "graph" in times else ""
+        notes = [f"as a graph, {note}"] if note else []
         return CallTiming(
             () if bound is None else arguments_of(bound),
             times["float32"],
             times.get("bfloat16"),
             times.get("modules"),
             times.get("graph"),
-            "; ".join(f"no {name}: {form}" for name, form in found.items() if isinstance(form, str)),
+            "; ".join([*(f"no {name}: {form}" for name, form in found.items() if isinstance(form, str)), *notes]),
         )
 
     def _is_steady(self, call: Call) -> bool:
@@ -289,72 +302,12 @@ class _Forms:
         run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
         try:
             with torch.no_grad():
+                if unknown := unknown_output(call.on(self.float32)):
+                    return unknown
                 run()  # makes it, and compares
                 return self.server.reason(bound) if run() is NotImplemented else run
         except Exception as error:  # noqa: BLE001  # whatever torch makes of the model's code becomes the reason
             return reason_of(error)
-
-
-_KERNELS: Final[tuple[Kernel, ...]] = ("bfloat16", "int8")
-
-
-def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Time each module in float32, bfloat16 and int8 on a call that calibration saw; equal modules only once."""
-    timings: dict[str, Timing] = {}
-    known: dict[object, Timing | None] = {}
-    for candidate in candidates:
-        activation, seen = activations.get(candidate.name), candidate.inputs
-        if activation is None or activation.mode == "gather" or seen is None or candidate.layer.missing():
-            continue
-        dtype = next(iter(candidate.weights.values())).coded.dtype
-        shapes = () if seen.call is None else tuple(_shape(x) for x in tree_leaves((seen.call.args, seen.call.kwargs)))
-        sizes = tuple(tuple(tensor.shape) for tensor in (*candidate.module.parameters(), *candidate.module.buffers()))
-        key = (
-            type(candidate.module),
-            repr(candidate.module),
-            sizes,
-            seen.shape,
-            shapes,
-            dtype,
-            activation.mode,
-            len(columns_of(activation.outliers)),
-        )
-        if key not in known:
-            forms: dict[Kernel, nn.Module] = {"float32": candidate.decoded()}
-            forms |= {kernel: candidate.counterpart(activation, kernel) for kernel in _KERNELS}
-            known[key] = measure(forms, seen.shape, dtype, seen.call)
-        timing = known[key]
-        timings |= {} if timing is None else dict.fromkeys(candidate.activations(activation), timing)
-    return Profile(this_machine(), timings)
-
-
-def _shape(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def measure(
-    layers: Mapping[Kernel, nn.Module],
-    shape: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-    call: Call | None = None,
-) -> Timing | None:
-    """Time one layer in each of its forms, in turn; None if the float layer raises an exception.
-
-    Args:
-        layers: the float layer, and its counterparts in bfloat16 and int8.
-        shape: the shape of the input.
-        dtype: the type of the input.
-        call: the arguments; None: one tensor of random numbers with this shape and type.
-    """
-    call = call or Call((torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype),), {})
-    forms: dict[str, Callable[[], Any] | str] = {kernel: partial(call.on, layer) for kernel, layer in layers.items()}
-    times = times_of(forms)
-    if times is None:
-        return None
-    kernels = ("float32", "bfloat16", "int8")
-    because = "; ".join(f"no {kernel}: {form}" for kernel, form in forms.items() if isinstance(form, str))
-    float32, bfloat16, int8 = (times.get(kernel, times["float32"]) for kernel in kernels)
-    return Timing(shape, float32, bfloat16, int8, because)
 
 
 @random_states_kept()

@@ -79,7 +79,7 @@ class CallTiming:
         bfloat16_ms: the same for a copy in bfloat16, with float32 inputs and outputs; None if there is none.
         modules_ms: the same for the quantized model, each layer with its own kernel; None if it raises an exception.
         graph_ms: the same for its graph; None if there is none.
-        because: why there is none of these.
+        because: why there is none of these, and which sizes the graph does not take.
     """
 
     arguments: tuple[Argument, ...]

@@ -18,21 +18,17 @@ FormT = TypeVar("FormT")
 
 # The fastest of many runs counts, because a busy machine slows whole stretches of time: at least 5 runs, and for short
 # ones up to 200 until 0.06 seconds have passed, or a second on a busy machine. One run before these warms caches and
-# packs weights.
+# packs weights. Where all of these runs take long, noise is a small share of them, and one is enough.
 _LEAST_RUNS: Final = 5
 _MOST_RUNS: Final = 200
 _SECONDS: Final = 0.06
 _BUSY_SECONDS: Final = 1.0
+_LONG_SECONDS: Final = 1.0
 _WARM_UP: Final = 1
 
-# After this number of runs, a form that takes more than this multiple of the fastest's time is timed no more. After a
-# single run none is given up: that run may have been disturbed.
-_HOPELESS: Final = {2: 2.0, 3: 1.5}
-
-# Seconds of processor that a capture may take: in all, and more for each operator. Operators on sizes that may vary
-# usually take 0.01 s, and 0.2 s where windows and shifts divide these sizes.
-_PATIENCE: Final = 2.0
-_PATIENCE_AN_OPERATOR: Final = 0.015
+# After this number of runs besides the first, a form that takes more than this multiple of the fastest's time is timed
+# no more. After a single run none is given up: that run may have been disturbed.
+_HOPELESS: Final = {1: 5.0, 2: 2.0, 3: 1.5}
 
 # A machine is busy if it gives this process less than one processor for this share of the time.
 _BUSY: Final = 1.25
@@ -120,10 +116,11 @@ def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float
                 except Exception as error:
                     raise FormError(form) from error
                 total.clock, total.processor = total.clock + spent.clock, total.processor + spent.processor
-                if attempt >= _WARM_UP:
-                    best[form] = min(best[form], spent.seconds)
+                best[form] = min(best[form], spent.seconds)
             limit = _BUSY_SECONDS if total.is_busy else _SECONDS
             if attempt >= _WARM_UP + _LEAST_RUNS and total.clock > limit:
+                break
+            if attempt >= _WARM_UP and total.seconds > _LONG_SECONDS:
                 break
     return {form: 1e3 * seconds for form, seconds in best.items()}
 
@@ -146,10 +143,16 @@ class TooSlowError(Exception):
 
 
 class Patience(TorchFunctionMode):
-    """While it is entered, an operator that comes too late raises `TooSlowError`, as a capture may take minutes."""
+    """While it is entered, an operator that comes too late raises `TooSlowError`, as a capture may take minutes.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: of processor that may be spent in any case.
+        an_operator: seconds more for each operator.
+    """
+
+    def __init__(self, seconds: float, an_operator: float) -> None:
         super().__init__()
+        self._seconds, self._an_operator = seconds, an_operator
         self._begun = time.thread_time()
         self._operators = 0
 
@@ -160,6 +163,6 @@ class Patience(TorchFunctionMode):
         if getattr(func, "__name__", "") != "__get__":  # an attribute such as `shape`
             self._operators += 1
         spent = time.thread_time() - self._begun
-        if spent > _PATIENCE + _PATIENCE_AN_OPERATOR * self._operators:
-            raise TooSlowError(f"its first {self._operators} operators took {spent:.0f} s of processor")
+        if spent > self._seconds + self._an_operator * self._operators:
+            raise TooSlowError(f"its first {self._operators} operators took {spent:.1f} s of processor")
         return func(*args, **(kwargs or {}))

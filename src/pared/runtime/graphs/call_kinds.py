@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pared.files.checks import Place
 
@@ -103,6 +104,16 @@ def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any])
         elif type(value) not in _CONSTANTS:
             return None
     return {name: bound[name] for name in sorted(bound)}
+
+
+def unknown_output(output: object) -> str:
+    """Why no graph can give the output of a call, in words; empty if nothing in it says so.
+
+    >>> unknown_output({"logits": torch.zeros(2), "cache": iter(())})
+    'its output holds: tuple_iterator'
+    """
+    kinds = {type(leaf).__name__ for leaf in tree_leaves(output) if not isinstance(leaf, (Tensor, *_CONSTANTS))}
+    return f"its output holds: {min(kinds)}" if kinds else ""
 
 
 def kind_of(bound: Bound) -> tuple[object, ...]:

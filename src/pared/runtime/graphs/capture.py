@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
@@ -27,6 +28,27 @@ LOGGERS: Final = ("torch", "onnxscript", "onnx_ir")
 _QUIETLY: Final = quiet_loggers(LOGGERS, logging.CRITICAL + 1)
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # the positional and the keyword arguments of a call
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A way to capture.
+
+    Args:
+        free: the dimensions of a tensor that may have other sizes, by its rank.
+        patience: makes what refuses operators that come too late.
+    """
+
+    free: Callable[[int], Iterable[int]]
+    patience: Callable[[], Patience]
+
+
+# Operators on sizes that may vary usually take 0.01 s of processor, and 0.2 s where windows and shifts divide these
+# sizes; where only the number of samples may vary, they take half of it.
+_ATTEMPTS: Final = (
+    _Attempt(range, partial(Patience, 2.0, 0.015)),
+    _Attempt(lambda rank: range(min(rank, 1)), partial(Patience, 1.0, 0.01)),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,7 @@ class Captured:
         constants: tensors that the model's code makes, by placeholder.
         inputs: the sizes of each input, by placeholder, in the order of the arguments that are tensors.
         outputs: the structure of the model's output, whose leaves the graph returns.
+        note: which sizes may not vary because that would have taken too long to capture; empty if there are none.
     """
 
     graph: fx.Graph
@@ -62,16 +85,21 @@ class Captured:
     constants: Mapping[str, Tensor]
     inputs: Mapping[str, tuple[Size, ...]]
     outputs: TreeSpec
+    note: str = ""
 
 
 class Captures:
     """`capture` for models of one architecture, with a memory: a capture takes a second or two.
 
     The models may differ in the numbers of their weights only.
+
+    Args:
+        whole: the captures of the model of which this is a part; what takes too long there takes too long here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Captures | None = None) -> None:
         self._known: dict[object, Captured | ModelError] = {}
+        self._slow: list[str] = [] if whole is None else whole._slow
 
     def __call__(self, model: nn.Module, arguments: Sequence[Argument]) -> Captured:
         """The graph of a call, or the error, of `capture`."""
@@ -82,7 +110,7 @@ class Captures:
         key = (tied, *((one.kind, one.shape) for one in arguments))
         if key not in self._known:
             try:
-                self._known[key] = capture(model, arguments)
+                self._known[key] = capture(model, arguments, self._slow)
             except ModelError as error:
                 self._known[key] = error
         found = self._known[key]
@@ -160,7 +188,7 @@ def capturing() -> Iterator[None]:
         yield
 
 
-def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
+def capture(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | None = None) -> Captured:
     """Capture a call.
 
     Args:
@@ -168,6 +196,8 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
             weights on the meta device are taken to be on the CPU.
         arguments: an example call, whose sizes may vary where the model allows it. A single sample is doubled, because
             a size of 1 would be taken for a constant.
+        slow: why attempts at other calls of this architecture took too long, which are not made here then; what takes
+            too long here is added. Default: nothing is known.
 
     Raises:
         ModelError: the call cannot be captured.
@@ -182,20 +212,36 @@ def capture(model: nn.Module, arguments: Sequence[Argument]) -> Captured:
         structures.append(structure)
         return leaves
 
+    slow = [] if slow is None else slow
     try:
+        _import_exporter()
         call = doubled(((), {argument.name: argument.example() for argument in arguments}))
-        flat = FlatModel(model, call, returned, Patience)
-        try:
-            program = _exported(flat, range)
-        except TooSlowError as error:
-            log.info("only the number of samples may vary in a graph: %s", error)
-            program = _exported(flat, lambda rank: range(min(rank, 1)))
+        program = _in_time(lambda around: FlatModel(model, call, returned, around), slow)
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         log.debug("torch.export cannot capture a call: %s", error)
         raise ModelError(
             f"torch.export cannot capture it: {reason_of(error)}", where="graph", remedy=_REMEDY
         ) from error
-    return _checked(program, structures[-1])
+    note = f"only the number of samples may vary: otherwise {slow[0]}" if slow else ""
+    return replace(_checked(program, structures[-1]), note=note)
+
+
+def _in_time(flat: Callable[[Callable[[], Patience]], FlatModel], slow: list[str]) -> Any:
+    """The exported program of the first attempt that does not take too long."""
+    while len(slow) < len(_ATTEMPTS):
+        attempt = _ATTEMPTS[len(slow)]
+        try:
+            return _exported(flat(attempt.patience), attempt.free)
+        except TooSlowError as error:
+            slow.append(str(error))
+    raise TooSlowError(slow[-1])
+
+
+@cache
+def _import_exporter() -> None:
+    """Let torch import what it needs for the first export of a process: no model has to be patient for that."""
+    plain = nn.Sequential(nn.LayerNorm(2), nn.GELU())  # draws no random numbers
+    _exported(FlatModel(plain, ((torch.zeros(2, 2),), {}), tree_leaves), range)
 
 
 def _materialize(model: nn.Module) -> None:

@@ -28,11 +28,15 @@ class Graph:
         model: the quantized model, whose weights and kernels it takes.
         captured: a call of a float model of the same architecture; it is not changed.
 
+    Attributes:
+        note: that of the capture.
+
     Raises:
         ModelError: the graph cannot be made.
     """
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
+        self.note = captured.note
         self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
         self._outputs: TreeSpec = captured.outputs
         try:

@@ -85,6 +85,19 @@ def extensions() -> list[str]:
     return [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", bool)()]
 
 
+def without_bfloat16() -> str:
+    """Why bfloat16 is not worth trying here, in words; empty if it is.
+
+    Where PyTorch finds AVX2 only, oneDNN converts every number: linear layers take up to ten times as long as in
+    float32, convolutions a hundred times. With AVX512 alone it is a matter of measurement.
+
+    >>> without_bfloat16() in ("", "this processor has no instructions for it")
+    True
+    """
+    lacks = torch.backends.cpu.get_cpu_capability() == "AVX2" and not {"avx512_bf16", "amx_tile"} & set(extensions())
+    return "this processor has no instructions for it" if lacks else ""
+
+
 def has_tiles() -> bool:
     """Whether products run on tiles (AMX)."""
     return "amx_tile" in extensions()

@@ -94,6 +94,11 @@ class GraphServer(Server):
         graph = self._graphs.get(kind_of(bound))
         return "a module inside has hooks" if graph is None else graph.reason
 
+    def note(self, bound: Bound) -> str:
+        """Which sizes the graph that serves a call does not take, and why; empty if there are none, or no graph."""
+        graph = self._graphs.get(kind_of(bound))
+        return graph.graph.note if graph is not None and graph.graph is not None else ""
+
 
 class _CheckedGraph:
     """A graph and what is known of its outputs; no graph, and the reason, if none can be made."""

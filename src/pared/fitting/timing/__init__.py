@@ -1,0 +1,1 @@
+"""How fast parts of a model are on this machine."""
