@@ -127,9 +127,15 @@ def test_state_dict_gives_codes_and_steps(original: Everything, small: Everythin
     assert set(state) - set(original.state_dict()) == {k for k in state if k.endswith("_step")}
 
 
-def test_state_dict_comes_back(small: Everything) -> None:
+@pytest.fixture(scope="module")
+def stranger() -> Everything:
+    """Other weights, quantized."""
     torch.manual_seed(9)
-    other = pared.fit(Everything(), PostTrainingQuantConfig(approach="weight_only"), [ids()])
+    return pared.fit(Everything(), PostTrainingQuantConfig(approach="weight_only"), [ids()])
+
+
+def test_state_dict_comes_back(small: Everything, stranger: Everything) -> None:
+    other = copy.deepcopy(stranger)
     other.load_state_dict(small.state_dict())
     state, again = small.state_dict(), other.state_dict()
     assert state.keys() == again.keys()
