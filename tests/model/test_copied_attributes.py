@@ -186,9 +186,35 @@ def test_a_traced_forward_is_refused() -> None:
         shadow(model)
 
 
-def test_a_chain_that_is_too_long_is_an_error() -> None:
-    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(400)))
+def nested(depth: int) -> nn.Module:
+    inner: nn.Module = nn.Linear(1, 1, bias=False)
+    for _ in range(depth):
+        inner = nn.Sequential(inner)
+    return inner
+
+
+def test_modules_may_nest_as_deep_as_torch_walks_through_them() -> None:
+    model = nested(300)
+    copied = shadow(model)
+    (ours,), (theirs,) = model.parameters(), copied.parameters()
+    assert ours is not theirs
+    assert torch.equal(ours, theirs)
+    assert [name for name, _ in copied.named_modules()] == [name for name, _ in model.named_modules()]
+
+
+def test_modules_may_refer_to_each_other_in_a_long_chain() -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(2000)))
     for one, following in itertools.pairwise(model):
         give(one, "following", [following])
+    copied = shadow(model)
+    assert all(one.following[0] is following for one, following in itertools.pairwise(copied))
+
+
+def test_a_chain_that_is_too_long_is_an_error() -> None:
+    model = build()
+    chain: list[object] = [model[0]]
+    for _ in range(2000):
+        chain = [chain]
+    give(model, "chain", chain)
     with pytest.raises(ModelError, match="in a chain that is too long to be copied"):
         shadow(model)
