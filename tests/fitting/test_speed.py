@@ -24,7 +24,6 @@ from pared.runtime import float_forms, quantized, stopwatch
 from pared.runtime.graphs import capture
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capture import Captures
-from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import Result, contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
@@ -311,7 +310,8 @@ class Divided(nn.Module):
         self.first, self.last, self.always = nn.Linear(64, 64), nn.Linear(64, 64), always
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.always or isinstance(x.shape[1], torch.SymInt):
+        length: object = x.shape[1]
+        if self.always or isinstance(length, torch.SymInt):
             self.clock[0] += 60.0
         out: Tensor = self.last(self.first(x).relu())
         return out
@@ -338,11 +338,13 @@ def test_a_capture_that_takes_too_long_leaves_sizes_fixed_and_the_report_says_so
     assert all(note in call.because for call in profile.model.calls)
     assert note in " ".join(pared.report(q).split())
     assert Profile.from_json(profile.to_json()) == profile
-    more, longer = torch.randn(3, 4, 64), torch.randn(3, 5, 64)
     arguments = [Argument("x", "float32", (8, 4, 64))]
-    graph = Graph(q, capture.capture(Divided(), arguments))
-    assert graph.fits({"x": more})
-    assert not graph.fits({"x": longer})
+    server = GraphServer(float_forms.outline_of, [arguments], Captures())
+    with torch.no_grad():
+        more, longer = ((torch.randn(3, length, 64),) for length in (4, 5))
+        assert server.serve(q, more, {}, forward_of(q)) is not NotImplemented
+        assert server.serve(q, longer, {}, forward_of(q)) is NotImplemented
+    assert server.reason({"x": longer[0]}).startswith("it takes no inputs of these sizes; only the number of samples")
 
 
 def test_what_takes_too_long_to_capture_is_not_tried_again_in_its_parts(processor: list[float]) -> None:

@@ -92,7 +92,11 @@ class GraphServer(Server):
     def reason(self, bound: Bound) -> str:
         """Why no graph serves a call of a wanted kind, in words; empty if one does."""
         graph = self._graphs.get(kind_of(bound))
-        return "a module inside has hooks" if graph is None else graph.reason
+        if graph is None:
+            return "a module inside has hooks"
+        if graph.graph is not None and not graph.graph.fits(bound):
+            return "; ".join(["it takes no inputs of these sizes", *filter(None, [graph.graph.note])])
+        return graph.reason
 
     def note(self, bound: Bound) -> str:
         """Which sizes the graph that serves a call does not take, and why; empty if there are none, or no graph."""
