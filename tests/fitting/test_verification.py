@@ -1,5 +1,6 @@
 """Copies use their own weights, files give the model that fit returns, and nothing of the user's changes."""
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ import pared
 from pared import ModelError, PostTrainingQuantConfig
 from pared.fitting.verification.reloading import check_reloading
 from pared.model.calls import Call
+from pared.model.copies import shadow
 from pared.model.tensors import find_tensors
 from tests.model.entangled import LAYERS, LooksUp, X, build, wrapped
+from tests.ratios import snr
 
 CONF = PostTrainingQuantConfig(quant_level=0, approach="weight_only")
 ROUTES: dict[str, Any] = {}
@@ -120,6 +123,90 @@ def test_a_cache_that_is_still_empty_is_no_reason(make: Callable[[], nn.Module],
     loaded = pared.load(pared.save(q, tmp_path), model=make())
     with torch.no_grad():
         assert torch.equal(loaded(X), q(X))
+
+
+class Biased(nn.Module):
+    """Keeps what it computes from a weight until it is trained, as LeViT does with its table of biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+        self.cache: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode:
+            self.cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training:
+            return self.layer(x) @ self.table.tanh()
+        if "cpu" not in self.cache:
+            self.cache["cpu"] = self.table.tanh()
+        return self.layer(x) @ self.cache["cpu"]
+
+
+class Adapted(Biased):
+    """Adds an adapter to its weight whenever it leaves training, which rounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter, self.added = nn.Parameter(torch.randn(8, 8) / 3), False
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode == self.added:
+            self.layer.weight += -self.adapter if mode else self.adapter
+            self.added = not mode
+        return self
+
+
+class Untrainable(Biased):
+    """Cannot be trained."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            raise AssertionError("for inference only")
+        return super().train(mode)
+
+
+@pytest.mark.parametrize("cls", [Biased, Adapted])
+def test_what_is_kept_until_training_is_computed_again_from_other_weights(cls: type[Biased], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, make = torch.randn(16, 8), nn.Sequential
+    model = make(cls(), cls()).eval()
+    with torch.no_grad():
+        expected = model(x)
+        before = {name: one.clone() for name, one in model.state_dict().items()}
+        kept = [one.cache["cpu"] for one in model.children()]
+        q = pared.fit(model, CONF, [x], quiet=True)
+        found = q(x)
+        assert snr(found, expected) > 30
+        used = make(cls(), cls()).eval()
+        used(x)
+        loaded = pared.load(pared.save(q, tmp_path), model=used)
+        assert torch.equal(loaded(x), found)
+        assert torch.equal(copy.deepcopy(q)(x), found)
+        # Other weights in a copy have an effect, and those of the model are as they were.
+        other = shadow(model)
+        for name, one in other.named_parameters():
+            assert torch.equal(one, before[name]), name
+            one.copy_(torch.randn_like(one))
+        assert snr(other(x), expected) < 10
+        assert all(one.cache["cpu"] is tensor for one, tensor in zip(model.children(), kept, strict=True))
+        assert not any(one.training for one in (*other.modules(), *q.modules(), *model.modules()))
+
+
+def test_what_is_kept_by_a_module_that_cannot_be_trained_is_refused() -> None:
+    model = Untrainable()
+    for one in model.modules():
+        one.training = False
+    model(torch.randn(16, 8))
+    with pytest.raises(ModelError, match="cache: is read in the place of table"):
+        pared.fit(model, CONF, [torch.randn(16, 8)])
 
 
 def test_a_forward_that_looks_layers_up_in_a_global_is_refused_without_data(tmp_path: Path) -> None:

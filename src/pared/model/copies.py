@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError
+from pared.model.copying.caches import drop_caches
 from pared.model.copying.copier import Memo
 from pared.model.copying.reach import Reach
 from pared.model.copying.ties import check_copy
@@ -22,7 +23,8 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
 
     Nothing in the copy refers to the model: functions are made again with what they close over, locks are new, tensors
     in the memory of a weight are in that of the new one, and those with a graph lose it. Handles that cannot be
-    copied and lead to no tensors, such as files, are shared.
+    copied and lead to no tensors, such as files, are shared. What a class keeps of its weights until `train` is called
+    is dropped.
 
     Args:
         model: it is left as it is.
@@ -56,6 +58,7 @@ def _copied(reach: Reach[ModuleT], memo: Memo) -> ModuleT:
     _forget_plain_forwards(clone)
     refresh_recurrent(clone)
     check_copy(reach, clone)
+    drop_caches(reach, clone)
     return clone
 
 
