@@ -191,7 +191,7 @@ def test_values_are_the_same_however_often_one_of_them_is_used_again() -> None:
     assert not values.same([part, part], [[torch.ones(1)], [torch.zeros(1)]])
     one, other = [torch.ones(1)], [torch.ones(1)]
     for value in (one, other):
-        value.append(value)  # type: ignore[arg-type]  # it contains itself
+        value.append(value)
     assert values.same(one, other)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError, ParedError
-from pared.model.copying.reach import PLAIN, PROXIES, SHARED, Reach, behind, contents, slots, span, weak_targets
+from pared.model.copying.reach import PLAIN, PROXIES, SHARED, Reach, behind, contents, slotted, span, weak_targets
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +124,8 @@ def _module(memo: Memo, value: nn.Module) -> object:
             waiting += vars(old).get("_modules", {}).values()
     for old, new in reversed(made):  # what a module holds is whole before the module is
         vars(new).update({name: memo.copied(one) for name, one in vars(old).items()})
-        for name in slots(type(old)):  # which torch would leave out
-            if hasattr(old, name):
-                setattr(new, name, memo.copied(getattr(old, name)))
+        for name, content in slotted(old):  # which torch would leave out
+            setattr(new, name, memo.copied(content))
     return memo[id(value)]
 
 

@@ -16,6 +16,7 @@ from types import (
     FrameType,
     FunctionType,
     GeneratorType,
+    MemberDescriptorType,
     MethodType,
     ModuleType,
 )
@@ -195,23 +196,33 @@ def span(tensor: Tensor) -> int:
     return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def slots(kind: type) -> tuple[str, ...]:
-    """The attributes of a class that its objects have no dict for."""
-    found = []
+def slots(kind: type) -> dict[str, MemberDescriptorType]:
+    """The attributes of a class that its objects have no dict for, each with what reads it."""
+    found: dict[str, MemberDescriptorType] = {}
     for cls in kind.__mro__:
         names = vars(cls).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
+        for name in (names,) if isinstance(names, str) else tuple(names):
             is_private = name.startswith("__") and not name.endswith("__")
-            found.append(f"_{cls.__name__.lstrip('_')}{name}" if is_private else name)
-    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+            attribute = f"_{cls.__name__.lstrip('_')}{name}" if is_private else name
+            member = vars(cls).get(attribute)
+            if isinstance(member, MemberDescriptorType):  # neither __dict__ nor __weakref__
+                found.setdefault(attribute, member)
+    return found
+
+
+def slotted(value: object) -> Iterator[tuple[str, object]]:
+    """What an object has in slots, past whatever its class makes of reading attributes."""
+    for name, member in slots(type(value)).items():
+        try:
+            yield name, member.__get__(value)
+        except AttributeError:  # noqa: PERF203  # any of them may be unset
+            continue
 
 
 def attributes(value: Any) -> Iterator[tuple[str, object]]:
     """What a module has as attributes, in its dict and in slots."""
     yield from vars(value).items()
-    for name in slots(type(value)):
-        if hasattr(value, name):
-            yield name, getattr(value, name)
+    yield from slotted(value)
 
 
 Way = Callable[[Any], Iterable[object]]

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from pared.model.copying.reach import slotted
+
 log = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
@@ -76,15 +78,7 @@ def _parts(value: object) -> _Parts | None:
     if isinstance(attributes, dict):
         items = value if isinstance(value, dict) else {}  # some classes of dicts hold each item as an attribute as well
         parts += [(f".{name}", part) for name, part in attributes.items() if dict.get(items, name, parts) is not part]
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else tuple(slots):
-            descriptor = cls.__dict__.get(name if not name.startswith("__") else f"_{cls.__name__.lstrip('_')}{name}")
-            if isinstance(descriptor, types.MemberDescriptorType):
-                try:
-                    parts.append((f".{name}", descriptor.__get__(value, cls)))
-                except AttributeError:
-                    continue  # not set
+    parts += [(f".{name}", part) for name, part in slotted(value)]
     return parts if parts or isinstance(value, (dict, list, tuple, deque)) else None
 
 
