@@ -28,7 +28,7 @@ from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this
 from pared.runtime.record import Result, contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.served import forward_of, serve, server_of
+from pared.runtime.serving.served import SERVER, forward_of, serve
 from pared.runtime.stopwatch import fastest_ms
 
 STATIC = PostTrainingQuantConfig(approach="static", quant_level=0)
@@ -93,7 +93,7 @@ def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
     contents = contents_of(pared.fit(model, STATIC, batches(), quiet=True))
     half = quantized.assemble(find_tensors(model), contents, timed(3.0, 1.0, 2.0, 2.0))
-    assert isinstance(server_of(half), BFloat16Server)
+    assert isinstance(vars(half)[SERVER], BFloat16Server)
     x = batches()[0]
     with torch.no_grad():
         found, floats = half(x), forward_of(half)(half, x)

@@ -24,7 +24,7 @@ from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.served import forward_of, server_of
+from pared.runtime.serving.served import SERVER, forward_of
 
 CALL = (Argument("x", "float32", (4, 64)),)
 
@@ -163,16 +163,16 @@ GRAPH, HALF, FLOAT = timing(4.0, None, 3.0, 1.0), timing(4.0, 1.0, 3.0, 2.0), ti
 def test_a_part_answers_by_itself_and_inside_the_model(contents: Any, part: ModelTiming) -> None:
     q, plain, heard = assembled(contents, part), assembled(contents, ModelTiming()), call()
     encoder, x = q.body.encoder, heard.args[0]
-    assert isinstance(server_of(encoder), BFloat16Server if part is HALF else GraphServer)
+    assert isinstance(vars(encoder)[SERVER], BFloat16Server if part is HALF else GraphServer)
     assert isinstance(encoder, Encoder)
     asked: list[object] = []
-    answer = server_of(encoder).serve
+    answer = vars(encoder)[SERVER].serve
 
     def noted(*arguments: Any) -> Any:
         asked.append(answer(*arguments))
         return asked[-1]
 
-    server_of(encoder).serve = noted  # type: ignore[method-assign, assignment]  # to see what it answers
+    vars(encoder)[SERVER].serve = noted  # to see what it answers
     with torch.no_grad():
         expected, whole = forward_of(encoder)(encoder, x), plain(*heard.args, **heard.kwargs)
         encoder(x)  # makes what answers
@@ -194,7 +194,7 @@ def test_a_part_changes_neither_file_nor_state_nor_export(contents: Any, tmp_pat
     assert pared.save(q, tmp_path / "a").read_bytes() == pared.save(plain, tmp_path / "b").read_bytes()
     assert list(q.state_dict()) == list(plain.state_dict())
     loaded = pared.load(tmp_path / "a", model=model())
-    assert isinstance(server_of(loaded.body.encoder), BFloat16Server)
+    assert isinstance(vars(loaded.body.encoder)[SERVER], BFloat16Server)
     assert record_of(loaded).profile == record_of(q).profile
     floats = float_forms.skeleton_of(q)
     assert [type(one) for one in floats.modules()] == [type(one) for one in model().modules()]
@@ -205,7 +205,7 @@ def test_copies_and_pickles_of_a_part(contents: Any) -> None:
     with torch.no_grad():
         expected = q.body.encoder(x)
         copied = copy.deepcopy(q)
-        assert server_of(copied.body.encoder) is not server_of(q.body.encoder)
+        assert vars(copied.body.encoder)[SERVER] is not vars(q.body.encoder)[SERVER]
         assert torch.equal(copied.body.encoder(x), expected)
         assert torch.equal(copy.copy(q.body.encoder)(x), expected)
         file = io.BytesIO()
@@ -244,7 +244,7 @@ def test_a_part_answers_callers_with_flags_of_their_own(contents: Any) -> None:
     q: Any = quantized.assemble(find_tensors(source), contents, profile)
     encoder, x = q.body.encoder, call().args[0]
     own = forward_of(encoder)
-    server = server_of(encoder)
+    server = vars(encoder)[SERVER]
     assert isinstance(server, GraphServer)
     with torch.no_grad():
         for flags in ({"return_dict": True, "attentions": False}, {"scale": 2.0}, {}):

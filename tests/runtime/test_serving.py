@@ -21,7 +21,7 @@ from pared.runtime.profile import CallTiming, ModelTiming
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.served import forward_of, serve, server_of
+from pared.runtime.serving.served import SERVER, forward_of, serve
 from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
 
 
@@ -201,12 +201,12 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
     fast = quantized.assemble(find_tensors(model), contents_of(q), profile)
     loaded = pared.load(pared.save(fast, tmp_path), model=case.model())
-    assert server_of(loaded).wanted == (arguments,)
+    assert vars(loaded)[SERVER].wanted == (arguments,)
     assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
-    server = server_of(loaded)
+    server = vars(loaded)[SERVER]
     assert isinstance(server, GraphServer)
     assert server.reason(bound_of(q, case.call(2, 9))) == ""
 
@@ -261,7 +261,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
     q = quantized.assemble(find_tensors(model), contents_of(q), profile)
-    assert isinstance(server_of(q), BFloat16Server)
+    assert isinstance(vars(q)[SERVER], BFloat16Server)
     with torch.no_grad():
         before = q(IDS)["hidden"]
         assert not torch.equal(before, forward_of(q)(q, IDS)["hidden"])

@@ -18,7 +18,7 @@ from pared.runtime.serving.server import Server
 
 log = logging.getLogger(__name__)
 
-_SERVER: Final = "_pared_server"  # the attribute that holds it
+SERVER: Final = "_pared_server"  # the attribute that holds it
 _TOLD: Final = "_pared_told_of_range"
 _TELLING: Final = threading.Lock()
 
@@ -50,7 +50,7 @@ class Served(Mixin):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle a submodel under its own class, which can be imported, and without its server."""
-        state = {name: value for name, value in _state(self).items() if name != _SERVER}
+        state = {name: value for name, value in _state(self).items() if name != SERVER}
         return _blank, (class_below(type(self), Served),), state
 
 
@@ -79,31 +79,25 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def serve(module: nn.Module, server: Server) -> None:
     """Let a server answer a module's calls, in place."""
-    if _SERVER not in module.__dict__:
+    if SERVER not in module.__dict__:
         base = type(module)
         module.__class__ = subclass_of(base, Served, members=lambda: {"forward": _forward(base.forward)})
-    module.__dict__[_SERVER] = server
+    module.__dict__[SERVER] = server
 
 
 def on_modules(model: nn.Module) -> nn.Module:
     """Let the modules answer all calls of a model and its submodels from now on, in place."""
     for module in model.modules():
-        module.__dict__.pop(_SERVER, None)
+        module.__dict__.pop(SERVER, None)
     return model
 
 
 def release(module: nn.Module) -> None:
     """Undo `serve`, in place, and whatever was mixed in on top of `Served`."""
-    module.__dict__.pop(_SERVER, None)
+    module.__dict__.pop(SERVER, None)
     module.__dict__.pop(_TOLD, None)
     if isinstance(module, Served):
         module.__class__ = class_below(type(module), Served)  # type: ignore[assignment]  # what it was
-
-
-def server_of(module: nn.Module) -> Server:
-    """The server of a served module."""
-    server: Server = module.__dict__[_SERVER]
-    return server
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
@@ -119,7 +113,7 @@ def _forward(own: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.pared_is_whole:
             FAR.seen = None  # whatever else ran in this thread
-        server = self.__dict__.get(_SERVER)  # a slice of a Sequential is made of its class, without one
+        server = self.__dict__.get(SERVER)  # a slice of a Sequential is made of its class, without one
         found = NotImplemented if server is None else server.serve(self, args, kwargs, own)
         found = own(self, *args, **kwargs) if found is NotImplemented else found
         if FAR.seen is not None and self.pared_is_whole:
