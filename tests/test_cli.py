@@ -169,6 +169,22 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
     assert (line.bits, line.treatment) == (bits, treatment)
 
 
+# Each verb with an empty path in each place.
+EMPTY = [
+    ["fit", f"{HERE}:factory", "-o", ""],
+    ["fit", f"{HERE}:factory", "-o", "x", "--workspace", ""],
+    ["tune-speed", "", "--model", f"{HERE}:factory", "--calib", f"{HERE}:calibration"],
+    ["compress", "", "-o", "x"],
+    ["compress", "y", "-o", ""],
+    ["expand", "", "-o", "x"],
+    ["expand", "y", "-o", ""],
+    ["inspect", ""],
+    ["inspect", "y", "--html", ""],
+    ["compare", "", "y"],
+    ["compare", "a.pt", ""],
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -193,6 +209,11 @@ def test_rules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rule: str, bits:
             "error: pared fit: --curve excludes --workspace, --confirm and --dry-run",
         ),
         (["inspect", "missing.pt"], "missing.pt"),
+        *(([*words], "the path is empty\n  Pass the path of a file or folder") for words in EMPTY),
+        (
+            ["fit", f"{HERE}:factory", "-o", "x", "--calib", f"{HERE}:calibration", "--logits", "b"],
+            "has no floating output 'b'",
+        ),
         (["inspect", "x.pt", "--quick", "--deep"], "error: pared inspect: --quick and --deep contradict each other"),
     ],
 )
@@ -204,6 +225,7 @@ def test_errors_are_shown_without_a_traceback(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    torch.save(factory().state_dict(), "a.pt")
     assert run(monkeypatch, *arguments) == 2
     shown = capsys.readouterr()
     assert message in shown.err

@@ -31,6 +31,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def path(text: str) -> Path | str:
+    """A path from the command line; an empty one stays a text, which each verb refuses: a `Path` of it would be "."."""
+    return Path(text) if text else text
+
+
 # Options that several commands have.
 _MaxSize = Annotated[str | None, typer.Option(help='The largest file allowed, for example "12MB".')]
 _Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")]
@@ -49,7 +55,9 @@ def _root(
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(metavar="PKG.MOD:FACTORY", help="A function that returns the float model.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The directory to write to.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", parser=path, help="The directory to write to.")
+    ] = None,
     calib: Annotated[
         str | None, typer.Option(metavar="PKG.MOD:OBJ", help="Calibration batches, or a function that calls the model.")
     ] = None,
@@ -75,6 +83,10 @@ def fit(
         typer.Option(metavar="PATTERN=BITS|keep", help="Decide for the tensors whose names match; may be repeated."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="The number of calibration samples to read.")] = None,
+    logits: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OUTPUT", help="An output that holds logits, if that is not seen; may be repeated."),
+    ] = None,
     max_trials: Annotated[int | None, typer.Option(help="The largest number of models to evaluate.")] = None,
     timeout: Annotated[float | None, typer.Option(help="The seconds after which no new trial starts.")] = None,
     seed: Annotated[int | None, typer.Option(help="The seed of all random numbers.")] = None,
@@ -82,7 +94,10 @@ def fit(
         bool, typer.Option("--strict", help="Fail if a weight would stay in float without a rule that says so.")
     ] = False,
     workspace: Annotated[
-        Path | None, typer.Option(help="A directory for the search's records: an interrupted search resumes from them.")
+        Path | None,
+        typer.Option(
+            parser=path, help="A directory for the search's records: an interrupted search resumes from them."
+        ),
     ] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Write the trade-off between bytes, damage and score instead of a model.")
@@ -108,6 +123,7 @@ def fit(
             max_size=_size(max_size),
             rules=[_rule(text) for text in rule or ()] or None,
             calibration_sampling_size=samples,
+            logits=tuple(logits or ()) or None,
             max_trials=max_trials,
             timeout=timeout,
             seed=seed,
@@ -170,7 +186,9 @@ def _write_curve(curve: Curve, output: Path, quiet: bool) -> None:
 
 @app.command("tune-speed")
 def tune_speed(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a saved quantized model.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=path, help="The directory of a saved quantized model.")
+    ],
     model: Annotated[
         str, typer.Option(metavar="PKG.MOD:FACTORY", help="A function that returns a model of its architecture.")
     ],
@@ -193,9 +211,10 @@ def tune_speed(
 @app.command("compress")
 def compress_file(
     path: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A .safetensors or .pt file, or a Hugging Face folder.")
+        Path,
+        typer.Argument(metavar="CHECKPOINT", parser=path, help="A .safetensors or .pt file, or a Hugging Face folder."),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", parser=path, help="The directory to write to.")],
     bits: Annotated[float | None, typer.Option(help="Bits per weight; 8 by default, 16 for float16.")] = None,
     max_size: _MaxSize = None,
     quiet: _Quiet = False,
@@ -210,8 +229,8 @@ def compress_file(
 
 @app.command("expand")
 def expand_file(
-    path: Annotated[Path, typer.Argument(help="An artifact, or the directory that contains it.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .safetensors file, or a directory.")],
+    path: Annotated[Path, typer.Argument(parser=path, help="An artifact, or the directory that contains it.")],
+    output: Annotated[Path, typer.Option("-o", "--output", parser=path, help="A .safetensors file, or a directory.")],
     quiet: _Quiet = False,
 ) -> None:
     """Turn an artifact back into floats, as a .safetensors file."""
@@ -224,10 +243,12 @@ def expand_file(
 def inspect_file(
     path: Annotated[
         Path,
-        typer.Argument(help="A file of pared, torch, safetensors, ONNX, GGUF or NumPy, or a folder of them."),
+        typer.Argument(
+            parser=path, help="A file of pared, torch, safetensors, ONNX, GGUF or NumPy, or a folder of them."
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Also write an HTML page to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(parser=path, help="Also write an HTML page to this file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Read only the headers.")] = False,
     deep: Annotated[bool, typer.Option("--deep", help="Read all numbers instead of at most 1 GB.")] = False,
 ) -> None:
@@ -250,8 +271,8 @@ def inspect_file(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="The reference: a file or folder of weights, or an artifact.")],
-    b: Annotated[Path, typer.Argument(help="The model to compare with it, in any of the same forms.")],
+    a: Annotated[Path, typer.Argument(parser=path, help="The reference: a file or folder of weights, or an artifact.")],
+    b: Annotated[Path, typer.Argument(parser=path, help="The model to compare with it, in any of the same forms.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every tensor, instead of tables.")] = False,
     most: Annotated[
         int | None, typer.Option(min=1, help="The largest number of rows in a table; the worst come first.")
