@@ -21,7 +21,7 @@ from pared.artifact.torch_file import write_torch
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import Companions, find_companions
 from pared.checkpoints.folders.forms import check_forms
-from pared.checkpoints.folders.layout import record
+from pared.checkpoints.folders.layout import metadata_of, record
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
 from pared.checkpoints.quantized.recognize import REMEDY, Quantization, recognize, unrounded
@@ -71,8 +71,8 @@ def compress(
 
     Args:
         path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; one of several shards, for all of
-            them; or a folder of Hugging Face, whose other files are copied too. Optimizer states, other training data
-            and duplicates are left out.
+            them; or a folder of Hugging Face, whose other files are copied too. Optimizer states, other training data,
+            values that are no tensors, and duplicates are left out.
         directory: where `best_model.pt` is written; created if it is missing. The models of a pipeline of diffusers,
             or of sentence-transformers, are each written into their own folder in it, as the source has them.
         bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default
@@ -168,6 +168,7 @@ def _run(
         if quantized is not None and size is not None:
             _check_exact_size(listing, chosen.kept, size)
         make_directory(output)
+        files = _files(source, listing, chosen.kept)
         depends = _depends(source, listing, chosen.kept, rate, size)
         with Journal(output, depends) as journal:
             journal.keep(chosen.kept)
@@ -176,11 +177,11 @@ def _run(
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
             work = _Work(chosen.listing, chosen.kept, journal, quiet)
             work.at_rate(rate) if size is None or quantized is not None else work.within(
-                size - (len(json.dumps(chosen.states)) if chosen.states else 0)
+                size - sum(len(json.dumps(one)) for one in (chosen.states, files) if one)
             )
             target = output / FILE_NAMES["pt"]
             asked = {"bits": rate} if size is None else {"max_size": size}
-            provenance = {"pared": __version__, "compress": asked, **_files(source, listing, chosen.kept)}
+            provenance = {"pared": __version__, "compress": asked, **files}
             index = Index(tuple(journal.entries), {}, provenance, chosen.states).to_bytes()
             with journal.opened() as data:  # parse the index as a reader will; checksums protect the numbers
                 parse_index(Records(str(journal.folder), len(index) + len(data), index, data))
@@ -201,6 +202,7 @@ def _run(
         resumed=resumed,
         not_copied=beside.left,
         about=_about(listing, quantized),
+        plain=listing.plain,
     )
 
 
@@ -217,8 +219,8 @@ def _about(listing: Listing, quantized: Quantization | None) -> str:
 
 
 def _files(source: Path, listing: Listing, kept: Sequence[Kept]) -> dict[str, Any]:
-    """What is recorded about the files of the source: nothing for a single file that was given alone."""
-    return record(listing, kept) if source.is_dir() or len(listing.files) > 1 else {}
+    """What is recorded about the files of the source: of one that was given alone, only what it says about itself."""
+    return metadata_of(listing) | (record(listing, kept) if source.is_dir() or len(listing.files) > 1 else {})
 
 
 def _beside(source: Path, output: Path, listing: Listing) -> Companions:

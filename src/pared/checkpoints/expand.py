@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ from pared.artifact.listing import artifact_parts
 from pared.artifact.parse import parse_index
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import find_companions
-from pared.checkpoints.folders.layout import layout_of, single
+from pared.checkpoints.folders.layout import layout_of, single, written_metadata
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
@@ -148,7 +148,8 @@ def _run(source: Path, place: Path, *, quiet: bool, part: bool = False) -> Expan
             if os.path.realpath(folder / name) == os.path.realpath(source):  # which never raises
                 what, remedy = "is the artifact itself", "Choose another place to write to."
                 raise ConfigError(what, where=str(folder / name), remedy=remedy)
-        headers = {name: _header(group, str(source)) for name, group in layout.divided(entries)}
+        metadata = written_metadata(index.provenance)
+        headers = {name: _header(group, metadata, str(source)) for name, group in layout.divided(entries)}
         make_directory(folder)
         if whole:  # several files, which belong together
             held.enter_context(owned(folder))
@@ -198,7 +199,7 @@ def _write(
                 advance(array.nbytes)
 
 
-def _header(entries: Sequence[Entry], where: str) -> bytes:
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str], where: str) -> bytes:
     tensors: dict[str, Any] = {}
     end = 0
     for entry in entries:
@@ -215,7 +216,7 @@ def _header(entries: Sequence[Entry], where: str) -> bytes:
             span = [end, end + entry.source_nbytes]
             tensors[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": span}
             end = span[1]
-    return encoded_header("pt", tensors, alignment=8)
+    return encoded_header(metadata, tensors, alignment=8)
 
 
 def _decoded(entries: Sequence[Entry], records: Records) -> Iterator[tuple[Entry, Callable[[], Iterable[Array]]]]:

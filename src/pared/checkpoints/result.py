@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -12,7 +12,7 @@ from pared.checkpoints.folders.companions import Companions
 from pared.checkpoints.selection import LeftOut
 from pared.errors import printable
 
-_SHOWN: Final = 5  # names of files in a line
+_SHOWN: Final = 5  # names in a line
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Compressed:
         resumed: the number of tensors that an earlier, interrupted run had packed.
         not_copied: why other files of the folder were not copied, by relative path.
         about: what its user has to know about the source; "" if nothing.
+        plain: entries of the checkpoint that hold no tensors, which the artifact does not hold either.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Compressed:
     resumed: int
     not_copied: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    plain: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """What was left out and why, one line per reason; the files copied; sizes and time in the last line."""
@@ -54,10 +56,11 @@ class Compressed:
             name = next(left.name for left in self.left_out if left.because == because)
             which = name if count == 1 else f"{name} and {count - 1:,} more"
             yield f"left out: {which}, {nbytes:,} bytes: {because}"
+        if self.plain:
+            yield f"left out: {_shown(self.plain)}: no tensors, and only training or other programs need them"
         for because in dict.fromkeys(self.not_copied.values()):
             names = [name for name, why in self.not_copied.items() if why == because]
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            yield f"not copied: {', '.join(names[:_SHOWN])}{more}: {because}"
+            yield f"not copied: {_shown(names)}: {because}"
         if self.about:
             yield self.about
         if self.copied:
@@ -71,6 +74,11 @@ class Compressed:
             f"{self.source_nbytes:,} -> {self.nbytes:,} bytes ({self.nbytes / max(1, self.source_nbytes):.3f}), "
             f"{self.seconds:.1f} s, {speed:.0f} MB/s: {self.path}"
         )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(names[:_SHOWN])}{more}"
 
 
 def joined(parts: Mapping[str, Compressed], path: Path, beside: Companions) -> Compressed:
@@ -94,4 +102,5 @@ def joined(parts: Mapping[str, Compressed], path: Path, beside: Companions) -> C
         resumed=sum(one.resumed for one in done),
         not_copied=beside.left,
         about="; ".join(f"{part}: {one.about}" for part, one in parts.items() if one.about),
+        plain=tuple(f"{part}/{name}" for part, one in parts.items() for name in one.plain),
     )

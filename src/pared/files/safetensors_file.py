@@ -118,18 +118,18 @@ def write_safetensors(stream: BinaryIO, index: bytes, data: bytes) -> None:
         name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
         for name, (begin, end) in spans.items()
     }
-    for piece in (encoded_header("pared", tensors, _ALIGNMENT), data, index):
+    for piece in (encoded_header({"format": "pared"}, tensors, _ALIGNMENT), data, index):
         stream.write(piece)
 
 
-def encoded_header(format: str, tensors: Mapping[str, Any], alignment: int) -> bytes:
+def encoded_header(metadata: Mapping[str, str], tensors: Mapping[str, Any], alignment: int) -> bytes:
     """The bytes of a header, its length included, padded with spaces to a multiple of `alignment` bytes.
 
     Args:
-        format: the "format" in the file's metadata.
+        metadata: free text by key; "format" says which library's the tensors are.
         tensors: the entry of each tensor, by name.
         alignment: the data that follow begin at a multiple of it, in bytes.
     """
-    header = json.dumps({"__metadata__": {"format": format}, **tensors}, separators=(",", ":")).encode("ascii")
+    header = json.dumps({"__metadata__": dict(metadata), **tensors}, separators=(",", ":")).encode("ascii")
     header += b" " * (-(_LENGTH.size + len(header)) % alignment)
     return _LENGTH.pack(len(header)) + header

@@ -148,6 +148,8 @@ class Listing:
         split: what the file says if it is one of several.
         world: the number of processes over which the tensors of the model are divided, if the file says so.
         states: extra state of modules, by name. Tensors in it are also in `tensors`.
+        metadata: free text by key, as .safetensors files have it; of several files what all of the model's say.
+        plain: the outermost entries of a checkpoint that lead to no tensor: the number of an epoch, options.
     """
 
     tensors: tuple[ListedTensor, ...]
@@ -163,6 +165,8 @@ class Listing:
     split: Split | None = None
     world: int | None = None
     states: Mapping[str, ListedState] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    plain: tuple[str, ...] = ()
 
     @property
     def stray(self) -> dict[str, Note]:

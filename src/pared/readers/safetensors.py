@@ -34,7 +34,7 @@ def read_safetensors(file: File) -> Listing:
         span.name: Storage(span.end - span.begin, partial(_content, file, span.begin, span.end))
         for span in header.spans
     }
-    return Listing(tensors, storages, {"(header)": Note(header.nbytes)}, flat=True)
+    return Listing(tensors, storages, {"(header)": Note(header.nbytes)}, flat=True, metadata=header.metadata)
 
 
 def _refuse_slices(header: Header, file: File) -> None:

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 WEIGHTS: Final = "model.safetensors"  # the name that transformers looks for
 _SUFFIX: Final = ".safetensors"
 _RECORD: Final = "files"
+_METADATA: Final = "metadata"
+_PLAIN_METADATA: Final = {"format": "pt"}
+_MOST_METADATA: Final = 1 << 20  # bytes
 _MOST_FILES: Final = 10_000
 _LONGEST: Final = 200
 _PLAIN: Final = re.compile(r"(?!\.)[^\\\0:/]+$")
@@ -87,6 +90,24 @@ def record(listing: Listing, kept: Sequence[Kept]) -> dict[str, Any]:
         if names in ([], [WEIGHTS]) or len(set(names)) < len(names)
         else {_RECORD: [list(one) for one in counts.items()]}
     )
+
+
+def metadata_of(listing: Listing) -> dict[str, Any]:
+    """What an artifact keeps of the free text in its source, which `expand` writes again; empty if it says nothing."""
+    said = dict(listing.metadata)
+    nbytes = len(json.dumps(said))
+    if nbytes > _MOST_METADATA:
+        log.warning("%s: %s bytes of metadata are not kept", listing.where, f"{nbytes:,}")
+        return {}
+    return {} if said in ({}, _PLAIN_METADATA) else {_METADATA: said}
+
+
+def written_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The free text of an expanded file; what a stranger wrote in its place that is no text is not taken."""
+    recorded = provenance.get(_METADATA)
+    said = recorded if isinstance(recorded, dict) else {}
+    texts = {key: value for key, value in said.items() if isinstance(value, str)}
+    return _PLAIN_METADATA | ({} if texts.get("format") == "pared" else texts)  # which only artifacts are
 
 
 def layout_of(provenance: Mapping[str, Any], count: int, where: str) -> Layout:

@@ -58,7 +58,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
             check_parallel(folder / name, listing)
     prefixes = {name: prefix for prefix, main in mains for name in main.files if name in listings}
     prefixes = prefixes or (dict.fromkeys(listings, "") if len(listings) == 1 else {})
-    parts = [_of_file(name, listing, prefixes.get(name, f"{name}/")) for name, listing in listings.items()]
+    parts = {name: _of_file(name, listing, prefixes.get(name, f"{name}/")) for name, listing in listings.items()}
     taken = {*listings, *_beside(listings)}
     others = {
         f"({name})": Note(size, unread.get(name, _FOR_TRAINING if is_training(name) else ""), file=True)
@@ -67,7 +67,7 @@ def list_folder(folder: Path, files: ExitStack) -> Listing:
     }
     return replace(
         _joined(parts, folder, [name for name in wanted if name in listings] if len(mains) == 1 else ()),
-        notes={name: note for part in parts for name, note in part.notes.items()} | others,
+        notes={name: note for part in parts.values() for name, note in part.notes.items()} | others,
         nbytes=sum(found.sizes.values()),
         kind=_kind(found.sizes),
         flat=not any(prefixes.get(name, name) for name in listings) and all(one.flat for one in listings.values()),
@@ -121,7 +121,7 @@ def _list_set(folder: Path, several: WeightSet, path: Path, files: ExitStack) ->
     """The tensors of the files of one model, without the rest of their folder."""
     listings, _ = _listings(folder, several.files, several.files, files)
     check_whole(listings, several.placed, str(path))
-    parts = [_of_file(name, listing, "") for name, listing in listings.items()]
+    parts = {name: _of_file(name, listing, "") for name, listing in listings.items()}
     kinds = {listing.kind for listing in listings.values()}
     of = f", one of {len(listings)} files" if len(listings) > 1 else ""
     return replace(
@@ -193,9 +193,11 @@ def _without_weights(
     return FileError(f"holds no file of weights{why}", where=str(folder), remedy=remedy)
 
 
-def _joined(parts: Iterable[Listing], folder: Path, main: Collection[str]) -> Listing:
+def _joined(named: Mapping[str, Listing], folder: Path, main: Collection[str]) -> Listing:
     """The tensors of several files as one listing."""
-    parts = list(parts)
+    parts = list(named.values())
+    model = [named[name] for name in main] or parts
+    said = [set(part.metadata.items()) for part in model]
     return Listing(
         tensors=tuple(held for part in parts for held in part.tensors),
         storages={key: storage for part in parts for key, storage in part.storages.items()},
@@ -204,6 +206,8 @@ def _joined(parts: Iterable[Listing], folder: Path, main: Collection[str]) -> Li
         where=str(folder),
         files={name: folder / name for name in sorted(main)},
         states={name: state for part in parts for name, state in part.states.items()},
+        metadata=dict(sorted(set.intersection(*said))) if said else {},
+        plain=tuple(dict.fromkeys(name for part in model for name in part.plain)),
     )
 
 

@@ -17,7 +17,7 @@ from pared.files.zip_file import PICKLE, Archive, Member, checked_content
 from pared.readers.listing import ListedTensor, Listing, Note, Storage, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import tensors_of
-from pared.readers.torch.states import states_of
+from pared.readers.torch.states import plain_of, states_of
 
 _CONSTANTS: Final = "constants.pkl"
 _CODE: Final = "code/"  # of TorchScript; a member with debug information follows each file
@@ -60,11 +60,13 @@ def _described(file: File, members: Mapping[str, Member], pickle: str, folder: s
     found = read_pickle(content, HARMLESS, file.where, memory)
     stored = {name.removeprefix(folder): m for name, m in members.items() if name.startswith(folder) and m.plain}
     sizes = {key: member.nbytes for key, member in stored.items()}
-    tensors = tensors_of(found.root, sizes, file.where, memory)
+    tensors = tuple(tensors_of(found.root, sizes, file.where, memory))
     storages = {key: Storage(member.stored, partial(_content, file, member)) for key, member in stored.items()}
     notes = {"(pickle)": Note(members[pickle].stored)}
     states = states_of(found.root, sizes, file.where, memory)
-    return Listing(tuple(tensors), storages, notes, found.imports, world=_world(found.root), states=states)
+    plain = plain_of(found.root, [*states, *(held.name for held in tensors)])
+    world = _world(found.root)
+    return Listing(tensors, storages, notes, found.imports, world=world, states=states, plain=plain)
 
 
 def _world(root: object) -> int | None:

@@ -14,7 +14,7 @@ from pared.formats.dtypes import TYPES
 from pared.readers.listing import Listing, Note, Storage, stray, unknown
 from pared.readers.torch.names import BIG_ENDIAN, HARMLESS
 from pared.readers.torch.pickled import storage_of, tensors_of
-from pared.readers.torch.states import states_of
+from pared.readers.torch.states import plain_of, states_of
 
 _MAGIC: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
 _COUNT: Final = struct.Struct("<q")
@@ -45,12 +45,15 @@ def read_torch_legacy(file: File) -> Listing:
     storages = dict(_storages(file, position, keys.root, _kinds(content, at), at))
     end = position + sum(_COUNT.size + storage.nbytes for storage in storages.values())
     sizes = {key: storage.nbytes for key, storage in storages.items()}
+    tensors = tuple(tensors_of(content.root, sizes, file.where, memory))
+    states = states_of(content.root, sizes, file.where, memory)
     return Listing(
-        tensors=tuple(tensors_of(content.root, sizes, file.where, memory)),
+        tensors=tensors,
         storages=storages,
         notes={"(pickle)": Note(position), **stray(file.data, end, len(file.data), "after its last storage")},
         imports=content.imports,
-        states=states_of(content.root, sizes, file.where, memory),
+        states=states,
+        plain=plain_of(content.root, [*states, *(held.name for held in tensors)]),
         kind="a torch file of the kind that was written before torch 1.6",
     )
 

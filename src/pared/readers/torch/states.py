@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pared.files.checks import Place
@@ -55,6 +55,19 @@ def states_of(root: object, sizes: Mapping[str, int], where: str, memory: Memory
             elif (state := _Reader(path, sizes, Place(f"{where}: {path}"), memory).read(value)) is not None:
                 found[path] = state
     return found
+
+
+def plain_of(root: object, named: Iterable[str]) -> tuple[str, ...]:
+    """The outermost entries of the dictionary that a pickle describes which lead to nothing that has a name.
+
+    Args:
+        root: the root from `read_pickle`.
+        named: the names of tensors and extra states.
+    """
+    if not isinstance(root, Node) or not _is_dict(root):
+        return ()
+    tops = {name.partition("/")[0] for name in named}
+    return tuple(key for key, _ in root.pairs if isinstance(key, str) and key.partition("/")[0] not in tops)
 
 
 def _is_dict(node: Node) -> bool:
