@@ -14,7 +14,7 @@ import torch
 from pared.files import threads
 from pared.fitting import speed
 from pared.runtime.graphs import fusion
-from pared.runtime.kernels import linear, patches
+from pared.runtime.kernels import linear, machine, patches
 
 collect_ignore_glob = [] if importlib.util.find_spec("selenium") else ["*browser.py"]  # `make test` installs it
 
@@ -65,6 +65,12 @@ def _whole_models_are_timed(request: pytest.FixtureRequest, monkeypatch: pytest.
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs and kernels are as on a machine with tiles."""
     _set_tiles(monkeypatch, there=True)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are as on a machine with VNNI, where all codes may have 8 bits; sums may saturate where there is none."""
+    monkeypatch.setattr(machine, "exact_products", lambda: True)
 
 
 def _set_tiles(monkeypatch: pytest.MonkeyPatch, *, there: bool) -> None:

@@ -165,7 +165,7 @@ def test_a_graph_gives_what_the_modules_give_at_every_size(name: str, mode: str,
 
 
 @pytest.mark.slow
-def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once() -> None:
+def test_products_of_one_input_share_its_codes_and_gelu_gives_codes_at_once(exact: None) -> None:
     case = CASES["attention"]
     _, q = assembled(case)
     found = graph_of(q, case.call(4, 24))

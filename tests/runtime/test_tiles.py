@@ -142,7 +142,7 @@ def test_attention_of_other_types_is_left_alone(tiles: None) -> None:
 
 
 @pytest.mark.slow
-def test_filters_of_one_tap_join_as_convolutions_do(tiles: None) -> None:
+def test_filters_of_one_tap_join_as_convolutions_do(tiles: None, exact: None) -> None:
     _, q = assembled(MOBILE)
     graph = graph_of(q, MOBILE.call(4, 24))
     operators = targets(graph)
