@@ -116,7 +116,7 @@ def _module(memo: Memo, value: nn.Module) -> object:
     made: list[tuple[nn.Module, nn.Module]] = []
     waiting: list[Any] = [value]
     while waiting:
-        old = waiting.pop()
+        old: nn.Module = waiting.pop()
         if id(old) not in memo and memo.rule(type(old)) is _module:
             new = memo[id(old)] = type(old).__new__(type(old))
             memo[id(vars(old))] = vars(new)
