@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import sys
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
             f"expected a torch.nn.Module, got {type(model).__name__}",
             remedy="Pass an instance of the model, not its class, its weights or its name.",
         )
+    check_nesting(model)
     check_unquantized(model)
     check_modules(model)
     tensors = find_tensors(model)
@@ -39,6 +41,29 @@ def supported_tensors(model: ModuleT) -> ModelTensors[ModuleT]:
             remedy="Pass the model that holds the weights; tensors in plain attributes do not count.",
         )
     return tensors
+
+
+def check_nesting(model: nn.Module) -> None:
+    """Refuse modules that nest deeper than Python calls functions within functions, as torch does to walk through them.
+
+    Raises:
+        ModelError: they do.
+    """
+    deepest, seen = 0, set[int]()
+    waiting: list[tuple[Any, int]] = [(model, 1)]
+    while waiting:
+        module, depth = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            deepest = max(deepest, depth)
+            waiting += [(child, depth + 1) for child in reversed(vars(module).get("_modules", {}).values())]
+    most = sys.getrecursionlimit()
+    if deepest > most - _OTHER_CALLS:
+        raise ModelError(
+            f"its modules nest {deepest:,} deep, and Python calls functions within functions at most {most:,} deep",
+            where=type(model).__name__,
+            remedy="Put the layers into one nn.Sequential, one after the other, or raise sys.setrecursionlimit.",
+        )
 
 
 def check_unquantized(model: nn.Module) -> None:
@@ -68,6 +93,8 @@ def check_modules(model: nn.Module) -> None:
         for attribute, tensor in registered(module):
             _check_layout(f"{name}.{attribute}".removeprefix("."), tensor)
 
+
+_OTHER_CALLS: Final = 250  # within which, or in which, a model is walked through
 
 _LAZY: Final = (nn.UninitializedParameter, nn.UninitializedBuffer)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+from pared.errors import ModelError
 from pared.formats.dtypes import ELEMENTS, Array, bytes_of
 from pared.readers.listing import ListedTensor, Listing, Storage
 
@@ -26,9 +27,21 @@ def is_state_dict(target: object) -> bool:
 
 
 def list_model(model: Any) -> Listing:
-    """The parameters and buffers of a `torch.nn.Module`, tied ones under each of their names; see `list_state_dict`."""
+    """The parameters and buffers of a `torch.nn.Module`, tied ones under each of their names; see `list_state_dict`.
+
+    Raises:
+        ModelError: its modules nest deeper than torch can walk through them.
+    """
     named = (f(remove_duplicate=False) for f in (model.named_parameters, model.named_buffers))
-    return list_state_dict({name: tensor for group in named for name, tensor in group}, type(model).__name__)
+    try:
+        tensors = {name: tensor for group in named for name, tensor in group}
+    except RecursionError as error:
+        raise ModelError(
+            f"its modules nest deeper than Python calls functions within functions, {sys.getrecursionlimit():,} deep",
+            where=type(model).__name__,
+            remedy="Put the layers into one nn.Sequential, one after the other, or raise sys.setrecursionlimit.",
+        ) from error
+    return list_state_dict(tensors, type(model).__name__)
 
 
 def list_state_dict(state: Mapping[Any, Any], where: str = "state dict") -> Listing:

@@ -12,7 +12,7 @@ from pared.errors import ConfigError
 from pared.files.disk import as_path
 from pared.files.threads import apart
 from pared.model import storage
-from pared.model.checks import check_modules
+from pared.model.checks import check_modules, check_nesting
 from pared.model.copying.ties import check_globals
 from pared.model.tensors import ModuleT, find_tensors
 from pared.runtime import quantized
@@ -97,6 +97,7 @@ def check_model(model: nn.Module | None, where: str) -> nn.Module:
             where=where,
             remedy=f"Pass an instance of the architecture: {where}(directory, model=build_model()).",
         )
+    check_nesting(model)
     check_modules(model)
     check_globals(model)
     check_registered(model)
