@@ -2,16 +2,19 @@
 
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,6 +25,7 @@ from pared.artifact.envelope import open_records
 from pared.artifact.parse import parse_index
 from pared.model import storage
 from pared.model.contents import Contents
+from pared.runtime import summary
 from pared.runtime.record import contents_of
 from tests.mutations import mutations
 
@@ -235,6 +239,42 @@ def test_an_unwritable_target_leaves_nothing(q: Net, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="file"):
         pared.save(q, tmp_path / "file" / "below")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_people_read_says_what_the_plan_says(tmp_path: Path) -> None:
+    names = (
+        "plain",
+        "a: b",
+        "{c}",
+        "'d'",
+        '"e"',
+        "caf\u00e9",
+        "\u2028",
+        "\U0001f600",
+        "null",
+        "1e5",
+        "- f",
+        "# g",
+        "\\",
+    )
+    model = nn.ParameterDict({name: torch.randn(8, 32) for name in names})
+    model.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+    q = pared.fit(model)
+    pared.save(q, tmp_path)
+    text = (tmp_path / "deploy.yaml").read_text(encoding="utf-8")
+    assert all("plan" not in line and line.startswith("- ") for line in text.splitlines()[-len(names) - 1 :])
+    known = yaml.safe_load(text)["plan"]
+    rows = {row.name: row for row in pared.inspect(tmp_path).rows}
+    for line, ours in zip(known, q.pared.plan, strict=True):
+        row = rows[ours.name]
+        told = {**asdict(ours), "shape": list(ours.shape), "bytes": row.nbytes, "rate": row.bits}
+        assert line == {key: value for key, value in told.items() if value not in (None, "")}
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-05, 1e22, 0.1, -2.5e-300, math.inf, -math.inf])
+def test_numbers_that_people_read_are_numbers(value: float) -> None:
+    text = summary._inline(value)
+    assert yaml.safe_load(text) == value
 
 
 def test_a_failed_write_keeps_what_was_there(q: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

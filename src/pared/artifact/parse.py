@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from pared.artifact.beside.states import check_states, parse_made
 from pared.artifact.envelope import Records
-from pared.artifact.index import NEWEST, STATE, Entry, Index
+from pared.artifact.index import NEWEST, STATE, Entry, Index, Part
 from pared.artifact.parts import check_data, parse_parts
 from pared.errors import VersionError
 from pared.files.checks import Place
@@ -126,6 +125,7 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
     dtype = at.one_of(known["dtype"], ITEM_SIZES, "its dtype")
     shape = at.shape(known["shape"], "shape")
     format = _format(known["format"], dtype, at)
+    parts: dict[str, Part] = {}
     entry = Entry(
         names=(name, *(at.text(alias, "an alias") for alias in aliases)),
         kind=at.one_of(known["kind"], ("parameter", "buffer", *((STATE,) if version >= NEWEST else ())), "its kind"),
@@ -135,9 +135,10 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
         view=_view(known, shape, format["tag"], at),
         bits=at.number(known["bits"], "its bits") if "bits" in known else None,
         because=at.text(known["because"], "its reason"),
-        parts={},
+        parts=parts,
     )
-    return replace(entry, parts=parse_parts(entry, known, version, end, at))
+    parts |= parse_parts(entry, known, version, end, at)  # which needs the rest of the entry
+    return entry
 
 
 def _format(value: object, dtype: str, at: Place) -> dict[str, str]:

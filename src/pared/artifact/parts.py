@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from pared.artifact.index import Entry, Part, start_of
@@ -80,23 +79,19 @@ def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, a
     """A part of version 2, whose place follows from the parts before it."""
     optional = () if name == "values" else ("base", "coding", "length") if name == "step" else ("coding", "length")
     known = at.fields(value, f"its {name}", ("rows",) if name.startswith("codes ") else (), optional)
-    part = Part(
-        offset=end,
-        length=0,
-        crc32=crc32,
-        coding=_coding(known, at),
-        rows=at.whole(known["rows"], f"the rows of its {name}") if "rows" in known else None,
-        base=at.within(known["base"], f"the base of its {name}", STEP_INDEXES) if "base" in known else None,
-    )
-    if name == "step" and part.base is None and known:
+    coding = _coding(known, at)
+    rows = at.whole(known["rows"], f"the rows of its {name}") if "rows" in known else None
+    base = at.within(known["base"], f"the base of its {name}", STEP_INDEXES) if "base" in known else None
+    if name == "step" and base is None and known:
         at.fail("its step is coded but has no base")
-    if part.varies != ("length" in known):
-        at.fail(f"its {name} {'lacks' if part.varies else 'has'} a length, which coded parts have, and only they")
-    if part.varies:
+    varies = coding is not None and coding.constant is None
+    if varies != ("length" in known):
+        at.fail(f"its {name} {'lacks' if varies else 'has'} a length, which coded parts have, and only they")
+    if varies:
         length = at.whole(known["length"], f"the length of its {name}")
     else:
-        length = 0 if part.coding is not None else math.prod(_extent(entry, name, part))
-    return replace(part, offset=start_of(end, length), length=length)
+        length = 0 if coding is not None else math.prod(_extent(entry, name, rows, base))
+    return Part(start_of(end, length), length, crc32, coding, rows, base)
 
 
 def _coding(known: Mapping[str, Any], at: Place) -> Coding | None:
@@ -106,22 +101,22 @@ def _coding(known: Mapping[str, Any], at: Place) -> Coding | None:
         at.fail(error.what)
 
 
-def _extent(entry: Entry, name: str, part: Part) -> tuple[int, int]:
-    """The number of values in a part, and the bytes of one where they are plain."""
+def _extent(entry: Entry, name: str, rows: int | None, base: int | None) -> tuple[int, int]:
+    """The number of values in a part with so many rows and this base, and the bytes of one where they are plain."""
     if name == "values":
         return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
     if name == "step":
-        return entry.n_rows, 4 if part.base is None else 1
+        return entry.n_rows, 4 if base is None else 1
     if name == "classes":
         return entry.n_rows, 1
     columns = entry.elements // max(entry.n_rows, 1)
-    count = entry.elements if part.rows is None else part.rows * columns
+    count = entry.elements if rows is None else rows * columns
     return count, ITEM_SIZES[entry.format["codes"]]
 
 
 def _check_size(entry: Entry, name: str, part: Part, at: Place) -> None:
     """Compare a part's length with what its values need; bound the size that coded ones may decompress to."""
-    count, size = _extent(entry, name, part)
+    count, size = _extent(entry, name, part.rows, part.base)
     if part.coding is not None and part.varies:
         if count > (most := part.length * _SYMBOLS_PER_BYTE * part.coding.per_symbol):
             at.refuse(f"declares {count:,} codes, and the {part.length:,} bytes of its {name} hold at most {most:,}")
@@ -146,7 +141,7 @@ def check_data(entries: Iterable[Entry], data: memoryview, at: Place) -> None:
                 here.fail(f"the padding before its {name} is not zero")
             end = part.end
             if part.coding is not None and part.coding.constant is not None:
-                constant += _extent(entry, name, part)[0]
+                constant += _extent(entry, name, part.rows, part.base)[0]
             if constant > LARGEST_CONSTANT:
                 here.refuse(f"with it, more than {LARGEST_CONSTANT:,} codes take no bytes")
     if end != len(data):

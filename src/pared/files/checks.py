@@ -43,10 +43,11 @@ class Place:
     def fields(self, value: object, what: str, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
         """Check that the value is an object with all required keys, and no others except the optional ones."""
         known = self.mapping(value, what)
-        if missing := sorted(set(required) - known.keys()):
-            self.fail(f"{what} lacks {missing[0]!r}")
-        if unknown := sorted(known.keys() - {*required, *optional}):
-            self.fail(f"{what} has an unknown field {unknown[0]!r}")
+        required = frozenset(required)
+        if missing := required - known.keys():
+            self.fail(f"{what} lacks {min(missing)!r}")
+        if unknown := known.keys() - required - frozenset(optional):
+            self.fail(f"{what} has an unknown field {min(unknown)!r}")
         return known
 
     def mapping(self, value: object, what: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from pared.artifact.envelope import Records, open_records
-from pared.artifact.index import Entry
+from pared.artifact.index import Entry, Index
 from pared.artifact.listing import open_either
 from pared.artifact.parse import parse_index
 from pared.errors import ConfigError, printable
@@ -189,19 +189,25 @@ def of_artifact_bytes(data: bytes, where: str) -> Ledger:
         where: the name to show.
     """
     with open_records(data, where) as records:
-        return _of_records(records)
+        return of_records(records, parse_index(records))
 
 
 def _of_path(path: Path, depth: Depth) -> Ledger:
     with open_either(path) as found:
         if isinstance(found, Records):
-            return _of_records(found)
+            return of_records(found, parse_index(found))
         findings = find(found, str(path), depth)
         return replace(_of_listing(found), findings=findings, sampled=is_sampled(found, depth), depth=depth)
 
 
-def _of_records(records: Records) -> Ledger:
-    entries = parse_index(records).entries
+def of_records(records: Records, index: Index) -> Ledger:
+    """The ledger of an artifact whose index is known.
+
+    Args:
+        records: the artifact.
+        index: what its first record says.
+    """
+    entries = index.entries
     rows = [Row(e.name, e.shape, e.label, e.nbytes, _reason(e), original=(e.dtype, e.source_nbytes)) for e in entries]
     pieces = {
         "(padding)": len(records.data) - sum(row.nbytes for row in rows),

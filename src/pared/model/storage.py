@@ -7,8 +7,9 @@ import io
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +39,28 @@ log = logging.getLogger(__name__)
 _NUMBER_NBYTES = 16  # what a number takes while it is decoded, at most
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """An artifact as bytes, with what they are, so that nobody has to parse them.
+
+    Args:
+        file: the whole file.
+        records: its records, under no name.
+        index: what the first of them says.
+    """
+
+    file: bytes
+    records: Records
+    index: Index
+
+
 def to_bytes(contents: Contents, kind: str = "pt") -> bytes:
     """Encode an artifact of a kind, "pt" or "safetensors": the same contents give the same bytes."""
-    buffer = io.BytesIO()
-    _write(contents, kind, buffer)
-    return buffer.getvalue()
+    return encoded(contents, kind).file
 
 
-def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
+def encoded(contents: Contents, kind: str = "pt") -> Encoded:
+    """Encode an artifact as `to_bytes` does."""
     data = bytearray()
     tensors = [stored for stored in contents.tensors if stored.decision.treatment != "made"]
     left = [tables.made(one.names, one.coded.decode()) for one in contents.tensors if one.decision.treatment == "made"]
@@ -55,12 +70,14 @@ def _write(contents: Contents, kind: str, file: BinaryIO) -> None:
     entries = tuple(_entry(stored, parts, data) for stored, parts in zip(tensors, coded, strict=True))
     modules = {name: activation.to_json() for name, activation in contents.activations.items()}
     states = {name: state.tree for name, state in contents.states.items()}
-    made = tuple(map(tables.to_json, left))
-    index = Index(entries, modules, dict(contents.provenance), states, made).to_bytes()
+    index = Index(entries, modules, dict(contents.provenance), states, tuple(map(tables.to_json, left)))
+    record, buffer = index.to_bytes(), io.BytesIO()
     if kind == "safetensors":
-        write_safetensors(file, index, bytes(data))
+        write_safetensors(buffer, record, bytes(data))
     else:
-        write_torch(file, index, (bytes(data),), len(data))
+        write_torch(buffer, record, (bytes(data),), len(data))
+    file = buffer.getvalue()
+    return Encoded(file, Records("", len(file), record, memoryview(data)), index)
 
 
 def _parts_of(name: str, state: ExtraState) -> Iterator[Stored]:
@@ -71,11 +88,11 @@ def _parts_of(name: str, state: ExtraState) -> Iterator[Stored]:
         yield Stored((part,), "state", coded, Decision(part, "exact", None, "extra state"))
 
 
-def _entry(stored: Stored, encoded: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
+def _entry(stored: Stored, pieces: Mapping[str, streams.EncodedPart], data: bytearray) -> Entry:
     """Append a tensor's streams to the data, and describe them."""
     coded = stored.coded
-    parts = placed(encoded, len(data))
-    for part, piece in zip(parts.values(), encoded.values(), strict=True):
+    parts = placed(pieces, len(data))
+    for part, piece in zip(parts.values(), pieces.values(), strict=True):
         data.extend(bytes(part.offset - len(data)))
         data.extend(piece.payload)
     return Entry(
@@ -208,15 +225,15 @@ def place(directory: str | Path, kind: str = "pt") -> Path:
     return path
 
 
-def verified(contents: Contents, kind: str) -> bytes:
+def verified(contents: Contents, kind: str) -> Encoded:
     """Encode an artifact as `to_bytes` does, decode the bytes and compare every number.
 
     Raises:
         CorruptError: one differs.
     """
-    data = to_bytes(contents, kind)
-    _verify(contents, data)
-    return data
+    made = encoded(contents, kind)
+    _verify(contents, made.file)
+    return made
 
 
 def _verify(contents: Contents, data: bytes) -> None:

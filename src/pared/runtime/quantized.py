@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,13 +110,13 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
     record = record_of(model)
     contents = contents_of(model)
     path = storage.place(directory, container)
-    data = storage.verified(contents, container) if verify else storage.to_bytes(contents, container)
-    listed = ledger.of_artifact_bytes(data, where=path.name)
+    made = storage.verified(contents, container) if verify else storage.encoded(contents, container)
+    listed = ledger.of_records(replace(made.records, where=path.name), made.index)
     deploy = summary.deploy_yaml(listed, contents, record.outcome, record.running)
     with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
-        for name, content in ((path.name, data), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
+        for name, content in ((path.name, made.file), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
             storage.write_beside(path, name, content)
-    _warn_if_larger(path, len(data), model, contents)
+    _warn_if_larger(path, len(made.file), model, contents)
     return path
 
 
@@ -188,7 +189,8 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if html is not None:
         require_library()
     contents = contents_of(model)
-    listing = ledger.of_artifact_bytes(storage.to_bytes(contents), where=type(model).__name__)
+    made = storage.encoded(contents)
+    listing = ledger.of_records(replace(made.records, where=type(model).__name__), made.index)
     if html is not None:
         data = summary.page_data(listing, contents, record.outcome, record.running, record.profile, record.curve)
         page.write(data, html)

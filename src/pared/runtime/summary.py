@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Final
 
 import yaml
 
 from pared.artifact.outcome import Curve, Outcome, Trial
 from pared.formats.activation import Activation
-from pared.inspection.ledger import Ledger, draw
+from pared.inspection.ledger import Ledger, Row, draw
 from pared.inspection.page.data import PageData
 from pared.model.contents import Contents, Stored
 from pared.runtime.profile import Profile, Running
@@ -189,14 +192,37 @@ def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: M
         "outcome": asdict(outcome),
         "provenance": dict(contents.provenance),
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
-        "plan": [
-            asdict(line)
-            | {"shape": list(line.shape), "bytes": row.nbytes if row else 0, "rate": row.bits if row else 0}
-            for line in tensor_summaries(contents, running)
-            for row in [rows.get(line.name)]  # None: the file leaves it out
-        ],
     }
     # The dumper in C gives the same text in a tenth of the time; not every PyYAML has it.
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text: str = yaml.dump(data, Dumper=dumper, sort_keys=False, width=WIDTH, allow_unicode=True)
-    return text
+    # A line for each tensor, of which there may be very many: that is shorter, and written much faster.
+    lines = [_plan_line(line, rows.get(line.name)) for line in tensor_summaries(contents, running)]
+    return text + "\n".join(("plan:" if lines else "plan: []", *lines, ""))
+
+
+def _plan_line(line: TensorSummary, row: Row | None) -> str:
+    """An item of a list in YAML, without what says nothing. No row: the file leaves the tensor out."""
+    known = {**vars(line), "bytes": row.nbytes if row else 0, "rate": row.bits if row else 0.0}
+    pairs = (f"{key}: {_inline(value)}" for key, value in known.items() if value is not None and value != "")
+    return f"- {{{', '.join(pairs)}}}"
+
+
+_NOT_FINITE: Final = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}
+
+
+def _inline(value: object) -> str:
+    """A value as YAML within a line.
+
+    >>> _inline((2, 3)), _inline(1e-05), _inline("a: b")
+    ('[2, 3]', '1.0e-05', '"a: b"')
+    """
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_inline, value))}]"
+    if isinstance(value, float):
+        text = float.__repr__(value)
+        return _NOT_FINITE.get(text) or (text if "." in text else text.replace("e", ".0e"))
+    if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+        quoted: str = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)
+        return quoted.rstrip("\n")
+    return json.dumps(value)
