@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import weakref
@@ -40,22 +41,22 @@ class View:
     split: tuple[int, ...]
     rows: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def row_sizes(self) -> tuple[int, ...]:
         """The sizes of the row dimensions: the shape of one number per row."""
         return tuple(self.split[i] for i in self.rows)
 
-    @property
+    @functools.cached_property
     def n_rows(self) -> int:
         """How many rows there are."""
         return math.prod(self.row_sizes)
 
-    @property
+    @functools.cached_property
     def n_columns(self) -> int:
         """How many columns there are."""
         return math.prod(self.split[i] for i in self.columns)
 
-    @property
+    @functools.cached_property
     def columns(self) -> tuple[int, ...]:
         """The dimensions of `split` that count columns."""
         return tuple(i for i in range(len(self.split)) if i not in self.rows)
@@ -67,6 +68,8 @@ class View:
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """The tensor as a matrix of `n_rows` rows (a copy where the dimensions have to move)."""
+        if self.rows == tuple(range(len(self.rows))):
+            return tensor.reshape(self.n_rows, self.n_columns)
         return tensor.reshape(self.split).permute(*self.rows, *self.columns).reshape(self.n_rows, self.n_columns)
 
     def restore(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
