@@ -43,6 +43,11 @@ class StoredForm:
         self.step = step
         self._codes: weakref.ref[Tensor] | None = None
 
+    def __deepcopy__(self, _memo: dict[int, Any]) -> StoredForm:
+        """A copy with a step of its own; a model has one of these for each of its tensors."""
+        step = None if self.step is None else self.step.clone()
+        return StoredForm(self.format, self.view, step, is_buffer=self.is_buffer)
+
     def __getstate__(self) -> dict[str, Any]:
         """The state without the last codes: weak references can be neither copied nor pickled."""
         return {**self.__dict__, "_codes": None}

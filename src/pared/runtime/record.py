@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,13 @@ class Record:
     outcome: Outcome
     curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Record:
+        """A copy that shares what is known of the tensors, which nothing changes."""
+        clone = copy.copy(self)
+        known = {name: value for name, value in vars(self).items() if name != "tensors"}
+        vars(clone).update(copy.deepcopy(known, memo))
+        return clone
 
     def to_json(self) -> str:
         """What a pickle holds in addition to the artifact: the times measured on this machine, and the search."""
