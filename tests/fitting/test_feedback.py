@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pared.fitting.calibration.blocks import Blocks
-from pared.fitting.calibration.sensitivity import WIDEST_BLOCK, TensorStats
+from pared.fitting.calibration.blocks import WIDEST_BLOCK, Blocks
+from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.feedback import DAMPING, factor, feedback
 from pared.fitting.rounding.importance import DAMPINGS, make_target
 from pared.fitting.rounding.targets import solve

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pared.fitting.calibration import observe, sensitivity
+from pared.fitting.calibration import blocks, observe, sensitivity
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.formats.activation import Activation
 from pared.formats.views import view_of
@@ -130,7 +130,7 @@ def test_moments_lie_in_blocks_of_the_weight() -> None:
 
 
 def test_wide_weights_have_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensitivity, "WIDEST_BLOCK", 10)
+    monkeypatch.setattr(blocks, "WIDEST_BLOCK", 10)
     torch.manual_seed(0)
     found = measured(nn.Linear(36, 4), [torch.randn(8, 36)]).tensors["weight"]
     assert found.moments is not None

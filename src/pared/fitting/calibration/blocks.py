@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from pared.model.tensors import ModelTensor
+
+# The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
+WIDEST_BLOCK: Final = 4096
+# A weight of few and long rows, or of many groups, has narrower blocks: its moments may take this many entries, or this
+# many for each of its numbers.
+_MOST_ENTRIES: Final = 1 << 22
+_ENTRIES_PER_WEIGHT: Final = 16
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True)
@@ -45,3 +58,39 @@ class Blocks:
         """One number per row, (rows,), as (groups * column_blocks, rows / groups)."""
         split = per_row.reshape(self.groups, 1, -1).expand(-1, self.column_blocks, -1)
         return split.reshape(self.groups * self.column_blocks, -1)
+
+
+def blocks_of(tensor: ModelTensor) -> Blocks:
+    """The groups of its rows, as the module says, and the least number of blocks of at most `WIDEST_BLOCK` columns."""
+    groups = getattr(tensor.module, "groups", 1) if tensor.attribute == "weight" else 1
+    if tensor.groups is not None:
+        groups = tensor.groups
+    if not isinstance(groups, int) or groups < 1 or tensor.view.n_rows % groups:
+        groups = 1
+    # The moments of all blocks together have about columns * width * groups entries.
+    entries = max(_MOST_ENTRIES, _ENTRIES_PER_WEIGHT * tensor.tensor.numel())
+    columns = tensor.view.n_columns
+    widest = min(WIDEST_BLOCK, max(1, entries // (columns * groups)))
+    return Blocks(groups, max(1, -(-columns // widest)))
+
+
+def add_up(sums: dict[K, Tensor], key: K, value: Tensor) -> None:
+    """Add a value to the sum of this key."""
+    if key in sums:
+        sums[key] += value
+    else:
+        sums[key] = value.clone()
+
+
+def by_name(sums: Mapping[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
+    """Sums of several tensors together, (tensors, ...), by their names, as those of each, which may be in several.
+
+    >>> import torch
+    >>> by_name({("a", "b"): torch.tensor([1, 2]), ("b",): torch.tensor([10])})
+    {'a': tensor(1), 'b': tensor(12)}
+    """
+    found: dict[str, Tensor] = {}
+    for names, values in sums.items():
+        for name, value in zip(names, values, strict=True):
+            add_up(found, name, value)
+    return found

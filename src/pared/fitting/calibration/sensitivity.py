@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -19,23 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import reason_of
-from pared.fitting.calibration.blocks import Blocks
+from pared.fitting.calibration.blocks import Blocks, add_up, blocks_of, by_name
 from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
 from pared.model.calls import Call
 from pared.model.copies import shadow
 from pared.model.outputs import Key, Leaf, leaves_of, share_of_each
-from pared.model.tensors import ModelTensor, ModelTensors
+from pared.model.tensors import ModelTensors
 from pared.switches import ignoring
 
 log = logging.getLogger(__name__)
 
-# The most columns of a matrix of second moments, which then takes 64 MiB. Wider weights are cut into blocks.
-WIDEST_BLOCK: Final = 4096
-# A weight of few and long rows, or of many groups, has narrower blocks: its moments may take this many entries, or this
-# many for each of its numbers.
-_MOST_ENTRIES: Final = 1 << 22
-_ENTRIES_PER_WEIGHT: Final = 16
 # Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
 LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
@@ -43,6 +37,8 @@ LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
 # How gradients are taken: first through where the model cuts them off, which fails where it then writes into a weight.
 # A buffer that the forward writes into cannot have a gradient.
 _ATTEMPTS: Final = ((True, ("parameter", "buffer")), (False, ("parameter", "buffer")), (False, ("parameter",)))
+
+_SMALL: Final = 4096  # numbers: tensors with fewer are added up together, if they are alike
 
 LeavesOfCall = Callable[[ModelTensors[nn.Module], Call], list[Leaf]]
 
@@ -243,10 +239,11 @@ class _Pass:
         self._generator = torch.Generator().manual_seed(seed)
         self._probed = {tensor.name: tensor for tensor in tensors if tensor.fits_grid and tensor.kind in kinds}
         self._names = {key: name for key, name in tensors.names.items() if name in self._probed}
-        self._rows: dict[str, Tensor] = {}
-        self._moments: dict[str, Tensor] = {}
-        self._unseen: dict[str, Tensor] = {}
-        self._layouts = {name: _blocks(tensor) for name, tensor in self._probed.items()}
+        # For tensors alike, by their names: of all together, (tensors, ...).
+        self._rows: dict[tuple[str, ...], Tensor] = {}
+        self._moments: dict[tuple[str, ...], Tensor] = {}
+        self._unseen: dict[tuple[str, ...], Tensor] = {}
+        self._layouts = {name: blocks_of(tensor) for name, tensor in self._probed.items()}
         self._uses: dict[str, Tensor] = {}
         self._otherwise: set[str] = set()  # used by other functions than the watched ones, too
         self._noise: dict[str, _Noise] = {}
@@ -293,34 +290,54 @@ class _Pass:
         outputs = [leaf.value for leaf in leaves]
         # The gradients of the model's own inputs come only when asked for: no weight stands before them.
         found = torch.autograd.grad(outputs, wanted + self._first, directions, allow_unused=True)
-        for tensor, gradient in zip(self._probed.values(), found[: len(wanted)], strict=True):
-            if gradient is not None:
-                self._gather(tensor.name, tensor.view.matrix(gradient).float(), unseen)
+        for names, gradients in self._alike(found[: len(wanted)]):
+            self._gather(names, gradients, unseen)
 
-    def _gather(self, name: str, gradient: Tensor, unseen: bool) -> None:
-        """Add a weight's gradient, (rows, columns), to the sums over its rows and to its second moments."""
-        rows = gradient.double().square().sum(1)
-        if not bool(rows.isfinite().all()):
-            if name not in self._refused:  # once is enough
+    def _alike(self, gradients: Sequence[Tensor | None]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The gradients of all probed tensors, (tensors, rows, columns); small ones of the same view together."""
+        groups: dict[object, list[tuple[str, Tensor]]] = {}
+        for (name, tensor), gradient in zip(self._probed.items(), gradients, strict=True):
+            if gradient is not None:
+                small = tensor.view, gradient.dtype, self._layouts[name], self._is_table(name)
+                key = small if gradient.numel() <= _SMALL else name
+                groups.setdefault(key, []).append((name, tensor.view.matrix(gradient)))
+        for group in groups.values():
+            names, matrices = zip(*group, strict=True)
+            yield names, (torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]).float()
+
+    def _is_table(self, name: str) -> bool:
+        return name in self._uses and name not in self._noise and name not in self._otherwise
+
+    def _gather(self, names: tuple[str, ...], gradients: Tensor, unseen: bool) -> None:
+        """Add gradients, (tensors, rows, columns), to the sums over their rows and to their second moments."""
+        rows = gradients.double().square().sum(2)
+        finite = rows.isfinite().all(1)
+        if not bool(finite.all()):
+            refused = {name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite}
+            for name in sorted(refused - self._refused):  # once is enough
                 log.warning("%s: a gradient is not finite, and is left out", name)
-            self._refused.add(name)
+            self._refused |= refused
+            names = tuple(name for name in names if name not in refused)
+            gradients, rows = gradients[finite], rows[finite]
+        if not names:
             return
-        _add(self._rows, name, rows)
-        is_table = name in self._uses and name not in self._noise and name not in self._otherwise
-        if self._wants_moments and not is_table and self._probed[name].view.rows:
+        add_up(self._rows, names, rows)
+        if self._wants_moments and not self._is_table(names[0]) and self._probed[names[0]].view.rows:
             # A table or a bias has no inputs whose errors could make up for each other.
-            blocks = self._layouts[name].blocks(gradient)
-            moments = torch.bmm(blocks.transpose(1, 2), blocks)
-            _add(self._moments, name, moments)
+            layout = self._layouts[names[0]]
+            together = replace(layout, groups=layout.groups * len(names))
+            blocks = together.blocks(gradients.flatten(0, 1))
+            moments = torch.bmm(blocks.transpose(1, 2), blocks).unflatten(0, (len(names), -1))
+            add_up(self._moments, names, moments)
             if unseen:
-                _add(self._unseen, name, moments)
+                add_up(self._unseen, names, moments)
 
     def _tell(self, product: Product) -> None:
         if product.kind == "embedding":
             view = self._probed[product.tensor].view
             if view.rows == (0,):  # where each entry has a step of its own
                 counted = torch.bincount(product.x.reshape(-1), minlength=view.n_rows)
-                _add(self._uses, product.tensor, counted.double())
+                add_up(self._uses, product.tensor, counted.double())
         elif product.x.requires_grad:
             # What a hook holds must not lead back to what it hangs on: such rings keep whole graphs in memory.
             noise, x, by_rows = (
@@ -339,11 +356,11 @@ class _Pass:
             log.warning("error feedback needs two or more samples in the calibration data, and there is one")
             self._moments, self._unseen = {}, {}
         uses = {name: counted / rounds for name, counted in self._uses.items()}
+        rows, moments, unseen = map(by_name, (self._rows, self._moments, self._unseen))
         tensors = {
-            name: TensorStats(
-                rows, self._moments.get(name), self._unseen.get(name), self._layouts[name], uses.get(name)
-            )
-            for name, rows in self._rows.items()
+            name: TensorStats(rows[name], moments.get(name), unseen.get(name), self._layouts[name], uses.get(name))
+            for name in self._probed
+            if name in rows
         }
         return Sensitivity(tensors, {name: noise.result() for name, noise in self._noise.items() if noise.seen})
 
@@ -353,13 +370,6 @@ def _every_other(direction: Tensor, first: int) -> Tensor:
     kept = torch.zeros_like(direction)
     kept[first::2] = direction[first::2] * 2**0.5
     return kept
-
-
-def _add(known: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in known:
-        known[name] += value
-    else:
-        known[name] = value.clone()
 
 
 class _Noise:
@@ -384,17 +394,3 @@ class _Noise:
 
     def result(self) -> InputNoise:
         return InputNoise(self._total, self._dynamic)
-
-
-def _blocks(tensor: ModelTensor) -> Blocks:
-    """The groups of its rows, as the module says, and the least number of blocks of at most `WIDEST_BLOCK` columns."""
-    groups = getattr(tensor.module, "groups", 1) if tensor.attribute == "weight" else 1
-    if tensor.groups is not None:
-        groups = tensor.groups
-    if not isinstance(groups, int) or groups < 1 or tensor.view.n_rows % groups:
-        groups = 1
-    # The moments of all blocks together have about columns * width * groups entries.
-    entries = max(_MOST_ENTRIES, _ENTRIES_PER_WEIGHT * tensor.tensor.numel())
-    columns = tensor.view.n_columns
-    widest = min(WIDEST_BLOCK, max(1, entries // (columns * groups)))
-    return Blocks(groups, max(1, -(-columns // widest)))
