@@ -29,7 +29,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling bench-architectures results results-docs
+.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling bench-tensors bench-architectures results results-docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,11 +108,15 @@ bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples 
 	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
 	$(BIN)/python -m bench.report
 
+bench-tensors: $(VENV)/.bench  ## processor seconds by the number of tensors, which are small (ten minutes; LIMIT=4000: no more tensors)
+	$(BIN)/python -m bench.tensors --limit $(or $(LIMIT),20000)
+	$(BIN)/python -m bench.report
+
 bench-architectures: $(VENV)/.bench  ## every architecture of transformers that can be made small, through fit, save, load and generate (an hour or two)
 	$(BIN)/python -m bench.architectures
 	$(BIN)/python -m bench.report
 
-results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling bench-architectures results-docs  ## all of these, and the documents (hours)
+results: bench bench-figures bench-layers bench-page bench-compress bench-damage bench-search bench-peers bench-graphs bench-scaling bench-tensors bench-architectures results-docs  ## all of these, and the documents (hours)
 
 results-docs: setup  ## write the figures of the last bench into docs
 	$(BIN)/python -m bench.report

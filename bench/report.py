@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compress, damage, figures, front, graphs, layers, page, run, scaling, scaling_report, search
+from bench import compress, damage, figures, front, graphs, layers, page, run, scaling, scaling_report, search, tensors
 from bench.ablation import __main__ as ablation
 from bench.architectures import __main__ as architectures
 from bench.architectures import table
@@ -263,6 +263,7 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
     "make bench-peers": (peers.RESULTS, tables.whole),
     "make bench-graphs": (graphs.RESULTS, graphs.table),
     "make bench-scaling": (scaling.RESULTS, scaling_report.whole),
+    "make bench-tensors": (tensors.RESULTS, tensors.table),
     "make bench-architectures": (architectures.RESULTS, table.whole),
 }
 

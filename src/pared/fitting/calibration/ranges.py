@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from typing import Final
 
 import torch
@@ -39,7 +40,7 @@ def without_outliers(lows: Tensor, highs: Tensor) -> tuple[float, float, Outlier
         (low * _SHARES[i], high * _SHARES[j])
         for i, fewer in enumerate(below)
         # Counts only grow as the range shrinks.
-        if (j := sum(fewer + more <= most for more in above) - 1) >= 0
+        if (j := bisect.bisect_right(above, most - fewer) - 1) >= 0
     ]
     low, high = min(ends, key=lambda range: range[1] - range[0])
     return low, high, _outliers(lows, low, -1) + _outliers(highs, high, 1)
