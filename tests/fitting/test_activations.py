@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 import pared
 from pared import CalibrationError, PostTrainingQuantConfig
-from pared.fitting import speed
 from pared.fitting.calibration.observe import InputStats, collect
 from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search import activations
+from pared.fitting.timing import layers as timed_layers
 from pared.fitting.timing.layers import measure
 from pared.model.contents import Stored
 from pared.model.tensors import find_tensors
@@ -47,7 +47,7 @@ X = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
 def force(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     """Let every measurement come out the same way."""
     times = [1.0 if name == kernel else 2.0 for name in ("float32", "bfloat16", "int8")]
-    monkeypatch.setattr(speed, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
+    monkeypatch.setattr(timed_layers, "measure", lambda forms, shape, dtype, call: Timing(shape, *times))
 
 
 def kernels(model: nn.Module) -> dict[str, str]:

@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import pared
 from pared import AccuracyCriterion, ConfigError, PostTrainingQuantConfig, Rule
-from pared.fitting import module_damage, speed
+from pared.fitting import module_damage
 from pared.fitting.calibration import observe, sensitivity
+from pared.fitting.timing import layers as timed_layers
 from pared.formats.views import view_of
 from pared.model.tensors import find_tensors
 from pared.runtime.profile import Timing
@@ -150,7 +151,7 @@ NETWORKS: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], set[str]]] =
 
 @pytest.fixture
 def int8_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(timed_layers, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
 
 
 def build(name: str) -> tuple[nn.Module, list[Tensor]]:
@@ -366,7 +367,7 @@ def test_a_narrow_table_keeps_nobody_from_gradients(width: int) -> None:
 
 
 def test_layers_of_pytorch_run_in_int8_however_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
+    monkeypatch.setattr(timed_layers, "measure", lambda forms, shape, dtype, call: Timing(shape, 3.0, 2.0, 1.0))
 
     class Called(nn.Module):
         def __init__(self) -> None:

@@ -102,7 +102,7 @@ def _coding(known: Mapping[str, Any], at: Place) -> Coding | None:
 
 
 def _extent(entry: Entry, name: str, rows: int | None, base: int | None) -> tuple[int, int]:
-    """The number of values in a part with so many rows and this base, and the bytes of one where they are plain."""
+    """The number of values in a part with that number of rows and this base, and the bytes of one of plain values."""
     if name == "values":
         return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
     if name == "step":

@@ -72,7 +72,7 @@ def compress(
     Args:
         path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; one of several shards, for all of
             them; or a folder of Hugging Face, whose other files are copied too. Optimizer states, other training data,
-            values that are no tensors, and duplicates are left out.
+            values that are not tensors, and duplicates are left out.
         directory: where `best_model.pt` is written; created if it is missing. The models of a pipeline of diffusers,
             or of sentence-transformers, are each written into their own folder in it, as the source has them.
         bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default

@@ -184,7 +184,7 @@ def _on_grid(rows: Floats, kind: np.dtype[Any], largest: int) -> tuple[NDArray[n
 def _tried(
     rows: Floats, kind: np.dtype[Any], largest: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int16], Steps]:
-    """For each row, with the largest code given for it: whether codes give every number exactly; these, and the steps.
+    """Whether codes give every number of a row exactly, with the largest code given for it; these, and the steps.
 
     Codes and steps mean nothing where they do not, and there are none as soon as no row can have any.
     """

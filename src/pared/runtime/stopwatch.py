@@ -146,7 +146,7 @@ class Patience(TorchFunctionMode):
     """While it is entered, an operator that comes too late raises `TooSlowError`, as a capture may take minutes.
 
     Args:
-        seconds: of processor that may be spent in any case.
+        seconds: the processor time in seconds that may be spent in any case.
         an_operator: seconds more for each operator.
     """
 

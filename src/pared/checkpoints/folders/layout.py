@@ -103,7 +103,7 @@ def metadata_of(listing: Listing) -> dict[str, Any]:
 
 
 def written_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The free text of an expanded file; what a stranger wrote in its place that is no text is not taken."""
+    """The free text of an expanded file; what a stranger wrote in its place that is not text is not taken."""
     recorded = provenance.get(_METADATA)
     said = recorded if isinstance(recorded, dict) else {}
     texts = {key: value for key, value in said.items() if isinstance(value, str)}
