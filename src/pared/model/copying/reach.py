@@ -63,7 +63,9 @@ class Reach(Generic[ModuleT_co]):
             self.objects[id(module)], self.places[id(module)], self.holders[id(module)] = module, name, []
         for name, module in model.named_modules():
             for attribute, value in attributes(module):
-                if attribute not in _DROPPED and (type(value) not in _CONTAINERS or value):  # most hooks are none
+                kind = type(value)
+                # Most attributes of a module are numbers and hooks, of which there are none.
+                if attribute not in _DROPPED and kind not in PLAIN and (kind not in _CONTAINERS or value):
                     self._add(value, id(module), f"{name}.{attribute}".removeprefix("."))
         self._weak()
 
