@@ -20,7 +20,7 @@ from bench.run import OUT, THREADS
 from pared import PostTrainingQuantConfig
 from pared.runtime.float_forms import outline_of
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
-from pared.runtime.graphs.capture import capture
+from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.graphs.merging import product_and_sum
 from pared.runtime.graphs.products import QLINEAR, joined, quantize_contiguous_all

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pared
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
-from pared.runtime.graphs.capture import LOGGERS
+from pared.runtime.graphs.capturing.capture import LOGGERS
 from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
 
 pytestmark = pytest.mark.slow

@@ -21,9 +21,9 @@ from pared.model.calls import Call
 from pared.model.recorded import values
 from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized, stopwatch
-from pared.runtime.graphs import capture
 from pared.runtime.graphs.call_kinds import Argument
-from pared.runtime.graphs.capture import Captures
+from pared.runtime.graphs.capturing import capture
+from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
 from pared.runtime.record import Result, contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server

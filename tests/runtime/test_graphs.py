@@ -16,7 +16,7 @@ from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs import fusion
 from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
-from pared.runtime.graphs.capture import capture
+from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.graphs.fusion import FLOAT_CONV
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.graphs.merging import product_and_sum

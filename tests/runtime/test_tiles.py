@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pared.runtime.float_forms import outline_of
 from pared.runtime.graphs.attention import as_floats, mask_to_bfloat16, to_bfloat16, to_float32
 from pared.runtime.graphs.call_kinds import arguments_of
-from pared.runtime.graphs.capture import capture
+from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.graphs.products import QCONVS, QLINEAR
 from pared.runtime.kernels import conv

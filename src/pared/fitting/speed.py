@@ -35,7 +35,7 @@ from pared.runtime.graphs.call_kinds import (
     parameters_of,
     unknown_output,
 )
-from pared.runtime.graphs.capture import Captures
+from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
 from pared.runtime.profile import (

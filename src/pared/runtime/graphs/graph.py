@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import Bound
-from pared.runtime.graphs.capture import Captured, Size
+from pared.runtime.graphs.capturing.capture import Captured, Size
 from pared.runtime.graphs.draft import Draft
 from pared.runtime.graphs.fusion import fuse, hides_nan, simplify
 from pared.runtime.graphs.products import place, share, take_apart

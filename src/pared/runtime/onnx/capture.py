@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pared.errors import ConfigError, ModelError
-from pared.runtime.graphs.capture import PREFIX, Example, FlatModel, ValuesDecideError, capturing, doubled
+from pared.runtime.graphs.capturing.capture import PREFIX, Example, FlatModel, ValuesDecideError, capturing, doubled
 from pared.runtime.onnx.signature import GraphInput, Signature, output_names, signature_of, tensors_of
 
 log = logging.getLogger(__name__)

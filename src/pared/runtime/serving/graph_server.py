@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from pared.errors import reason_of
 from pared.model.recorded import values
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
-from pared.runtime.graphs.capture import Captured, capture
+from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton, has_listeners
