@@ -18,6 +18,7 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.model.tensors import find_tensors
 from pared.runtime.float_forms import skeleton_of
+from pared.runtime.onnx.engines import EXACT_PRODUCTS
 from pared.runtime.onnx.export import Exported
 from pared.runtime.profile import Profile, this_machine
 from pared.runtime.quantized import assemble
@@ -111,7 +112,9 @@ def flat(outputs: Any) -> list[np.ndarray]:
 def in_onnxruntime(path: Path, inputs: dict[str, Tensor]) -> list[np.ndarray]:
     import onnxruntime  # not at the top: `make quick` reads this file without it
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(EXACT_PRODUCTS, "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     found: list[np.ndarray] = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     return found
 

@@ -123,7 +123,7 @@ def _timed(
             for name, call in submodels.items()
         }
         profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.is_served})
-        by_layers = quantized.assemble(tensors, contents, profile)
+        by_layers = quantized.assemble(tensors, contents, profile, captures=captures)
     return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""])))
 
 

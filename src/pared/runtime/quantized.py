@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
@@ -33,6 +34,7 @@ from pared.model.state import extra
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors, named_tensors
 from pared.runtime import summary
 from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skeleton_of
+from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths
 from pared.runtime.layers.counterpart import Counterpart
@@ -45,7 +47,7 @@ from pared.runtime.placement import Memory, held_in_codes, install, running_of
 from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
-from pared.runtime.serving.graph_server import GraphServer
+from pared.runtime.serving.graph_server import Capture, GraphServer
 from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_save_pretrained
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Server
@@ -238,7 +240,13 @@ def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.
     return subclass_of(base, Quantized, offered, members)
 
 
-def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profile, memory: Memory = "fast") -> ModuleT:
+def assemble(
+    tensors: ModelTensors[ModuleT],
+    contents: Contents,
+    profile: Profile,
+    memory: Memory = "fast",
+    captures: Mapping[str, Capture] = MappingProxyType({}),
+) -> ModuleT:
     """Make the quantized model out of a float model or an empty skeleton, and contents that fit it.
 
     Args:
@@ -247,6 +255,7 @@ def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profil
         contents: every tensor.
         profile: the measured times that decide which layers run in int8 on this machine.
         memory: "small": every weight stays in codes, and is decoded whenever it is read.
+        captures: turns a call of a submodel into a graph, by the submodel's name. Default: each is captured anew.
 
     Raises:
         MismatchError: the contents do not fit the model, or it has a meta tensor that is in no state dict.
@@ -277,13 +286,13 @@ def assemble(tensors: ModelTensors[ModuleT], contents: Contents, profile: Profil
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
     record = Record(known, stored_forms, dict(contents.activations), provenance, profile, running, memory, outcome)
     offered = free_names(clone, _OFFERED)
-    _serve(clone, profile, memory)
+    _serve(clone, profile, memory, captures)
     clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
 
 
-def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
+def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping[str, Capture]) -> None:
     """Let something faster than modules answer the calls of the model and its submodels, where that was measured."""
     if memory == "small":
         serve(model, GraphServer(outline_of))
@@ -291,14 +300,14 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory) -> None:
     modules = dict(model.named_modules())
     for name, timing in profile.submodels.items() if profile.model.kernel != "float32" else ():
         if name in modules and timing.is_served:
-            serve(modules[name], _server(timing))
-    serve(model, _server(profile.model))
+            serve(modules[name], _server(timing, captures.get(name, capture)))
+    serve(model, _server(profile.model, capture))
 
 
-def _server(timing: ModelTiming) -> Server:
+def _server(timing: ModelTiming, captured: Capture) -> Server:
     if timing.kernel == "bfloat16":
         return BFloat16Server(floats_of, timing.largest_calls)
-    return GraphServer(outline_of, timing.graphs if timing.kernel == "int8" else ())
+    return GraphServer(outline_of, timing.graphs if timing.kernel == "int8" else (), captured)
 
 
 def _refuse_meta(model: nn.Module) -> None:

@@ -20,6 +20,9 @@ from pared.runtime.stopwatch import fastest_ms
 
 log = logging.getLogger(__name__)
 
+# Without it, sums of two products saturate at 16 bits on x86 processors without VNNI; elsewhere it does nothing.
+EXACT_PRODUCTS: Final = "session.x64quantprecision"
+
 Engine = Literal["torch", "onnxruntime", "openvino", "auto"]
 
 
@@ -31,6 +34,7 @@ class _OnnxRuntime:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors
+        options.add_session_config_entry(EXACT_PRODUCTS, "1")
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def metadata(self) -> Mapping[str, str]:

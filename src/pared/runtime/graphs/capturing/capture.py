@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.graphs.capturing.writes import replace_writes
 from pared.runtime.stopwatch import Patience, TooSlowError
 from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
 
@@ -36,19 +38,24 @@ class _Attempt:
 
     Args:
         free: the dimensions of a tensor that may have other sizes, by its rank.
-        patience: makes what refuses operators that come too late.
+        seconds: what it may take of a processor in any case.
+        an_operator: seconds more for each operator.
     """
 
     free: Callable[[int], Iterable[int]]
-    patience: Callable[[], Patience]
+    seconds: float
+    an_operator: float
+
+    def patience(self) -> Patience:
+        """What refuses operators that come too late."""
+        return Patience(self.seconds * _slowness(), self.an_operator * _slowness())
 
 
 # Operators on sizes that may vary usually take 0.01 s of processor, and 0.2 s where windows and shifts divide these
-# sizes; where only the number of samples may vary, they take half of it.
-_ATTEMPTS: Final = (
-    _Attempt(range, partial(Patience, 2.0, 0.015)),
-    _Attempt(lambda rank: range(min(rank, 1)), partial(Patience, 1.0, 0.01)),
-)
+# sizes; where only the number of samples may vary, they take half of it. Measured where the capture of a small model
+# takes `_SMALL_SECONDS`.
+_ATTEMPTS: Final = (_Attempt(range, 2.0, 0.015), _Attempt(lambda rank: range(min(rank, 1)), 1.0, 0.01))
+_SMALL_SECONDS: Final = 0.054
 
 
 @dataclass(frozen=True)
@@ -214,7 +221,7 @@ def capture(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | N
 
     slow = [] if slow is None else slow
     try:
-        _import_exporter()
+        _slowness()  # no model has to be patient for the imports of the first export
         call = doubled(((), {argument.name: argument.example() for argument in arguments}))
         program = _in_time(lambda around: FlatModel(model, call, returned, around), slow)
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
@@ -238,10 +245,17 @@ def _in_time(flat: Callable[[Callable[[], Patience]], FlatModel], slow: list[str
 
 
 @cache
-def _import_exporter() -> None:
-    """Let torch import what it needs for the first export of a process: no model has to be patient for that."""
-    plain = nn.Sequential(nn.LayerNorm(2), nn.GELU())  # draws no random numbers
-    _exported(FlatModel(plain, ((torch.zeros(2, 2),), {}), tree_leaves), range)
+def _slowness() -> float:
+    """How many times longer a capture takes in this process than where the limits were measured; at least 1."""
+
+    def small() -> None:
+        plain = nn.Sequential(nn.LayerNorm(2), nn.GELU())  # draws no random numbers
+        _exported(FlatModel(plain, ((torch.zeros(2, 2),), {}), tree_leaves), range)
+
+    small()  # torch imports what it needs for the first export of a process
+    begun = time.thread_time()
+    small()
+    return max(1.0, (time.thread_time() - begun) / _SMALL_SECONDS)
 
 
 def _materialize(model: nn.Module) -> None:
@@ -257,10 +271,7 @@ def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
     dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-        operators = (node.target for node in program.graph.nodes if node.op == "call_function")
-        # Where an operator writes to its inputs, all are replaced by operators that give new tensors.
-        writes = any(isinstance(one, torch._ops.OpOverload) and one._schema.is_mutable for one in operators)
-        return program.run_decompositions({}) if writes else program
+        return program if replace_writes(program.graph) else program.run_decompositions({})
 
 
 def _checked(program: Any, outputs: TreeSpec) -> Captured:
