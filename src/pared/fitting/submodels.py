@@ -22,8 +22,8 @@ from pared.switches import WITHOUT_FAST_PATHS
 
 log = logging.getLogger(__name__)
 
-# The share of the model's time that a submodel takes: below, it is not worth a graph of its own; above, the model is
-# only a wrapper of it.
+# The share of the model's time that a submodel takes: below, it is not worth a graph of its own. Above this share of
+# the time or of the weights, the model is only a wrapper of it.
 _LEAST_SHARE: Final = 0.2
 _MOST_SHARE: Final = 0.9
 
@@ -59,13 +59,19 @@ def find_submodels(model: nn.Module, call: Call) -> dict[str, Call]:
     finally:
         for handle in handles:
             handle.remove()
+    weights = _numbers(model)
     found = {
         name: recorder.calls[0]
         for name, recorder in recorders.items()
         if len(recorder.calls) == 1 and recorder.calls[0] is not None
         if _LEAST_SHARE <= recorder.time.seconds / total.seconds <= _MOST_SHARE
+        and _numbers(model.get_submodule(name)) <= _MOST_SHARE * weights
     }
     return {name: call for name, call in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class _CallRecorder:

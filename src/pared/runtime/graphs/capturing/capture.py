@@ -54,7 +54,7 @@ class _Attempt:
 # Operators on sizes that may vary usually take 0.01 s of processor, and 0.2 s where windows and shifts divide these
 # sizes; where only the number of samples may vary, they take half of it. Measured where the capture of a small model
 # takes `_SMALL_SECONDS`.
-_ATTEMPTS: Final = (_Attempt(range, 2.0, 0.015), _Attempt(lambda rank: range(min(rank, 1)), 1.0, 0.01))
+_ATTEMPTS: Final = (_Attempt(range, 1.5, 0.0065), _Attempt(lambda rank: range(min(rank, 1)), 1.0, 0.006))
 _SMALL_SECONDS: Final = 0.054
 
 

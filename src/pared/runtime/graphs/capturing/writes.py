@@ -19,6 +19,17 @@ _ATEN: Final = torch.ops.aten
 # How a part of a tensor is put back: by an operator on the tensor, the part, and what the part was taken with.
 _PUT_BACK: Final = {_ATEN.select.int: _ATEN.select_scatter.default, _ATEN.slice.Tensor: _ATEN.slice_scatter.default}
 
+# What gives the same numbers in the same order, in another shape.
+_RESHAPED: Final = (
+    _ATEN.view.default,
+    _ATEN.reshape.default,
+    _ATEN.unsqueeze.default,
+    _ATEN.squeeze.default,
+    _ATEN.squeeze.dim,
+    _ATEN.flatten.using_ints,
+    _ATEN.unflatten.int,
+)
+
 # What only looks like a tensor of its own, or like a write.
 _SAME: Final = (_ATEN.detach.default, _ATEN.detach_.default, _ATEN.alias.default)
 
@@ -95,7 +106,7 @@ class _Writes:
         if any(self._parents[one] is None for one in self._parents if self._storages[one] == storage):
             return False
         while node is not self._roots[storage]:
-            if not self._is_whole(node) and node.target not in _PUT_BACK:
+            if not self._is_whole(node) and node.target not in (*_PUT_BACK, *_RESHAPED):
                 return False
             node = self._parents[node]
         return True
@@ -140,10 +151,12 @@ class _Writes:
         value = self._computed(_twin(write.target), write)
         while node is not self._roots[storage]:
             parent: Any = self._parents[node]
-            if not self._is_whole(node):
+            if node.target in _RESHAPED:
+                value = self._graph.call_function(_ATEN.reshape_as.default, (value, self._current(parent)))
+            elif not self._is_whole(node):
                 args = (self._current(parent), value, *node.args[1:])
                 value = self._graph.call_function(_PUT_BACK[node.target], args, node.kwargs)
-                value.meta |= parent.meta
+            value.meta |= parent.meta
             node = parent
         self._versions[storage] = self._versions.get(storage, 0) + 1
         self._newest[node] = self._versions[storage], value
