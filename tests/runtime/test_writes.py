@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
@@ -83,6 +85,22 @@ def pieces(x: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
+def shared_by_a_dropout(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    z = nn.functional.dropout(y, 0.5, False)
+    first = z[0]
+    z += 1
+    first.neg_()
+    return y, nn.functional.dropout(z, 0.0, True).mul_(2)
+
+
+def many_in_a_row(x: Tensor) -> Tensor:
+    y = x * 2
+    for _ in range(100):
+        y = y.add_(1).mul_(0.9)
+    return y
+
+
 def nothing_is_written(x: Tensor) -> Tensor:
     y = nn.functional.dropout(x, 0.5, False, inplace=True)
     return y.detach_() + 1
@@ -100,6 +118,8 @@ KNOWN: dict[str, Callable[[Tensor], object]] = {
         masked,
         through_other_shapes,
         pieces,
+        shared_by_a_dropout,
+        many_in_a_row,
         nothing_is_written,
     )
 }
@@ -117,7 +137,26 @@ def into_a_piece(x: Tensor) -> Tensor:
     return y
 
 
-OTHERS: dict[str, Callable[[Tensor], object]] = {one.__name__: one for one in (into_a_turned_view, into_a_piece)}
+def other_shapes_of_the_same(x: Tensor) -> tuple[Tensor, ...]:
+    y = x * 2
+    row, turned = y[0], (x + 1).unsqueeze(0)
+    inner = turned[0]
+    y.unsqueeze_(0).add_(1)
+    turned.squeeze_(0)
+    turned[0] += 1
+    return row, y, inner, turned.t_()
+
+
+def into_a_piece_of_what_a_dropout_gives(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    nn.functional.dropout(y, 0.5, False).t().mul_(3)
+    return y, y + x
+
+
+OTHERS: dict[str, Callable[[Tensor], object]] = {
+    one.__name__: one
+    for one in (into_a_turned_view, into_a_piece, other_shapes_of_the_same, into_a_piece_of_what_a_dropout_gives)
+}
 
 
 class Model(nn.Module):
@@ -164,3 +203,43 @@ def test_no_operator_of_the_graph_writes(name: str) -> None:
     allowed = {torch.ops.aten.dropout_.default, torch.ops.aten.detach_.default}
     assert targets
     assert not [one for one in targets if one._schema.is_mutable and one not in allowed]
+
+
+class Writing(nn.Module):
+    """Its forward writes to what it was given, or to what it keeps.
+
+    Args:
+        write: gets the module, and the input.
+    """
+
+    def __init__(self, write: Callable[[Writing, Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.weight = nn.Parameter(torch.ones(4))
+        self.register_buffer("count", torch.zeros(4))
+        self.kept = torch.zeros(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write(self, x)
+        return x * self.weight * self.count + self.kept
+
+
+REFUSED: dict[str, Callable[[Any, Tensor], object]] = {
+    "its input": lambda _, x: x.add_(1),
+    "a view of its input": lambda _, x: x.view(-1)[1:].mul_(2),
+    "its input, through a dropout": lambda _, x: nn.functional.dropout(x, 0.5, False).mul_(2),
+    "its input, through a copy that is none": lambda _, x: x.contiguous().to(torch.float32).relu_(),
+    "a buffer": lambda m, _: m.count.add_(1),
+    "a buffer, through a type": lambda m, _: m.count.float()[0].fill_(1),
+    "a parameter": lambda m, _: m.weight.detach().clamp_(0, 0.5),
+    "a tensor that it keeps": lambda m, _: m.kept.add_(1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_outlives_the_call_is_never_written_to(name: str) -> None:
+    model = Writing(REFUSED[name]).eval().requires_grad_(False)
+    bound = bind(["x"], (torch.randn(6, 4),), {})
+    assert bound is not None
+    with pytest.raises(ModelError, match=r"changes buffers or inputs|is mutated"):
+        capture(model, arguments_of(bound))

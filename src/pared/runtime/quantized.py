@@ -255,7 +255,7 @@ def assemble(
         contents: every tensor.
         profile: the measured times that decide which layers run in int8 on this machine.
         memory: "small": every weight stays in codes, and is decoded whenever it is read.
-        captures: turns a call of a submodel into a graph, by the submodel's name. Default: each is captured anew.
+        captures: turns a call of a submodel into a graph, by the submodel's name. Default: each is captured again.
 
     Raises:
         MismatchError: the contents do not fit the model, or it has a meta tensor that is in no state dict.

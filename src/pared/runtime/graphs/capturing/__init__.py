@@ -1,1 +1,1 @@
-"""From a model's call to a graph of operators that change none of their inputs."""
+"""Captures of calls: graphs of operators that change none of their inputs."""

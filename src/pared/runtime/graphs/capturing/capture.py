@@ -271,7 +271,10 @@ def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
     dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-        return program if replace_writes(program.graph) else program.run_decompositions({})
+        if replace_writes(program.graph):
+            return program
+        program.graph_module.recompile()
+        return program.run_decompositions({})
 
 
 def _checked(program: Any, outputs: TreeSpec) -> Captured:

@@ -32,6 +32,7 @@ _RESHAPED: Final = (
 
 # What only looks like a tensor of its own, or like a write.
 _SAME: Final = (_ATEN.detach.default, _ATEN.detach_.default, _ATEN.alias.default)
+_DROPOUT: Final = _ATEN.dropout.default  # an export takes what it gives for new memory
 
 
 def replace_writes(graph: fx.Graph) -> bool:
@@ -42,18 +43,27 @@ def replace_writes(graph: fx.Graph) -> bool:
             memory share a storage.
 
     Returns:
-        whether none is left. If one writes in a way that is not known here, or to what the graph is given, the graph
-        stays as it is.
+        whether none is left. If one writes in a way that is not known here, or to what the graph is given, none is
+        replaced.
     """
     writes = [node for node in graph.nodes if _is_write(node)]
     if not writes:
         return True
     found = _Writes(graph)
-    if not all(found.is_known(node) for node in writes):
-        return False
-    found.replace()
-    graph.lint()
-    return True
+    if all(found.is_known(node) for node in writes):
+        found.replace()
+        graph.lint()
+        return True
+    _drop_dropouts(graph)
+    return False
+
+
+def _drop_dropouts(graph: fx.Graph) -> None:
+    """Use the input of a dropout that gives its input, so that another trace sees that what is written to is one."""
+    for node in list(graph.nodes):
+        if node.target is _DROPOUT and _is_same(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _is_write(node: fx.Node) -> bool:
@@ -61,15 +71,20 @@ def _is_write(node: fx.Node) -> bool:
 
 
 def _is_same(node: fx.Node) -> bool:
-    # A dropout that does not train gives its input.
-    return node.target in _SAME or (node.target is _ATEN.dropout_.default and node.args[2] is False)
+    # A dropout that does not train, or drops nothing, gives its input.
+    if node.target in (_DROPOUT, _ATEN.dropout_.default):
+        return bool(node.args[1] == 0 or node.args[2] is False)
+    return node.target in _SAME
 
 
 def _twin(target: Any) -> Any:
-    """The operator that gives what another one writes into its first argument; None if there is none."""
+    """The operator that gives what another one writes into its first argument; None if there is none.
+
+    An operator such as `squeeze_` writes no numbers: it gives a tensor another shape.
+    """
     writes = [one.name for one in target._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
     name, overload = target._schema.name.removeprefix("aten::"), target._overloadname
-    if writes != [target._schema.arguments[0].name] or not name.endswith("_"):
+    if writes != [target._schema.arguments[0].name] or not name.endswith("_") or torch.Tag.inplace_view in target.tags:
         return None
     return getattr(getattr(_ATEN, name.removesuffix("_"), None), overload, None)
 
@@ -82,18 +97,33 @@ def _storage(value: object) -> int | None:
     return parts.pop() if len(parts) == 1 else None
 
 
+def _storages(graph: fx.Graph) -> dict[fx.Node, int | None]:
+    """What identifies the memory of each node's value."""
+    found: dict[fx.Node, int | None] = {}
+    same: dict[int, int | None] = {}  # what is thought to be new memory, and is not
+    for node in graph.nodes:
+        storage = _storage(node.meta.get("val"))
+        if storage is not None and node.target is _DROPOUT and _is_same(node):
+            same[storage] = found[node.args[0]]
+        found[node] = storage if storage is None else same.get(storage, storage)
+    return found
+
+
 class _Writes:
     """Which nodes of a graph share memory, and what became of that memory so far."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._graph = graph
-        self._storages = {node: _storage(node.meta.get("val")) for node in graph.nodes}
+        self._storages = _storages(graph)
         self._roots: dict[int, fx.Node] = {}
         self._parents: dict[fx.Node, fx.Node | None] = {}  # of which a node gives a part, or another view
         for node, storage in self._storages.items():
             if storage is not None and self._roots.setdefault(storage, node) is not node:
                 shared = [one for one in node.all_input_nodes if self._storages[one] == storage]
-                self._parents[node] = shared[0] if len(shared) == 1 or _is_write(node) else None
+                parent = shared[0] if len(shared) == 1 or _is_write(node) else None
+                while parent in self._parents and self._is_whole(parent):  # else many writes in a row are a deep tree
+                    parent = self._parents[parent]
+                self._parents[node] = parent
         self._versions: dict[int, int] = {}  # how often each storage was written to
         self._newest: dict[fx.Node, tuple[int, fx.Node]] = {}  # the version, and the node that has that value
 
