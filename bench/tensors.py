@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 import pared
 from bench.markdown import markdown
-from bench.run import OUT
 
-RESULTS = OUT / "tensors.json"
+RESULTS = Path("out/bench/tensors.json")
 COUNTS = (1_000, 4_000, 20_000)
 _SIDE, _BATCHES, _SAMPLES = 2, 4, 4
 
