@@ -1,5 +1,6 @@
 """What holds for the whole process is afterwards what it was, however many threads changed it at once."""
 
+import gc
 import logging
 import random
 import threading
@@ -19,7 +20,7 @@ import pared
 from pared.files.memory_limit import MemoryLimit
 from pared.files.pickles import read_pickle
 from pared.runtime.graphs.capturing.capture import LOGGERS
-from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine
+from pared.switches import WITHOUT_FAST_PATHS, Switch, ignoring, quantized_engine, rare_collections
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,7 @@ def process() -> dict[str, Any]:
         "levels": {name: logging.getLogger(name).level for name in LOGGERS},
         "logging filters": {name: list(logging.getLogger(name).filters) for name in LOGGERS},
         "disabled": logging.root.manager.disable,
+        "collections": gc.get_threshold(),
         "torch": torch.get_rng_state().tolist(),
         "numpy": str(np.random.get_state()),
         "random": random.getstate(),
@@ -96,6 +98,19 @@ def alike(found: Tensor, expected: Tensor) -> bool:
 def small(model: nn.Module) -> nn.Module:
     conf = pared.PostTrainingQuantConfig(approach="dynamic", quant_level=0)
     return pared.fit(model, conf, DATA, quiet=True)
+
+
+@pytest.mark.usefixtures("unchanged")
+@pytest.mark.parametrize(("tensors", "own", "inside"), [(10, 700, 700), (2_000, 700, 50_000), (2_000, 0, 0)])
+def test_collections_are_rare_while_there_are_many_tensors(tensors: int, own: int, inside: int) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(own)  # 0: none
+    try:
+        with rare_collections(tensors):
+            assert gc.get_threshold()[0] == inside
+        assert gc.get_threshold()[0] == own
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.usefixtures("unchanged")

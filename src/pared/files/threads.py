@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 _TURNS: Final = 64  # of each thread: to hand over a single item takes longer than most small items do
+_SMALL: Final = 1024  # numbers, or bytes: work on fewer keeps Python's lock nearly all of the time
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,14 +30,15 @@ def each(
     Args:
         work: called with one item.
         items: the arguments.
-        sizes: how long each takes, in any unit; the longest begin first. Default: all take equally long.
+        sizes: the numbers or bytes of each; the largest begin first, and where most are small there are no threads.
+            Default: all take equally long.
         most: the largest number of threads; default: one for each core that this process may use.
 
     >>> each(abs, [-2, 1, -3], sizes=[2, 1, 3])
     [2, 1, 3]
     """
     threads = min(most or usable_cores(), len(items))
-    if threads <= 1:
+    if threads <= 1 or (sizes is not None and sum(sizes) < _SMALL * len(items)):
         return [work(item) for item in items]
     order = range(len(items)) if sizes is None else sorted(range(len(items)), key=lambda i: -sizes[i])
     turns = [order[first :: _TURNS * threads] for first in range(min(_TURNS * threads, len(items)))]

@@ -30,11 +30,11 @@ from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls
-from pared.model.tensors import ModuleT
+from pared.model.tensors import ModuleT, tensor_count
 from pared.runtime.profile import ModelTiming
 from pared.runtime.record import contents_of, record_of, set_outcome
 from pared.scalars import checked_number
-from pared.switches import random_states_kept
+from pared.switches import random_states_kept, rare_collections
 from pared.terminal import Stages
 
 log = logging.getLogger(__name__)
@@ -107,6 +107,7 @@ def fit(
         if directory is not None and eval_func is not None:  # before hours of work, not after
             make_directory(directory)
             held.enter_context(owned(directory))
+        held.enter_context(rare_collections(tensor_count(model) if isinstance(model, nn.Module) else 0))
         return _fit(model, conf, calib_dataloader, (eval_func, confirm_func), directory, Stages(quiet=quiet))
 
 

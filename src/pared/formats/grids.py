@@ -129,6 +129,8 @@ def decode(codes: NDArray[Any], step: Steps, view: View) -> NDArray[np.float32]:
 def _shared(work: Callable[[_Tile], T], matrix: Array, threads: int) -> list[tuple[_Tile, T]]:
     """The results of `work` on every tile; each thread takes a run of tiles."""
     blocks = list(tiles((matrix.shape[0], matrix.shape[1])))
+    if len(blocks) == 1:
+        return [(blocks[0], work(blocks[0]))]
     bounds = [i * len(blocks) // threads for i in range(threads + 1)]
     runs = [blocks[begin:end] for begin, end in pairwise(bounds)]
     return [done for run in each(lambda run: [(tile, work(tile)) for tile in run], runs, most=threads) for done in run]

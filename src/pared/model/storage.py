@@ -239,7 +239,7 @@ def verified(contents: Contents, kind: str) -> Encoded:
 def _verify(contents: Contents, data: bytes) -> None:
     stored = [one for one in contents.tensors if one.decision.treatment != "made"]
     for ours, theirs in zip(stored, from_bytes(data).tensors, strict=True):
-        same = all(torch.equal(_bits(ours.coded.parts[k]), _bits(theirs.coded.parts[k])) for k in ours.coded.parts)
+        same = all(_same(ours.coded.parts[k], theirs.coded.parts[k]) for k in ours.coded.parts)
         if ours.names != theirs.names or not same:
             raise CorruptError(
                 "what would be written does not read back as it was",
@@ -248,8 +248,14 @@ def _verify(contents: Contents, data: bytes) -> None:
             )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bytes: NaN equals itself, and -0.0 is not 0.0."""
+    if not a.is_floating_point() and not a.is_complex():
+        return torch.equal(a, b)
+    return torch.equal(_bits(a), _bits(b))
+
+
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, of which NaN equals itself."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8) if tensor.numel() else tensor
 
 

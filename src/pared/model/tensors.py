@@ -197,6 +197,11 @@ def registered_as(module: nn.Module, attribute: str) -> Tensor:
     return module.get_buffer(attribute) if parameter is None else parameter
 
 
+def tensor_count(model: nn.Module) -> int:
+    """How many parameters and buffers the modules have, tied ones as often as they are registered."""
+    return sum(len(module._parameters) + len(module._buffers) for module in model.modules())
+
+
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of the model, under each of its names."""
     for module_name, module in model.named_modules(remove_duplicate=False):

@@ -14,7 +14,7 @@ from pared.files.threads import apart
 from pared.model import storage
 from pared.model.checks import check_modules, check_nesting
 from pared.model.copying.ties import check_globals
-from pared.model.tensors import ModuleT, find_tensors
+from pared.model.tensors import ModuleT, find_tensors, tensor_count
 from pared.runtime import quantized
 from pared.runtime.layers.table import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
@@ -22,6 +22,7 @@ from pared.runtime.placement import Memory
 from pared.runtime.profile import profile_beside
 from pared.runtime.record import record_of
 from pared.scalars import check_choice
+from pared.switches import rare_collections
 
 
 @overload
@@ -112,4 +113,5 @@ def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.M
         tensors = find_tensors(known)
         return quantized.assemble(tensors, storage.read(file, tensors.numbers), profile_beside(file), memory)
 
-    return apart(made)
+    with rare_collections(tensor_count(known)):
+        return apart(made)

@@ -124,9 +124,9 @@ def _widen(forms: Mapping[str, StoredForm], module: nn.Module, state: dict[str, 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, where NaN equals NaN, and -0.0 equals 0.0."""
-    if a.is_floating_point():
-        return bool(((a == b) | (a.isnan() & b.isnan())).all())
-    return torch.equal(a, b)
+    if torch.equal(a, b):
+        return True
+    return a.is_floating_point() and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def attach(forms: Mapping[str, StoredForm], module: nn.Module) -> None:

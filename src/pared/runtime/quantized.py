@@ -52,6 +52,7 @@ from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Server
 from pared.runtime.stopwatch import fastest_ms
+from pared.switches import rare_collections
 
 DEPLOY: Final = "deploy.yaml"
 # What torch.save takes for the name and the place of each tensor, and for the archive around them (estimates).
@@ -110,11 +111,12 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
         ModelError: the model is not a quantized one, or its weights were changed after compression.
     """
     record = record_of(model)
-    contents = contents_of(model)
-    path = storage.place(directory, container)
-    made = storage.verified(contents, container) if verify else storage.encoded(contents, container)
-    listed = ledger.of_records(replace(made.records, where=path.name), made.index)
-    deploy = summary.deploy_yaml(listed, contents, record.outcome, record.running)
+    with rare_collections(len(record.tensors)):
+        contents = contents_of(model)
+        path = storage.place(directory, container)
+        made = storage.verified(contents, container) if verify else storage.encoded(contents, container)
+        listed = ledger.of_records(replace(made.records, where=path.name), made.index)
+        deploy = summary.deploy_yaml(listed, contents, record.outcome, record.running)
     with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
         for name, content in ((path.name, made.file), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
             storage.write_beside(path, name, content)
