@@ -232,6 +232,7 @@ REFUSED: dict[str, Callable[[Any, Tensor], object]] = {
     "a buffer": lambda m, _: m.count.add_(1),
     "a buffer, through a type": lambda m, _: m.count.float()[0].fill_(1),
     "a parameter": lambda m, _: m.weight.detach().clamp_(0, 0.5),
+    "running statistics": lambda m, x: nn.functional.batch_norm(x, m.count, m.count + 1, training=True),
     "a tensor that it keeps": lambda m, _: m.kept.add_(1),
 }
 

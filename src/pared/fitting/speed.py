@@ -25,6 +25,7 @@ from pared.model.calls import Call
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
 from pared.model.recorded import values
+from pared.model.recorded.state import Attributes
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import (
@@ -270,17 +271,18 @@ class _Forms:
         )
 
     def _is_steady(self, call: Call) -> bool:
-        """Whether what calls change in the model has no influence on their outputs."""
+        """Whether a call changes nothing in the model if another came before, and the two give the same."""
         assert call.state is not None
         bare = replace(call, state=None)
         try:
             with torch.no_grad(), call.state.within(self.float32):
-                first, second = bare.on(self.float32), bare.on(self.float32)
+                first = bare.on(self.float32)
+                second, name = Attributes(self.float32.modules()).changed_by(partial(bare.on, self.float32))
         except Exception as error:  # noqa: BLE001  # a second call may be more than the model takes
             log.debug("the model's state decides: %s", reason_of(error))
             return False
         with torch.no_grad():
-            return agree(first, second, 0.0) and agree(first, bare.on(self.float32), 0.0)
+            return not name and agree(first, second, 0.0) and agree(first, bare.on(self.float32), 0.0)
 
     def _in_bfloat16(self, call: Call) -> Callable[[], Any] | str:
         """The call in bfloat16; or why it cannot be chosen."""
@@ -305,7 +307,9 @@ class _Forms:
                 if unknown := unknown_output(call.on(self.float32)):
                     return unknown
                 run()  # makes it, and compares
-                return self.server.reason(bound) if run() is NotImplemented else run
+                answered = run() is not NotImplemented
+                reason = self.server.reason(bound)
+                return run if answered and not reason else reason
         except Exception as error:  # noqa: BLE001  # whatever torch makes of the model's code becomes the reason
             return reason_of(error)
 

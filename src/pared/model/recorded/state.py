@@ -7,9 +7,9 @@ made again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from pared.model.recorded import values
 
 log = logging.getLogger(__name__)
 
+ValueT = TypeVar("ValueT")
 Entry = tuple[str, str]  # a module's name, and an attribute or buffer of it
 
 _OF_EVERY_MODULE: Final = frozenset(vars(nn.Module()))
@@ -108,6 +109,81 @@ class StateWatch:
         }
         entries = {entry: own.get(entry, self._first.get(entry, _ABSENT)) for entry in self.changed}
         return values.copied(entries, known)
+
+
+class Attributes:
+    """What the Python attributes of modules hold, as it is now, and whether that changes later.
+
+    Args:
+        modules: those of PyTorch's own classes change nothing but buffers.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        every = list(modules)
+        self._modules = [one for one in every if not _is_builtin(one)]
+        self._buffered = [one for one in every if one._buffers]
+        self.renew()
+
+    def renew(self) -> None:
+        """Take what they hold now for what they should hold."""
+        self._held = [
+            (vars(module), name, value) for module in self._modules for name, value in _attributes_of(module).items()
+        ]
+        self._counts = [(module, len(vars(module))) for module in self._modules]
+
+    def changed(self) -> str:
+        """The name of an attribute that was set to something else, added or deleted; empty if none was."""
+        for held, name, value in self._held:
+            if held.get(name) is not value and not _is_plainly_same(held.get(name), value):
+                return name
+        for module, count in self._counts:  # an attribute may stand before one of its class
+            if len(vars(module)) != count:
+                known = {name for held, name, _ in self._held if held is vars(module)}
+                return next((name for name in _attributes_of(module) if name not in known), "")
+        return ""
+
+    def changed_by(self, call: Callable[[], ValueT]) -> tuple[ValueT, str]:
+        """What a call gives, and the name of an attribute or a buffer that it sets, or within which it sets something.
+
+        What is set to other tensors with the same numbers is changed, too: for other inputs they might be others.
+        """
+        before = self._leaves()
+        found = call()
+        after = self._leaves()
+        for place in {**before, **after}:
+            old, new = before.get(place, (_ABSENT, 0)), after.get(place, (_ABSENT, 0))
+            if old[1] != new[1] or (old[0] is not new[0] and not _is_plainly_same(old[0], new[0])):
+                return found, str(place[0][1]).partition(" ")[2]
+        return found, ""
+
+    def _leaves(self) -> dict[values.Place, tuple[object, int]]:
+        """What all attributes and buffers are made of, and how often each was written to."""
+        entries: list[Mapping[str, object]] = [_attributes_of(module) for module in self._modules]
+        entries += [module._buffers for module in self._buffered]
+        held = {f"{index} {name}": value for index, one in enumerate(entries) for name, value in one.items()}
+        return {place: (leaf, _version(leaf)) for place, leaf in values.leaves(held)}
+
+
+def _attributes_of(module: nn.Module) -> dict[str, object]:
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _OF_EVERY_MODULE and not name.startswith("_pared")
+    }
+
+
+def _is_builtin(module: nn.Module) -> bool:
+    """Whether a module, or what a counterpart stands for, is PyTorch's own."""
+    own = next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("pared."))
+    return own.__module__.startswith("torch.nn.")
+
+
+def _is_plainly_same(a: object, b: object) -> bool:
+    return type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b
+
+
+def _version(leaf: object) -> int:
+    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
 class Moment:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from pared.model.copies import clone_structure, refresh_recurrent
-from pared.runtime.graphs.call_kinds import Argument, Bound
+from pared.model.recorded.state import Attributes
+from pared.runtime.graphs.call_kinds import Argument, Bound, kind_of
 from pared.runtime.layers.casts import cast_floats
 from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton
 
@@ -40,13 +41,15 @@ class BFloat16Server(Server):
 
     def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
         super().__init__(skeleton, wanted)
-        self._copy: tuple[Callable[..., Any], ModelSnapshot] | None = None
+        self._copy: tuple[Callable[..., Any], ModelSnapshot, Attributes] | None = None
         self._lock = threading.Lock()
 
     def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         del modules
+        if kind_of(bound) not in self._kinds:  # `fit` has not seen what the model makes of other constants
+            return NotImplemented
         with self._lock:
-            if self._copy is None or not self._copy[1].is_current():
-                self._copy = in_bfloat16(self._skeleton(model)), ModelSnapshot(model)
-            run, snapshot = self._copy
+            if self._copy is None or not self._copy[1].is_current() or self._copy[2].changed():
+                self._copy = in_bfloat16(self._skeleton(model)), ModelSnapshot(model), Attributes(model.modules())
+            run, snapshot, _ = self._copy
         return run(**bound) if snapshot.is_undisturbed() else NotImplemented

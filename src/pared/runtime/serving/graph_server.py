@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from pared.errors import reason_of
 from pared.model.recorded import values
+from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
 from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
@@ -28,6 +29,9 @@ _TOLERANCE: Final = 1e-2
 # Call kinds that differ from a wanted one in constants only, and get a graph: each costs seconds.
 _MOST_OTHERS: Final = 2
 
+# The calls that change the model before its graph is given up.
+_MOST_CHANGES: Final = 2
+
 # The bytes that an example call may take in any case, and as a multiple of those of the call at hand.
 _FREE: Final = 1 << 26
 _TIMES: Final = 4
@@ -40,7 +44,8 @@ class GraphServer(Server):
 
     A call with the tensors of a wanted kind and other constants, such as a flag, gets a graph of its own as long as
     there are few of these. At the first call of each kind, and at the first with other dimensions of size 1, the
-    modules run as well; a graph whose output differs from theirs is dropped.
+    modules run as well; a graph whose output differs from theirs is dropped, and so is one of a model whose calls
+    change its attributes, as nobody would change them while a graph answers, or whose attributes others change.
 
     Args:
         skeleton: makes a float model of the same architecture and class, whose numbers are not read.
@@ -111,6 +116,8 @@ class _CheckedGraph:
         self.graph: Graph | None = None
         self.reason = ""
         self._snapshot = ModelSnapshot(model)
+        self._attributes = Attributes(model.modules())
+        self._changes = 0
         self._checked: set[tuple[bool, ...]] = set()
         self._lock = threading.Lock()
         try:
@@ -128,15 +135,35 @@ class _CheckedGraph:
             return NotImplemented
         ones = tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)
         if ones in self._checked:
-            try:
-                return graph(bound)
-            except NotFiniteError:
-                return NotImplemented
-            except Exception as error:  # noqa: BLE001  # as in `_check`: the modules may well take this call
-                self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
-                return NotImplemented
+            return self._answer(graph, bound)
         with self._lock:
-            return self._check(graph, bound, ones, modules())
+            if name := self._attributes.changed():
+                self._drop(f"its attribute {name} was changed")
+                return NotImplemented
+            expected, name = self._attributes.changed_by(modules)
+            if name:
+                return self._unsure(expected, name)
+            return self._check(graph, bound, ones, expected)
+
+    def _answer(self, graph: Graph, bound: Bound) -> Any:
+        if name := self._attributes.changed():  # what was captured may depend on it
+            self._drop(f"its attribute {name} was changed")
+            return NotImplemented
+        try:
+            return graph(bound)
+        except NotFiniteError:
+            return NotImplemented
+        except Exception as error:  # noqa: BLE001  # as in `_check`: the modules may well take this call
+            self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
+            return NotImplemented
+
+    def _unsure(self, expected: Any, name: str) -> Any:
+        """Give up the graph if calls change the model; its first one may: it may prepare something for all others."""
+        self._changes += 1
+        self._attributes.renew()
+        if self._changes == _MOST_CHANGES or not self._snapshot.is_current():
+            self._drop(f"its forward changes {name}")
+        return expected
 
     def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
         try:

@@ -278,7 +278,8 @@ def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
 
 
 def _checked(program: Any, outputs: TreeSpec) -> Captured:
-    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in program.graph_signature.output_specs):
+    kinds = {spec.kind for spec in program.graph_signature.output_specs}
+    if kinds != {OutputKind.USER_OUTPUT} or any(map(_keeps_statistics, program.graph.nodes)):
         raise ModelError("its forward changes buffers or inputs", where="graph", remedy=_REMEDY)
     # Only functions of tensors may remain: control flow that depends on values has modules of its own.
     tied_to_strides = (torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_copy.default)
@@ -304,6 +305,12 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
                 remedy=_REMEDY,
             )
     return Captured(program.graph, tensors, constants, inputs, outputs)
+
+
+def _keeps_statistics(node: fx.Node) -> bool:
+    """Whether an operator writes to running statistics, which no schema says."""
+    norms = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
+    return node.target in norms and node.args[3] is not None and node.args[5] is True
 
 
 def _size(size: Any, bounds: Mapping[Any, Any]) -> Size:
