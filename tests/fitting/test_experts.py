@@ -172,3 +172,40 @@ def test_slices_of_a_stack_have_the_gradients_that_they_have_without_a_watch() -
     assert bool((rows.sum(1) > 0).all())
     assert found.tensors["up"].moments is not None
     assert found.tensors["up"].moments.shape == (4, 32, 32)
+
+
+class Chosen(nn.Module):
+    """The first number of a sample says which expert it is for.
+
+    Args:
+        fused: the experts are one parameter.
+    """
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fused = fused
+        self.stack = nn.Parameter(torch.randn(4, 32, 32) / 6) if fused else None
+        self.experts = nn.ModuleList([] if fused else [nn.Linear(32, 32) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(4):
+            mine = x[:, 0] == e
+            if mine.any():
+                expert = self.stack[e].T if self.stack is not None else self.experts[e].weight.T
+                out[mine] = x[mine] @ expert
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_of_samples_of_one_half_count(fused: bool, calls: int) -> None:
+    model, x = Chosen(fused=fused).eval(), torch.randn(60, 32)
+    # Some experts are only for even samples, or for the first call; others only for odd ones, or for the second.
+    x[:, 0] = torch.arange(60) % 2 * 2 + torch.arange(60) // 2 % 2 if calls == 1 else torch.arange(60) * 4 // 60
+    q = pared.fit(model, None, list(x.chunk(calls)), quiet=True)
+    for e in range(4):
+        mine = x[x[:, 0] == e]
+        assert snr(model(mine), q(mine)) > 25

@@ -94,3 +94,17 @@ def by_name(sums: Mapping[tuple[str, ...], Tensor]) -> dict[str, Tensor]:
         for name, value in zip(names, values, strict=True):
             add_up(found, name, value)
     return found
+
+
+def complete(unseen: Tensor, moments: Tensor) -> None:
+    """Put the moments of all samples, in place, where the unseen ones reached nothing: no error would cost anything.
+
+    An expert may be for samples of one half only. Nothing is left of its moments to round with then, so that it is
+    rounded without feedback, and no feedback is judged by what it was made from.
+
+    Args:
+        unseen: float32 (blocks, columns, columns): the second moments of one half.
+        moments: those of both halves, likewise.
+    """
+    missed = unseen.diagonal(dim1=1, dim2=2).sum(1) == 0
+    unseen[missed] = moments[missed]

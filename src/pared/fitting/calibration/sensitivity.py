@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import reason_of
-from pared.fitting.calibration.blocks import Blocks, add_up, blocks_of, by_name
+from pared.fitting.calibration.blocks import Blocks, add_up, blocks_of, by_name, complete
 from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
 from pared.model.calls import Call
@@ -52,7 +52,7 @@ class TensorStats:
         moments: float32 (blocks, columns, columns): second moments of the weight's gradients, in which each input
             counts by how much the output depends on it; None for embedding tables and where not measured.
         unseen: the part of `moments` from every other call, or from every other sample of a single call; it judges what
-            was made from the rest. None: there is no such part.
+            was made from the rest. None: there is no such part. Blocks that it did not reach are those of `moments`.
         layout: how the blocks cover the weight's matrix.
         uses: float64 (rows,): how often each row of an embedding table was looked up; None for other weights.
     """
@@ -357,6 +357,8 @@ class _Pass:
             self._moments, self._unseen = {}, {}
         uses = {name: counted / rounds for name, counted in self._uses.items()}
         rows, moments, unseen = map(by_name, (self._rows, self._moments, self._unseen))
+        for name, part in unseen.items():
+            complete(part, moments[name])
         tensors = {
             name: TensorStats(rows[name], moments.get(name), unseen.get(name), self._layouts[name], uses.get(name))
             for name in self._probed
