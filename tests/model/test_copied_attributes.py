@@ -1,5 +1,6 @@
 """What models hold and cannot be copied: it is shared, or new in the copy, or an error that names it."""
 
+import functools
 import io
 import itertools
 import logging
@@ -8,6 +9,7 @@ import sqlite3
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,10 +133,23 @@ def test_what_cannot_be_copied_is_named(make: Callable[[], Any], words: str) -> 
     assert "Set the attribute to None" in error.value.remedy
 
 
-@pytest.mark.parametrize("what", ["layer", "model", "weight"])
+LEADING: dict[str, Callable[[nn.Sequential], object]] = {
+    "layer": lambda model: model[0],
+    "model": lambda model: model,
+    "weight": lambda model: model[0].weight,
+    "memory of a weight": lambda model: model[0].weight.detach().view(-1),
+    "weak": lambda model: weakref.ref(model[0]),
+    "weak proxy, deep inside": lambda model: [{"a": (weakref.proxy(model),)}],
+    "closure": lambda model: lambda x: model[0](x),
+    "method": lambda model: model[0].forward,
+    "partial": lambda model: functools.partial(model.forward),
+}
+
+
+@pytest.mark.parametrize("what", LEADING)
 def test_a_copy_that_leads_back_to_the_model_is_refused(what: str) -> None:
     model = build()
-    give(model[2], "held", Selfish({"layer": model[0], "model": model, "weight": model[0].weight}[what]))
+    give(model[2], "held", Selfish(LEADING[what](model)))
     with pytest.raises(ModelError, match="2.held: leads back to the model that was copied"):
         shadow(model)
 
@@ -218,3 +233,16 @@ def test_a_chain_that_is_too_long_is_an_error() -> None:
     give(model, "chain", chain)
     with pytest.raises(ModelError, match="in a chain that is too long to be copied"):
         shadow(model)
+
+
+def test_a_partial_that_holds_itself_is_copied() -> None:
+    model = build()
+    box: dict[str, Any] = {}
+    box["partial"] = functools.partial(model[0].forward, box)
+    box["partial"].note = [model[2].weight]
+    give(model[0], "held", box)
+    copied = shadow(model)
+    held = copied[0].held["partial"]
+    assert held.args[0] is copied[0].held
+    assert held.func.__self__ is copied[0]
+    assert held.note[0] is copied[2].weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -198,8 +198,18 @@ def registered_as(module: nn.Module, attribute: str) -> Tensor:
 
 
 def tensor_count(model: nn.Module) -> int:
-    """How many parameters and buffers the modules have, tied ones as often as they are registered."""
-    return sum(len(module._parameters) + len(module._buffers) for module in model.modules())
+    """How many parameters and buffers the modules have, tied ones as often as they are registered.
+
+    The modules may nest deeper than Python calls itself.
+    """
+    found: dict[int, Mapping[str, Any]] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = vars(module)
+            waiting += vars(module).get("_modules", {}).values()
+    return sum(len(known.get("_parameters", ())) + len(known.get("_buffers", ())) for known in found.values())
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError, ParedError
-from pared.model.copying.reach import PLAIN, PROXIES, SHARED, Reach, behind, contents, slotted, span, weak_targets
+from pared.model.copying.reach import PLAIN_KINDS, PROXIES, SHARED, Reach, behind, contents, slotted, span, weak_targets
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,20 @@ class Memo(dict[int, Any]):
     def copied(self, value: Any) -> Any:
         """A deep copy of anything that the model refers to."""
         kind = type(value)
-        if kind in PLAIN:
+        if kind in PLAIN_KINDS:
             return value
-        if kind in _EMPTY and not value:  # most hooks of modules: `copy.deepcopy` would take much longer for them
+        made = super().get(id(value), _UNMADE)
+        if made is not _UNMADE:
+            return made
+        # Most of what modules hold: `copy.deepcopy`, which does the same, takes much longer for it.
+        if kind in _EMPTY and not value:
             return self.setdefault(id(value), kind())
+        if kind is dict:
+            new = self[id(value)] = {}
+            self.setdefault(id(self), []).append(value)  # which keeps it alive, and its `id` its own
+            for key, one in value.items():
+                new[self.copied(key)] = self.copied(one)
+            return new
         return copy.deepcopy(value, self)
 
     def is_tied(self, value: object) -> bool:
@@ -145,6 +155,13 @@ def _share(_memo: Memo, value: object) -> object:
 
 def _refuse(memo: Memo, value: object) -> object:
     raise _uncopyable(memo, value, "what it has still to give would be taken from the model")
+
+
+def _partial(memo: Memo, value: functools.partial[Any]) -> object:
+    new = memo[id(value)] = functools.partial(memo.copied(value.func))  # before what may refer to it
+    arguments, named = memo.copied(value.args), memo.copied(value.keywords)
+    new.__setstate__((new.func, arguments, named, memo.copied(vars(value)) or None))  # type: ignore[attr-defined]  # it has one
+    return new
 
 
 def _new_lock(_memo: Memo, value: object) -> object:
@@ -319,6 +336,8 @@ def _rule(kind: type) -> Callable[[Memo, Any], object] | None:
     """How objects of a class are copied; None: `copy.deepcopy` does it right, and cannot fail."""
     if kind in _EXACT:
         return None
+    if kind is functools.partial:  # as `copy.deepcopy` does it, without what pickling is asked for
+        return _partial
     for kinds, rule in _RULES:
         if issubclass(kind, kinds):
             return rule

@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -34,7 +34,8 @@ PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), type(...), ty
 # Copies share these, and nobody looks into them; what a quantized model knows of each tensor never changes.
 SHARED: Final = (ModuleType, logging.Logger, Decision, View, Grid, Float, Raw)
 PROXIES: Final = (weakref.ProxyType, weakref.CallableProxyType)
-_CONTAINERS: Final = (dict, OrderedDict, list, tuple, set)  # most objects are
+_CONTAINERS: Final = frozenset((dict, OrderedDict, list, tuple, set))  # most objects are
+PLAIN_KINDS: Final = frozenset(PLAIN)
 _REGISTRIES: Final = ("_parameters", "_buffers", "_modules")
 _DROPPED: Final = ("_pared_packed", "_compiled_call_impl")  # what no copy takes with it
 
@@ -52,20 +53,21 @@ class Reach(Generic[ModuleT_co]):
 
     def __init__(self, model: ModuleT_co) -> None:
         self.model = model
-        self.modules: Final = list(model.modules())
+        named = list(model.named_modules())
+        self.modules: Final = [module for _, module in named]
         self.objects: dict[int, object] = {}
         self.places: dict[int, str] = {}
         self.registered: Final = {id(tensor): tensor for m in self.modules for _, tensor, _, _ in registrations(m)}
         self.holders: dict[int, list[int]] = {}  # by object, those that refer to it
         self._ways: dict[type, Way | None] = {}  # by class, see `_way_from`
         self.registries: Final = {id(vars(m).get(name)) for m in self.modules for name in _REGISTRIES}
-        for name, module in model.named_modules():
+        for name, module in named:
             self.objects[id(module)], self.places[id(module)], self.holders[id(module)] = module, name, []
-        for name, module in model.named_modules():
+        for name, module in named:
             for attribute, value in attributes(module):
                 kind = type(value)
                 # Most attributes of a module are numbers and hooks, of which there are none.
-                if attribute not in _DROPPED and kind not in PLAIN and (kind not in _CONTAINERS or value):
+                if kind not in PLAIN_KINDS and (kind not in _CONTAINERS or value) and attribute not in _DROPPED:
                     self._add(value, id(module), f"{name}.{attribute}".removeprefix("."))
         self._weak()
 
@@ -74,17 +76,18 @@ class Reach(Generic[ModuleT_co]):
         waiting = [(start, holder)]
         while waiting:
             value, owner = waiting.pop()
-            kind = type(value)
-            if kind not in ways:
-                ways[kind] = _way_from(kind)
-            way, key = ways[kind], id(value)
-            if way is None:
-                continue
+            key = id(value)
             if key in objects:
                 holders[key].append(owner)
                 continue
+            kind = type(value)
+            if kind not in ways:
+                ways[kind] = _way_from(kind)
+            way = ways[kind]
+            if way is None:
+                continue
             objects[key], places[key], holders[key] = value, place, [owner]
-            waiting += [(child, key) for child in way(value)]
+            waiting += [(child, key) for child in way(value) if type(child) not in PLAIN_KINDS]
 
     def _weak(self) -> None:
         """Weak references count where they refer to what is met anyway."""
@@ -160,6 +163,29 @@ class Reach(Generic[ModuleT_co]):
         return found | {key for key in self.registered if not left_out.issuperset(self.holders[key])}
 
 
+def reachable(model: nn.Module) -> dict[int, Any]:
+    """The same objects by their `id`, except empty containers; found faster, as nothing else is noted of them."""
+    found: dict[int, Any] = {}
+    ways: dict[type, Way | None] = {}
+    waiting: list[Any] = [model]
+    while waiting:
+        value = waiting.pop()
+        key, kind = id(value), type(value)
+        if key in found:
+            continue
+        if kind not in ways:
+            ways[kind] = _way_from(kind)
+        way = ways[kind]
+        if way is None:
+            continue
+        found[key] = value
+        for child in way(value):
+            kind = type(child)
+            if kind not in PLAIN_KINDS and (kind not in _CONTAINERS or child):
+                waiting.append(child)
+    return found
+
+
 def _is_bookkeeping(value: object) -> bool:
     """What holds parameters but computes no output: an optimizer's groups, and weak references to an LSTM's weights."""
     return isinstance(value, weakref.ref) or (isinstance(value, dict) and {"params", "lr"} <= value.keys())
@@ -198,8 +224,18 @@ def span(tensor: Tensor) -> int:
     return sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def slots(kind: type) -> dict[str, MemberDescriptorType]:
+def slots(kind: type) -> Mapping[str, MemberDescriptorType]:
     """The attributes of a class that its objects have no dict for, each with what reads it."""
+    known = _SLOTS.get(kind)
+    if known is None:
+        known = _SLOTS[kind] = _slots(kind)
+    return known
+
+
+_SLOTS: Final[weakref.WeakKeyDictionary[type, Mapping[str, MemberDescriptorType]]] = weakref.WeakKeyDictionary()
+
+
+def _slots(kind: type) -> dict[str, MemberDescriptorType]:
     found: dict[str, MemberDescriptorType] = {}
     for cls in kind.__mro__:
         names = vars(cls).get("__slots__", ())

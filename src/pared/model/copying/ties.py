@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, MethodType
 from typing import Any, Final
@@ -9,7 +11,17 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from pared.errors import ModelError
-from pared.model.copying.reach import Reach, contents, is_plain, memory_of, references, weak_targets
+from pared.model.copying.reach import (
+    PROXIES,
+    Reach,
+    contents,
+    is_plain,
+    memory_of,
+    reachable,
+    references,
+    weak_targets,
+)
+from pared.model.tensors import registered
 
 _REMEDY: Final = (
     "pared works on copies of the model, and what is changed in a copy would have no effect. Undo it before, or put it "
@@ -23,11 +35,15 @@ class _Original:
 
     def __init__(self, reach: Reach[nn.Module], kept: Mapping[int, Tensor]) -> None:
         self.ids: set[int] = {id(module) for module in reach.modules} | (reach.registered.keys() - kept.keys())
+        self._tensors = reach.registered, kept
+
+    @functools.cached_property
+    def memory(self) -> set[int]:
+        """The memory of the model's tensors that no tensor of the copy has on purpose."""
         held, shared = (
-            {memory_of(tensor) for tensor in tensors.values() if is_plain(tensor)}
-            for tensors in (reach.registered, kept)
+            {memory_of(tensor) for tensor in tensors.values() if is_plain(tensor)} for tensors in self._tensors
         )
-        self.memory = held - shared
+        return held - shared
 
     def has(self, value: object) -> bool:
         if id(value) in self.ids:
@@ -45,18 +61,26 @@ def check_copy(reach: Reach[nn.Module], clone: nn.Module) -> None:
     Raises:
         ModelError: an attribute of a module leads to a module or a weight of the model, not of the copy.
     """
-    copied = Reach(clone)
-    original = _Original(reach, copied.registered)
-    back = original.ids & copied.objects.keys()
-    back |= {key for key, one in copied.tensors.items() if original.has(one)}
-    back |= {key for key, one in copied.weak.items() if any(id(to) in original.ids for to in weak_targets(one))}
+    kept = {id(tensor): tensor for module in clone.modules() for _, tensor in registered(module)}
+    original, copied = _Original(reach, kept), reachable(clone)
+    back = original.ids & copied.keys()
+    leading = {kind for kind in set(map(type, copied.values())) if issubclass(kind, (Tensor, weakref.ref, *PROXIES))}
+    back |= {key for key, one in copied.items() if type(one) in leading and key not in kept and _leads(original, one)}
     if back:
-        place = next(copied.places[key] for key in copied.objects if key in back)
+        places = Reach(clone).places
+        place = next((place for key, place in places.items() if key in back), "")
         raise _tied(place, "leads back to the model that was copied, not to the copy")
     for name, function in _own_functions(clone):
         for cell in function.__closure__ or ():
             if any(original.has(one) for content in contents(cell) for one in _near(content)):
                 raise _tied(name, "is a method of the class that has the model itself in its closure")
+
+
+def _leads(original: _Original, value: object) -> bool:
+    """Whether a tensor is in the memory of a weight of the model, or a weak reference refers to the model."""
+    if isinstance(value, Tensor):
+        return original.has(value)
+    return any(id(to) in original.ids for to in weak_targets(value))
 
 
 def check_globals(model: nn.Module) -> None:
@@ -86,8 +110,11 @@ def _tied(where: str, what: str) -> ModelError:
 def _own_functions(model: nn.Module) -> Iterator[tuple[str, FunctionType]]:
     """The functions in the classes of a model's modules, except torch's classes, by the name of a module."""
     known: set[type] = set()
+    first: dict[type, str] = {}
     for name, module in model.named_modules():
-        for cls in type(module).__mro__:
+        first.setdefault(type(module), name)
+    for kind, name in first.items():
+        for cls in kind.__mro__:
             if cls in known or cls is object or f"{cls.__module__}.".startswith(_TORCH):
                 continue
             known.add(cls)
