@@ -193,3 +193,14 @@ def test_bits_are_compared_not_numbers() -> None:
     zeros = np.zeros((64, 64), np.float32)
     found = saved({"a": torch.from_numpy(zeros), "b": torch.from_numpy(-zeros)})
     assert len(found.kept) == 2
+
+
+@pytest.mark.parametrize("holder", [None, "state_dict"])
+def test_a_slash_in_a_name_is_no_dictionary(holder: str | None) -> None:
+    named = ["conv/3x3.weight", "conv/1x1.weight", "optimizer/weight", "model/weight"]
+    state = {name: nn.Parameter(torch.randn(2, 2)) for name in named}
+    found = saved(state if holder is None else {holder: state, "optimizer": {"state": {0: {"exp/avg": torch.ones(3)}}}})
+    assert names(found) == [(name,) for name in named]
+    assert len(found.left_out) == (holder is not None)
+    alone = saved({"conv/3x3.weight": torch.ones(2), "conv/1x1.weight": torch.zeros(2)})
+    assert names(alone) == [("conv/3x3.weight",), ("conv/1x1.weight",)]

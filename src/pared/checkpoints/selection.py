@@ -125,7 +125,7 @@ def select(listing: Listing, *, compare: bool = True) -> Selection:
     ([('w',)], ['optimizer-state'])
     """
     left: list[LeftOut] = []
-    named = [(held.name if listing.flat else _path(held.name), held) for held in listing.tensors]
+    named = [(held.name if listing.flat or held.key else _path(held.name), held) for held in listing.tensors]
     named = _divided(named, _not_of_a_model, left)
     if not listing.flat:
         named = _divided(named, _for_training, left)
@@ -232,9 +232,22 @@ def _not_of_a_model(one: _Named) -> _Verdict | None:
     return None
 
 
+def _dictionaries(one: _Named) -> str:
+    """The dictionaries around a tensor, each with a slash behind it.
+
+    >>> _dictionaries(("model/w", ListedTensor("model/w", "float32", (2,), 8, "w")))
+    'model/'
+    >>> _dictionaries(("model/a/b", ListedTensor("model/a/b", "float32", (2,), 8, "w", key="a/b")))
+    'model/'
+    """
+    name, held = one
+    return name.removesuffix(held.key) if held.key else name[: name.rfind("/") + 1]
+
+
 def _for_training(one: _Named) -> _Verdict | None:
     """The verdict on what a checkpoint keeps beside its model in order to resume training."""
-    top, nested, _ = one[0].partition("/")
+    top, nested, _ = _dictionaries(one).partition("/")
+    top = top or one[0]
     if _RANDOM.match(top):
         return "the state of a random number generator, which only training needs", "optimizer-state"
     if nested and _TRAINING.match(top):
@@ -274,12 +287,15 @@ def _in_another_file(one: _Named, plain: Container[str]) -> _Verdict | None:
 def _innermost(named: list[_Named], left: list[LeftOut]) -> list[_Named]:
     """The tensors of the innermost dictionary that holds the model, with their names in it."""
     while True:
-        tops = {name.partition("/")[0] if "/" in name else "" for name, _ in named}
+        tops = {_dictionaries(one).partition("/")[0] for one in named}
         main: str | None = next((top for top in HOLDERS if top in tops), None)
         if len(tops) == 1 and "" not in tops:
             (main,) = tops
         if main is None:
-            return [(name.replace("/", "."), held) for name, held in named]
+            return [
+                (_dictionaries(one).replace("/", ".") + (one[1].key or one[0].rpartition("/")[2]), one[1])
+                for one in named
+            ]
         inside = f"{main}/"
         named = [
             (name.removeprefix(inside), held)
@@ -291,7 +307,7 @@ def _beside(one: _Named, inside: str) -> _Verdict | None:
     name = one[0]
     if name.startswith(inside):
         return None
-    if name.partition("/")[0] in HOLDERS:
+    if _dictionaries(one).partition("/")[0] in HOLDERS:
         return f"another copy of the model, beside {inside!r}", "two-copies"
     return f"it is outside of the model, which is in {inside!r}", "ballast"
 

@@ -34,6 +34,7 @@ class ListedTensor:
         offset: the position of its first element in the content of the storage, in bytes.
         stride: the distance between neighbours in each dimension, in elements; None: contiguous, in C order.
         format: a short name of how the numbers are stored, if it is not `dtype` as which they are read: "grid int8".
+        key: its key in the innermost dictionary, at the end of `name`, if there are slashes in the key itself.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ListedTensor:
     offset: int = 0
     stride: tuple[int, ...] | None = None
     format: str = ""
+    key: str = ""
 
     @property
     def label(self) -> str:

@@ -48,6 +48,7 @@ class _Step:
         modules: the ids of the enclosing modules; None unless the node is a child module.
         depth: how deeply it is nested.
         unusual: what its tensors are parts of, if that is a tensor whose numbers they are not.
+        key: the key at the end of the name, if there are slashes in it.
     """
 
     name: str
@@ -56,6 +57,7 @@ class _Step:
     modules: tuple[int, ...] | None = None
     depth: int = 0
     unusual: str = ""
+    key: str = ""
 
 
 def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: MemoryLimit) -> Iterator[ListedTensor]:
@@ -80,7 +82,7 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
             memory.take(_HELD_NBYTES + len(step.name))
             held = _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
             unusual = step.unusual or _view(arguments)
-            yield replace(held, dtype=unusual) if unusual else held
+            yield replace(held, key=step.key, dtype=unusual or held.dtype)
         memory.take(_PAIR_NBYTES * len(node.states))
         memory.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
@@ -140,13 +142,15 @@ def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_S
             name = _join(step.name, key, separator)
             yield _Step(name, value, path=True, modules=above if is_module else None, depth=depth)
         return
-    yield from (_Step(step.name, argument, depth=depth) for argument in arguments if isinstance(argument, Node))
+    inner_nodes = (one for one in arguments if isinstance(one, Node))
+    yield from (_Step(step.name, one, depth=depth, key=step.key) for one in inner_nodes)
     # The state of an object is its dictionary, or a tuple of anything.
     states = [state for state in node.states if isinstance(state, Node)]
     held = (node, *states)
     for key, inner in chain(*(enumerate(one.values) for one in held), *(one.pairs for one in held)):
         if isinstance(inner, Node):
-            yield _Step(_join(step.name, key, "/"), inner, depth=depth)
+            with_slash = _join("", key, "") if isinstance(key, str) and "/" in key else ""
+            yield _Step(_join(step.name, key, "/"), inner, depth=depth, key=with_slash)
 
 
 def _is_module(node: Node) -> bool:
