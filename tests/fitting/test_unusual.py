@@ -1,5 +1,6 @@
 """Models that do unusual things, and things that users do to models: nothing goes wrong in silence."""
 
+import copy
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -181,3 +182,24 @@ def test_the_layout_of_the_skeleton_is_kept(tmp_path: Path) -> None:
     assert loaded.weight.is_contiguous(memory_format=torch.channels_last)
     x = torch.randn(1, 8, 9, 9)
     assert torch.equal(loaded(x), q(x))
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_traced_model_is_one_like_any_other(is_part: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)))
+        return nn.Sequential(traced, nn.Linear(16, 4)).eval() if is_part else traced.eval()
+
+    x = torch.randn(8, 16)
+    for approach in ("static", "weight_only"):
+        q = pared.fit(make(), PostTrainingQuantConfig(quant_level=0, approach=approach), [x], quiet=True)
+        pared.save(q, tmp_path)
+        torch.save(q, tmp_path / "q.pt")
+        with torch.no_grad():
+            expected = q(x)
+            copies = [copy.deepcopy(q), copy.copy(q), pared.load(tmp_path, model=make())]
+            copies += [torch.load(tmp_path / "q.pt", weights_only=False)]
+            for one in copies:
+                assert torch.equal(one(x), expected)
+        assert ((make()(x) - expected).norm() / expected.norm()).item() < 0.05

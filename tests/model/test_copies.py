@@ -207,7 +207,46 @@ def with_trainer() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [Slots, Own, tied, shared, lazy, with_trainer])
+def symbolic() -> nn.Module:
+    return torch.fx.symbolic_trace(build())
+
+
+class Sized(nn.Module):
+    """Its class asks for arguments before it is made."""
+
+    def __new__(cls, _size: int) -> "Sized":
+        return super().__new__(cls)
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, size)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+def sized() -> nn.Module:
+    return Sized(4)
+
+
+def made_of_a_layer_of_another_function() -> nn.Module:
+    layer = nn.Linear(4, 4)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Any:
+            return self.layer(x)
+
+    return Around()
+
+
+MAKERS = [Slots, Own, tied, shared, lazy, with_trainer, symbolic, sized, made_of_a_layer_of_another_function]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_unusual_models_are_copied(make: Callable[[], nn.Module]) -> None:
     model = make().eval()
     copied = shadow(model)

@@ -128,7 +128,7 @@ def _module(memo: Memo, value: nn.Module) -> object:
     while waiting:
         old: nn.Module = waiting.pop()
         if id(old) not in memo and memo.rule(type(old)) is _module:
-            new = memo[id(old)] = type(old).__new__(type(old))
+            new = memo[id(old)] = object.__new__(type(old))
             memo[id(vars(old))] = vars(new)
             made.append((old, new))
             waiting += vars(old).get("_modules", {}).values()

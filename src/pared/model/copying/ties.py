@@ -107,8 +107,11 @@ def _tied(where: str, what: str) -> ModelError:
     return ModelError(what, where=where, remedy=_REMEDY)
 
 
+_CONSTRUCTORS: Final = ("__init__", "__new__")
+
+
 def _own_functions(model: nn.Module) -> Iterator[tuple[str, FunctionType]]:
-    """The functions in the classes of a model's modules, except torch's classes, by the name of a module."""
+    """The functions in the classes of a model's modules but constructors, except torch's, by the name of a module."""
     known: set[type] = set()
     first: dict[type, str] = {}
     for name, module in model.named_modules():
@@ -119,6 +122,8 @@ def _own_functions(model: nn.Module) -> Iterator[tuple[str, FunctionType]]:
                 continue
             known.add(cls)
             for attribute, member in vars(cls).items():
+                if attribute in _CONSTRUCTORS:
+                    continue  # nothing that copies do
                 function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
                 while isinstance(function, FunctionType):
                     yield f"{name}.{attribute}".removeprefix("."), function

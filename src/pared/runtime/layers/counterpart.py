@@ -275,7 +275,7 @@ def _flat_weights(module: Any) -> list[Tensor]:
 
 def _new(base: type[nn.Module], attributes: tuple[str, ...]) -> Counterpart:
     cls = _counterpart_class(base, attributes)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def stand_in(

@@ -36,7 +36,7 @@ class Served(Mixin):
         """An independent module; graphs and packed weights are made again at first use."""
         if not is_guarded(memo):
             return deep_copy(self, memo)
-        clone = type(self).__new__(type(self))
+        clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(_state(self), memo))  # type: ignore[no-untyped-call]  # torch's
         refresh_recurrent(clone)
@@ -44,7 +44,7 @@ class Served(Mixin):
 
     def __copy__(self) -> nn.Module:
         """A shallow copy that shares every tensor."""
-        clone = type(self).__new__(type(self))
+        clone = object.__new__(type(self))
         clone.__dict__.update(self.__dict__)
         return clone
 
@@ -68,7 +68,7 @@ def _tell_of_range(module: nn.Module) -> None:
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
