@@ -1,5 +1,6 @@
 """Laws of the code-stream coder, a slow reference of its decoder, and what it does with hostile bytes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -397,3 +398,15 @@ def test_mutations_give_an_error_or_as_many_codes(name: str, data: st.DataObject
         return
     assert decoded.shape == codes.shape
     assert decoded.dtype == codes.dtype
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16])
+def test_a_few_codes_are_coded_exactly_where_that_is_shorter(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told without coding them is what coding them gives."""
+    values = [-128, -8, -3, -2, -1, 0, 1, 2, 7, 127] if kind is np.int8 else [-300, -129, -2, 0, 1, 2, 200]
+    rows = [row for size in range(1, 5) for row in itertools.product(values, repeat=size)][::7]
+    rows += [tuple(np.random.default_rng(i).choice(values[2:8], 6)) for i in range(300)]
+    arrays = [np.array(row, kind) for row in rows]
+    told = [entropy.encode(array) for array in arrays]
+    monkeypatch.setattr(entropy, "_is_shortest", lambda flat: False)
+    assert told == [entropy.encode(array) for array in arrays]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zlib
@@ -104,12 +105,12 @@ class Entry:
         """The first name."""
         return self.names[0]
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """The number of elements of the source tensor."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def n_rows(self) -> int:
         """The number of steps of a grid."""
         split, rows = self.view or (self.shape, ())

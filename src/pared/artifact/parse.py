@@ -21,8 +21,9 @@ from pared.formats.dtypes import FLOATING, ITEM_SIZES
 from pared.formats.grids import CODE_LIMITS
 
 # The required fields of an entry, by version.
-_COMMON: Final = ("name", "kind", "dtype", "shape", "format", "because", "parts")
-_REQUIRED: Final[Mapping[int, tuple[str, ...]]] = {1: _COMMON, 2: (*_COMMON, "crc32"), 3: (*_COMMON, "crc32")}
+_COMMON: Final = frozenset(("name", "kind", "dtype", "shape", "format", "because", "parts"))
+_REQUIRED: Final[Mapping[int, frozenset[str]]] = {1: _COMMON, 2: _COMMON | {"crc32"}, 3: _COMMON | {"crc32"}}
+_VIEW: Final = frozenset(("split", "rows"))
 
 # The fields of each format in addition to its tag, with their legal values.
 _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
@@ -155,9 +156,10 @@ def _view(
     if tag != "grid":
         return at.fail("it has a view, which only a grid has") if "view" in entry else None
     if "view" not in entry:
-        known = {"split": list(shape), "rows": [0]}
-    else:
-        known = at.fields(entry["view"], "its view", ("split", "rows"))
+        if not shape:
+            at.fail("its view (split [], rows [0]) does not fit shape []")
+        return shape, (0,)
+    known = at.fields(entry["view"], "its view", _VIEW)
     split, rows = at.shape(known["split"], "split"), at.shape(known["rows"], "rows")
     in_order = list(rows) == sorted(set(rows)) and all(row < len(split) for row in rows)
     if math.prod(split) != math.prod(shape) or not in_order:

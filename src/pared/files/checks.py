@@ -44,6 +44,8 @@ class Place:
         """Check that the value is an object with all required keys, and no others except the optional ones."""
         known = self.mapping(value, what)
         required = frozenset(required)
+        if known.keys() == required:  # most objects
+            return known
         if missing := required - known.keys():
             self.fail(f"{what} lacks {min(missing)!r}")
         if unknown := known.keys() - required - frozenset(optional):
@@ -60,6 +62,8 @@ class Place:
 
     def text(self, value: object, what: str) -> str:
         """Check that the value is a string that can be written and printed."""
+        if isinstance(value, str) and value.isascii():
+            return value
         # A lone surrogate is legal in JSON, and can be neither written nor printed.
         sound = isinstance(value, str) and value.encode("utf-8", "replace").decode("utf-8") == value
         return str(value) if sound else self.fail(f"{what} is not printable text")
@@ -95,8 +99,10 @@ class Place:
 
     def shape(self, value: object, what: str) -> tuple[int, ...]:
         """Check that the value is a tensor's shape: a list of integers with a product that strides can count."""
-        sizes = tuple(self.whole(size, f"a size in its {what}") for size in self.sequence(value, f"its {what}"))
-        if len(sizes) > _LARGEST_RANK or math.prod(max(size, 1) for size in sizes) > _LARGEST_PRODUCT:
+        sizes, one = tuple(self.sequence(value, f"its {what}")), f"a size in its {what}"
+        for size in sizes:
+            self.whole(size, one)
+        if len(sizes) > _LARGEST_RANK or math.prod(size or 1 for size in sizes) > _LARGEST_PRODUCT:
             self.fail(f"its {what} is larger than any tensor")
         return sizes
 
