@@ -58,9 +58,7 @@ _LAYOUTS: Final = {1: (*_WHOLE, (2, 4)), 2: (*_WHOLE, (1, 4), (1, 8), (2, 8))}
 _FEW: Final = 1 << 10  # codes that are sorted in less time than a table of all values is filled
 _RUNS: Final = 8
 _RUN: Final = 8192
-# A deflate stream takes these bytes beside a byte for each symbol, or at least so many in all, for a table of its own.
-_FRAME: Final = 2
-_LEAST_TABLE: Final = 6
+_TINY: Final = 6  # bytes: no deflate stream with a table of its own is shorter
 _SMALL: Final = 1.002
 
 Codes = NDArray[Any]  # of int8 or int16
@@ -149,7 +147,8 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
     flat = _flat(codes)
     if flat.size and (flat == flat[0]).all():
         return Stream(b"", Coding(constant=int(flat[0])))
-    if flat.size and not _is_shortest(flat):
+    tiny = flat.nbytes <= _TINY and all(_least(flat, Coding(*one)) >= flat.nbytes for one in _LAYOUTS[flat.itemsize])
+    if flat.size and not tiny:
         coding = _choose(flat)
         payload = _encode(flat, coding, threads)
         if len(payload) < flat.nbytes:
@@ -225,18 +224,10 @@ def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLik
     return out
 
 
-def _is_shortest(flat: Codes) -> bool:
-    """Whether a few codes are shorter as they are than in any layout, which is told here without coding them."""
-    if flat.nbytes > _LEAST_TABLE:
-        return False
-    codes: list[int] = flat.tolist()
-    for per_symbol, low_bits in _LAYOUTS[flat.itemsize]:
-        coding = Coding(per_symbol, low_bits)
-        escapes = sum(abs(code >> low_bits) > coding.limit for code in codes) if _has_escapes(coding, flat.dtype) else 0
-        stream = _quotient(len(codes), per_symbol) + _FRAME
-        if _quotient(len(codes) * low_bits, 8) + stream + escapes * flat.itemsize < flat.nbytes:
-            return False
-    return True
+def _least(flat: Codes, coding: Coding) -> int:
+    """The fewest bytes of a few codes: a deflate stream takes two beside one for each symbol."""
+    escapes = sum(abs(code >> coding.low_bits) > coding.limit for code in flat.tolist()) * flat.itemsize
+    return escapes + _quotient(flat.size * coding.low_bits, 8) + _quotient(flat.size, coding.per_symbol) + 2
 
 
 def _choose(flat: Codes) -> Coding:
