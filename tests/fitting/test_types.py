@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,57 @@ def test_double_precision_that_float32_cannot_hold_is_kept() -> None:
         model[1].weight.mul_(1e-200)
     q = pared.fit(model, quiet=True)
     assert all(torch.equal(q[i].weight, model[i].weight) for i in range(2))
-    assert q.plan[0].because == "its values are beyond float32"
+    assert q.plan[0].because == "its values are beyond what a grid can hold"
+
+
+LOWEST = torch.finfo(torch.float32).min
+FAR = {
+    "weights and a mask": torch.randn(32, 32).masked_fill(torch.eye(32) > 0, LOWEST),
+    "large": torch.randn(32, 32) * 1e37,
+    "larger than their squares": torch.randn(32, 32) * 1e25,
+    "in bfloat16": (torch.randn(32, 32) * 1e37).bfloat16(),
+    "tiny": torch.randn(32, 32) * 1e-37,
+    "denormal": torch.randn(32, 32) * 1e-41,
+    "tiny in double precision": torch.randn(32, 32).double() * 1e-300,
+    "a flat one": torch.randn(64) * 1e30,
+    "a mask": torch.full((32, 32), LOWEST).triu(1),
+}
+
+
+class Table(nn.Module):
+    def __init__(self, table: Tensor, *, is_parameter: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 32)
+        self.register_buffer("table", None if is_parameter else table)
+        self.own = nn.Parameter(table) if is_parameter else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table if self.own is None else self.own
+        return self.linear(x) + table.sign().float().mean()
+
+
+@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("is_parameter", [False, True])
+def test_numbers_that_no_grid_can_hold_are_kept(name: str, is_parameter: bool, tmp_path: Path) -> None:
+    model, x = Table(FAR[name], is_parameter=is_parameter).eval(), torch.randn(8, 32)
+    kept = "own" if is_parameter else "table"
+    for conf, data in ((None, [x]), (PostTrainingQuantConfig(quant_level=0), [x]), (None, None)):
+        q = pared.fit(model, conf, data, quiet=True)
+        pared.save(q, tmp_path)
+        loaded = pared.load(tmp_path, model=Table(FAR[name], is_parameter=is_parameter))
+        assert torch.equal(getattr(q, kept), FAR[name])
+        assert torch.equal(getattr(loaded, kept), FAR[name])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("name", sorted(FAR.keys() - {"larger than their squares"}))  # which it does not need
+def test_compress_keeps_numbers_that_no_grid_can_hold(name: str, bits: float, tmp_path: Path) -> None:
+    torch.save({"table": FAR[name]}, tmp_path / "source.pt")
+    pared.compress(tmp_path / "source.pt", tmp_path, bits=bits)
+    pared.expand(tmp_path, tmp_path / "again.safetensors")
+    assert torch.equal(safetensors.torch.load_file(tmp_path / "again.safetensors")["table"], FAR[name])
 
 
 class Mixed(nn.Module):

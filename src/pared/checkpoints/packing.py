@@ -30,6 +30,8 @@ FLOAT_BITS: Final = 16.0
 # The spacing of float16 near zero is 2^-24: too coarse for weights that are typically smaller than this.
 _SMALLEST_HALF: Final = 2.0**-14
 _LARGEST_HALF: Final = 65504.0
+# The largest magnitude of a tensor on a grid, whose steps and products of steps and codes are finite in float32.
+_LEAST, _MOST = 2.0**-100, 2.0**100
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def pack(array: Array, target: Fineness, name: str, threads: int = 1) -> PackedT
     if is_whole(array):  # a mask or indices
         found = found or whole_grid(array)
         return exact(array, "its whole numbers are kept exactly") if found is None else _on_own_grid(found, threads)
+    is_zero = not largest.any() and (array.itemsize < 8 or not array.any())  # float64 may be zero in float32 only
+    if not is_zero and not _LEAST <= largest.max() <= _MOST:
+        return exact(array, "its values are beyond what a grid can hold")
     if target.level is None and target.bits == FLOAT_BITS:
         return _half(array, largest)
     kind, step = _steps(matrix, largest, target)

@@ -201,7 +201,8 @@ def _tried(
     codes[~may] = 0
     step = _refined(magnitudes, codes, guess, kind)
     signed = np.copysign(codes, rows)
-    exact = converted(signed.astype(np.float32) * step[:, None], kind).astype(np.float64) == rows
+    with np.errstate(over="ignore"):
+        exact = converted(signed.astype(np.float32) * step[:, None], kind).astype(np.float64) == rows
     return may & exact.all(1), signed.astype(np.int16), step
 
 
@@ -236,7 +237,8 @@ def _by_differences(magnitudes: Floats, top: Floats) -> NDArray[np.int64]:
 def _refined(magnitudes: Floats, codes: Floats, guess: Floats, kind: np.dtype[Any]) -> Steps:
     """The step of each row that gives all magnitudes within their rounding, if there is one; else the guess."""
     computed = np.float32 if kind.itemsize == 8 else kind  # float64 was computed in float32
-    half = np.spacing(magnitudes.astype(computed)).astype(np.float64) / 2
+    with np.errstate(over="ignore"):
+        half = np.spacing(magnitudes.astype(computed)).astype(np.float64) / 2
     below = np.where(np.frexp(magnitudes)[0] == 0.5, half / 2, half)  # a power of two has a nearer neighbour below
     some = codes > 0
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -24,8 +24,9 @@ DEFAULT_BITS: Final = 8.0  # per weight, on a grid: plain int8
 _NAMES_SHOWN: Final = 8  # names or shapes that an error lists
 _TENSORS_SHOWN: Final = 3  # with their reasons
 _EDITED: Final = "its module edits it while reading it (max_norm)"
-# A row's largest magnitude in float32, of which a grid's step is a small part.
-_LEAST, _MOST = 2.0**-100, torch.finfo(torch.float32).max
+# The largest magnitude of a tensor on a grid: sums of squares are computed in float32, and steps are small parts of it.
+_LEAST, _MOST = 2.0**-60, 2.0**50
+_FAR: Final = "its values are beyond what a grid can hold"
 
 
 def make_plan(
@@ -192,14 +193,13 @@ def _survives(model_tensor: ModelTensor) -> bool:
 def _beyond(model_tensor: ModelTensor) -> str:
     """Why no grid can hold a floating tensor, whose arithmetic is in float32; empty if one can."""
     tensor = model_tensor.tensor
-    wide = tensor.dtype == torch.float64
-    if not tensor.numel() or (model_tensor.kind == "parameter" and not wide):  # a parameter is known to be finite
+    if not tensor.numel():
         return ""
     low, high = torch.aminmax(tensor.detach())
     largest = max(-float(low), float(high))
     if not math.isfinite(largest):
         return "it holds NaN or infinities"
-    return "its values are beyond float32" if wide and largest and not _LEAST <= largest <= _MOST else ""
+    return _FAR if largest and not _LEAST <= largest <= _MOST else ""
 
 
 def _edits_itself(model_tensor: ModelTensor) -> bool:
@@ -243,7 +243,7 @@ def _default(model_tensor: ModelTensor, bits: float | None, *, wide: bool, compu
         if _survives(model_tensor):
             return Decision(model_tensor.name, "float16", None, f"{kind}: every value survives float16")
         return exactly(f"{kind}: its values do not survive float16, so they are kept exactly")
-    if bits is None and model_tensor.fits_grid and not _is_index(model_tensor):
+    if bits is None and model_tensor.fits_grid and not _is_index(model_tensor) and not _beyond(model_tensor):
         return Decision(model_tensor.name, "grid", None, "")
     return exactly(f"{dtype_name(tensor.dtype)} is kept exactly")
 
@@ -252,7 +252,7 @@ def _default_of_weight(model_tensor: ModelTensor, bits: float | None) -> Decisio
     """A grid for a weight-like tensor, or float16; None if it must be kept exactly."""
     tensor = model_tensor.tensor
     if not _on_grid(model_tensor):
-        return None
+        return own_grid_of(model_tensor) if _beyond(model_tensor) == _FAR else None  # a mask of very large numbers
     own = own_grid_of(model_tensor)
     index = _is_index(model_tensor)
     if own is not None and (index or model_tensor.kind == "buffer" or (bits is not None and (own.bits or 0) <= bits)):
