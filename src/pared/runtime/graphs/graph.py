@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,7 @@ class Graph:
 
     def fits(self, bound: Bound) -> bool:
         """Whether the graph was captured for inputs of these sizes, and none is empty."""
-        known: dict[str, int] = {}
-        tensors = [value for value in bound.values() if type(value) is Tensor]
-        for tensor, sizes in zip(tensors, self._sizes, strict=True):
-            for given, size in zip(tensor.shape, sizes, strict=True):
-                if not size.allows(given) or (size.symbol and known.setdefault(size.symbol, given) != given):
-                    return False
-        return True
+        return fits(self._sizes, bound)
 
     def __call__(self, bound: Bound) -> Any:
         """The model's output.
@@ -72,6 +66,17 @@ class Graph:
         ):
             raise NotFiniteError
         return tree_unflatten(self.module.forward(*tensors), self._outputs)
+
+
+def fits(sizes: Sequence[tuple[Size, ...]], bound: Bound) -> bool:
+    """Whether the tensors of a call have sizes that a capture allows."""
+    known: dict[str, int] = {}
+    tensors = [value for value in bound.values() if type(value) is Tensor]
+    for tensor, own in zip(tensors, sizes, strict=True):
+        for given, size in zip(tensor.shape, own, strict=True):
+            if not size.allows(given) or (size.symbol and known.setdefault(size.symbol, given) != given):
+                return False
+    return True
 
 
 def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:

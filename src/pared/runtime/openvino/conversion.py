@@ -1,0 +1,178 @@
+"""Weights as codes and steps, and inputs of static layers on their grids, in a graph of OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from pared.formats.activation import Activation
+from pared.formats.coded import Grid
+from pared.model.contents import Contents, Stored
+from pared.runtime.graphs.capturing.capture import PREFIX, Captured
+from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
+from pared.runtime.kernels.outliers import extra_columns
+from pared.runtime.onnx.codes import numbers_of, numpy_of
+from pared.runtime.onnx.layout import along
+from pared.runtime.openvino.operators import translated
+
+# The operators that multiply an input with a weight; the input comes first.
+_PRODUCTS: Final = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData")
+_MOVES: Final = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Convert")  # on a weight's way to its product
+
+
+def converted(captured: Captured, contents: Contents) -> tuple[Any, tuple[object, ...]]:
+    """The `openvino.Model` of a captured call, with the numbers of a quantized model.
+
+    Args:
+        captured: a call of the float model; it is not changed.
+        contents: the tensors, and how layers treat their inputs.
+
+    Returns:
+        the model, which takes the call's tensors in order; and the leaves of the output, in order: the place of a
+        result of the model, as `torch.Size`-free int in a one-tuple, or a constant.
+
+    Raises:
+        ModelError: OpenVINO does not know an operator of the graph.
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    leaves: Any = graph.graph_copy(captured.graph, copies)
+    nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
+    graph.output(nodes)
+    modules = {node.name: _module_of(node) for node in graph.nodes}
+    model = translated(graph)
+    modules |= {node.name: _module_of(node) for node in graph.nodes}
+    _Converter(model, contents, modules).fill(captured)
+    return model, tuple((nodes.index(leaf),) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+
+
+def _module_of(node: fx.Node) -> str:
+    """The name of the module in whose forward an operator was captured."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]).removeprefix("L['self'].").removeprefix(PREFIX) if paths else ""
+
+
+class _Converter:
+    def __init__(self, model: Any, contents: Contents, modules: Mapping[str, str]) -> None:
+        import openvino
+
+        self._ov = openvino
+        self._ops = openvino.opset13
+        self._model = model
+        self._contents = contents
+        self._modules = modules
+        self._rounded: dict[object, Any] = {}
+
+    def fill(self, captured: Captured) -> None:
+        """Put the numbers into the places of the parameters that are none of the call."""
+        parameters = {one.get_friendly_name(): one for one in self._model.get_parameters()}
+        stored = {name: one for one in self._contents.tensors for name in one.names}
+        for name, tensor in captured.constants.items():
+            if name in parameters:
+                self._replace(parameters[name], self._constant(tensor))
+        for name, tensor_name in captured.tensors.items():
+            if name in parameters:
+                self._fill_weight(parameters[name], stored[tensor_name])
+        self._model.validate_nodes_and_infer_types()
+
+    def _fill_weight(self, parameter: Any, weight: Stored) -> None:
+        if not isinstance(weight.coded.format, Grid) or weight.coded.parts["codes"].dtype is not torch.int8:
+            self._replace(parameter, self._constant(weight.coded.decode()))
+            return
+        codes, steps = numbers_of(weight)
+        axes, found = along(steps)
+        # OpenVINO keeps what it knows as a decompressed weight in codes.
+        floats = self._ops.convert(self._ops.constant(codes), self._ov.Type.f32)
+        value = self._ops.multiply(floats, self._ops.constant(np.ascontiguousarray(found, np.float32)))
+        value.set_friendly_name(weight.name)
+        self._replace(parameter, value)
+        if len(axes) <= 1 and exact_products():
+            for product in _products(value.output(0)):
+                self._round_input(product, weight, codes, steps)
+
+    def _round_input(self, product: Any, weight: Stored, codes: Any, steps: Any) -> None:
+        """Round the input of a static layer to its calibrated grid."""
+        activation = self._activation(product, weight)
+        if activation is None or activation.mode != "static":
+            return
+        source = product.input(0).get_source_output()
+        if activation.outliers and not self._add_outliers(product, source, activation, codes, steps):
+            return
+        product.input(0).replace_source_output(self._on_grid(source, activation))
+
+    def _activation(self, product: Any, weight: Stored) -> Activation | None:
+        """How the layer whose product this is treats its input."""
+        layers = {
+            name.rpartition(".")[0]: one
+            for name in weight.names
+            if (one := self._contents.activations.get(name.rpartition(".")[0])) is not None
+        }
+        own = self._modules.get(product.get_friendly_name().split("/")[0], "")
+        if own in layers or len(layers) != 1:
+            return layers.get(own)
+        return next(iter(layers.values()))
+
+    def _on_grid(self, source: Any, activation: Activation) -> Any:
+        scale, zero_point = activation.span.grid(FULL_LEVELS)
+        key = (source.get_node().get_name(), source.get_index(), scale, zero_point)
+        if key not in self._rounded:
+            node = source.get_node()
+            if _pads_with_zeros(node):  # which are on the grid: a product can round its output, but not pad it
+                inner = self._on_grid(node.input_value(0), activation)
+                rounded = self._ops.pad(inner, node.input_value(1), node.input_value(2), "constant", node.input_value(3))
+            else:
+                low, high = np.float32(-zero_point * scale), np.float32((FULL_LEVELS - zero_point) * scale)
+                rounded = self._ops.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)
+            self._rounded[key] = rounded.output(0)
+        return self._rounded[key]
+
+    def _add_outliers(self, product: Any, source: Any, activation: Activation, codes: Any, steps: Any) -> bool:
+        """Add what extra columns carry, as a product of their own; returns whether that is possible."""
+        if product.get_type_name() != "MatMul" or codes.ndim != 2 or steps[:, :1].shape != (len(codes), 1):
+            return False
+        ops, more = self._ops, extra_columns(activation.outliers, activation.span, FULL_LEVELS)
+        above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
+        columns, signs = more.columns.numpy(), np.where(above, 1, -1).astype(np.float32)
+        before = np.abs(more.shift.numpy()) * np.float32(more.scale)
+        away = ops.multiply(ops.gather(source, columns, np.int64(-1)), signs)  # from zero
+        left = ops.multiply(ops.relu(ops.subtract(away, before)), signs)
+        held = ops.convert(ops.constant(np.ascontiguousarray(codes[:, columns])), self._ov.Type.f32)
+        weight = ops.multiply(held, ops.constant(np.ascontiguousarray(steps[:, :1])))
+        part = ops.matmul(self._on_grid(left.output(0), activation), weight, False, True)
+        targets = list(product.output(0).get_target_inputs())
+        total = ops.add(product, part)
+        for target in targets:
+            target.replace_source_output(total.output(0))
+        return True
+
+    def _constant(self, tensor: Tensor) -> Any:
+        return self._ops.constant(numpy_of(tensor))
+
+    def _replace(self, parameter: Any, value: Any) -> None:
+        for target in list(parameter.output(0).get_target_inputs()):
+            target.replace_source_output(value.output(0))
+        self._model.remove_parameter(parameter)
+
+
+def _pads_with_zeros(node: Any) -> bool:
+    if node.get_type_name() != "Pad" or node.get_attributes()["pad_mode"] != "constant" or node.get_input_size() < 4:
+        return False
+    value = node.input_value(3).get_node()
+    while value.get_type_name() == "Convert":
+        value = value.input_value(0).get_node()
+    return value.get_type_name() == "Constant" and not value.get_data().any()
+
+
+def _products(output: Any) -> Iterator[Any]:
+    """The products of a weight, seen through what only moves its numbers."""
+    for target in output.get_target_inputs():
+        node = target.get_node()
+        if node.get_type_name() in _PRODUCTS and target.get_index() == 1:
+            yield node
+        elif node.get_type_name() in _MOVES and target.get_index() == 0:
+            yield from _products(node.output(0))

@@ -1,0 +1,94 @@
+"""A captured graph translated by OpenVINO's own front end, which knows fewer operators than PyTorch has.
+
+The front end is asked which operators it does not know, and torch takes these apart, one at a time. This takes a tenth
+of the time of decomposing the whole program, and leaves what the front end knows as a whole, such as attention, whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pared.errors import ModelError
+
+_ROUNDS: Final = 4  # what an operator is taken apart into may have to be taken apart, too
+_UNKNOWN: Final = "PtFrameworkNode"  # the front end's type of an operator that it does not know
+
+# They check what the graph's guards have checked already.
+_CHECKS: Final = (
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+)
+
+
+def translated(graph: fx.Graph) -> Any:
+    """The `openvino.Model` of a graph of aten operators, which is changed on the way.
+
+    Its parameters have the names of the graph's placeholders, and the name of an operator is that of its node in the
+    graph, a slash, and more.
+
+    Raises:
+        ModelError: there are operators that cannot be translated.
+    """
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    for node in reversed(graph.nodes):
+        if node.target in _CHECKS and not node.users:
+            graph.erase_node(node)
+    front_end = FrontEndManager().load_by_framework("pytorch")
+    left: list[str] = []
+    for _ in range(_ROUNDS):
+        module = fx.GraphModule(torch.nn.Module(), graph)
+        decoder = TorchFXPythonDecoder(module, None, dynamic_shapes=True)
+        model = front_end.convert_partially(front_end.load(decoder))
+        names = {op.get_friendly_name().split("/")[0] for op in model.get_ops() if op.get_type_name() == _UNKNOWN}
+        if not names:
+            decoder = TorchFXPythonDecoder(module, None, dynamic_shapes=True)  # which has to live until the end
+            return front_end.convert(front_end.load(decoder))
+        unknown = [node for node in graph.nodes if node.name in names and node.op == "call_function"]
+        left = [str(node.target) for node in unknown]
+        if not any([_take_apart(graph, node) for node in unknown]):
+            break
+    what = ", ".join(sorted(set(left))[:3]) or "an operator"
+    raise ModelError(f"OpenVINO does not know {what}", where="graph", remedy="Nothing needs to be done.")
+
+
+def _take_apart(graph: fx.Graph, node: fx.Node) -> bool:
+    """Replace a node by the operators that torch computes it with; False if it has none but itself."""
+    given, structure = tree_flatten((node.args, node.kwargs))
+    values = [one.meta.get("val") if isinstance(one, fx.Node) else one for one in given]
+    places = [i for i, one in enumerate(given) if isinstance(one, fx.Node)]
+    mode = detect_fake_mode([value for value in values if isinstance(value, Tensor)])
+    if mode is None:
+        return False
+
+    def run(*tensors: Any) -> Any:
+        now = list(values)
+        for place, tensor in zip(places, tensors, strict=True):
+            now[place] = tensor
+        args, kwargs = tree_unflatten(now, structure)
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # an operator of torch
+
+    parts = make_fx(run, tracing_mode="real")(*(values[place] for place in places)).graph
+    if [one.target for one in parts.nodes if one.op == "call_function"] == [node.target]:
+        return False
+    copies = dict(zip((one for one in parts.nodes if one.op == "placeholder"), (given[i] for i in places), strict=True))
+    with graph.inserting_before(node):
+        for part in parts.nodes:
+            if part.op == "output":
+                (result,) = part.args
+                if not isinstance(result, fx.Node):
+                    return False
+                node.replace_all_uses_with(copies[result])
+            elif part.op != "placeholder":
+                copies[part] = graph.node_copy(part, copies.__getitem__)
+                copies[part].meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+    graph.erase_node(node)
+    return True
