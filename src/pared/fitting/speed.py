@@ -39,6 +39,7 @@ from pared.runtime.graphs.call_kinds import (
 from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
+from pared.runtime.openvino.graph import missing
 from pared.runtime.profile import (
     BUSY,
     ENGINE_FILE,
@@ -49,7 +50,8 @@ from pared.runtime.profile import (
 )
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
-from pared.runtime.serving.graph_server import GraphServer, agree
+from pared.runtime.serving.graph_server import GraphServer, agree, lost
+from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import forward_of
 from pared.runtime.stopwatch import Spent, times_of
 from pared.scalars import checked_number
@@ -64,6 +66,7 @@ _UNKNOWN: Final = "an argument is neither a tensor nor a constant"
 _FAR: Final = 2  # a call this many times as large, or as slow, is far larger or slower
 _LONG: Final = 0.1  # seconds of a call
 _SAME: Final = 1e-3  # share of the energy by which the output of a sample may differ alone and among others
+_AS_FAR: Final = 1.5  # a runtime's output may lose this many times what the modules lose
 _BFLOAT16_LOSS: Final = 1e-3  # share of the output's energy that bfloat16 may lose: the default damage of `fit`
 
 
@@ -91,7 +94,7 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
     best = _timed(outright, contents, profile, seen.calls, submodels, captures)
     has_graphs = bool(submodels) or any(call.graph_ms for call in best.model.calls)
-    if has_graphs and _left(profile) >= _WORTH_TRYING:
+    if has_graphs and not best.model.in_openvino and _left(profile) >= _WORTH_TRYING:
         # A layer that is slower on its own may be faster where a graph joins it with its neighbours.
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
@@ -125,11 +128,11 @@ def _timed(
         }
         profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.is_served})
         by_layers = quantized.assemble(tensors, contents, profile, captures=captures)
-    return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""])))
+    return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""], whole=True)))
 
 
 def time_calls(
-    model: nn.Module, by_layers: nn.Module, calls: Sequence[Call], captures: Captures
+    model: nn.Module, by_layers: nn.Module, calls: Sequence[Call], captures: Captures, *, whole: bool = False
 ) -> tuple[CallTiming, ...]:
     """Time a model, or a submodel, in all of its forms.
 
@@ -139,6 +142,7 @@ def time_calls(
         calls: the calls that calibration made. Of each kind the largest, the smallest and the first sample of the
             smallest are made again. bfloat16 is given up if the first call is far slower in it.
         captures: the graphs captured so far of this architecture.
+        whole: whether it is a whole model, whose codes are known to other runtimes.
 
     Returns:
         the times of the calls that can be made again. A form that raises an exception has no time.
@@ -149,7 +153,9 @@ def time_calls(
     kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
     # A graph for each call kind, of its largest call.
     server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
-    forms = _Forms(model, _copied_to_bfloat16(model), by_layers, server)
+    openvino: OpenVinoServer | str = missing() if whole else "only whole models run there"
+    openvino = openvino or OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
+    forms = _Forms(model, _copied_to_bfloat16(model), by_layers, server, openvino)
     times: list[CallTiming] = []
     for call, arguments in zip(found, bound, strict=True):
         timing = forms.time(call, arguments, in_bfloat16=not times or not _is_hopeless(times[0]))
@@ -238,22 +244,24 @@ def _single(call: Call) -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class _Forms:
-    """A model in all of its forms: float32, bfloat16, quantized and run layer by layer, and as graphs."""
+    """A model in all of its forms: float32, bfloat16, quantized and run layer by layer, as graphs, and in OpenVINO."""
 
     float32: nn.Module
     bfloat16: Callable[..., Any] | str
     by_layers: nn.Module
     server: GraphServer
+    openvino: OpenVinoServer | str
 
     def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming | None:
         """The times of one call; None if the float model raises an exception when it is made again."""
         if call.state is not None and self._is_steady(call):
             call = replace(call, state=None)  # such as tables of positions that are kept for the next call
         reason = call.side_effects or (_UNKNOWN if bound is None else "")
-        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph"), reason)
+        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph", "openvino"), reason)
         if bound is not None and not reason:
             found["bfloat16"] = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
-            found["graph"] = self._as_graph(call, bound)
+            found["graph"] = self._as_graph(call, bound, self.server)
+            found["openvino"] = self._in_openvino(call, bound)
         found |= {"float32": partial(call.on, self.float32), "modules": partial(call.on, self.by_layers)}
         times = times_of(found)
         if times is None:
@@ -268,6 +276,7 @@ class _Forms:
             times.get("modules"),
             times.get("graph"),
             "; ".join([*(f"no {name}: {form}" for name, form in found.items() if isinstance(form, str)), *notes]),
+            times.get("openvino"),
         )
 
     def _is_steady(self, call: Call) -> bool:
@@ -295,13 +304,25 @@ class _Forms:
         except Exception as error:  # noqa: BLE001  # whatever the model raises in bfloat16 becomes the reason
             return reason_of(error)
 
-    def _as_graph(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
-        """The call as a graph; or why there is none."""
+    def _in_openvino(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
+        """The call in OpenVINO; or why it cannot be chosen."""
+        if isinstance(self.openvino, str):
+            return self.openvino
+        run = self._as_graph(call, bound, self.openvino)
+        if isinstance(run, str):
+            return run
+        with torch.no_grad():
+            exact = call.on(self.float32)
+            most = _AS_FAR * max(lost(call.on(self.by_layers), exact), _SAME)
+            return run if lost(run(), exact) <= most else "it is further from float32 than the modules are"
+
+    def _as_graph(self, call: Call, bound: Bound, server: GraphServer) -> Callable[[], Any] | str:
+        """The call as a graph that a server makes; or why there is none."""
         tensors = sum(len(module._parameters) + len(module._buffers) for module in self.float32.modules())
         if tensors > _MOST_TENSORS:
             return f"to capture one of a model of {tensors:,} tensors would take too long"
         modules = forward_of(self.by_layers)
-        run = partial(self.server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
+        run = partial(server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
         try:
             with torch.no_grad():
                 if unknown := unknown_output(call.on(self.float32)):

@@ -35,7 +35,8 @@ BUSY: Final = (
 _LARGEST: Final = 1 << 24
 _SHORTEST, _LONGEST = 1e-9, 1e12
 _FLAGS: Final = ("together", "busy")
-_REASON: Final = "because"  # which files of version 0.1 lack
+_REASON: Final = "because"
+_OPTIONAL: Final = (_REASON, "openvino_ms")  # which files of version 0.1 lack
 
 Kernel = Literal["float32", "bfloat16", "int8"]
 
@@ -80,6 +81,7 @@ class CallTiming:
         modules_ms: the same for the quantized model, each layer with its own kernel; None if it raises an exception.
         graph_ms: the same for its graph; None if there is none.
         because: why there is none of these, and which sizes the graph does not take.
+        openvino_ms: the same for its graph in OpenVINO; None if there is none, or OpenVINO is not installed.
     """
 
     arguments: tuple[Argument, ...]
@@ -88,6 +90,7 @@ class CallTiming:
     modules_ms: float | None
     graph_ms: float | None
     because: str = ""
+    openvino_ms: float | None = None
 
     @property
     def kind(self) -> str:
@@ -102,6 +105,7 @@ class CallTiming:
             "bfloat16": self.bfloat16_ms,
             "quantized by layers": self.modules_ms,
             "as a graph": self.graph_ms,
+            "in OpenVINO": self.openvino_ms,
         }
         shown = ", ".join(f"{name} {ms:.3g}" for name, ms in times.items() if ms is not None)
         return f"{sizes or 'a call'}: {shown} ms" + (f" ({self.because})" if self.because else "")
@@ -109,7 +113,7 @@ class CallTiming:
     @classmethod
     def from_json(cls, data: object, at: Place) -> CallTiming:
         """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else."""
-        known = at.fields(data, "a call", _required(cls), [_REASON])
+        known = at.fields(data, "a call", _required(cls), _OPTIONAL)
         given = at.sequence(known["arguments"], "the arguments of a call")
         return cls(
             arguments=tuple(Argument.from_json(one, at) for one in given),
@@ -118,6 +122,7 @@ class CallTiming:
             modules_ms=_milliseconds_or_none(known["modules_ms"], at),
             graph_ms=_milliseconds_or_none(known["graph_ms"], at),
             because=at.text(known.get(_REASON, ""), "a reason"),
+            openvino_ms=_milliseconds_or_none(known.get("openvino_ms"), at),
         )
 
 
@@ -143,11 +148,16 @@ class ModelTiming:
 
     @property
     def graphs(self) -> tuple[tuple[Argument, ...], ...]:
-        """The largest call of each kind of call for which a graph is faster than modules.
+        """The largest call of each kind of call for which a graph of PyTorch's operators is fastest.
 
-        That is, at least a tenth faster on average, or in one of the calls and slower in none.
+        That is, at least a tenth faster than modules on average, or in one of the calls and slower in none.
         """
-        return tuple(arguments for own, arguments in self._by_kind if _is_worth_a_graph(own))
+        return tuple(arguments for own, arguments in self._by_kind if _fastest(own) == "graph_ms")
+
+    @property
+    def in_openvino(self) -> tuple[tuple[Argument, ...], ...]:
+        """The same for the graph in OpenVINO, compared with the faster of modules and our graph."""
+        return tuple(arguments for own, arguments in self._by_kind if _fastest(own) == "openvino_ms")
 
     @property
     def largest_calls(self) -> tuple[tuple[Argument, ...], ...]:
@@ -177,7 +187,7 @@ class ModelTiming:
     @property
     def is_served(self) -> bool:
         """Whether calls are answered by something other than its modules."""
-        return self.kernel == "bfloat16" or (self.kernel == "int8" and bool(self.graphs))
+        return self.kernel == "bfloat16" or (self.kernel == "int8" and bool(self.graphs or self.in_openvino))
 
     @property
     def share(self) -> float:
@@ -192,9 +202,9 @@ class ModelTiming:
     @property
     def _int8(self) -> float:
         """The time in int8 as a share of float32's."""
-        served = {describe_kind(arguments) for arguments in self.graphs}
-        times = [(call.graph_ms if call.kind in served else None) or call.modules_ms for call in self.calls]
-        return _mean((ms or math.inf) / call.float32_ms for ms, call in zip(times, self.calls, strict=True))
+        return _mean(
+            (getattr(call, _fastest(own)) or math.inf) / call.float32_ms for own, _ in self._by_kind for call in own
+        )
 
     def summary(self, name: str = "") -> list[str]:
         """How it runs, and the times that decided it, as lines for people.
@@ -205,7 +215,11 @@ class ModelTiming:
         if not self.calls:
             return [f"runs layer by layer; its calls could not be timed: {self.because}"] if self.because else []
         chosen = {
-            "int8": "as a graph, each layer in its own kernel" if self.graphs else "layer by layer",
+            "int8": "in OpenVINO"
+            if self.in_openvino
+            else "as a graph, each layer in its own kernel"
+            if self.graphs
+            else "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
             "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
         }[self.kernel]
@@ -291,7 +305,7 @@ class Profile:
 
 
 def _required(cls: type[Timing | CallTiming]) -> list[str]:
-    return [one.name for one in fields(cls) if one.name != _REASON]
+    return [one.name for one in fields(cls) if one.name not in _OPTIONAL]
 
 
 def _timing(data: object, at: Place) -> Timing:
@@ -311,10 +325,16 @@ def _milliseconds_or_none(value: object, at: Place) -> float | None:
     return None if value is None else _milliseconds(value, at)
 
 
-def _is_worth_a_graph(calls: Sequence[CallTiming]) -> bool:
-    ratios = [call.graph_ms / call.modules_ms for call in calls if call.graph_ms and call.modules_ms]
-    faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
-    return len(ratios) == len(calls) and faster
+def _fastest(calls: Sequence[CallTiming]) -> str:
+    """The field of the form in int8 that is fastest for the calls of a kind."""
+    best = "modules_ms"
+    for other in ("graph_ms", "openvino_ms"):
+        pairs = [(getattr(call, other), getattr(call, best)) for call in calls]
+        ratios = [ms / than for ms, than in pairs if ms and than]
+        faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
+        if len(ratios) == len(calls) and faster:
+            best = other
+    return best
 
 
 def _mean(ratios: Iterable[float]) -> float:

@@ -49,8 +49,9 @@ from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, 
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import Capture, GraphServer
 from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_save_pretrained
+from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import serve
-from pared.runtime.serving.server import Server
+from pared.runtime.serving.server import FirstOf, Server
 from pared.runtime.stopwatch import fastest_ms
 from pared.switches import rare_collections
 
@@ -309,7 +310,10 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping
 def _server(timing: ModelTiming, captured: Capture) -> Server:
     if timing.kernel == "bfloat16":
         return BFloat16Server(floats_of, timing.largest_calls)
-    return GraphServer(outline_of, timing.graphs if timing.kernel == "int8" else (), captured)
+    if timing.kernel != "int8":
+        return GraphServer(outline_of)
+    graphs = GraphServer(outline_of, timing.graphs, captured)
+    return FirstOf([OpenVinoServer(outline_of, timing.in_openvino, captured), graphs]) if timing.in_openvino else graphs
 
 
 def _refuse_meta(model: nn.Module) -> None:

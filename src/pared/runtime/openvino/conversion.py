@@ -32,8 +32,8 @@ def converted(captured: Captured, contents: Contents) -> tuple[Any, tuple[object
         contents: the tensors, and how layers treat their inputs.
 
     Returns:
-        the model, which takes the call's tensors in order; and the leaves of the output, in order: the place of a
-        result of the model, as `torch.Size`-free int in a one-tuple, or a constant.
+        the model, whose inputs have the names of the capture's; and the leaves of the call's output: a constant, or the
+        place of a result of the model, in a tuple.
 
     Raises:
         ModelError: OpenVINO does not know an operator of the graph.
@@ -124,7 +124,9 @@ class _Converter:
             node = source.get_node()
             if _pads_with_zeros(node):  # which are on the grid: a product can round its output, but not pad it
                 inner = self._on_grid(node.input_value(0), activation)
-                rounded = self._ops.pad(inner, node.input_value(1), node.input_value(2), "constant", node.input_value(3))
+                rounded = self._ops.pad(
+                    inner, node.input_value(1), node.input_value(2), "constant", node.input_value(3)
+                )
             else:
                 low, high = np.float32(-zero_point * scale), np.float32((FULL_LEVELS - zero_point) * scale)
                 rounded = self._ops.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from typing import Any, Final
 
@@ -16,6 +17,11 @@ from pared.runtime.graphs.graph import fits
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.openvino.conversion import converted
 from pared.runtime.record import contents_of
+
+
+def missing() -> str:
+    """Why there are no graphs in OpenVINO here, in words; empty if there may be."""
+    return "" if importlib.util.find_spec("openvino") else "it is not installed: pip install 'pared[fast]'"
 
 
 class OpenVinoGraph:
@@ -53,7 +59,7 @@ class OpenVinoGraph:
             raise ModelError(
                 f"OpenVINO cannot run it: {reason_of(error)}", where="graph", remedy="Nothing needs to be done."
             ) from error
-        order = [name for name in captured.inputs]
+        order = list(captured.inputs)
         self._order = [order.index(one.get_node().get_friendly_name()) for one in self._compiled.inputs]
 
     def fits(self, bound: Bound) -> bool:
@@ -74,4 +80,5 @@ class OpenVinoGraph:
         given = [tensors[place].detach().contiguous().numpy() for place in self._order]
         found = self._local.request.infer(given, share_inputs=True)
         results = [torch.from_numpy(found[output]) for output in self._compiled.outputs]
-        return tree_unflatten([results[one[0]] if isinstance(one, tuple) else one for one in self._leaves], self._structure)
+        leaves = [results[one[0]] if isinstance(one, tuple) else one for one in self._leaves]
+        return tree_unflatten(leaves, self._structure)

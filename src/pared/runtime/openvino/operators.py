@@ -54,7 +54,8 @@ def translated(graph: fx.Graph) -> Any:
             return front_end.convert(front_end.load(decoder))
         unknown = [node for node in graph.nodes if node.name in names and node.op == "call_function"]
         left = [str(node.target) for node in unknown]
-        if not any([_take_apart(graph, node) for node in unknown]):
+        taken_apart = [_take_apart(graph, node) for node in unknown]
+        if not any(taken_apart):
             break
     what = ", ".join(sorted(set(left))[:3]) or "an operator"
     raise ModelError(f"OpenVINO does not know {what}", where="graph", remedy="Nothing needs to be done.")

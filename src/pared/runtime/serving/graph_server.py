@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import reason_of
 from pared.model.recorded import values
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # The share of the output's energy by which a graph and the modules may differ: joined operators round elsewhere, and
 # a difference of one code grows as it passes through the layers. A wrong graph differs by far more.
-_TOLERANCE: Final = 1e-2
+TOLERANCE: Final = 1e-2
 
 # Call kinds that differ from a wanted one in constants only, and get a graph: each costs seconds.
 _MOST_OTHERS: Final = 2
@@ -39,6 +40,18 @@ _TIMES: Final = 4
 Capture = Callable[[nn.Module, Sequence[Argument]], Captured]
 
 
+class Executable(Protocol):
+    """What answers calls of one kind: a graph of PyTorch's operators, or the same in another runtime."""
+
+    note: str
+
+    def fits(self, bound: Bound) -> bool:
+        """Whether it takes a call of these sizes."""
+
+    def __call__(self, bound: Bound) -> Any:
+        """The model's output. Raises NotFiniteError where only the modules give what they give."""
+
+
 class GraphServer(Server):
     """Answers calls with graphs, each made at the first call of its kind.
 
@@ -51,7 +64,14 @@ class GraphServer(Server):
         skeleton: makes a float model of the same architecture and class, whose numbers are not read.
         wanted: an example call for every call kind that is to be served.
         captured: turns a float model's call into a graph.
+
+    Attributes:
+        makes: makes what answers calls, from the quantized model and a captured call.
+        tolerance: the share of the output's energy by which that and the modules may differ.
     """
+
+    makes: ClassVar[Callable[[nn.Module, Captured], Executable]] = Graph
+    tolerance: ClassVar[float] = TOLERANCE
 
     def __init__(
         self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), captured: Capture = capture
@@ -90,7 +110,11 @@ class GraphServer(Server):
         with self._lock:
             graph = self._graphs.get(kind)
             if graph is None or not graph.is_current():
-                graph = _CheckedGraph(model, lambda: self._captured(self._skeleton(model), arguments))
+                graph = _CheckedGraph(
+                    model,
+                    lambda: type(self).makes(model, self._captured(self._skeleton(model), arguments)),
+                    self.tolerance,
+                )
                 self._graphs[kind] = graph
         return graph
 
@@ -112,16 +136,17 @@ class GraphServer(Server):
 class _CheckedGraph:
     """A graph and what is known of its outputs; no graph, and the reason, if none can be made."""
 
-    def __init__(self, model: nn.Module, captured: Callable[[], Captured]) -> None:
-        self.graph: Graph | None = None
+    def __init__(self, model: nn.Module, made: Callable[[], Executable], tolerance: float) -> None:
+        self.graph: Executable | None = None
         self.reason = ""
+        self._tolerance = tolerance
         self._snapshot = ModelSnapshot(model)
         self._attributes = Attributes(model.modules())
         self._changes = 0
         self._checked: set[tuple[bool, ...]] = set()
         self._lock = threading.Lock()
         try:
-            self.graph = Graph(model, captured())
+            self.graph = made()
         except Exception as error:  # noqa: BLE001  # a call that no graph can be made of is answered by the modules
             self.reason = reason_of(error)
             log.debug("no graph: %s", error)
@@ -165,7 +190,7 @@ class _CheckedGraph:
             self._drop(f"its forward changes {name}")
         return expected
 
-    def _check(self, graph: Graph, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
+    def _check(self, graph: Executable, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
         try:
             found = graph(bound)
         except NotFiniteError:
@@ -173,7 +198,7 @@ class _CheckedGraph:
         except Exception as error:  # noqa: BLE001  # of operators, for instance for a wrong shape
             self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
             return expected
-        if agree(found, expected):
+        if agree(found, expected, self._tolerance):
             self._checked.add(ones)
             return found  # as at every later call
         self._drop("the graph does not give what the modules give")
@@ -184,7 +209,7 @@ class _CheckedGraph:
         log.warning("the modules run from now on: %s", reason)
 
 
-def agree(found: object, expected: object, tolerance: float = _TOLERANCE) -> bool:
+def agree(found: object, expected: object, tolerance: float = TOLERANCE) -> bool:
     """Whether two outputs are equal up to rounding: floats by their energy, everything else exactly.
 
     >>> agree([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0001])]), agree(torch.ones(2), torch.ones(3))
@@ -211,3 +236,20 @@ def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return False
     ours, theirs = found[finite].double(), expected[finite].double()
     return bool((ours - theirs).square().sum() <= tolerance * theirs.square().sum())
+
+
+def lost(found: object, exact: object) -> float:
+    """The largest share of an output's energy by which two outputs of one structure differ; infinite for another.
+
+    >>> lost([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == 1 / 34
+    True
+    """
+    pairs = [(a, b) for a, b in zip(tree_leaves(found), tree_leaves(exact), strict=False) if isinstance(b, Tensor)]
+    shares = [0.0]
+    for ours, theirs in pairs:
+        if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
+            return math.inf
+        if theirs.is_floating_point() and theirs.isfinite().all():
+            error = float((ours.double() - theirs.double()).square().sum())
+            shares.append(error and error / max(float(theirs.double().square().sum()), 1e-300))
+    return max(math.inf if math.isnan(share) else share for share in shares)

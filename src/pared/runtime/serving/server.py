@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -60,6 +61,32 @@ class Server(ABC):
     @abstractmethod
     def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         """The output for a call of a wanted kind, or NotImplemented; `modules` runs the call on the modules."""
+
+
+class FirstOf(Server):
+    """Lets several servers answer, in this order: the first that serves a call does.
+
+    Args:
+        servers: each for other kinds of calls.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self._servers = tuple(servers)
+        self.wanted = tuple(one for server in self._servers for one in server.wanted)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Server:
+        """The same for the copied model."""
+        return FirstOf([copy.deepcopy(server, memo) for server in self._servers])
+
+    def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+        """The model's output; NotImplemented if none of the servers gives it."""
+        for server in self._servers:
+            if (found := server.serve(model, args, kwargs, modules)) is not NotImplemented:
+                return found
+        return NotImplemented
+
+    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
+        raise NotImplementedError  # the servers bind calls themselves
 
 
 class ModelSnapshot:
