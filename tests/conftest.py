@@ -50,7 +50,7 @@ def _as_on_most_machines() -> Iterator[None]:
     Whole models are timed only in tests that are marked so: it takes seconds of each `fit`, and chance decides.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "time_calls", lambda *_: ())
+        patch.setattr(speed, "time_calls", lambda *_, **__: ())
         _set_tiles(patch, there=False)
         yield
 

@@ -329,7 +329,7 @@ class _Forms:
                     return unknown
                 run()  # makes it, and compares
                 answered = run() is not NotImplemented
-                reason = self.server.reason(bound)
+                reason = server.reason(bound)
                 return run if answered and not reason else reason
         except Exception as error:  # noqa: BLE001  # whatever torch makes of the model's code becomes the reason
             return reason_of(error)

@@ -170,7 +170,7 @@ class _CheckedGraph:
                 return self._unsure(expected, name)
             return self._check(graph, bound, ones, expected)
 
-    def _answer(self, graph: Graph, bound: Bound) -> Any:
+    def _answer(self, graph: Executable, bound: Bound) -> Any:
         if name := self._attributes.changed():  # what was captured may depend on it
             self._drop(f"its attribute {name} was changed")
             return NotImplemented
