@@ -108,7 +108,7 @@ def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytes
     slow_alone = Timing((64, 64), 1.0, 2.0, 1.5)
     monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), {"0": slow_alone, "2": slow_alone}))
 
-    def time_calls(_model: nn.Module, by_layers: nn.Module, _calls: Any, _captures: Any) -> tuple[CallTiming, ...]:
+    def time_calls(_: nn.Module, by_layers: nn.Module, *_rest: Any, **_options: Any) -> tuple[CallTiming, ...]:
         kernels = [line.kernel for line in Result(by_layers).plan if line.name in ("0.weight", "2.weight")]
         return (CallTiming(CALL, 4.0, None, 3.0, 1.0 if kernels == ["int8 static"] * 2 else 2.0),)
 

@@ -153,8 +153,9 @@ def time_calls(
     kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
     # A graph for each call kind, of its largest call.
     server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
-    openvino: OpenVinoServer | str = missing() if whole else "only whole models run there"
-    openvino = openvino or OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
+    openvino: OpenVinoServer | str | None = None
+    if whole:
+        openvino = missing() or OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
     forms = _Forms(model, _copied_to_bfloat16(model), by_layers, server, openvino)
     times: list[CallTiming] = []
     for call, arguments in zip(found, bound, strict=True):
@@ -250,18 +251,19 @@ class _Forms:
     bfloat16: Callable[..., Any] | str
     by_layers: nn.Module
     server: GraphServer
-    openvino: OpenVinoServer | str
+    openvino: OpenVinoServer | str | None  # None: it is not tried
 
     def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming | None:
         """The times of one call; None if the float model raises an exception when it is made again."""
         if call.state is not None and self._is_steady(call):
             call = replace(call, state=None)  # such as tables of positions that are kept for the next call
         reason = call.side_effects or (_UNKNOWN if bound is None else "")
-        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(("bfloat16", "graph", "openvino"), reason)
+        found: dict[str, Callable[[], Any] | str] = dict.fromkeys(self._others, reason)
         if bound is not None and not reason:
             found["bfloat16"] = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
             found["graph"] = self._as_graph(call, bound, self.server)
-            found["openvino"] = self._in_openvino(call, bound)
+            if self.openvino is not None:
+                found["openvino"] = self._in_openvino(call, bound, self.openvino)
         found |= {"float32": partial(call.on, self.float32), "modules": partial(call.on, self.by_layers)}
         times = times_of(found)
         if times is None:
@@ -304,11 +306,16 @@ class _Forms:
         except Exception as error:  # noqa: BLE001  # whatever the model raises in bfloat16 becomes the reason
             return reason_of(error)
 
-    def _in_openvino(self, call: Call, bound: Bound) -> Callable[[], Any] | str:
+    @property
+    def _others(self) -> tuple[str, ...]:
+        """What may take the place of the modules."""
+        return ("bfloat16", "graph", *(() if self.openvino is None else ("openvino",)))
+
+    def _in_openvino(self, call: Call, bound: Bound, openvino: OpenVinoServer | str) -> Callable[[], Any] | str:
         """The call in OpenVINO; or why it cannot be chosen."""
-        if isinstance(self.openvino, str):
-            return self.openvino
-        run = self._as_graph(call, bound, self.openvino)
+        if isinstance(openvino, str):
+            return openvino
+        run = self._as_graph(call, bound, openvino)
         if isinstance(run, str):
             return run
         with torch.no_grad():

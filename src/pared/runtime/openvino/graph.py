@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class OpenVinoGraph:
     """
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
-        self.note: Final = captured.note
+        self.note = captured.note
         self._sizes = tuple(captured.inputs.values())
         self._structure = captured.outputs
         self._threads = torch.get_num_threads()

@@ -66,11 +66,9 @@ class GraphServer(Server):
         captured: turns a float model's call into a graph.
 
     Attributes:
-        makes: makes what answers calls, from the quantized model and a captured call.
         tolerance: the share of the output's energy by which that and the modules may differ.
     """
 
-    makes: ClassVar[Callable[[nn.Module, Captured], Executable]] = Graph
     tolerance: ClassVar[float] = TOLERANCE
 
     def __init__(
@@ -112,11 +110,15 @@ class GraphServer(Server):
             if graph is None or not graph.is_current():
                 graph = _CheckedGraph(
                     model,
-                    lambda: type(self).makes(model, self._captured(self._skeleton(model), arguments)),
+                    lambda: self._executable(model, self._captured(self._skeleton(model), arguments)),
                     self.tolerance,
                 )
                 self._graphs[kind] = graph
         return graph
+
+    def _executable(self, model: nn.Module, captured: Captured) -> Executable:
+        """What answers calls, from the quantized model and a captured call."""
+        return Graph(model, captured)
 
     def reason(self, bound: Bound) -> str:
         """Why no graph serves a call of a wanted kind, in words; empty if one does."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
+
+from pared.runtime.graphs.capturing.capture import Captured
 from pared.runtime.openvino.graph import OpenVinoGraph
-from pared.runtime.serving.graph_server import GraphServer
+from pared.runtime.serving.graph_server import Executable, GraphServer
 
 
 class OpenVinoServer(GraphServer):
@@ -14,5 +17,7 @@ class OpenVinoServer(GraphServer):
     Its kernels round codes elsewhere than ours, so that both are about as far from each other as from floats.
     """
 
-    makes = OpenVinoGraph
     tolerance: ClassVar[float] = 3e-2
+
+    def _executable(self, model: nn.Module, captured: Captured) -> Executable:
+        return OpenVinoGraph(model, captured)
