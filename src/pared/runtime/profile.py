@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import logging
 import math
@@ -348,14 +350,24 @@ def _numbers(arguments: tuple[Argument, ...]) -> int:
 
 
 def this_machine() -> dict[str, Any]:
-    """What a measurement depends on: the processor, the number of threads, and torch's version."""
+    """What a measurement depends on: the processor, the number of threads, and the versions of the runtimes."""
     return {
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "extensions": extensions(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
+        "openvino": _version("openvino"),
     }
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """The installed version of a package; empty if there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def profile_beside(artifact: Path) -> Profile:
