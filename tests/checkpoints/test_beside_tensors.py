@@ -30,7 +30,7 @@ def test_metadata_come_back(said: dict[str, str] | None, tmp_path: Path) -> None
     safetensors.torch.save_file(weights(), tmp_path / "a.safetensors", metadata=said)
     pared.compress(tmp_path / "a.safetensors", tmp_path / "small")
     back = pared.expand(tmp_path / "small", tmp_path / "back.safetensors")
-    assert metadata_of(back) == {"format": "pt", **(said or {})}
+    assert metadata_of(back) == {"format": "pt", **(said or {}), "pared": "expanded"}
 
 
 def test_of_several_files_what_all_say_comes_back_in_each(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_of_several_files_what_all_say_comes_back_in_each(tmp_path: Path) -> Non
     pared.compress(tmp_path / "hf", tmp_path / "small")
     pared.expand(tmp_path / "small", tmp_path / "back")
     for name in placed.values():
-        assert metadata_of(tmp_path / "back" / name) == {"format": "pt", "by": "me"}
+        assert metadata_of(tmp_path / "back" / name) == {"format": "pt", "by": "me", "pared": "expanded"}
 
 
 def test_metadata_count_against_the_size(tmp_path: Path) -> None:
@@ -58,13 +58,13 @@ def test_metadata_that_are_too_large_are_told(tmp_path: Path, caplog: pytest.Log
     safetensors.torch.save_file(weights(), tmp_path / "a.safetensors", metadata={"text": "x" * (1 << 20)})
     pared.compress(tmp_path / "a.safetensors", tmp_path / "small")
     back = pared.expand(tmp_path / "small", tmp_path / "back.safetensors")
-    assert metadata_of(back) == {"format": "pt"}
+    assert metadata_of(back) == {"format": "pt", "pared": "expanded"}
     assert "bytes of metadata are not kept" in caplog.text
 
 
 @pytest.mark.parametrize("said", [3, ["x"], {"a": 1, "format": "pared"}, None])
 def test_what_a_stranger_wrote_in_their_place(said: object) -> None:
-    assert written_metadata({"metadata": said}) == {"format": "pt"}
+    assert written_metadata({"metadata": said}) == {"format": "pt", "pared": "expanded"}
 
 
 @pytest.mark.parametrize("legacy", [False, True])

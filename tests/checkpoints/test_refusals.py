@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import pared
@@ -146,3 +147,24 @@ def test_a_tensor_that_repeats_itself_without_end(tmp_path: Path) -> None:
     source = saved({"w": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "m.pt")
     with pytest.raises(UnsafeError, match=r"w: repeats 4 bytes until they are 4,398,046,511,104"):
         pared.compress(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("existing", ["the source", "something else", "nothing at all"])
+@pytest.mark.parametrize("into", ["folder", "file"])
+def test_a_file_that_expand_did_not_write_is_not_replaced(existing: str, into: str, tmp_path: Path) -> None:
+    source = tmp_path / "source" / "model.safetensors"
+    source.parent.mkdir()
+    safetensors.torch.save_file(layers(), source)
+    small = pared.compress(source.parent, tmp_path / "small")
+    exact = {"the source": source.read_bytes(), "something else": b"words", "nothing at all": b""}[existing]
+    source.write_bytes(exact)
+    with pytest.raises(FileError) as error:
+        pared.expand(small, source if into == "file" else source.parent)
+    assert str(error.value) == (
+        f"{source}: is there already, and expand did not write it: it may hold the exact weights\n"
+        "  Choose another place to write to, or move that file away."
+    )
+    assert source.read_bytes() == exact
+    source.unlink()
+    for _ in range(2):  # what it has written it may write again
+        assert pared.expand(small, source.parent) == source

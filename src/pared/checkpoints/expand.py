@@ -21,7 +21,7 @@ from pared.artifact.listing import artifact_parts
 from pared.artifact.parse import parse_index
 from pared.checkpoints.folders import companions
 from pared.checkpoints.folders.companions import find_companions
-from pared.checkpoints.folders.layout import layout_of, single, written_metadata
+from pared.checkpoints.folders.layout import layout_of, refuse_foreign, single, written_metadata
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
@@ -89,7 +89,8 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
         them again.
 
     Raises:
-        FileError: there is no artifact, or the output cannot be written, or another run writes to the directory.
+        FileError: there is no artifact, or the output cannot be written, or another run writes to the directory, or
+            there is a file that `expand` did not write where a file is to be written.
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
         ConfigError: a tensor has an element type that the format lacks, or a module has extra state of another kind.
     """
@@ -148,6 +149,7 @@ def _run(source: Path, place: Path, *, quiet: bool, part: bool = False) -> Expan
             if os.path.realpath(folder / name) == os.path.realpath(source):  # which never raises
                 what, remedy = "is the artifact itself", "Choose another place to write to."
                 raise ConfigError(what, where=str(folder / name), remedy=remedy)
+            refuse_foreign(folder / name)
         metadata = written_metadata(index.provenance)
         headers = {name: _header(group, metadata, str(source)) for name, group in layout.divided(entries)}
         make_directory(folder)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from pared.artifact.envelope import FILE_NAMES
 from pared.artifact.index import Entry
 from pared.checkpoints.selection import Kept
+from pared.errors import FileError, ParedError
+from pared.files.disk import open_file
+from pared.files.safetensors_file import is_safetensors, read_header
 from pared.readers.folders.names import DISTRIBUTED, INDEX, MAIN, folder_of, numbered
 from pared.readers.listing import Listing
 
@@ -23,6 +27,7 @@ _SUFFIX: Final = ".safetensors"
 _RECORD: Final = "files"
 _METADATA: Final = "metadata"
 _PLAIN_METADATA: Final = {"format": "pt"}
+_EXPANDED: Final = {"pared": "expanded"}  # stands in what `expand` writes, which it may therefore write again
 _MOST_METADATA: Final = 1 << 20  # bytes
 _MOST_FILES: Final = 10_000
 _LONGEST: Final = 200
@@ -107,7 +112,25 @@ def written_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
     recorded = provenance.get(_METADATA)
     said = recorded if isinstance(recorded, dict) else {}
     texts = {key: value for key, value in said.items() if isinstance(value, str)}
-    return _PLAIN_METADATA | ({} if texts.get("format") == "pared" else texts)  # which only artifacts are
+    return _PLAIN_METADATA | ({} if texts.get("format") == "pared" else texts) | _EXPANDED  # "pared": an artifact
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse to replace a file that `expand` did not write: it may be the only exact copy of the weights.
+
+    Raises:
+        FileError: there is such a file.
+    """
+    if not path.is_file():
+        return
+    with contextlib.suppress(ParedError), open_file(path) as file:
+        if is_safetensors(file) and _EXPANDED.items() <= read_header(file).metadata.items():
+            return
+    raise FileError(
+        "is there already, and expand did not write it: it may hold the exact weights",
+        where=str(path),
+        remedy="Choose another place to write to, or move that file away.",
+    )
 
 
 def layout_of(provenance: Mapping[str, Any], count: int, where: str) -> Layout:
