@@ -31,7 +31,7 @@ FLOAT_BITS: Final = 16.0
 _SMALLEST_HALF: Final = 2.0**-14
 _LARGEST_HALF: Final = 65504.0
 # The largest magnitude of a tensor on a grid, whose steps and products of steps and codes are finite in float32.
-_LEAST, _MOST = 2.0**-100, 2.0**100
+_LEAST, _MOST = 2.0**-100, 2.0**126
 
 
 @dataclass(frozen=True)
