@@ -92,7 +92,7 @@ class Many(nn.Module):
 def test_no_graph_of_very_many_tensors_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "_MOST_TENSORS", 30)
     nothing: Any = None  # neither a server nor a call is looked at
-    reason = speed._Forms(Many(40), nothing, nothing, nothing)._as_graph(nothing, nothing)
+    reason = speed._Forms(Many(40), nothing, nothing, nothing, nothing)._as_graph(nothing, nothing, nothing)
     assert reason == "to capture one of a model of 40 tensors would take too long"
 
 

@@ -379,7 +379,7 @@ def test_a_part_is_timed_and_kept_if_something_answers_it(monkeypatch: pytest.Mo
     for name, calls in times.items():
         asked: list[type[nn.Module]] = []
 
-        def time_calls(one: nn.Module, _by_layers: nn.Module, _calls: Any, _captures: Any, calls: Any = calls) -> Any:
+        def time_calls(one: nn.Module, *_: Any, calls: Any = calls, **_options: Any) -> Any:
             asked.append(type(one))  # noqa: B023  # it is called before the next turn
             return calls if isinstance(one, Encoder) else ()
 

@@ -118,12 +118,19 @@ def test_numbers_that_no_grid_can_hold_are_kept(name: str, is_parameter: bool, t
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("name", sorted(FAR.keys() - {"larger than their squares"}))  # which it does not need
-def test_compress_keeps_numbers_that_no_grid_can_hold(name: str, bits: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAR)
+def test_compress_rounds_large_numbers_and_keeps_those_that_no_grid_can_hold(
+    name: str, bits: float, tmp_path: Path
+) -> None:
     torch.save({"table": FAR[name]}, tmp_path / "source.pt")
     pared.compress(tmp_path / "source.pt", tmp_path, bits=bits)
     pared.expand(tmp_path, tmp_path / "again.safetensors")
-    assert torch.equal(safetensors.torch.load_file(tmp_path / "again.safetensors")["table"], FAR[name])
+    found = safetensors.torch.load_file(tmp_path / "again.safetensors")["table"]
+    if name in ("large", "in bfloat16", "larger than their squares"):  # no squares are taken in float32
+        error = (found.double() - FAR[name].double()).square().sum() / FAR[name].double().square().sum()
+        assert error < 0.05
+    else:
+        assert torch.equal(found, FAR[name])
 
 
 class Mixed(nn.Module):
