@@ -1,5 +1,6 @@
 """Artifacts of the first two versions of the format, with every kind of entry, and edits that make their index lie."""
 
+import copy
 import io
 import json
 import zlib
@@ -88,7 +89,7 @@ def artifact(version: int = 2) -> tuple[Index, bytes]:
 
 def first_json() -> Json:
     """The index of version 1, which nothing writes any more."""
-    known = FIRST.to_json()
+    known = copy.deepcopy(FIRST.to_json())
     known["pared"] = 1
     for written, entry in zip(known["tensors"], FIRST.entries, strict=True):
         del written["crc32"]
@@ -131,7 +132,7 @@ def parse_record(record: bytes, data: bytes = DATA) -> Index:
 
 
 def edited(edit: Edit, known: Json | None = None) -> bytes:
-    known = INDEX.to_json() if known is None else known
+    known = copy.deepcopy(INDEX.to_json()) if known is None else known  # which shares values with the index
     edit(known)
     return zlib.compress(json.dumps(known).encode())
 

@@ -35,12 +35,13 @@ NAMES: dict[str, object] = {
     **dict.fromkeys(("_version", "_make_wrapper_subclass"), TENSOR),
     **dict.fromkeys(("_C", "_ops", "_make_per_channel_quantized_tensor"), torch),
     **dict.fromkeys(("_assert_tensor_metadata", "_native_batch_norm_legit_no_training", "_unsafe_view"), ATEN),
+    **dict.fromkeys(("_assert_scalar", "_assert_async"), ATEN),
     "_functorch": torch._C,
     "maybe_current_level": torch._C._functorch,
     "DisableTorchFunctionSubclass": torch._C,
     "_current_level": forward_ad,
     "_has_any_global_hook": torch_module,
-    "_schema": torch.ops.aten.relu.default,
+    **dict.fromkeys(("_schema", "_overloadname"), torch.ops.aten.relu.default),
 }
 NOT_ONLY_TORCHS = {"_modules", "_version", "_flat_weights"}  # names of ours as well, so the search leaves them out
 PUBLIC_THERE = {"maybe_current_level", "DisableTorchFunctionSubclass"}  # in a private module

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
 from pared.files.disk import as_path, reading
+from pared.runtime.kernels.machine import exact_products
 from pared.runtime.onnx.export import ARTIFACT, ONNX_FILE, checksum_beside, need
 from pared.runtime.onnx.signature import SIGNATURE, Signature
 from pared.runtime.stopwatch import fastest_ms
@@ -34,7 +35,8 @@ class _OnnxRuntime:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors
-        options.add_session_config_entry(EXACT_PRODUCTS, "1")
+        if not exact_products():
+            options.add_session_config_entry(EXACT_PRODUCTS, "1")
         self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def metadata(self) -> Mapping[str, str]:

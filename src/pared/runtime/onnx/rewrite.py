@@ -124,7 +124,8 @@ class _Rewriter:
         else:
             scale = self._constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))
             attributes = {"axis": axes[0]} if axes else {}
-            out = self._node("DequantizeLinear", [value, scale], attributes, after=near)
+            zeros = [self._zeros(weight.name, found.size, codes.dtype)] if axes else []
+            out = self._node("DequantizeLinear", [value, scale, *zeros], attributes, after=near)
         out = self._typed(out, weight)
         for node, place in uses:
             node.replace_input_with(place, out)
@@ -186,6 +187,7 @@ class _Rewriter:
         left = self._node("Mul", [left, signs], near=node)
         codes, steps = numbers_of(weight.sources[0])
         held = [self._constant(f"{name}.codes", codes[:, more.columns.numpy()].T), self._steps(name, steps[:, 0], node)]
+        held.append(self._zeros(name, len(codes), codes.dtype))
         floats = self._node("DequantizeLinear", held, {"axis": 1}, near=node)
         given = [self._rounded(left, activation, name, weight, node), self._cast(floats, _dtype(weight), near=node)]
         out = node.outputs[0]
@@ -197,6 +199,14 @@ class _Rewriter:
             self.graph.outputs[list(self.graph.outputs).index(out)] = total
         total.shape, total.type = out.shape, out.type
         return True
+
+    def _zeros(self, name: str, count: int, dtype: Any) -> Any:
+        """Zero points of an axis, which ONNX does not need.
+
+        For exact sums on processors without VNNI, ONNX Runtime makes weights unsigned. It then adds a zero point where
+        there is none, but only one, and fails where two weights share theirs.
+        """
+        return self._constant(f"{name}.zeros", np.zeros(count, dtype))
 
     def _steps(self, name: str, steps: Array, node: Any) -> Any:
         """The steps of outputs: the constant that the node's weight already has, if it is the same."""

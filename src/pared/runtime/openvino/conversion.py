@@ -62,7 +62,7 @@ class _Converter:
         import openvino
 
         self._ov = openvino
-        self._ops = openvino.opset13
+        self._opset = openvino.opset13
         self._model = model
         self._contents = contents
         self._modules = modules
@@ -87,8 +87,8 @@ class _Converter:
         codes, steps = numbers_of(weight)
         axes, found = along(steps)
         # OpenVINO keeps what it knows as a decompressed weight in codes.
-        floats = self._ops.convert(self._ops.constant(codes), self._ov.Type.f32)
-        value = self._ops.multiply(floats, self._ops.constant(np.ascontiguousarray(found, np.float32)))
+        floats = self._opset.convert(self._opset.constant(codes), self._ov.Type.f32)
+        value = self._opset.multiply(floats, self._opset.constant(np.ascontiguousarray(found, np.float32)))
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
         if len(axes) <= 1 and exact_products():
@@ -124,12 +124,12 @@ class _Converter:
             node = source.get_node()
             if _pads_with_zeros(node):  # which are on the grid: a product can round its output, but not pad it
                 inner = self._on_grid(node.input_value(0), activation)
-                rounded = self._ops.pad(
+                rounded = self._opset.pad(
                     inner, node.input_value(1), node.input_value(2), "constant", node.input_value(3)
                 )
             else:
                 low, high = np.float32(-zero_point * scale), np.float32((FULL_LEVELS - zero_point) * scale)
-                rounded = self._ops.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)
+                rounded = self._opset.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)
             self._rounded[key] = rounded.output(0)
         return self._rounded[key]
 
@@ -137,7 +137,7 @@ class _Converter:
         """Add what extra columns carry, as a product of their own; returns whether that is possible."""
         if product.get_type_name() != "MatMul" or codes.ndim != 2 or steps[:, :1].shape != (len(codes), 1):
             return False
-        ops, more = self._ops, extra_columns(activation.outliers, activation.span, FULL_LEVELS)
+        ops, more = self._opset, extra_columns(activation.outliers, activation.span, FULL_LEVELS)
         above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
         columns, signs = more.columns.numpy(), np.where(above, 1, -1).astype(np.float32)
         before = np.abs(more.shift.numpy()) * np.float32(more.scale)
@@ -153,7 +153,7 @@ class _Converter:
         return True
 
     def _constant(self, tensor: Tensor) -> Any:
-        return self._ops.constant(numpy_of(tensor))
+        return self._opset.constant(numpy_of(tensor))
 
     def _replace(self, parameter: Any, value: Any) -> None:
         for target in list(parameter.output(0).get_target_inputs()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from pared.runtime.record import contents_of
 
 def missing() -> str:
     """Why there are no graphs in OpenVINO here, in words; empty if there may be."""
-    return "" if importlib.util.find_spec("openvino") else "it is not installed: pip install 'pared[fast]'"
+    return "" if find_spec("openvino") else "it is not installed: pip install 'pared[fast]'"
 
 
 class OpenVinoGraph:

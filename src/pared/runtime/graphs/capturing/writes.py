@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves
 
 _ATEN: Final = torch.ops.aten
 
@@ -197,7 +198,7 @@ class _Writes:
         value = self._graph.call_function(twin, args, kwargs)
         value.meta |= write.meta
         wanted, leaves = write.meta["val"].dtype, fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-        mode = detect_fake_mode(torch.utils._pytree.tree_leaves(leaves))
+        mode = detect_fake_mode(tree_leaves(leaves))
         assert mode is not None  # every exported value is fake
         with mode:
             found = twin(*leaves[0], **leaves[1]).dtype
