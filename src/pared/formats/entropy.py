@@ -226,7 +226,8 @@ def decode(payload: _Payload, coding: Coding | None, count: int, dtype: DTypeLik
 
 def _least(flat: Codes, coding: Coding) -> int:
     """The fewest bytes of a few codes: a deflate stream takes two beside one for each symbol."""
-    escapes = sum(abs(code >> coding.low_bits) > coding.limit for code in flat.tolist()) * flat.itemsize
+    codes: list[int] = flat.tolist()
+    escapes = sum(abs(code >> coding.low_bits) > coding.limit for code in codes) * flat.itemsize
     return escapes + _quotient(flat.size * coding.low_bits, 8) + _quotient(flat.size, coding.per_symbol) + 2
 
 
