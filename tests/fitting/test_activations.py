@@ -195,7 +195,7 @@ def test_some_calls_are_spaced_evenly_and_keep_their_energies() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     seen = collect(model, [torch.randn(4, 8) for _ in range(10)], 10**9)
     assert len(seen.energies) == 1
-    key = ("output", False)
+    key = ("output", False, "")
     assert seen.energies[key] == pytest.approx(sum(energies[key] for energies in seen.energies_of_calls))
     some = seen.some(10)
     assert [id(call) for call in some.calls] == [id(seen.calls[i]) for i in (0, 3, 6)]

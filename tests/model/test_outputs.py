@@ -16,8 +16,9 @@ def test_which_parts_of_an_output_count() -> None:
     assert len(leaves_of((x, [x, ids]))) == 2
     assert leaves_of(ids) == []
     assert len(leaves_of({"last_hidden_state": x, "past_key_values": (x, x), "logits": x})) == 4, "whatever the name"
-    assert [leaf.key for leaf in leaves_of({"a": x, "b": x}, {"b"})] == [("a", False), ("b", False), ("b", True)]
-    assert [leaf.key for leaf in leaves_of({"a": ids, "b": x[0]}, {"a", "b"})] == [("b", False)], "these are no logits"
+    assert [leaf.key[:2] for leaf in leaves_of({"a": x, "b": x}, {"b"})] == [("a", False), ("b", False), ("b", True)]
+    assert [leaf.key[:2] for leaf in leaves_of({"a": ids, "b": x[0]}, {"a", "b"})] == [("b", False)], "no logits"
+    assert leaves_of({"a": x}, (), "task='b'")[0].key == ("a", False, "task='b'")
     assert len(leaves_of({"nested": {"deep": (x, x)}})) == 2
     assert leaves_of(torch.zeros(0)) == []
 

@@ -82,7 +82,7 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits:
     for name, weights in held.items():
         for attribute, stored in weights.items():
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
-    expected = [values_of(call.on(copied), logits) for call in calls]
+    expected = [values_of(copied, call, logits) for call in calls]
     (dynamic,) = candidate.options("dynamic")
     for name, activation in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}

@@ -79,7 +79,7 @@ def prepare(
         seen = observe.collect(model, calibration, conf.calibration_sampling_size)
         check_weights(tensors, seen.calls)
         tensors = oriented(tensors, seen.calls)
-        paths = {path for path, _ in seen.energies}
+        paths = {path for path, *_ in seen.energies}
         seen = replace(seen, logits=find_logits(model, seen.calls[0], conf.logits, paths))
     with stages.stage("measuring what errors cost"):
         return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))

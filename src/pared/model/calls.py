@@ -42,6 +42,16 @@ class Call:
             return model(*args, **kwargs)
 
     @property
+    def task(self) -> str:
+        """What tells this call from calls that ask for another result: its texts and flags; empty if it has none.
+
+        >>> Call((1.0, "depth"), {"scaled": True}).task
+        "1='depth', scaled=True"
+        """
+        named = [*((str(place), value) for place, value in enumerate(self.args)), *self.kwargs.items()]
+        return ", ".join(f"{name}={value!r}" for name, value in named if isinstance(value, str | bool))
+
+    @property
     def side_effects(self) -> str:
         """What the call changes besides giving an output, in words; empty if nothing."""
         what = ["its arguments"] if self.writes else []

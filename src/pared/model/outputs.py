@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -31,7 +31,7 @@ class _Every(Container[str]):
 
 EVERY: Final = _Every()
 
-Key = tuple[str, bool]  # the path of an output, and whether it counts as logits
+Key = tuple[str, bool, str]  # the path of an output, whether it counts as logits, and for which task it was asked
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +42,18 @@ class Leaf:
         value: floating, of any shape.
         is_logits: the last dimension holds logarithms of unnormalized probabilities, and these are what counts.
         path: where it is in what the model returned: keys and positions, joined by dots.
+        task: that of the call (`Call.task`): outputs for other tasks may be far smaller, and count as much.
     """
 
     value: Tensor
     is_logits: bool = False
     path: str = "output"
+    task: str = ""
 
     @property
     def key(self) -> Key:
-        """What tells it from the other leaves of a call."""
-        return self.path, self.is_logits
+        """What tells it from the other leaves of a call, and from those of calls for other tasks."""
+        return self.path, self.is_logits, self.task
 
     def counts(self) -> Tensor:
         """Which numbers count, and of logits which distributions: the finite ones (a boolean tensor)."""
@@ -96,25 +98,26 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).float()
 
 
-def leaves_of(output: Any, logits: Container[str] = ()) -> list[Leaf]:
+def leaves_of(output: Any, logits: Container[str] = (), task: str = "") -> list[Leaf]:
     """The floating tensors in what a model returned. Those that hold logits come twice: as numbers, and as logits.
 
     Args:
         output: a value of any type.
         logits: the paths of the outputs that are known to hold logits along their last dimension.
+        task: that of the call.
 
     >>> [leaf.key for leaf in leaves_of({"logits": torch.zeros(2, 3), "boxes": [torch.zeros(4)]}, {"logits"})]
-    [('logits', False), ('logits', True), ('boxes.0', False)]
+    [('logits', False, ''), ('logits', True, ''), ('boxes.0', False, '')]
     >>> [leaf.path for leaf in leaves_of((torch.zeros(2), torch.tensor([1])))], leaves_of(torch.zeros(2))[0].path
     (['0'], 'output')
     """
     found = []
     for path, tensor in _named(_results(output), ()):
         if tensor.is_floating_point() and tensor.numel():
-            leaf = Leaf(tensor, path=path or "output")
+            leaf = Leaf(tensor, path=path or "output", task=task)
             found.append(leaf)
             if leaf.path in logits and may_be_logits(tensor):
-                found.append(Leaf(tensor, is_logits=True, path=leaf.path))
+                found.append(replace(leaf, is_logits=True))
     return found
 
 
@@ -125,7 +128,7 @@ def may_be_logits(value: Tensor) -> bool:
 
 def share_of_each(keys: Iterable[Key]) -> float:
     """What share of the damage an output's own damage makes up: all outputs count alike."""
-    return 1.0 / max(1, len({path for path, _ in keys}))
+    return 1.0 / max(1, len({(path, task) for path, _, task in keys}))
 
 
 def _results(output: Any) -> Any:

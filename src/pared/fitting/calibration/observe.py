@@ -169,7 +169,7 @@ class _Recorder:
             return
         self.calls.append(call)
         self.samples_of_calls.append(calls.samples_of(call.args, call.kwargs))
-        self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves_of(output, EVERY)})
+        self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves_of(output, EVERY, call.task)})
         changing = values.nbytes((call.args, dict(call.kwargs))) if call.writes else 0
         self._bytes.append(changing + (call.state.nbytes if call.state is not None else 0))
         while sum(self._bytes) > _MOST_BYTES and len(self.calls) > 2:

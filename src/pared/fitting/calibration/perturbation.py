@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def perturb(
 
 def _repeated(model: nn.Module, calls: Sequence[Call], logits: Container[str]) -> list[list[Leaf]]:
     try:
-        return [values_of(call.on(model), logits) for call in calls]
+        return [values_of(model, call, logits) for call in calls]
     except Exception as error:
         raise CalibrationError(
             f"the model raised {type(error).__name__} when a call of the calibration data was made again: {error}",
@@ -80,7 +80,7 @@ def _refusal(model: nn.Module, calls: Sequence[Call], logits: Container[str], wh
     """Why the same calls give other outputs: random numbers, or something that the calls leave behind."""
     expected = []
     with draws.alike():
-        expected += [values_of(call.on(model), logits) for call in calls]
+        expected += [values_of(model, call, logits) for call in calls]
     with draws.alike():
         is_random = difference(model, calls, expected) <= _ROUNDING
     if is_random:
@@ -119,9 +119,10 @@ def _disturb(
     return TensorStats(torch.full((rows,), each, dtype=torch.float64))
 
 
-def values_of(output: Any, logits: Container[str] = ()) -> list[Leaf]:
-    """The outputs that are compared: the floating ones, or all tensors if there are none."""
-    floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output, logits)]
+def values_of(model: nn.Module, call: Call, logits: Container[str] = ()) -> list[Leaf]:
+    """The outputs of a call that are compared: the floating ones, or all tensors if there are none."""
+    output = call.on(model)
+    floats = [replace(leaf, value=leaf.value.detach().clone()) for leaf in leaves_of(output, logits, call.task)]
     others = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
     return floats or [Leaf(leaf.clone(), path=str(i)) for i, leaf in enumerate(others)]
 
@@ -143,7 +144,7 @@ def losses(model: nn.Module, calls: Sequence[Call], expected: list[list[Leaf]]) 
     """
     found: dict[Key, tuple[float, float]] = {}
     for call, wanted in zip(calls, expected, strict=True):
-        got = {leaf.path: leaf.value for leaf in values_of(call.on(model))}
+        got = {leaf.path: leaf.value for leaf in values_of(model, call)}
         for ours in wanted:
             if ours.path in got:
                 error, energy = _compared(ours, got[ours.path])

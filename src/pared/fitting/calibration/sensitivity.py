@@ -170,7 +170,7 @@ def _probed(
     copied = tensors.in_copy(shadow(tensors.model))
     pass_ = _Pass(copied, seed, kinds, moments=wanted is None, through=through)
     rounds = wanted or max(1, round(_PROBES / len(calls)))
-    logits = {path for path, is_logits in energies if is_logits}
+    logits = {path for path, is_logits, _ in energies if is_logits}
     leaves_of_call = partial(output_leaves, logits=logits) if energies else last_products
     with torch.enable_grad(), ignoring():  # the model has given its warnings already; others are about gradients
         energies = energies or _energies(copied, calls)
@@ -195,7 +195,7 @@ def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> dict[K
 
 def output_leaves(tensors: ModelTensors[nn.Module], call: Call, logits: Container[str] = ()) -> list[Leaf]:
     """The floating outputs of a call."""
-    return leaves_of(call.on(tensors.model), logits)
+    return leaves_of(call.on(tensors.model), logits, call.task)
 
 
 def last_products(tensors: ModelTensors[nn.Module], call: Call) -> list[Leaf]:

@@ -105,7 +105,8 @@ class Yardstick:
         outputs: dict[str, float] = {}
         for key, energy_lost in lost.items():
             share = energy_lost / (total[key] or 1.0)
-            outputs[key[0]] = outputs.get(key[0], 0.0) + (share if math.isfinite(share) else math.inf)
+            name = f"{key[0]} ({key[2]})" if key[2] else key[0]
+            outputs[name] = outputs.get(name, 0.0) + (share if math.isfinite(share) else math.inf)
         measured = sum(outputs.values()) * share_of_each(lost) if outputs else None
         return Damage(None, measured, tuple(outputs.items()), len(repeated), tuple(notes)[:3])
 
@@ -133,7 +134,7 @@ class Yardstick:
 
     def _outputs(self, model: nn.Module, call: Call) -> list[Leaf]:
         with torch.no_grad(), WITHOUT_FAST_PATHS, draws.alike(self._seed):
-            return values_of(call.on(model), self._logits)
+            return values_of(model, call, self._logits)
 
 
 def _error(ours: Leaf, theirs: Tensor) -> float:
