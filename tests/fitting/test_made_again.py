@@ -44,9 +44,10 @@ def test_a_forward_that_works_in_place_gives_the_same_model(approach: str) -> No
         model, batches = Scaled(inplace), [data[:32].clone(), data[32:].clone()]
         q = pared.fit(model, PostTrainingQuantConfig(approach=approach), batches)
         assert torch.equal(torch.cat(batches), data), "the caller's batches stay as they are"
-        found.append(q(data.clone()))
-        assert snr(model(data.clone()).detach(), found[-1]) > 28
-    assert torch.equal(*found)
+        assert snr(model(data.clone()).detach(), q(data.clone())) > 28
+        found.append(q.state_dict())  # which kernels run is measured, and may differ
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 class Writes(nn.Module):
