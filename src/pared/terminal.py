@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -126,6 +127,8 @@ _WORDS: Final[Mapping[str, int | None]] = {
     "runs": None,
     "": None,
 }
+_MANY_ROWS: Final = 100
+_LEAST_FILLING: Final = 10
 _FILLING: Final = ("tensor", "output of")  # as wide as the other columns allow
 
 
@@ -139,24 +142,67 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     >>> table(["trial", "score"], [["1", "0.25"]])
     ['', ' trial  score', ' ────────────', '     1   0.25', '']
     """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = _widths(headings, cells) if len(cells) > _MANY_ROWS else None
+    if widths is None:
+        return _drawn(headings, cells)
+    # For very many rows a library's layout takes a minute, and kilobytes for each.
+    blank = _drawn(headings, [], widths)
+    lines = blank[:-1]
+    for row in cells:
+        lengths = [_width(cell) for cell in row]
+        too_wide = any(length > width for length, width in zip(lengths, widths, strict=True))
+        if too_wide or any(cell != cell.strip() for cell in row):
+            lines += _drawn(headings, [row], widths)[len(blank) - 1 : -1]
+            continue
+        padded = [
+            f"{cell}{' ' * (width - length)}" if heading in _WORDS else f"{' ' * (width - length)}{cell}"
+            for heading, cell, length, width in zip(headings, row, lengths, widths, strict=True)
+        ]
+        lines.append(f" {'  '.join(padded)}".rstrip())
+    return [*lines, blank[-1]]
+
+
+def _width(text: str) -> int:
+    """The columns of a terminal that a text takes."""
+    return len(text) if text.isascii() else cell_len(text)
+
+
+def _widths(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> list[int] | None:
+    """The width of each column where all but one are as wide as their widest cell; None: they would not fit so."""
+    widths = [
+        min(max(_width(heading), *map(_width, column)), _WORDS.get(heading) or WIDTH)
+        for heading, column in zip(headings, zip(*cells, strict=True), strict=True)
+    ]
+    left = WIDTH - 2 * len(headings)  # a space at each end, two between columns
+    filling = [i for i, heading in enumerate(headings) if heading in _FILLING]
+    for i in filling:
+        widths[i] = left - sum(widths[:i]) - sum(widths[i + 1 :])
+    fits = len(filling) < 2 and sum(widths) <= left and all(widths[i] >= _LEAST_FILLING for i in filling)
+    return widths if fits else None
+
+
+def _drawn(headings: Sequence[str], cells: Iterable[Sequence[str]], widths: Sequence[int] | None = None) -> list[str]:
+    """The lines of a table whose columns are as wide as their cells ask for, or have these widths."""
     drawn = Table(
         box=box.SIMPLE_HEAD,
         width=WIDTH if any(heading in _FILLING for heading in headings) else None,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for heading in headings:
+    for i, heading in enumerate(headings):
         words = heading in _WORDS
         drawn.add_column(
             heading,
             justify="left" if words else "right",
             overflow="fold",
-            ratio=1 if heading in _FILLING else None,
+            ratio=1 if heading in _FILLING and widths is None else None,
+            width=None if widths is None else widths[i],
             max_width=_WORDS.get(heading),
             no_wrap=not words,
         )
-    for row in rows:
-        drawn.add_row(*(Text(printable(cell)) for cell in row))
+    for row in cells:
+        drawn.add_row(*map(Text, row))
     console = Console(file=io.StringIO(), width=WIDTH, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(drawn)

@@ -20,6 +20,8 @@ import torch
 
 from pared.errors import CorruptError, UnsafeError
 from pared.files.disk import open_file
+from pared.files.memory_limit import MemoryLimit
+from pared.files.pickles import Node, read_pickle
 from pared.readers.kinds import list_tensors
 from pared.readers.listing import Listing
 from tests.fuzz.bases import BASES, saved
@@ -82,6 +84,29 @@ BOMBS: dict[str, Callable[[], bytes]] = {
         b"q\0" + b"h\0" * 500_000 + b"t.",
         **{"data/0": bytes(4)},
     ),
+    "tensors of one storage": lambda: archive(
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\0ctorch\nFloatStorage\nq\1X\7\0\0\0storageq\2X\1\0\0\x000q\3}("
+        + b"".join(b"X\5\0\0\0%05dh\0((h\2h\1h\3h\3K\1tQK\0K\1\x85K\1\x85\x89}tR" % i for i in range(60_000))
+        + b"u.",
+        **{"data/0": bytes(4)},
+    ),
+    "marks": lambda: archive(b"\x80\x02" + b"(" * 2_000_000 + b"."),
+    "small lists": lambda: archive(b"\x80\x02(" + b"]K\1a" * 600_000 + b"t."),
+    "long lists": lambda: archive(b"\x80\x02(" + b"](" + b"N" * 4_000_000 + b"e" + b"t."),
+    "pairs": lambda: archive(b"\x80\x02}(" + b"NN" * 1_000_000 + b"u."),
+    "pairs, one at a time": lambda: archive(b"\x80\x02(" + b"}NNs" * 500_000 + b"t."),
+    "states": lambda: archive(b"\x80\x02cos\nsystem\nq\0(" + b"h\0)RNb" * 400_000 + b"t."),
+    "instances": lambda: archive(b"\x80\x02(" + b"(ia\nb\n" * 400_000 + b"t."),
+    "names": lambda: archive(b"\x80\x02(" + b"ca\nb\n" * 400_000 + b"t."),
+    "references": lambda: archive(b"\x80\x02(" + b")Q" * 1_000_000 + b"t."),
+    "numbers": lambda: archive(b"\x80\x02(" + b"M\xff\xff" * 1_500_000 + b"t."),
+    "places far apart in the memo": lambda: archive(
+        b"\x80\x02N" + b"".join(b"r" + struct.pack("<I", 7 + i * 7001) for i in range(600_000)) + b"."
+    ),
+    "one long text as many names": lambda: archive(
+        b"\x80\x04X" + struct.pack("<I", 100_000) + b"a" * 100_000 + b"q\0(" + b"h\0h\0\x93" * 2_000 + b"t."
+    ),
+    "long texts beyond ASCII as names of members": lambda: _entries(500, "a/" + "\U0001f600" * 8_000),
     "entries of a directory": lambda: _entries(60_000),
     "lists in a header": lambda: _safetensors(b'{"__metadata__":{"a":[' + b",".join([b"[]"] * 1_500_000) + b"]}}"),
     "tensors of ONNX": lambda: _onnx(b"\x2a\x04\x08\0\x10\x01" * 300_000),
@@ -94,10 +119,10 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def _entries(count: int) -> bytes:
+def _entries(count: int, name: str = "a/data.pkl") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as file:
-        file.writestr("a/data.pkl", pickle.dumps({}, 2))
+        file.writestr(name, pickle.dumps({}, 2))
         (info,) = file.infolist()
         file.filelist.extend([info] * count)
     return stream.getvalue()
@@ -132,7 +157,13 @@ def test_small_things_in_great_number_take_no_more_memory_than_promised(kind: st
         bounded(file)
 
 
-@pytest.mark.parametrize("kind", ["empty tuples", "one tensor, many places", "lists in a header", "tensors of ONNX"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("empty tuples", "one tensor, many places", "lists in a header", "tensors of ONNX", "tensors of one storage"),
+        *("marks", "places far apart in the memo", "one long text as many names", "references", "instances"),
+    ],
+)
 def test_what_would_fill_the_memory_is_unsafe(kind: str) -> None:
     with pytest.raises(UnsafeError) as error:
         listed(BOMBS[kind]())
@@ -299,3 +330,52 @@ def test_what_a_pickle_would_call_is_named_and_not_called(tmp_path: Path, name: 
     )
     assert bounded(archive(program)).imports == (name,)
     assert list(tmp_path.iterdir()) == []
+
+
+def _many(kind: str, count: int) -> bytes:
+    names = [f"model.layers.{i}.weight" for i in range(count)]
+    if kind == "torch":
+        stream = io.BytesIO()
+        torch.save({name: torch.zeros(2, 2) for name in names}, stream)
+        return stream.getvalue()
+    entry = '"{}":{{"dtype":"F32","shape":[2,2],"data_offsets":[{},{}]}}'
+    entries = (entry.format(name, 16 * i, 16 * i + 16) for i, name in enumerate(names))
+    return _safetensors(f"{{{','.join(entries)}}}".encode()) + bytes(16 * count)
+
+
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+@pytest.mark.parametrize("count", [20_000, 50_000])
+def test_files_of_very_many_small_tensors_are_listed_within_the_promise(kind: str, count: int) -> None:
+    tensors = bounded(_many(kind, count)).tensors
+    assert len(tensors) == count
+    assert [tensors[0].name, tensors[-1].name] == ["model.layers.0.weight", f"model.layers.{count - 1}.weight"]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        # Written out, 2^60 things.
+        b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"X\1\0\0\0a\x93.",
+        b"K\1X\1\0\0\0a\x93.",
+        b"X\1\0\0\0aN\x93.",
+    ],
+)
+def test_names_that_are_no_text_are_refused(program: bytes) -> None:
+    with pytest.raises(CorruptError, match="it takes something else for a name"):
+        listed(archive(b"\x80\x04" + program))
+
+
+@pytest.mark.parametrize(
+    ("program", "values"),
+    [
+        (b"(K\1q\0K\2q\1h\0h\1t.", [1, 2, 1, 2]),
+        (b"(K\1q\5K\2q\0h\0h\5t.", [1, 2, 2, 1]),  # places that do not follow one another
+        (b"(K\1q\5K\2\x94h\1h\5t.", [1, 2, 2, 1]),  # the next place is as many as there are
+        (b"(K\1q\1K\2q\0K\3q\1h\1t.", [1, 2, 3, 3]),  # a place that is taken twice
+        (b"(K\1\x94K\2q\0h\0t.", [1, 2, 2]),
+    ],
+)
+def test_places_of_the_memo_are_found_in_any_order(program: bytes, values: list[int]) -> None:
+    found = read_pickle(b"\x80\x04" + program, (), "file", MemoryLimit("file", 100)).root
+    assert isinstance(found, Node)
+    assert list(found.values) == values == list(pickle.loads(b"\x80\x04" + program))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pared.errors import CorruptError, FileError, ParedError
+from pared.files import safetensors_file
 from pared.readers.listing import ListedTensor
 from tests.mutations import mutations
 from tests.readers.torch_files import PICKLE, STATE, Net, listed, replaced, saved, with_pickle
@@ -166,3 +167,45 @@ def check_sound(file: bytes) -> None:
     for tensor in listing.tensors:
         assert isinstance(tensor, ListedTensor)
         assert tensor.storage is None or tensor.storage in listing.storages
+
+
+ENTRY = b'"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}'
+EMPTY = b'"b":{"dtype":"F32","shape":[0],"data_offsets":[12,12]}'
+# In each, % stands for the entry.
+UNUSUAL = (
+    *(
+        b"{%}",
+        b"{%," + EMPTY + b"}",
+        b"{% }  \n",
+        b'{ "__metadata__" : {"k":"v"} ,\t%}',
+        b"{}",
+        b"{%",
+        b"{%,}",
+        b"{%}}",
+    ),
+    *(
+        b"{%}x",
+        b"{%}\x0b",
+        b"{,%}",
+        b"{%,%}",
+        b'{"__metadata__":{},"__metadata__":{},%}',
+        b'{"__metadata__":{"k":"{}"},%}',
+    ),
+    *(b'{"__metadata__":{"k":"}"},%}', b'{"__metadata__":{"k":"v","k":"w"},%}', b'{"__metadata__":{"k":NaN},%}'),
+    *(b'{"a":[1]}', b'{"a":{"dtype":{"x":1}}}', b'{"a":{"dtype":"F32"},"b":3}', b'{"a":{}'),
+)
+NAMES = (b'"\\u0061"', b'"\xff"', b'"\xc3\xa4"', b'"a\nb"', b"a", b'""', b'"{}"')
+PLAIN = [*(one.replace(b"%", ENTRY) for one in UNUSUAL), *(b"{%s}" % ENTRY.replace(b'"a"', name) for name in NAMES)]
+
+
+@pytest.mark.parametrize("header", PLAIN)
+def test_headers_are_read_alike_one_by_one_and_at_once(header: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read() -> object:
+        try:
+            return listed(struct.pack("<Q", len(header)) + header + bytes(12)).tensors
+        except CorruptError as error:
+            return str(error)
+
+    one_by_one = read()
+    monkeypatch.setattr(safetensors_file, "_one_by_one", lambda *_: None)
+    assert read() == one_by_one

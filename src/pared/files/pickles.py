@@ -21,15 +21,19 @@ from pared.switches import ignoring
 
 _SMALL: Final = 16 << 20  # any text in a pickle of at most this size is within the limit
 _MOST_IMPORTS: Final = 1000  # names beyond these are not collected
-_NODE_NBYTES: Final = 192  # of a node with a list of a few things
-_NAME_NBYTES: Final = 256  # beside its characters
-_MEMO_NBYTES: Final = 128  # of a place in the memo
+_STACK_NBYTES: Final = 24  # of a place on the stack, until it is taken from there
+_MARK_NBYTES: Final = 56
+_PLACE_NBYTES: Final = 8  # of a place in a list
+_LIST_NBYTES: Final = 64  # of a list of one, or a tuple of up to three; of others beside the places
+_NODE_NBYTES: Final = 80 + _STACK_NBYTES  # with its place on the stack
+_NAME_NBYTES: Final = 64  # beside its characters
+_MEMO_NBYTES: Final = 12  # of a place in the memo, if the places are numbered one after the other ...
+_FAR_NBYTES: Final = 160  # ... and otherwise
 _PAIR_NBYTES: Final = 72
-_STACK_NBYTES: Final = 24  # of a place on the stack, and in whatever takes it from there
 _MOST_BYTES_PER_CHARACTER: Final = 5  # of a text: its bytes, and up to four for each character
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Name:
     """A function, class or constant that a pickle refers to, with its module: "collections.OrderedDict"."""
 
@@ -58,7 +62,7 @@ class Node:
     kind: str = ""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Persistent:
     """A reference to something outside the pickle; for torch, to a storage."""
 
@@ -160,14 +164,17 @@ class _Machine:
         self.references: list[Persistent] = []
         self.stack: list[object] = []
         self.marks: list[int] = []
-        self.memo: dict[int, object] = {}
+        self.memo: list[object] = []
+        self.far: dict[int, object] = {}  # places of the memo that do not follow the one before
 
     def run(self, stream: io.BytesIO | _Stream) -> None:
         for opcode, argument, _ in pickletools.genops(stream):  # type: ignore[arg-type]  # it only reads and tells
             action = _ACTIONS.get(opcode.name)
             if action is None:
                 self.refuse(f"its pickle uses the instruction {opcode.name}, which no torch file needs")
-            self.memory.take(_COSTS.get(opcode.name, _STACK_NBYTES) + sys.getsizeof(argument))
+            is_small = type(argument) is int and -5 <= argument <= 256  # of which Python has one each
+            kept = sys.getsizeof(argument) if action is _Machine.push and not is_small else 0
+            self.memory.take(_COSTS.get(opcode.name, _STACK_NBYTES) + kept)
             action(self, argument)
 
     def refuse(self, what: str) -> NoReturn:
@@ -184,6 +191,7 @@ class _Machine:
     def pop(self) -> object:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
             raise LookupError("it takes more from its stack than there is")
+        self.memory.give(_STACK_NBYTES)
         return self.stack.pop()
 
     def pop_node(self) -> Node:
@@ -196,58 +204,61 @@ class _Machine:
         start = self.marks.pop()
         values = self.stack[start:]
         del self.stack[start:]
+        self.memory.give(_MARK_NBYTES + (_STACK_NBYTES - _PLACE_NBYTES) * len(values))
         return values
 
     def mark(self, _: object) -> None:
         self.marks.append(len(self.stack))
 
-    def discard(self, _: object) -> None:
-        self.pop()
-
-    def discard_to_mark(self, _: object) -> None:
-        self.pop_to_mark()
-
     def duplicate(self, _: object) -> None:
         self.push(self.stack[-1])
 
     def remember(self, key: int) -> None:
-        self.memo[key] = self.stack[-1]
+        if key == len(self.memo):
+            self.memo.append(self.stack[-1])
+            self.far.pop(key, None)
+        elif 0 <= key < len(self.memo):
+            self.memo[key] = self.stack[-1]
+        else:
+            self.memory.take(_FAR_NBYTES)
+            self.far[key] = self.stack[-1]
 
     def remember_next(self, _: object) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.remember(len(self.memo) + len(self.far))
 
     def recall(self, key: int) -> None:
-        self.push(self.memo[key])
+        self.push(self.memo[key] if 0 <= key < len(self.memo) else self.far[key])
 
     def dict_from_mark(self, _: object) -> None:
-        items = self.pop_to_mark()
+        pairs = self.pairs_from_mark()
         self.push(Node(kind="dict"))
-        self.add_pairs(_pairs(items))
+        self.add_pairs(pairs)
 
     def append(self, _: object) -> None:
         value = self.pop()
         self.add_values([value])
 
-    def append_from_mark(self, _: object) -> None:
-        self.add_values(self.pop_to_mark())
-
     def set_item(self, _: object) -> None:
         value, key = self.pop(), self.pop()
+        self.memory.take(_PAIR_NBYTES)
         self.add_pairs([(key, value)])
 
-    def set_items_from_mark(self, _: object) -> None:
-        self.add_pairs(_pairs(self.pop_to_mark()))
+    def pairs_from_mark(self) -> list[tuple[object, object]]:
+        values = self.pop_to_mark()
+        self.memory.take(_PAIR_NBYTES * (len(values) // 2))
+        one = iter(values)
+        return list(zip(one, one, strict=True))
 
     def add_values(self, values: list[object]) -> None:
         node = self.top()
         node.values = _longer(node.values, values)
 
     def add_pairs(self, pairs: list[tuple[object, object]]) -> None:
-        self.memory.take(_PAIR_NBYTES * len(pairs))
         node = self.top()
         node.pairs = _longer(node.pairs, pairs)
 
     def top(self) -> Node:
+        self.memory.take(_STACK_NBYTES)
         node = self.pop_node()
         self.push(node)
         return node
@@ -258,9 +269,12 @@ class _Machine:
 
     def name_from_stack(self, _: object) -> None:
         attribute, module = self.pop(), self.pop()
-        self.push(self.named(str(module), str(attribute)))
+        if not isinstance(attribute, str) or not isinstance(module, str):
+            raise TypeError("it takes something else for a name")
+        self.push(self.named(module, attribute))
 
     def named(self, module: str, attribute: str) -> Name:
+        self.memory.take(_NAME_NBYTES + sys.getsizeof(module) + sys.getsizeof(attribute))
         path = f"{module}.{attribute}"
         if path not in self.harmless and len(self.imports) < _MOST_IMPORTS:
             self.imports.add(_shown(path))
@@ -280,8 +294,8 @@ class _Machine:
 
     def call_named_from_mark(self, argument: str) -> None:
         arguments = self.pop_to_mark()
-        self.name(argument)
-        self.push(Node(self.callee(self.pop()), arguments))
+        module, _, attribute = argument.partition(" ")
+        self.push(Node(self.named(module, attribute), arguments))
 
     def callee(self, value: object) -> Name | Node:
         # Before torch 1.6, a class came with its source code, as a reference to something outside.
@@ -308,18 +322,14 @@ class _Machine:
 def _longer(known: Sequence[Any], more: list[Any]) -> list[Any]:
     """Append to a node's list in place; most nodes have only an empty tuple, which `more` replaces."""
     if not isinstance(known, list):
-        return more
+        return [*known, *more] if known else more
     known += more
     return known
 
 
-def _pairs(values: list[object]) -> list[tuple[object, object]]:
-    return list(zip(values[::2], values[1::2], strict=True))
-
-
 def _tuple_of(length: int) -> Callable[[_Machine, object], None]:
     def action(machine: _Machine, _: object) -> None:
-        machine.push(Node(values=[machine.pop() for _ in range(length)][::-1], kind="tuple"))
+        machine.push(Node(values=tuple([machine.pop() for _ in range(length)][::-1]), kind="tuple"))
 
     return action
 
@@ -334,7 +344,7 @@ def _constant(value: object) -> Callable[[_Machine, object], None]:
 
 # What each instruction does. Missing on purpose: the extension registry (EXT1, EXT2, EXT4), which names code by
 # number, persistent identifiers as text (PERSID) and buffers out of band (NEXT_BUFFER, READONLY_BUFFER).
-_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], object]]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), _Machine.nothing),
     **dict.fromkeys(
         (
@@ -352,12 +362,12 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     **{kind.upper(): _container(kind, from_mark=True) for kind in ("tuple", "list", "frozenset")},
     "DICT": _Machine.dict_from_mark,
     "APPEND": _Machine.append,
-    **dict.fromkeys(("APPENDS", "ADDITEMS"), _Machine.append_from_mark),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda machine, _: machine.add_values(machine.pop_to_mark())),
     "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items_from_mark,
+    "SETITEMS": lambda machine, _: machine.add_pairs(machine.pairs_from_mark()),
     "MARK": _Machine.mark,
-    "POP": _Machine.discard,
-    "POP_MARK": _Machine.discard_to_mark,
+    "POP": lambda machine, _: machine.pop(),
+    "POP_MARK": lambda machine, _: machine.pop_to_mark(),
     "DUP": _Machine.duplicate,
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.remember),
     "MEMOIZE": _Machine.remember_next,
@@ -372,15 +382,14 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
     "BINPERSID": _Machine.persistent,
 }
 
-# The bytes of memory that an instruction takes, in addition to its argument.
+# The bytes of memory that an instruction takes, in addition to what it pushes as it is; others a place on the stack.
+_NODES: Final = ("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "EMPTY_TUPLE", "REDUCE", "NEWOBJ", "NEWOBJ_EX")
+_FULL: Final = ("TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST", "FROZENSET", "DICT", "OBJ", "INST")
 _COSTS: Final[dict[str, int]] = {
-    **dict.fromkeys(
-        (
-            *("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "LIST"),
-            *("FROZENSET", "DICT", "REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST", "BUILD", "BINPERSID"),
-        ),
-        _NODE_NBYTES,
-    ),
-    **dict.fromkeys(("GLOBAL", "STACK_GLOBAL"), _NAME_NBYTES),
+    "MARK": _MARK_NBYTES,
+    **dict.fromkeys(_NODES, _NODE_NBYTES),
+    **dict.fromkeys(_FULL, _NODE_NBYTES + _LIST_NBYTES),
+    **dict.fromkeys(("APPEND", "APPENDS", "ADDITEMS", "SETITEM", "SETITEMS", "BUILD"), _LIST_NBYTES),
+    "BINPERSID": 2 * _STACK_NBYTES + 40,
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _MEMO_NBYTES),
 }

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
+from pared.errors import CorruptError
 from pared.files.checks import Place
 from pared.files.disk import File
 
 _ALIGNMENT: Final = 64  # of the data in the file, in bytes, so that they can be mapped
 _LENGTH: Final = struct.Struct("<Q")
-_NBYTES_PER_BYTE: Final = 32  # the most memory that Python's objects take for a byte of the header
+_NBYTES_PER_BYTE: Final = 32  # the most memory that Python's objects take for a byte of JSON
+_SPAN_NBYTES: Final = 300  # beside its name and its shape
+_SIZE_NBYTES: Final = 8
+_METADATA: Final = "__metadata__"
+_SPACE: Final = b" \t\n\r"
+# An entry without anything unusual: parsed one after the other, these take the memory of one at a time.
+_ENTRY: Final = re.compile(rb'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*(\{[^{}]*\})[ \t\n\r]*([,}])')
 _LARGEST_HEADER: Final = 100_000_000  # as in the safetensors library
 
 # The bits of one element, by the type's name in the file.
@@ -25,7 +34,7 @@ _BITS: Final[Mapping[str, int]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """One tensor of a .safetensors file.
 
@@ -75,12 +84,10 @@ def read_header(file: File) -> Header:
     nbytes = _LENGTH.size + _LENGTH.unpack_from(file.data)[0]
     if nbytes > len(file.data):
         at.fail(f"its header has {nbytes:,} bytes, and the file {len(file.data):,}: it is truncated")
-    file.memory.take(_NBYTES_PER_BYTE * nbytes)
-    top = at.mapping(at.json(bytes(file.data[_LENGTH.size : nbytes]), "its header"), "its header")
-    metadata = at.mapping(top.pop("__metadata__", {}), "its metadata")
+    metadata, found = _one_by_one(file, nbytes, at) or _at_once(file, nbytes, at)
     for key, value in metadata.items():
         at.text(value, f"its metadata {key!r}")
-    spans = sorted((_span(name, value, nbytes, at) for name, value in top.items()), key=lambda s: (s.begin, s.end))
+    spans = sorted(found, key=lambda s: (s.begin, s.end))
     end = nbytes
     for span in spans:
         if span.begin != end:
@@ -92,10 +99,55 @@ def read_header(file: File) -> Header:
     return Header(metadata, tuple(spans), nbytes)
 
 
+def _at_once(file: File, nbytes: int, at: Place) -> tuple[dict[str, Any], list[Span]]:
+    """The metadata and the tensors of any header, and what is wrong with it."""
+    file.memory.take(_NBYTES_PER_BYTE * nbytes)
+    top = at.mapping(at.json(bytes(file.data[_LENGTH.size : nbytes]), "its header"), "its header")
+    metadata = at.mapping(top.pop(_METADATA, {}), "its metadata")
+    return metadata, [_span(name, value, nbytes, at) for name, value in top.items()]
+
+
+def _one_by_one(file: File, nbytes: int, at: Place) -> tuple[dict[str, Any], list[Span]] | None:
+    """The same of a header of plain entries, in memory for what they say; None if it is not one."""
+    left = file.memory.left
+    metadata: dict[str, Any] | None = None
+    spans: dict[str, Span] = {}
+    position, after = _LENGTH.size + 1, b","
+    while after == b",":
+        entry = _ENTRY.match(file.data, position, nbytes)
+        name = _decoded(entry[1]) if entry is not None else None
+        if entry is None or name is None or name in spans or (name == _METADATA and metadata is not None):
+            break
+        position, after = entry.end(), entry[3]
+        parsing = _NBYTES_PER_BYTE * len(entry[2])
+        file.memory.take(parsing)
+        try:
+            value = at.json(entry[2], "its header")
+        except CorruptError:
+            break
+        if name == _METADATA:
+            metadata = at.mapping(value, "its metadata")
+            continue
+        spans[name] = span = _span(name, value, nbytes, at)
+        file.memory.give(parsing)
+        file.memory.take(_SPAN_NBYTES + _SIZE_NBYTES * len(span.shape) + sys.getsizeof(name))
+    if after == b"}" and not bytes(file.data[position:nbytes]).strip(_SPACE):
+        return metadata or {}, list(spans.values())
+    file.memory.left = left
+    return None
+
+
+def _decoded(name: bytes) -> str | None:
+    try:
+        return name.decode("utf-8")
+    except ValueError:
+        return None
+
+
 def _span(name: str, value: object, start: int, at: Place) -> Span:
     at = Place(f"{at.place}: {at.text(name, 'the name of a tensor')}")
     known = at.fields(value, "its entry", ("dtype", "shape", "data_offsets"))
-    dtype = at.one_of(known["dtype"], _BITS, "its dtype")
+    dtype = sys.intern(at.one_of(known["dtype"], _BITS, "its dtype"))
     shape = at.shape(known["shape"], "shape")
     offsets = [at.whole(offset, "an offset") for offset in at.sequence(known["data_offsets"], "its data_offsets")]
     bits = math.prod(shape) * _BITS[dtype]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 
-from pared.errors import CorruptError
+from pared.errors import CorruptError, UnsafeError
 from pared.files.disk import File
 
 PICKLE: Final = "data.pkl"
@@ -24,7 +25,11 @@ _END_NBYTES: Final = 22  # of the end of the directory, beside the comment
 _LARGE_END: Final = b"PK\x06\x06"  # two more records of 76 bytes, where offsets need 64 bits
 _LARGE_END_NBYTES: Final = 76
 _LONGEST_DESCRIPTOR: Final = 24  # after a member: its checksum and sizes
-_ENTRY_NBYTES: Final = 16  # of Python's objects, for each byte of the directory at most
+_ENTRY: Final = struct.Struct("<4s24xHHH12x")  # of the directory: signature, lengths of name, extra field and comment
+_ENTRY_MAGIC: Final = b"PK\x01\x02"
+_ENTRY_NBYTES: Final = 900  # of an entry's objects, beside its texts, while the directory is read ...
+_MEMBER_NBYTES: Final = 224  # ... and of the member that is made of it
+_PER_TEXT_BYTE: Final = 9  # of texts that are not ASCII, in two copies
 
 # What the standard library raises on damaged directories.
 _ZIP_ERRORS: Final = (
@@ -99,15 +104,18 @@ def read_archive(file: File) -> Archive:
     Raises:
         CorruptError: the archive contradicts itself.
     """
-    stream: BinaryIO = _Bounded(file)  # type: ignore[assignment]  # zipfile uses only these methods
+    stream = _Bounded(file)
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(cast("BinaryIO", stream)) as archive:  # which uses only these methods
             infos, directory, comment = archive.infolist(), archive.start_dir, archive.comment
+    except UnsafeError:  # which is also a ValueError
+        raise
     except _ZIP_ERRORS as error:
         raise CorruptError(
             f"its zip directory cannot be read ({error}): it is truncated or damaged",
             where=file.where,
         ) from error
+    file.memory.take(sum(_MEMBER_NBYTES + sys.getsizeof(info.filename) for info in infos))
     members = sorted((_member(file, info) for info in infos), key=lambda member: member.start)
     bounds = [*(member.start for member in members), directory]
     for member, (_, bound) in zip(members, pairwise(bounds), strict=True):
@@ -115,7 +123,9 @@ def read_archive(file: File) -> Archive:
             raise _corrupt(file, f"its member {member.name!r} reaches into what follows it")
     if len({member.name for member in members}) != len(members):
         raise _corrupt(file, "two members of its archive have the same name")
-    return Archive(tuple(members), directory, comment, _end(file, infos, directory) + len(comment))
+    end = _end(file, infos, directory) + len(comment)
+    file.memory.give(stream.taken)  # the members have taken the place of what zipfile makes
+    return Archive(tuple(members), directory, comment, end)
 
 
 def _end(file: File, infos: Sequence[zipfile.ZipInfo], directory: int) -> int:
@@ -138,14 +148,38 @@ class _Bounded:
         self.stream = file.stream
         self.memory = file.memory
         self.seek, self.tell = file.stream.seek, file.stream.tell
+        self.taken = 0
 
     def read(self, length: int = -1) -> bytes:
         here = self.tell()
         whole = self.seek(0, 2)
         self.seek(here)
         wanted = whole - here if length < 0 else min(length, whole - here)
-        self.memory.take(wanted * _ENTRY_NBYTES)
-        return self.stream.read(wanted)
+        self._take(2 * wanted)
+        piece = self.stream.read(wanted)
+        self._take(_cost(piece))
+        return piece
+
+    def _take(self, nbytes: int) -> None:
+        self.memory.take(nbytes)
+        self.taken += nbytes
+
+
+def _cost(piece: bytes) -> int:
+    """What Python's objects take for a piece of the directory."""
+    if not piece.startswith(_ENTRY_MAGIC):
+        return _PER_TEXT_BYTE * len(piece)
+    nbytes = position = 0
+    while position + _ENTRY.size <= len(piece):
+        magic, *lengths = _ENTRY.unpack_from(piece, position)
+        if magic != _ENTRY_MAGIC:
+            break
+        begin = position + _ENTRY.size
+        name = piece[begin : begin + lengths[0]]
+        is_plain = name.isascii() and b"\0" not in name
+        nbytes += _ENTRY_NBYTES + (1 if is_plain else _PER_TEXT_BYTE) * len(name) + lengths[1] + lengths[2]
+        position = begin + sum(lengths)
+    return nbytes
 
 
 def _member(file: File, info: zipfile.ZipInfo) -> Member:

@@ -19,7 +19,7 @@ from pared.files.disk import File
 from pared.formats.dtypes import ELEMENTS, Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ListedTensor:
     """A tensor in a file or in memory.
 
@@ -58,7 +58,20 @@ class ListedTensor:
         return None if self.storage is None else (self.storage, self.offset, self.shape, self.stride)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
+class Stretch:
+    """Bytes of a file as they are: what `Storage.content` is where numbers are stored plainly, in little memory."""
+
+    data: memoryview
+    begin: int
+    end: int
+
+    def __call__(self) -> memoryview:
+        """The bytes, which are not copied."""
+        return self.data[self.begin : self.end]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Storage:
     """Bytes in a file that hold the numbers of one or more tensors.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Final
 
 from pared.errors import FileError
@@ -11,8 +10,9 @@ from pared.files.checks import Place
 from pared.files.disk import File
 from pared.files.safetensors_file import Header, read_header
 from pared.formats.dtypes import TYPES
-from pared.readers.listing import ListedTensor, Listing, Note, Storage
+from pared.readers.listing import ListedTensor, Listing, Note, Storage, Stretch
 
+_TENSOR_NBYTES: Final = 400
 _SLICES: Final = "DCP_SHARDING_INFO"  # a key of the metadata
 # The names in a file of the types that torch has too.
 _NAMES: Final[Mapping[str, str]] = {kind.safetensors: name for name, kind in TYPES.items() if kind.safetensors}
@@ -26,13 +26,13 @@ def read_safetensors(file: File) -> Listing:
     """
     header = read_header(file)
     _refuse_slices(header, file)
+    file.memory.take(_TENSOR_NBYTES * len(header.spans))
     tensors = tuple(
         ListedTensor(span.name, _NAMES.get(span.dtype, span.dtype), span.shape, span.end - span.begin, span.name)
         for span in header.spans
     )
     storages = {
-        span.name: Storage(span.end - span.begin, partial(_content, file, span.begin, span.end))
-        for span in header.spans
+        span.name: Storage(span.end - span.begin, Stretch(file.data, span.begin, span.end)) for span in header.spans
     }
     return Listing(tensors, storages, {"(header)": Note(header.nbytes)}, flat=True, metadata=header.metadata)
 
@@ -51,7 +51,3 @@ def _refuse_slices(header: Header, file: File) -> None:
                 remedy="Put the files together where they were written: torch.distributed.checkpoint has "
                 "consolidate_safetensors_files.",
             )
-
-
-def _content(file: File, begin: int, end: int) -> memoryview:
-    return file.data[begin:end]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Final
 
@@ -83,12 +83,12 @@ def readable(listing: Listing, most: int) -> list[ReadableTensor]:
     for held in listing.tensors:
         nbytes = 0 if held.place in seen else held.nbytes
         seen |= {held.place} - {None}
-        fields = vars(held) | {"nbytes": nbytes}
+        known = {one.name: getattr(held, one.name) for one in fields(held)} | {"nbytes": nbytes}
         storage = listing.storages.get(held.storage or "")
         if storage is not None and storage.need > most:
-            tensors.append(ReadableTensor(**fields, note=_note(held), pieces=storage.pieces))
+            tensors.append(ReadableTensor(**known, note=_note(held), pieces=storage.pieces))
         else:
-            tensors.append(ReadableTensor(**fields, read=partial(listing.array, held), note=_note(held)))
+            tensors.append(ReadableTensor(**known, read=partial(listing.array, held), note=_note(held)))
     return list(_joined(tensors))
 
 

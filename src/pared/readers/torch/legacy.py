@@ -61,7 +61,7 @@ def read_torch_legacy(file: File) -> Listing:
 def _kinds(content: Pickle, at: Place) -> dict[str, str]:
     """The element type of each storage, which only references to it tell."""
     # The source code of a module's class, which whole modules were saved with, is not a storage.
-    references = (r for r in content.references if r.fields[:1] != ["module"])
+    references = (r for r in content.references if list(r.fields[:1]) != ["module"])
     return {key: kind for key, kind, _ in (storage_of(r, at) for r in references)}
 
 

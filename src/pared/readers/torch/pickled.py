@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,12 +26,14 @@ from pared.readers.torch.names import (
 )
 
 _DEEPEST: Final = 100
-_VISIT_NBYTES: Final = 48  # never given back, so that the walk ends
-_STEP_NBYTES: Final = 300  # beside its name
+_ENTERED_NBYTES: Final = 96  # never given back
+_STEP_NBYTES: Final = 512  # of a node whose contents are being visited, beside its name
 # A module that is reached again takes time, though no more memory, and modules that hold each other twice unfold
 # without end. Charging this much for each further visit bounds their number.
 _AGAIN_NBYTES: Final = 3000
-_HELD_NBYTES: Final = 700
+_HELD_NBYTES: Final = 240  # beside its name and its shape
+_SIZE_NBYTES: Final = 16
+_FEW: Final = 8  # things in a node that are looked through whenever it is met
 _PAIR_NBYTES: Final = 16  # of an object's state, which is searched at each place of the object
 # The dictionaries of a module; their names are not part of the names in its state dict.
 _PARTS: Final = ("_parameters", "_buffers", "_modules")
@@ -71,38 +74,59 @@ def tensors_of(root: object, sizes: Mapping[str, int], where: str, memory: Memor
         where: the file's name, for error messages.
         memory: for names and tensors, which may be far longer than the pickle.
     """
-    waiting = [_Step("", root)] if isinstance(root, Node) else []
-    memory.take(_STEP_NBYTES)
     entered: set[int] = set()
+    # Of each node that is being visited the contents that are left, and what those and the node take.
+    waiting = [(iter([_Step("", root)] if isinstance(root, Node) else []), 0, 0)]
     while waiting:
-        step = waiting.pop()
-        memory.give(_STEP_NBYTES + len(step.name))
+        inside, nbytes, each = waiting[-1]
+        step = next(inside, None)
+        if step is None:
+            memory.give(nbytes)
+            waiting.pop()
+            continue
+        if step.depth > _DEEPEST:
+            raise UnsafeError(
+                "its pickle nests containers deeper than any state dict",
+                where=where,
+                remedy="Do not use this file.",
+            )
+        memory.take(each)
         node, call, arguments = _resolved(step.node)
         if call in REBUILD or call == REBUILD_META:
-            memory.take(_HELD_NBYTES + len(step.name))
+            memory.take(_HELD_NBYTES + sys.getsizeof(step.name))
             held = _held(step.name, call, arguments, sizes, Place(f"{where}: {step.name}"))
+            memory.take(_SIZE_NBYTES * len(held.shape))
             unusual = step.unusual or _view(arguments)
-            yield replace(held, key=step.key, dtype=unusual or held.dtype)
+            yield replace(held, key=step.key, dtype=unusual or held.dtype) if unusual or step.key else held
         memory.take(_PAIR_NBYTES * len(node.states))
         memory.take(_PAIR_NBYTES * sum(len(state.pairs) for state in node.states if isinstance(state, Node)))
         again = step.modules is not None and _is_module(node) and id(node) not in step.modules
         known = id(node) in entered
-        if known and not again:
+        if _is_leaf(node) or (known and not again):
             continue
         entered.add(id(node))
-        inside = []
+        nbytes = _STEP_NBYTES + sys.getsizeof(step.name)
+        memory.take(nbytes + (0 if known else _ENTERED_NBYTES))
         unusual = step.unusual or UNUSUAL.get(call, "")
-        for inner in _inside(step, node, arguments):
-            inner = replace(inner, unusual=unusual) if unusual else inner
-            memory.take(_STEP_NBYTES + len(inner.name) + (_AGAIN_NBYTES if known else _VISIT_NBYTES))
-            inside.append(inner)
-            if step.depth == _DEEPEST:
-                raise UnsafeError(
-                    "its pickle nests containers deeper than any state dict",
-                    where=where,
-                    remedy="Do not use this file.",
-                )
-        waiting += reversed(inside)
+        waiting.append((_inside(step, node, arguments, unusual), nbytes, _AGAIN_NBYTES if known else 0))
+
+
+def _is_leaf(node: Node) -> bool:
+    """Whether there is no tensor in a node of a few things: it is a tensor, for instance. Others are looked through."""
+    return all(not isinstance(one, Node) or _is_plain(one) for one in _few(node))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a node is no tensor and holds a few plain values at most, such as the shape of a tensor."""
+    is_tensor = isinstance(node.call, Name) and (node.call.path in REBUILD or node.call.path == REBUILD_META)
+    return not is_tensor and not any(isinstance(one, Node) for one in _few(node))
+
+
+def _few(node: Node) -> Sequence[object]:
+    """What a node holds, but for a node of many things only itself."""
+    if len(node.arguments) + len(node.values) + len(node.pairs) + len(node.states) > _FEW:
+        return (node,)
+    return (*node.arguments, *node.values, *(value for _, value in node.pairs), *node.states)
 
 
 def _view(arguments: Sequence[object]) -> str:
@@ -132,7 +156,7 @@ def _resolved(node: Node) -> tuple[Node, str, Sequence[object]]:
     return node, node.call.path if isinstance(node.call, Name) else "", node.arguments
 
 
-def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_Step]:
+def _inside(step: _Step, node: Node, arguments: Sequence[object], unusual: str) -> Iterator[_Step]:
     """The named contents of a node; arguments of a call have the name of its result."""
     depth = step.depth + 1
     if _is_module(node):
@@ -140,17 +164,17 @@ def _inside(step: _Step, node: Node, arguments: Sequence[object]) -> Iterator[_S
         above = (*(step.modules or ()), id(node))
         for key, value, is_module in _parts(node):
             name = _join(step.name, key, separator)
-            yield _Step(name, value, path=True, modules=above if is_module else None, depth=depth)
+            yield _Step(name, value, True, above if is_module else None, depth, unusual)
         return
     inner_nodes = (one for one in arguments if isinstance(one, Node))
-    yield from (_Step(step.name, one, depth=depth, key=step.key) for one in inner_nodes)
+    yield from (_Step(step.name, one, False, None, depth, unusual, step.key) for one in inner_nodes)
     # The state of an object is its dictionary, or a tuple of anything.
     states = [state for state in node.states if isinstance(state, Node)]
     held = (node, *states)
     for key, inner in chain(*(enumerate(one.values) for one in held), *(one.pairs for one in held)):
         if isinstance(inner, Node):
             with_slash = _join("", key, "") if isinstance(key, str) and "/" in key else ""
-            yield _Step(_join(step.name, key, "/"), inner, depth=depth, key=with_slash)
+            yield _Step(_join(step.name, key, "/"), inner, False, None, depth, unusual, with_slash)
 
 
 def _is_module(node: Node) -> bool:
@@ -266,7 +290,7 @@ def _values(value: object, at: Place) -> Sequence[object]:
 
 
 def _shape(value: object, at: Place) -> tuple[int, ...]:
-    return at.shape(_values(value, at), "shape")
+    return at.shape(list(_values(value, at)), "shape")
 
 
 def _element_type(value: object, at: Place) -> str:

@@ -48,9 +48,12 @@ def states_of(root: object, sizes: Mapping[str, int], where: str, memory: Memory
         for key, value in node.pairs:
             if not isinstance(key, str):
                 continue
+            is_state = key.rpartition(".")[2] == EXTRA_STATE
+            if not is_state and not (isinstance(value, Node) and _is_dict(value)):
+                continue
             path = f"{name}/{key}" if name else key
             memory.take(_STEP_NBYTES + len(path))
-            if key.rpartition(".")[2] != EXTRA_STATE:
+            if not is_state:
                 waiting.append((path, value, depth + 1))
             elif (state := _Reader(path, sizes, Place(f"{where}: {path}"), memory).read(value)) is not None:
                 found[path] = state
