@@ -117,13 +117,13 @@ def _is_leaf(node: Node) -> bool:
 
 
 def _is_plain(node: Node) -> bool:
-    """Whether a node is no tensor and holds a few plain values at most, such as the shape of a tensor."""
+    """Whether a node is not a tensor, and holds a few plain values at most: the shape of one, for instance."""
     is_tensor = isinstance(node.call, Name) and (node.call.path in REBUILD or node.call.path == REBUILD_META)
     return not is_tensor and not any(isinstance(one, Node) for one in _few(node))
 
 
 def _few(node: Node) -> Sequence[object]:
-    """What a node holds, but for a node of many things only itself."""
+    """What a node holds; itself if that is many things."""
     if len(node.arguments) + len(node.values) + len(node.pairs) + len(node.states) > _FEW:
         return (node,)
     return (*node.arguments, *node.values, *(value for _, value in node.pairs), *node.states)
