@@ -24,8 +24,8 @@ def drop_caches(reach: Reach[nn.Module], clone: nn.Module) -> None:
         reach: the objects of the model, which is left as it is.
         clone: the copy of it, in place.
     """
-    places = {reach.places[key] for key in reach.tensors if key not in reach.registered}
-    owners = {place.rpartition(".")[0] for place in places}
+    places = {reach.places[key].rpartition(".") for key in reach.tensors if key not in reach.registered}
+    owners = {owner for owner, _, attribute in places if not attribute.startswith("_pared")}
     for name, module in clone.named_modules() if owners else ():
         if name in owners and type(module).train is not nn.Module.train and not module.training:
             _trained_and_back(module, name)
@@ -34,7 +34,11 @@ def drop_caches(reach: Reach[nn.Module], clone: nn.Module) -> None:
 def _trained_and_back(module: nn.Module, name: str) -> None:
     inside = [(one, one.training, dict(one._parameters), dict(one._buffers)) for one in module.modules()]
     with torch.no_grad():
-        numbers = [(tensor, tensor.clone()) for one, *_ in inside for _, tensor in registered(one)]
+        numbers = [
+            (tensor, 0 if tensor.is_inference() else tensor._version, tensor.clone())
+            for one, *_ in inside
+            for _, tensor in registered(one)
+        ]
         try:
             module.train(True)
             module.train(False)
@@ -44,5 +48,7 @@ def _trained_and_back(module: nn.Module, name: str) -> None:
             one.training = training
             one._parameters.update(parameters)
             one._buffers.update(buffers)
-        for tensor, number in numbers:
-            tensor.copy_(number)
+        for tensor, version, number in numbers:
+            # Graphs are made again after a write, and the model may share this tensor.
+            if tensor.is_inference() or tensor._version != version:
+                tensor.copy_(number)
