@@ -15,9 +15,11 @@ from torch import Tensor, nn
 import pared
 from pared.errors import ModelError
 from pared.fitting import speed
+from pared.runtime import profile
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.kernels.activation import NotFiniteError
+from pared.runtime.onnx import engines
 from pared.runtime.openvino import graph as openvino_graph
 from pared.runtime.openvino.graph import OpenVinoGraph
 from pared.runtime.profile import CallTiming, ModelTiming, Profile, this_machine
@@ -95,11 +97,11 @@ def test_static_layers_run_on_codes() -> None:
     make, shape = MODELS["linear"]
     model, x = make().eval(), torch.randn(shape)
     graph, _ = made(fitted(model, "static", [x]), model, x)
-    assert sum(op.get_type_name() == "FakeQuantize" for op in _operators(graph)) + _on_codes(graph) >= 2
+    assert _on_codes(graph) == 3  # each of its linear layers
 
 
 def _operators(graph: OpenVinoGraph) -> list[Any]:
-    found: list[Any] = graph._compiled.get_runtime_model().get_ops()
+    found: list[Any] = graph._session()._compiled.get_runtime_model().get_ops()
     return found
 
 
@@ -140,15 +142,52 @@ def test_numbers_that_are_not_finite_are_left_to_the_modules() -> None:
         graph(bind(names, (x,), {}) or {})
 
 
-def test_another_number_of_threads_is_obeyed() -> None:
+def test_another_number_of_threads_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Linear(8, 4).eval(), torch.randn(3, 8)
     graph, names = made(fitted(model, "static", [x]), model, x)
+    bound = bind(names, (x,), {}) or {}
+    expected = graph(bound)
+    asked: list[int] = []
+    session = engines.OpenVinoSession
+
+    def counted(graph: Any, threads: int) -> Any:
+        asked.append(threads)
+        return session(graph, threads)
+
+    monkeypatch.setattr(openvino_graph, "OpenVinoSession", counted)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
-        assert not graph.fits(bind(names, (x,), {}) or {})
+        for _ in range(2):
+            torch.testing.assert_close(graph(bound), expected)
     finally:
         torch.set_num_threads(before)
+    graph(bound)
+    assert asked == [before + 1]
+
+
+class Borrowed(nn.Module):
+    """A weight that is also read outside of its layer, for far larger inputs; a layer of two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.again = self.first
+        self.last = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.again(self.first(x).relu())
+        out: Tensor = self.last(y) + 1e-2 * nn.functional.linear(100 * y, self.last.weight)
+        return out
+
+
+def test_only_the_inputs_of_layers_are_on_their_grids() -> None:
+    torch.manual_seed(0)
+    model, x = Borrowed().eval(), torch.randn(16, 64)
+    q = fitted(model, "static", [x])
+    graph, names = made(q, model, x)
+    with torch.no_grad():
+        assert sqnr(graph(bind(names, (x,), {}) or {}).numpy(), q(x).numpy()) > 33
 
 
 def test_recurrent_layers_are_left_to_our_kernels() -> None:
@@ -270,6 +309,7 @@ def test_a_runtime_that_fails_costs_only_the_form(monkeypatch: pytest.MonkeyPatc
 def test_fit_times_it_beside_the_others(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if trouble == "not installed":
         monkeypatch.setattr(openvino_graph, "find_spec", lambda _: None)
+        monkeypatch.setattr(profile, "_version", lambda _: "")
     elif trouble == "far":
         monkeypatch.setattr(speed, "_AS_FAR", -1.0)
     elif trouble == "fails":
@@ -279,8 +319,10 @@ def test_fit_times_it_beside_the_others(trouble: str, monkeypatch: pytest.Monkey
     q: Any = pared.fit(make().eval(), calib_dataloader=[torch.randn(shape)], quiet=True)
     calls = pared.runtime.record.record_of(q).profile.model.calls
     assert calls
+    hint = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
+    assert (hint in q.report()) == (trouble == "not installed")
     because = {
-        "not installed": "no openvino: it is not installed: pip install 'pared[fast]'",
+        "not installed": "",
         "far": "no openvino: it is further from float32 than the modules are",
         "fails": "no openvino: OpenVINO cannot run it: ZeroDivisionError",
     }

@@ -26,7 +26,7 @@ from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
 from pared.model.recorded import values
 from pared.model.recorded.state import Attributes
-from pared.model.tensors import ModelTensors, ModuleT, find_tensors
+from pared.model.tensors import ModelTensors, ModuleT, find_tensors, tensor_count
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import (
     Bound,
@@ -39,7 +39,7 @@ from pared.runtime.graphs.call_kinds import (
 from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
-from pared.runtime.openvino.graph import missing
+from pared.runtime.openvino.graph import is_installed
 from pared.runtime.profile import (
     BUSY,
     ENGINE_FILE,
@@ -153,9 +153,9 @@ def time_calls(
     kinds = {describe_kind(arguments_of(b)): arguments_of(b) for b in reversed(bound) if b is not None}
     # A graph for each call kind, of its largest call.
     server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
-    openvino: OpenVinoServer | str | None = None
-    if whole:
-        openvino = missing() or OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
+    openvino = None
+    if whole and is_installed():
+        openvino = OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
     forms = _Forms(model, _copied_to_bfloat16(model), by_layers, server, openvino)
     times: list[CallTiming] = []
     for call, arguments in zip(found, bound, strict=True):
@@ -251,7 +251,7 @@ class _Forms:
     bfloat16: Callable[..., Any] | str
     by_layers: nn.Module
     server: GraphServer
-    openvino: OpenVinoServer | str | None  # None: it is not tried
+    openvino: OpenVinoServer | None  # None: it is not tried
 
     def time(self, call: Call, bound: Bound | None, *, in_bfloat16: bool) -> CallTiming | None:
         """The times of one call; None if the float model raises an exception when it is made again."""
@@ -311,21 +311,22 @@ class _Forms:
         """What may take the place of the modules."""
         return ("bfloat16", "graph", *(() if self.openvino is None else ("openvino",)))
 
-    def _in_openvino(self, call: Call, bound: Bound, openvino: OpenVinoServer | str) -> Callable[[], Any] | str:
+    def _in_openvino(self, call: Call, bound: Bound, openvino: OpenVinoServer) -> Callable[[], Any] | str:
         """The call in OpenVINO; or why it cannot be chosen."""
-        if isinstance(openvino, str):
-            return openvino
         run = self._as_graph(call, bound, openvino)
         if isinstance(run, str):
             return run
-        with torch.no_grad():
-            exact = call.on(self.float32)
-            most = _AS_FAR * max(lost(call.on(self.by_layers), exact), _SAME)
-            return run if lost(run(), exact) <= most else "it is further from float32 than the modules are"
+        try:
+            with torch.no_grad():
+                exact = call.on(self.float32)
+                most = _AS_FAR * max(lost(call.on(self.by_layers), exact), _SAME)
+                return run if lost(run(), exact) <= most else "it is further from float32 than the modules are"
+        except Exception as error:  # noqa: BLE001  # as where it is made: whatever is raised becomes the reason
+            return reason_of(error)
 
     def _as_graph(self, call: Call, bound: Bound, server: GraphServer) -> Callable[[], Any] | str:
         """The call as a graph that a server makes; or why there is none."""
-        tensors = sum(len(module._parameters) + len(module._buffers) for module in self.float32.modules())
+        tensors = tensor_count(self.float32)
         if tensors > _MOST_TENSORS:
             return f"to capture one of a model of {tensors:,} tensors would take too long"
         modules = forward_of(self.by_layers)

@@ -197,6 +197,11 @@ def registered_as(module: nn.Module, attribute: str) -> Tensor:
     return module.get_buffer(attribute) if parameter is None else parameter
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; 0 if torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def tensor_count(model: nn.Module) -> int:
     """How many parameters and buffers the modules have, tied ones as often as they are registered.
 

@@ -33,6 +33,7 @@ BUSY: Final = (
     "the machine was busy while this was measured: only time on the processor counts, and pared.tune_speed on an idle "
     "machine may find something faster"
 )
+_NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
 # What may stand in a file: no more bytes, and no times that are not measured but made up, in milliseconds.
 _LARGEST: Final = 1 << 24
 _SHORTEST, _LONGEST = 1e-9, 1e12
@@ -216,12 +217,9 @@ class ModelTiming:
         """
         if not self.calls:
             return [f"runs layer by layer; its calls could not be timed: {self.because}"] if self.because else []
+        forms = {"in OpenVINO": self.in_openvino, "as a graph, each layer in its own kernel": self.graphs}
         chosen = {
-            "int8": "in OpenVINO"
-            if self.in_openvino
-            else "as a graph, each layer in its own kernel"
-            if self.graphs
-            else "layer by layer",
+            "int8": " or ".join(form for form, calls in forms.items() if calls) or "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
             "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
         }[self.kernel]
@@ -282,6 +280,7 @@ class Profile:
         """How everything runs, and the times that decided it, as lines for people."""
         timings = {"": self.model, **self.submodels}
         notes = [BUSY] if self.busy else []
+        notes += [_NO_OPENVINO] if self.model.calls and not self.machine.get("openvino") else []
         return [*(line for name, timing in timings.items() for line in timing.summary(name)), *notes]
 
     def running(self, module: str, reason: str = "") -> Running:

@@ -9,7 +9,7 @@ from torch import nn
 
 from pared.errors import reason_of
 from pared.model.copying.reach import Reach
-from pared.model.tensors import registered
+from pared.model.tensors import registered, version_of
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,7 @@ def drop_caches(reach: Reach[nn.Module], clone: nn.Module) -> None:
 def _trained_and_back(module: nn.Module, name: str) -> None:
     inside = [(one, one.training, dict(one._parameters), dict(one._buffers)) for one in module.modules()]
     with torch.no_grad():
-        numbers = [
-            (tensor, 0 if tensor.is_inference() else tensor._version, tensor.clone())
-            for one, *_ in inside
-            for _, tensor in registered(one)
-        ]
+        numbers = [(tensor, version_of(tensor), tensor.clone()) for one, *_ in inside for _, tensor in registered(one)]
         try:
             module.train(True)
             module.train(False)
@@ -50,5 +46,5 @@ def _trained_and_back(module: nn.Module, name: str) -> None:
             one._buffers.update(buffers)
         for tensor, version, number in numbers:
             # Graphs are made again after a write, and the model may share this tensor.
-            if tensor.is_inference() or tensor._version != version:
+            if tensor.is_inference() or version_of(tensor) != version:
                 tensor.copy_(number)

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from torch import Tensor, nn
 
 from pared.model.recorded import values
+from pared.model.tensors import version_of
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,9 @@ class Attributes:
         entries: list[Mapping[str, object]] = [_attributes_of(module) for module in self._modules]
         entries += [module._buffers for module in self._buffered]
         held = {f"{index} {name}": value for index, one in enumerate(entries) for name, value in one.items()}
-        return {place: (leaf, _version(leaf)) for place, leaf in values.leaves(held)}
+        return {
+            place: (leaf, version_of(leaf) if isinstance(leaf, Tensor) else 0) for place, leaf in values.leaves(held)
+        }
 
 
 def _attributes_of(module: nn.Module) -> dict[str, object]:
@@ -180,10 +183,6 @@ def _is_builtin(module: nn.Module) -> bool:
 
 def _is_plainly_same(a: object, b: object) -> bool:
     return type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b
-
-
-def _version(leaf: object) -> int:
-    return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else 0
 
 
 class Moment:

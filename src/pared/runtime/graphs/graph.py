@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Graph:
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
         self.note = captured.note
-        self._sizes: tuple[tuple[Size, ...], ...] = tuple(captured.inputs.values())
+        self._sizes = tuple(captured.inputs.values())
         self._outputs: TreeSpec = captured.outputs
         try:
             self.module = compiled(captured, model)
@@ -68,7 +68,7 @@ class Graph:
         return tree_unflatten(self.module.forward(*tensors), self._outputs)
 
 
-def fits(sizes: Sequence[tuple[Size, ...]], bound: Bound) -> bool:
+def fits(sizes: Iterable[tuple[Size, ...]], bound: Bound) -> bool:
     """Whether the tensors of a call have sizes that a capture allows."""
     known: dict[str, int] = {}
     tensors = [value for value in bound.values() if type(value) is Tensor]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pared.model.tensors import registered_as
+from pared.runtime.graphs.capturing.capture import module_of
 from pared.runtime.graphs.draft import Draft, given_to, rank_of
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import Geometry, pad_codes
@@ -91,10 +92,7 @@ def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Count
     place = 0 if function is F.embedding else 1
     if function is None or len(given_to(node)) <= place or given_to(node)[place] is not weight:
         return None
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    # Names begin with "model."; those of modules that are called several times end in "@" and a number.
-    inner = path.removeprefix("model").removeprefix(".").partition("@")[0]
+    inner = module_of(node)
     home, _, attribute = name.rpartition(".")
     owner = model.get_submodule(home)
     if inner != home and dict(model.named_modules(remove_duplicate=False)).get(inner) is not owner:

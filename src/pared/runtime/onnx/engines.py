@@ -21,7 +21,7 @@ from pared.runtime.stopwatch import fastest_ms
 
 log = logging.getLogger(__name__)
 
-# Without it, sums of two products saturate at 16 bits on x86 processors without VNNI; elsewhere it does nothing.
+# Without it, sums of two products saturate at 16 bits on x86 processors without VNNI. It makes weights unsigned.
 EXACT_PRODUCTS: Final = "session.x64quantprecision"
 
 Engine = Literal["torch", "onnxruntime", "openvino", "auto"]
@@ -48,36 +48,47 @@ class _OnnxRuntime:
         return [torch.from_numpy(array) for array in self._session.run(None, arrays)]
 
 
-class _OpenVino:
-    """A graph loaded in OpenVINO; several threads may run it at once."""
+class OpenVinoSession:
+    """A model compiled by OpenVINO; several threads may run it at once.
 
-    def __init__(self, path: Path, threads: int) -> None:
-        openvino = need("openvino", "openvino")
-        core = openvino.Core()
-        model = core.read_model(str(path))
-        self._metadata = {
-            key: str(model.get_rt_info(["framework", key]).astype(str))
-            for key in (SIGNATURE, ARTIFACT)
-            if model.has_rt_info(["framework", key])
-        }
+    Args:
+        model: an `openvino.Model`.
+        threads: how many one run may take.
+    """
+
+    def __init__(self, model: Any, threads: int) -> None:
         # In float32, like the other engines: its default is bfloat16 on processors that have it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
-        self._compiled = core.compile_model(model, "CPU", options)
+        self._compiled = need("openvino", "openvino").Core().compile_model(model, "CPU", options)
         self._local = threading.local()
 
-    def metadata(self) -> Mapping[str, str]:
-        return self._metadata
-
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The outputs, which belong to the caller, for inputs on the CPU by their names."""
         if not hasattr(self._local, "request"):  # a request serves one thread at a time
             self._local.request = self._compiled.create_infer_request()
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
         found = self._local.request.infer(arrays, share_inputs=True)
         return [torch.from_numpy(found[output]) for output in self._compiled.outputs]
+
+
+class _OpenVino(OpenVinoSession):
+    """A file loaded in OpenVINO."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        model = need("openvino", "openvino").Core().read_model(str(path))
+        super().__init__(model, threads)
+        self._metadata = {
+            key: str(model.get_rt_info(["framework", key]).astype(str))
+            for key in (SIGNATURE, ARTIFACT)
+            if model.has_rt_info(["framework", key])
+        }
+
+    def metadata(self) -> Mapping[str, str]:
+        return self._metadata
 
 
 _Session = _OnnxRuntime | _OpenVino

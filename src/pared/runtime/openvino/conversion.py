@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pared.formats.activation import Activation
 from pared.formats.coded import Grid
 from pared.model.contents import Contents, Stored
-from pared.runtime.graphs.capturing.capture import PREFIX, Captured
+from pared.runtime.graphs.capturing.capture import Captured, module_of
 from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
 from pared.runtime.kernels.outliers import extra_columns
 from pared.runtime.onnx.codes import numbers_of, numpy_of
 from pared.runtime.onnx.layout import along
 from pared.runtime.openvino.operators import translated
+from pared.runtime.record import contents_of
 
 # The operators that multiply an input with a weight; the input comes first.
 _PRODUCTS: Final = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData")
 _MOVES: Final = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Convert")  # on a weight's way to its product
 
 
-def converted(captured: Captured, contents: Contents) -> tuple[Any, tuple[object, ...]]:
+@dataclass(frozen=True)
+class Result:
+    """The leaf of an output that is the result of a graph at a place."""
+
+    place: int
+
+
+def converted(model: nn.Module, captured: Captured) -> tuple[Any, tuple[object, ...]]:
     """The `openvino.Model` of a captured call, with the numbers of a quantized model.
 
     Args:
+        model: the quantized model, a whole one.
         captured: a call of the float model; it is not changed.
-        contents: the tensors, and how layers treat their inputs.
 
     Returns:
-        the model, whose inputs have the names of the capture's; and the leaves of the call's output: a constant, or the
-        place of a result of the model, in a tuple.
+        the model, whose inputs have the names of the capture's; and the leaves of the call's output: a constant, or a
+        `Result` of the model.
 
     Raises:
         ModelError: OpenVINO does not know an operator of the graph.
@@ -43,29 +52,31 @@ def converted(captured: Captured, contents: Contents) -> tuple[Any, tuple[object
     leaves: Any = graph.graph_copy(captured.graph, copies)
     nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     graph.output(nodes)
-    modules = {node.name: _module_of(node) for node in graph.nodes}
-    model = translated(graph)
-    modules |= {node.name: _module_of(node) for node in graph.nodes}
-    _Converter(model, contents, modules).fill(captured)
-    return model, tuple((nodes.index(leaf),) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
-
-
-def _module_of(node: fx.Node) -> str:
-    """The name of the module in whose forward an operator was captured."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return str(paths[-1]).removeprefix("L['self'].").removeprefix(PREFIX) if paths else ""
+    made = translated(graph)
+    names: dict[int, str] = {}  # of each module the first
+    modules = {name: names.setdefault(id(one), name) for name, one in model.named_modules(remove_duplicate=False)}
+    owners = {node.name: modules.get(module_of(node), "") for node in graph.nodes}
+    _Converter(made, contents_of(model), owners).fill(captured)
+    return made, tuple(Result(nodes.index(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
 
 
 class _Converter:
-    def __init__(self, model: Any, contents: Contents, modules: Mapping[str, str]) -> None:
+    """Fills one `openvino.Model`.
+
+    Args:
+        model: the model.
+        contents: the tensors, and how layers treat their inputs.
+        owners: by the name of an operator in the captured graph the module in whose forward it stands.
+    """
+
+    def __init__(self, model: Any, contents: Contents, owners: Mapping[str, str]) -> None:
         import openvino
 
         self._ov = openvino
         self._opset = openvino.opset13
         self._model = model
         self._contents = contents
-        self._modules = modules
+        self._owners = owners
         self._rounded: dict[object, Any] = {}
 
     def fill(self, captured: Captured) -> None:
@@ -106,16 +117,10 @@ class _Converter:
         product.input(0).replace_source_output(self._on_grid(source, activation))
 
     def _activation(self, product: Any, weight: Stored) -> Activation | None:
-        """How the layer whose product this is treats its input."""
-        layers = {
-            name.rpartition(".")[0]: one
-            for name in weight.names
-            if (one := self._contents.activations.get(name.rpartition(".")[0])) is not None
-        }
-        own = self._modules.get(product.get_friendly_name().split("/")[0], "")
-        if own in layers or len(layers) != 1:
-            return layers.get(own)
-        return next(iter(layers.values()))
+        """How the layer whose product this is treats its input; None if its weight is read by something else."""
+        owner = self._owners.get(product.get_friendly_name().split("/")[0], "")
+        homes = {name.rpartition(".")[0] for name in weight.names}
+        return self._contents.activations.get(owner) if owner in homes else None
 
     def _on_grid(self, source: Any, activation: Activation) -> Any:
         scale, zero_point = activation.span.grid(FULL_LEVELS)

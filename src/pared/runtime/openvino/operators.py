@@ -80,16 +80,15 @@ def _take_apart(graph: fx.Graph, node: fx.Node) -> bool:
     parts = make_fx(run, tracing_mode="real")(*(values[place] for place in places)).graph
     if [one.target for one in parts.nodes if one.op == "call_function"] == [node.target]:
         return False
+    result = next(one for one in parts.nodes if one.op == "output").args[0]
+    if not isinstance(result, fx.Node):  # several tensors
+        return False
     copies = dict(zip((one for one in parts.nodes if one.op == "placeholder"), (given[i] for i in places), strict=True))
     with graph.inserting_before(node):
         for part in parts.nodes:
-            if part.op == "output":
-                (result,) = part.args
-                if not isinstance(result, fx.Node):
-                    return False
-                node.replace_all_uses_with(copies[result])
-            elif part.op != "placeholder":
+            if part.op not in ("placeholder", "output"):
                 copies[part] = graph.node_copy(part, copies.__getitem__)
-                copies[part].meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack"))
+                copies[part].meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    node.replace_all_uses_with(copies[result])
     graph.erase_node(node)
     return True

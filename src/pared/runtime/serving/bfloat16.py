@@ -13,7 +13,7 @@ from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, kind_of
 from pared.runtime.layers.casts import cast_floats
-from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton
+from pared.runtime.serving.server import KindServer, ModelSnapshot, Skeleton
 
 
 def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
     return run
 
 
-class BFloat16Server(Server):
+class BFloat16Server(KindServer):
     """Answers calls with a copy of the model in bfloat16, made at the first call.
 
     Args:

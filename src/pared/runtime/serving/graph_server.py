@@ -19,7 +19,7 @@ from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_
 from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
-from pared.runtime.serving.server import ModelSnapshot, Server, Skeleton, has_listeners
+from pared.runtime.serving.server import KindServer, ModelSnapshot, Skeleton, has_listeners
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Executable(Protocol):
         """The model's output. Raises NotFiniteError where only the modules give what they give."""
 
 
-class GraphServer(Server):
+class GraphServer(KindServer):
     """Answers calls with graphs, each made at the first call of its kind.
 
     A call with the tensors of a wanted kind and other constants, such as a flag, gets a graph of its own as long as
@@ -246,9 +246,13 @@ def lost(found: object, exact: object) -> float:
     >>> lost([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == 1 / 34
     True
     """
-    pairs = [(a, b) for a, b in zip(tree_leaves(found), tree_leaves(exact), strict=False) if isinstance(b, Tensor)]
+    all_ours, all_theirs = tree_leaves(found), tree_leaves(exact)
+    if len(all_ours) != len(all_theirs):
+        return math.inf
     shares = [0.0]
-    for ours, theirs in pairs:
+    for ours, theirs in zip(all_ours, all_theirs, strict=True):
+        if not isinstance(theirs, Tensor):
+            continue
         if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
             return math.inf
         if theirs.is_floating_point() and theirs.isfinite().all():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
+from pared.model.tensors import version_of
 from pared.runtime.graphs.call_kinds import Argument, Bound, bind, kind_of, parameters_of, tensors_of
 from pared.runtime.layers.counterpart import Counterpart, is_ordinary_call
 
@@ -20,7 +21,15 @@ Args = tuple[Any, ...]
 
 
 class Server(ABC):
-    """Answers the calls of a model in place of its modules, if they are of the kinds that it is for.
+    """Answers calls of a model in place of its modules."""
+
+    @abstractmethod
+    def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
+        """The model's output for a call; NotImplemented if `modules`, the model's own forward, has to answer."""
+
+
+class KindServer(Server):
+    """Answers the calls of certain kinds.
 
     Args:
         skeleton: makes a float model of the same architecture and class from the quantized model.
@@ -36,7 +45,7 @@ class Server(ABC):
         self._tensors: Final = {tensors_of(kind) for kind in self._kinds}
         self._names: tuple[str, ...] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Server:
+    def __deepcopy__(self, memo: dict[int, Any]) -> KindServer:
         """A server for the copied model, without what refers to the tensors of this one."""
         return type(self)(self._skeleton, self.wanted)
 
@@ -72,9 +81,8 @@ class FirstOf(Server):
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self._servers = tuple(servers)
-        self.wanted = tuple(one for server in self._servers for one in server.wanted)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Server:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FirstOf:
         """The same for the copied model."""
         return FirstOf([copy.deepcopy(server, memo) for server in self._servers])
 
@@ -85,9 +93,6 @@ class FirstOf(Server):
                 return found
         return NotImplemented
 
-    def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
-        raise NotImplementedError  # the servers bind calls themselves
-
 
 class ModelSnapshot:
     """A model as it was when something was made to stand in for its modules, and what has changed since."""
@@ -97,14 +102,14 @@ class ModelSnapshot:
         self._modules = list(model.modules())
         self._children = [(m._modules, name, child) for m in self._modules for name, child in m._modules.items()]
         held = [(d, name, t) for m in self._modules for d in (m._parameters, m._buffers) for name, t in d.items()]
-        self._tensors = [(d, name, t, _version(t)) for d, name, t in held if t is not None]
+        self._tensors = [(d, name, t, version_of(t)) for d, name, t in held if t is not None]
         counterparts = [one for one in self._modules if isinstance(one, Counterpart)]
         self._packed = [(one, one._pared_packed) for one in counterparts]
 
     def is_current(self) -> bool:
         """Whether no weight was packed again and no tensor replaced or written to."""
         return all(one._pared_packed is packed for one, packed in self._packed) and all(
-            held.get(name) is tensor and _version(tensor) == version for held, name, tensor, version in self._tensors
+            held.get(name) is tensor and version_of(tensor) == version for held, name, tensor, version in self._tensors
         )
 
     def is_undisturbed(self) -> bool:
@@ -120,11 +125,6 @@ def has_listeners(model: nn.Module, modules: Iterable[nn.Module] | None = None) 
     """Whether a module inside a model has hooks; the model's own hooks run outside its forward."""
     inside = model.modules() if modules is None else modules
     return any((one._forward_hooks or one._forward_pre_hooks) and one is not model for one in inside)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; 0 if torch does not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def wants_gradients(model: nn.Module, given: object) -> bool:
