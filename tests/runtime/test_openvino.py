@@ -97,7 +97,7 @@ def test_static_layers_run_on_codes() -> None:
     make, shape = MODELS["linear"]
     model, x = make().eval(), torch.randn(shape)
     graph, _ = made(fitted(model, "static", [x]), model, x)
-    assert _on_codes(graph) == 3  # each of its linear layers
+    assert _on_codes(graph) == 3  # two layers, and the columns of outliers of one
 
 
 def _operators(graph: OpenVinoGraph) -> list[Any]:
