@@ -20,7 +20,7 @@ from pared.errors import ConfigError, FileError, ParedError
 from pared.files.disk import write_atomic
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.workspace import Workspace
-from pared.runtime.profile import profile_beside, this_machine
+from pared.runtime.profile.profile import profile_beside, this_machine
 
 Verb = Callable[[Any, Path], object]
 

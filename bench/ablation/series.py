@@ -15,7 +15,7 @@ from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime import quantized
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.record import contents_of
 
 Losses = Mapping[str, float]

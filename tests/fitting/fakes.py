@@ -16,7 +16,7 @@ from pared.formats.coded import Raw
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.tensors import find_tensors
 from pared.runtime import quantized
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 
 # What an artifact of one tensor takes beside its numbers, and a little more.
 OVERHEAD = 2500

@@ -17,7 +17,8 @@ from pared.fitting.timing import layers as timed_layers
 from pared.fitting.timing.layers import measure
 from pared.model.contents import Stored
 from pared.model.tensors import find_tensors
-from pared.runtime.profile import Profile, Timing, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import Timing
 
 
 class Blocks(nn.Module):

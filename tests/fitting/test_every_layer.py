@@ -18,7 +18,7 @@ from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.timing import layers as timed_layers
 from pared.formats.views import view_of
 from pared.model.tensors import find_tensors
-from pared.runtime.profile import Timing
+from pared.runtime.profile.timings import Timing
 
 # What PyTorch says, once a process, of padded batches in its encoder and of projections in its LSTM.
 pytestmark = [

@@ -20,7 +20,8 @@ from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized, stopwatch
 from pared.runtime.graphs.call_kinds import Argument, bind, parameters_of
 from pared.runtime.layers.counterpart import Counterpart
-from pared.runtime.profile import CallTiming, ModelTiming, Profile, Timing, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import CallTiming, ModelTiming, Timing
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer

@@ -21,7 +21,7 @@ from pared.model.tensors import find_tensors
 from pared.runtime.float_forms import skeleton_of
 from pared.runtime.onnx.engines import EXACT_PRODUCTS
 from pared.runtime.onnx.export import Exported
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of
 

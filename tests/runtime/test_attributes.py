@@ -19,7 +19,7 @@ from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import arguments_of
 from pared.runtime.graphs.capturing.capture import Captures
-from pared.runtime.profile import CallTiming, ModelTiming
+from pared.runtime.profile.timings import CallTiming, ModelTiming
 from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import SERVER, serve

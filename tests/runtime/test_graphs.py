@@ -25,7 +25,8 @@ from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import pad_codes
 from pared.runtime.kernels.linear import product_of_rows
 from pared.runtime.layers.counterpart import run_kernel
-from pared.runtime.profile import Profile, Timing, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import Timing
 from pared.runtime.record import contents_of
 from pared.runtime.serving.graph_server import agree
 

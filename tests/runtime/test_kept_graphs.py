@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import pared
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
-from pared.runtime.profile import CallTiming, ModelTiming, Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import CallTiming, ModelTiming
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of
 from pared.runtime.serving import graph_server

@@ -18,7 +18,7 @@ from pared.runtime.graphs.graph import Graph
 from pared.runtime.graphs.merging import product_and_sum
 from pared.runtime.graphs.products import QLINEAR
 from pared.runtime.kernels import linear, machine
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.record import contents_of
 
 

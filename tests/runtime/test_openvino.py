@@ -15,14 +15,15 @@ from torch import Tensor, nn
 import pared
 from pared.errors import ModelError
 from pared.fitting import speed
-from pared.runtime import profile
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.onnx import engines
 from pared.runtime.openvino import graph as openvino_graph
 from pared.runtime.openvino.graph import OpenVinoGraph
-from pared.runtime.profile import CallTiming, ModelTiming, Profile, this_machine
+from pared.runtime.profile import profile
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import CallTiming, ModelTiming
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of
 from tests.runtime.exports import CASES, batch_of, fitted, flat, sqnr

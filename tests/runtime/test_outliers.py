@@ -22,7 +22,7 @@ from pared.runtime.kernels import linear
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.linear import pack, static
 from pared.runtime.kernels.outliers import columns_of, extra_columns
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.record import contents_of
 from tests.runtime import reference
 

@@ -17,7 +17,7 @@ from pared.fitting.timing import layers as timed_layers
 from pared.formats.views import OWN_ROWS
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.layers.table import LAYERS
-from pared.runtime.profile import Timing
+from pared.runtime.profile.timings import Timing
 from tests.ratios import snr
 
 

@@ -14,7 +14,8 @@ import pared
 from pared.errors import ConfigError, CorruptError
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.onnx.signature import ExportedArgument, GraphInput, Signature, describe
-from pared.runtime.profile import ENGINE_FILE, CallTiming, ModelTiming, Profile, Timing, profile_beside, this_machine
+from pared.runtime.profile.profile import ENGINE_FILE, Profile, profile_beside, this_machine
+from pared.runtime.profile.timings import CallTiming, ModelTiming, Timing
 from pared.runtime.serving.graph_server import GraphServer
 
 HOSTILE: tuple[Any, ...] = (

@@ -13,7 +13,7 @@ from pared.model.contents import Contents, Stored
 from pared.model.state import extra
 from pared.model.tensors import ModuleT
 from pared.runtime import quantized
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 
 # The damage that rounding the inputs of layers may do at 8 bits, the price of int8 kernels: a tenth of a percent, as
 # for the search, would leave layers in float and most inputs to the slower dynamic mode.

@@ -31,7 +31,7 @@ from pared.fitting.search.workspace import Workspace, fingerprint
 from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls
 from pared.model.tensors import ModuleT, tensor_count
-from pared.runtime.profile import ModelTiming
+from pared.runtime.profile.timings import ModelTiming
 from pared.runtime.record import contents_of, record_of, set_outcome
 from pared.scalars import checked_number
 from pared.switches import random_states_kept, rare_collections

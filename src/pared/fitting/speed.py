@@ -40,14 +40,8 @@ from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
 from pared.runtime.openvino.graph import is_installed
-from pared.runtime.profile import (
-    BUSY,
-    ENGINE_FILE,
-    WORTH,
-    CallTiming,
-    ModelTiming,
-    Profile,
-)
+from pared.runtime.profile.profile import BUSY, ENGINE_FILE, Profile
+from pared.runtime.profile.timings import WORTH, CallTiming, ModelTiming
 from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.graph_server import GraphServer, agree, lost

@@ -19,7 +19,7 @@ from pared.runtime import quantized
 from pared.runtime.layers.table import check_registered
 from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_runner
 from pared.runtime.placement import Memory
-from pared.runtime.profile import profile_beside
+from pared.runtime.profile.profile import profile_beside
 from pared.runtime.record import record_of
 from pared.scalars import check_choice
 from pared.switches import rare_collections

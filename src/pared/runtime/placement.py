@@ -21,7 +21,7 @@ from pared.model.copying.reach import Reach
 from pared.model.tensors import registered_as
 from pared.runtime.layers.counterpart import Counterpart, stand_in
 from pared.runtime.layers.table import layer_of, weights_of
-from pared.runtime.profile import Profile, Running
+from pared.runtime.profile.profile import Profile, Running
 
 
 class StoredForm:

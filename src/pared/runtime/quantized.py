@@ -44,7 +44,8 @@ from pared.runtime.onnx.export import Exported, export_onnx
 from pared.runtime.pickling.parametrized import let_be_pickled
 from pared.runtime.pickling.refusal import check_picklable
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
-from pared.runtime.profile import ENGINE_FILE, ModelTiming, Profile
+from pared.runtime.profile.profile import ENGINE_FILE, Profile
+from pared.runtime.profile.timings import ModelTiming
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import Capture, GraphServer

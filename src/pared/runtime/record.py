@@ -21,7 +21,7 @@ from pared.model.tensors import named_tensors, registered_as
 from pared.runtime import summary
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.placement import Memory, StoredForm
-from pared.runtime.profile import Profile, Running
+from pared.runtime.profile.profile import Profile, Running
 
 RECORD: Final = "_pared"  # the attribute of a model that holds it
 

@@ -16,7 +16,7 @@ from pared.formats.activation import Activation
 from pared.inspection.ledger import Ledger, Row, draw
 from pared.inspection.page.data import PageData
 from pared.model.contents import Contents, Stored
-from pared.runtime.profile import Profile, Running
+from pared.runtime.profile.profile import Profile, Running
 from pared.terminal import WIDTH, table
 
 

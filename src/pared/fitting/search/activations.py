@@ -22,7 +22,7 @@ from pared.model.copies import clone_structure
 from pared.runtime.kernels.outliers import columns_of
 from pared.runtime.layers.counterpart import stand_in
 from pared.runtime.layers.table import Layer, layer_of, weights_of
-from pared.runtime.profile import Kernel
+from pared.runtime.profile.timings import Kernel
 
 # Embedding tables with fewer weights are decoded: looking rows up in codes would save too little memory.
 _MIN_TABLE_WEIGHTS: Final = 1 << 16

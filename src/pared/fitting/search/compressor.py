@@ -30,7 +30,7 @@ from pared.model.contents import Contents, Decision, Plan, Stored
 from pared.model.state import extra
 from pared.model.tensors import ModelTensor, ModelTensors, ModuleT_co
 from pared.runtime import quantized
-from pared.runtime.profile import Profile, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
 from pared.version import __version__
 
 log = logging.getLogger(__name__)

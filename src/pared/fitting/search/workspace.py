@@ -31,7 +31,7 @@ from pared.model.recorded import values
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors
 from pared.runtime import quantized
 from pared.runtime.layers.table import weights_of
-from pared.runtime.profile import profile_beside
+from pared.runtime.profile.profile import profile_beside
 from pared.version import __version__
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from pared.formats.activation import Activation
 from pared.model.calls import Call
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.kernels.outliers import columns_of
-from pared.runtime.profile import Kernel, Profile, Timing, this_machine
+from pared.runtime.profile.profile import Profile, this_machine
+from pared.runtime.profile.timings import Kernel, Timing
 from pared.runtime.stopwatch import times_of
 
 

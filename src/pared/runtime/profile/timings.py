@@ -1,43 +1,22 @@
-"""Which kernel runs each layer: measured on one machine, kept beside the artifact, reused on machines like it."""
+"""Measured times of layers and calls, and which of their forms is fastest."""
 
 from __future__ import annotations
 
-import functools
-import json
-import logging
 import math
-import platform
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from importlib import metadata
-from pathlib import Path
-from typing import Any, Final, Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Final, Literal
 
-import torch
-
-from pared.errors import CorruptError, ParedError
 from pared.files.checks import Place
 from pared.runtime.graphs.call_kinds import Argument, describe_kind
-from pared.runtime.kernels.machine import extensions
-
-log = logging.getLogger(__name__)
-
-ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
 # Anything but the default (float32, layer by layer) is used only if it takes at most this share of the default's time:
 # a smaller gain is noise, or not worth the rounding.
 WORTH: Final = 0.9
 
-BUSY: Final = (
-    "the machine was busy while this was measured: only time on the processor counts, and pared.tune_speed on an idle "
-    "machine may find something faster"
-)
-_NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
-# What may stand in a file: no more bytes, and no times that are not measured but made up, in milliseconds.
-_LARGEST: Final = 1 << 24
+# No times that are not measured but made up, in milliseconds.
 _SHORTEST, _LONGEST = 1e-9, 1e12
-_FLAGS: Final = ("together", "busy")
 _REASON: Final = "because"
 _OPTIONAL: Final = (_REASON, "openvino_ms")  # which files of version 0.1 lack
 
@@ -130,14 +109,6 @@ class CallTiming:
 
 
 @dataclass(frozen=True)
-class Running:
-    """The kernel of a module that may run in int8, and the reason if it is another one."""
-
-    kernel: Kernel
-    because: str = ""
-
-
-@dataclass(frozen=True)
 class ModelTiming:
     """The measured calls of a model or submodel, and what they say about how it should run.
 
@@ -227,89 +198,12 @@ class ModelTiming:
         return [f"{what} {chosen} (measured on this machine):", *(f"  {call}" for call in self.calls)]
 
 
-@dataclass(frozen=True)
-class Profile:
-    """The measured times that decide which kernel runs each layer, and the machine they hold for.
-
-    Args:
-        machine: what `this_machine` returned there.
-        layers: the times of each layer on its own, by name.
-        model: the times of the whole model.
-        submodels: the times of those submodels that are also called on their own and run as a graph or in bfloat16.
-        together: the model was fastest with every layer in int8 that may be, whatever is fastest for each on its own.
-        busy: other processes were given the processor while this was measured.
-    """
-
-    machine: Mapping[str, Any]
-    layers: Mapping[str, Timing] = field(default_factory=dict)
-    model: ModelTiming = field(default_factory=ModelTiming)
-    submodels: Mapping[str, ModelTiming] = field(default_factory=dict)
-    together: bool = False
-    busy: bool = False
-
-    def to_json(self) -> str:
-        """The text of `engine.json`."""
-        layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
-        calls = {name: asdict(timing)["calls"] for name, timing in {"": self.model, **self.submodels}.items()}
-        found = {"together": self.together, "busy": self.busy}
-        data = {"machine": dict(self.machine), **found, "layers": layers, "calls": calls}
-        return json.dumps(data, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str = ENGINE_FILE) -> Profile:
-        """The inverse of `to_json`.
-
-        Raises:
-            CorruptError: it is anything else. It may come from anyone, and decides which kernels run.
-        """
-        at = Place(where)
-        data = at.json(text.encode() if isinstance(text, str) else text, "it")
-        known = at.fields(data, "it", ("machine", "layers", "calls"), _FLAGS)
-        if any(type(known.get(name, False)) is not bool for name in _FLAGS):
-            at.fail(f"its {' or '.join(_FLAGS)} is neither true nor false")
-        layers = {name: _timing(one, at) for name, one in at.mapping(known["layers"], "its 'layers'").items()}
-        models = {
-            name: ModelTiming(tuple(CallTiming.from_json(one, at) for one in at.sequence(calls, "a list of calls")))
-            for name, calls in at.mapping(known["calls"], "its 'calls'").items()
-        }
-        model = models.pop("", ModelTiming())
-        flags = (known.get(name, False) is True for name in _FLAGS)
-        return cls(at.mapping(known["machine"], "its 'machine'"), layers, model, models, *flags)
-
-    def summary(self) -> list[str]:
-        """How everything runs, and the times that decided it, as lines for people."""
-        timings = {"": self.model, **self.submodels}
-        notes = [BUSY] if self.busy else []
-        notes += [_NO_OPENVINO] if self.model.calls and not self.machine.get("openvino") else []
-        return [*(line for name, timing in timings.items() for line in timing.summary(name)), *notes]
-
-    def running(self, module: str, reason: str = "") -> Running:
-        """The kernel of a module that may run in int8: the fastest on this machine, or int8 if it was not measured.
-
-        A model that runs in bfloat16 as a whole keeps its layers' kernels for other kinds of calls.
-
-        Args:
-            module: the module's name.
-            reason: why its int8 kernel cannot run on this machine; empty if it can.
-
-        >>> Profile(this_machine()).running("encoder").kernel
-        'int8'
-        """
-        if reason:
-            return Running("float32", reason)
-        if self.model.kernel == "float32":
-            return Running("float32", "the whole model is faster in float32 on this machine")
-        timing = self.layers.get(module)
-        kernel = "int8" if timing is None or self.together else timing.kernel
-        because = timing.because if timing is not None else ""
-        return Running(kernel, "" if kernel == "int8" else because or "int8 is not the fastest on this machine")
-
-
 def _required(cls: type[Timing | CallTiming]) -> list[str]:
     return [one.name for one in fields(cls) if one.name not in _OPTIONAL]
 
 
-def _timing(data: object, at: Place) -> Timing:
+def timing_from_json(data: object, at: Place) -> Timing:
+    """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else."""
     known = at.fields(data, "the times of a layer", _required(Timing), [_REASON])
     times = (_milliseconds(known[name], at) for name in ("float32_ms", "bfloat16_ms", "int8_ms"))
     float32_ms, bfloat16_ms, int8_ms = times
@@ -346,44 +240,3 @@ def _mean(ratios: Iterable[float]) -> float:
 
 def _numbers(arguments: tuple[Argument, ...]) -> int:
     return sum(math.prod(argument.shape) for argument in arguments if argument.dtype)
-
-
-def this_machine() -> dict[str, Any]:
-    """What a measurement depends on: the processor, the number of threads, and the versions of the runtimes."""
-    return {
-        "processor": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "extensions": extensions(),
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
-        "openvino": _version("openvino"),
-    }
-
-
-@functools.cache
-def _version(package: str) -> str:
-    """The installed version of a package; empty if there is none."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-def profile_beside(artifact: Path) -> Profile:
-    """The profile in the `engine.json` beside an artifact if it holds for this machine, else an empty one."""
-    file = artifact.with_name(ENGINE_FILE)
-    machine = this_machine()
-    try:
-        if not file.is_file():
-            return Profile(machine)
-        if (nbytes := file.stat().st_size) > _LARGEST:
-            raise CorruptError(f"has {nbytes:,} bytes, far more than measured times take", where=str(file))
-        profile = Profile.from_json(file.read_bytes(), str(file))
-    except (OSError, ParedError) as error:
-        why = error.what if isinstance(error, ParedError) else error
-        log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, why)
-        return Profile(machine)
-    if profile.machine != machine:
-        log.info("%s was measured on another machine: every layer that may run in int8 will", file)
-        return Profile(machine)
-    return profile
