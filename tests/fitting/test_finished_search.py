@@ -147,7 +147,7 @@ ERRORS = (RuntimeError, AssertionError, KeyError, NotImplementedError, Recursion
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        *(("tuned", error) for error in ERRORS),
+        *(("timed", error) for error in ERRORS),
         *((place, InternalError) for place in ("in_bfloat16", "capture", "agree", "trace")),
     ],
 )
@@ -168,7 +168,7 @@ def test_an_error_after_the_search_is_a_reason(
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     q = pared.fit(model, PostTrainingQuantConfig(), [x])
     assert snr(model(x).detach(), q(x).detach()) > 25
-    if place in ("tuned", "in_bfloat16", "capture"):
+    if place in ("timed", "in_bfloat16", "capture"):
         assert "says why" in pared.report(q)
         assert "and more" not in pared.report(q)
 
@@ -199,6 +199,6 @@ def test_an_interrupt_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(speed, "tuned", interrupt)
+    monkeypatch.setattr(speed, "timed", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pared.fit(nn.Linear(8, 8), EIGHT, [torch.randn(4, 8)])

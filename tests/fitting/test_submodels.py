@@ -371,7 +371,7 @@ def test_fit_times_parts() -> None:
     # What takes the time, and what is fastest, is up to the machine.
     assert set(record_of(q).profile.submodels) <= {"body.encoder", "body.encoder.layers"}
     for one in record_of(q).profile.submodels.values():
-        assert one.is_served
+        assert one.forms
         assert {call.arguments[0].shape for call in one.calls} == {(256, 64), (1, 64)}
 
 

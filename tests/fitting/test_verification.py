@@ -287,7 +287,7 @@ def test_a_result_that_a_file_does_not_give_is_refused_before_the_search(monkeyp
     def refuse(*_args: object) -> None:
         raise ModelError("gives other outputs", where="Net", remedy="Look.")
 
-    monkeypatch.setattr("pared.fitting.fit.check_reloading", refuse)
+    monkeypatch.setattr("pared.fitting.finishing.finish.check_reloading", refuse)
     scored: list[nn.Module] = []
 
     def score(model: nn.Module) -> float:

@@ -233,7 +233,7 @@ def test_the_fastest_form_is_chosen_for_each_kind_of_call(
     timing = ModelTiming(tuple(call_timing(*one) for one in times))
     assert (len(timing.graphs), len(timing.in_openvino)) == (graphs, openvino)
     if openvino:
-        assert timing.is_served
+        assert timing.forms
         assert "in OpenVINO" in timing.summary()[0]
     assert Profile.from_json(Profile(this_machine(), model=timing).to_json()).model == timing
 

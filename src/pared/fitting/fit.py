@@ -6,21 +6,21 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from torch import nn
 
-from pared.artifact.outcome import Curve, Damage
+from pared.artifact.outcome import Curve
 from pared.errors import reason_of
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, make_directory
-from pared.fitting import speed
 from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.eight_bits import MOST_LOST_WITH_INPUTS, at_eight_bits
-from pared.fitting.measured.repair import Corrections, Refiner, reported
+from pared.fitting.finishing.finish import finished, verify
+from pared.fitting.measured.repair import Corrections, Refiner
 from pared.fitting.measured.yardstick import Yardstick
 from pared.fitting.preparation import Prepared, prepare
 from pared.fitting.search import search
@@ -28,11 +28,9 @@ from pared.fitting.search import trade_off as curve
 from pared.fitting.search.compressor import DEFAULT_DAMAGE, RESERVE_WITHOUT_SCORES, Compressor
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
-from pared.fitting.verification.reloading import check_reloading
 from pared.model import calls
 from pared.model.tensors import ModuleT, tensor_count
-from pared.runtime.profile.timings import ModelTiming
-from pared.runtime.record import contents_of, record_of, set_outcome
+from pared.runtime.record import record_of
 from pared.scalars import checked_number
 from pared.switches import random_states_kept, rare_collections
 from pared.terminal import Stages
@@ -128,7 +126,7 @@ def _fit(
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
             found, corrections = _repaired(refiner, partial(at_eight_bits, known), MOST_LOST_WITH_INPUTS)
-        return _measured(found, known, stages, refiner, corrections)
+        return finished(found, known, stages, refiner, corrections)
     # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
     if eval_func is None:
@@ -137,7 +135,7 @@ def _fit(
                 refiner, lambda c: _planned(compressor.corrected(c.factors, c.inputs), known)
             )
             record_of(found).curve = _traced(compressor.corrected(corrections.factors, corrections.inputs), model)
-        return _measured(found, known, stages, refiner, corrections)
+        return finished(found, known, stages, refiner, corrections)
     # With a score, which damage just meets the criterion.
     records = None
     if directory is not None:
@@ -148,10 +146,22 @@ def _fit(
     if refiner is not None:  # once more, of all tensors together, where the search begins
         corrections = _corrections(refiner, compressor, start, known, stages, records)
         compressor = compressor.corrected(corrections.factors, corrections.inputs)
+    with stages.stage("scoring the float model"):
+        references = search.References.of(model, judge, records)
     return _searched(
-        lambda: search.search(compressor, model, judge, max_size=_max_size(conf), workspace=records, start=start),
+        lambda: search.search(
+            compressor,
+            model,
+            judge,
+            max_size=_max_size(conf),
+            references=references,
+            workspace=records,
+            start=start,
+        ),
         compressor,
-        lambda found: _measured(found, known, stages, refiner, corrections),
+        lambda found: finished(
+            found, known, stages, refiner, corrections, lambda candidate: search.judged(candidate, judge, references)
+        ),
         stages,
     )
 
@@ -189,7 +199,7 @@ def _corrections(
     if noted is not None:
         return Corrections(**noted)
     first, found = refiner.repaired(lambda c: _at(compressor.corrected(c.factors, c.inputs), start), scored=True)
-    _verify(first, known, stages)  # before hours of work, not after
+    verify(first, known, stages)  # before hours of work, not after
     if records is not None:
         records.note(_CORRECTIONS, asdict(found))
     return found
@@ -198,24 +208,6 @@ def _corrections(
 def _at(compressor: Compressor[ModuleT], damage: float) -> ModuleT:
     """The model at a damage, or the nearest that the compressor reaches."""
     return compressor.build(compressor.at_damage(min(max(damage, compressor.least), compressor.most)))
-
-
-def _measured(
-    found: ModuleT,
-    known: Prepared[ModuleT],
-    stages: Stages,
-    refiner: Refiner[ModuleT] | None,
-    corrections: Corrections,
-) -> ModuleT:
-    """The same model in its fastest form, with the damage that it then does."""
-    found = _finished(found, known, stages)
-    if refiner is None:
-        damage = Damage(notes=("no damage was measured: there are no calibration data",))
-    else:
-        with stages.stage("measuring the result"):
-            damage = reported(refiner.damage_of(found), corrections)
-    set_outcome(found, replace(record_of(found).outcome, damage=damage))
-    return found
 
 
 def _max_size(conf: PostTrainingQuantConfig) -> int | None:
@@ -270,38 +262,6 @@ def _searched(
         record.curve = record.curve or Curve(()).scored(record.outcome)  # at least the trials
         log.warning("interrupted: the model is returned without its remaining measurements")
         return found
-
-
-def _finished(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
-    """The same model in its fastest form, after a look at what its file will give."""
-    fastest = _timed(found, known, stages)
-    _verify(fastest, known, stages)
-    return fastest
-
-
-def _verify(found: nn.Module, known: Prepared[ModuleT], stages: Stages) -> None:
-    """Refuse a model whose file would give another one, where there is a call to compare them by."""
-    if known.seen is not None:
-        with stages.stage("verifying"):
-            check_reloading(found, known.tensors, known.seen.calls)
-
-
-def _timed(found: ModuleT, known: Prepared[ModuleT], stages: Stages) -> ModuleT:
-    """The same model in the form that is fastest on this machine; as it is where no layer may run in int8."""
-    contents = contents_of(found)
-    if known.seen is None or known.conf.approach == "weight_only":
-        return found
-    try:
-        with stages.stage("timing"):
-            fastest = speed.tuned(known.tensors, contents, known.seen)
-    except Exception as error:  # noqa: BLE001  # whatever it is, times are not worth a finished search
-        log.warning("nothing could be timed, so the model runs layer by layer: %s", reason_of(error))
-        record = record_of(found)
-        record.profile = replace(record.profile, model=ModelTiming(because=reason_of(error)))
-        return found
-    old, new = record_of(found), record_of(fastest)
-    new.outcome, new.curve = old.outcome, old.curve
-    return fastest
 
 
 @random_states_kept()

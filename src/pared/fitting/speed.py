@@ -42,11 +42,10 @@ from pared.runtime.load import check_model
 from pared.runtime.openvino.graph import is_installed
 from pared.runtime.profile.profile import BUSY, ENGINE_FILE, Profile
 from pared.runtime.profile.timings import WORTH, CallTiming, ModelTiming
-from pared.runtime.record import record_of
 from pared.runtime.serving.bfloat16 import in_bfloat16
 from pared.runtime.serving.graph_server import GraphServer, agree, lost
 from pared.runtime.serving.openvino_server import OpenVinoServer
-from pared.runtime.serving.served import forward_of
+from pared.runtime.serving.served import forward_of, warm_up
 from pared.runtime.stopwatch import Spent, times_of
 from pared.scalars import checked_number
 from pared.switches import random_states_kept
@@ -64,8 +63,27 @@ _AS_FAR: Final = 1.5  # a runtime's output may lose this many times what the mod
 _BFLOAT16_LOSS: Final = 1e-3  # share of the output's energy that bfloat16 may lose: the default damage of `fit`
 
 
-def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> ModuleT:
-    """The quantized model in the form that was measured to be fastest on this machine.
+@dataclass(frozen=True)
+class Timed:
+    """What is fastest on this machine.
+
+    Args:
+        profile: the times.
+        captures: the graphs of the model's calls, by the name of the submodel that is called; "" is the model.
+    """
+
+    profile: Profile
+    captures: Mapping[str, Captures]
+
+    def assembled(self, tensors: ModelTensors[ModuleT], contents: Contents) -> ModuleT:
+        """The quantized model in its fastest form, whose graphs are made. It shares no captures with other models."""
+        model = quantized.assemble(tensors, contents, self.profile)
+        warm_up(model, self.captures)
+        return model
+
+
+def timed(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> Timed:
+    """Measure which form of a quantized model is fastest on this machine.
 
     Args:
         tensors: those of the float model, which is left as it is.
@@ -75,10 +93,10 @@ def tuned(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) 
     spent = Spent()
     with spent.adding():
         found = _fastest(tensors, contents, seen)
-    return quantized.assemble(tensors, contents, replace(found, busy=spent.is_busy))
+    return replace(found, profile=replace(found.profile, busy=spent.is_busy))
 
 
-def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> Profile:
+def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) -> Timed:
     candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
     outright = tensors.in_copy(shadow(tensors.model))
@@ -93,7 +111,7 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:
             best = together
-    return best
+    return Timed(best, captures)
 
 
 def _left(profile: Profile) -> float:
@@ -120,7 +138,7 @@ def _timed(
             )
             for name, call in submodels.items()
         }
-        profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.is_served})
+        profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.forms})
         by_layers = quantized.assemble(tensors, contents, profile, captures=captures)
     return replace(profile, model=ModelTiming(time_calls(model, by_layers, calls, captures[""], whole=True)))
 
@@ -369,8 +387,9 @@ def tune_speed(
     contents = storage.read(file, tensors.numbers)
     floats = float_forms.decoded(tensors, completed(tensors, contents))
     seen = observe.collect(floats, calib_dataloader, limit)
-    found: ModuleT = tuned(tensors.in_copy(floats), contents, seen)
-    if record_of(found).profile.busy:
+    copied = tensors.in_copy(floats)
+    found = timed(copied, contents, seen)
+    if found.profile.busy:
         log.warning("%s", BUSY)
-    storage.write_beside(file, ENGINE_FILE, record_of(found).profile.to_json())
-    return found
+    storage.write_beside(file, ENGINE_FILE, found.profile.to_json())
+    return found.assembled(copied, contents)

@@ -21,24 +21,44 @@ from pared.runtime.onnx.engines import SESSIONS, Engine, Runner, fastest, open_r
 from pared.runtime.placement import Memory
 from pared.runtime.profile.profile import profile_beside
 from pared.runtime.record import record_of
+from pared.runtime.serving.served import warm_up
 from pared.scalars import check_choice
 from pared.switches import rare_collections
+from pared.terminal import Stages
 
 
 @overload
 def load(
-    path: str | Path, model: ModuleT, *, memory: Memory = "fast", engine: Literal["torch"] = "torch"
+    path: str | Path,
+    model: ModuleT,
+    *,
+    memory: Memory = "fast",
+    engine: Literal["torch"] = "torch",
+    warm: bool = True,
+    quiet: bool = False,
 ) -> ModuleT: ...
 
 
 @overload
 def load(
-    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    memory: Memory = "fast",
+    engine: Engine = "torch",
+    warm: bool = True,
+    quiet: bool = False,
 ) -> nn.Module: ...
 
 
 def load(
-    path: str | Path, model: nn.Module | None = None, *, memory: Memory = "fast", engine: Engine = "torch"
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    memory: Memory = "fast",
+    engine: Engine = "torch",
+    warm: bool = True,
+    quiet: bool = False,
 ) -> nn.Module:
     """Load a quantized model.
 
@@ -59,6 +79,9 @@ def load(
             `q_model.export(directory, inputs)` wrote beside the artifact, with the same number of threads as PyTorch;
             "auto" times every installed engine, and PyTorch if `model` is given, on inputs like those of the export,
             and takes the fastest.
+        warm: make the graphs that answer the model's calls now, which takes a second or two where calls were timed on
+            a machine like this one. False leaves that to the first call of each kind. Only for PyTorch.
+        quiet: True shows no progress. Otherwise it is shown at a terminal.
 
     Returns:
         the quantized model. `engine.json` beside the artifact decides which layers run in int8 if it was measured on a
@@ -81,7 +104,9 @@ def load(
             what = f'memory="small" and engine={engine!r} exclude each other'
             raise ConfigError(what, where="pared.load", remedy="Leave one out: only PyTorch holds weights in codes.")
         return open_runner(path, engine)
-    loaded = _in_torch(path, model, memory) if engine == "torch" or model is not None else None
+    loaded = None
+    if engine == "torch" or model is not None:
+        loaded = _in_torch(path, model, memory, warm, Stages(quiet=quiet))
     if engine == "torch":
         assert loaded is not None
         return loaded
@@ -105,13 +130,17 @@ def check_model(model: nn.Module | None, where: str) -> nn.Module:
     return model
 
 
-def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory) -> nn.Module:
+def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory, warm: bool, stages: Stages) -> nn.Module:
     known = check_model(model, "pared.load")
     file = find_artifact(as_path(path, "load"))
 
     def made() -> nn.Module:
         tensors = find_tensors(known)
-        return quantized.assemble(tensors, storage.read(file, tensors.numbers), profile_beside(file), memory)
+        loaded = quantized.assemble(tensors, storage.read(file, tensors.numbers), profile_beside(file), memory)
+        if warm:
+            with stages.stage("making graphs"):
+                warm_up(loaded)
+        return loaded
 
     with rare_collections(tensor_count(known)):
         return apart(made)

@@ -48,11 +48,11 @@ from pared.runtime.profile.profile import ENGINE_FILE, Profile
 from pared.runtime.profile.timings import ModelTiming
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
-from pared.runtime.serving.graph_server import Capture, GraphServer
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_save_pretrained
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import serve
-from pared.runtime.serving.server import FirstOf, Server
+from pared.runtime.serving.server import Capture, FirstOf, Server
 from pared.runtime.stopwatch import fastest_ms
 from pared.switches import rare_collections
 
@@ -118,7 +118,7 @@ def save(model: nn.Module, directory: str | Path, *, container: str = "pt", veri
         path = storage.place(directory, container)
         made = storage.verified(contents, container) if verify else storage.encoded(contents, container)
         listed = ledger.of_records(replace(made.records, where=path.name), made.index)
-        deploy = summary.deploy_yaml(listed, contents, record.outcome, record.running)
+        deploy = summary.deploy_yaml(listed, contents, record.outcome_here, record.running, record.profile)
     with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
         for name, content in ((path.name, made.file), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
             storage.write_beside(path, name, content)
@@ -194,17 +194,19 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     record = record_of(model)
     if html is not None:
         require_library()
-    contents = contents_of(model)
+    contents, outcome = contents_of(model), record.outcome_here
     made = storage.encoded(contents)
     listing = ledger.of_records(replace(made.records, where=type(model).__name__), made.index)
     if html is not None:
-        data = summary.page_data(listing, contents, record.outcome, record.running, record.profile, record.curve)
+        data = summary.page_data(listing, contents, outcome, record.running, record.profile, record.curve)
         page.write(data, html)
     notes = [*record.profile.summary(), *summary.left_out(contents)]
+    if outcome != record.outcome:
+        notes.append(f"the search scored it layer by layer in int8: {record.outcome.score:.6g}")
     if record.memory == "small":
         decoding = fastest_ms({"all": lambda: _decode_all(model)})["all"]
         notes = [f"weights stay in codes; decoding all of them takes {decoding:.1f} ms"]
-    return summary.report(listing, contents, record.outcome, record.running, notes)
+    return summary.report(listing, contents, outcome, record.running, notes)
 
 
 def _decode_all(model: nn.Module) -> None:
@@ -259,7 +261,8 @@ def assemble(
         contents: every tensor.
         profile: the measured times that decide which layers run in int8 on this machine.
         memory: "small": every weight stays in codes, and is decoded whenever it is read.
-        captures: turns a call of a submodel into a graph, by the submodel's name. Default: each is captured again.
+        captures: turns calls into graphs, by the name of the submodel, or "" for those of the model. Default: each is
+            captured again.
 
     Raises:
         MismatchError: the contents do not fit the model, or it has a meta tensor that is in no state dict.
@@ -303,9 +306,9 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping
         return
     modules = dict(model.named_modules())
     for name, timing in profile.submodels.items() if profile.model.kernel != "float32" else ():
-        if name in modules and timing.is_served:
+        if name in modules and timing.forms:
             serve(modules[name], _server(timing, captures.get(name, capture)))
-    serve(model, _server(profile.model, capture))
+    serve(model, _server(profile.model, captures.get("", capture)))
 
 
 def _server(timing: ModelTiming, captured: Capture) -> Server:

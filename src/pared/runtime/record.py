@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal, cast, get_args
 
 from torch import nn
@@ -53,6 +53,12 @@ class Record:
     outcome: Outcome
     curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def outcome_here(self) -> Outcome:
+        """How the search went, with the score of the model as it runs on this machine."""
+        score = self.profile.score
+        return self.outcome if score is None else replace(self.outcome, score=score)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
         """A copy that shares what is known of the tensors, which nothing changes."""
@@ -180,8 +186,12 @@ class Result:
 
     @property
     def score(self) -> float | None:
-        """What `eval_func` gave for the quantized model; None if nothing was evaluated."""
-        return record_of(self.model).outcome.score
+        """What `eval_func` gave for the quantized model as it runs on this machine; None if nothing was evaluated.
+
+        Where a graph, OpenVINO or a copy in bfloat16 answers its calls, the result of the search was scored once more,
+        so. On a machine where it was not measured it is the score of the search, in which layers run in int8.
+        """
+        return record_of(self.model).outcome_here.score
 
     @property
     def baseline(self) -> float | None:

@@ -182,14 +182,17 @@ def _trials(trials: Sequence[Trial]) -> list[str]:
     return table(headings, rows)[:-1]
 
 
-def deploy_yaml(ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running]) -> str:
-    """`deploy.yaml`: the plan with bytes, rates and reasons, the scores, and where it all came from."""
+def deploy_yaml(
+    ledger: Ledger, contents: Contents, outcome: Outcome, running: Mapping[str, Running], profile: Profile
+) -> str:
+    """`deploy.yaml`: the plan with bytes, rates and reasons, the scores, how it runs, and where it all came from."""
     rows = {row.name: row for row in ledger.rows}
     data = {
         "note": "For people; pared.load does not read it.",
         "bytes": ledger.nbytes,
         "ratio": round(ledger.nbytes / ledger.original_nbytes, 5) if ledger.original_nbytes else None,
         "outcome": asdict(outcome),
+        "runs": [line.strip() for line in profile.summary()],
         "provenance": dict(contents.provenance),
         "activations": {name: a.to_json() for name, a in sorted(contents.activations.items())},
     }

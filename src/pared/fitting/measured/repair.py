@@ -17,7 +17,6 @@ from pared.fitting.measured.yardstick import Yardstick
 from pared.model.contents import Contents, Stored
 from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.record import contents_of
-from pared.runtime.serving.served import on_modules
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +74,9 @@ class Refiner(Generic[ModuleT]):
         return sum(damage for _, damage in weights) + inputs
 
     def damage_of(self, model: ModuleT) -> Damage:
-        """The predicted and the measured damage of a result."""
+        """The predicted and the measured damage of a result, which is called, and may be changed by that."""
         predicted = self.predicted(contents_of(model)) if self.yardstick.in_floats else None
-        # A copy is called, without its graph: a call may change the model, and would capture the graph before users
-        # have changed what they want to change.
-        return replace(self.yardstick.damage_of(on_modules(copy.deepcopy(model))), predicted=predicted)
+        return replace(self.yardstick.damage_of(model), predicted=predicted)
 
     def repaired(
         self, make: Callable[[Corrections], ModuleT], most_of_output: float = math.inf, *, scored: bool = False
@@ -94,7 +91,7 @@ class Refiner(Generic[ModuleT]):
         corrections = Corrections()
         model = make(corrections)
         for _ in range(_ROUNDS):
-            found = self.damage_of(model)
+            found = self.damage_of(copy.deepcopy(model))
             contents = contents_of(model)
             if scored and (found.measured is None or math.isfinite(found.measured)):
                 break

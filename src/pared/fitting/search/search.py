@@ -14,7 +14,7 @@ from typing import Final, cast
 
 from torch import nn
 
-from pared.artifact.outcome import Outcome, Trial
+from pared.artifact.outcome import Confirmation, Outcome, Trial
 from pared.fitting.config import AccuracyCriterion
 from pared.fitting.search.compressor import DEFAULT_DAMAGE, Compressor, OperatingPoint
 from pared.fitting.search.evaluate import EvalFunc, Score, confirm, confirm_elsewhere, deciding_loss, evaluate
@@ -64,6 +64,7 @@ def search(
     judge: Judge,
     *,
     max_size: int | None = None,
+    references: References | None = None,
     workspace: Workspace | None = None,
     start: float = DEFAULT_DAMAGE,
 ) -> ModuleT:
@@ -74,6 +75,7 @@ def search(
         original: the float model, which is left as it is: a copy in eval mode is scored.
         judge: decides which model is good enough.
         max_size: the most bytes that the file may take; no larger model is tried.
+        references: the float model's scores. Default: they are found out.
         workspace: where finished trials are recorded; those of an earlier run count as if they were made now.
         start: the damage of the first trial, or the nearest that the compressor reaches.
 
@@ -87,7 +89,7 @@ def search(
         KeyboardInterrupt: Ctrl-C before any trial was finished.
     """
     began = time.monotonic()
-    references = _References.of(original, judge, workspace)
+    references = references or References.of(original, judge, workspace)
     trials: tuple[Trial, ...] = workspace.trials if workspace is not None else ()
     strategy: Strategy | None = None
     best_model: ModuleT | None = None  # None as long as the best trial is an earlier run's
@@ -141,15 +143,20 @@ def _contributors(strategy: Strategy | None, trial: Trial) -> tuple[tuple[str, f
 
 
 @dataclass(frozen=True)
-class _References:
+class References:
     """The float model's scores by `eval_func` and, if there is one, by `confirm_func`."""
 
     baseline: Score
     confirming: Score | None
 
     @classmethod
-    def of(cls, original: nn.Module, judge: Judge, workspace: Workspace | None) -> _References:
-        """Call the functions, or read the records of an earlier run; refuse scores that the criterion cannot use."""
+    def of(cls, original: nn.Module, judge: Judge, workspace: Workspace | None) -> References:
+        """Call the functions, or read the records of an earlier run.
+
+        Raises:
+            EvaluationError: a function raised, or returned no score.
+            ConfigError: the criterion cannot use the score.
+        """
         baseline = _reference("eval_func", judge.eval_func, original, workspace)
         judge.criterion.loss(baseline.value, baseline.value)
         confirm(judge.criterion, baseline, baseline)
@@ -170,14 +177,35 @@ def _reference(name: str, function: EvalFunc, original: nn.Module, workspace: Wo
     return score
 
 
-def _try(
-    compressor: Compressor[ModuleT], point: OperatingPoint, judge: Judge, references: _References
-) -> tuple[ModuleT, Trial]:
-    """Build a model, score it, confirm the score if it is good enough, and write the result into the model."""
-    began = time.monotonic()
-    model = compressor.build(point)
+@dataclass(frozen=True)
+class Judgement:
+    """The score of a model.
+
+    Args:
+        score: what the search sees of it.
+        seen: the loss on the search's data.
+        unseen: the loss on other data; None if there are none, or if the first loss is too large already.
+        met: whether the criterion is met.
+    """
+
+    score: float
+    seen: Confirmation
+    unseen: Confirmation | None
+    met: bool
+
+
+def judged(candidate: nn.Module, judge: Judge, references: References) -> Judgement:
+    """Score a model, and confirm the score if it is good enough.
+
+    Args:
+        candidate: a model that the user's functions may change as they like.
+        judge: the functions, and how much may be lost.
+        references: the float model's scores.
+
+    Raises:
+        EvaluationError: a function raised, or returned no score.
+    """
     criterion, baseline = judge.criterion, references.baseline
-    candidate = copy.deepcopy(model)  # the user's functions may change it as they like
     score = evaluate(judge.eval_func, candidate)
     unseen = confirm(criterion, score, baseline)
     met = criterion.met(score.value, baseline.value)
@@ -186,22 +214,33 @@ def _try(
         unseen = confirm_elsewhere(criterion, elsewhere, references.confirming)
     seen = confirm_elsewhere(criterion, score.seen, baseline.seen)
     met = met and deciding_loss(seen.loss, unseen) <= criterion.tolerable_loss + _TOLERANCE
+    return Judgement(score.value, seen, unseen, met)
+
+
+def _try(
+    compressor: Compressor[ModuleT], point: OperatingPoint, judge: Judge, references: References
+) -> tuple[ModuleT, Trial]:
+    """Build a model, score it, confirm the score if it is good enough, and write the result into the model."""
+    began = time.monotonic()
+    model = compressor.build(point)
+    candidate = copy.deepcopy(model)  # the user's functions may change it as they like
+    found = judged(candidate, judge, references)
     trial = Trial(
         price=point.price,
         damage=point.damage,
         nbytes=point.nbytes,
-        score=score.value,
-        loss=seen.loss,
-        met=met,
+        score=found.score,
+        loss=found.seen.loss,
+        met=found.met,
         seconds=time.monotonic() - began,
-        standard_error=seen.standard_error,
-        unseen=unseen,
+        standard_error=found.seen.standard_error,
+        unseen=found.unseen,
     )
-    set_outcome(model, _outcome(trial, criterion, references))  # before the bytes are counted: the file holds it
+    set_outcome(model, _outcome(trial, judge.criterion, references))  # before the bytes are counted: the file holds it
     return model, replace(trial, nbytes=quantized.nbytes(model))
 
 
-def _outcome(trial: Trial, criterion: AccuracyCriterion, references: _References) -> Outcome:
+def _outcome(trial: Trial, criterion: AccuracyCriterion, references: References) -> Outcome:
     gap = 0.0 if trial.met else loss_of(trial) - criterion.tolerable_loss
     return Outcome(trial.met, trial.score, references.baseline.value, gap, trial.unseen)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +55,23 @@ class OpenVinoSession:
     Args:
         model: an `openvino.Model`.
         threads: how many one run may take.
+
+    Raises:
+        ModelError: OpenVINO compiled something before this process was forked. What was compiled there still runs, but
+            to compile again would end the process: the threads that it waits for are gone.
     """
 
+    _process: ClassVar[int | None] = None  # the first that compiled
+
     def __init__(self, model: Any, threads: int) -> None:
+        process = OpenVinoSession._process or os.getpid()
+        if process != os.getpid():
+            raise ModelError(
+                "OpenVINO was in use before this process was forked, so it cannot compile a graph here",
+                where="graph",
+                remedy="Load the model, and call it with each number of threads, before the fork; or start processes.",
+            )
+        OpenVinoSession._process = process
         # In float32, like the other engines: its default is bfloat16 on processors that have it.
         options = {
             "INFERENCE_NUM_THREADS": threads,

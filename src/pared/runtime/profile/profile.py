@@ -7,7 +7,7 @@ import json
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +17,7 @@ import torch
 from pared.errors import CorruptError, ParedError
 from pared.files.checks import Place
 from pared.runtime.kernels.machine import extensions
-from pared.runtime.profile.timings import CallTiming, Kernel, ModelTiming, Timing, timing_from_json
+from pared.runtime.profile.timings import CallTiming, Form, Kernel, ModelTiming, Timing, timing_from_json
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Profile:
         submodels: the times of those submodels that are also called on their own and run as a graph or in bfloat16.
         together: the model was fastest with every layer in int8 that may be, whatever is fastest for each on its own.
         busy: other processes were given the processor while this was measured.
+        score: what `eval_func` gave for the model as it runs here; None if it was not called for that.
     """
 
     machine: Mapping[str, Any]
@@ -59,12 +60,23 @@ class Profile:
     submodels: Mapping[str, ModelTiming] = field(default_factory=dict)
     together: bool = False
     busy: bool = False
+    score: float | None = None
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """What answers calls in place of the modules, of the model or of submodels; empty if nothing does."""
+        return tuple(dict.fromkeys(form for one in (self.model, *self.submodels.values()) for form in one.forms))
+
+    def without(self, form: Form, reason: str) -> Profile:
+        """The same without the times of a form, and why."""
+        submodels = {name: timing.without(form, reason) for name, timing in self.submodels.items()}
+        return replace(self, model=self.model.without(form, reason), submodels=submodels)
 
     def to_json(self) -> str:
         """The text of `engine.json`."""
         layers = {name: asdict(timing) for name, timing in sorted(self.layers.items())}
         calls = {name: asdict(timing)["calls"] for name, timing in {"": self.model, **self.submodels}.items()}
-        found = {"together": self.together, "busy": self.busy}
+        found = {"together": self.together, "busy": self.busy, "score": self.score}
         data = {"machine": dict(self.machine), **found, "layers": layers, "calls": calls}
         return json.dumps(data, indent=1)
 
@@ -77,7 +89,7 @@ class Profile:
         """
         at = Place(where)
         data = at.json(text.encode() if isinstance(text, str) else text, "it")
-        known = at.fields(data, "it", ("machine", "layers", "calls"), _FLAGS)
+        known = at.fields(data, "it", ("machine", "layers", "calls"), (*_FLAGS, "score"))
         if any(type(known.get(name, False)) is not bool for name in _FLAGS):
             at.fail(f"its {' or '.join(_FLAGS)} is neither true nor false")
         layers = {name: timing_from_json(one, at) for name, one in at.mapping(known["layers"], "its 'layers'").items()}
@@ -86,8 +98,10 @@ class Profile:
             for name, calls in at.mapping(known["calls"], "its 'calls'").items()
         }
         model = models.pop("", ModelTiming())
-        flags = (known.get(name, False) is True for name in _FLAGS)
-        return cls(at.mapping(known["machine"], "its 'machine'"), layers, model, models, *flags)
+        together, busy = (known.get(name, False) is True for name in _FLAGS)
+        score = known.get("score")
+        score = None if score is None else at.number(score, "its 'score'")
+        return cls(at.mapping(known["machine"], "its 'machine'"), layers, model, models, together, busy, score)
 
     def summary(self) -> list[str]:
         """How everything runs, and the times that decided it, as lines for people."""

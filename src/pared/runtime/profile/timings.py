@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final, Literal
 
 from pared.files.checks import Place
@@ -21,6 +21,7 @@ _REASON: Final = "because"
 _OPTIONAL: Final = (_REASON, "openvino_ms")  # which files of version 0.1 lack
 
 Kernel = Literal["float32", "bfloat16", "int8"]
+Form = Literal["bfloat16", "graph", "openvino"]  # what may answer calls in place of the modules
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,25 @@ class CallTiming:
         shown = ", ".join(f"{name} {ms:.3g}" for name, ms in times.items() if ms is not None)
         return f"{sizes or 'a call'}: {shown} ms" + (f" ({self.because})" if self.because else "")
 
+    def without(self, form: Form, reason: str) -> CallTiming:
+        """The same without the times of a form, and why."""
+        times: dict[Form, float | None] = {
+            "bfloat16": self.bfloat16_ms,
+            "graph": self.graph_ms,
+            "openvino": self.openvino_ms,
+        }
+        if times[form] is None:
+            return self
+        times[form] = None
+        because = "; ".join(filter(None, (self.because, f"no {form}: {reason}")))
+        return replace(
+            self,
+            bfloat16_ms=times["bfloat16"],
+            graph_ms=times["graph"],
+            openvino_ms=times["openvino"],
+            because=because,
+        )
+
     @classmethod
     def from_json(cls, data: object, at: Place) -> CallTiming:
         """The inverse of `dataclasses.asdict`. Raises CorruptError for anything else."""
@@ -159,9 +179,16 @@ class ModelTiming:
         return "int8" if self._int8 <= self._bfloat16 else "bfloat16"
 
     @property
-    def is_served(self) -> bool:
-        """Whether calls are answered by something other than its modules."""
-        return self.kernel == "bfloat16" or (self.kernel == "int8" and bool(self.graphs or self.in_openvino))
+    def forms(self) -> tuple[Form, ...]:
+        """What answers calls in place of the modules; empty if nothing does."""
+        if self.kernel != "int8":
+            return ("bfloat16",) if self.kernel == "bfloat16" else ()
+        found: dict[Form, object] = {"openvino": self.in_openvino, "graph": self.graphs}
+        return tuple(form for form, kinds in found.items() if kinds)
+
+    def without(self, form: Form, reason: str) -> ModelTiming:
+        """The same without the times of a form, and why."""
+        return replace(self, calls=tuple(call.without(form, reason) for call in self.calls))
 
     @property
     def share(self) -> float:

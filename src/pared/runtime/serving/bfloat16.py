@@ -13,7 +13,7 @@ from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, kind_of
 from pared.runtime.layers.casts import cast_floats
-from pared.runtime.serving.server import KindServer, ModelSnapshot, Skeleton
+from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Skeleton
 
 
 def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
@@ -48,8 +48,18 @@ class BFloat16Server(KindServer):
         del modules
         if kind_of(bound) not in self._kinds:  # `fit` has not seen what the model makes of other constants
             return NotImplemented
+        run, snapshot = self._made(model)
+        return run(**bound) if snapshot.is_undisturbed() else NotImplemented
+
+    def warm(self, model: nn.Module, captured: Capture | None = None) -> None:
+        """Make the copy."""
+        del captured
+        if self._kinds:
+            self._made(model)
+
+    def _made(self, model: nn.Module) -> tuple[Callable[..., Any], ModelSnapshot]:
         with self._lock:
             if self._copy is None or not self._copy[1].is_current() or self._copy[2].changed():
                 self._copy = in_bfloat16(self._skeleton(model)), ModelSnapshot(model), Attributes(model.modules())
             run, snapshot, _ = self._copy
-        return run(**bound) if snapshot.is_undisturbed() else NotImplemented
+        return run, snapshot

@@ -19,7 +19,7 @@ from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_
 from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
-from pared.runtime.serving.server import KindServer, ModelSnapshot, Skeleton, has_listeners
+from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Skeleton, has_listeners
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ _MOST_CHANGES: Final = 2
 # The bytes that an example call may take in any case, and as a multiple of those of the call at hand.
 _FREE: Final = 1 << 26
 _TIMES: Final = 4
-
-Capture = Callable[[nn.Module, Sequence[Argument]], Captured]
 
 
 class Executable(Protocol):
@@ -90,8 +88,17 @@ class GraphServer(KindServer):
             example = self._example(kind, arguments_of(bound))
             if example is None:
                 return NotImplemented
-            graph = self._made(model, kind, example)
+            graph = self._made(model, kind, example, self._captured)
         return graph.run(bound, modules)
+
+    def warm(self, model: nn.Module, captured: Capture | None = None) -> None:
+        """Make the graphs; the first call of each is still compared with the modules."""
+        if has_listeners(model):
+            return  # as for a call
+        for kind in self._kinds:
+            example = self._example(kind, ())
+            if example is not None:
+                self._made(model, kind, example, captured or self._captured)
 
     def _example(self, kind: tuple[object, ...], given: Sequence[Argument]) -> Sequence[Argument] | None:
         """The call to capture: the wanted one; None if it would take far more memory than the call at hand.
@@ -104,13 +111,13 @@ class GraphServer(KindServer):
             return given
         return wanted if sum(one.nbytes for one in wanted) <= most else None
 
-    def _made(self, model: nn.Module, kind: object, arguments: Sequence[Argument]) -> _CheckedGraph:
+    def _made(self, model: nn.Module, kind: object, arguments: Sequence[Argument], captured: Capture) -> _CheckedGraph:
         with self._lock:
             graph = self._graphs.get(kind)
             if graph is None or not graph.is_current():
                 graph = _CheckedGraph(
                     model,
-                    lambda: self._executable(model, self._captured(self._skeleton(model), arguments)),
+                    lambda: self._executable(model, captured(self._skeleton(model), arguments)),
                     self.tolerance,
                 )
                 self._graphs[kind] = graph

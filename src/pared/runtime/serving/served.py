@@ -6,7 +6,8 @@ import copy
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from pared.model.copies import deep_copy, is_guarded, refresh_recurrent
 from pared.runtime.kernels.activation import FAR
 from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
-from pared.runtime.serving.server import Server
+from pared.runtime.serving.server import Capture, Server
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,20 @@ def serve(module: nn.Module, server: Server) -> None:
         base = type(module)
         module.__class__ = subclass_of(base, Served, members=lambda: {"forward": _forward(base.forward)})
     module.__dict__[SERVER] = server
+
+
+def warm_up(model: nn.Module, captures: Mapping[str, Capture] = MappingProxyType({})) -> None:
+    """Make what answers the calls of a model and its submodels now, so that no call has to wait for it.
+
+    Args:
+        model: the quantized model.
+        captures: takes the place of a capture, by the name of the submodel; that of the model is "". Default: none is
+            known yet.
+    """
+    for name, module in model.named_modules():
+        server = module.__dict__.get(SERVER)
+        if server is not None:
+            server.warm(module, captures.get(name))
 
 
 def on_modules(model: nn.Module) -> nn.Module:

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from pared.model.tensors import version_of
 from pared.runtime.graphs.call_kinds import Argument, Bound, bind, kind_of, parameters_of, tensors_of
+from pared.runtime.graphs.capturing.capture import Captured
 from pared.runtime.layers.counterpart import Counterpart, is_ordinary_call
 
 Skeleton = Callable[[nn.Module], nn.Module]
+Capture = Callable[[nn.Module, Sequence[Argument]], Captured]  # turns a call of a float model into a graph
 Args = tuple[Any, ...]
 
 
@@ -26,6 +28,15 @@ class Server(ABC):
     @abstractmethod
     def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """The model's output for a call; NotImplemented if `modules`, the model's own forward, has to answer."""
+
+    @abstractmethod
+    def warm(self, model: nn.Module, captured: Capture | None = None) -> None:
+        """Make what answers the calls, which the first of them would have to wait for otherwise.
+
+        Args:
+            model: the model that it serves.
+            captured: captures in place of the server's own, this once. Default: its own.
+        """
 
 
 class KindServer(Server):
@@ -92,6 +103,11 @@ class FirstOf(Server):
             if (found := server.serve(model, args, kwargs, modules)) is not NotImplemented:
                 return found
         return NotImplemented
+
+    def warm(self, model: nn.Module, captured: Capture | None = None) -> None:
+        """Make what answers the calls of all servers."""
+        for server in self._servers:
+            server.warm(model, captured)
 
 
 class ModelSnapshot:
