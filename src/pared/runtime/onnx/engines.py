@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
-import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -79,15 +80,38 @@ class OpenVinoSession:
             "PERFORMANCE_HINT": "LATENCY",
         }
         self._compiled = need("openvino", "openvino").Core().compile_model(model, "CPU", options)
-        self._local = threading.local()
+        self._requests: list[Any] = []  # those that no thread is using: each serves one at a time
+        _ALIVE.add(self)
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """The outputs, which belong to the caller, for inputs on the CPU by their names."""
-        if not hasattr(self._local, "request"):  # a request serves one thread at a time
-            self._local.request = self._compiled.create_infer_request()
+        try:
+            request = self._requests.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
-        found = self._local.request.infer(arrays, share_inputs=True)
-        return [torch.from_numpy(found[output]) for output in self._compiled.outputs]
+        found = request.infer(arrays, share_inputs=True)
+        results = [torch.from_numpy(found[output]) for output in self._compiled.outputs]
+        self._requests.append(request)
+        return results
+
+    def _stay(self) -> None:
+        """Never be freed."""
+        for one in (self._compiled, *self._requests):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+
+
+_ALIVE: Final[weakref.WeakSet[OpenVinoSession]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Keep what OpenVINO compiled in the parent: it runs here, but to free it would wait for threads that are gone."""
+    for session in list(_ALIVE):
+        session._stay()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _OpenVino(OpenVinoSession):
