@@ -1,6 +1,8 @@
 """What runs is what was measured to be fastest: on tuned models, by hand-made measurements, and for real."""
 
+import copy
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -50,34 +52,73 @@ def timed(float32: float, bfloat16: float | None, modules: float, graph: float |
 
 
 @pytest.mark.parametrize(
-    ("times", "whole", "graphs"),
+    ("times", "whole", "served"),
     [
         ((4.0, 3.0, 2.0, 1.0), "int8", 1),
         ((4.0, 3.0, 2.0, 1.9), "int8", 0),  # a graph has to be faster by a tenth
         ((4.0, None, 3.9, None), "float32", 0),  # and so has int8
         ((4.0, None, 3.9, 3.0), "int8", 1),
-        ((4.0, 2.0, 3.0, None), "bfloat16", 0),
-        ((4.0, 3.8, 5.0, 4.5), "float32", 1),
+        ((4.0, 2.0, 3.0, None), "bfloat16", 1),
+        ((4.0, 3.8, 5.0, 4.5), "float32", 0),
     ],
 )
-def test_what_replaces_the_default_is_faster_by_a_tenth(times: Any, whole: str, graphs: int) -> None:
+def test_what_replaces_the_default_is_faster_by_a_tenth(times: Any, whole: str, served: int) -> None:
     profile = timed(*times)
     assert profile.model.kernel == whole
-    assert len(profile.model.graphs) == graphs
+    assert len(profile.model.served) == served
     assert Profile.from_json(profile.to_json()) == profile
 
 
-def test_a_graph_must_pay_over_all_sizes_of_its_way() -> None:
-    large, small = CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(CALL, 2.0, None, 1.0, 3.0)
-    assert ModelTiming((large,)).graphs == (CALL,)
-    assert ModelTiming((large, small)).graphs == ()
-    assert ModelTiming((large, replace(small, graph_ms=0.9))).graphs == (CALL,)
+def graphs(*calls: CallTiming) -> list[tuple[tuple[Argument, ...], float, float]]:
+    """What graphs answer: the example, and the sizes."""
+    found = ModelTiming(calls).served
+    assert {one.form for one in found} <= {"graph"}
+    return [(one.example, one.least, one.below) for one in found]
+
+
+def test_a_graph_must_pay_over_all_calls_of_a_size() -> None:
+    every = [(CALL, 0.0, math.inf)]
+    one, two = CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(CALL, 2.0, None, 1.0, 3.0)
+    assert graphs(one) == every
+    assert graphs(one, two) == []
+    assert graphs(one, replace(two, graph_ms=0.9)) == every
     little = CallTiming(CALL, 9.0, None, 4.0, 3.9)
-    assert ModelTiming((little, replace(small, graph_ms=0.9))).graphs == (CALL,), "a tenth in one, slower in none"
-    assert ModelTiming((little, replace(small, graph_ms=0.95))).graphs == ()
-    assert ModelTiming((replace(little, graph_ms=4.1), replace(small, graph_ms=0.89))).graphs == ()
-    other = replace(small, arguments=(Argument("input", "int64", (2,)),))
-    assert ModelTiming((large, other)).graphs == (CALL,), "other call kinds are judged by themselves"
+    assert graphs(little, replace(two, graph_ms=0.9)) == every, "a tenth in one, slower in none"
+    assert graphs(little, replace(two, graph_ms=0.95)) == []
+    assert graphs(replace(little, graph_ms=4.1), replace(two, graph_ms=0.89)) == []
+    other = replace(two, arguments=(Argument("input", "int64", (2,)),))
+    assert graphs(one, other) == every, "other call kinds are judged by themselves"
+
+
+def test_calls_of_each_size_run_in_the_form_that_is_fastest_for_them() -> None:
+    single = (Argument("input", "float32", (1, 64)),)
+    large, small = CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(single, 2.0, None, 1.0, 3.0)
+    assert graphs(large, small) == [(CALL, 8 * 64.0, math.inf)], "from the geometric mean of both sizes on"
+    assert graphs(replace(large, graph_ms=5.0), replace(small, graph_ms=0.5)) == [(CALL, 0.0, 8 * 64.0)]
+    timing = ModelTiming((replace(large, openvino_ms=2.1), replace(small, graph_ms=0.6, openvino_ms=0.5)))
+    found = [(one.form, one.least, one.below) for one in timing.served]
+    assert found == [("openvino", 0.0, 512.0), ("graph", 512.0, math.inf)]
+    assert timing.forms == ("openvino", "graph")
+    assert timing.share == pytest.approx(math.sqrt(2 / 9 * 0.5 / 2))
+    near = ModelTiming((replace(large, openvino_ms=2.1), replace(small, graph_ms=0.54, openvino_ms=0.5)))
+    assert len(near.served) == 1, "less than a tenth is not worth a second graph"
+
+
+def test_a_model_runs_each_size_in_its_form() -> None:
+    model = network()
+    q: Any = pared.fit(model, STATIC, batches(), quiet=True)
+    single = (Argument("input", "float32", (1, 64)),)
+    calls = (CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(single, 2.0, None, 1.0, 3.0))
+    profile = Profile(this_machine(), model=ModelTiming(calls))
+    q = quantized.assemble(find_tensors(float_forms.skeleton_of(q)), contents_of(q), profile)
+    x = batches()[0]
+    with torch.no_grad():
+        for one in (q, copy.deepcopy(q)):
+            answers = [
+                one.__dict__[SERVER].serve(one, (x[:rows],), {}, forward_of(one)) is not NotImplemented
+                for rows in (1, 7, 8, 64)
+            ]
+            assert answers == [False, False, True, True]
 
 
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
@@ -334,7 +375,7 @@ def test_a_capture_that_takes_too_long_leaves_sizes_fixed_and_the_report_says_so
     model = Divided()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), [torch.randn(8, 4, 64)], quiet=True)
     profile = record_of(q).profile
-    assert profile.model.graphs
+    assert profile.model.forms == ("graph",)
     note = "as a graph, only the number of samples may vary: otherwise its first 1 operators took 60.0 s of processor"
     assert all(note in call.because for call in profile.model.calls)
     assert note in " ".join(pared.report(q).split())
@@ -391,7 +432,7 @@ def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.Mo
         [torch.arange(64).view(4, 16)],
         quiet=True,
     )
-    assert record_of(q).profile.model.graphs
+    assert record_of(q).profile.model.served
     ids = torch.arange(8).view(1, 8)
     before = forward_of(q)(q, ids)
     q.scale = 2.1

@@ -77,7 +77,7 @@ def test_a_profile_is_read_or_refused() -> None:
             continue
         found.summary()  # whatever is believed can be used
         assert found.running("0").kernel in ("int8", "bfloat16", "float32")
-        assert hash(found.model.graphs) is not None
+        assert hash(found.model.served) is not None
     assert refused > 500
 
 

@@ -106,7 +106,7 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
     best = _timed(outright, contents, profile, seen.calls, submodels, captures)
     has_graphs = bool(submodels) or any(call.graph_ms for call in best.model.calls)
-    if has_graphs and not best.model.in_openvino and _left(profile) >= _WORTH_TRYING:
+    if has_graphs and "openvino" not in best.model.forms and _left(profile) >= _WORTH_TRYING:
         # A layer that is slower on its own may be faster where a graph joins it with its neighbours.
         together = _timed(outright, contents, replace(profile, together=True), seen.calls, submodels, captures)
         if together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -45,7 +46,7 @@ from pared.runtime.pickling.parametrized import let_be_pickled
 from pared.runtime.pickling.refusal import check_picklable
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
 from pared.runtime.profile.profile import ENGINE_FILE, Profile
-from pared.runtime.profile.timings import ModelTiming
+from pared.runtime.profile.timings import Form, ModelTiming
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
 from pared.runtime.serving.bfloat16 import BFloat16Server
 from pared.runtime.serving.graph_server import GraphServer
@@ -312,12 +313,17 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping
 
 
 def _server(timing: ModelTiming, captured: Capture) -> Server:
-    if timing.kernel == "bfloat16":
-        return BFloat16Server(floats_of, timing.largest_calls)
-    if timing.kernel != "int8":
-        return GraphServer(outline_of)
-    graphs = GraphServer(outline_of, timing.graphs, captured)
-    return FirstOf([OpenVinoServer(outline_of, timing.in_openvino, captured), graphs]) if timing.in_openvino else graphs
+    """What answers the calls that something other than the modules was fastest for, of the sizes for which it was."""
+    makes: dict[Form, Callable[..., Server]] = {
+        "bfloat16": partial(BFloat16Server, floats_of),
+        "openvino": partial(OpenVinoServer, outline_of, captured=captured),
+        "graph": partial(GraphServer, outline_of, captured=captured),
+    }
+    found = []
+    for form in timing.forms:
+        served = [one for one in timing.served if one.form == form]
+        found.append(makes[form]([one.example for one in served], sizes=[(one.least, one.below) for one in served]))
+    return found[0] if len(found) == 1 else FirstOf(found)
 
 
 def _refuse_meta(model: nn.Module) -> None:

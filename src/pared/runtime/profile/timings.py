@@ -22,6 +22,8 @@ _OPTIONAL: Final = (_REASON, "openvino_ms")  # which files of version 0.1 lack
 
 Kernel = Literal["float32", "bfloat16", "int8"]
 Form = Literal["bfloat16", "graph", "openvino"]  # what may answer calls in place of the modules
+_OTHERS: Final[tuple[Form, ...]] = ("bfloat16", "openvino", "graph")
+_FORMS: Final[dict[str, Form]] = {"graph_ms": "graph", "openvino_ms": "openvino"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,23 @@ class CallTiming:
 
 
 @dataclass(frozen=True)
+class Served:
+    """Calls of one kind that something other than the modules answers.
+
+    Args:
+        form: what answers them.
+        example: the largest measured call of this kind.
+        least: the numbers in the tensors of the smallest such call; default: a call may be as small as it likes.
+        below: they are fewer than that; default: a call may be as large as it likes.
+    """
+
+    form: Form
+    example: tuple[Argument, ...]
+    least: float = 0.0
+    below: float = math.inf
+
+
+@dataclass(frozen=True)
 class ModelTiming:
     """The measured calls of a model or submodel, and what they say about how it should run.
 
@@ -141,22 +160,18 @@ class ModelTiming:
     because: str = ""
 
     @property
-    def graphs(self) -> tuple[tuple[Argument, ...], ...]:
-        """The largest call of each kind of call for which a graph of PyTorch's operators is fastest.
-
-        That is, at least a tenth faster than modules on average, or in one of the calls and slower in none.
-        """
-        return tuple(arguments for own, arguments in self._by_kind if _fastest(own) == "graph_ms")
-
-    @property
-    def in_openvino(self) -> tuple[tuple[Argument, ...], ...]:
-        """The same for the graph in OpenVINO, compared with the faster of modules and our graph."""
-        return tuple(arguments for own, arguments in self._by_kind if _fastest(own) == "openvino_ms")
-
-    @property
-    def largest_calls(self) -> tuple[tuple[Argument, ...], ...]:
-        """The largest calls, one for each call kind."""
-        return tuple(arguments for _, arguments in self._by_kind)
+    def served(self) -> tuple[Served, ...]:
+        """What answers calls in place of the modules; empty if nothing does."""
+        if self.kernel == "float32":
+            return ()
+        if self.kernel == "bfloat16":
+            return tuple(Served("bfloat16", example) for _, example in self._by_kind)
+        found = []
+        for own, example in self._by_kind:
+            for field, least, below in _by_size(own):
+                form = _FORMS.get(field)
+                found += [] if form is None else [Served(form, example, least, below)]
+        return tuple(found)
 
     @property
     def _by_kind(self) -> list[tuple[list[CallTiming], tuple[Argument, ...]]]:
@@ -181,10 +196,8 @@ class ModelTiming:
     @property
     def forms(self) -> tuple[Form, ...]:
         """What answers calls in place of the modules; empty if nothing does."""
-        if self.kernel != "int8":
-            return ("bfloat16",) if self.kernel == "bfloat16" else ()
-        found: dict[Form, object] = {"openvino": self.in_openvino, "graph": self.graphs}
-        return tuple(form for form, kinds in found.items() if kinds)
+        found = {one.form for one in self.served}
+        return tuple(form for form in _OTHERS if form in found)
 
     def without(self, form: Form, reason: str) -> ModelTiming:
         """The same without the times of a form, and why."""
@@ -204,7 +217,11 @@ class ModelTiming:
     def _int8(self) -> float:
         """The time in int8 as a share of float32's."""
         return _mean(
-            (getattr(call, _fastest(own)) or math.inf) / call.float32_ms for own, _ in self._by_kind for call in own
+            (getattr(call, field) or math.inf) / call.float32_ms
+            for own, _ in self._by_kind
+            for field, least, below in _by_size(own)
+            for call in own
+            if least <= _numbers(call.arguments) < below
         )
 
     def summary(self, name: str = "") -> list[str]:
@@ -215,9 +232,9 @@ class ModelTiming:
         """
         if not self.calls:
             return [f"runs layer by layer; its calls could not be timed: {self.because}"] if self.because else []
-        forms = {"in OpenVINO": self.in_openvino, "as a graph, each layer in its own kernel": self.graphs}
+        forms = {"openvino": "in OpenVINO", "graph": "as a graph, each layer in its own kernel"}
         chosen = {
-            "int8": " or ".join(form for form, calls in forms.items() if calls) or "layer by layer",
+            "int8": " or ".join(forms[form] for form in self.forms if form in forms) or "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
             "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
         }[self.kernel]
@@ -247,10 +264,32 @@ def _milliseconds_or_none(value: object, at: Place) -> float | None:
     return None if value is None else _milliseconds(value, at)
 
 
-def _fastest(calls: Sequence[CallTiming]) -> str:
-    """The field of the form in int8 that is fastest for the calls of a kind."""
-    best = "modules_ms"
-    for other in ("graph_ms", "openvino_ms"):
+def _by_size(calls: Sequence[CallTiming]) -> list[tuple[str, float, float]]:
+    """The field of the form in int8 that is fastest for calls of a kind, from a size to another.
+
+    One form for all sizes is best, as each takes memory; where another is a tenth faster than it, that is taken.
+    """
+    common = _fastest(calls)
+    sizes: dict[int, list[CallTiming]] = {}
+    for call in calls:
+        sizes.setdefault(_numbers(call.arguments), []).append(call)
+    found: list[tuple[str, float, float]] = []
+    before = 0
+    for size, own in sorted(sizes.items()):
+        best = _fastest(own, common)
+        if found and found[-1][0] == best:
+            least = found.pop()[1]
+        else:
+            least = math.sqrt(before * size) if found else 0.0
+            found[-1:] = [(field, low, least) for field, low, _ in found[-1:]]
+        found.append((best, least, math.inf))
+        before = size
+    return found
+
+
+def _fastest(calls: Sequence[CallTiming], best: str = "modules_ms") -> str:
+    """The field of the form in int8 that is fastest for calls, if it is a tenth faster than the best so far."""
+    for other in ("modules_ms", "graph_ms", "openvino_ms"):
         pairs = [(getattr(call, other), getattr(call, best)) for call in calls]
         ratios = [ms / than for ms, than in pairs if ms and than]
         faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)

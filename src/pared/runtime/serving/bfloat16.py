@@ -13,7 +13,7 @@ from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, kind_of
 from pared.runtime.layers.casts import cast_floats
-from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Skeleton
+from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton
 
 
 def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
@@ -37,10 +37,13 @@ class BFloat16Server(KindServer):
     Args:
         skeleton: makes a float model of the same architecture and class, with all of its numbers.
         wanted: an example call for every call kind that is to be served.
+        sizes: the sizes of these calls that are served; default: any.
     """
 
-    def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
-        super().__init__(skeleton, wanted)
+    def __init__(
+        self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), sizes: Sequence[Sizes] = ()
+    ) -> None:
+        super().__init__(skeleton, wanted, sizes)
         self._copy: tuple[Callable[..., Any], ModelSnapshot, Attributes] | None = None
         self._lock = threading.Lock()
 

@@ -19,7 +19,7 @@ from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_
 from pared.runtime.graphs.capturing.capture import Captured, capture
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
-from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Skeleton, has_listeners
+from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton, has_listeners
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class GraphServer(KindServer):
         skeleton: makes a float model of the same architecture and class, whose numbers are not read.
         wanted: an example call for every call kind that is to be served.
         captured: turns a float model's call into a graph.
+        sizes: the sizes of these calls that are served; default: any.
 
     Attributes:
         tolerance: the share of the output's energy by which that and the modules may differ.
@@ -70,9 +71,13 @@ class GraphServer(KindServer):
     tolerance: ClassVar[float] = TOLERANCE
 
     def __init__(
-        self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), captured: Capture = capture
+        self,
+        skeleton: Skeleton,
+        wanted: Sequence[Sequence[Argument]] = (),
+        captured: Capture = capture,
+        sizes: Sequence[Sizes] = (),
     ) -> None:
-        super().__init__(skeleton, wanted)
+        super().__init__(skeleton, wanted, sizes)
         self._captured = captured
         self._graphs: dict[object, _CheckedGraph] = {}
         self._lock = threading.RLock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
@@ -20,6 +21,7 @@ from pared.runtime.layers.counterpart import Counterpart, is_ordinary_call
 Skeleton = Callable[[nn.Module], nn.Module]
 Capture = Callable[[nn.Module, Sequence[Argument]], Captured]  # turns a call of a float model into a graph
 Args = tuple[Any, ...]
+Sizes = tuple[float, float]
 
 
 class Server(ABC):
@@ -45,20 +47,28 @@ class KindServer(Server):
     Args:
         skeleton: makes a float model of the same architecture and class from the quantized model.
         wanted: an example call for every call kind that is to be served; default: none is.
+        sizes: for each of these the least numbers in the tensors of a call that is served, and the numbers from which
+            on none is. Default: any.
     """
 
-    def __init__(self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = ()) -> None:
+    def __init__(
+        self, skeleton: Skeleton, wanted: Sequence[Sequence[Argument]] = (), sizes: Sequence[Sizes] = ()
+    ) -> None:
         self._skeleton = skeleton
         self.wanted = tuple(tuple(arguments) for arguments in wanted)
+        self.sizes = tuple(sizes)
         self._kinds: dict[tuple[object, ...], tuple[Argument, ...]] = {
             tuple(argument.kind for argument in arguments): arguments for arguments in self.wanted
         }
         self._tensors: Final = {tensors_of(kind) for kind in self._kinds}
+        self._limits: dict[tuple[object, ...], list[Sizes]] = {}
+        for arguments, limits in zip(self.wanted, self.sizes, strict=False):
+            self._limits.setdefault(tuple(argument.kind for argument in arguments), []).append(limits)
         self._names: tuple[str, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KindServer:
         """A server for the copied model, without what refers to the tensors of this one."""
-        return type(self)(self._skeleton, self.wanted)
+        return type(self)(self._skeleton, self.wanted, sizes=self.sizes)
 
     def serve(self, model: nn.Module, args: Args, kwargs: dict[str, Any], modules: Callable[..., Any]) -> Any:
         """The model's output for a call; NotImplemented if `modules`, the model's own forward, has to answer."""
@@ -74,9 +84,13 @@ class KindServer(Server):
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        if bound is None or tensors_of(kind_of(bound)) not in self._tensors or wants_gradients(model, bound):
+        if bound is None or wants_gradients(model, bound):
             return None
-        return bound
+        kind = kind_of(bound)
+        limits = self._limits.get(kind, [(0.0, math.inf)])
+        size = sum(value.numel() for value in bound.values() if type(value) is Tensor)
+        fits = any(least <= size < below for least, below in limits)
+        return bound if fits and tensors_of(kind) in self._tensors else None
 
     @abstractmethod
     def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
