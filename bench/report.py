@@ -19,7 +19,7 @@ from bench.architectures import __main__ as architectures
 from bench.architectures import table
 from bench.markdown import markdown
 from bench.peers import __main__ as peers
-from bench.peers import plot, tables
+from bench.peers import tables
 
 RESULTS, MORE = Path("docs/results.md"), Path("docs/results/more.md")
 ARCHITECTURES = Path("docs/results/architectures.md")
@@ -269,7 +269,6 @@ SECTIONS: dict[str, tuple[Path, Callable[[Mapping[str, Any]], str]]] = {
 
 
 PLOTS: dict[str, Callable[[Mapping[str, Any]], None]] = {
-    "make bench-peers": plot.draw,
     "make bench-scaling": scaling_report.draw,
 }
 

@@ -57,13 +57,13 @@ class DualPath(nn.Module):
             spectrum = spectrum / peak
         x = self.encoder(spectrum)
         for time, frequency in zip(self.along_time, self.along_frequency, strict=True):
-            x = _along(time, x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
-            x = _along(frequency, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            x = along(time, x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
+            x = along(frequency, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         output: Tensor = self.decoder(x)
         return output
 
 
-def _along(path: nn.Module, x: Tensor) -> Tensor:
+def along(path: nn.Module, x: Tensor) -> Tensor:
     """Apply `path` along dimension 2 of (batch, other, positions, channels)."""
     output: Tensor = path(x.flatten(0, 1))
     return output.reshape(x.shape)
@@ -82,19 +82,20 @@ def skeleton() -> nn.Module:
         return DualPath().eval()
 
 
-def _spectrum(seed: int) -> Tensor:
+def spectrum(seed: int) -> Tensor:
+    """A random input, float32 (1, 2, 40, 64); 0 is the seed that `snr` uses by default, and `calibration` does not."""
     return torch.randn(_INPUT, generator=torch.Generator().manual_seed(seed))
 
 
 def calibration(samples: int = 4) -> list[Tensor]:
     """Random spectra (1, 2, 40, 64), none of which `snr` uses."""
-    return [_spectrum(seed) for seed in range(1, samples + 1)]
+    return [spectrum(seed) for seed in range(1, samples + 1)]
 
 
 @torch.no_grad()
 def snr(model: nn.Module, reference: nn.Module, seed: int = 0) -> float:
     """Energy of the reference's output for a random spectrum over the difference's, in dB; inf if there is none."""
-    spectrum = _spectrum(seed)
-    expected = reference(spectrum).double()
-    noise = float((model(spectrum).double() - expected).square().sum())
+    given = spectrum(seed)
+    expected = reference(given).double()
+    noise = float((model(given).double() - expected).square().sum())
     return 10 * math.log10(float(expected.square().sum()) / noise) if noise else math.inf

@@ -13,17 +13,19 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from bench.peers import environments, subjects, tables
+from bench.peers import environments, first, subjects, tables
 from bench.peers.conversation import Conversation
-from bench.peers.families import FAMILIES, FLOORS, OURS, Family
+from bench.peers.families import CHOSEN, FLOORS, OURS, Family, wanted
 from bench.peers.rows import Row, Timing
 from bench.run import OUT, THREADS, processor
 from pared.runtime.kernels.machine import extensions
@@ -31,18 +33,11 @@ from pared.runtime.kernels.machine import extensions
 RESULTS = OUT / "peers.json"
 FOLDER = OUT / "peers"
 _START = 300.0  # seconds for a worker's imports
-_BLOCK = 0.4  # seconds of runs at once
-_REPEATS = (3, 40)
-_ROUNDS = 7
+_BLOCK = 0.3  # seconds of runs at once
+_REPEATS = (1, 40)
+_ROUNDS = 5
+_LEAST_ROUNDS, _LONG = 3, 45.0  # a shape that has taken so many seconds gets no more rounds than these
 _LEAST_FREE = 4 << 30  # bytes: with less, those that are alive are timed and ended before another starts
-
-
-def wanted(names: list[str]) -> Iterator[tuple[Family, str]]:
-    """Peers and their families: of the families or single peers that are named (none: all), and the floors."""
-    for key, family in FAMILIES.items():
-        for peer in family.peers:
-            if not names or key in names or peer in names or peer in FLOORS:
-                yield family, peer
 
 
 class Field:
@@ -55,7 +50,7 @@ class Field:
         self.repeats: dict[str, int] = {}
 
     def run(self) -> list[Row]:
-        for family, peer in wanted(self.options.peers):
+        for family, peer in wanted(self.options.peers, self.subject):
             if psutil.virtual_memory().available < _LEAST_FREE:
                 self.time()
             self.enter(family, peer)
@@ -78,7 +73,8 @@ class Field:
         came = row.take(worker.hear(_START, "start"))
         came = came and row.take(worker.ask(limit, "compress")) and row.take(worker.ask(limit, "judge"))
         if came:
-            self.reload(family, peer, row)
+            if self.options.reload:
+                self.reload(family, peer, row)
             self.alive.append((row, worker))
         else:
             worker.end()
@@ -100,7 +96,10 @@ class Field:
     def time(self) -> None:
         """All who are alive, in turn; then they end."""
         for shape in subjects.find(self.subject).shapes() if self.alive else ():
-            for _ in range(self.options.rounds):
+            start = time.monotonic()
+            for number in range(self.options.rounds):
+                if number >= _LEAST_ROUNDS and time.monotonic() - start > _LONG:
+                    break
                 for row, worker in self.alive:
                     if not any(error.startswith("time") for error in row.errors):
                         self.block(shape, row, worker)
@@ -145,23 +144,50 @@ def split(text: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=split, default=list(subjects.NAMES), help="separated by commas")
-    parser.add_argument("--peers", type=split, default=[], help="families or peers, separated by commas")
+    parser.add_argument(
+        "--peers", type=split, default=[], help="families or peers, separated by commas; `all`; default: the usual ones"
+    )
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--rounds", type=int, default=_ROUNDS)
     parser.add_argument("--repeats", type=int, help="runs in a block; as many as fit into a moment by default")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for any one answer")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for any one answer")
+    parser.add_argument("--reload", action="store_true", help="also read each tool's files in a new process")
     options = parser.parse_args()
     options.models = options.models or list(subjects.NAMES)
     assert set(options.models) <= set(subjects.NAMES), subjects.NAMES
-    for environment in dict.fromkeys(family.environment for family, _ in wanted(options.peers)):
+    families = [family for name in options.models for family, _ in wanted(options.peers, name)]
+    for environment in dict.fromkeys(family.environment for family in families):
         install(environment)
     OUT.mkdir(parents=True, exist_ok=True)
     for name in options.models:
+        start, about = time.monotonic(), {"machine": machine(options.threads), "date": date.today().isoformat()}
         rows = Field(name, options).run()
-        merged = {**known(), name: {"machine": machine(options.threads), "rows": [asdict(row) for row in rows]}}
+        found = {**about, "rows": [asdict(row) for row in rows], **extras(name, options)}
+        found["minutes"] = (time.monotonic() - start) / 60
+        merged = {**known(), name: found}
         RESULTS.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         show(rows)
     print(f"written: {RESULTS}; `make results-docs` puts the figures into the documents")
+
+
+def extras(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of one model only: how long it takes from a new process to the first answer."""
+    files = (FOLDER / name / CHOSEN / "files").absolute()
+    if name != first.SUBJECT or not any(files.glob("*")):
+        return {}
+    return {"first": first_answers(files, options.threads, options.rounds)}
+
+
+def first_answers(files: Path, threads: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each form in `first`, round by round, in turn."""
+    found: dict[str, list[float]] = {form: [] for form in first.FORMS}
+    variables = environments.variables(environments.OWN, threads)
+    for _ in range(rounds):
+        for form, seconds in found.items():
+            command = [sys.executable, "-m", first.__name__, form, str(files), "--threads", str(threads)]
+            said = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
+            seconds.append(json.loads(said.splitlines()[-1]))
+    return found
 
 
 def install(environment: str) -> None:

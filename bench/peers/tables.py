@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.markdown import markdown
-from bench.peers import subjects
-from bench.peers.families import BASELINE, FLOORS, OURS
+from bench.peers import bars, subjects
+from bench.peers.families import BASELINE, CHOSEN, FLOORS, FORMS, OURS
 from bench.peers.rows import Row, Timing, read
 
 _NONE = "-"
@@ -26,20 +26,21 @@ def table(rows: Sequence[Row]) -> str:
     """One model; the best of each column that is to be small stands in bold, floors apart."""
     subject = subjects.find(rows[0].subject)
     baseline = next(row for row in rows if row.peer == BASELINE)
-    shapes = list(subject.shapes())
+    shapes = list(dict.fromkeys(shape for row in rows for shape in row.timings))
     fast = {shape: _fastest(rows, shape) for shape in shapes}
+    reloaded = any(row.reloaded is not None or _reload(row) != _NONE for row in rows)
     small = _best(rows, lambda row: row.bytes)
     lines = [
         (
-            f"**{row.peer}**" if row.peer in OURS else row.peer,
+            _name(row),
             _bold(_size(row, baseline), row is small),
-            _plain(row.seconds, ".1f"),
+            _NONE if row.peer in FORMS else _plain(row.seconds, ".1f"),
             _NONE if row.peak is None else f"{row.peak / 1e9:.2f} ({(row.peak_before or 0) / 1e9:.2f})",
             _plain(row.score, ".4f"),
             _plain(loss(row, baseline), "+.2%"),
             _plain(row.fidelity, ".3g"),
             *(_bold(_time(row.timings.get(shape)), row is fast[shape]) for shape in shapes),
-            _reload(row),
+            *([_reload(row)] if reloaded else []),
         )
         for row in rows
     ]
@@ -52,7 +53,15 @@ def table(rows: Sequence[Row]) -> str:
         "loss",
         subject.fidelity,
     )
-    return markdown((*columns, *(f"{shape}: ms, of FP32" for shape in shapes), "reload"), lines)
+    times = (f"{shape}: ms, of FP32" for shape in shapes)
+    return markdown((*columns, *times, *(["reload"] if reloaded else [])), lines)
+
+
+def _name(row: Row) -> str:
+    """The peer; ours in bold, and what `fit` chose with the form that it chose."""
+    if row.peer not in OURS:
+        return row.peer
+    return f"**{row.peer}**" + (f" ({row.form})" if row.form and row.peer not in FORMS else "")
 
 
 def _best(rows: Sequence[Row], key: Any) -> Row | None:
@@ -101,17 +110,36 @@ def remarks(rows: Sequence[Row]) -> str:
     return "\n".join(f"* {peer}, {kind}: `{text.replace('`', chr(39))}`" for peer, kind, text in each)
 
 
+PICTURE = """![loss against time](loss-time-all-light.svg#only-light)
+![loss against time](loss-time-all-dark.svg#only-dark)"""
+
+
 def whole(found: Mapping[str, Any]) -> str:
-    """All models of the last run, the settings, and what it was measured on."""
-    parts = []
+    """The last run: where and when, what ours has to reach, the picture, all models, the settings, the versions."""
+    parts = [_about(found), bars.table(found), PICTURE]
     for name, record in found.items():
         rows = [read(row) for row in record["rows"]]
         said = remarks(rows)
         parts += [table(rows), *([f"Errors met and notes, {subjects.find(name).title}:\n\n{said}"] if said else [])]
-    last = next(reversed(list(found.values())))
-    return "\n\n".join(
-        [*parts, _settings(found), _machine(last["machine"]), _versions(found), "![size, fidelity and time](peers.svg)"]
+    return "\n\n".join([*parts, _READING, _settings(found), _versions(found)])
+
+
+def _about(found: Mapping[str, Any]) -> str:
+    """One machine, one date, one command; or, where models were run apart, what differs between them."""
+    each = [(_machine(record["machine"]), record.get("date", "no date")) for record in found.values()]
+    machines, dates = (list(dict.fromkeys(one)) for one in zip(*each, strict=True))
+    named = [subjects.find(name).title for name in found]
+    minutes = sum(record.get("minutes", 0.0) for record in found.values())
+    command = (
+        "`make bench-peers`" if len(found) == len(subjects.NAMES) else f"`make bench-peers MODELS={','.join(found)}`"
     )
+    rows = [
+        ("machine", "; ".join(machines)),
+        ("date", ", ".join(dates)),
+        ("command", f"{command}, then `make results-docs`, which writes this section: {minutes:.0f} minutes"),
+        ("models", ", ".join(named)),
+    ]
+    return markdown(("", "this run"), rows)
 
 
 def _settings(found: Mapping[str, Any]) -> str:
@@ -121,11 +149,19 @@ def _settings(found: Mapping[str, Any]) -> str:
 
 def _machine(machine: Mapping[str, Any]) -> str:
     return (
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
-        f"{machine['capability']}, Python {machine['python']}, {machine['threads']} threads. Milliseconds: median, "
-        "least and most. Ratios: to FP32 eager of the same process, median of the rounds, least and most. In bold: the "
-        "smallest and the fastest. Peak: of the process while it compressed, and before it did."
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+        f"{machine['capability']}, Python {machine['python']}, {machine['threads']} threads"
     )
+
+
+_READING = (
+    "Each tool has the settings that its documentation recommends, an environment of its own, and the same samples, "
+    "inputs and threads. Sizes count all that the tool itself saves. Tools are timed in turn, round after round. "
+    "Milliseconds: median, least and most. Ratios: to FP32 eager in the same process, median of the rounds, least and "
+    "most. In bold: the smallest and the fastest. Peak: of the process while it compressed, and before it did. "
+    f"`{CHOSEN}` is the model that `fit` gave, with the form that it chose in brackets; the other forms have its "
+    "files, and an `engine.json` that prefers them."
+)
 
 
 def _versions(found: Mapping[str, Any]) -> str:

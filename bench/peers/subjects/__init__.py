@@ -6,7 +6,7 @@ import importlib
 
 from bench.peers.subjects.subject import Subject
 
-NAMES = ("minilm", "efficientnet", "crepe_full", "textgenrnn", "whisper")
+NAMES = ("minilm", "mpnet", "efficientnet", "crepe_full", "textgenrnn", "dual_path", "whisper", "smollm2")
 
 
 def find(name: str) -> Subject:

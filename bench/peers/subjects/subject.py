@@ -51,7 +51,7 @@ class Subject:
     Args:
         load: the FP32 model, in eval mode.
         blank: the same class with random weights, for tools that cannot reload without it.
-        calls: calibration, as `pared.fit` takes it.
+        calls: calibration, as `pared.fit` takes it: batches, or a function that calls the model.
         parts: of a float model; calibrated only if asked, since that may need the model to run.
         joined: a model that `watch` and `shapes` can call, from its parts in another engine.
         shapes: what is timed: by name, a function of a model that gives a tensor.
@@ -64,7 +64,7 @@ class Subject:
     title: str
     load: Callable[[], nn.Module]
     blank: Callable[[], nn.Module]
-    calls: Callable[[], list[Any]]
+    calls: Callable[[], Any]
     parts: Callable[[nn.Module], Mapping[str, Part]]
     joined: Callable[[Mapping[str, Run]], nn.Module]
     shapes: Callable[[], Mapping[str, Callable[[nn.Module], Tensor]]]
