@@ -51,6 +51,7 @@ def _as_on_most_machines() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "time_calls", lambda *_, **__: ())
+        patch.setenv("PARED_CACHE", "")  # nothing outlives a test
         _set_tiles(patch, there=False)
         yield
 

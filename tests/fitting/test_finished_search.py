@@ -160,7 +160,7 @@ def test_an_error_after_the_search_is_a_reason(
     where: Any = {"capture": graph_server, "agree": graph_server, "trace": trade_off}.get(place, speed)
     monkeypatch.setattr(speed, "without_bfloat16", lambda: "")  # it is tried on every machine
     if place == "capture":
-        monkeypatch.setattr(speed, "Captures", lambda: fail)
+        monkeypatch.setattr(speed, "Captures", lambda **_: fail)
     else:
         monkeypatch.setattr(where, place, fail)
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from pared.model.recorded import values
 from pared.model.tensors import find_tensors
 from pared.runtime import float_forms, quantized, stopwatch
 from pared.runtime.graphs.call_kinds import Argument
-from pared.runtime.graphs.capturing import capture
+from pared.runtime.graphs.capturing import capture, kept
 from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import CallTiming, ModelTiming, Timing
@@ -300,7 +300,7 @@ def test_a_call_is_captured_once_for_all_that_is_timed(monkeypatch: pytest.Monke
         made.append(arguments)
         return unchanged(skeleton, arguments, slow)
 
-    monkeypatch.setattr(capture, "capture", counted)
+    monkeypatch.setattr(kept, "capture", counted)
     monkeypatch.setattr(speed, "_left", lambda _: 1.0)  # so that layers are also tried all in int8
     monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
     torch.manual_seed(0)

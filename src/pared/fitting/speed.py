@@ -36,6 +36,7 @@ from pared.runtime.graphs.call_kinds import (
     parameters_of,
     unknown_output,
 )
+from pared.runtime.graphs.capturing import kept
 from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
@@ -102,7 +103,7 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     outright = tensors.in_copy(shadow(tensors.model))
     largest = max(seen.calls, key=_numbers, default=None)
     submodels = find_submodels(outright.model, largest) if largest is not None else {}
-    whole = Captures()
+    whole = Captures(make=kept.captured)
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
     best = _timed(outright, contents, profile, seen.calls, submodels, captures)
     has_graphs = bool(submodels) or any(call.graph_ms for call in best.model.calls)

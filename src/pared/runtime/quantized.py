@@ -35,7 +35,7 @@ from pared.model.state import extra
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors, named_tensors
 from pared.runtime import summary
 from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skeleton_of
-from pared.runtime.graphs.capturing.capture import capture
+from pared.runtime.graphs.capturing import kept
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths
 from pared.runtime.layers.counterpart import Counterpart
@@ -308,8 +308,8 @@ def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping
     modules = dict(model.named_modules())
     for name, timing in profile.submodels.items() if profile.model.kernel != "float32" else ():
         if name in modules and timing.forms:
-            serve(modules[name], _server(timing, captures.get(name, capture)))
-    serve(model, _server(profile.model, captures.get("", capture)))
+            serve(modules[name], _server(timing, captures.get(name, kept.captured)))
+    serve(model, _server(profile.model, captures.get("", kept.captured)))
 
 
 def _server(timing: ModelTiming, captured: Capture) -> Server:

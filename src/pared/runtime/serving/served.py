@@ -7,12 +7,13 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, Final
 
 from torch import nn
 
 from pared.model.copies import deep_copy, is_guarded, refresh_recurrent
+from pared.runtime.graphs.capturing import kept
+from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.kernels.activation import FAR
 from pared.runtime.layers.subclasses import Mixin, class_below, subclass_of
 from pared.runtime.serving.server import Capture, Server
@@ -86,18 +87,19 @@ def serve(module: nn.Module, server: Server) -> None:
     module.__dict__[SERVER] = server
 
 
-def warm_up(model: nn.Module, captures: Mapping[str, Capture] = MappingProxyType({})) -> None:
+def warm_up(model: nn.Module, captures: Mapping[str, Capture] | None = None) -> None:
     """Make what answers the calls of a model and its submodels now, so that no call has to wait for it.
 
     Args:
         model: the quantized model.
-        captures: takes the place of a capture, by the name of the submodel; that of the model is "". Default: none is
-            known yet.
+        captures: takes the place of a capture, by the name of the submodel; that of the model is "". Default: nothing
+            is captured yet.
     """
     for name, module in model.named_modules():
         server = module.__dict__.get(SERVER)
         if server is not None:
-            server.warm(module, captures.get(name))
+            # What two servers need is captured once.
+            server.warm(module, Captures(make=kept.captured) if captures is None else captures.get(name))
 
 
 def on_modules(model: nn.Module) -> nn.Module:

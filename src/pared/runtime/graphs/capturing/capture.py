@@ -102,9 +102,11 @@ class Captures:
 
     Args:
         whole: the captures of the model of which this is a part; what takes too long there takes too long here.
+        make: captures what is not known yet. Default: that of the whole model, or `capture`.
     """
 
-    def __init__(self, whole: Captures | None = None) -> None:
+    def __init__(self, whole: Captures | None = None, make: Callable[..., Captured] | None = None) -> None:
+        self._make: Callable[..., Captured] = make or (capture if whole is None else whole._make)
         self._known: dict[object, Captured | ModelError] = {}
         self._slow: list[str] = [] if whole is None else whole._slow
 
@@ -117,7 +119,7 @@ class Captures:
         key = (tied, *((one.kind, one.shape) for one in arguments))
         if key not in self._known:
             try:
-                self._known[key] = capture(model, arguments, self._slow)
+                self._known[key] = self._make(model, arguments, self._slow)
             except ModelError as error:
                 self._known[key] = error
         found = self._known[key]

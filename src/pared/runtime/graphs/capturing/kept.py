@@ -1,0 +1,110 @@
+"""Captured graphs that outlive a process: a capture takes a second or two, and reading one a tenth of that.
+
+They stand in the user's own folder for caches, not beside an artifact, since they are read with pickle: an artifact may
+come from anyone. `PARED_CACHE` names another folder, and nothing is kept if it is empty.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import platformdirs
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._graph_pickler import GraphPickler, Options
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from pared.errors import reason_of
+from pared.files.disk import write_atomic
+from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.graphs.capturing.capture import Captured, capture, module_of
+from pared.runtime.graphs.capturing.identity import UnknownError, key_of
+from pared.switches import ignoring
+
+log = logging.getLogger(__name__)
+
+_FOLDER: Final = "PARED_CACHE"
+_MOST: Final = 200  # graphs, of some 0.2 MB each; the oldest go
+_META: Final = ("val", "tensor_meta")  # what is known of a node that anyone asks for, besides its module
+
+
+def captured(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | None = None) -> Captured:
+    """`capture`, or what it gave for this architecture, its code and such a call in an earlier process.
+
+    Args and errors are those of `capture`.
+    """
+    file = _file_of(model, arguments)
+    found = None if file is None else _read(file)
+    if found is None:
+        found = capture(model, arguments, slow)
+        if file is not None:
+            _keep(file, found)
+    return found
+
+
+def _file_of(model: nn.Module, arguments: Sequence[Argument]) -> Path | None:
+    """Where the graph of a call is kept; None if it is not."""
+    folder = os.environ.get(_FOLDER, platformdirs.user_cache_dir("pared"))
+    if not folder:
+        return None
+    try:
+        return Path(folder) / f"{key_of(model, arguments)}.graph"
+    except (UnknownError, OSError) as error:
+        log.debug("a graph is not kept: %s", error)
+        return None
+
+
+def _read(file: Path) -> Captured | None:
+    """The graph in a file; None if there is none, or none that can be read."""
+    try:
+        if not file.is_file() or not _is_own(file):
+            return None
+        with ignoring():  # torch's warning about its own classes
+            data = pickle.loads(file.read_bytes())  # this user's own: see `_is_own`
+        module: Any = GraphPickler.loads(data.pop("graph"), FakeTensorMode(shape_env=ShapeEnv()))
+        graph = module.graph
+        owners = data.pop("owners")
+        for node in graph.nodes:
+            node.meta["nn_module_stack"] = {"": (f"model.{owners[node.name]}", "")}
+        os.utime(file)  # the oldest go first
+        return Captured(graph, **data)
+    except Exception as error:  # noqa: BLE001  # whatever an old or damaged file raises, the call is captured again
+        log.info("%s cannot be read (%s): the call is captured again", file, reason_of(error))
+        return None
+
+
+def _is_own(file: Path) -> bool:
+    """Whether nobody but this user can have written a file."""
+    if not hasattr(os, "getuid"):
+        return True  # the folder is in the user's profile
+    return all(seen.st_uid == os.getuid() and not seen.st_mode & 0o022 for seen in (file.stat(), file.parent.stat()))
+
+
+def _keep(file: Path, found: Captured) -> None:
+    """Write a graph, if that is possible."""
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        data = {one.name: getattr(found, one.name) for one in fields(found) if one.name != "graph"}
+        data["graph"] = GraphPickler.dumps(_bare(found.graph), Options(ops_filter=None))
+        data["owners"] = {node.name: module_of(node) for node in found.graph.nodes}  # which torch leaves out
+        write_atomic(file, lambda stream: stream.write(pickle.dumps(data)))
+        kept = sorted(file.parent.glob("*.graph"), key=lambda one: one.stat().st_mtime)
+        for old in kept[:-_MOST]:
+            old.unlink(missing_ok=True)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the graph was captured
+        log.info("a graph is not kept in %s: %s", file.parent, reason_of(error))
+
+
+def _bare(graph: fx.Graph) -> fx.GraphModule:
+    """A copy of a graph with what is asked for, and nothing else, such as where in the source a node was called."""
+    made, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    made.output(made.graph_copy(graph, copies))
+    for node, copy in copies.items():
+        copy.meta = {name: node.meta[name] for name in _META if name in node.meta}
+    return fx.GraphModule(nn.Module(), made)

@@ -1,0 +1,213 @@
+"""Captured graphs that outlive a process are those that would be captured now, or they are not taken."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
+from pared.runtime.graphs.capturing import kept
+from pared.runtime.graphs.capturing.capture import Captured, capture, module_of
+from pared.runtime.graphs.capturing.identity import UnknownError, key_of
+from pared.runtime.graphs.graph import Graph
+from tests.runtime.exports import CASES
+
+CALL = (Argument("x", "float32", (3, 8)),)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PARED_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The models whose calls were captured."""
+    found: list[nn.Module] = []
+
+    def counted(model: nn.Module, *rest: Any) -> Captured:
+        found.append(model)
+        return capture(model, *rest)
+
+    monkeypatch.setattr(kept, "capture", counted)
+    return found
+
+
+def described(captured: Captured) -> list[str]:
+    """All that a graph is, as text."""
+    nodes = [
+        f"{node.op} {node.name} {node.target} {node.args} {dict(node.kwargs)} {module_of(node)} {node.meta.get('val')}"
+        for node in captured.graph.nodes
+    ]
+    rest = (captured.tensors, captured.inputs, captured.note, {n: t.tolist() for n, t in captured.constants.items()})
+    return [*nodes, *map(str, rest)]
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"lstm", "gru"}))
+def test_what_is_read_is_what_was_captured(name: str, folder: Path, made: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    make, shape = CASES[name]
+    model = make().eval()
+    x = torch.randint(0, 4, shape) if name == "tied" else torch.randn(shape)
+    bound = bind(parameters_of(model), (x,), {})
+    assert bound is not None
+    one = kept.captured(make().eval(), arguments_of(bound))
+    assert len(made) == len(list(folder.iterdir())) == 1
+    other = kept.captured(make().eval(), arguments_of(bound))
+    assert len(made) == 1
+    assert described(other) == described(one)
+    with torch.no_grad():
+        first, second = Graph(model, one)(bound), Graph(model, other)(bound)
+    for a, b in zip(torch.utils._pytree.tree_leaves(first), torch.utils._pytree.tree_leaves(second), strict=True):
+        assert torch.equal(a, b)
+
+
+class Net(nn.Module):
+    """A model with attributes that decide what it computes."""
+
+    def __init__(self, scale: Any = 2.0, width: int = 8) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, width)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale["value"] if isinstance(self.scale, dict) else self.scale
+        out: Tensor = self.layer(x) * (scale(1.0) if callable(scale) else scale)
+        return out
+
+
+class Config:
+    """Holds an option, as the configurations of many libraries do."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+def twice(x: float) -> float:
+    return 2 * x
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    return model
+
+
+DIFFERENT: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = [
+    (Net, lambda: Net(3.0)),
+    (Net, lambda: Net(width=9)),
+    (lambda: Net({"value": 2.0}), lambda: Net({"value": 3.0})),
+    (lambda: Net(Config(2.0)), lambda: Net(Config(3.0))),
+    (lambda: Net(twice), lambda: Net(float)),
+    (lambda: Net(lambda x: 2 * x), lambda: Net(lambda x: 3 * x)),
+    (lambda: Net(torch.tensor(2.0)), lambda: Net(torch.tensor(3.0))),
+    (lambda: nn.Sequential(nn.ReLU()), lambda: nn.Sequential(nn.GELU())),
+    (tied, lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
+    (Net, lambda: Net().double()),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT)
+def test_whatever_decides_is_in_the_key(one: Callable[[], nn.Module], other: Callable[[], nn.Module]) -> None:
+    assert key_of(one(), CALL) == key_of(one(), CALL)
+    assert key_of(one(), CALL) != key_of(other(), CALL)
+
+
+def test_weights_are_not_in_the_key_and_calls_are() -> None:
+    model = Net()
+    before = key_of(model, CALL)
+    with torch.no_grad():
+        model.layer.weight.add_(1.0)
+    model.layer.weight.requires_grad_(False)
+    assert key_of(model, CALL) == before
+    for call in (Argument("x", "float32", (4, 8)), Argument("x", "float64", (3, 8)), Argument("y", "float32", (3, 8))):
+        assert key_of(model, [call]) != before
+    assert key_of(model, [*CALL, Argument("flag", value=True)]) != key_of(model, [*CALL, Argument("flag", value=False)])
+
+
+def loaded(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("user_code", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["user_code"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_code_that_is_edited_is_captured_again(
+    folder: Path, made: list[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "user_code", ModuleType("user_code"))  # restored at the end
+    code = "from torch import nn\nclass Own(nn.Linear):\n    def forward(self, x):\n        return super().forward(x)"
+    user = tmp_path / "user"
+    user.mkdir()
+    (user / "user_code.py").write_text(code)
+    for _ in range(2):
+        kept.captured(loaded(user / "user_code.py").Own(8, 8), [Argument("x", "float32", (3, 8))])
+    assert len(made) == 1
+    (user / "user_code.py").write_text(f"{code} * 2")
+    kept.captured(loaded(user / "user_code.py").Own(8, 8), [Argument("x", "float32", (3, 8))])
+    assert len(made) == 2
+    (user / "beside.py").write_text("")  # it may be imported
+    kept.captured(loaded(user / "user_code.py").Own(8, 8), [Argument("x", "float32", (3, 8))])
+    assert len(made) == 3
+    del sys.modules["user_code"].__file__
+    with pytest.raises(UnknownError, match="the code of user_code is in no file"):
+        key_of(sys.modules["user_code"].Own(8, 8), CALL)
+    kept.captured(sys.modules["user_code"].Own(8, 8), [Argument("x", "float32", (3, 8))])
+    assert len(made) == 4
+    assert len(list(folder.iterdir())) == 3
+
+
+@pytest.mark.parametrize("trouble", ["damaged", "empty", "shortened", "writable", "foreign", "a folder"])
+def test_what_cannot_be_read_is_captured_again(
+    trouble: str, folder: Path, made: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = kept.captured(Net(), CALL)
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    if trouble == "writable":
+        file.chmod(0o666)
+    elif trouble == "foreign":
+        monkeypatch.setattr(os, "getuid", lambda: file.stat().st_uid + 1, raising=False)
+    elif trouble == "a folder":
+        file.unlink()
+        file.mkdir()
+    else:
+        file.write_bytes({"damaged": b"\x80" + content[::-1], "empty": b"", "shortened": content[:-100]}[trouble])
+    other = kept.captured(Net(), CALL)
+    assert len(made) == 2
+    assert described(other) == described(one)
+
+
+def test_nothing_is_kept_where_nothing_can_be(
+    made: list[nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("", str(tmp_path / "file" / "below")):
+        monkeypatch.setenv("PARED_CACHE", place)
+        kept.captured(Net(), CALL)
+    assert len(made) == 2
+    assert [one.name for one in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_oldest_graphs_go(folder: Path, monkeypatch: pytest.MonkeyPatch, made: list[nn.Module]) -> None:
+    monkeypatch.setattr(kept, "_MOST", 2)
+    for age, scale in enumerate((1.0, 2.0)):
+        kept.captured(Net(scale), CALL)
+        for file in folder.iterdir():
+            os.utime(file, (age, age))
+    kept.captured(Net(1.0), CALL)  # was used last
+    kept.captured(Net(3.0), CALL)
+    assert len(list(folder.iterdir())) == 2
+    kept.captured(Net(1.0), CALL)
+    assert len(made) == 3
