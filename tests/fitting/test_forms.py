@@ -1,6 +1,7 @@
 """The form that runs is as accurate as promised: it is measured and scored as it runs, or it does not run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,12 @@ def test_the_score_is_that_of_what_runs(tmp_path: Path) -> None:
     deployed = yaml.safe_load((tmp_path / "deploy.yaml").read_text())
     assert deployed["outcome"]["score"] == q.pared.score
     assert deployed["runs"][0] == "runs as a graph, each layer in its own kernel (measured on this machine):"
-    (tmp_path / "engine.json").unlink()
+    profile = Profile.from_json((tmp_path / "engine.json").read_bytes())
+    (tmp_path / "engine.json").write_text(replace(profile, machine={**profile.machine, "threads": 99}).to_json())
     elsewhere: Any = pared.load(tmp_path, network())
     assert elsewhere.pared.score == trial.score, "of int8 layer by layer, which runs where nothing was measured"
+    there = "runs layer by layer: it was timed on another machine, where it runs as a graph; pared.tune_speed times it"
+    assert there in " ".join(elsewhere.report().split())
 
 
 @pytest.mark.usefixtures("graphs_win")

@@ -296,6 +296,13 @@ def test_calls_that_it_does_not_take_are_answered_by_modules(monkeypatch: pytest
     assert (other.shape, calls) == ((5, 8), 0)
 
 
+def test_a_version_that_is_too_old_costs_only_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "2024.6.0-17404")
+    model, x = nn.Linear(8, 4).eval(), torch.randn(3, 8)
+    with pytest.raises(ModelError, match=r"version 2024.6.0-17404 is installed, and 2025.0 is the oldest"):
+        made(fitted(model, "static", [x]), model, x)
+
+
 def test_a_runtime_that_fails_costs_only_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     make, shape = MODELS["linear"]

@@ -71,7 +71,8 @@ def _timed(found: nn.Module, known: Prepared[ModuleT], stages: Stages) -> speed.
     except Exception as error:  # noqa: BLE001  # whatever it is, times are not worth a finished search
         log.warning("nothing could be timed, so the model runs layer by layer: %s", reason_of(error))
         record = record_of(found)
-        record.profile = replace(record.profile, model=ModelTiming(because=reason_of(error)))
+        because = f"its calls could not be timed: {reason_of(error)}"
+        record.profile = replace(record.profile, model=ModelTiming(because=because))
         return None
 
 

@@ -160,7 +160,7 @@ def _refuse(memo: Memo, value: object) -> object:
 def _partial(memo: Memo, value: functools.partial[Any]) -> object:
     new = memo[id(value)] = functools.partial(memo.copied(value.func))  # before what may refer to it
     arguments, named = memo.copied(value.args), memo.copied(value.keywords)
-    new.__setstate__((new.func, arguments, named, memo.copied(vars(value)) or None))  # type: ignore[attr-defined]  # it has one
+    new.__setstate__((new.func, arguments, named, memo.copied(vars(value)) or None))  # type: ignore[attr-defined]  # typeshed lacks it
     return new
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,22 @@ from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.onnx.engines import OpenVinoSession
 from pared.runtime.openvino.conversion import Result, converted
 
+_OLDEST: Final = (2025, 0)
+
 
 def is_installed() -> bool:
     """Whether there may be graphs in OpenVINO here."""
     return find_spec("openvino") is not None
+
+
+def _check_version() -> None:
+    version = metadata.version("openvino")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
+        raise ModelError(
+            f"version {version} is installed, and {'.'.join(map(str, _OLDEST))} is the oldest that is known to work",
+            where="OpenVINO",
+            remedy="pip install --upgrade 'pared[fast]'",
+        )
 
 
 class OpenVinoGraph:
@@ -47,6 +61,7 @@ class OpenVinoGraph:
         self._sessions: dict[int, OpenVinoSession] = {}  # by the number of threads
         self._lock = threading.Lock()
         try:
+            _check_version()
             self._graph, self._leaves = converted(model, captured)
             self._session()
         except Exception as error:  # whatever the runtime makes of a graph costs this form, not the user's call

@@ -28,6 +28,7 @@ BUSY: Final = (
     "machine may find something faster"
 )
 _NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
+_NAMES: Final[dict[Form, str]] = {"bfloat16": "in bfloat16", "graph": "as a graph", "openvino": "in OpenVINO"}
 _LARGEST: Final = 1 << 24  # bytes of a file
 _FLAGS: Final = ("together", "busy")
 
@@ -168,6 +169,8 @@ def profile_beside(artifact: Path) -> Profile:
         log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, why)
         return Profile(machine)
     if profile.machine != machine:
-        log.info("%s was measured on another machine: every layer that may run in int8 will", file)
-        return Profile(machine)
+        forms = " and ".join(_NAMES[form] for form in profile.forms) or "layer by layer"
+        what = f"it was timed on another machine, where it runs {forms}; pared.tune_speed times it on this one"
+        log.info("%s: %s", file, what)
+        return Profile(machine, model=ModelTiming(because=what))
     return profile

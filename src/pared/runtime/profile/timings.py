@@ -153,7 +153,7 @@ class ModelTiming:
 
     Args:
         calls: the calls that were timed; default: none.
-        because: why none was timed although there were some; empty if that is not so.
+        because: why none was timed here although there were some; empty if that is not so.
     """
 
     calls: tuple[CallTiming, ...] = ()
@@ -231,7 +231,7 @@ class ModelTiming:
             name: the submodel's name; default: the lines are about the model.
         """
         if not self.calls:
-            return [f"runs layer by layer; its calls could not be timed: {self.because}"] if self.because else []
+            return [f"runs layer by layer: {self.because}"] if self.because else []
         forms = {"openvino": "in OpenVINO", "graph": "as a graph, each layer in its own kernel"}
         chosen = {
             "int8": " or ".join(forms[form] for form in self.forms if form in forms) or "layer by layer",
