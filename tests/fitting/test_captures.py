@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pared
 from pared import ModelError, PostTrainingQuantConfig
 from pared.fitting import speed
+from pared.model.calls import Call
 from pared.runtime import float_forms, stopwatch
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capturing import capture, kept
@@ -133,3 +134,37 @@ def test_what_takes_too_long_to_capture_is_not_tried_again_in_its_parts(processo
     with pytest.raises(ModelError, match="TooSlowError"):
         Captures(whole)(Divided(always=True), arguments)
     assert processor[0] == 120.0, "nothing was tried"
+
+
+@pytest.mark.whole_models_are_timed
+def test_an_output_that_no_graph_gives_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keeping(Scaled):
+        def forward(self, ids: torch.Tensor, k: object = 1) -> Any:
+            return super().forward(ids, k), {"cache": object()}
+
+    def refused(*_: Any) -> capture.Captured:
+        raise AssertionError
+
+    monkeypatch.setattr(capture, "capture", refused)
+    model = Keeping(tied=False, scale=2.0).eval()
+    call = Call((torch.arange(64).view(4, 16),), {})
+    (largest, _) = speed.time_calls(model, model, [call], Captures())
+    assert "no graph: its output holds: object" in largest.because
+
+
+@pytest.mark.whole_models_are_timed
+@pytest.mark.slow
+def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
+    torch.manual_seed(0)
+    q = pared.fit(
+        Scaled(tied=False, scale=2.0),
+        PostTrainingQuantConfig(quant_level=0),
+        [torch.arange(64).view(4, 16)],
+        quiet=True,
+    )
+    assert record_of(q).profile.model.served
+    ids = torch.arange(8).view(1, 8)
+    before = forward_of(q)(q, ids)
+    q.scale = 2.1
+    torch.testing.assert_close(q(ids), before * 1.05)

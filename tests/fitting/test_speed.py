@@ -21,9 +21,8 @@ from pared.fitting import speed
 from pared.model.calls import Call
 from pared.model.recorded import values
 from pared.model.tensors import find_tensors
-from pared.runtime import float_forms, quantized, stopwatch
+from pared.runtime import float_forms, quantized
 from pared.runtime.graphs.call_kinds import Argument
-from pared.runtime.graphs.capturing import capture
 from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import CallTiming, ModelTiming, Timing
@@ -288,40 +287,6 @@ def test_the_command_line_tunes(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.output.startswith("runs ")
     assert "input 64 x 64: float32 " in result.output
-
-
-@pytest.mark.whole_models_are_timed
-def test_an_output_that_no_graph_gives_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Keeping(Scaled):
-        def forward(self, ids: torch.Tensor, k: object = 1) -> Any:
-            return super().forward(ids, k), {"cache": object()}
-
-    def refused(*_: Any) -> capture.Captured:
-        raise AssertionError
-
-    monkeypatch.setattr(capture, "capture", refused)
-    model = Keeping(tied=False, scale=2.0).eval()
-    call = Call((torch.arange(64).view(4, 16),), {})
-    (largest, _) = speed.time_calls(model, model, [call], Captures())
-    assert "no graph: its output holds: object" in largest.because
-
-
-@pytest.mark.whole_models_are_timed
-@pytest.mark.slow
-def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms: {form: 1.0 + (form != "graph") for form in forms})
-    torch.manual_seed(0)
-    q = pared.fit(
-        Scaled(tied=False, scale=2.0),
-        PostTrainingQuantConfig(quant_level=0),
-        [torch.arange(64).view(4, 16)],
-        quiet=True,
-    )
-    assert record_of(q).profile.model.served
-    ids = torch.arange(8).view(1, 8)
-    before = forward_of(q)(q, ids)
-    q.scale = 2.1
-    torch.testing.assert_close(q(ids), before * 1.05)
 
 
 @pytest.mark.whole_models_are_timed
