@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from bench.peers.subjects.subject import Judgement, Part, Run, Subject, randomized
 from bench.zoo import smollm2 as zoo
@@ -22,10 +22,19 @@ _LAYERS, _HEADS, _HEAD = 30, 3, 64
 _PAST = [f"past_{kind}_{i}" for i in range(_LAYERS) for kind in ("key", "value")]
 _NEW = [f"new_{kind}_{i}" for i in range(_LAYERS) for kind in ("key", "value")]
 _CALIBRATED, _BATCH, _TOKENS = 16, 4, 256  # windows, those in a call, and the tokens of one
+_STEPPED = 8  # windows that calibrate graphs
 _PREFIX = 4  # tokens that a step has read before, in the calibration of graphs
 _JUDGED, _READ, _SCORED = 8, 128, 12  # windows, the tokens of one, and the last of these, which are predicted
 _STEPS = 8  # of decoding, in calibration
 PROMPT, DECODED = 16, 32  # tokens
+
+
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    """One with content; `update` would join it to an empty tensor, which not every converter takes."""
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
 
 
 class _Step(nn.Module):
@@ -38,8 +47,7 @@ class _Step(nn.Module):
     def forward(self, tokens: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         before, now = past[0].shape[2], tokens.shape[1]
         cache = DynamicCache()
-        for i in range(_LAYERS):
-            cache.update(past[2 * i], past[2 * i + 1], i)
+        cache.layers = [_layer(past[2 * i], past[2 * i + 1]) for i in range(_LAYERS)]
         places = before + torch.arange(now)
         hidden = torch.arange(before + now)[None] > places[:, None]
         mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[None, None]
@@ -95,7 +103,7 @@ def calls() -> Callable[[Any], None]:
 def _parts(model: nn.Module) -> Mapping[str, Part]:
     step = _Step(model)
     steps = []
-    for window in _windows():
+    for window in _windows()[:_STEPPED]:
         past = step(window[None, :_PREFIX], *_empty())[1:]
         steps.append((window[None, _PREFIX:].contiguous(), *past))
     grows = {"tokens": {1: "read"}, **{name: {2: "past"} for name in _PAST}}
