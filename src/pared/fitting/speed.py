@@ -20,6 +20,7 @@ from pared.fitting.calibration.observe import Statistics
 from pared.fitting.search.activations import find_candidates
 from pared.fitting.submodels import find_submodels
 from pared.fitting.timing.layers import time_layers
+from pared.fitting.timing.steps import Step, has_containers, tensors_given
 from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
@@ -32,12 +33,14 @@ from pared.runtime.graphs.call_kinds import (
     Bound,
     arguments_of,
     bind,
+    caches_of,
     describe_kind,
     parameters_of,
     unknown_output,
 )
 from pared.runtime.graphs.capturing import kept
 from pared.runtime.graphs.capturing.capture import Captures
+from pared.runtime.graphs.containers import Container
 from pared.runtime.kernels.machine import without_bfloat16
 from pared.runtime.load import check_model
 from pared.runtime.openvino.graph import is_installed
@@ -56,7 +59,8 @@ log = logging.getLogger(__name__)
 _MOST_TENSORS: Final = 2000  # of a model of which graphs are captured, which takes about 20 ms for each
 _MOST_KINDS: Final = 3  # of calls that are measured
 _WORTH_TRYING: Final = 0.1  # the share of the layers' time in float32 from which on all are tried in int8
-_UNKNOWN: Final = "an argument is neither a tensor nor a constant"
+_UNKNOWN: Final = "an argument is neither a tensor nor a constant, nor holds only tensors"
+_KEPT_IN_FLOAT32: Final = "an argument holds tensors, which keep their type"
 _FAR: Final = 2  # a call this many times as large, or as slow, is far larger or slower
 _LONG: Final = 0.1  # seconds of a call
 _SAME: Final = 1e-3  # share of the energy by which the output of a sample may differ alone and among others
@@ -101,7 +105,8 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
     outright = tensors.in_copy(shadow(tensors.model))
-    largest = max(seen.calls, key=_numbers, default=None)
+    # A step with a cache changes its arguments, and is no call in which submodels can be found.
+    largest = max(seen.calls, key=lambda call: (not call.side_effects, _numbers(call)), default=None)
     submodels = find_submodels(outright.model, largest) if largest is not None else {}
     whole = Captures(make=kept.captured)
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
@@ -219,7 +224,7 @@ def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
     The first dimension of an input need not count samples, and a model may be made for a batch of a fixed size. Where a
     single sample takes long, what comes with each call hardly counts, and the other calls say what is fastest.
     """
-    count = len(_tensors(whole)[0])
+    count = len(tensors_given(whole)[0])
 
     def equal(alone: Tensor, among: Tensor) -> bool:
         return agree(alone, among[:1] if among.dim() and len(among) == count else among, _SAME)
@@ -234,18 +239,14 @@ def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
         return False
 
 
-def _tensors(call: Call) -> list[Tensor]:
-    return [argument for argument in (*call.args, *call.kwargs.values()) if isinstance(argument, Tensor)]
-
-
 def _numbers(call: Call) -> int:
-    return sum(tensor.numel() for tensor in _tensors(call))
+    return sum(tensor.numel() for tensor in tensors_given(call))
 
 
 def _single(call: Call) -> list[Call]:
     """A call with only the first sample, if all tensors of the call have the same number of samples, two or more."""
-    tensors = _tensors(call)
-    if call.side_effects or not tensors or any(tensor.dim() < 2 for tensor in tensors):
+    tensors = tensors_given(call)
+    if call.side_effects or has_containers(call) or not tensors or any(tensor.dim() < 2 for tensor in tensors):
         return []
     if len(set(map(len, tensors))) != 1 or len(tensors[0]) < 2:
         return []
@@ -270,10 +271,14 @@ class _Forms:
         """The times of one call; None if the float model raises an exception when it is made again."""
         if call.state is not None and self._is_steady(call):
             call = replace(call, state=None)  # such as tables of positions that are kept for the next call
+        if bound is not None and call.state is None and caches_of(bound):
+            call = Step(call.args, call.kwargs)
         reason = call.side_effects or (_UNKNOWN if bound is None else "")
         found: dict[str, Callable[[], Any] | str] = dict.fromkeys(self._others, reason)
         if bound is not None and not reason:
             found["bfloat16"] = self._in_bfloat16(call) if in_bfloat16 else "it was far slower for another call"
+            if any(type(one) is Container for one in bound.values()):
+                found["bfloat16"] = _KEPT_IN_FLOAT32
             found["graph"] = self._as_graph(call, bound, self.server)
             if self.openvino is not None:
                 found["openvino"] = self._in_openvino(call, bound, self.openvino)
@@ -343,7 +348,10 @@ class _Forms:
         if tensors > _MOST_TENSORS:
             return f"to capture one of a model of {tensors:,} tensors would take too long"
         modules = forward_of(self.by_layers)
-        run = partial(server.serve, self.by_layers, call.args, dict(call.kwargs), modules)
+
+        def run() -> Any:
+            return call.on(lambda *args, **kwargs: server.serve(self.by_layers, args, kwargs, modules))
+
         try:
             with torch.no_grad():
                 if unknown := unknown_output(call.on(self.float32)):

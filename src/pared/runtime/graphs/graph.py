@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from pared.errors import ModelError
 from pared.runtime.graphs.call_kinds import Bound
@@ -38,7 +37,7 @@ class Graph:
     def __init__(self, model: nn.Module, captured: Captured) -> None:
         self.note = captured.note
         self._sizes = tuple(captured.inputs.values())
-        self._outputs: TreeSpec = captured.outputs
+        self._outputs = captured.outputs
         try:
             self.module = compiled(captured, model)
             self._hides = any(hides_nan(node) for node in self.module.graph.nodes)
@@ -65,7 +64,7 @@ class Graph:
             torch.linalg.vector_norm(one).isfinite() for one in tensors if one.is_floating_point()
         ):
             raise NotFiniteError
-        return tree_unflatten(self.module.forward(*tensors), self._outputs)
+        return self._outputs.of(self.module.forward(*tensors), bound)
 
 
 def fits(sizes: Iterable[tuple[Size, ...]], bound: Bound) -> bool:
@@ -73,7 +72,8 @@ def fits(sizes: Iterable[tuple[Size, ...]], bound: Bound) -> bool:
     known: dict[str, int] = {}
     tensors = [value for value in bound.values() if type(value) is Tensor]
     for tensor, own in zip(tensors, sizes, strict=True):
-        for given, size in zip(tensor.shape, own, strict=True):
+        for whole, size in zip(tensor.shape, own, strict=True):
+            given = whole - size.more
             if not size.allows(given) or (size.symbol and known.setdefault(size.symbol, given) != given):
                 return False
     return True

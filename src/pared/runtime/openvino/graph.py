@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_unflatten
 
 from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Bound
@@ -57,7 +56,7 @@ class OpenVinoGraph:
     def __init__(self, model: nn.Module, captured: Captured) -> None:
         self.note = captured.note
         self._sizes = captured.inputs
-        self._structure = captured.outputs
+        self._outputs = captured.outputs
         self._sessions: dict[int, OpenVinoSession] = {}  # by the number of threads
         self._lock = threading.Lock()
         try:
@@ -91,4 +90,4 @@ class OpenVinoGraph:
             raise NotFiniteError
         results = self._session().run(dict(zip(self._sizes, tensors, strict=True)))
         leaves = [results[one.place] if isinstance(one, Result) else one for one in self._leaves]
-        return tree_unflatten(leaves, self._structure)
+        return self._outputs.of(leaves, bound)

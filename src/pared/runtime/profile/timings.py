@@ -84,7 +84,7 @@ class CallTiming:
 
     def __str__(self) -> str:
         """One line, for people."""
-        sizes = ", ".join(f"{a.name} {' x '.join(map(str, a.shape))}" for a in self.arguments if a.dtype)
+        sizes = ", ".join(filter(None, (argument.size for argument in self.arguments)))
         times = {
             "float32": self.float32_ms,
             "bfloat16": self.bfloat16_ms,

@@ -12,6 +12,7 @@ from torch import nn
 from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, kind_of
+from pared.runtime.graphs.containers import Container
 from pared.runtime.layers.casts import cast_floats
 from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton
 
@@ -51,6 +52,8 @@ class BFloat16Server(KindServer):
         del modules
         if kind_of(bound) not in self._kinds:  # `fit` has not seen what the model makes of other constants
             return NotImplemented
+        if any(type(one) is Container for one in bound.values()):
+            return NotImplemented  # a cache keeps the type of its numbers; only a strange file wants this
         run, snapshot = self._made(model)
         return run(**bound) if snapshot.is_undisturbed() else NotImplemented
 

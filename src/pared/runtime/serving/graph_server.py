@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from pared.errors import reason_of
 from pared.model.recorded import values
 from pared.model.recorded.state import Attributes
-from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, kind_of
+from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, kind_of
 from pared.runtime.graphs.capturing.capture import Captured, capture
+from pared.runtime.graphs.containers import Container, container_of, leaves_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton, has_listeners
@@ -205,6 +206,12 @@ class _CheckedGraph:
         return expected
 
     def _check(self, graph: Executable, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
+        # The modules wrote to the caches of the call; the graph starts from what was in them, and writes to them, too.
+        caches = [one.held for one in caches_of(bound).values()]
+        theirs = [one for one in map(container_of, caches) if one is not None]
+        if len(theirs) < len(caches):
+            self._drop("what its forward makes of a cache is not known")
+            return expected
         try:
             found = graph(bound)
         except NotFiniteError:
@@ -212,11 +219,21 @@ class _CheckedGraph:
         except Exception as error:  # noqa: BLE001  # of operators, for instance for a wrong shape
             self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
             return expected
-        if agree(found, expected, self._tolerance):
+        ours = map(container_of, caches)
+        if agree(found, expected, self._tolerance) and all(map(self._agree_within, ours, theirs)):
             self._checked.add(ones)
             return found  # as at every later call
+        for one in theirs:
+            one.restore()
         self._drop("the graph does not give what the modules give")
         return expected
+
+    def _agree_within(self, ours: Container | None, theirs: Container) -> bool:
+        """Whether the graph wrote to a cache what the modules wrote."""
+        if ours is None or ours.layout != theirs.layout:
+            return False
+        pairs = zip(ours.tensors.values(), theirs.tensors.values(), strict=True)
+        return all(_agree(a, b, self._tolerance) for a, b in pairs)
 
     def _drop(self, reason: str) -> None:
         self.graph, self.reason = None, reason
@@ -258,7 +275,7 @@ def lost(found: object, exact: object) -> float:
     >>> lost([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == 1 / 34
     True
     """
-    all_ours, all_theirs = tree_leaves(found), tree_leaves(exact)
+    all_ours, all_theirs = leaves_of(found), leaves_of(exact)
     if len(all_ours) != len(all_theirs):
         return math.inf
     shares = [0.0]

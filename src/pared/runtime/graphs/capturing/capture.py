@@ -13,10 +13,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.graphs.capturing.outputs import Arguments, Outputs
 from pared.runtime.graphs.capturing.writes import replace_writes
 from pared.runtime.stopwatch import Patience, TooSlowError
 from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
@@ -60,12 +61,21 @@ _SMALL_SECONDS: Final = 0.054
 
 @dataclass(frozen=True)
 class Size:
-    """One dimension of an input: of size `fixed`, or of any size within the bounds; equal for equal symbols."""
+    """One dimension of an input: of size `fixed`, or of any size within the bounds; equal for equal symbols.
+
+    Args:
+        fixed: the only size; None if there are others.
+        symbol: names the size.
+        least: the smallest size.
+        most: the largest size.
+        more: by how much the size exceeds that which the symbol names, as a mask exceeds what is in a cache.
+    """
 
     fixed: int | None
     symbol: str = ""
     least: int = 0
     most: float = float("inf")
+    more: int = 0
 
     def allows(self, given: int) -> bool:
         """Whether a size is allowed; 1 always is, and has to be tried, as only sizes from 2 are captured."""
@@ -83,7 +93,7 @@ class Captured:
         tensors: the dotted names of the model's tensors, by placeholder.
         constants: tensors that the model's code makes, by placeholder.
         inputs: the sizes of each input, by placeholder, in the order of the arguments that are tensors.
-        outputs: the structure of the model's output, whose leaves the graph returns.
+        outputs: turns what the graph returns into the model's output.
         note: which sizes may not vary because that would have taken too long to capture; empty if there are none.
     """
 
@@ -91,7 +101,7 @@ class Captured:
     tensors: Mapping[str, str]
     constants: Mapping[str, Tensor]
     inputs: Mapping[str, tuple[Size, ...]]
-    outputs: TreeSpec
+    outputs: Outputs
     note: str = ""
 
 
@@ -151,6 +161,7 @@ class FlatModel(nn.Module):
         call: positional and keyword arguments; what is not a tensor keeps its value.
         returned: makes the list that is returned out of the model's output.
         around: makes a context in which the model is called; default: one that does nothing.
+        prepared: makes what the model is given out of the call's arguments; default: they are it.
     """
 
     def __init__(
@@ -159,9 +170,11 @@ class FlatModel(nn.Module):
         call: Example,
         returned: Callable[[Any], list[Any]],
         around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        prepared: Callable[[tuple[Any, ...], dict[str, Any]], Example] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self._prepared = prepared
         self._around = around
         self._leaves, self._structure = tree_flatten(call)
         self._returned = returned
@@ -176,6 +189,8 @@ class FlatModel(nn.Module):
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
+        if self._prepared is not None:
+            args, kwargs = self._prepared(args, kwargs)
         try:
             with self._around():
                 return self._returned(self.model(*args, **kwargs))
@@ -222,25 +237,19 @@ def capture(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | N
     _materialize(model)
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         hooks.clear()  # they run around the graph, as they run around the model's forward
-    structures: list[TreeSpec] = []  # not an attribute of the flat model: those are set back after an export
-
-    def returned(output: Any) -> list[Any]:
-        leaves, structure = tree_flatten(output)
-        structures.append(structure)
-        return leaves
-
+    made = Arguments(arguments)  # not an attribute of the flat model: those are set back after an export
     slow = [] if slow is None else slow
     try:
         _slowness()  # no model has to be patient for the imports of the first export
-        call = doubled(((), {argument.name: argument.example() for argument in arguments}))
-        program = _in_time(lambda around: FlatModel(model, call, returned, around), slow)
+        call = doubled(((), {one.name: one.example() for one in arguments if not one.holds}))
+        program = _in_time(lambda around: FlatModel(model, call, made.returned, around, made.prepared), slow)
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         log.debug("torch.export cannot capture a call: %s", error)
         raise ModelError(
             f"torch.export cannot capture it: {reason_of(error)}", where="graph", remedy=_REMEDY
         ) from error
     note = f"only the number of samples may vary: otherwise {slow[0]}" if slow else ""
-    return replace(_checked(program, structures[-1]), note=note)
+    return replace(_checked(program, made, [one.name for one in arguments if one.dtype]), note=note)
 
 
 def _in_time(flat: Callable[[Callable[[], Patience]], FlatModel], slow: list[str]) -> Any:
@@ -281,13 +290,23 @@ def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
     dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-        if replace_writes(program.graph):
-            return program
-        program.graph_module.recompile()
-        return program.run_decompositions({})
+        if not replace_writes(program.graph):
+            program.graph_module.recompile()
+            program = program.run_decompositions({})
+        _drop_empty(program.graph)
+        return program
 
 
-def _checked(program: Any, outputs: TreeSpec) -> Captured:
+def _drop_empty(graph: fx.Graph) -> None:
+    """Join tensors without the empty ones of one dimension, with which caches begin, and which few runtimes allow."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
+        if parts and len(parts) < len(node.args[0]):
+            node.args = (parts, *node.args[1:])
+    graph.eliminate_dead_code()
+
+
+def _checked(program: Any, made: Arguments, names: Sequence[str]) -> Captured:
     kinds = {spec.kind for spec in program.graph_signature.output_specs}
     if kinds != {OutputKind.USER_OUTPUT} or any(map(_keeps_statistics, program.graph.nodes)):
         raise ModelError("its forward changes buffers or inputs", where="graph", remedy=_REMEDY)
@@ -314,6 +333,7 @@ def _checked(program: Any, outputs: TreeSpec) -> Captured:
                 where="graph",
                 remedy=_REMEDY,
             )
+    outputs = made.outputs(program.graph, dict(zip(inputs, names, strict=True)))
     return Captured(program.graph, tensors, constants, inputs, outputs)
 
 
@@ -329,7 +349,9 @@ def _size(size: Any, bounds: Mapping[Any, Any]) -> Size:
     expression = size.node.expr
     if expression.is_Integer:
         return Size(int(expression))
-    if expression not in bounds:
+    more, symbol = expression.as_coeff_Add()
+    if symbol not in bounds or not more.is_Integer:
         raise ModelError(f"the size of an input must be {expression}", where="graph", remedy=_REMEDY)
-    low, high = bounds[expression].lower, bounds[expression].upper
-    return Size(None, str(expression), int(low), int(high) if high.is_Integer else float("inf"))
+    low, high = bounds[symbol].lower, bounds[symbol].upper
+    most = int(high) if high.is_Integer else float("inf")
+    return Size(None, str(symbol), int(low), most, int(more))
