@@ -22,7 +22,15 @@ HOSTILE: tuple[Any, ...] = (
     *(None, True, -1, 0, 2**70, 10**400, 1e308, -1e-320, "", "float32", "__name__", "\ud800", "x" * 10_000),
     *([], [1], [[]], {}, {"a": {}}, [2**62, 2**62]),
 )
-CALL = CallTiming((Argument("input", "float32", (2, 8)), Argument("scale", value=2.0)), 3.0, 2.5, 1.0, 0.5)
+CALL = CallTiming(
+    (
+        Argument("cache", holds="DynamicCache(1, filled)"),
+        *(Argument(f"cache.own.0.{kind}", "float32", (2, 3, 5, 8)) for kind in ("keys", "values")),
+        Argument("input", "float32", (2, 8)),
+        Argument("scale", value=2.0),
+    ),
+    *(3.0, 2.5, 1.0, 0.5),
+)
 PROFILE = Profile(
     this_machine(), {"0": Timing((2, 8), 3.0, 2.0, 1.0, "no int8")}, ModelTiming((CALL,)), {"0": ModelTiming((CALL,))}
 )

@@ -1,8 +1,8 @@
 """Arguments that hold tensors: the caches of a model that generates text, and the outputs of its encoder.
 
-A graph takes tensors. What such an argument is beside them is its `Layout`, which is a part of the call kind: the class,
-the number of layers, and whether they are filled yet. Classes of transformers are known by name, and only while that
-library is loaded, in the form that 5 has; all others are left to the modules.
+A graph takes tensors. What such an argument is beside them is its `Layout`, a part of the call kind: the class, the
+number of layers, and whether they are filled yet. Classes of transformers are known by name, and only while that
+library is loaded, in the form that they have in its version 5; all others are left to the modules.
 """
 
 from __future__ import annotations
