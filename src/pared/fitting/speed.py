@@ -20,7 +20,7 @@ from pared.fitting.calibration.observe import Statistics
 from pared.fitting.search.activations import find_candidates
 from pared.fitting.submodels import find_submodels
 from pared.fitting.timing.layers import time_layers
-from pared.fitting.timing.steps import Step, has_containers, tensors_given
+from pared.fitting.timing.steps import Step, has_containers, numbers_given, tensors_given
 from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
@@ -105,8 +105,8 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     profile = time_layers(candidates, contents.activations)
     outright = tensors.in_copy(shadow(tensors.model))
-    # A step with a cache changes its arguments, and is no call in which submodels can be found.
-    largest = max(seen.calls, key=lambda call: (not call.side_effects, _numbers(call)), default=None)
+    # In a step with a cache, which changes its arguments, no submodels can be found.
+    largest = max(seen.calls, key=lambda call: (not call.side_effects, numbers_given(call)), default=None)
     submodels = find_submodels(outright.model, largest) if largest is not None else {}
     whole = Captures(make=kept.captured)
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
@@ -212,8 +212,8 @@ def chosen(calls: Sequence[Call], names: Sequence[str], is_part: Callable[[Call,
         kinds.setdefault(None if bound is None else describe_kind(arguments_of(bound)), []).append(call)
     found = []
     for same in list(kinds.values())[:_MOST_KINDS]:
-        largest, smallest = max(same, key=_numbers), min(same, key=_numbers)
-        found += [largest, *([smallest] if _FAR * _numbers(smallest) < _numbers(largest) else [])]
+        largest, smallest = max(same, key=numbers_given), min(same, key=numbers_given)
+        found += [largest, *([smallest] if _FAR * numbers_given(smallest) < numbers_given(largest) else [])]
         found += [single for single in _single(smallest) if is_part(single, smallest)]
     return found
 
@@ -237,10 +237,6 @@ def _is_part(model: nn.Module, single: Call, whole: Call) -> bool:
     except Exception as error:  # noqa: BLE001  # nobody asked for this call
         log.debug("a single sample is not timed: %s", reason_of(error))
         return False
-
-
-def _numbers(call: Call) -> int:
-    return sum(tensor.numel() for tensor in tensors_given(call))
 
 
 def _single(call: Call) -> list[Call]:

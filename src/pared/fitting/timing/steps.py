@@ -12,7 +12,7 @@ from pared.runtime.graphs.containers import container_of, renewed
 
 
 class Step(Call):
-    """A call whose caches are made anew for each run, of the same tensors: to copy these may take longer than the call.
+    """A call whose caches are made again for each run, of the same tensors: to copy these may take longer than the call.
 
     Nothing but caches may be written to, as a graph shows that can be made of it.
     """
@@ -33,3 +33,8 @@ def tensors_given(call: Call) -> list[Tensor]:
     held = [one for one in map(container_of, arguments) if one is not None]
     found = [argument for argument in arguments if isinstance(argument, Tensor)]
     return [*found, *(tensor for one in held for tensor in one.tensors.values())]
+
+
+def numbers_given(call: Call) -> int:
+    """How many numbers the arguments hold."""
+    return sum(tensor.numel() for tensor in tensors_given(call))

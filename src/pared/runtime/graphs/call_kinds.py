@@ -30,7 +30,7 @@ class Argument:
         dtype: the type of a tensor, such as "float32"; empty for a constant.
         shape: the shape of a tensor.
         value: the value of a constant.
-        holds: of an argument that holds tensors its `Layout` as text; empty for all others.
+        holds: the `Layout` of an argument that holds tensors, as text; empty for all others.
     """
 
     name: str

@@ -56,7 +56,7 @@ class Layout:
     """What an argument is beside its tensors.
 
     Args:
-        halves: of a cache, its own part and that of the cross attention, if it has one; empty for an output.
+        halves: the part for the text and that for the cross attention, if the cache has one; empty for an output.
         output: the name of the class of an output.
         fields: the names of the tensors of an output.
     """

@@ -10,14 +10,14 @@ from typing import Any, ClassVar, Final, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import reason_of
 from pared.model.recorded import values
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, kind_of
 from pared.runtime.graphs.capturing.capture import Captured, capture
-from pared.runtime.graphs.containers import Container, container_of, leaves_of
+from pared.runtime.graphs.containers import Container, container_of, is_cache
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton, has_listeners
@@ -272,10 +272,12 @@ def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 def lost(found: object, exact: object) -> float:
     """The largest share of an output's energy by which two outputs of one structure differ; infinite for another.
 
+    What is in a cache does not count: it is for the next call, whose output shows what it is worth.
+
     >>> lost([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == 1 / 34
     True
     """
-    all_ours, all_theirs = leaves_of(found), leaves_of(exact)
+    all_ours, all_theirs = (tree_leaves(one, is_leaf=is_cache) for one in (found, exact))
     if len(all_ours) != len(all_theirs):
         return math.inf
     shares = [0.0]

@@ -41,8 +41,8 @@ class Outputs:
     """The structure of a call's output.
 
     Args:
-        structure: of the output, with caches as leaves.
-        leaves: of the output, where a `Kept` or a `Made` stands for a cache, and None for anything else.
+        structure: what `tree_flatten` says of the output, with caches as leaves.
+        leaves: the output's leaves, where a `Kept` or a `Made` stands for a cache, and None for anything else.
         caches: the layouts of the given caches after the call, by name.
         given: what the graph need not return, as it is an argument of the call, by place among all that the call gives.
     """
