@@ -12,7 +12,7 @@ from pared.runtime.graphs.containers import container_of, renewed
 
 
 class Step(Call):
-    """A call whose caches are made again for each run, of the same tensors: to copy these may take longer than the call.
+    """A call whose caches are made again for each run, of the same tensors: copying these may take longer than it.
 
     Nothing but caches may be written to, as a graph shows that can be made of it.
     """
