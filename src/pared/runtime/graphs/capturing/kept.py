@@ -25,6 +25,7 @@ from pared.files.disk import write_atomic
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capturing.capture import Captured, capture, module_of
 from pared.runtime.graphs.capturing.identity import UnknownError, key_of
+from pared.runtime.graphs.capturing.outputs import Outputs
 from pared.switches import ignoring
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ def _read(file: Path) -> Captured | None:
         module: Any = GraphPickler.loads(data.pop("graph"), FakeTensorMode(shape_env=ShapeEnv()))
         graph = module.graph
         owners = data.pop("owners")
+        if not isinstance(data["outputs"], Outputs):
+            raise TypeError("an earlier version of this room wrote it")
         for node in graph.nodes:
             node.meta["nn_module_stack"] = {"": (f"model.{owners[node.name]}", "")}
         os.utime(file)  # the oldest go first
