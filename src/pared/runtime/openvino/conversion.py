@@ -15,10 +15,11 @@ from pared.formats.coded import Grid
 from pared.model.contents import Contents, Stored
 from pared.runtime.graphs.capturing.capture import Captured, module_of
 from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
-from pared.runtime.kernels.outliers import extra_columns
 from pared.runtime.onnx.codes import numbers_of, numpy_of
 from pared.runtime.onnx.layout import along
+from pared.runtime.openvino import outliers
 from pared.runtime.openvino.operators import translated
+from pared.runtime.openvino.outliers import coded
 from pared.runtime.record import contents_of
 
 # The operators that multiply an input with a weight; the input comes first.
@@ -78,6 +79,7 @@ class _Converter:
         self._contents = contents
         self._owners = owners
         self._rounded: dict[object, Any] = {}
+        self._outlying: list[tuple[Any, Activation]] = []  # products, whose inputs have outliers
 
     def fill(self, captured: Captured) -> None:
         """Put the numbers into the places of the parameters that are none of the call."""
@@ -89,6 +91,7 @@ class _Converter:
         for name, tensor_name in captured.tensors.items():
             if name in parameters:
                 self._fill_weight(parameters[name], stored[tensor_name])
+        outliers.give_extra_columns(self._outlying, self._on_grid)  # which look at all of the weights
         self._model.validate_nodes_and_infer_types()
 
     def _fill_weight(self, parameter: Any, weight: Stored) -> None:
@@ -97,22 +100,21 @@ class _Converter:
             return
         codes, steps = numbers_of(weight)
         axes, found = along(steps)
-        # OpenVINO keeps what it knows as a decompressed weight in codes.
-        floats = self._opset.convert(self._opset.constant(codes), self._ov.Type.f32)
-        value = self._opset.multiply(floats, self._opset.constant(np.ascontiguousarray(found, np.float32)))
+        value = coded(codes, found)
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
         if len(axes) <= 1 and exact_products():
             for product in _products(value.output(0)):
-                self._round_input(product, weight, codes, steps)
+                self._round_input(product, weight)
 
-    def _round_input(self, product: Any, weight: Stored, codes: Any, steps: Any) -> None:
+    def _round_input(self, product: Any, weight: Stored) -> None:
         """Round the input of a static layer to its calibrated grid."""
         activation = self._activation(product, weight)
         if activation is None or activation.mode != "static":
             return
         source = product.input(0).get_source_output()
-        if activation.outliers and not self._add_outliers(product, source, activation, codes, steps):
+        if activation.outliers:
+            self._outlying.append((product, activation))
             return
         product.input(0).replace_source_output(self._on_grid(source, activation))
 
@@ -137,25 +139,6 @@ class _Converter:
                 rounded = self._opset.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)
             self._rounded[key] = rounded.output(0)
         return self._rounded[key]
-
-    def _add_outliers(self, product: Any, source: Any, activation: Activation, codes: Any, steps: Any) -> bool:
-        """Add what extra columns carry, as a product of their own; returns whether that is possible."""
-        if product.get_type_name() != "MatMul" or codes.ndim != 2 or steps[:, :1].shape != (len(codes), 1):
-            return False
-        ops, more = self._opset, extra_columns(activation.outliers, activation.span, FULL_LEVELS)
-        above = np.concatenate([np.full(abs(count), count > 0) for _, count in activation.outliers])
-        columns, signs = more.columns.numpy(), np.where(above, 1, -1).astype(np.float32)
-        before = np.abs(more.shift.numpy()) * np.float32(more.scale)
-        away = ops.multiply(ops.gather(source, columns, np.int64(-1)), signs)  # from zero
-        left = ops.multiply(ops.relu(ops.subtract(away, before)), signs)
-        held = ops.convert(ops.constant(np.ascontiguousarray(codes[:, columns])), self._ov.Type.f32)
-        weight = ops.multiply(held, ops.constant(np.ascontiguousarray(steps[:, :1])))
-        part = ops.matmul(self._on_grid(left.output(0), activation), weight, False, True)
-        targets = list(product.output(0).get_target_inputs())
-        total = ops.add(product, part)
-        for target in targets:
-            target.replace_source_output(total.output(0))
-        return True
 
     def _constant(self, tensor: Tensor) -> Any:
         return self._opset.constant(numpy_of(tensor))
