@@ -71,7 +71,23 @@ class Widened(Outlying):
         return {"out": self.second(nn.functional.gelu(self.first(x))), "kind": "widened", "same": x}
 
 
-MODELS = CASES | {"widened": (Widened, (6, 64)), "padded": (Padded, (2, 3, 12, 12)), "outliers": (Outlying, (6, 64))}
+class Shifted(Widened):
+    """The same without a bias; a number is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"out": self.second(nn.functional.gelu(self.first(x) + 0.5)), "kind": "shifted", "same": x}
+
+
+MODELS = CASES | {
+    "widened": (Widened, (6, 64)),
+    "shifted": (Shifted, (6, 64)),
+    "padded": (Padded, (2, 3, 12, 12)),
+    "outliers": (Outlying, (6, 64)),
+}
 RUNS = [
     (name, approach)
     for name in sorted(MODELS.keys() - {"lstm", "gru"})

@@ -129,7 +129,8 @@ def _widen(source: Any, columns: list[int]) -> bool:
 def _is_row(value: Any) -> bool:
     """Whether a value is constant and differs along the last dimension only."""
     node = value.get_node()
-    return node.get_type_name() == "Constant" and max(node.get_data().shape[:-1], default=1) == 1
+    shape = node.get_data().shape if node.get_type_name() == "Constant" else ()
+    return bool(shape) and max(shape[:-1], default=1) == 1
 
 
 def _is_plain(product: Any) -> bool:
