@@ -47,7 +47,7 @@ def graphs_win(monkeypatch: pytest.MonkeyPatch) -> None:
         return (CallTiming(arguments_of(bound), 10.0, None, 8.0, 2.0),)
 
     monkeypatch.setattr(speed, "time_calls", times)
-    monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine()))
+    monkeypatch.setattr(speed, "time_layers", lambda *_, **__: Profile(this_machine()))
 
 
 def answers_of(q: nn.Module) -> list[str]:

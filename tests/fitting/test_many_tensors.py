@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared.fitting import speed
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding.importance import make_target
 from pared.fitting.search import allocate
 from pared.fitting.search.allocate import Options
 from pared.fitting.search.options import trace_tensor
+from pared.fitting.timing import forms
 from pared.formats import entropy
 from pared.formats.views import View
 from pared.model.tensors import find_tensors
@@ -90,9 +90,9 @@ class Many(nn.Module):
 
 
 def test_no_graph_of_very_many_tensors_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "_MOST_TENSORS", 30)
+    monkeypatch.setattr(forms, "_MOST_TENSORS", 30)
     nothing: Any = None  # neither a server nor a call is looked at
-    reason = speed._Forms(Many(40), nothing, nothing, nothing, nothing)._as_graph(nothing, nothing, nothing)
+    reason = forms.Forms(Many(40), *(nothing,) * 5)._as_graph(*(nothing,) * 6)
     assert reason == "to capture one of a model of 40 tensors would take too long"
 
 

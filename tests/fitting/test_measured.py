@@ -61,11 +61,11 @@ def test_every_result_is_measured(options: dict[str, Any]) -> None:
     model = Net().eval()
     q: Any = pared.fit(model, PostTrainingQuantConfig(**options), batches(), quiet=True)
     found = q.pared.damage
-    assert found.measured == pytest.approx(measured(model, q, batches()[:2]), rel=0.02)
+    assert found.measured == pytest.approx(measured(model, q, batches()[:1]), rel=0.02)
     assert 0 < found.predicted < 10 * found.measured
-    assert found.calls == 2, "calibration reads 100 samples"
+    assert found.calls == 1, "its 64 samples are enough"
     assert [name for name, _ in found.outputs] == ["output"]
-    line = f"damage: predicted {found.predicted:.2g}, measured {found.measured:.2g} on 2 calls"
+    line = f"damage: predicted {found.predicted:.2g}, measured {found.measured:.2g} on 1 call"
     assert line in q.report().splitlines()
     again: Any = copy.deepcopy(q)
     assert again.pared.damage == found

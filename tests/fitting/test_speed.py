@@ -146,7 +146,9 @@ def test_bfloat16_answers_where_it_is_fastest() -> None:
 def test_all_layers_run_in_int8_where_that_is_faster_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     slow_alone = Timing((64, 64), 1.0, 2.0, 1.5)
-    monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine(), {"0": slow_alone, "2": slow_alone}))
+    monkeypatch.setattr(
+        speed, "time_layers", lambda *_, **__: Profile(this_machine(), {"0": slow_alone, "2": slow_alone})
+    )
 
     def time_calls(_: nn.Module, by_layers: nn.Module, *_rest: Any, **_options: Any) -> tuple[CallTiming, ...]:
         kernels = [line.kernel for line in Result(by_layers).plan if line.name in ("0.weight", "2.weight")]
@@ -189,7 +191,7 @@ def test_one_disturbed_run_decides_nothing(monkeypatch: pytest.MonkeyPatch, dist
 
     times = fastest_ms({name: partial(run, name, usual) for name, usual in (("fast", 0.001), ("slow", 0.002))})
     assert times == {"fast": pytest.approx(1.0), "slow": pytest.approx(2.0)}
-    assert runs["slow"] < runs["fast"], "what is slower after a few runs is not timed to the end"
+    assert max(runs.values()) == 4, "what is slower after a few runs is not timed to the end, nor is what is left"
 
 
 def test_what_takes_long_and_what_is_hopeless_is_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +212,43 @@ def test_what_takes_long_and_what_is_hopeless_is_run_twice(monkeypatch: pytest.M
     assert runs == {"fast": 2, "slow": 2}, "both together have taken more than a second"
     assert times(fast=0.01, slow=0.1) == {"fast": pytest.approx(10.0), "slow": pytest.approx(100.0)}
     assert runs["slow"] == 2 < runs["fast"], "ten times as slow is hopeless"
+
+
+def test_long_runs_that_came_before_need_not_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "process_time", lambda: clock[0])
+    usual = {"slow": 1.2, "packed": 0.4, "fast": 0.2, "equal": 0.21}
+    runs = dict.fromkeys(usual, 0)
+
+    def run(name: str) -> None:
+        runs[name] += 1
+        clock[0] += usual[name]
+
+    known = {"slow": 1.25, "packed": float("inf"), "equal": 0.25}
+    times = fastest_ms({name: partial(run, name) for name in usual}, known)
+    assert times == {name: pytest.approx(1e3 * ms) for name, ms in {**usual, "slow": 1.25}.items()}
+    assert runs == {"slow": 0, "packed": 1, "fast": 2, "equal": 1}
+
+
+def test_layers_are_not_timed_where_another_runtime_answers_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Profile:
+        raise AssertionError
+
+    elsewhere = CallTiming(CALL, 4.0, None, 2.0, 1.5, openvino_ms=1.0)
+    monkeypatch.setattr(speed, "time_layers", refused)
+    monkeypatch.setattr(speed, "time_calls", lambda *_, **__: (elsewhere,))
+    q = pared.fit(network(), STATIC, batches(), quiet=True)
+    assert record_of(q).profile.model.calls == (elsewhere,)
+    assert [line.kernel for line in q.plan if line.name == "0.weight"] == ["int8 static"]
+
+
+def test_times_that_do_not_depend_on_layers_are_carried_over() -> None:
+    known = CallTiming(CALL, 100.0, 50.0, 2.0, None, "no openvino: it cannot", None)
+    found = speed._completed(CallTiming(CALL, 10.0, None, 4.0, 3.0), known)
+    assert (found.bfloat16_ms, found.modules_ms, found.openvino_ms) == (5.0, 4.0, None)
+    assert found.because == "no openvino: it cannot"
+    assert speed._completed(known, None) is known
 
 
 def test_what_other_processes_were_given_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

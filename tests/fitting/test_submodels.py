@@ -385,7 +385,7 @@ def test_a_part_is_timed_and_kept_if_something_answers_it(monkeypatch: pytest.Mo
             return calls if isinstance(one, Encoder) else ()
 
         monkeypatch.setattr(speed, "time_calls", time_calls)
-        monkeypatch.setattr(speed, "time_layers", lambda *_: Profile(this_machine()))
+        monkeypatch.setattr(speed, "time_layers", lambda *_, **__: Profile(this_machine()))
         monkeypatch.setattr(speed, "find_submodels", lambda *_: {"body.encoder": Call(call().args, {})})
         heard = call()
         config = PostTrainingQuantConfig(quant_level=0, approach="static")

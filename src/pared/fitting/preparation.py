@@ -25,7 +25,7 @@ from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.layers.table import check_registered
 from pared.terminal import Stages
 
-_SAMPLES_AT_EIGHT_BITS: Final = 32  # enough to know what inputs and steps of 8 bits cost
+_SAMPLES_AT_EIGHT_BITS: Final = 16  # enough to know what inputs and steps of 8 bits cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def prepare(
         check_weights(tensors, seen.calls)
         tensors = oriented(tensors, seen.calls)
         paths = {path for path, *_ in seen.energies}
-        seen = replace(seen, logits=find_logits(model, seen.calls[0], conf.logits, paths))
+        seen = replace(seen, logits=find_logits(model, calls.smallest_like_first(seen.calls), conf.logits, paths))
     with stages.stage("measuring what errors cost"):
         return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
 

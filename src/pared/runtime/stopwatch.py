@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -18,11 +19,17 @@ FormT = TypeVar("FormT")
 
 # The fastest of many runs counts, because a busy machine slows whole stretches of time: at least 5 runs, and for short
 # ones up to 200 until 0.06 seconds have passed, or a second on a busy machine. One run before these warms caches and
-# packs weights. Where all of these runs take long, noise is a small share of them, and one is enough.
+# packs weights. Where three runs of all forms have taken long, they are enough, and where they take longer, one is:
+# noise is a small share of them. Where one form is left, all is decided.
 _LEAST_RUNS: Final = 5
+_FEW_RUNS: Final = 3
+_RUNS_OF_THE_LAST: Final = 2
 _MOST_RUNS: Final = 200
 _SECONDS: Final = 0.06
 _BUSY_SECONDS: Final = 1.0
+_ENOUGH_SECONDS: Final = 0.1
+_LONG_RUN: Final = 0.1  # seconds, of which little can be a disturbance ...
+_FAR: Final = 3.0  # ... so that one run is enough of a form that takes this many times as long as the fastest
 _LONG_SECONDS: Final = 1.0
 _WARM_UP: Final = 1
 
@@ -93,49 +100,77 @@ class FormError(Exception):
         self.form = form
 
 
-def fastest_ms(forms: Mapping[FormT, Callable[[], object]]) -> dict[FormT, float]:
+def fastest_ms(
+    forms: Mapping[FormT, Callable[[], object]], warm: Mapping[FormT, float] = MappingProxyType({})
+) -> dict[FormT, float]:
     """The shortest time of each of several functions, in milliseconds; they run in turn, without gradients.
 
     What other processes were given meanwhile does not count, so far as that is known: see `Spent`.
 
+    Args:
+        forms: the functions.
+        warm: those that have run before, with the seconds of a run like the later ones; infinite: that is not known.
+
     Raises:
         FormError: one of them raised an exception.
     """
-    best = dict.fromkeys(forms, math.inf)
+    best = {form: warm.get(form, math.inf) for form in forms}
     total = Spent()
     with torch.no_grad():  # a model may take gradients in its own forward, as of an energy: no `inference_mode`
         for attempt in range(_WARM_UP + _MOST_RUNS):
-            bound = _HOPELESS.get(min(attempt - _WARM_UP, max(_HOPELESS)), math.inf) * min(best.values())
-            for form, run in forms.items():
-                if best[form] > bound:
-                    continue
+            runs = attempt - _WARM_UP  # of each, besides the first
+            bound = _HOPELESS.get(min(runs, max(_HOPELESS)), math.inf) * min(best.values())
+            most = max(_LONG_RUN, _FAR * min(best.values()))
+            hopeless = {form for form in warm if most < best.get(form, 0.0) < math.inf}
+            left = [form for form in forms if best[form] <= bound and form not in (warm if runs < 0 else hopeless)]
+            if runs >= _RUNS_OF_THE_LAST and len(left) == 1 < len(forms):
+                break
+            for form in left:
                 spent = Spent()
                 try:
                     with spent.adding():
-                        run()
+                        forms[form]()
                 except Exception as error:
                     raise FormError(form) from error
                 total.clock, total.processor = total.clock + spent.clock, total.processor + spent.processor
                 best[form] = min(best[form], spent.seconds)
-            limit = _BUSY_SECONDS if total.is_busy else _SECONDS
-            if attempt >= _WARM_UP + _LEAST_RUNS and total.clock > limit:
-                break
-            if attempt >= _WARM_UP and total.seconds > _LONG_SECONDS:
+            if _is_enough(runs, sum(best.values()), total):
                 break
     return {form: 1e3 * seconds for form, seconds in best.items()}
 
 
-def times_of(forms: dict[str, Callable[[], Any] | str]) -> dict[str, float] | None:
+def _is_enough(runs: int, each: float, total: Spent) -> bool:
+    """Whether so many runs besides the first and one more tell what is fastest.
+
+    Args:
+        runs: of the forms that are left.
+        each: the seconds of one run of all forms.
+        total: what all runs took.
+    """
+    if runs < 0:
+        return False
+    if total.seconds > _LONG_SECONDS or (runs + 1 >= _FEW_RUNS and each > _ENOUGH_SECONDS):
+        return True
+    return runs >= _LEAST_RUNS and total.clock > (_BUSY_SECONDS if total.is_busy else _SECONDS)
+
+
+def times_of(
+    forms: dict[str, Callable[[], Any] | str], warm: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, float] | None:
     """The shortest time of each form, in milliseconds; the reason takes the place of a form that raises an exception.
+
+    Args:
+        forms: the forms, or why there is none.
+        warm: those that have run before, with the seconds of a run like the later ones; infinite: that is not known.
 
     Returns:
         None if it is the form "float32" that raises one.
     """
     try:
-        return fastest_ms({name: form for name, form in forms.items() if not isinstance(form, str)})
+        return fastest_ms({name: form for name, form in forms.items() if not isinstance(form, str)}, warm)
     except FormError as error:
         forms[str(error.form)] = reason_of(error.__cause__ or error)
-        return None if error.form == "float32" else times_of(forms)
+        return None if error.form == "float32" else times_of(forms, warm)
 
 
 class TooSlowError(Exception):

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,14 +20,15 @@ from pared.formats.activation import Outliers
 from pared.model import calls
 from pared.model.calls import Call
 from pared.model.copies import shadow
-from pared.model.outputs import EVERY, Key, leaves_of
-from pared.model.recorded import values
+from pared.model.outputs import EVERY, Key, Leaf, leaves_of
+from pared.model.recorded import draws, values
 from pared.runtime.layers.table import has_columns, layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS
 
 log = logging.getLogger(__name__)
 
 _MOST_BYTES: Final = 1 << 29  # of what recorded calls change: their arguments, and the state of the model
+_MOST_NUMBERS: Final = 1 << 23  # of outputs that are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,8 @@ class Statistics:
         energies_of_calls: for each call the energy of each floating output, as numbers and as logits where it could
             be these, see `Leaf.energy`; empty where the model returns no floats.
         samples_of_calls: the number of samples in each call.
+        outputs_of_calls: the floating outputs of each call, as numbers and as logits where they could be these; empty
+            where they are large, or where random numbers were drawn meanwhile, so that they may not come again.
         logits: the paths of the outputs that are known to hold logits.
     """
 
@@ -78,6 +81,7 @@ class Statistics:
     calls: tuple[Call, ...] = ()
     energies_of_calls: tuple[Mapping[Key, float], ...] = ()
     samples_of_calls: tuple[int, ...] = ()
+    outputs_of_calls: tuple[tuple[Leaf, ...], ...] = ()
     logits: frozenset[str] = frozenset()
 
     @property
@@ -92,7 +96,8 @@ class Statistics:
 
     def some(self, samples: int) -> Statistics:
         """The same with fewer calls, evenly spaced, that have about this number of samples."""
-        wanted = min(len(self.calls), math.ceil(samples * len(self.calls) / max(sum(self.samples_of_calls), 1)))
+        usual = sorted(self.samples_of_calls)[len(self.calls) // 2] if self.calls else 1  # the last may have fewer
+        wanted = min(len(self.calls), math.ceil(samples / max(usual, 1)))
         places = [i * len(self.calls) // wanted for i in range(wanted)]
         return replace(
             self,
@@ -100,6 +105,7 @@ class Statistics:
             calls=tuple(self.calls[i] for i in places),
             energies_of_calls=tuple(self.energies_of_calls[i] for i in places),
             samples_of_calls=tuple(self.samples_of_calls[i] for i in places),
+            outputs_of_calls=tuple(self.outputs_of_calls[i] for i in places if self.outputs_of_calls),
         )
 
 
@@ -145,6 +151,7 @@ def collect(model: nn.Module, calibration: calls.Calibration, limit: int) -> Sta
         recorder.made(),
         tuple(recorder.energies_of_calls),
         tuple(recorder.samples_of_calls),
+        recorder.outputs(),
     )
 
 
@@ -160,6 +167,9 @@ class _Recorder:
         self.energies_of_calls: list[dict[Key, float]] = []
         self.samples_of_calls: list[int] = []
         self._bytes: list[int] = []  # of what calls change
+        self._outputs: list[tuple[Leaf, ...]] = []
+        self._left = _MOST_NUMBERS
+        self._drawn = draws.drawn()
         self._every = 1  # each call whose number is a multiple of this is kept
         self._count = 0
 
@@ -169,13 +179,29 @@ class _Recorder:
             return
         self.calls.append(call)
         self.samples_of_calls.append(calls.samples_of(call.args, call.kwargs))
-        self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves_of(output, EVERY, call.task)})
+        leaves = leaves_of(output, EVERY, call.task)
+        self.energies_of_calls.append({leaf.key: leaf.energy() for leaf in leaves})
+        self._keep(leaves)
         changing = values.nbytes((call.args, dict(call.kwargs))) if call.writes else 0
         self._bytes.append(changing + (call.state.nbytes if call.state is not None else 0))
         while sum(self._bytes) > _MOST_BYTES and len(self.calls) > 2:
             self._every *= 2
             for kept in (self.calls, self.energies_of_calls, self.samples_of_calls, self._bytes):
                 del kept[1::2]
+            self._left = -1
+
+    def _keep(self, leaves: Sequence[Leaf]) -> None:
+        """Keep the outputs of a call."""
+        self._left -= sum(leaf.value.numel() for leaf in leaves if not leaf.is_logits) if leaves else self._left + 1
+        if self._left < 0:
+            self._outputs.clear()
+            return
+        values_by_path = {leaf.path: leaf.value.detach().clone() for leaf in leaves if not leaf.is_logits}
+        self._outputs.append(tuple(replace(leaf, value=values_by_path[leaf.path]) for leaf in leaves))
+
+    def outputs(self) -> tuple[tuple[Leaf, ...], ...]:
+        """Those of every call; none if some are missing, or if something drew random numbers."""
+        return tuple(self._outputs) if self._left >= 0 and draws.drawn() == self._drawn else ()
 
     def made(self) -> tuple[Call, ...]:
         """The calls; without a state where none of them changed anything in the model."""

@@ -21,7 +21,8 @@ from pared.model.outputs import Key, Leaf, share_of_each
 from pared.model.recorded import draws
 from pared.switches import WITHOUT_FAST_PATHS
 
-MOST_CALLS: Final = 3  # that are repeated: the first, the last and one in the middle
+MOST_CALLS: Final = 3  # that are repeated: the first, the last and one in the middle ...
+_ENOUGH_SAMPLES: Final = 24  # ... or fewer if they have as many samples
 _MOST_NUMBERS: Final = 1 << 26  # of the outputs that are kept; of one call at least
 
 
@@ -47,10 +48,18 @@ class Yardstick:
         self._expected: list[_Expected] = []
         places = sorted({0, len(seen.calls) // 2, len(seen.calls) - 1})
         self.in_floats, self._failure = bool(seen.energies), ""
+        places = _with_enough(places[:MOST_CALLS], seen.samples_of_calls)
         try:
-            self._repeat([seen.calls[place] for place in places[:MOST_CALLS]])
+            if seen.outputs_of_calls:  # the copy that was called then is like this one
+                kept = [
+                    [leaf for leaf in found if not leaf.is_logits or leaf.path in seen.logits]
+                    for found in seen.outputs_of_calls
+                ]
+                self._expected = [_Expected(seen.calls[place], kept[place]) for place in places]
+            else:
+                self._repeat([seen.calls[place] for place in places])
         except Exception as error:  # noqa: BLE001  # whatever the model raises: then nothing can be compared
-            self._failure = f"no damage was measured: a recorded call cannot be repeated: {reason_of(error)}"
+            self._failure = _unrepeatable(error)
         self.rest()
 
     @functools.cached_property
@@ -92,6 +101,8 @@ class Yardstick:
             try:
                 got = {leaf.key: leaf.value for leaf in self._outputs(model, expected.call)}
             except Exception as error:  # noqa: BLE001  # whatever the model raises is what is found
+                if self._cannot_repeat(expected.call):
+                    return Damage(notes=(self._failure,))
                 note = f"a recorded call fails in the result: {reason_of(error)}"
                 return Damage(None, math.inf, calls=len(repeated), notes=(note,))
             for leaf in expected.leaves:
@@ -109,6 +120,14 @@ class Yardstick:
             outputs[name] = outputs.get(name, 0.0) + (share if math.isfinite(share) else math.inf)
         measured = sum(outputs.values()) * share_of_each(lost) if outputs else None
         return Damage(None, measured, tuple(outputs.items()), len(repeated), tuple(notes)[:3])
+
+    def _cannot_repeat(self, call: Call) -> bool:
+        """Whether the float model itself fails at a call that it took before; then `_failure` says so."""
+        try:
+            self._outputs(shadow(self._model), call)  # the weights of the copy may be others now
+        except Exception as error:  # noqa: BLE001  # whatever the model raises: then nothing can be compared
+            self._failure = _unrepeatable(error)
+        return bool(self._failure)
 
     def with_weights(self, values: Mapping[str, Tensor]) -> float:
         """The damage on the first call while some tensors of the float model, by name, have other values.
@@ -145,3 +164,16 @@ def _error(ours: Leaf, theirs: Tensor) -> float:
 
 def _energy(leaf: Leaf) -> float:
     return leaf.energy() if leaf.value.is_floating_point() else float(leaf.value.numel())
+
+
+def _unrepeatable(error: Exception) -> str:
+    return f"no damage was measured: a recorded call cannot be repeated: {reason_of(error)}"
+
+
+def _with_enough(places: Sequence[int], samples: Sequence[int]) -> list[int]:
+    """The first of these places whose calls have enough samples together."""
+    found: list[int] = []
+    for place in places:
+        if sum(samples[one] for one in found) < _ENOUGH_SAMPLES:
+            found.append(place)
+    return found

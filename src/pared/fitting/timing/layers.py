@@ -20,9 +20,17 @@ from pared.runtime.profile.timings import Kernel, Timing
 from pared.runtime.stopwatch import times_of
 
 
-def time_layers(candidates: Sequence[Candidate], activations: Mapping[str, Activation]) -> Profile:
-    """Time each module in float32, bfloat16 and int8 on a call that calibration saw; equal modules only once."""
-    kernels: tuple[Kernel, ...] = ("int8",) if without_bfloat16() else ("bfloat16", "int8")
+def time_layers(
+    candidates: Sequence[Candidate], activations: Mapping[str, Activation], *, in_bfloat16: bool = True
+) -> Profile:
+    """Time each module in float32, bfloat16 and int8 on a call that calibration saw; equal modules only once.
+
+    Args:
+        candidates: the modules.
+        activations: how they treat their inputs, by name.
+        in_bfloat16: whether it is tried where the processor has it.
+    """
+    kernels: tuple[Kernel, ...] = ("int8",) if without_bfloat16() or not in_bfloat16 else ("bfloat16", "int8")
     timings: dict[str, Timing] = {}
     known: dict[object, Timing | None] = {}
     for candidate in candidates:

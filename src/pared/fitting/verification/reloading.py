@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pared.errors import ModelError
-from pared.model.calls import Call
+from pared.model.calls import Call, smallest_like_first
 from pared.model.copies import clone_structure
 from pared.model.outputs import tensors_of
 from pared.model.recorded import draws
@@ -31,22 +31,22 @@ def check_reloading(found: nn.Module, tensors: ModelTensors[nn.Module], calls: S
     Args:
         found: the quantized model, which is not called: copies of it are.
         tensors: those of the float model. An empty copy of it becomes what `load` would make.
-        calls: what calibration saw; the first is made on both.
+        calls: what calibration saw; the smallest like the first is made on both.
 
     Raises:
         ModelError: the outputs differ by more than rounding, although those of two calls of the same model do not.
     """
     if not calls:
         return
-    record = record_of(found)
+    record, call = record_of(found), smallest_like_first(calls)
     empty = clone_structure(tensors.model, lambda tensor: torch.empty_like(tensor, device="meta"))
     loaded = assemble(tensors.in_copy(empty), contents_of(found), record.profile, record.memory)
     try:
         # Graphs are compared with the modules wherever they are made.
-        ours, theirs = (_call(on_modules(one), calls[0]) for one in (copy.deepcopy(found), loaded))
+        ours, theirs = (_call(on_modules(one), call) for one in (copy.deepcopy(found), loaded))
         if _distance(ours, theirs) <= _ROUNDING:
             return
-        again = _call(on_modules(copy.deepcopy(found)), calls[0])
+        again = _call(on_modules(copy.deepcopy(found)), call)
     except Exception as error:  # noqa: BLE001  # the model's, which went through the same call in calibration
         log.warning("the result could not be compared with what its file gives: %s: %s", type(error).__name__, error)
         return
@@ -54,7 +54,7 @@ def check_reloading(found: nn.Module, tensors: ModelTensors[nn.Module], calls: S
         log.debug("the result is random, so it cannot be compared with what its file gives")
         return
     raise ModelError(
-        "what would be loaded from its file gives other outputs than the compressed model, on the first calibration "
+        "what would be loaded from its file gives other outputs than the compressed model, on a calibration "
         "call: something other than weights decides about the outputs, and no file holds it",
         where=type(tensors.model).__name__,
         remedy="Look for results that the model keeps from one call to the next, in attributes or outside of it.",

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pared.errors import ModelError, reason_of
-from pared.model.calls import Call
+from pared.model.calls import Call, smallest_like_first
 from pared.model.copies import shadow
 from pared.model.copying.reach import Reach, is_plain, memory_of
 from pared.model.outputs import tensors_of
@@ -50,7 +50,7 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
 
     Args:
         tensors: those of the model, which is left as it is.
-        calls: what calibration saw; the first of them is made once more, on a copy.
+        calls: what calibration saw; the smallest like the first of them is made once more, on a copy.
 
     Raises:
         ModelError: a copy reads weights of the model; or it reads none at all; or it reads tensors that were computed
@@ -61,7 +61,7 @@ def check_weights(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> No
     copied = shadow(tensors.model)
     reach = Reach(copied)
     kept = {key: one for key, one in reach.tensors.items() if key not in reach.registered}
-    reads, call = _Reads(), calls[0]
+    reads, call = _Reads(), smallest_like_first(calls)
     try:
         with torch.no_grad(), random_states_kept(), reads:
             output = call.on(copied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,3 +26,8 @@ def alike(seed: int = 0) -> Iterator[None]:
         finally:
             random.setstate(drawn[0])
             np.random.set_state(drawn[1])
+
+
+def drawn() -> object:
+    """What differs after torch, NumPy or Python drew a random number."""
+    return torch.random.get_rng_state().numpy().tobytes(), pickle.dumps(np.random.get_state()), random.getstate()
