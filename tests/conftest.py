@@ -13,6 +13,7 @@ import torch
 
 from pared.files import threads
 from pared.fitting import speed
+from pared.runtime import stopwatch
 from pared.runtime.graphs import fusion
 from pared.runtime.kernels import linear, machine, patches
 
@@ -52,6 +53,7 @@ def _as_on_most_machines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "time_calls", lambda *_, **__: ())
         patch.setenv("PARED_CACHE", "")  # nothing outlives a test
+        patch.setattr(stopwatch, "waited_seconds", lambda: 0.0)
         _set_tiles(patch, there=False)
         yield
 

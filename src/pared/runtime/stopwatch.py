@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from pared.errors import reason_of
 
 FormT = TypeVar("FormT")
+_TASKS: Final = Path("/proc/self/task")
 
 # The fastest of many runs counts, because a busy machine slows whole stretches of time: at least 5 runs, and for short
 # ones up to 200 until 0.06 seconds have passed, or a second on a busy machine. One run before these warms caches and
@@ -37,21 +39,48 @@ _WARM_UP: Final = 1
 # no more. After a single run none is given up: that run may have been disturbed.
 _HOPELESS: Final = {1: 5.0, 2: 2.0, 3: 1.5}
 
-# A machine is busy if it gives this process less than one processor for this share of the time.
+# A machine is busy if it gives this process less than one processor for this share of the time, or if the process waits
+# for processors this much longer than it runs on them. Its own threads may wait for each other, too.
 _BUSY: Final = 1.25
+_BUSY_WAITING: Final = 0.5
+
+# A run was disturbed if threads of this process that could run did not for this share of the time. (Several threads of
+# a disturbed run took at least the time of one, and at most that of the clock.)
+_DISTURBED: Final = 0.05
+_UNDISTURBED_RUNS: Final = 2  # of each form that may be fastest, or else as many as there is time for on a busy machine
 
 
 @dataclass
 class Spent:
-    """Seconds of the clock, and of processors working for this process: with several threads more than of the clock."""
+    """Seconds of the clock, and of processors working for this process: with several threads more than of the clock.
+
+    Args:
+        clock: seconds of the clock.
+        processor: seconds of all threads on processors, those of other runtimes included.
+        waited: seconds in which threads could run and others did, of all threads together; 0 where no system tells.
+    """
 
     clock: float = 0.0
     processor: float = 0.0
+    waited: float = 0.0
 
     @property
     def is_busy(self) -> bool:
         """Whether other processes were given the processor meanwhile."""
-        return self.clock > _BUSY * self.processor
+        return self.clock > _BUSY * self.processor or self.waited > _BUSY_WAITING * self.processor
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the clock says more than the work took."""
+        return self.clock > _BUSY * self.processor or self.waited > _DISTURBED * self.clock
+
+    def least(self, threads: int) -> float:
+        """The least seconds that the work can have taken with this number of threads.
+
+        >>> Spent(3.0, 4.0).least(2), Spent(6.0, 4.0, 5.0).least(2)
+        (3.0, 2.0)
+        """
+        return self.processor / threads if self.is_disturbed else self.seconds
 
     @property
     def seconds(self) -> float:
@@ -65,12 +94,25 @@ class Spent:
     @contextmanager
     def adding(self) -> Iterator[None]:
         """Add what is spent inside."""
+        waited = waited_seconds()
         clock, processor = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             self.clock += time.perf_counter() - clock
             self.processor += time.process_time() - processor
+            self.waited += max(0.0, waited_seconds() - waited)  # threads may have ended
+
+
+def waited_seconds() -> float:
+    """How long the threads of this process have waited for a processor that other threads had; 0 but on Linux."""
+    total = 0
+    try:
+        for thread in _TASKS.iterdir():
+            total += int((thread / "schedstat").read_bytes().split()[1])
+    except (OSError, ValueError, IndexError):  # another system, or a thread that has ended
+        return total / 1e9
+    return total / 1e9
 
 
 class Stopwatch:
@@ -105,7 +147,8 @@ def fastest_ms(
 ) -> dict[FormT, float]:
     """The shortest time of each of several functions, in milliseconds; they run in turn, without gradients.
 
-    What other processes were given meanwhile does not count, so far as that is known: see `Spent`.
+    What other processes were given meanwhile does not count, so far as that is known: see `Spent`. Of disturbed runs of
+    several threads only bounds are known, so that none of them is given up for the upper one.
 
     Args:
         forms: the functions.
@@ -114,15 +157,19 @@ def fastest_ms(
     Raises:
         FormError: one of them raised an exception.
     """
+    threads = torch.get_num_threads()
     best = {form: warm.get(form, math.inf) for form in forms}
+    least = dict(best)  # lower bounds
+    undisturbed = dict.fromkeys(forms, 0)
     total = Spent()
     with torch.no_grad():  # a model may take gradients in its own forward, as of an energy: no `inference_mode`
         for attempt in range(_WARM_UP + _MOST_RUNS):
             runs = attempt - _WARM_UP  # of each, besides the first
-            bound = _HOPELESS.get(min(runs, max(_HOPELESS)), math.inf) * min(best.values())
-            most = max(_LONG_RUN, _FAR * min(best.values()))
-            hopeless = {form for form in warm if most < best.get(form, 0.0) < math.inf}
-            left = [form for form in forms if best[form] <= bound and form not in (warm if runs < 0 else hopeless)]
+            fastest = min(best.values())
+            bound = _HOPELESS.get(min(runs, max(_HOPELESS)), math.inf) * fastest
+            most = max(_LONG_RUN, _FAR * fastest)
+            hopeless = {form for form in warm if most < least.get(form, 0.0) < math.inf}
+            left = [form for form in forms if least[form] <= bound and form not in (warm if runs < 0 else hopeless)]
             if runs >= _RUNS_OF_THE_LAST and len(left) == 1 < len(forms):
                 break
             for form in left:
@@ -132,26 +179,32 @@ def fastest_ms(
                         forms[form]()
                 except Exception as error:
                     raise FormError(form) from error
-                total.clock, total.processor = total.clock + spent.clock, total.processor + spent.processor
+                for name in ("clock", "processor", "waited"):
+                    setattr(total, name, getattr(total, name) + getattr(spent, name))
                 best[form] = min(best[form], spent.seconds)
-            if _is_enough(runs, sum(best.values()), total):
+                least[form] = min(least[form], spent.least(threads))
+                undisturbed[form] += runs >= 0 and not spent.is_disturbed
+            is_known = all(undisturbed[form] >= _UNDISTURBED_RUNS for form in left)
+            if _is_enough(runs, sum(best.values()), total, is_known=is_known or threads == 1):
                 break
     return {form: 1e3 * seconds for form, seconds in best.items()}
 
 
-def _is_enough(runs: int, each: float, total: Spent) -> bool:
-    """Whether so many runs besides the first and one more tell what is fastest.
+def _is_enough(runs: int, each: float, total: Spent, *, is_known: bool) -> bool:
+    """Whether this number of runs, besides the first and one more, tells what is fastest.
 
     Args:
-        runs: of the forms that are left.
+        runs: their number, of each form that is left.
         each: the seconds of one run of all forms.
         total: what all runs took.
+        is_known: whether there are undisturbed runs of all forms that are left, or none are needed.
     """
     if runs < 0:
         return False
-    if total.seconds > _LONG_SECONDS or (runs + 1 >= _FEW_RUNS and each > _ENOUGH_SECONDS):
+    if total.seconds > _LONG_SECONDS or (is_known and runs + 1 >= _FEW_RUNS and each > _ENOUGH_SECONDS):
         return True
-    return runs >= _LEAST_RUNS and total.clock > (_BUSY_SECONDS if total.is_busy else _SECONDS)
+    busy = total.is_busy or not is_known
+    return runs >= _LEAST_RUNS and total.clock > (_BUSY_SECONDS if busy else _SECONDS)
 
 
 def times_of(

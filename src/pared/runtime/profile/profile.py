@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 ENGINE_FILE: Final = "engine.json"  # beside the artifact
 
 BUSY: Final = (
-    "the machine was busy while this was measured: only time on the processor counts, and pared.tune_speed on an idle "
-    "machine may find something faster"
+    "the machine was busy while this was measured: what replaces layers in int8 had to be far faster, and the first "
+    "calls measure again; pared.tune_speed on an idle machine settles it"
 )
 _NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
 _NAMES: Final[dict[Form, str]] = {"bfloat16": "in bfloat16", "graph": "as a graph", "openvino": "in OpenVINO"}
@@ -72,6 +72,12 @@ class Profile:
         """The same without the times of a form, and why."""
         submodels = {name: timing.without(form, reason) for name, timing in self.submodels.items()}
         return replace(self, model=self.model.without(form, reason), submodels=submodels)
+
+    def __post_init__(self) -> None:
+        """Where several threads were timed on a busy machine, times are doubtful."""
+        doubtful = self.busy and self.machine.get("threads") != 1  # of one thread, time on the processor is exact
+        if self.model.is_doubtful != doubtful:
+            object.__setattr__(self, "model", replace(self.model, is_doubtful=doubtful))
 
     def to_json(self) -> str:
         """The text of `engine.json`."""

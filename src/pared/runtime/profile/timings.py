@@ -14,6 +14,7 @@ from pared.runtime.graphs.call_kinds import Argument, describe_kind
 # Anything but the default (float32, layer by layer) is used only if it takes at most this share of the default's time:
 # a smaller gain is noise, or not worth the rounding.
 WORTH: Final = 0.9
+_WORTH_IN_DOUBT: Final = 0.5  # where several threads were timed, of which only bounds are known
 
 # No times that are not measured but made up, in milliseconds.
 _SHORTEST, _LONGEST = 1e-9, 1e12
@@ -154,10 +155,13 @@ class ModelTiming:
     Args:
         calls: the calls that were timed; default: none.
         because: why none was timed here although there were some; empty if that is not so.
+        is_doubtful: several threads were timed while other processes had the processors, so that times are only bounds:
+            what replaces the quantized modules must take at most half of their time.
     """
 
     calls: tuple[CallTiming, ...] = ()
     because: str = ""
+    is_doubtful: bool = False
 
     @property
     def served(self) -> tuple[Served, ...]:
@@ -168,7 +172,7 @@ class ModelTiming:
             return tuple(Served("bfloat16", example) for _, example in self._by_kind)
         found = []
         for own, example in self._by_kind:
-            for field, least, below in _by_size(own):
+            for field, least, below in self._by_size(own):
                 form = _FORMS.get(field)
                 found += [] if form is None else [Served(form, example, least, below)]
         return tuple(found)
@@ -181,13 +185,26 @@ class ModelTiming:
             found.setdefault(one.kind, []).append(one)
         return [(own, max((one.arguments for one in own), key=_numbers)) for own in found.values()]
 
+    def _by_size(self, own: Sequence[CallTiming]) -> list[tuple[str, float, float]]:
+        return _by_size(own, _WORTH_IN_DOUBT if self.is_doubtful else WORTH)
+
+    def kinds_with(self, form: Form) -> tuple[tuple[Argument, ...], ...]:
+        """The largest call of each kind of which all calls have a time in this form."""
+        return tuple(example for own, example in self._by_kind if all(getattr(one, f"{form}_ms") for one in own))
+
+    @property
+    def largest_calls(self) -> tuple[tuple[Argument, ...], ...]:
+        """The largest call of each kind."""
+        return tuple(example for _, example in self._by_kind)
+
     @property
     def kernel(self) -> Kernel:
         """How the model runs: "int8" (each layer with its own kernel) if that is at least a tenth faster than float32.
 
-        The geometric mean over the measured calls decides; int8 if none was measured.
+        The geometric mean over the measured calls decides; int8 if none was measured, or if it is doubtful that another
+        one takes half of its time.
         """
-        if not self.calls:
+        if not self.calls or (self.is_doubtful and min(1.0, self._bfloat16) > _WORTH_IN_DOUBT * self._int8):
             return "int8"
         if min(self._int8, self._bfloat16) > WORTH:
             return "float32"
@@ -219,7 +236,7 @@ class ModelTiming:
         return _mean(
             (getattr(call, field) or math.inf) / call.float32_ms
             for own, _ in self._by_kind
-            for field, least, below in _by_size(own)
+            for field, least, below in self._by_size(own)
             for call in own
             if least <= _numbers(call.arguments) < below
         )
@@ -264,19 +281,19 @@ def _milliseconds_or_none(value: object, at: Place) -> float | None:
     return None if value is None else _milliseconds(value, at)
 
 
-def _by_size(calls: Sequence[CallTiming]) -> list[tuple[str, float, float]]:
+def _by_size(calls: Sequence[CallTiming], worth: float) -> list[tuple[str, float, float]]:
     """The field of the form in int8 that is fastest for calls of a kind, from a size to another.
 
     One form for all sizes is best, as each takes memory; where another is a tenth faster than it, that is taken.
     """
-    common = _fastest(calls)
+    common = _fastest(calls, worth)
     sizes: dict[int, list[CallTiming]] = {}
     for call in calls:
         sizes.setdefault(_numbers(call.arguments), []).append(call)
     found: list[tuple[str, float, float]] = []
     before = 0
     for size, own in sorted(sizes.items()):
-        best = _fastest(own, common)
+        best = _fastest(own, worth, common)
         if found and found[-1][0] == best:
             least = found.pop()[1]
         else:
@@ -287,12 +304,12 @@ def _by_size(calls: Sequence[CallTiming]) -> list[tuple[str, float, float]]:
     return found
 
 
-def _fastest(calls: Sequence[CallTiming], best: str = "modules_ms") -> str:
-    """The field of the form in int8 that is fastest for calls, if it is a tenth faster than the best so far."""
+def _fastest(calls: Sequence[CallTiming], worth: float, best: str = "modules_ms") -> str:
+    """The field of the form in int8 that is fastest for calls, if that is worth it beside the best so far."""
     for other in ("modules_ms", "graph_ms", "openvino_ms"):
         pairs = [(getattr(call, other), getattr(call, best)) for call in calls]
         ratios = [ms / than for ms, than in pairs if ms and than]
-        faster = _mean(ratios) <= WORTH or (min(ratios, default=1.0) <= WORTH and max(ratios) <= 1.0)
+        faster = _mean(ratios) <= worth or (min(ratios, default=1.0) <= worth and max(ratios) <= 1.0)
         if len(ratios) == len(calls) and faster:
             best = other
     return best
