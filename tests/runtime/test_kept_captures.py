@@ -1,13 +1,16 @@
 """Captured graphs that outlive a process are those that would be captured now, or they are not taken."""
 
+import functools
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,12 +86,56 @@ class Net(nn.Module):
         out: Tensor = self.layer(x) * (scale(1.0) if callable(scale) else scale)
         return out
 
+    def negative(self, x: Tensor) -> Tensor:
+        return -self.layer(x)
+
 
 class Config:
     """Holds an option, as the configurations of many libraries do."""
 
     def __init__(self, value: float) -> None:
         self.value = value
+
+    def plus(self, x: float) -> float:
+        return x + self.value
+
+    def minus(self, x: float) -> float:
+        return x - self.value
+
+
+class Scale:
+    """A function with a number of its own."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, x: float) -> float:
+        return self.value * x
+
+
+FACTOR = 2.0
+
+
+def times(x: float, factor: float = 1.0) -> float:
+    return FACTOR * factor * x
+
+
+def with_forward(name: str) -> nn.Module:
+    model: Any = Net()
+    model.forward = MethodType(getattr(Net, name), model)
+    return model
+
+
+def with_method(name: str) -> nn.Module:
+    return Net(getattr(Config(2.0), name))
+
+
+def made_inside(factor: float) -> nn.Module:
+    class Inside(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * factor
+
+    return Inside()
 
 
 def twice(x: float) -> float:
@@ -112,6 +159,15 @@ DIFFERENT: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = [
     (lambda: nn.Sequential(nn.ReLU()), lambda: nn.Sequential(nn.GELU())),
     (tied, lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
     (Net, lambda: Net().double()),
+    (lambda: Net(functools.partial(times, factor=2.0)), lambda: Net(functools.partial(times, factor=3.0))),
+    (lambda: Net(Scale(2.0)), lambda: Net(Scale(3.0))),
+    (lambda: with_method("plus"), lambda: with_method("minus")),
+    (lambda: with_forward("forward"), lambda: with_forward("negative")),
+    (lambda: Net(lambda x, factor=2: factor * x), lambda: Net(lambda x, factor=3: factor * x)),
+    (lambda: made_inside(2.0), lambda: made_inside(3.0)),
+    (lambda: Net({"value": (1, (2, 3))}), lambda: Net({"value": (1, (2,), 3)})),
+    (lambda: Net({"value": {"a": 1}, "b": 2}), lambda: Net({"value": {"a": 1, "b": 2}})),
+    (lambda: Net({"value": {1: 2}}), lambda: Net({"value": {"1": 2}})),
 ]
 
 
@@ -119,6 +175,72 @@ DIFFERENT: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = [
 def test_whatever_decides_is_in_the_key(one: Callable[[], nn.Module], other: Callable[[], nn.Module]) -> None:
     assert key_of(one(), CALL) == key_of(one(), CALL)
     assert key_of(one(), CALL) != key_of(other(), CALL)
+
+
+def test_what_is_set_outside_of_the_model_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key() -> str:
+        return key_of(Net(times).float(), CALL)
+
+    found = [key()]
+    with monkeypatch.context() as changed:
+        changed.setattr(sys.modules[__name__], "FACTOR", 3.0)
+        found.append(key())
+    with monkeypatch.context() as changed:
+        changed.setattr(Net, "option", 3.0, raising=False)
+        found.append(key())
+    with monkeypatch.context() as changed:
+        changed.setattr(Net, "forward", Net.negative)
+        found.append(key())
+    torch.set_default_dtype(torch.float64)
+    try:
+        found.append(key())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(set(found)) == len(found)
+    assert key() == found[0]
+
+
+class Slots:
+    """Has no dict that says all."""
+
+    __slots__ = ("value",)
+
+
+class Beside(Slots):
+    """Has a dict, too."""
+
+
+@pytest.mark.parametrize("held", [torch.zeros(2000), np.zeros(3), Beside(), [nn.Linear(2, 2)], iter(())], ids=str)
+def test_what_no_key_can_tell_is_not_kept(held: object, folder: Path) -> None:
+    model = Net()
+    model.other = held  # type: ignore[assignment]  # it may be anything
+    with pytest.raises(UnknownError):
+        key_of(model, CALL)
+    kept.captured(model, CALL)
+    assert not folder.exists()
+
+
+def test_a_model_whose_attributes_raise_is_captured(folder: Path) -> None:
+    class Refuses(dict[str, int]):
+        def __len__(self) -> int:
+            raise ValueError("not now")
+
+    model = Net()
+    model.other = Refuses()  # type: ignore[assignment]  # it may be anything
+    assert kept.captured(model, CALL).graph.nodes
+    assert not folder.exists()
+
+
+@pytest.mark.child
+def test_the_key_is_the_same_in_every_process() -> None:
+    code = "from tests.runtime import test_kept_captures as t; print(t.key_of(t.Net({'value': {'a', 'b'}}), t.CALL))"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, check=True
+        ).stdout
+        for seed in "12"
+    }
+    assert len(found) == 1
 
 
 def test_weights_are_not_in_the_key_and_calls_are() -> None:
@@ -160,12 +282,16 @@ def test_code_that_is_edited_is_captured_again(
     (user / "beside.py").write_text("")  # it may be imported
     kept.captured(loaded(user / "user_code.py").Own(8, 8), [Argument("x", "float32", (3, 8))])
     assert len(made) == 3
+    sys.modules["user_code"].__version__ = "1.0"  # type: ignore[attr-defined]  # which an edit does not change
+    (user / "user_code.py").write_text(f"{code} * 3")
+    kept.captured(sys.modules["user_code"].Own(8, 8), [Argument("x", "float32", (3, 8))])
+    assert len(made) == 4
     del sys.modules["user_code"].__file__
     with pytest.raises(UnknownError, match="the code of user_code is in no file"):
         key_of(sys.modules["user_code"].Own(8, 8), CALL)
     kept.captured(sys.modules["user_code"].Own(8, 8), [Argument("x", "float32", (3, 8))])
-    assert len(made) == 4
-    assert len(list(folder.iterdir())) == 3
+    assert len(made) == 5
+    assert len(list(folder.iterdir())) == 4
 
 
 @pytest.mark.parametrize("trouble", ["damaged", "empty", "shortened", "writable", "foreign", "a folder"])

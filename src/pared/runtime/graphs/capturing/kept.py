@@ -6,6 +6,7 @@ come from anyone. `PARED_CACHE` names another folder, and nothing is kept if it 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -24,7 +25,7 @@ from pared.errors import reason_of
 from pared.files.disk import write_atomic
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capturing.capture import Captured, capture, module_of
-from pared.runtime.graphs.capturing.identity import UnknownError, key_of
+from pared.runtime.graphs.capturing.identity import key_of
 from pared.runtime.graphs.capturing.outputs import Outputs
 from pared.switches import ignoring
 
@@ -56,8 +57,8 @@ def _file_of(model: nn.Module, arguments: Sequence[Argument]) -> Path | None:
         return None
     try:
         return Path(folder) / f"{key_of(model, arguments)}.graph"
-    except (UnknownError, OSError) as error:
-        log.debug("a graph is not kept: %s", error)
+    except Exception as error:  # noqa: BLE001  # whatever the model's own objects raise, the call can be captured
+        log.debug("a graph is not kept: %s", reason_of(error))
         return None
 
 
@@ -75,7 +76,8 @@ def _read(file: Path) -> Captured | None:
             raise TypeError("an earlier version of this room wrote it")
         for node in graph.nodes:
             node.meta["nn_module_stack"] = {"": (f"model.{owners[node.name]}", "")}
-        os.utime(file)  # the oldest go first
+        with contextlib.suppress(OSError):  # a folder may be there to be read only
+            os.utime(file)  # the oldest go first
         return Captured(graph, **data)
     except Exception as error:  # noqa: BLE001  # whatever an old or damaged file raises, the call is captured again
         log.info("%s cannot be read (%s): the call is captured again", file, reason_of(error))
