@@ -14,6 +14,7 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.errors import EvaluationError
 from pared.fitting import speed
+from pared.fitting.finishing.forms import Checker
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile.profile import Profile, this_machine
@@ -139,6 +140,34 @@ def test_a_form_that_does_far_more_damage_does_not_run(monkeypatch: pytest.Monke
     assert answers_of(q) == ["modules", "modules"]
     assert "no graph: it does far more damage than predicted" in " ".join(q.report().split())
     assert q.pared.damage.measured < 1e-3
+
+
+@pytest.mark.usefixtures("graphs_win")
+@pytest.mark.parametrize("place", [(Checker, "accurate"), (speed.Timed, "assembled")], ids=lambda one: one[1])
+def test_a_form_that_cannot_be_made_costs_no_search(place: tuple[type, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("not enough for another copy")
+
+    monkeypatch.setattr(*place, fails)
+    model = network()
+    q: Any = pared.fit(model, PostTrainingQuantConfig(), [BATCH], lambda q: closeness(model, q), quiet=True)
+    assert q.pared.met
+    assert q.pared.damage.measured is not None
+    assert q.pared.score == closeness(model, q)
+    assert "runs layer by layer: it could not be made faster: MemoryError: not enough" in " ".join(q.report().split())
+
+
+@pytest.mark.usefixtures("graphs_win")
+def test_the_score_of_a_graph_is_not_that_of_weights_in_codes(tmp_path: Path) -> None:
+    model = network()
+    q = pared.fit(model, PostTrainingQuantConfig(), [BATCH], lambda q: closeness(model, q), quiet=True)
+    pared.save(q, tmp_path)
+    profile = replace(Profile.from_json((tmp_path / "engine.json").read_bytes()), score=0.25)
+    (tmp_path / "engine.json").write_text(profile.to_json())
+    loaded: Any = pared.load(tmp_path, network())
+    assert loaded.pared.score == 0.25
+    compact: Any = pared.load(tmp_path, network(), memory="small")
+    assert compact.pared.score == record_of(compact).outcome.score
 
 
 @pytest.mark.usefixtures("graphs_win")

@@ -210,7 +210,7 @@ class Beside(Slots):
     """Has a dict, too."""
 
 
-@pytest.mark.parametrize("held", [torch.zeros(2000), np.zeros(3), Beside(), [nn.Linear(2, 2)], iter(())], ids=str)
+@pytest.mark.parametrize("held", [torch.zeros(2000), np.zeros(3), Beside(), [nn.Linear(2, 2)], iter(())], ids=range(5))
 def test_what_no_key_can_tell_is_not_kept(held: object, folder: Path) -> None:
     model = Net()
     model.other = held  # type: ignore[assignment]  # it may be anything
@@ -313,6 +313,17 @@ def test_what_cannot_be_read_is_captured_again(
     other = kept.captured(Net(), CALL)
     assert len(made) == 2
     assert described(other) == described(one)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no mask of permissions")
+def test_graphs_are_read_where_a_group_may_write_to_new_files(folder: Path, made: list[nn.Module]) -> None:
+    before = os.umask(0o002)
+    try:
+        for _ in range(2):
+            kept.captured(Net(), CALL)
+    finally:
+        os.umask(before)
+    assert len(made) == 1
 
 
 def test_nothing_is_kept_where_nothing_can_be(

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,19 @@ def test_a_profile_of_a_version_without_reasons_is_read() -> None:
     for timing in (*data["layers"].values(), *data["calls"][""]):
         del timing["because"]
     assert Profile.from_json(json.dumps(data)).layers.keys() == PROFILE.layers.keys()
+
+
+def test_no_profile_makes_load_capture_for_hours() -> None:
+    for calls in ([CALL] * 1000, [replace(CALL, arguments=(Argument("x", "float32", (2, 8)),) * 20_000)]):
+        for text in (replace(PROFILE, model=ModelTiming(tuple(calls))).to_json(), json.dumps(spread(calls))):
+            with pytest.raises(CorruptError, match="far more calls than are ever timed"):
+                Profile.from_json(text)
+
+
+def spread(calls: list[CallTiming]) -> Any:
+    """A profile with these calls, each of another submodel."""
+    submodels = {str(number): ModelTiming((call,)) for number, call in enumerate(calls)}
+    return json.loads(replace(PROFILE, submodels=submodels).to_json())
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ class PostTrainingQuantConfig:
         rules: your own decisions about tensors; of several rules that match a tensor, the first one counts.
         calibration_sampling_size: the number of samples read from the calibration data. Reading stops after the batch
             that reaches it. Default 100.
-        max_trials: the most models that `eval_func` may score, not counting the float model. Default 20.
+        max_trials: the most models that `eval_func` may score, not counting the float model, nor the result as it runs.
+            Default 20.
         timeout: seconds after which no new trial begins. Default 0: no limit.
         seed: where the random directions start in which errors are measured; recorded in the artifact. The same seed,
             data and machine give the same file. Default 0.

@@ -57,7 +57,7 @@ class Record:
     @property
     def outcome_here(self) -> Outcome:
         """How the search went, with the score of the model as it runs on this machine."""
-        score = self.profile.score
+        score = self.profile.score if self.memory == "fast" else None  # else modules answer
         return self.outcome if score is None else replace(self.outcome, score=score)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:

@@ -69,11 +69,15 @@ def _timed(found: nn.Module, known: Prepared[ModuleT], stages: Stages) -> speed.
         with stages.stage("timing"):
             return speed.timed(known.tensors, contents_of(found), known.seen)
     except Exception as error:  # noqa: BLE001  # whatever it is, times are not worth a finished search
-        log.warning("nothing could be timed, so the model runs layer by layer: %s", reason_of(error))
-        record = record_of(found)
-        because = f"its calls could not be timed: {reason_of(error)}"
-        record.profile = replace(record.profile, model=ModelTiming(because=because))
+        _run_by_layers(found, f"its calls could not be timed: {reason_of(error)}")
         return None
+
+
+def _run_by_layers(found: nn.Module, because: str) -> None:
+    """Say why nothing faster answers the calls of a model as it was found."""
+    log.warning("the model runs layer by layer: %s", because)
+    record = record_of(found)
+    record.profile = replace(record.profile, model=ModelTiming(because=because))
 
 
 def _fastest(
@@ -91,8 +95,12 @@ def _fastest(
         refiner.damage_of,
         judged,
     )
-    profile, damage = checker.accurate(timed.profile)
-    fastest = replace(timed, profile=profile).assembled(known.tensors, contents)
+    try:
+        profile, damage = checker.accurate(timed.profile)
+        fastest = replace(timed, profile=profile).assembled(known.tensors, contents)
+    except Exception as error:  # noqa: BLE001  # whatever it is, a faster form is not worth a finished search
+        _run_by_layers(found, f"it could not be made faster: {reason_of(error)}")
+        return found, refiner.damage_of(copy.deepcopy(found))
     old, new = record_of(found), record_of(fastest)
     new.outcome, new.curve = old.outcome, old.curve
     return fastest, damage

@@ -30,6 +30,9 @@ BUSY: Final = (
 _NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
 _NAMES: Final[dict[Form, str]] = {"bfloat16": "in bfloat16", "graph": "as a graph", "openvino": "in OpenVINO"}
 _LARGEST: Final = 1 << 24  # bytes of a file
+# `load` makes a graph for each kind of call. `fit` times at most nine calls of the model, and one of each of a few parts.
+_MOST_CALLS: Final = 100
+_MOST_ARGUMENTS: Final = 10_000  # of all calls together, with the tensors that they hold
 _FLAGS: Final = ("together", "busy")
 
 
@@ -104,6 +107,9 @@ class Profile:
             name: ModelTiming(tuple(CallTiming.from_json(one, at) for one in at.sequence(calls, "a list of calls")))
             for name, calls in at.mapping(known["calls"], "its 'calls'").items()
         }
+        every = [call for one in models.values() for call in one.calls]
+        if len(every) > _MOST_CALLS or sum(len(call.arguments) for call in every) > _MOST_ARGUMENTS:
+            at.fail("it holds far more calls than are ever timed")
         model = models.pop("", ModelTiming())
         together, busy = (known.get(name, False) is True for name in _FLAGS)
         score = known.get("score")

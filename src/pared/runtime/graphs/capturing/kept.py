@@ -99,6 +99,7 @@ def _keep(file: Path, found: Captured) -> None:
         data["graph"] = GraphPickler.dumps(_bare(found.graph), Options(ops_filter=None))
         data["owners"] = {node.name: module_of(node) for node in found.graph.nodes}  # which torch leaves out
         write_atomic(file, lambda stream: stream.write(pickle.dumps(data)))
+        file.chmod(0o600)  # where a user's group may write to what the user writes, it could not be read: see `_is_own`
         kept = sorted(file.parent.glob("*.graph"), key=lambda one: one.stat().st_mtime)
         for old in kept[:-_MOST]:
             old.unlink(missing_ok=True)
