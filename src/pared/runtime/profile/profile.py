@@ -30,7 +30,7 @@ BUSY: Final = (
 _NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
 _NAMES: Final[dict[Form, str]] = {"bfloat16": "in bfloat16", "graph": "as a graph", "openvino": "in OpenVINO"}
 _LARGEST: Final = 1 << 24  # bytes of a file
-# `load` makes a graph for each kind of call. `fit` times at most nine calls of the model, and one of each of a few parts.
+# `load` makes a graph for each kind of call. `fit` times at most nine calls of the model, and a few others.
 _MOST_CALLS: Final = 100
 _MOST_ARGUMENTS: Final = 10_000  # of all calls together, with the tensors that they hold
 _FLAGS: Final = ("together", "busy")
