@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pared
 from pared.errors import ModelError
-from pared.fitting import speed
+from pared.fitting.timing import forms
 from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
 from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.kernels.activation import NotFiniteError
@@ -352,7 +352,7 @@ def test_fit_times_it_beside_the_others(trouble: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(openvino_graph, "find_spec", lambda _: None)
         monkeypatch.setattr(profile, "_version", lambda _: "")
     elif trouble == "far":
-        monkeypatch.setattr(speed, "_AS_FAR", -1.0)
+        monkeypatch.setattr(forms, "_AS_FAR", -1.0)
     elif trouble == "fails":
         monkeypatch.setattr(openvino_graph, "converted", lambda *_: 1 / 0)
     torch.manual_seed(0)
