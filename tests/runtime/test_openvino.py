@@ -235,6 +235,28 @@ class Unknown(nn.Module):
         return torch.special.bessel_j0(x)
 
 
+@pytest.mark.parametrize("approach", ["static", "dynamic", "weight_only"])
+def test_a_submodel_runs_on_its_codes(approach: str) -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(64, 96), nn.LayerNorm(96), nn.GELU(), nn.Linear(96, 64))
+            self.last = nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.inner(x))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Whole().eval(), torch.randn(16, 64)
+    q: Any = fitted(model, approach, [x])
+    graph, names = made(q.inner, model.inner, x)
+    with torch.no_grad():
+        assert sqnr(graph(bind(names, (x,), {}) or {}).numpy(), q.inner(x).numpy()) > 33
+    given = [one for kind, one, _ in _operators(graph) if kind == "FullyConnected"]
+    assert given == ["u8"] * 2 or approach != "static"
+
+
 def test_an_operator_that_nobody_knows_is_named() -> None:
     model, x = Unknown().eval(), torch.randn(3, 8)
     with pytest.raises(ModelError, match="OpenVINO does not know .*bessel_j0"):

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from pared.formats.activation import Activation
-from pared.formats.coded import Grid
-from pared.model.contents import Contents, Stored
+from pared.formats.coded import Grid, Raw
+from pared.model.contents import Contents, Decision, Stored
+from pared.model.tensors import registered_as
 from pared.runtime.graphs.capturing.capture import Captured, module_of
 from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
+from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.onnx.codes import numbers_of, numpy_of
 from pared.runtime.onnx.layout import along
 from pared.runtime.openvino import outliers
 from pared.runtime.openvino.operators import translated
 from pared.runtime.openvino.outliers import coded
-from pared.runtime.record import contents_of
+from pared.runtime.record import RECORD, contents_of
 
 # The operators that multiply an input with a weight; the input comes first.
 _PRODUCTS: Final = ("MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData")
@@ -38,8 +40,8 @@ def converted(model: nn.Module, captured: Captured) -> tuple[Any, tuple[object, 
     """The `openvino.Model` of a captured call, with the numbers of a quantized model.
 
     Args:
-        model: the quantized model, a whole one.
-        captured: a call of the float model; it is not changed.
+        model: the quantized model, or a submodel of it.
+        captured: a call of the float model, or of that submodel; it is not changed.
 
     Returns:
         the model, whose inputs have the names of the capture's; and the leaves of the call's output: a constant, or a
@@ -57,8 +59,26 @@ def converted(model: nn.Module, captured: Captured) -> tuple[Any, tuple[object, 
     names: dict[int, str] = {}  # of each module the first
     modules = {name: names.setdefault(id(one), name) for name, one in model.named_modules(remove_duplicate=False)}
     owners = {node.name: modules.get(module_of(node), "") for node in graph.nodes}
-    _Converter(made, contents_of(model), owners).fill(captured)
+    contents = contents_of(model) if RECORD in vars(model) else _contents_within(model, captured)
+    _Converter(made, contents, owners).fill(captured)
     return made, tuple(Result(nodes.index(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+
+
+def _contents_within(submodel: nn.Module, captured: Captured) -> Contents:
+    """What a submodel holds in codes, and the rest as floats: only the whole model knows of which codes those are."""
+    tensors, activations = [], {}
+    for name in dict.fromkeys(captured.tensors.values()):
+        home, _, attribute = name.rpartition(".")
+        module = submodel.get_submodule(home)
+        if isinstance(module, Counterpart) and attribute in module.pared_views:
+            stored = module.pared_coded(attribute)
+            if module.pared_activation is not None:
+                activations[home] = module.pared_activation
+        else:
+            tensor = registered_as(module, attribute)
+            stored = Raw(str(tensor.dtype).removeprefix("torch.")).encode(tensor)
+        tensors.append(Stored((name,), "parameter", stored, Decision(name, "exact", None, "")))
+    return Contents(tuple(tensors), activations)
 
 
 class _Converter:

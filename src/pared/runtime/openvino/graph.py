@@ -43,7 +43,7 @@ class OpenVinoGraph:
     It is compiled again for another number of threads.
 
     Args:
-        model: the quantized model, a whole one.
+        model: the quantized model, or a submodel of it.
         captured: a call of a float model of the same architecture; it is not changed.
 
     Attributes:
