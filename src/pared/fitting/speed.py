@@ -168,7 +168,7 @@ def _timed(
         }
         profile = replace(profile, submodels={name: timing for name, timing in times.items() if timing.forms})
         by_layers = quantized.assemble(tensors, contents, profile, captures=captures)
-    found = time_calls(model, by_layers, calls, captures[""], whole=True, known=known)
+    found = time_calls(model, by_layers, calls, captures[""], known=known)
     return replace(profile, model=ModelTiming(found))
 
 
@@ -178,7 +178,6 @@ def time_calls(
     calls: Sequence[Call],
     captures: Captures,
     *,
-    whole: bool = False,
     known: Sequence[CallTiming] = (),
 ) -> tuple[CallTiming, ...]:
     """Time a model, or a submodel, in all of its forms.
@@ -189,7 +188,6 @@ def time_calls(
         calls: the calls that calibration made. Of each kind the largest, the smallest and the first sample of the
             smallest are made again, small ones first. bfloat16 is given up if a call is far slower in it.
         captures: the graphs captured so far of this architecture.
-        whole: whether it is a whole model, whose codes are known to other runtimes.
         known: the times of the same model with other kernels in its layers: those in bfloat16 and in other runtimes
             hold for this one, too, as shares of those in float32.
 
@@ -204,7 +202,7 @@ def time_calls(
     # A graph for each call kind, of its largest call.
     server = GraphServer(float_forms.outline_of, list(kinds.values()), captures)
     openvino = None
-    if whole and not known and is_installed():
+    if not known and is_installed():
         openvino = OpenVinoServer(float_forms.outline_of, list(kinds.values()), captures)
     half = _KNOWN if known else _copied_to_bfloat16(model)
     forms = Forms(model, half, by_layers, server, openvino, exact)

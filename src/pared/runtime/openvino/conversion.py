@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from pared.formats.activation import Activation
 from pared.formats.coded import Grid, Raw
+from pared.formats.dtypes import Array
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.tensors import registered_as
 from pared.runtime.graphs.capturing.capture import Captured, module_of
@@ -19,7 +19,8 @@ from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.onnx.codes import numbers_of, numpy_of
 from pared.runtime.onnx.layout import along
-from pared.runtime.openvino import outliers
+from pared.runtime.openvino import halves, outliers
+from pared.runtime.openvino.halves import pads_with_zeros
 from pared.runtime.openvino.operators import translated
 from pared.runtime.openvino.outliers import coded
 from pared.runtime.record import RECORD, contents_of
@@ -100,6 +101,7 @@ class _Converter:
         self._owners = owners
         self._rounded: dict[object, Any] = {}
         self._outlying: list[tuple[Any, Activation]] = []  # products, whose inputs have outliers
+        self._wide: list[tuple[Any, Array, Array]] = []  # constants, with their codes of 16 bits and their steps
 
     def fill(self, captured: Captured) -> None:
         """Put the numbers into the places of the parameters that are none of the call."""
@@ -111,15 +113,23 @@ class _Converter:
         for name, tensor_name in captured.tensors.items():
             if name in parameters:
                 self._fill_weight(parameters[name], stored[tensor_name])
-        outliers.give_extra_columns(self._outlying, self._on_grid)  # which look at all of the weights
+        # These look at several weights.
+        outliers.give_extra_columns(self._outlying, self._on_grid)
+        for constant, codes, steps in self._wide if exact_products() else ():
+            halves.split(constant, codes, steps, self._on_grid)
         self._model.validate_nodes_and_infer_types()
 
     def _fill_weight(self, parameter: Any, weight: Stored) -> None:
-        if not isinstance(weight.coded.format, Grid) or weight.coded.parts["codes"].dtype is not torch.int8:
+        if not isinstance(weight.coded.format, Grid):
             self._replace(parameter, self._constant(weight.coded.decode()))
             return
         codes, steps = numbers_of(weight)
         axes, found = along(steps)
+        if codes.dtype != np.int8:
+            constant = self._constant(weight.coded.decode())
+            self._replace(parameter, constant)
+            self._wide.append((constant, codes, found))
+            return
         value = coded(codes, found)
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
@@ -149,7 +159,7 @@ class _Converter:
         key = (source.get_node().get_name(), source.get_index(), scale, zero_point)
         if key not in self._rounded:
             node = source.get_node()
-            if _pads_with_zeros(node):  # which are on the grid: a product can round its output, but not pad it
+            if pads_with_zeros(node):  # which are on the grid: a product can round its output, but not pad it
                 inner = self._on_grid(node.input_value(0), activation)
                 rounded = self._opset.pad(
                     inner, node.input_value(1), node.input_value(2), "constant", node.input_value(3)
@@ -167,15 +177,6 @@ class _Converter:
         for target in list(parameter.output(0).get_target_inputs()):
             target.replace_source_output(value.output(0))
         self._model.remove_parameter(parameter)
-
-
-def _pads_with_zeros(node: Any) -> bool:
-    if node.get_type_name() != "Pad" or node.get_attributes()["pad_mode"] != "constant" or node.get_input_size() < 4:
-        return False
-    value = node.input_value(3).get_node()
-    while value.get_type_name() == "Convert":
-        value = value.input_value(0).get_node()
-    return value.get_type_name() == "Constant" and not value.get_data().any()
 
 
 def _products(output: Any) -> Iterator[Any]:

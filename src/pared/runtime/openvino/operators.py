@@ -54,7 +54,7 @@ def translated(graph: fx.Graph) -> Any:
         names = {op.get_friendly_name().split("/")[0] for op in model.get_ops() if op.get_type_name() == _UNKNOWN}
         if not names:
             decoder = TorchFXPythonDecoder(module, None, dynamic_shapes=True)  # which has to live until the end
-            return front_end.convert(front_end.load(decoder))
+            return _folded(front_end.convert(front_end.load(decoder)))
         unknown = [node for node in graph.nodes if node.name in names and node.op == "call_function"]
         left = [str(node.target) for node in unknown]
         taken_apart = [_take_apart(graph, node) for node in unknown]
@@ -62,6 +62,16 @@ def translated(graph: fx.Graph) -> Any:
             break
     what = ", ".join(sorted(set(left))[:3]) or "an operator"
     raise ModelError(f"OpenVINO does not know {what}", where="graph", remedy="Nothing needs to be done.")
+
+
+def _folded(model: Any) -> Any:
+    """The same model, in which what is constant is computed, such as sizes of paddings; weights are parameters yet."""
+    from openvino.passes import ConstantFolding, Manager
+
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
+    return model
 
 
 def _take_apart(graph: fx.Graph, node: fx.Node) -> bool:
