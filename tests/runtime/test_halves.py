@@ -90,9 +90,7 @@ def test_both_halves_are_the_whole(stride: int, pads: tuple[int, int, int, int])
     kept = [one.coded.parts["codes"].dtype for one in contents_of(q).tensors if one.name.endswith(("wide.weight",))]
     assert kept == [torch.int16]
     with torch.no_grad():
-        assert snr(q(x), found) > 40, (
-            "only the inputs are rounded, to 8 bits of what they are clamped to"
-        )
+        assert snr(q(x), found) > 40, "only the inputs are rounded, to 8 bits of what they are clamped to"
         assert snr(made(x), found) > 38
     assert convolutions(graph).count("u8") == 4, "two halves of each convolution whose input is clamped"
 

@@ -257,6 +257,31 @@ def test_a_submodel_runs_on_its_codes(approach: str) -> None:
     assert given == ["u8"] * 2 or approach != "static"
 
 
+def test_rows_of_a_table_are_read_as_codes() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(500, 64), nn.Linear(64, 500, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(self.table(ids).tanh())
+            return out
+
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.randint(0, 500, (4, 7))
+    q = fitted(model, "static", [ids])
+    graph, names = made(q, model, ids)
+    with torch.no_grad():
+        assert sqnr(graph(bind(names, (ids,), {}) or {}).numpy(), q(ids).numpy()) > 33
+    kinds = [(kind, given) for kind, given, _ in _operators(graph) if kind in ("Gather", "FullyConnected")]
+    assert ("Gather", "u8") in kinds
+    assert ("FullyConnected", "u8") in kinds
+    ops = graph._session()._compiled.get_runtime_model().get_ordered_ops()
+    sizes = [op.get_output_shape(0) for op in ops if op.get_rt_info()["layerType"].value == "Const"]
+    assert sum(tuple(size) == (500, 64) for size in sizes) <= 2, "one table of codes for rows, one for the product"
+
+
 def test_an_operator_that_nobody_knows_is_named() -> None:
     model, x = Unknown().eval(), torch.randn(3, 8)
     with pytest.raises(ModelError, match="OpenVINO does not know .*bessel_j0"):

@@ -130,12 +130,29 @@ class _Converter:
             self._replace(parameter, constant)
             self._wide.append((constant, codes, found))
             return
+        self._look_up(parameter, codes, found)
         value = coded(codes, found)
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
         if len(axes) <= 1 and exact_products():
             for product in _products(value.output(0)):
                 self._round_input(product, weight)
+
+    def _look_up(self, table: Any, codes: Array, steps: Array) -> None:
+        """Let what reads rows of a table read rows of codes, and the step of each.
+
+        A table of floats would be decoded whole; and where it is a product's weight, too, so would that be.
+        """
+        ops = self._opset
+        for target in list(table.output(0).get_target_inputs()):
+            node = target.get_node()
+            if node.get_type_name() != "Gather" or target.get_index() != 0 or steps.shape != (len(codes), 1):
+                continue
+            rows, axis = node.input_value(1), node.input_value(2)
+            found = ops.convert(ops.gather(np.ascontiguousarray(codes), rows, axis), self._ov.Type.f32)
+            value = ops.multiply(found, ops.gather(np.ascontiguousarray(steps, np.float32), rows, axis))
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(value.output(0))
 
     def _round_input(self, product: Any, weight: Stored) -> None:
         """Round the input of a static layer to its calibrated grid."""
