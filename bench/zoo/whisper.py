@@ -182,7 +182,7 @@ def _librivox() -> list[Clip]:
     return [Clip(data.recording(folder / f"{match[2]}.wav", _RATE), match[1]) for match in found if match]
 
 
-def _prompts(part: data.Part, seed: int) -> list[Clip]:
+def prompts(part: data.Part, seed: int) -> list[Clip]:
     """Odd or even prompts, by the seed; all the others calibrate, joined in a random order."""
     scored, others = _recordings()
     if part != "calibration":
@@ -228,17 +228,17 @@ def _batch(clips: Sequence[Clip]) -> dict[str, Any]:
 
 @functools.cache
 def _batches(part: data.Part, seed: int) -> list[dict[str, Any]]:
-    return [_batch(clips) for clips in data.batches(_prompts(part, seed), _BATCH)]
+    return [_batch(clips) for clips in data.batches(prompts(part, seed), _BATCH)]
 
 
 def calibration(seed: int) -> list[dict[str, Any]]:
-    return [_batch([clip]) for clip in _prompts("calibration", seed)]
+    return [_batch([clip]) for clip in prompts("calibration", seed)]
 
 
 @torch.no_grad()
 def scores(model: nn.Module, part: data.Part, seed: int) -> Scores:
     """Nats of each prompt's transcript and its end, over the mean number of tokens, so that the mean is per token."""
-    expected = [torch.tensor(_tokens(clip.text)) for clip in _prompts(part, seed)]
+    expected = [torch.tensor(_tokens(clip.text)) for clip in prompts(part, seed)]
     logits = (row for batch in _batches(part, seed) for row in model(**batch).logits.float())
     nats = [
         float(nn.functional.cross_entropy(_predicting(row, tokens), tokens, reduction="sum"))
@@ -258,7 +258,7 @@ def _predicting(logits: Tensor, tokens: Tensor) -> Tensor:
 def hear(model: nn.Module, seed: int, most: int) -> Tensor:
     """Log probabilities where the first prompts of the test set are predicted, float32 (tokens of all, vocabulary)."""
     found = []
-    for clip in _prompts("test", seed)[:most]:
+    for clip in prompts("test", seed)[:most]:
         logits = model(**_batch([clip])).logits[0].float()
         found.append(_predicting(logits, torch.tensor(_tokens(clip.text))).log_softmax(-1))
     return torch.cat(found)
@@ -266,13 +266,13 @@ def hear(model: nn.Module, seed: int, most: int) -> Tensor:
 
 def said(seed: int, most: int) -> Tensor:
     """The tokens that `hear` predicts, int64."""
-    return torch.tensor([token for clip in _prompts("test", seed)[:most] for token in _tokens(clip.text)])
+    return torch.tensor([token for clip in prompts("test", seed)[:most] for token in _tokens(clip.text)])
 
 
 def clips(seed: int) -> tuple[Clip, Clip]:
     """The shortest and the longest prompt of the test set."""
-    prompts = sorted(_prompts("test", seed), key=lambda clip: clip.seconds)
-    return prompts[0], prompts[-1]
+    found = sorted(prompts("test", seed), key=lambda clip: clip.seconds)
+    return found[0], found[-1]
 
 
 def transcribe(model: Any, clip: Clip) -> str:
@@ -307,7 +307,7 @@ def word_error_rate(model: nn.Module, clips: Sequence[Clip]) -> float:
 
 
 def metrics(model: nn.Module, seed: int) -> dict[str, float]:
-    return {"word error rate": word_error_rate(model, _prompts("test", seed)[:_IN_METRICS] + _librivox())}
+    return {"word error rate": word_error_rate(model, prompts("test", seed)[:_IN_METRICS] + _librivox())}
 
 
 PAIR = Pair(

@@ -101,24 +101,37 @@ class _Joined(nn.Module):
 
 
 @functools.cache
-def calls() -> list[dict[str, Any]]:
+def _transcripts() -> list[dict[str, Any]]:
     return zoo.calibration(_SEED)
+
+
+def calls() -> Callable[[Any], None]:
+    """Reads whole transcripts, and decodes one recording step by step."""
+
+    def calibrate(model: Any) -> None:
+        for call in _transcripts():
+            model(**call)
+        zoo.decode(model, zoo.prompts("calibration", _SEED)[0])
+
+    return calibrate
 
 
 @torch.no_grad()
 def _parts(model: nn.Module) -> Mapping[str, Part]:
     encoder, cross, decoder = _Encoder(model), _Cross(model), _Decoder(model)
     empty = (torch.zeros(1, _HEADS, 0, _HEAD),) * (2 * _LAYERS)
-    heard = [encoder(call["input_features"]) for call in calls()[:_RECORDINGS]]
+    heard = [encoder(call["input_features"]) for call in _transcripts()[:_RECORDINGS]]
     steps = []
-    for hidden, call in zip(heard, calls(), strict=False):
+    for hidden, call in zip(heard, _transcripts(), strict=False):
         tokens, known = call["decoder_input_ids"], cross(hidden)
         past = decoder(tokens[:, :_PREFIX], hidden, *empty, *known)[1:]
         steps.append((tokens[:, _PREFIX:], hidden, *past, *known))
     names = ("tokens", "hidden", *_PAST, *_CROSS)
     grows = {"tokens": {1: "read"}, **{name: {2: "past"} for name in _PAST}}
     return {
-        "encoder": Part(encoder, ("input_features",), ("hidden",), [(c["input_features"],) for c in calls()], {}),
+        "encoder": Part(
+            encoder, ("input_features",), ("hidden",), [(c["input_features"],) for c in _transcripts()], {}
+        ),
         "cross": Part(cross, ("hidden",), tuple(_CROSS), [(hidden,) for hidden in heard], {}),
         "decoder": Part(decoder, names, ("logits", *_NEW), steps, grows),
     }

@@ -53,6 +53,8 @@ class Static(Peer):
 
     def compress(self, task: Task, prepared: nn.Module) -> Any:
         subject, calls = task.subject, task.subject.calls()
+        if callable(calls):
+            raise ValueError("It calibrates on batches, and decoding with a cache makes none.")
         conf = PostTrainingQuantConfig(
             approach="static",
             calibration_sampling_size=[sum(map(_samples, calls))],
