@@ -196,6 +196,19 @@ def test_graphs_are_made_before_the_first_call(way: str, tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("graphs_win")
+def test_hooks_of_all_modules_see_no_capture(tmp_path: Path) -> None:
+    pared.save(pared.fit(network(), PostTrainingQuantConfig(quant_level=0), [BATCH], quiet=True), tmp_path)
+    seen: list[object] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(_))
+    try:
+        q = pared.load(tmp_path, network())
+    finally:
+        handle.remove()
+    assert not seen
+    assert answers_of(q) == ["graph", "graph"]
+
+
+@pytest.mark.usefixtures("graphs_win")
 def test_what_changes_after_loading_counts(tmp_path: Path) -> None:
     pared.save(pared.fit(network(), PostTrainingQuantConfig(quant_level=0), [BATCH], quiet=True), tmp_path)
     q: Any = pared.load(tmp_path, network())

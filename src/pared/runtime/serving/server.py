@@ -144,15 +144,15 @@ class ModelSnapshot:
 
     def is_undisturbed(self) -> bool:
         """Whether all modules are in place and in eval mode, and none of them has hooks except the first."""
-        if torch_module._has_any_global_hook():
-            return False
         if any(children.get(name) is not child for children, name, child in self._children):
             return False
         return not any(one.training for one in self._modules) and not has_listeners(self._model, self._modules)
 
 
 def has_listeners(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> bool:
-    """Whether a module inside a model has hooks; the model's own hooks run outside its forward."""
+    """Whether a module inside a model has hooks, or all modules have; the model's own run outside its forward."""
+    if torch_module._has_any_global_hook():
+        return True
     inside = model.modules() if modules is None else modules
     return any((one._forward_hooks or one._forward_pre_hooks) and one is not model for one in inside)
 
