@@ -200,6 +200,28 @@ def test_what_is_set_outside_of_the_model_is_in_the_key(monkeypatch: pytest.Monk
     assert key() == found[0]
 
 
+def test_every_name_that_code_takes_from_a_module_is_in_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ModuleType("options")
+    options.__file__ = str(tmp_path / "options.py")
+    options.one, options.two = 1, 1  # type: ignore[attr-defined]  # it holds what is set
+    monkeypatch.setitem(sys.modules, "options", options)
+    monkeypatch.setitem(sys.modules, "user_code", ModuleType("user_code"))  # restored at the end
+    lines = ("import options", "from torch import nn", "class Own(nn.Module):")
+    methods = (
+        "  def forward(self, x): return self.second(x) * options.one",
+        "  def second(self, x): return options.two",
+    )
+    (tmp_path / "user_code.py").write_text("\n".join((*lines, *methods)))
+    own = loaded(tmp_path / "user_code.py").Own
+    found = [key_of(own(), CALL)]
+    for name in ("one", "two"):
+        setattr(options, name, 2)
+        found.append(key_of(own(), CALL))
+    assert len(set(found)) == 3
+
+
 class Slots:
     """Has no dict that says all."""
 

@@ -83,6 +83,7 @@ class _Description:
                     self._known.setdefault(id(tensor), f"tensor {name}.{attribute}")
         self._held: list[object] = []  # an identity is that of another object when the first is gone
         self._types: set[type] = set()
+        self._read: set[tuple[str, str]] = set()  # what code finds in modules that it names
 
     def add(self, part: str) -> None:
         self.parts.append(part)
@@ -215,9 +216,9 @@ class _Description:
         """What code finds under a global name."""
         if isinstance(value, ModuleType):
             self.modules.add(value.__name__)
-            if not _is_installed(value.__name__) and id(value) not in self._known:
-                self._known[id(value)] = value.__name__
-                for name in sorted(names & vars(value).keys()):
+            for name in () if _is_installed(value.__name__) else sorted(names & vars(value).keys()):
+                if (value.__name__, name) not in self._read:
+                    self._read.add((value.__name__, name))
                     self.add(f"{value.__name__}.{name}")
                     self._add_global(vars(value)[name], names, depth)
             return
