@@ -73,7 +73,7 @@ def _read(file: Path) -> Captured | None:
         graph = module.graph
         owners = data.pop("owners")
         if not isinstance(data["outputs"], Outputs):
-            raise TypeError("an earlier version of this room wrote it")
+            raise TypeError("an earlier version wrote it in another form")
         for node in graph.nodes:
             node.meta["nn_module_stack"] = {"": (f"model.{owners[node.name]}", "")}
         with contextlib.suppress(OSError):  # a folder may be there to be read only
