@@ -31,10 +31,12 @@ from pared.runtime.graphs.capturing.capture import Captures
 from pared.runtime.graphs.containers import Layout, container_of, layout_from, renewed
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.openvino.graph import OpenVinoGraph
+from pared.runtime.profile.timings import Served
 from pared.runtime.record import record_of
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import SERVER, on_modules, serve
+from pared.runtime.serving.settling import SettlingServer
 from tests.runtime.test_graphs import forced
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -248,6 +250,19 @@ def test_a_cache_that_is_cropped_and_used_for_another_prompt(name: str, form: st
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
     assert near(found, expected)
     assert answered.count("past") >= 7 + 6 + 3
+
+
+def test_steps_are_made_once_while_it_is_not_known_what_is_fastest(answered: list[str]) -> None:
+    q = quantized("llama")
+    wanted, _ = steps(q, PROMPT, 6)
+    with served(q, "graph", lambda model: steps(model, PROMPT, 6)) as server:
+        kinds = server.wanted
+        served_by = [Served("graph", kind) for kind in kinds]
+        q.__dict__[SERVER] = SettlingServer(float_forms.outline_of, kinds, {"graph": server}, served_by)
+        found, caches = steps(q, PROMPT, 6)
+    assert near(found, wanted)
+    assert caches.get_seq_length() == PROMPT.shape[1] + 5
+    assert "past" in answered
 
 
 def test_two_texts_at_a_time_and_threads(answered: list[str]) -> None:

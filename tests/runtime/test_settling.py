@@ -83,9 +83,9 @@ def answers(model: nn.Module, count: int) -> list[float]:
         return [float(model(torch.zeros(8, 64))) for _ in range(count)]
 
 
-def settling(machine: Machine, *, without: str = "") -> nn.Module:
+def settling(machine: Machine, model: nn.Module | None = None, *, without: str = "") -> nn.Module:
     Slow.machines.append(machine)
-    model = Slow().eval()
+    model = (model or Slow()).eval()
     names: tuple[Form, ...] = ("graph", "openvino")
     forms = {name: Fixed(machine, name, name != without) for name in names}
     serve(model, SettlingServer(lambda one: one, [CALL], forms, [Served("graph", CALL)]))
@@ -101,6 +101,39 @@ def test_the_first_calls_tell_what_is_fastest(monkeypatch: pytest.MonkeyPatch, w
     assert answers(model, 2) == [best] * 2
     assert len(machine.runs) == 2, "nothing else runs any more"
     assert answers(copy.deepcopy(model), 3) == [2.0] * 3, "a copy is measured on its own"
+
+
+class Writing(Slow):
+    """Cannot be called twice with the same effect as once.
+
+    Args:
+        what: what it writes to.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.count = what, 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.machines[-1].run("modules")
+        if self.what == "an argument":
+            input.add_(1)
+        else:
+            self.count += 1
+        return input.sum() + self.count
+
+
+@pytest.mark.parametrize("what", ["an argument", "an attribute"])
+def test_a_call_that_changes_something_is_made_once(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    machine = Machine(monkeypatch, busy=False)
+    model = settling(machine, Writing(what))
+    for count in range(1, 6):
+        x = torch.zeros(8, 64)
+        with torch.no_grad():
+            model(x)
+        assert float(x.max()) == (what == "an argument")
+        assert model.count == (count if what == "an attribute" else 0)
+    assert machine.runs == ["modules"] * 5
 
 
 def test_where_the_machine_stays_busy_the_choice_stays(monkeypatch: pytest.MonkeyPatch) -> None:

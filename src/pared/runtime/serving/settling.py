@@ -14,7 +14,9 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor, nn
 
-from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, describe_kind
+from pared.model.recorded.state import Attributes
+from pared.model.tensors import version_of
+from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, describe_kind
 from pared.runtime.profile.timings import WORTH, Form, Served
 from pared.runtime.serving.server import Capture, KindServer, Skeleton
 from pared.runtime.stopwatch import Spent
@@ -49,7 +51,9 @@ class SettlingServer(KindServer):
 
     `load` has no calls to measure with, and should be fast. So the first calls of each kind are made in all forms, and
     answered by the one that `fit` chose, until three undisturbed calls have told which is fastest; that one answers
-    from then on. If the machine stays busy for eight calls, the choice of `fit` stays.
+    from then on. If the machine stays busy for eight calls, the choice of `fit` stays. It stays, too, for calls
+    that cannot be made twice: those that write to a cache; and modules answer where a call writes to another argument,
+    or changes the model's attributes.
 
     Args:
         skeleton: makes a float model of the same architecture and class from the quantized model.
@@ -83,6 +87,8 @@ class SettlingServer(KindServer):
 
     def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         kind = self._kind(bound)
+        if caches_of(bound):
+            return self._by(kind.form, model, bound, modules)
         if not kind.is_settled and self._lock.acquire(blocking=False):  # other threads do not wait for it
             try:
                 return self._measured(kind, model, bound, modules)
@@ -105,6 +111,12 @@ class SettlingServer(KindServer):
 
     def _measured(self, kind: _Kind, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
         """The output, of one more call on which all forms are timed."""
+        if not kind.calls:
+            given = [(value, version_of(value)) for value in bound.values() if type(value) is Tensor]
+            output, name = Attributes(model.modules()).changed_by(modules)
+            if name or any(version_of(value) != version for value, version in given):
+                kind.form, kind.is_settled = MODULES, True
+                return output
         outputs: dict[str, Any] = {}
         times: dict[str, Spent] = {}
         for _ in range(_TURNS):
