@@ -46,7 +46,8 @@ class _Engine(nn.Module):
         found = []
         for text in texts:
             for end in range(text.shape[0] - last, text.shape[0]):
-                answer = self._complete(text[:end], n_predict=1, n_probs=vocabulary, cache_prompt=True)
+                # The end of a text gives no answer; what is said of it is read from the logits, before it is ignored.
+                answer = self._complete(text[:end], n_predict=1, n_probs=vocabulary, ignore_eos=True, cache_prompt=True)
                 row = torch.full((vocabulary,), -torch.inf)
                 likely = answer["logprobs"]["content"][0]["top_logprobs"]
                 row[[one["id"] for one in likely]] = torch.tensor([one["logprob"] for one in likely])
