@@ -24,7 +24,7 @@ from bench.peers import tables
 RESULTS, MORE = Path("docs/results.md"), Path("docs/results/more.md")
 ARCHITECTURES = Path("docs/results/architectures.md")
 # What users ask first stands on the page of results; all else is one page behind it.
-PAGES = dict.fromkeys(("make bench-peers", "make bench-graphs", "make bench-scaling"), RESULTS)
+PAGES = {"make bench-peers": RESULTS}
 PAGES |= {"make bench-architectures": ARCHITECTURES}
 MARKS = r"(<!-- results: {} -->\n).*?(<!-- end of results -->)"
 
