@@ -1,6 +1,6 @@
 """What ours has to reach, computed from a run: one line each, with what stands beside it and the ratio of the two.
 
-Times are compared by their ratios to FP32 eager in the same process. A ratio below 1 says that ours is faster.
+Times are medians of all runs of all rounds, in which the tools take turns. A ratio below 1 says that ours is faster.
 """
 
 from __future__ import annotations
@@ -85,15 +85,12 @@ def _shapes(rows: Rows, name: str) -> Sequence[str]:
 def _compared(rows: Rows, name: str, shape: str, others: Sequence[str], *, tokens: int | None = None) -> Bar:
     """Ours beside the fastest of others in one call."""
     known = {peer: row for peer, row in rows.get(name, {}).items() if shape in row.timings}
-    best = min((known[peer] for peer in others if peer in known), key=lambda row: _share(row, shape), default=None)
+    best = min(
+        (known[peer] for peer in others if peer in known), key=lambda row: row.timings[shape].median, default=None
+    )
     own, what = known.get(CHOSEN), f"{name}, {shape}" if shape else name
-    ratio = None if own is None or best is None else _share(own, shape) / _share(best, shape)
+    ratio = None if own is None or best is None else own.timings[shape].median / best.timings[shape].median
     return Bar(what, _said(own, shape, tokens), _said(best, shape, tokens) if best else others[0], ratio)
-
-
-def _share(row: Row, shape: str) -> float:
-    """The time as a share of FP32's, which for FP32 itself is 1 and not measured."""
-    return 1.0 if row.peer == BASELINE else row.timings[shape].ratio
 
 
 def _said(row: Row | None, shape: str, tokens: int | None) -> str:
@@ -102,7 +99,7 @@ def _said(row: Row | None, shape: str, tokens: int | None) -> str:
     timing = row.timings[shape]
     time = f"{timing.median:.3g} ms" if tokens is None else f"{1e3 * tokens / timing.median:.1f} tokens/s"
     form = f" ({row.form})" if row.form else ""
-    return f"{row.peer}{form}: {time}, {_share(row, shape):.3f} of FP32"
+    return f"{row.peer}{form}: {time}"
 
 
 def _seconds(rows: Rows) -> Iterator[Bar]:
