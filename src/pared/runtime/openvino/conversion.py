@@ -149,8 +149,10 @@ class _Converter:
             if node.get_type_name() != "Gather" or target.get_index() != 0 or steps.shape != (len(codes), 1):
                 continue
             rows, axis = node.input_value(1), node.input_value(2)
-            found = ops.convert(ops.gather(np.ascontiguousarray(codes), rows, axis), self._ov.Type.f32)
-            value = ops.multiply(found, ops.gather(np.ascontiguousarray(steps, np.float32), rows, axis))
+            # As constants: `gather` takes long to make one of an array.
+            held = ops.constant(np.ascontiguousarray(codes)), ops.constant(np.ascontiguousarray(steps, np.float32))
+            found, step = (ops.gather(one, rows, axis) for one in held)
+            value = ops.multiply(ops.convert(found, self._ov.Type.f32), step)
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(value.output(0))
 
