@@ -216,7 +216,7 @@ def _text(x: float, y: float, words: str, color: str, anchor: str = "middle", mo
 
 def _key(theme: Theme, width: float, top: float) -> Iterator[str]:
     """What the areas mean."""
-    middle, x = top + KEY / 2, LEFT
+    middle, x = top + KEY / 2, float(LEFT)
     yield _text(x, middle + 4, "area of a circle: size of the file", theme.soft, "start")
     x += 34 * LETTER
     for share, words in _SHARES.items():
