@@ -54,12 +54,11 @@ def folder() -> Path:
 
 def load() -> nn.Module:
     """The pretrained model, a `transformers.MPNetModel`."""
-    model = MPNetModel(MPNetConfig(**json.loads((folder() / "config.json").read_text(encoding="utf-8"))))
+    model: nn.Module = MPNetModel(MPNetConfig(**json.loads((folder() / "config.json").read_text(encoding="utf-8"))))
     weights = load_file(folder() / "model.safetensors")
     weights.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: a buffer that no file needs
     model.load_state_dict(weights)
-    ready: nn.Module = model.eval()
-    return ready
+    return model.eval()
 
 
 def tokenize(texts: Sequence[str], max_tokens: int = _MAX_TOKENS) -> dict[str, Tensor]:
