@@ -122,6 +122,22 @@ def test_of_a_single_input_the_wrapper_is_a_part_if_it_is_not_nearly_everything(
 
 
 @pytest.mark.usefixtures("seconds")
+def test_the_parts_of_all_kinds_of_calls_are_found(seconds: dict[str, float]) -> None:
+    class Answering(Hearing):
+        """Is also given what its encoder gave before, as decoding is."""
+
+        def forward(self, *args: Any, encoded: Tensor | None = None, **kwargs: Any) -> Any:
+            if encoded is None:
+                return super().forward(*args, **kwargs)
+            return self.body.decoder(encoded)
+
+    torch.manual_seed(0)
+    heard, later = call(), Call((), {"encoded": torch.randn(64, 64, 64)})
+    assert list(speed._submodels(named(Answering().eval()), [heard, later])) == ["body.encoder"]
+    assert list(speed._submodels(named(Answering().eval()), [later, heard])) == ["body.encoder"]
+    assert speed._submodels(named(Answering().eval()), [later]) == {}
+
+
 def test_what_is_called_twice_is_no_part() -> None:
     class Twice(Hearing):
         def forward(self, x: Tensor, said: Tensor) -> Tensor:

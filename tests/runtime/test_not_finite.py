@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.runtime import float_forms
 from pared.runtime.graphs.call_kinds import arguments_of
+from pared.runtime.graphs.graph import FiniteInputs
+from pared.runtime.kernels.activation import NotFiniteError
 from pared.runtime.kernels.machine import available
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import serve
@@ -125,3 +128,27 @@ def test_a_loud_sample_is_told_of_and_a_dynamic_model_has_nothing_to_tell(caplog
     assert not told(caplog)
     fitted(plain, (16, 32))[1](x)
     assert told(caplog) == 1
+
+
+def test_what_a_cache_holds_is_looked_at_again_after_a_write() -> None:
+    finite = FiniteInputs()
+    held, given = torch.zeros(4, 8), torch.zeros(3)
+    bound = {"cache": None, "cache.own.0.keys": held, "ids": torch.zeros(3, dtype=torch.long), "x": given}
+    finite.check(bound)
+    given.numpy()[1] = np.nan  # which torch does not count
+    with pytest.raises(NotFiniteError):
+        finite.check(bound)
+    given.zero_()
+    finite.check(bound)
+    held[1, 2] = torch.inf
+    for _ in range(2):
+        with pytest.raises(NotFiniteError):
+            finite.check(bound)
+    held.zero_()
+    finite.check(bound)
+    with torch.inference_mode():
+        uncounted = torch.zeros(4)
+        finite.check({"cache.own.0.keys": uncounted})
+        uncounted[0] = torch.nan
+        with pytest.raises(NotFiniteError):
+            finite.check({"cache.own.0.keys": uncounted})

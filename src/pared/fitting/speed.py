@@ -102,9 +102,7 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     """
     candidates = find_candidates(tensors.model, contents.tensors, seen.inputs)
     outright = tensors.in_copy(shadow(tensors.model))
-    # In a step with a cache, which changes its arguments, no submodels can be found.
-    largest = max(seen.calls, key=lambda call: (not call.side_effects, numbers_given(call)), default=None)
-    submodels = find_submodels(outright.model, largest) if largest is not None else {}
+    submodels = _submodels(outright.model, seen.calls)
     whole = Captures(make=kept.captured)
     captures = {"": whole, **{name: Captures(whole) for name in submodels}}
     measured = partial(_timed, outright, contents, calls=seen.calls, submodels=submodels, captures=captures)
@@ -122,6 +120,23 @@ def _fastest(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistic
     # A layer that is slower on its own may be faster where a graph joins it with its neighbours.
     is_faster = together.model.kernel == "int8" and together.model.share <= WORTH * best.model.share
     return Timed(replace(together, layers=layers.layers) if is_faster else best, captures)
+
+
+def _submodels(model: nn.Module, calls: Sequence[Call]) -> dict[str, Call]:
+    """The outermost submodels that calls of any kind make, by name, each with a call.
+
+    The largest call of each kind is made once more: an encoder that one runs is given to the next by its output. A step
+    with a cache changes its arguments, so that none can be found in it.
+    """
+    names = parameters_of(model)
+    kinds: dict[object, Call] = {}
+    for call in sorted(calls, key=numbers_given):
+        bound = bind(names, call.args, call.kwargs)
+        kinds[None if bound is None else describe_kind(arguments_of(bound))] = call
+    found: dict[str, Call] = {}
+    for call in list(kinds.values())[-_MOST_KINDS:]:
+        found |= find_submodels(model, call)
+    return {name: call for name, call in found.items() if not any(name.startswith(f"{outer}.") for outer in found)}
 
 
 def _is_elsewhere(timing: ModelTiming) -> bool:

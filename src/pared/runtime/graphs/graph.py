@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 
 from pared.errors import ModelError
+from pared.model.tensors import version_of
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capturing.capture import Captured, Size
 from pared.runtime.graphs.draft import Draft
 from pared.runtime.graphs.fusion import fuse, hides_nan, simplify
 from pared.runtime.graphs.products import place, share, take_apart
 from pared.runtime.kernels.activation import NotFiniteError
+
+_MOST_KNOWN: Final = 1000  # tensors that are known to be finite
 
 
 class Graph:
@@ -38,6 +42,7 @@ class Graph:
         self.note = captured.note
         self._sizes = tuple(captured.inputs.values())
         self._outputs = captured.outputs
+        self._finite = FiniteInputs()
         try:
             self.module = compiled(captured, model)
             self._hides = any(hides_nan(node) for node in self.module.graph.nodes)
@@ -59,12 +64,37 @@ class Graph:
         Raises:
             NotFiniteError: NaN or Inf, which the modules answer in floats.
         """
+        if self._hides:
+            self._finite.check(bound)
         tensors = [value for value in bound.values() if type(value) is Tensor]
-        if self._hides and not all(
-            torch.linalg.vector_norm(one).isfinite() for one in tensors if one.is_floating_point()
-        ):
-            raise NotFiniteError
         return self._outputs.of(self.module.forward(*tensors), bound)
+
+
+class FiniteInputs:
+    """Looks for NaN and Inf in the inputs of calls; several threads may use it at once.
+
+    What caches and outputs of encoders hold comes again with each step of decoding: a tensor in these is looked at once
+    while nothing is written to it. Other inputs may be memory that somebody fills without torch's knowledge.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def check(self, bound: Bound) -> None:
+        """Raises NotFiniteError for a call that only modules answer as float32 does."""
+        for name, value in bound.items():
+            if type(value) is not Tensor or not value.is_floating_point():
+                continue
+            is_held = "." in name and not value.is_inference()  # of these, torch counts no writes
+            seen = self._known.get(id(value)) if is_held else None
+            if seen is not None and seen[0]() is value and seen[1] == version_of(value):
+                continue
+            if not torch.linalg.vector_norm(value).isfinite():
+                raise NotFiniteError
+            if is_held:
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known = {}
+                self._known[id(value)] = weakref.ref(value), version_of(value)
 
 
 def fits(sizes: Iterable[tuple[Size, ...]], bound: Bound) -> bool:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capturing.capture import Captured
-from pared.runtime.graphs.graph import fits
-from pared.runtime.kernels.activation import NotFiniteError
+from pared.runtime.graphs.graph import FiniteInputs, fits
 from pared.runtime.onnx.engines import OpenVinoSession
 from pared.runtime.openvino.conversion import Result, converted
 
@@ -59,6 +58,7 @@ class OpenVinoGraph:
         self._outputs = captured.outputs
         self._sessions: dict[int, OpenVinoSession] = {}  # by the number of threads
         self._lock = threading.Lock()
+        self._finite = FiniteInputs()
         try:
             _check_version()
             self._graph, self._leaves = converted(model, captured)
@@ -85,9 +85,8 @@ class OpenVinoGraph:
         Raises:
             NotFiniteError: NaN or Inf, which the modules answer in floats.
         """
+        self._finite.check(bound)
         tensors = [value for value in bound.values() if type(value) is Tensor]
-        if not all(torch.linalg.vector_norm(one).isfinite() for one in tensors if one.is_floating_point()):
-            raise NotFiniteError
         results = self._session().run(dict(zip(self._sizes, tensors, strict=True)))
         leaves = [results[one.place] if isinstance(one, Result) else one for one in self._leaves]
         return self._outputs.of(leaves, bound)
