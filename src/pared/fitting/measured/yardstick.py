@@ -48,7 +48,7 @@ class Yardstick:
         self._expected: list[_Expected] = []
         places = sorted({0, len(seen.calls) // 2, len(seen.calls) - 1})
         self.in_floats, self._failure = bool(seen.energies), ""
-        places = _with_enough(places[:MOST_CALLS], seen.samples_of_calls)
+        places = _with_enough(places[:MOST_CALLS], seen.samples_of_calls, seen.calls)
         try:
             if seen.outputs_of_calls:  # the copy that was called then is like this one
                 kept = [
@@ -170,10 +170,11 @@ def _unrepeatable(error: Exception) -> str:
     return f"no damage was measured: a recorded call cannot be repeated: {reason_of(error)}"
 
 
-def _with_enough(places: Sequence[int], samples: Sequence[int]) -> list[int]:
-    """The first of these places whose calls have enough samples together."""
+def _with_enough(places: Sequence[int], samples: Sequence[int], calls: Sequence[Call]) -> list[int]:
+    """The first of these places whose calls have enough samples together, and the first call of each other task."""
     found: list[int] = []
-    for place in places:
-        if sum(samples[one] for one in found) < _ENOUGH_SAMPLES:
-            found.append(place)
+    for one in places:
+        tasks = {calls[place].task for place in found}
+        if sum(samples[place] for place in found) < _ENOUGH_SAMPLES or calls[one].task not in tasks:
+            found.append(one)
     return found

@@ -302,8 +302,11 @@ def _drop_empty(graph: fx.Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
         parts = [part for part in node.args[0] if tuple(part.meta["val"].shape) != (0,)]
         if parts and len(parts) < len(node.args[0]):
+            empty = [part for part in node.args[0] if part not in parts]
             node.args = (parts, *node.args[1:])
-    graph.eliminate_dead_code()
+            for part in empty:  # nothing else: an operator without users may write to what outlives the call
+                if not part.users and part.op == "call_function":
+                    graph.erase_node(part)
 
 
 def _checked(program: Any, made: Arguments, names: Sequence[str]) -> Captured:
