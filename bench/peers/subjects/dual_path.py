@@ -24,7 +24,7 @@ class _Branchless(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.encoder(x / x.abs().max().clamp(min=1))  # type: ignore[operator]  # modules, which torch types loosely
-        for time, frequency in zip(self.along_time, self.along_frequency, strict=True):  # type: ignore[arg-type]
+        for time, frequency in zip(self.along_time, self.along_frequency, strict=True):  # type: ignore[arg-type]  # as above
             x = dual_path.along(time, x.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
             x = dual_path.along(frequency, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         output: Tensor = self.decoder(x)  # type: ignore[operator]

@@ -71,10 +71,10 @@ def fit(
             cost. No labels are needed. Without calibration data the relative errors of all tensors count alike, and
             all layers run in float unless you ask for `approach="dynamic"`.
         eval_func: a function that gets a model and returns its score: a number, or one number per sample (four or more,
-            one-dimensional). It scores the float model, each trial, and the result once more if
-            something other than its modules is fastest. With one number per sample the search uses the
-            even samples, and the odd ones confirm the result: within the tolerable loss, give or take two standard
-            errors, and within it on all samples together.
+            one-dimensional). It scores the float model, each trial, and the result once more if something other than
+            its modules is fastest. With one number per sample the search uses the even samples, and the odd ones
+            confirm the result: within the tolerable loss, give or take two standard errors, and within it on all
+            samples together.
         confirm_func: like `eval_func`, on other data, which then confirm the result instead of the odd samples.
         workspace: a directory for the records of the search. After an interruption the same call continues from there.
             One search at a time may use it.
