@@ -15,7 +15,7 @@ SOURCE = Path(pared.__file__).parent
 
 # A room imports only from itself and from the rooms that stand before it.
 ROOMS = (
-    *("version", "errors", "scalars", "switches", "terminal", "files", "formats", "readers", "artifact"),
+    *("version", "errors", "scalars", "switches", "terminal", "files", "formats", "readers", "artifact", "targets"),
     *("checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
 )
 WITHOUT_TORCH = (*ROOMS[: ROOMS.index("model")], "inspection", "cli")

@@ -1,0 +1,1 @@
+"""Grids whose steps belong to groups of columns, as other runtimes execute them."""

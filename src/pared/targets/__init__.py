@@ -1,0 +1,1 @@
+"""Other runtimes: what they execute, and files as they read them."""

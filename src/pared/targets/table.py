@@ -1,0 +1,10 @@
+"""The runtimes that models can be written for. To add one: a file with its `Target` and its writer, and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from pared.targets.target import Target
+
+TARGETS: Final[Mapping[str, Target]] = {}

@@ -1,0 +1,65 @@
+"""What a runtime executes: formats by kind of layer, their exact bytes, and which tensors must be alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pared.formats.groups.grid import GroupGrid
+
+# What a weight is to a runtime: the matrix of a linear layer, the table of an embedding, the head that makes logits (a
+# linear layer that is not in a block), or anything else, which stays in a floating type.
+Role = Literal["linear", "table", "head", "other"]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One format in which a runtime takes weights.
+
+    Args:
+        name: as the runtime calls it: "Q4_K", "W4A16 g128".
+        grid: the numbers; or the name of a floating type.
+        nbytes: the exact bytes of a matrix of (rows, columns) in the runtime's file, with scales and padding.
+        multiple: the number of columns must be a multiple of this.
+        roles: which weights may have it.
+    """
+
+    name: str
+    grid: GroupGrid | Literal["float16", "bfloat16", "float32"]
+    nbytes: Callable[[int, int], int]
+    multiple: int = 1
+    roles: frozenset[Role] = frozenset(("linear",))
+
+    def takes(self, role: Role, columns: int) -> bool:
+        """Whether a matrix may have this format."""
+        return role in self.roles and columns % self.multiple == 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime, or the family of runtimes that read one layout.
+
+    Args:
+        name: as users write it: "gguf".
+        title: as tables show it: "GGUF: llama.cpp, Ollama, ...".
+        extra: what to install: the name of an extra of pared, empty if none is needed.
+        packages: the packages that this extra brings, by the name they are imported under.
+        offers: the formats, from fine to coarse.
+        alike: parts of names of modules whose weights must have the same format within one block: a runtime joins
+            them. ("q_proj", "k_proj", "v_proj") for instance.
+        takes: "weights": its files hold tensors by name, for architectures that the runtime knows; "graph": they hold
+            a captured call.
+    """
+
+    name: str
+    title: str
+    extra: str
+    packages: tuple[str, ...]
+    offers: tuple[Offer, ...]
+    alike: tuple[tuple[str, ...], ...] = ()
+    takes: Literal["weights", "graph"] = "weights"
+
+    def offers_for(self, role: Role, columns: int) -> tuple[Offer, ...]:
+        """The formats that a matrix may have, from fine to coarse."""
+        return tuple(offer for offer in self.offers if offer.takes(role, columns))
