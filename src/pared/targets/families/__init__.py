@@ -1,0 +1,1 @@
+"""What is known of architectures: which layers share an input, and what feeds them."""
