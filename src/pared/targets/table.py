@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from pared.targets.graphs import onnx, openvino
 from pared.targets.target import Target
 
-TARGETS: Final[Mapping[str, Target]] = {}
+TARGETS: Final[Mapping[str, Target]] = {one.name: one for one in (onnx.TARGET, openvino.TARGET)}
