@@ -19,6 +19,9 @@ _FILE = "model.gguf"
 _CONTEXT = 512  # tokens
 _BYTES = 256  # of a text that stands for its tokens
 _MOSTLY_Q8 = 7  # the file's own name for its type
+# A token of whole characters, which is said whatever is likely: of one that ends within a character, the server says
+# neither text nor probabilities. These come from the logits, before any token is chosen.
+_SAID = [[260, 1000.0]]
 _LEFT_OUT = ("GGUF.", "general.architecture")  # what the writer adds itself
 
 
@@ -46,8 +49,9 @@ class _Engine(nn.Module):
         found = []
         for text in texts:
             for end in range(text.shape[0] - last, text.shape[0]):
-                # The end of a text gives no answer; what is said of it is read from the logits, before it is ignored.
-                answer = self._complete(text[:end], n_predict=1, n_probs=vocabulary, ignore_eos=True, cache_prompt=True)
+                answer = self._complete(
+                    text[:end], n_predict=1, n_probs=vocabulary, logit_bias=_SAID, ignore_eos=True, cache_prompt=True
+                )
                 row = torch.full((vocabulary,), -torch.inf)
                 likely = answer["logprobs"]["content"][0]["top_logprobs"]
                 row[[one["id"] for one in likely]] = torch.tensor([one["logprob"] for one in likely])
