@@ -37,7 +37,8 @@ _BLOCK = 0.3  # seconds of runs at once
 _REPEATS = (1, 40)
 _ROUNDS = 5
 _LEAST_ROUNDS, _LONG = 3, 45.0  # a shape that has taken so many seconds gets no more rounds than these
-_LEAST_FREE = 4 << 30  # bytes: with less, those that are alive are timed and ended before another starts
+# In bytes, what fitting SmolLM2 takes: with less, those that are alive are timed and ended before another starts.
+_LEAST_FREE = 8 << 30
 
 
 class Field:
