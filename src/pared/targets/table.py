@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from pared.targets.gguf import target as gguf
 from pared.targets.graphs import onnx, openvino
 from pared.targets.target import Target
 
-TARGETS: Final[Mapping[str, Target]] = {one.name: one for one in (onnx.TARGET, openvino.TARGET)}
+TARGETS: Final[Mapping[str, Target]] = {one.name: one for one in (gguf.TARGET, onnx.TARGET, openvino.TARGET)}

@@ -1,0 +1,1 @@
+"""GGUF: the files of llama.cpp and of what is built on it."""
