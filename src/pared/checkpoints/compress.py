@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from pared import readers
+from pared.artifact.beside import companions
+from pared.artifact.beside.companions import Companions, find_companions
 from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
 from pared.artifact.index import Index
 from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
-from pared.checkpoints.folders import companions
-from pared.checkpoints.folders.companions import Companions, find_companions
 from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.folders.layout import metadata_of, record
 from pared.checkpoints.journal import Journal

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from pared.artifact.beside import companions
+from pared.artifact.beside.companions import find_companions
 from pared.artifact.decoding.pieces import need, pieces
 from pared.artifact.decoding.whole import decode
 from pared.artifact.envelope import Records, artifact_in, find_artifact, open_records
 from pared.artifact.index import STATE, Entry, Index
 from pared.artifact.listing import artifact_parts
 from pared.artifact.parse import parse_index
-from pared.checkpoints.folders import companions
-from pared.checkpoints.folders.companions import find_companions
 from pared.checkpoints.folders.layout import layout_of, refuse_foreign, single, written_metadata
 from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from pared.checkpoints.folders.companions import Companions
+from pared.artifact.beside.companions import Companions
 from pared.checkpoints.selection import LeftOut
 from pared.errors import printable
 

@@ -1,1 +1,1 @@
-"""What an index says beside the tensors of a state dict."""
+"""What stands beside the tensors of a state dict: in an index, and other files in a folder."""

@@ -1,1 +1,1 @@
-"""What compress and expand do with folders: the files beside the weights, the names of files, and several models."""
+"""What compress and expand do with folders: the names of files, and one model in several forms."""
