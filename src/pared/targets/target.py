@@ -23,6 +23,7 @@ class Offer:
         nbytes: the exact bytes of a matrix of (rows, columns) in the runtime's file, with scales and padding.
         multiple: the number of columns must be a multiple of this.
         roles: which weights may have it.
+        row_multiple: the number of rows must be a multiple of this.
     """
 
     name: str
@@ -30,10 +31,11 @@ class Offer:
     nbytes: Callable[[int, int], int]
     multiple: int = 1
     roles: frozenset[Role] = frozenset(("linear",))
+    row_multiple: int = 1
 
-    def takes(self, role: Role, columns: int) -> bool:
+    def takes(self, role: Role, columns: int, rows: int = 0) -> bool:
         """Whether a matrix may have this format."""
-        return role in self.roles and columns % self.multiple == 0
+        return role in self.roles and columns % self.multiple == 0 and rows % self.row_multiple == 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,6 @@ class Target:
     alike: tuple[tuple[str, ...], ...] = ()
     takes: Literal["weights", "graph"] = "weights"
 
-    def offers_for(self, role: Role, columns: int) -> tuple[Offer, ...]:
+    def offers_for(self, role: Role, columns: int, rows: int = 0) -> tuple[Offer, ...]:
         """The formats that a matrix may have, from fine to coarse."""
-        return tuple(offer for offer in self.offers if offer.takes(role, columns))
+        return tuple(offer for offer in self.offers if offer.takes(role, columns, rows))

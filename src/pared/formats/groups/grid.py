@@ -162,9 +162,9 @@ class GroupGrid:
 
 
 def representable(values: Floats, kind: StepType) -> Floats:
-    """Values rounded to the nearest that a type holds, as float32.
+    """Values rounded to the nearest that a type holds, as float32; infinite beyond its range.
 
     >>> representable(np.array([1 / 3], np.float32), "float16").tolist()
     [0.333251953125]
     """
-    return values.astype(dtypes.ELEMENTS[kind]).astype(np.float32)
+    return dtypes.converted(values, dtypes.ELEMENTS[kind]).astype(np.float32)

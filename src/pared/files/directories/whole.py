@@ -1,0 +1,51 @@
+"""Folders that appear when all their files are written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pared.errors import FileError
+from pared.files.directories.temporary import temporary_folder
+from pared.files.directories.writable import writing_to
+
+
+def check_vacant(path: Path) -> None:
+    """Check that a folder may be written here, before work begins.
+
+    Raises:
+        FileError: there is something already that is not an empty folder.
+    """
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise FileError(
+            "is there already, and is not an empty folder" if path.is_dir() else "is a file",
+            where=str(path),
+            remedy="Choose another folder to write to, or delete this one.",
+        )
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder under another name, beside its own, which it gets at the end; after an error it is removed.
+
+    Args:
+        path: the folder; nothing may be there but an empty folder.
+
+    Raises:
+        FileError: there is something already, or it cannot be written.
+    """
+    check_vacant(path)
+    final = Path(os.path.realpath(path))
+    with writing_to(path.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(final.parent) as around:
+            folder = around / final.name
+            folder.mkdir()
+            yield folder
+            if final.is_dir():
+                final.rmdir()  # which fails if anything was put there meanwhile
+            folder.replace(final)

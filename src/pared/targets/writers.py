@@ -1,0 +1,29 @@
+"""Who writes for which runtime: imported when it is used, since some need packages of their own."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from pared.targets.pieces import Source
+
+Writer = Callable[[Source, Path], list[Path]]
+
+# By the target's name: a module, and its function.
+WRITERS: Final[Mapping[str, tuple[str, str]]] = {
+    "compressed-tensors": ("pared.targets.folders.compressed_tensors", "write"),
+    "compressed-tensors-any": ("pared.targets.folders.compressed_tensors", "write"),
+    "compressed-tensors-int8": ("pared.targets.folders.compressed_tensors", "write"),
+    "gptq": ("pared.targets.folders.gptq", "write"),
+    "gptq_v2": ("pared.targets.folders.gptq", "write_v2"),
+    "mlx": ("pared.targets.folders.mlx", "write"),
+}
+
+
+def writer_of(name: str) -> Writer:
+    """The function that writes a model for a target: `writer(source, path)` returns the files that it wrote."""
+    module, function = WRITERS[name]
+    found: Writer = getattr(importlib.import_module(module), function)
+    return found
