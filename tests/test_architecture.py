@@ -19,7 +19,8 @@ ROOMS = (
     *("checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
 )
 WITHOUT_TORCH = (*ROOMS[: ROOMS.index("model")], "inspection", "cli")
-WITH_TORCH = ("formats.coded", "inspection.comparison.divergence")  # in rooms that otherwise do without it
+# In rooms that otherwise do without it.
+WITH_TORCH = ("formats.coded", "formats.groups.decoding", "inspection.comparison.divergence")
 
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCE.rglob("*.py")}
 

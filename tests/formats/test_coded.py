@@ -13,7 +13,8 @@ from torch import Tensor
 from pared.errors import CorruptError
 from pared.fitting.rounding.nearest import absmax_steps
 from pared.formats import coded as formats
-from pared.formats.coded import FORMATS, Coded, Float, Grid, Raw, log_step
+from pared.formats.coded import FORMATS, Coded, Float, Grid, Grouped, Raw, log_step
+from pared.formats.groups.grid import GroupGrid
 from pared.formats.streams import EncodedPart
 from pared.formats.views import View
 
@@ -37,12 +38,22 @@ def largest(step: Tensor) -> Tensor:
     return log_step(torch.full_like(step, step.max().item())) if step.numel() else step
 
 
+def grouped(grid: GroupGrid, dimension: int = 0) -> Callable[[Tensor], Coded]:
+    return lambda w: Grouped(grid).encode(w, view=View(tuple(w.shape), (dimension,)))
+
+
 EXAMPLES: dict[str, tuple[Callable[[Tensor], Coded], float]] = {
     "grid int8": (grid("int8"), 1 / 127),
     "grid int16": (grid("int16"), 1 / 32767),
     "grid int8, scale": (grid("int8", adjust=log_step), 2 ** (1 / 8) / 127),
     "grid int16, scale, columns": (grid("int16", 1, log_step), 2 ** (1 / 8) / 32767),
     "grid int8, one step for all": (grid("int8", adjust=largest), 2 ** (1 / 8) / 127),
+    "groups, Q4_0": (grouped(GroupGrid(4, 32)), 1 / 3),
+    "groups, Q4_K": (grouped(GroupGrid(4, 32, "least", nested=8, multiple_bits=6)), 1 / 3),
+    "groups, Q6_K": (grouped(GroupGrid(6, 16, nested=16, multiple_bits=8, signed=True)), 1 / 12),
+    "groups, int4 with a code for zero": (grouped(GroupGrid(4, 128, "code", step="bfloat16")), 1 / 3),
+    "groups, MLX": (grouped(GroupGrid(4, 64, "least")), 1 / 3),
+    "groups, int8 rows of columns": (grouped(GroupGrid(8, None, step="float32"), 1), 1 / 60),
     "float32": (Float("float32").encode, 0.0),
     "float16": (Float("float16").encode, 2.0**-10),
     "bfloat16": (Float("bfloat16").encode, 2.0**-7),
@@ -58,7 +69,7 @@ def values(shape: tuple[int, ...]) -> Tensor:
 
 
 def test_every_format_has_an_example() -> None:
-    assert {name.split()[0] for name in EXAMPLES} >= {"grid", "float32", "raw"}
+    assert {name.split()[0] for name in EXAMPLES} >= {"grid", "groups,", "float32", "raw"}
     assert {type(encode(values((2, 4))).format) for encode, _ in EXAMPLES.values()} == set(FORMATS.values())
 
 
@@ -87,7 +98,7 @@ class TestEveryFormat:
     def test_json_round_trip(self, name: str, shape: tuple[int, ...]) -> None:
         fmt = EXAMPLES[name][0](values(shape)).format
         assert formats.from_json(json.loads(json.dumps(fmt.to_json())), "float32") == fmt
-        assert eval(repr(fmt), {"Grid": Grid, "Float": Float, "Raw": Raw}) == fmt
+        assert eval(repr(fmt), {cls.__name__: cls for cls in (*FORMATS.values(), GroupGrid)}) == fmt
 
     def test_a_part_of_the_wrong_length_is_refused(self, name: str, shape: tuple[int, ...]) -> None:
         coded = EXAMPLES[name][0](values(shape))

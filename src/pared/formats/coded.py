@@ -22,6 +22,9 @@ from pared.errors import CorruptError
 from pared.formats import dtypes, grids
 from pared.formats.exact_grids import find_exact_grid, whole_grid
 from pared.formats.grids import CODE_LIMITS, CodeType
+from pared.formats.groups import search, stored
+from pared.formats.groups.decoding import decoded
+from pared.formats.groups.grid import GroupGrid
 from pared.formats.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
 from pared.formats.views import View, first_dimension
 
@@ -35,8 +38,9 @@ class Coded:
         format: how its numbers are stored.
         shape: the source tensor's.
         dtype: the source tensor's; `decode` gives it back.
-        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, of the view's `row_sizes`); or "values".
-        view: which dimensions have a step of their own; only for grids. Default: the first.
+        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, of the view's `row_sizes`); or "values". With
+            groups, "codes" of `shape` and the other parts of `GroupGrid.shapes`.
+        view: which dimensions are rows; only for grids. Default: the first.
     """
 
     format: Format
@@ -128,6 +132,72 @@ class Grid:
         return {"tag": self.tag, "codes": self.codes}
 
 
+@final
+@dataclass(frozen=True)
+class Grouped:
+    """Integer codes on a grid with a step for each group of columns.
+
+    Args:
+        grid: the groups, and what belongs to each.
+
+    >>> coded = Grouped(GroupGrid(4, 2)).encode(torch.tensor([[1.0, -2.0, 3.0]]), {"step": torch.tensor([[0.5, 1.0]])})
+    >>> coded.parts["codes"].tolist(), coded.decode().tolist()
+    ([[2, -4, 3]], [[1.0, -2.0, 3.0]])
+    """
+
+    tag: ClassVar[str] = GroupGrid.tag
+    grid: GroupGrid
+
+    @property
+    def label(self) -> str:
+        """A short name for tables."""
+        return self.grid.label
+
+    def encode(self, tensor: Tensor, parts: Mapping[str, Tensor] | None = None, view: View | None = None) -> Coded:
+        """Round every value to the nearest that its group has.
+
+        Args:
+            tensor: any floating dtype and any shape; finite.
+            parts: all parts but "codes", as `GroupGrid.shapes` has them; default: those of least squared error.
+            view: which dimensions are rows; default: the first.
+        """
+        shape = tuple(tensor.shape)
+        view = view or first_dimension(shape)
+        matrix = _plain(view.matrix(tensor.detach().float()))
+        if parts is None:
+            found = search.fitted(matrix, self.grid)
+        else:
+            found = {name: _plain(part) for name, part in parts.items() if name != "codes"}
+        rows = torch.from_numpy(search.nearest(matrix, self.grid, found))
+        codes = view.restore(rows, shape).contiguous()
+        numbers = {"codes": codes} | {name: torch.from_numpy(part) for name, part in found.items()}
+        return Coded(self, shape, tensor.dtype, {k: part.to(tensor.device) for k, part in numbers.items()}, view)
+
+    def decode(self, coded: Coded) -> Tensor:
+        """What `GroupGrid.decode` gives, in the source's dtype."""
+        view = coded.view or first_dimension(coded.shape)
+        values = decoded(self.grid, view.matrix(coded.parts["codes"]), coded.parts)
+        return view.restore(values.to(coded.dtype), coded.shape)
+
+    def streams(self, coded: Coded) -> dict[str, EncodedPart]:
+        """The bytes to store, by part."""
+        arrays = {name: _plain(part) for name, part in coded.parts.items()}
+        return stored.streams(self.grid, arrays, coded.view or first_dimension(coded.shape))
+
+    def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
+        """Codes and all else from their bytes.
+
+        Raises:
+            CorruptError: a part has the wrong length, or numbers that the grid does not have.
+        """
+        found = stored.parts(self.grid, streams, shape, view or first_dimension(shape))
+        return {name: torch.from_numpy(part) for name, part in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as it stands in an artifact's index."""
+        return self.grid.to_json()
+
+
 class _Plain:
     """A format with one part, "values": plain little-endian numbers of one type."""
 
@@ -205,7 +275,7 @@ class Raw(_Plain):
         return {"tag": self.tag}
 
 
-Format = Grid | Float | Raw
+Format = Grid | Grouped | Float | Raw
 
 # The element types that an artifact may hold.
 RAW_TYPES: Final[dict[str, torch.dtype]] = {name: getattr(torch, name) for name in dtypes.ITEM_SIZES}
@@ -216,13 +286,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def from_json(data: Mapping[str, str], dtype: str) -> Format:
+def from_json(data: Mapping[str, Any], dtype: str) -> Format:
     """The format of an index entry that has been checked, whose element type is `dtype`.
 
     >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
     Grid(codes='int8')
     """
     fields: dict[str, Any] = {key: value for key, value in data.items() if key != "tag"}
+    if data["tag"] == Grouped.tag:
+        return Grouped(GroupGrid(**fields))
     if data["tag"] == Raw.tag:
         fields["dtype"] = dtype
     return FORMATS[data["tag"]](**fields)
@@ -290,7 +362,7 @@ def log_step(step: Tensor) -> Tensor:
     return torch.from_numpy(ceiling(_plain(step))).reshape(step.shape)
 
 
-FORMATS: Final[dict[str, type[Format]]] = {cls.tag: cls for cls in (Grid, Float, Raw)}
+FORMATS: Final[dict[str, type[Format]]] = {cls.tag: cls for cls in (Grid, Grouped, Float, Raw)}
 
 
 def _plain(tensor: Tensor) -> NDArray[Any]:

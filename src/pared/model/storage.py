@@ -198,7 +198,7 @@ def _stored(data: memoryview, entry: Entry) -> Stored:
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
-    treatment: Any = {"grid": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
+    treatment: Any = {"grid": "grid", "groups": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
     kind: Any = entry.kind  # the index has been checked
     return Stored(entry.names, kind, coded, Decision(entry.name, treatment, entry.bits, entry.because))
 

@@ -6,14 +6,14 @@ import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pared.errors import MismatchError, ModelError
 from pared.formats.activation import Activation
-from pared.formats.coded import Coded, Float, Grid, Raw, dtype_name, survives_float16
+from pared.formats.coded import Coded, Float, Format, Grid, Grouped, Raw, dtype_name, survives_float16
 from pared.formats.grids import CODE_LIMITS
 from pared.formats.views import View, view_of
 from pared.model.contents import Contents, Stored
@@ -23,6 +23,11 @@ from pared.runtime.layers.counterpart import Counterpart, stand_in
 from pared.runtime.layers.table import layer_of, weights_of
 from pared.runtime.profile.profile import Profile, Running
 
+# What stands beside the codes of a grid in a state dict: the ends of the names, by part.
+_SHARED: Final[Mapping[str, str]] = {
+    part: f"_{part.replace(' ', '_')}" for part in ("step", "multiple", "zero", "least", "least multiple")
+}
+
 
 class StoredForm:
     """The stored form of a tensor that a model holds as floats, for state dicts and files.
@@ -30,23 +35,23 @@ class StoredForm:
     Args:
         format: how the tensor is stored.
         view: the rows and columns of the tensor if the format is a grid, else None.
-        step: float32, one per row of the view, if the format is a grid, else None.
+        shared: the parts of a grid beside its codes: "step", and what else groups have. Empty for other formats.
         is_buffer: whether the tensor may change: then it is stored exactly. A changed parameter is an error.
     """
 
     def __init__(
-        self, format: Grid | Float | Raw, view: View | None, step: Tensor | None, *, is_buffer: bool = False
+        self, format: Format, view: View | None, shared: Mapping[str, Tensor], *, is_buffer: bool = False
     ) -> None:
         self.is_buffer = is_buffer
         self.format = format
         self.view = view
-        self.step = step
+        self.shared = shared
         self._codes: weakref.ref[Tensor] | None = None
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> StoredForm:
-        """A copy with a step of its own; a model has one of these for each of its tensors."""
-        step = None if self.step is None else self.step.clone()
-        return StoredForm(self.format, self.view, step, is_buffer=self.is_buffer)
+        """A copy with steps of its own; a model has one of these for each of its tensors."""
+        shared = {name: part.clone() for name, part in self.shared.items()}
+        return StoredForm(self.format, self.view, shared, is_buffer=self.is_buffer)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the last codes: weak references can be neither copied nor pickled."""
@@ -60,15 +65,14 @@ class StoredForm:
         """
         tensor = tensor.detach().cpu()
         known = self._codes() if self._codes is not None else None
-        if known is not None and self.step is not None:
-            coded = Coded(
-                self.format, tuple(tensor.shape), tensor.dtype, {"codes": known, "step": self.step}, self.view
-            )
+        if known is not None and self.shared:
+            coded = Coded(self.format, tuple(tensor.shape), tensor.dtype, {"codes": known, **self.shared}, self.view)
             if torch.equal(coded.decode(), tensor):
                 return coded
         if isinstance(self.format, Grid):
-            assert self.step is not None
-            coded = self.format.encode(tensor, self.step, self.view)
+            coded = self.format.encode(tensor, self.shared["step"], self.view)
+        elif isinstance(self.format, Grouped):
+            coded = self.format.encode(tensor, self.shared, self.view)
         else:
             coded = self.format.encode(tensor)
         if not _same(coded.decode(), tensor):
@@ -83,6 +87,37 @@ class StoredForm:
             self._codes = weakref.ref(coded.parts["codes"])
         return coded
 
+    def load(self, value: Tensor, shared: Mapping[str, Tensor], own: Tensor, default: View) -> Tensor | None:
+        """Take over what a state dict holds, in whatever format it is.
+
+        Args:
+            value: floats, or codes.
+            shared: the parts beside codes.
+            own: the tensor that is replaced.
+            default: the view where this form has none.
+
+        Returns:
+            the floats; None: not codes, or of other groups than this form's.
+        """
+        if not shared and (value.is_floating_point() or not own.is_floating_point()):
+            narrow = self.format if isinstance(self.format, Float) and survives_float16(value) else None
+            self.format = narrow or Raw(dtype_name(own.dtype))
+            self.view, self.shared = None, {}
+            return value.to(own.dtype)
+        kind, view = dtype_name(value.dtype), self.view or default
+        if isinstance(self.format, Grouped) and kind == "int8":
+            shapes = self.format.grid.shapes(view.n_rows, view.n_columns)
+            if {"codes": shapes["codes"]} | {name: tuple(part.shape) for name, part in shared.items()} == shapes:
+                self.shared = {
+                    name: part.detach().to(self.shared[name].dtype, copy=True) for name, part in shared.items()
+                }
+                return Coded(self.format, tuple(value.shape), own.dtype, {"codes": value, **self.shared}, view).decode()
+        if shared.keys() != {"step"} or kind not in CODE_LIMITS or shared["step"].numel() != view.n_rows:
+            return None
+        self.format, self.view = Grid(kind), view  # type: ignore[arg-type]  # one of CODE_LIMITS
+        self.shared = {"step": shared["step"].detach().float().reshape(view.row_sizes).clone()}
+        return Coded(self.format, tuple(value.shape), own.dtype, {"codes": value, **self.shared}, view).decode()
+
 
 def _narrow(
     forms: Mapping[str, StoredForm], _module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any
@@ -92,10 +127,9 @@ def _narrow(
         name = f"{prefix}{attribute}"
         if name not in state:
             continue
-        coded = form.coded(name, state[name])
-        state[name] = coded.parts["codes"] if isinstance(coded.format, Grid) else coded.parts["values"]
-        if isinstance(coded.format, Grid):
-            state[f"{name}_step"] = coded.parts["step"]
+        parts = form.coded(name, state[name]).parts
+        state[name] = parts["codes"] if "codes" in parts else parts["values"]
+        state |= {f"{name}{end}": parts[part] for part, end in _SHARED.items() if part in parts}
 
 
 def _widen(forms: Mapping[str, StoredForm], module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -103,23 +137,20 @@ def _widen(forms: Mapping[str, StoredForm], module: nn.Module, state: dict[str, 
     error_messages: list[str] = rest[-1]
     for attribute, form in forms.items():
         name = f"{prefix}{attribute}"
-        step, value = state.pop(f"{name}_step", None), state.get(name)
-        own = registered_as(module, attribute)
+        shared = {part: state.pop(name + end) for part, end in _SHARED.items() if name + end in state}
+        value, own = state.get(name), registered_as(module, attribute)
         if value is None or value.shape != own.shape:
             continue  # the module reports what is missing or misshapen
-        if step is None and (value.is_floating_point() or not own.is_floating_point()):
-            narrow = form.format if isinstance(form.format, Float) and survives_float16(value) else None
-            form.format = narrow or Raw(dtype_name(own.dtype))
-            form.view = form.step = None
-            state[name] = value.to(own.dtype)
-        elif step is None or dtype_name(value.dtype) not in CODE_LIMITS:
-            error_messages.append(f"{name}: expected int8 or int16 codes with {name}_step, not {value.dtype}.")
+        kind = value.dtype
+        floats = form.load(value, shared, own, view_of(module, attribute, tuple(value.shape)))
+        if floats is not None:
+            state[name] = floats
+        elif isinstance(form.format, Grouped) or shared.keys() - {"step"}:
+            error_messages.append(
+                f"{name}: expected the codes of {form.format.label}, not {kind} with {sorted(shared)}."
+            )
         else:
-            form.format = Grid(dtype_name(value.dtype))  # type: ignore[arg-type]  # one of CODE_LIMITS
-            form.view = form.view or view_of(module, attribute, tuple(value.shape))
-            form.step = step.detach().float().reshape(form.view.row_sizes).clone()
-            parts = {"codes": value, "step": form.step}
-            state[name] = Coded(form.format, tuple(value.shape), own.dtype, parts, form.view).decode()
+            error_messages.append(f"{name}: expected int8 or int16 codes with {name}_step, not {kind}.")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -218,7 +249,8 @@ def install(
             for owner, attribute in _owners(stored):
                 held.setdefault(owner, {})[attribute] = replace(coded, parts={**coded.parts, "step": step})
             continue
-        form = StoredForm(coded.format, coded.view, coded.parts.get("step"), is_buffer=stored.kind == "buffer")
+        shared = {name: part for name, part in coded.parts.items() if name in _SHARED}
+        form = StoredForm(coded.format, coded.view, shared, is_buffer=stored.kind == "buffer")
         stored_forms[stored.name] = form
         for owner, attribute in _owners(stored):
             hooked.setdefault(clone.get_submodule(owner), {})[attribute] = form  # a shared module has it once
@@ -283,8 +315,8 @@ def _runs_in_codes(stored: Stored, contents: Contents, running: Mapping[str, Run
 
 
 def _stays_in_codes(stored: Stored, model: nn.Module) -> bool:
-    """Whether a tensor is a matrix on a grid that can only be read through its attribute."""
-    if stored.kind != "parameter" or stored.decision.treatment != "grid" or len(stored.coded.shape) < 2:
+    """Whether a tensor is a matrix with a step for each row, that can only be read through its attribute."""
+    if stored.kind != "parameter" or not isinstance(stored.coded.format, Grid) or len(stored.coded.shape) < 2:
         return False
     modules = [model.get_submodule(owner) for owner, _ in _owners(stored)]
     return not any(hasattr(one, "parametrizations") for one in modules)  # their property stands where ours would

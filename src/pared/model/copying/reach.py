@@ -25,14 +25,14 @@ from typing import Any, Final, Generic
 import torch
 from torch import Tensor, nn
 
-from pared.formats.coded import Float, Grid, Raw
+from pared.formats.coded import Float, Grid, Grouped, Raw
 from pared.formats.views import View
 from pared.model.contents import Decision
 from pared.model.tensors import ModuleT_co, registrations
 
 PLAIN: Final = (int, float, complex, bool, str, bytes, type(None), type(...), type(NotImplemented), range, slice)
 # Copies share these, and nobody looks into them; what a quantized model knows of each tensor never changes.
-SHARED: Final = (ModuleType, logging.Logger, Decision, View, Grid, Float, Raw)
+SHARED: Final = (ModuleType, logging.Logger, Decision, View, Grid, Grouped, Float, Raw)
 PROXIES: Final = (weakref.ProxyType, weakref.CallableProxyType)
 _CONTAINERS: Final = frozenset((dict, OrderedDict, list, tuple, set))  # most objects are
 PLAIN_KINDS: Final = frozenset(PLAIN)
