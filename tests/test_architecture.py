@@ -15,8 +15,8 @@ SOURCE = Path(pared.__file__).parent
 
 # A room imports only from itself and from the rooms that stand before it.
 ROOMS = (
-    *("version", "errors", "scalars", "switches", "terminal", "files", "formats", "readers", "artifact", "targets"),
-    *("checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
+    *("version", "errors", "scalars", "switches", "terminal", "allocate", "files", "formats", "readers", "artifact"),
+    *("targets", "checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
 )
 WITHOUT_TORCH = (*ROOMS[: ROOMS.index("model")], "inspection", "cli")
 # In rooms that otherwise do without it.

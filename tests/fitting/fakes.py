@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pared.fitting.search.allocate import Choice
+from pared.allocate import Choice
 from pared.fitting.search.compressor import Compressor, OperatingPoint
 from pared.formats.coded import Raw
 from pared.model.contents import Contents, Decision, Stored

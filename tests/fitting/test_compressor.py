@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import pared
-from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule
+from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule, allocate
 from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.rounding.targets import solve
-from pared.fitting.search import allocate, options
+from pared.fitting.search import options
 from pared.fitting.search.compressor import ACTIVATION_SHARE, Compressor
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace

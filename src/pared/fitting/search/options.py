@@ -9,12 +9,12 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
+from pared.allocate import Options
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target, plain_target
 from pared.fitting.rounding.targets import RoundingTarget, ceilings, solve, without_empty_slices
-from pared.fitting.search.allocate import Options
 from pared.formats.coded import Coded, Grid, survives_float16
 from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.model.contents import Decision, Treatment

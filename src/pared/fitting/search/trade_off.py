@@ -9,9 +9,9 @@ from typing import Final
 
 from torch import nn
 
+from pared.allocate import Choice
 from pared.artifact.outcome import Curve, Point
 from pared.errors import ConfigError
-from pared.fitting.search.allocate import Choice
 from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.evaluate import evaluate
 from pared.fitting.search.search import Judge

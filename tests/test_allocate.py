@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pared.fitting.search.allocate import Choice, Options, choose, ends, fill, within_bytes, within_damage
+from pared.allocate import Choice, Options, choose, ends, fill, within_bytes, within_damage
 
 amounts = st.integers(0, 60).map(float)
 tables = st.lists(
