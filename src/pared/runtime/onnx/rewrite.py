@@ -16,9 +16,9 @@ from pared.formats.dtypes import Array
 from pared.model.contents import Contents
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import extra_columns
-from pared.runtime.onnx.codes import Weight, find_weights, numbers_of, numpy_of
-from pared.runtime.onnx.fold import Fold, fold_of
-from pared.runtime.onnx.layout import along
+from pared.runtime.onnx.weights.codes import Weight, find_weights, numbers_of, numpy_of
+from pared.runtime.onnx.weights.fold import Fold, fold_of
+from pared.runtime.onnx.weights.layout import along
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from pared.model.tensors import registered_as
 from pared.runtime.graphs.capturing.capture import Captured, module_of
 from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
 from pared.runtime.layers.counterpart import Counterpart
-from pared.runtime.onnx.codes import numbers_of, numpy_of
-from pared.runtime.onnx.layout import along
+from pared.runtime.onnx.weights.codes import numbers_of, numpy_of
+from pared.runtime.onnx.weights.layout import along
 from pared.runtime.openvino import halves, outliers
 from pared.runtime.openvino.halves import pads_with_zeros
 from pared.runtime.openvino.operators import translated

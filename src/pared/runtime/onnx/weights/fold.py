@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from pared.formats.dtypes import Array
-from pared.runtime.onnx.layout import constant
+from pared.runtime.onnx.weights.layout import constant
 
 _OUTPUTS: Final = {"Conv": 0, "ConvTranspose": 1}  # the weight's dimension that counts output channels
 

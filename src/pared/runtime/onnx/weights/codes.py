@@ -13,7 +13,7 @@ from pared.formats.coded import Grid
 from pared.formats.dtypes import Array
 from pared.formats.views import first_dimension
 from pared.model.contents import Contents, Stored
-from pared.runtime.onnx.layout import move, moved
+from pared.runtime.onnx.weights.layout import move, moved
 
 
 @dataclass(eq=False)
