@@ -16,6 +16,7 @@ from pared.formats.dtypes import Array
 from pared.model.contents import Contents
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import extra_columns
+from pared.runtime.onnx.drawing import Drawing, become, onnx_name, replaced
 from pared.runtime.onnx.weights.codes import Weight, find_weights, numbers_of, numpy_of
 from pared.runtime.onnx.weights.fold import Fold, fold_of
 from pared.runtime.onnx.weights.layout import along
@@ -62,10 +63,9 @@ def rewrite(model: Any, contents: Contents) -> Rewritten:
 
 
 @dataclass(eq=False)
-class _Rewriter:
+class _Rewriter(Drawing):
     """One graph (an `onnx_ir.Graph`) while it is rewritten, with those of its values that are weights."""
 
-    graph: Any
     contents: Contents
     weights: Mapping[int, Weight]
     coded: set[str] = field(default_factory=set)
@@ -88,7 +88,7 @@ class _Rewriter:
             self.coded |= {one.name for one in end.sources}
         for weight in self.weights.values():
             if weight.value.is_initializer():
-                _become(weight.value, weight.codes)
+                become(weight.value, weight.codes)
             elif weight.value.dtype is not None:
                 weight.value.dtype = _ir().DataType.from_numpy(weight.codes.dtype)
         self._narrow()
@@ -97,14 +97,14 @@ class _Rewriter:
         """Look up rows of codes and their steps, so that only the rows that are used are decoded."""
         axes, steps = along(weight.steps)
         indices = node.inputs[1]
-        picked = self._node("Gather", [weight.value, indices], {"axis": 0}, near=node)
+        picked = self.node("Gather", [weight.value, indices], {"axis": 0}, near=node)
         own = axes == (0,)
-        scale = self._constant(f"{weight.name}.steps", steps if own else steps.reshape(-1)[0])
+        scale = self.constant(f"{weight.name}.steps", steps if own else steps.reshape(-1)[0])
         if own:
-            scale = self._node("Gather", [scale, indices], {"axis": 0}, near=node)
-        floats = self._node("Cast", [picked], {"to": _ir().DataType.FLOAT}, near=node)
-        out = self._node("Mul", [floats, scale], near=node)
-        _replace(node.outputs[0], self._typed(out, weight))
+            scale = self.node("Gather", [scale, indices], {"axis": 0}, near=node)
+        floats = self.node("Cast", [picked], {"to": _ir().DataType.FLOAT}, near=node)
+        out = self.node("Mul", [floats, scale], near=node)
+        replaced(node.outputs[0], self._typed(out, weight))
 
     def _decode(self, weight: Weight, uses: list[tuple[Any, int]], *, bake: bool) -> None:
         """Decode the weight right before its products, a pattern that runtimes with int8 kernels recognize."""
@@ -112,20 +112,20 @@ class _Rewriter:
         fold = fold_of(uses, codes) if bake else None
         if fold is not None:
             codes, steps = fold.applied(codes, steps, uses[0][0])
-        value = self._constant(f"{weight.name}.codes", codes) if bake else weight.value
+        value = self.constant(f"{weight.name}.codes", codes) if bake else weight.value
         axes, found = along(steps)
         near = None if bake else weight.value.producer()
         if len(axes) > 1 or any(node.op_type in _AT_LOAD for node, _ in uses):  # no operator has steps along two axes
             # Through int32: OpenVINO keeps a cast from int8 for int8 kernels, which recurrent layers do not have, and
             # then finds no weight.
-            whole = self._node("Cast", [value], {"to": _ir().DataType.INT32}, after=near)
-            floats = self._node("Cast", [whole], {"to": _ir().DataType.FLOAT}, after=whole.producer())
-            out = self._node("Mul", [floats, self._constant(f"{weight.name}.steps", found)], after=floats.producer())
+            whole = self.node("Cast", [value], {"to": _ir().DataType.INT32}, after=near)
+            floats = self.node("Cast", [whole], {"to": _ir().DataType.FLOAT}, after=whole.producer())
+            out = self.node("Mul", [floats, self.constant(f"{weight.name}.steps", found)], after=floats.producer())
         else:
-            scale = self._constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))
+            scale = self.constant(f"{weight.name}.steps", found.reshape(-1) if axes else found.reshape(()))
             attributes = {"axis": axes[0]} if axes else {}
             zeros = [self._zeros(weight.name, found.size, codes.dtype)] if axes else []
-            out = self._node("DequantizeLinear", [value, scale, *zeros], attributes, after=near)
+            out = self.node("DequantizeLinear", [value, scale, *zeros], attributes, after=near)
         out = self._typed(out, weight)
         for node, place in uses:
             node.replace_input_with(place, out)
@@ -149,7 +149,7 @@ class _Rewriter:
         scale, zero_point = activation.span.grid(FULL_LEVELS)
         key = (id(source), scale, zero_point)
         if key not in self.quantized:
-            floats = self._cast(source, "float32", near=node)
+            floats = self.cast(source, "float32", near=node)
             self.quantized[key] = self._rounded(floats, activation, f"{owner}.input", weight, node)
         node.replace_input_with(other, self.quantized[key])
         self.static.add(owner)
@@ -158,11 +158,11 @@ class _Rewriter:
         """Floats rounded to the grid of a layer's input, in the weight's decoded type."""
         scale, zero_point = activation.span.grid(FULL_LEVELS)
         grid = [
-            self._constant(f"{name}.step", np.float32(scale)),
-            self._constant(f"{name}.zero", np.uint8(zero_point)),
+            self.constant(f"{name}.step", np.float32(scale)),
+            self.constant(f"{name}.zero", np.uint8(zero_point)),
         ]
-        codes = self._node("QuantizeLinear", [floats, *grid], near=node)
-        return self._cast(self._node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
+        codes = self.node("QuantizeLinear", [floats, *grid], near=node)
+        return self.cast(self.node("DequantizeLinear", [codes, *grid], near=node), _dtype(weight), near=node)
 
     def _add_outliers(self, weight: Weight, node: Any, other: int, owner: str, activation: Activation) -> bool:
         """Add what extra columns carry, as a product of their own; returns whether that was possible.
@@ -179,20 +179,20 @@ class _Rewriter:
             "signs": np.where(above, 1, -1).astype(np.float32),
             "before": np.abs(more.shift.numpy()) * np.float32(more.scale),
         }
-        columns, signs, before = (self._constant(f"{name}.{key}", one) for key, one in constants.items())
-        floats = self._cast(node.inputs[other], "float32", near=node)
-        picked = self._node("Gather", [floats, columns], {"axis": -1}, near=node)
-        away = self._node("Mul", [picked, signs], near=node)  # from zero
-        left = self._node("Relu", [self._node("Sub", [away, before], near=node)], near=node)
-        left = self._node("Mul", [left, signs], near=node)
+        columns, signs, before = (self.constant(f"{name}.{key}", one) for key, one in constants.items())
+        floats = self.cast(node.inputs[other], "float32", near=node)
+        picked = self.node("Gather", [floats, columns], {"axis": -1}, near=node)
+        away = self.node("Mul", [picked, signs], near=node)  # from zero
+        left = self.node("Relu", [self.node("Sub", [away, before], near=node)], near=node)
+        left = self.node("Mul", [left, signs], near=node)
         codes, steps = numbers_of(weight.sources[0])
-        held = [self._constant(f"{name}.codes", codes[:, more.columns.numpy()].T), self._steps(name, steps[:, 0], node)]
+        held = [self.constant(f"{name}.codes", codes[:, more.columns.numpy()].T), self._steps(name, steps[:, 0], node)]
         held.append(self._zeros(name, len(codes), codes.dtype))
-        floats = self._node("DequantizeLinear", held, {"axis": 1}, near=node)
-        given = [self._rounded(left, activation, name, weight, node), self._cast(floats, _dtype(weight), near=node)]
+        floats = self.node("DequantizeLinear", held, {"axis": 1}, near=node)
+        given = [self._rounded(left, activation, name, weight, node), self.cast(floats, _dtype(weight), near=node)]
         out = node.outputs[0]
         users = [(use.node, use.idx) for use in out.uses()]
-        total = self._node("Add", [out, self._node("MatMul", given, near=node)], after=node)
+        total = self.node("Add", [out, self.node("MatMul", given, near=node)], after=node)
         for user, place in users:
             user.replace_input_with(place, total)
         if out.is_graph_output():
@@ -206,7 +206,7 @@ class _Rewriter:
         For exact sums on processors without VNNI, ONNX Runtime makes weights unsigned. It then adds a zero point where
         there is none, but only one, and fails where two weights share theirs.
         """
-        return self._constant(f"{name}.zeros", np.zeros(count, dtype))
+        return self.constant(f"{name}.zeros", np.zeros(count, dtype))
 
     def _steps(self, name: str, steps: Array, node: Any) -> Any:
         """The steps of outputs: the constant that the node's weight already has, if it is the same."""
@@ -214,7 +214,7 @@ class _Rewriter:
         known = decode.inputs[1] if decode is not None and decode.op_type == "DequantizeLinear" else None
         if known is not None and np.array_equal(known.const_value.numpy(), steps):
             return known
-        return self._constant(f"{name}.steps", steps)
+        return self.constant(f"{name}.steps", steps)
 
     def _owner(self, weight: Weight, node: Any) -> str:
         """The module whose product this is: the owner of the weight in whose forward the product was traced."""
@@ -224,10 +224,10 @@ class _Rewriter:
         return next((owner for owner in owners if owner in inside), owners[0])
 
     def _drop(self, fold: Fold, node: Any) -> None:
-        bias = self._constant(f"{node.name}.bias", fold.bias)
+        bias = self.constant(f"{node.name}.bias", fold.bias)
         node.resize_inputs(3)
         node.replace_input_with(2, bias)
-        _replace(fold.node.outputs[0], node.outputs[0])
+        replaced(fold.node.outputs[0], node.outputs[0])
 
     def _narrow(self) -> None:
         """Hold floats in the narrower type that the artifact has them in, and cast them."""
@@ -238,49 +238,17 @@ class _Rewriter:
                 continue
             if stored.coded.format.dtype == dtype_name(stored.coded.dtype) or value.dtype is None:
                 continue
-            if value.dtype.name != _onnx_name(dtype_name(stored.coded.dtype)) or value.is_graph_output():
+            if value.dtype.name != onnx_name(dtype_name(stored.coded.dtype)) or value.is_graph_output():
                 continue
             uses = [(use.node, use.idx) for use in value.uses()]
-            wide = self._node("Cast", [value], {"to": value.dtype})
+            wide = self.node("Cast", [value], {"to": value.dtype})
             for node, place in uses:
                 node.replace_input_with(place, wide)
-            _become(value, numpy_of(stored.coded.parts["values"]))
+            become(value, numpy_of(stored.coded.parts["values"]))
 
     def _typed(self, value: Any, weight: Weight) -> Any:
         """Cast a value to the weight's decoded type."""
-        return self._cast(value, _dtype(weight), after=value.producer())
-
-    def _cast(self, value: Any, dtype: str, near: Any = None, after: Any = None) -> Any:
-        ir = _ir()
-        wanted = ir.DataType[_onnx_name(dtype)]
-        if value.dtype == wanted or (value.dtype is None and dtype == "float32"):
-            return value
-        return self._node("Cast", [value], {"to": wanted}, near=near, after=after)
-
-    def _node(self, op: str, inputs: list[Any], attributes: Any = None, near: Any = None, after: Any = None) -> Any:
-        """The output of a new node, which is put before `near`, or after `after`, or first in the graph."""
-        made = _ir().node(op, inputs, attributes or {})
-        if near is not None:
-            near.prepend(made)
-        elif after is not None:
-            after.append(made)
-        elif len(self.graph):
-            self.graph.insert_before(self.graph[0], made)
-        else:
-            self.graph.append(made)
-        if attributes and "to" in attributes:
-            made.outputs[0].dtype = attributes["to"]
-        return made.outputs[0]
-
-    def _constant(self, name: str, numbers: Any) -> Any:
-        ir = _ir()
-        free, i = name, 1
-        while free in self.graph.initializers:
-            free, i = f"{name}_{i}", i + 1
-        tensor = ir.tensor(np.ascontiguousarray(numbers).reshape(np.shape(numbers)), name=free)
-        value = ir.Value(name=free, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return self.cast(value, _dtype(weight), after=value.producer())
 
     def outcome(self) -> Rewritten:
         """What became of every tensor and layer."""
@@ -308,10 +276,6 @@ def _ir() -> Any:
     return onnx_ir
 
 
-def _onnx_name(dtype: str) -> str:
-    return {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
-
-
 def _dtype(weight: Weight) -> str:
     return dtype_name(weight.sources[0].coded.dtype)
 
@@ -327,16 +291,3 @@ def _is_whole(end: Weight, ends: list[Weight]) -> bool:
 def _gathers_rows(node: Any, place: int) -> bool:
     axis = node.attributes["axis"].value if "axis" in node.attributes else 0
     return node.op_type == "Gather" and place == 0 and axis == 0
-
-
-def _replace(old: Any, new: Any) -> None:
-    """Let every reader of one value read another."""
-    new.shape, new.type = new.shape or old.shape, new.type or old.type
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _become(value: Any, numbers: Array) -> None:
-    """Give an initializer other numbers."""
-    ir = _ir()
-    tensor = ir.tensor(np.ascontiguousarray(numbers).reshape(np.shape(numbers)), name=value.name)
-    value.const_value, value.dtype = tensor, tensor.dtype
