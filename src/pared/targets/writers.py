@@ -13,6 +13,7 @@ Writer = Callable[[Source, Path], list[Path]]
 
 # By the target's name: a module, and its function.
 WRITERS: Final[Mapping[str, tuple[str, str]]] = {
+    "gguf": ("pared.targets.gguf.write", "write"),
     "compressed-tensors": ("pared.targets.folders.compressed_tensors", "write"),
     "compressed-tensors-any": ("pared.targets.folders.compressed_tensors", "write"),
     "compressed-tensors-int8": ("pared.targets.folders.compressed_tensors", "write"),

@@ -14,7 +14,7 @@ _SMALL: Final = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "vocab_size": 128,
+    "vocab_size": 320,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -25,14 +25,14 @@ CONFIGS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "Llama": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": True}),
     "Mistral": ("MistralConfig", _GROUPED),
     "Qwen2": ("Qwen2Config", {**_GROUPED, "tie_word_embeddings": True}),
-    "Qwen3": ("Qwen3Config", _HEADS),
+    "Qwen3": ("Qwen3Config", {**_GROUPED, "head_dim": 128}),
     "Gemma": ("GemmaConfig", {**_HEADS, "pad_token_id": 0}),
     "Gemma 2": ("Gemma2Config", {**_HEADS, "pad_token_id": 0, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Gemma 3": ("Gemma3TextConfig", {**_HEADS, "pad_token_id": 0, "query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Phi-3": ("Phi3Config", {**_GROUPED, "pad_token_id": 0}),
     "GPT-2": (
         "GPT2Config",
-        {"n_embd": _WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": 128}
+        {"n_embd": _WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 1024, "vocab_size": 320}
         | {"bos_token_id": 1, "eos_token_id": 2},
     ),
     "BERT": ("BertConfig", {**_SMALL, "max_position_embeddings": 128}),

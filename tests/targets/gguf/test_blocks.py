@@ -4,25 +4,10 @@ import gguf
 import numpy as np
 import pytest
 
-from pared.formats.groups.grid import GroupGrid, Numbers, representable
 from pared.targets.gguf.blocks import BLOCKS
 from pared.targets.gguf.target import TARGET
 from pared.targets.table import TARGETS
-
-
-def random_parts(grid: GroupGrid, rows: int, columns: int) -> dict[str, Numbers]:
-    rng = np.random.default_rng(0)
-    least, most = grid.multiples
-    parts: dict[str, Numbers] = {}
-    for name, shape in grid.shapes(rows, columns).items():
-        if name == "codes":
-            parts[name] = rng.integers(grid.low, grid.high, shape, np.int8, endpoint=True)
-        elif name.endswith("multiple"):
-            kind = np.int8 if grid.signed else np.uint8
-            parts[name] = rng.integers(least, most, shape, kind, endpoint=True)
-        else:
-            parts[name] = representable(rng.normal(size=shape).astype(np.float32), grid.step)
-    return parts
+from tests.targets.grids import random_parts
 
 
 @pytest.mark.parametrize("name", BLOCKS)
