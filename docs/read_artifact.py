@@ -42,11 +42,11 @@ def read(path: str | Path) -> dict[str, Array]:
         path: a `.pt` or `.safetensors` artifact.
 
     Raises:
-        ValueError: it is not an artifact, it is damaged, or its version is newer than 3.
+        ValueError: it is not an artifact, it is damaged, or its version is newer than 4.
     """
     record, data = records(Path(path))
     index = json.loads(zlib.decompress(record))
-    if index["pared"] not in (1, 2, 3):
+    if index["pared"] not in (1, 2, 3, 4):
         raise ValueError(f"version {index['pared']} of the format is newer than this reader")
     found, end = {}, 0
     for entry in index["tensors"]:
@@ -82,7 +82,7 @@ def records(path: Path) -> tuple[bytes, bytes]:
 
 
 def cut(entry: dict[str, Any], data: bytes, end: int) -> tuple[dict[str, bytes], int]:
-    """The parts of an entry of version 2 or 3, in the order of the data, and where the last one ends."""
+    """The parts of an entry of version 2 to 4, in the order of the data, and where the last one ends."""
     parts = {}
     for name, part in sorted(entry["parts"].items()):
         length = part.get("length", 0 if "coding" in part else plain_length(entry, name, part))
@@ -99,10 +99,12 @@ def plain_length(entry: dict[str, Any], name: str, part: dict[str, Any]) -> int:
         return elements * size_of(entry["format"].get("dtype", entry["dtype"]))
     split, rows = view_of(entry)
     n_rows = math.prod(split[i] for i in rows)
+    if entry["format"]["tag"] == "groups" and not name.startswith(("codes", "classes")):
+        return math.prod(group_shape(entry, name)) * (size_of(step_type(entry)) if name in ("step", "least") else 1)
     if name in ("step", "classes"):
         return n_rows * (4 if name == "step" and "base" not in part else 1)
     count = int(part["rows"]) * elements // n_rows if "rows" in part else elements
-    return count * size_of(entry["format"]["codes"])
+    return count * size_of(entry["format"].get("codes", "int8"))
 
 
 def size_of(dtype: str) -> int:
@@ -123,6 +125,8 @@ def tensor(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
         return plain(parts["values"], dtype).reshape(shape)
     if tag == "float":
         return cast(plain(parts["values"], entry["format"]["dtype"]), dtype).reshape(shape)
+    if tag == "groups":
+        return cast(grouped(entry, parts), dtype).reshape(shape)
     if tag != "grid":
         raise ValueError(f"{entry['name']}: the format {tag!r} is not known")
     split, rows = view_of(entry)
@@ -133,7 +137,7 @@ def tensor(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
 
 def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
     """The codes of a grid, in the shape in which they meet steps."""
-    (split, rows), kind = view_of(entry), entry["format"]["codes"]
+    (split, rows), kind = view_of(entry), entry["format"].get("codes", "int8")
 
     def stream(name: str, count: int, kind: str) -> Array:
         return decode(parts[name], entry["parts"][name].get("coding"), count, kind)
@@ -143,7 +147,7 @@ def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
     n_rows = math.prod(split[i] for i in rows)
     matrix = np.empty((n_rows, math.prod(split) // n_rows), kind)
     classes = stream("classes", n_rows, "int8")
-    for number in range(len(parts) - 2):
+    for number in range(sum(name.startswith("codes ") for name in parts)):
         chosen = classes == number
         matrix[chosen] = stream(f"codes {number}", matrix[chosen].size, kind).reshape(-1, matrix.shape[1])
     order = [*rows, *(i for i in range(len(split)) if i not in rows)]
@@ -158,6 +162,54 @@ def steps(entry: dict[str, Any], parts: dict[str, bytes], count: int) -> Array:
     differences = decode(parts["step"], part.get("coding"), count, "int8").astype(np.int32)
     index = np.where(differences == -128, 0, part["base"] + differences)
     return np.where(differences == -128, np.float32(0), np.ldexp(OCTAVE[index % 8], index // 8))
+
+
+def step_type(entry: dict[str, Any]) -> str:
+    """The type of the steps of groups."""
+    return str(entry["format"].get("step", "float16"))
+
+
+def group_shape(entry: dict[str, Any], name: str) -> tuple[int, int]:
+    """The rows of a tensor with groups, and what a part has for each: a number for each group, or each shared one."""
+    split, rows = view_of(entry)
+    columns = math.prod(size for i, size in enumerate(split) if i not in rows)
+    groups = -(-columns // entry["format"]["group"]) if entry["format"]["group"] else 1
+    shared = -(-groups // entry["format"].get("nested", 1))
+    return math.prod(split[i] for i in rows), shared if name in ("step", "least") else groups
+
+
+def grouped(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
+    """A tensor with a step for each group of columns, in the shape of its view."""
+    fields, (split, rows) = entry["format"], view_of(entry)
+
+    def part(name: str) -> Array:
+        coding, shape = entry["parts"][name].get("coding"), group_shape(entry, name)
+        if name not in ("step", "least"):
+            found = decode(parts[name], coding, math.prod(shape), "int8")
+            return (found if name == "zero" or fields.get("signed") else found.view(np.uint8)).reshape(shape)
+        if step_type(entry) == "float32":
+            return plain(parts[name], "float32").reshape(shape)
+        bits = decode(parts[name], coding, math.prod(shape), "int16") + np.int16(entry["parts"][name].get("base", 0))
+        return plain(bits.astype("<i2").tobytes(), step_type(entry)).astype(np.float32).reshape(shape)
+
+    def of_columns(name: str, multiple: str = "") -> Array:
+        values = part(name)
+        if multiple in parts:
+            values = values[:, np.arange(group_shape(entry, multiple)[1]) // fields["nested"]] * part(multiple)
+        return values[:, np.arange(matrix.shape[1]) // (fields["group"] or max(matrix.shape[1], 1))]
+
+    order = [*rows, *(i for i in range(len(split)) if i not in rows)]
+    moved = codes(entry, parts).transpose(order)
+    columns = math.prod(moved.shape[len(rows) :])
+    matrix = moved.reshape(group_shape(entry, "step")[0], columns).astype(np.float32)
+    if "zero" in parts:
+        values = (matrix - of_columns("zero")) * of_columns("step", "multiple")
+    elif "least" in parts:
+        raised = (matrix + 2 ** (fields["bits"] - 1)) * of_columns("step", "multiple")
+        values = raised + of_columns("least", "least multiple")
+    else:
+        values = matrix * of_columns("step", "multiple")
+    return values.astype(np.float32).reshape(moved.shape).transpose(np.argsort(order))
 
 
 def plain(payload: bytes, dtype: str) -> Array:

@@ -1,5 +1,6 @@
 """An index that is damaged, in any place: an error of ours, or an index that is sound for the data there are."""
 
+import copy
 import json
 import zlib
 from typing import Any
@@ -87,7 +88,7 @@ PLACES = [(version, path) for version in (1, 2) for path in places((first_json, 
 @pytest.mark.slow
 def test_any_value_anywhere_in_an_index_is_refused_or_sound(where: tuple[int, tuple[Any, ...]], value: Any) -> None:
     version, path = where
-    known, data = (INDEX.to_json(), DATA) if version == 2 else (first_json(), FIRST_DATA)
+    known, data = copy.deepcopy((INDEX.to_json(), DATA) if version == 2 else (first_json(), FIRST_DATA))
     place: Any = known
     for key in path[:-1]:
         place = place[key]

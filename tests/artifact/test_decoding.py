@@ -1,5 +1,6 @@
 """The tensors of an artifact without torch: bit for bit those that torch gets."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,9 @@ def contents_of(coded: Coded) -> Contents:
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_golden_contents_are_decoded_as_torch_decodes_them(kind: str) -> None:
-    contents = make.contents()
+@pytest.mark.parametrize("make_contents", [make.contents, make.contents_of_version_4])
+def test_golden_contents_are_decoded_as_torch_decodes_them(make_contents: Callable[[], Contents], kind: str) -> None:
+    contents = make_contents()
     checked(contents, storage.to_bytes(contents, kind))
 
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pared.artifact.envelope import open_records
-from pared.artifact.index import VERSION
+from pared.artifact.index import NEWEST, VERSION
 from pared.artifact.parse import parse_index
 from pared.errors import ParedError
 from pared.files.safetensors_file import write_safetensors
@@ -107,7 +107,7 @@ def test_the_reader_alone_reads_the_example(kind: str, tmp_path: Path) -> None:
 def test_the_reader_alone_needs_neither_torch_nor_pared(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(example())
     script = DOCS / "read_artifact.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) < 230
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 280
     code = (
         "import runpy, sys\n"
         "runpy.run_path(sys.argv[1])['read'](sys.argv[2])\n"
@@ -151,7 +151,7 @@ def test_the_reader_alone_rounds_to_bfloat16_as_torch_does(values: list[float]) 
 
 # --- the golden files
 
-VERSIONS = ["v1", "v2", "v3"]
+VERSIONS = ["v1", "v2", "v3", "v4"]
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
@@ -194,7 +194,7 @@ def test_the_golden_file_of_this_version_holds_every_way_of_storing() -> None:
     assert any(part.length >= 4096 for _, part in parts)
 
 
-def test_the_golden_file_of_the_newest_version_holds_what_only_that_has() -> None:
+def test_the_golden_file_of_version_3_holds_what_only_that_has() -> None:
     found, wanted = storage.read(make.FOLDER / "v3" / "net.pt"), make.contents_of_version_3()
     assert same(replace(found, states={}), replace(wanted, tensors=wanted.tensors[:-1], states={}))
     assert {name: state.tree for name, state in found.states.items()} == {
@@ -208,18 +208,38 @@ def test_the_golden_file_of_the_newest_version_holds_what_only_that_has() -> Non
     assert found.made == (made(("positions", "again"), torch.arange(2000.0).reshape(20, 100)),)
 
 
-SMALL = storage.to_bytes(make.contents(), "safetensors")
+def test_the_golden_file_of_version_4_holds_groups_of_every_kind() -> None:
+    path = make.FOLDER / f"v{NEWEST}" / "net.pt"
+    assert same(storage.read(path), make.contents_of_version_4())
+    with open_records(path) as records:
+        entries = [entry for entry in parse_index(records).entries if entry.groups is not None]
+    grids = [entry.groups for entry in entries if entry.groups is not None]
+    assert {grid.zero for grid in grids} == {"fixed", "code", "least"}
+    assert {grid.step for grid in grids} == {"float16", "bfloat16", "float32"}
+    assert {(grid.nested > 0, grid.signed) for grid in grids} == {(False, False), (True, False), (True, True)}
+    assert {grid.group is None for grid in grids} == {True, False}
+    parts = [(name, part) for entry in entries for name, part in entry.parts.items()]
+    assert {name for name, _ in parts} >= {
+        *("classes", "codes", "codes 1", "step", "least", "multiple", "least multiple", "zero")
+    }
+    coded = {name: {part.coding is None for n, part in parts if n == name} for name, _ in parts}
+    assert coded["codes"] == coded["step"] == {True, False}
 
 
+CONTENTS = {"2": make.contents(), "4": make.contents_of_version_4()}
+SMALL = {version: storage.to_bytes(contents, "safetensors") for version, contents in CONTENTS.items()}
+
+
+@pytest.mark.parametrize("version", SMALL)
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_mutated_bytes_of_every_way_of_storing_are_noticed(draw: st.DataObject) -> None:
-    mutated = draw.draw(mutations(SMALL))
+def test_mutated_bytes_of_every_way_of_storing_are_noticed(version: str, draw: st.DataObject) -> None:
+    mutated = draw.draw(mutations(SMALL[version]))
     try:
         found = storage.from_bytes(mutated)
     except ParedError:
         return
-    assert same(found, make.contents())
+    assert same(found, CONTENTS[version])
 
 
 def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -229,12 +249,13 @@ def numbers(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return own + [place for key, inner in inside for place in numbers(inner, (*path, key))]
 
 
+@pytest.mark.parametrize("version", SMALL)
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 @pytest.mark.slow
-def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> None:
+def test_another_number_in_the_index_is_refused_or_read(version: str, draw: st.DataObject) -> None:
     """Not every lie can be known for one, a base for instance; but none leads to any other error."""
-    with open_records(SMALL) as records:
+    with open_records(SMALL[version]) as records:
         index, data = json.loads(zlib.decompress(records.index)), bytes(records.data)
     *path, last = draw.draw(st.sampled_from(numbers(index["tensors"])))
     place = index["tensors"]
@@ -247,4 +268,4 @@ def test_another_number_in_the_index_is_refused_or_read(draw: st.DataObject) -> 
         found = storage.from_bytes(file.getvalue())
     except ParedError:
         return
-    assert len(found.tensors) == len(make.contents().tensors)
+    assert len(found.tensors) == len(CONTENTS[version].tensors)

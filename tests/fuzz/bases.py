@@ -18,6 +18,10 @@ from torch import nn
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from pared.formats.coded import Grouped
+from pared.model import storage
+from pared.model.contents import Contents, Decision, Stored
+from tests.formats.groups.grids import GRIDS
 from tests.inspection.test_ledger import artifact, as_pt, as_safetensors
 
 
@@ -87,6 +91,15 @@ def exported() -> bytes:
             if "sample_inputs" not in info.filename:
                 other.writestr(info.filename, content)
     return small.getvalue()
+
+
+def with_groups() -> bytes:
+    """An artifact of the newest version, with steps that are nested and steps that are not."""
+    tensors = []
+    for name in ("Q4_K", "int4 g5"):
+        coded = Grouped(GRIDS[name]).encode(torch.arange(96.0).reshape(2, 48))
+        tensors.append(Stored((name,), "parameter", coded, Decision(name, "grid", None, "")))
+    return storage.to_bytes(Contents(tuple(tensors)), "safetensors")
 
 
 def onnx_model(outside: bool = False) -> bytes:
@@ -191,6 +204,7 @@ BESIDE: dict[str, bytes] = {
 BASES: dict[str, Callable[[], list[bytes]]] = {
     "artifact.pt": lambda: [as_pt(*artifact())],
     "artifact.safetensors": lambda: [as_safetensors(*artifact())],
+    "artifact with groups": lambda: [with_groups()],
     "torch zip": lambda: [saved(STATE), saved(checkpoint())],
     "torch legacy": lambda: [saved(v, _use_new_zipfile_serialization=False) for v in (STATE, checkpoint(), Pair())],
     "pickled module": lambda: [saved(Pair())],

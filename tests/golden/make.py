@@ -1,4 +1,4 @@
-"""Write the golden files of the format: `python -m tests.golden.make v3`. Released ones are never written again.
+"""Write the golden files of the format: `python -m tests.golden.make v4`. Released ones are never written again.
 
 Both containers hold the same tensors, one of each way of storing them; `decoded.pt` holds what every tensor must decode
 to, bit for bit. (Those of version 1 hold a small network.)
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from pared.artifact.envelope import FILE_NAMES
 from pared.formats.activation import Activation
-from pared.formats.coded import Coded, Float, Grid, Raw, log_step
+from pared.formats.coded import Coded, Float, Grid, Grouped, Raw, log_step
 from pared.formats.views import View, first_dimension, single_row, view_of
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.state.extra import ExtraState
+from tests.formats.groups.grids import GRIDS, random_parts
 
 FOLDER = Path(__file__).parent
 RANDOM = torch.Generator()
@@ -102,7 +103,28 @@ def contents_of_version_3() -> Contents:
     return replace(first, tensors=(*first.tensors[-5:], left), states=states)
 
 
-MAKERS = {"v2": contents, "v3": contents_of_version_3}
+def contents_of_version_4() -> Contents:
+    """Grids with groups of every kind, with views of every kind, beside a few tensors of older versions."""
+    first = contents()
+    views = [((64, 300), (0,)), ((70, 40), (1,)), ((3, 20, 64), (0, 1)), ((2, 8, 6), (0, 2)), ((0, 5), (0,))]
+    stored = []
+    for number, (name, grid) in enumerate(GRIDS.items()):
+        shape, dimensions = views[number % len(views)]
+        view, dtype = View(shape, dimensions), (torch.float32, torch.float16, torch.bfloat16)[number % 3]
+        numbers = random_parts(grid, view.n_rows, view.n_columns, number)
+        parts = {part: torch.from_numpy(value) for part, value in numbers.items()}
+        if number % 2:  # any codes, which do not get smaller
+            parts["codes"] = view.restore(parts["codes"], shape).contiguous()
+            coded = Coded(Grouped(grid), shape, dtype, parts, view)
+        else:
+            step = 0.5 + torch.arange(parts["step"].numel()) % 8 / 16
+            parts["step"] = step.reshape(parts["step"].shape)
+            coded = Grouped(grid).encode(rows(view, shape).to(dtype), parts, view)
+        stored.append(Stored((name,), "parameter", coded, Decision(name, "grid", float(grid.bits), "")))
+    return replace(first, tensors=(*stored, *first.tensors[:2], *first.tensors[-3:]))
+
+
+MAKERS = {"v2": contents, "v3": contents_of_version_3, "v4": contents_of_version_4}
 
 if __name__ == "__main__":
     folder = FOLDER / sys.argv[1]

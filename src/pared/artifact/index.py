@@ -12,11 +12,13 @@ from typing import Any, Final
 
 from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
+from pared.formats.groups.grid import GroupGrid
 
-# The version that is written where it can say everything, and the newest, which also says what a state dict does not
-# hold as tensors. Version 1 is read, too.
+# The version that is written where it can say everything; the one that also says what a state dict does not hold as
+# tensors; and the one that also has grids with groups. Version 1 is read, too.
 VERSION: Final = 2
-NEWEST: Final = 3
+STATES: Final = 3
+NEWEST: Final = 4
 STATE: Final = "state"  # the kind of an entry that is a part of a module's extra state
 ALIGNMENT: Final = 64  # of large parts in the data, in bytes; in version 1, of every part
 _LARGE: Final = 4096  # bytes
@@ -82,19 +84,21 @@ class Entry:
         kind: "parameter" or "buffer"; or "state": part of a module's extra state.
         dtype: the element type of the source tensor, a key of `ITEM_SIZES`.
         shape: the source tensor's.
-        format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...} or {"tag": "raw"}.
-        view: for a grid, (split, rows) as in `View`; otherwise None.
+        format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...}, {"tag": "raw"}, or {"tag": "groups", ...}
+            with the fields of a `GroupGrid`.
+        view: for a grid, with groups or without, (split, rows) as in `View`; otherwise None.
         bits: the rate that was requested, in bits per weight; None if none was.
         because: the reason for the format, for people.
         parts: in the order of the data: "values"; or for a grid "codes" and "step", with "classes", "codes 0",
-            "codes 1", ... in place of "codes" if its rows are divided into classes.
+            "codes 1", ... in place of "codes" if its rows are divided into classes. With groups there are more; they
+            stand in the order of their names.
     """
 
     names: tuple[str, ...]
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    format: Mapping[str, str]
+    format: Mapping[str, Any]
     view: tuple[tuple[int, ...], tuple[int, ...]] | None
     bits: float | None
     because: str
@@ -116,6 +120,21 @@ class Entry:
         split, rows = self.view or (self.shape, ())
         return math.prod(split[row] for row in rows)
 
+    @functools.cached_property
+    def groups(self) -> GroupGrid | None:
+        """The grid, if it has groups."""
+        if self.format["tag"] != GroupGrid.tag:
+            return None
+        return GroupGrid(**{name: value for name, value in self.format.items() if name != "tag"})
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """The shape of each part, as a matrix, of a grid with groups."""
+        columns = self.elements // max(self.n_rows, 1)
+        if self.view is not None and not self.elements:  # the columns count where there are no rows, and the reverse
+            columns = math.prod(size for i, size in enumerate(self.view[0]) if i not in self.view[1])
+        return {} if self.groups is None else self.groups.shapes(self.n_rows, columns)
+
     @property
     def source_nbytes(self) -> int:
         """The size of the source tensor in bytes."""
@@ -136,7 +155,9 @@ class Entry:
         """The format's short name for tables: "grid int8", "float32"."""
         if self.format["tag"] == "grid":
             return f"grid {self.format['codes']}"
-        return self.format.get("dtype", self.dtype)
+        if self.groups is not None:
+            return self.groups.label
+        return str(self.format.get("dtype", self.dtype))
 
     def to_json(self) -> dict[str, Any]:
         """The entry as it stands in an index of version 2."""
@@ -185,8 +206,9 @@ class Index:
         """The index as plain data."""
         more: dict[str, Any] = {"states": dict(self.states), "made": [dict(one) for one in self.made]}
         more = {key: value for key, value in more.items() if value}
+        grouped = any(entry.groups is not None for entry in self.entries)
         return more | {
-            "pared": NEWEST if more else VERSION,
+            "pared": NEWEST if grouped else STATES if more else VERSION,
             "tensors": [entry.to_json() for entry in self.entries],
             "modules": {name: dict(activation) for name, activation in self.modules.items()},
             "provenance": dict(self.provenance),

@@ -13,16 +13,18 @@ from typing import Any, Final
 
 from pared.artifact.beside.states import check_states, parse_made
 from pared.artifact.envelope import Records
-from pared.artifact.index import NEWEST, STATE, Entry, Index, Part
+from pared.artifact.index import NEWEST, STATE, STATES, Entry, Index, Part
 from pared.artifact.parts import check_data, parse_parts
 from pared.errors import VersionError
 from pared.files.checks import Place
 from pared.formats.dtypes import FLOATING, ITEM_SIZES
 from pared.formats.grids import CODE_LIMITS
+from pared.formats.groups.grid import GroupGrid
 
 # The required fields of an entry, by version.
 _COMMON: Final = frozenset(("name", "kind", "dtype", "shape", "format", "because", "parts"))
-_REQUIRED: Final[Mapping[int, frozenset[str]]] = {1: _COMMON, 2: _COMMON | {"crc32"}, 3: _COMMON | {"crc32"}}
+_LATER: Final = _COMMON | {"crc32"}
+_REQUIRED: Final[Mapping[int, frozenset[str]]] = {1: _COMMON, 2: _LATER, 3: _LATER, 4: _LATER}
 _VIEW: Final = frozenset(("split", "rows"))
 
 # The fields of each format in addition to its tag, with their legal values.
@@ -31,6 +33,16 @@ _FORMATS: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "float": {"dtype": ("float16", "bfloat16", "float32")},
     "raw": {},
 }
+
+# What a format with groups may leave out; the legal values of texts.
+_GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "zero": ("code", "least"),
+    "step": ("bfloat16", "float32"),
+    "nested": (),
+    "multiple_bits": (),
+    "signed": (),
+}
+_LARGEST_GROUP: Final = 1 << 48  # columns
 
 # The range that each mode of an int8 counterpart has.
 _MODES: Final[Mapping[str, tuple[str, ...]]] = {"static": ("low", "high"), "dynamic": (), "gather": ()}
@@ -75,7 +87,7 @@ def _inflate(record: bytes, bound: int, at: Place) -> bytes:
 def _index(text: bytes, data: memoryview, at: Place) -> Index:
     top = at.mapping(at.json(text, "its index"), "its index")
     version = _version(top.get("pared"), at)
-    more = ("states", "made") if version >= NEWEST else ()
+    more = ("states", "made") if version >= STATES else ()
     at.fields(top, "its index", ("pared", "tensors", "modules", "provenance"), more)
     entries: list[Entry] = []
     for entry in at.sequence(top["tensors"], "the list of tensors"):
@@ -125,11 +137,11 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
     aliases = at.sequence(known.get("aliases", []), "the list of its aliases")
     dtype = at.one_of(known["dtype"], ITEM_SIZES, "its dtype")
     shape = at.shape(known["shape"], "shape")
-    format = _format(known["format"], dtype, at)
+    format = _format(known["format"], dtype, version, at)
     parts: dict[str, Part] = {}
     entry = Entry(
         names=(name, *(at.text(alias, "an alias") for alias in aliases)),
-        kind=at.one_of(known["kind"], ("parameter", "buffer", *((STATE,) if version >= NEWEST else ())), "its kind"),
+        kind=at.one_of(known["kind"], ("parameter", "buffer", *((STATE,) if version >= STATES else ())), "its kind"),
         dtype=dtype,
         shape=shape,
         format=format,
@@ -142,18 +154,41 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
     return entry
 
 
-def _format(value: object, dtype: str, at: Place) -> dict[str, str]:
-    tag = at.one_of(at.mapping(value, "its format").get("tag"), _FORMATS, "its format")
-    known = at.fields(value, "its format", ("tag", *_FORMATS[tag]))
+def _format(value: object, dtype: str, version: int, at: Place) -> dict[str, Any]:
+    tags = (*_FORMATS, *((GroupGrid.tag,) if version >= NEWEST else ()))
+    tag = at.one_of(at.mapping(value, "its format").get("tag"), tags, "its format")
     if tag != "raw" and dtype not in FLOATING:
         at.fail(f"its format is {tag}, which cannot hold {dtype}")
+    if tag == GroupGrid.tag:
+        return _groups(value, at)
+    known = at.fields(value, "its format", ("tag", *_FORMATS[tag]))
     return {"tag": tag, **{key: at.one_of(known[key], legal, key) for key, legal in _FORMATS[tag].items()}}
+
+
+def _groups(value: object, at: Place) -> dict[str, Any]:
+    """The fields of a grid with groups; what it may leave out has one value that stands for it."""
+    known = at.fields(value, "its format", ("tag", "bits", "group"), _GROUPS)
+    at.within(known["bits"], "bits", range(2, 9))
+    if known["group"] is not None:
+        at.within(known["group"], "group", range(1, _LARGEST_GROUP))
+    for key in ("zero", "step"):
+        if key in known:
+            at.one_of(known[key], _GROUPS[key], key)
+    nested = [key for key in ("nested", "multiple_bits") if key in known]
+    if len(nested) == 1 or ("signed" in known and not nested):
+        at.fail("its format needs nested and multiple_bits together, and signed only with them")
+    if nested:
+        at.within(known["nested"], "nested", range(2, _LARGEST_GROUP))
+        at.within(known["multiple_bits"], "multiple_bits", range(2, 9))
+    if known.get("signed", True) is not True:
+        at.fail("signed is not true, which it is where it stands")
+    return known
 
 
 def _view(
     entry: dict[str, Any], shape: tuple[int, ...], tag: str, at: Place
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    if tag != "grid":
+    if tag not in ("grid", GroupGrid.tag):
         return at.fail("it has a view, which only a grid has") if "view" in entry else None
     if "view" not in entry:
         if not shape:

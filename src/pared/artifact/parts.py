@@ -1,4 +1,4 @@
-"""Where the parts of tensors stand, in both versions of the format: parsed, placed, and compared with the data.
+"""Where the parts of tensors stand, in all versions of the format: parsed, placed, and compared with the data.
 
 The size that a part may decompress to is bounded here, before memory is allocated for it.
 """
@@ -15,15 +15,18 @@ from pared.errors import CorruptError
 from pared.files.checks import Place
 from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
+from pared.formats.groups.stored import FLOATS
 from pared.formats.streams import STEP_INDEXES, EncodedPart
 
 # Codes that are all equal take no bytes, so that the file does not bound their number; this does.
 LARGEST_CONSTANT: Final = 1 << 28
 _SYMBOLS_PER_BYTE: Final = 8  # a Huffman code has at least one bit
 
-# The parts of a grid, by the number of classes into which its rows are divided.
+_BITS: Final = range(-(1 << 15), 1 << 15)  # of a float of 16 bits, as a whole number
+
+# The parts that hold codes, by the number of classes into which rows are divided.
 _CLASSED: Final[Mapping[int, tuple[str, ...]]] = {
-    count: ("classes", *(f"codes {number}" for number in range(count)), "step") for count in (8, 4, 2)
+    count: ("classes", *(f"codes {number}" for number in range(count))) for count in (8, 4, 2)
 }
 
 
@@ -33,7 +36,7 @@ def parse_parts(entry: Entry, known: Mapping[str, Any], version: int, end: int, 
     Args:
         entry: the entry, still without parts.
         known: its fields in the index.
-        version: the format's, 1 or 2.
+        version: the format's.
         end: the offset after the part before.
         at: the entry's place.
     """
@@ -60,9 +63,10 @@ def parse_parts(entry: Entry, known: Mapping[str, Any], version: int, end: int, 
 def _names(entry: Entry, fields: Mapping[str, Any], version: int) -> tuple[str, ...]:
     if entry.view is None:
         return ("values",)
+    beside = sorted(entry.shapes.keys() - {"codes"}) or ["step"]
     if version == 1 or "classes" not in fields:
-        return ("codes", "step")
-    return next((names for names in _CLASSED.values() if names[-2] in fields), _CLASSED[2])
+        return ("codes", *beside)
+    return (*next((names for names in _CLASSED.values() if names[-1] in fields), _CLASSED[2]), *beside)
 
 
 def _first_version(name: str, value: object, end: int, at: Place) -> Part:
@@ -77,12 +81,17 @@ def _first_version(name: str, value: object, end: int, at: Place) -> Part:
 
 def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, at: Place) -> Part:
     """A part of version 2, whose place follows from the parts before it."""
-    optional = () if name == "values" else ("base", "coding", "length") if name == "step" else ("coding", "length")
+    optional: tuple[str, ...] = ("coding", "length")
+    if name == "values" or (name in FLOATS and entry.format.get("step") == "float32"):
+        optional = ()
+    elif name in FLOATS:
+        optional = ("base", *optional)
     known = at.fields(value, f"its {name}", ("rows",) if name.startswith("codes ") else (), optional)
     coding = _coding(known, at)
     rows = at.whole(known["rows"], f"the rows of its {name}") if "rows" in known else None
-    base = at.within(known["base"], f"the base of its {name}", STEP_INDEXES) if "base" in known else None
-    if name == "step" and base is None and known:
+    bases = STEP_INDEXES if entry.groups is None else _BITS
+    base = at.within(known["base"], f"the base of its {name}", bases) if "base" in known else None
+    if name == "step" and entry.groups is None and base is None and known:
         at.fail("its step is coded but has no base")
     varies = coding is not None and coding.constant is None
     if varies != ("length" in known):
@@ -105,13 +114,15 @@ def _extent(entry: Entry, name: str, rows: int | None, base: int | None) -> tupl
     """The number of values in a part with that number of rows and this base, and the bytes of one of plain values."""
     if name == "values":
         return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
+    if name in entry.shapes and name != "codes" and entry.groups is not None:
+        return math.prod(entry.shapes[name]), ITEM_SIZES[entry.groups.step] if name in FLOATS else 1
     if name == "step":
         return entry.n_rows, 4 if base is None else 1
     if name == "classes":
         return entry.n_rows, 1
     columns = entry.elements // max(entry.n_rows, 1)
     count = entry.elements if rows is None else rows * columns
-    return count, ITEM_SIZES[entry.format["codes"]]
+    return count, ITEM_SIZES[entry.format.get("codes", "int8")]
 
 
 def _check_size(entry: Entry, name: str, part: Part, at: Place) -> None:

@@ -10,9 +10,9 @@ What the bytes mean. A payload of n codes of b bits, b being 8 or 16, has as its
 * `{"per_symbol": k}` or `{"per_symbol": k, "low_bits": l}` (n > 0), l being 0 where it is missing: (k, l) is
   (1, 0), (2, 0), (3, 0) or (4, 0), for b = 8 also (2, 4), for b = 16 also (1, 4), (1, 8) or (2, 8).
 
-In the last case the codes are cut into chunks of 65,024 * k, the last chunk taking what is left. The payload
-is the length in bytes of every chunk but the last, each a little-endian uint32, then the chunks without
-gaps. With each code being `high * 2^l + low` and `0 <= low < 2^l`, a chunk is, without gaps,
+In the last case the codes are cut into chunks of 65,024 * k, the last chunk taking what is left. The payload is the
+length in bytes of every chunk but the last, each a little-endian uint32, then the chunks without gaps. With each code
+being `high * 2^l + low` and `0 <= low < 2^l`, a chunk is, without gaps,
 
 1. the `low` of its codes: nothing (l = 0), one byte each (l = 8), or two in a byte (l = 4), with the first
    half of the codes in the lower halves of the bytes and the second half, a missing one being 0, in the
@@ -43,7 +43,6 @@ from pared.files.threads import each, usable_cores
 # Symbols in a chunk. Deflate slides its window of 64 KiB, at a price, when a stream comes within 262 bytes of
 # its end; streams that stay below are encoded a sixth faster. Chunks are also the unit of parallel work.
 CHUNK: Final = 65_024
-
 _THREAD: Final = 4  # chunks that make another thread worth starting
 
 # The base of the digits, by how many of them share a byte; the top digit is the escape.
@@ -131,12 +130,13 @@ class Stream:
     coding: Coding | None = None
 
 
-def encode(codes: Codes, threads: int | None = None) -> Stream:
+def encode(codes: Codes, threads: int | None = None, coding: Coding | None = None) -> Stream:
     """Code a tensor's codes; the same codes give the same bytes, whatever the number of threads.
 
     Args:
         codes: int8 or int16, of any shape.
         threads: the largest number of threads; default: one for each processor that this process may use.
+        coding: the layout to try; default: the best.
 
     Returns:
         A stream whose payload is never longer than `codes.nbytes`.
@@ -149,7 +149,7 @@ def encode(codes: Codes, threads: int | None = None) -> Stream:
         return Stream(b"", Coding(constant=int(flat[0])))
     tiny = flat.nbytes <= _TINY and all(_least(flat, Coding(*one)) >= flat.nbytes for one in _LAYOUTS[flat.itemsize])
     if flat.size and not tiny:
-        coding = _choose(flat)
+        coding = coding or _choose(flat)
         payload = _encode(flat, coding, threads)
         if len(payload) < flat.nbytes:
             return Stream(payload, coding)

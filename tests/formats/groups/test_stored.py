@@ -9,7 +9,7 @@ import torch
 from pared.errors import CorruptError
 from pared.formats.groups import stored
 from pared.formats.groups.decoding import decoded
-from pared.formats.groups.grid import GroupGrid
+from pared.formats.groups.grid import GroupGrid, representable
 from pared.formats.groups.search import nearest
 from pared.formats.streams import EncodedPart
 from pared.formats.views import View
@@ -98,3 +98,17 @@ def test_nothing_is_a_step_of_its_own(name: str) -> None:
 def test_defaults_are_left_out_of_json(name: str) -> None:
     data = GRIDS[name].to_json()
     assert GroupGrid(**{key: value for key, value in data.items() if key != "tag"}) == GRIDS[name]
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_steps_that_are_much_alike_take_less(name: str, sign: bool) -> None:
+    grid, view = GRIDS[name], View((64, 1024), (0,))
+    if grid.step == "float32":
+        pytest.skip("stored as they are")
+    generator = np.random.default_rng(0)
+    parts = random_parts(grid, 64, 1024)
+    parts["step"] = representable(np.exp(generator.normal(size=parts["step"].shape) / 4).astype(np.float32), grid.step)
+    parts["step"] *= np.where(generator.random(parts["step"].shape) < 0.5, -1, 1) if sign else 1
+    found = stored.streams(grid, parts, view)
+    assert len(found["step"].payload) < (0.85 if sign else 0.75) * 2 * parts["step"].size
+    np.testing.assert_array_equal(stored.parts(grid, found, (64, 1024), view)["step"], parts["step"])

@@ -6,7 +6,8 @@ is not bounded by the size of the file; where it is too much, the tensor is read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -19,7 +20,8 @@ from pared.files.memory_limit import MemoryLimit
 from pared.formats import entropy
 from pared.formats.dtypes import ELEMENTS, ITEM_SIZES, Array, converted
 from pared.formats.entropy import Codes
-from pared.formats.streams import EncodedPart, Steps, decode_codes, decode_steps
+from pared.formats.groups import stored
+from pared.formats.streams import EncodedPart, decode_codes, decode_steps
 from pared.formats.views import View, first_dimension
 
 PIECE: Final = 1 << 18  # numbers
@@ -29,9 +31,18 @@ _STEP_NBYTES: Final = 40  # what decoding a step takes for a while
 def need(entry: Entry) -> int:
     """The bytes that decoding a whole tensor takes: about those of its codes, of their products, and of its values."""
     value = ITEM_SIZES[entry.dtype]
+    if entry.groups is not None:  # and of the step, the least value and the product of each code
+        return entry.elements * (2 + 4 * 4 + value) + _beside(entry) * _STEP_NBYTES
     if entry.format["tag"] != "grid":
         return 0 if entry.label == entry.dtype else entry.elements * value
-    return entry.elements * (2 * ITEM_SIZES[entry.format["codes"]] + 4 + value) + entry.n_rows * _STEP_NBYTES
+    return entry.elements * (2 * ITEM_SIZES[entry.format["codes"]] + 4 + value) + _beside(entry) * _STEP_NBYTES
+
+
+def _beside(entry: Entry) -> int:
+    """The numbers of a grid that are not codes."""
+    if entry.groups is None:
+        return entry.n_rows
+    return sum(math.prod(shape) for name, shape in entry.shapes.items() if name != "codes")
 
 
 def pieces(entry: Entry, data: memoryview, limit: MemoryLimit) -> Iterator[Array]:
@@ -49,11 +60,10 @@ def pieces(entry: Entry, data: memoryview, limit: MemoryLimit) -> Iterator[Array
     parts = parts_of(entry, data)
     kind = ELEMENTS[entry.dtype]
     try:
-        if entry.format["tag"] == "grid":
+        if entry.view is not None:
             yield from (converted(values, kind) for values in _grid(entry, parts, limit))
             return
-        stored = entry.format.get("dtype", entry.dtype)
-        flat = np.frombuffer(parts["values"].payload, ELEMENTS[stored])
+        flat = np.frombuffer(parts["values"].payload, ELEMENTS[entry.format.get("dtype", entry.dtype)])
         for start in range(0, len(flat), PIECE):
             yield converted(flat[start : start + PIECE], kind)
     except CorruptError as error:
@@ -62,9 +72,9 @@ def pieces(entry: Entry, data: memoryview, limit: MemoryLimit) -> Iterator[Array
 
 def _grid(entry: Entry, parts: Mapping[str, EncodedPart], limit: MemoryLimit) -> Iterator[NDArray[np.float32]]:
     view = View(*entry.view) if entry.view else first_dimension(entry.shape)
-    kind = np.dtype(entry.format["codes"])
+    kind = np.dtype(entry.format.get("codes", "int8"))
     by_rows = view.rows == tuple(range(len(view.rows)))
-    taken = view.n_rows * _STEP_NBYTES
+    taken = _beside(entry) * _STEP_NBYTES
     if "classes" in parts and not by_rows:
         taken += entry.elements * 2 * kind.itemsize
     if not limit.affords(taken):
@@ -73,7 +83,7 @@ def _grid(entry: Entry, parts: Mapping[str, EncodedPart], limit: MemoryLimit) ->
             where=entry.name,
             remedy=DANGEROUS,
         )
-    step = decode_steps(parts["step"], view.n_rows)
+    values_of = _valued(entry, parts, view)
     if "codes" in parts:
         found = _codes(parts["codes"], entry.elements, kind)
     elif by_rows:
@@ -84,10 +94,33 @@ def _grid(entry: Entry, parts: Mapping[str, EncodedPart], limit: MemoryLimit) ->
     for run in found:
         for first in range(0, len(run), PIECE):
             codes = run[first : first + PIECE]
-            values = codes.astype(np.float32)
-            values *= _steps_of(step, view, start, len(codes))
-            yield values
+            yield values_of(codes, start)
             start += len(codes)
+
+
+def _valued(entry: Entry, parts: Mapping[str, EncodedPart], view: View) -> Callable[[Codes, int], NDArray[np.float32]]:
+    """A function that decodes neighbouring codes, from the place of the first."""
+    if entry.groups is None:
+        step = decode_steps(parts["step"], view.n_rows)
+
+        def product(codes: Codes, start: int) -> NDArray[np.float32]:
+            values = codes.astype(np.float32)
+            values *= step[_places(view, view.rows, start, len(codes))] if view.rows else step
+            return values
+
+        return product
+
+    grid, numbers = entry.groups, stored.beside_codes(entry.groups, parts, view)
+    steps, origins = grid.steps(numbers), grid.origins(numbers)
+    size = min(grid.group or view.n_columns, view.n_columns)
+
+    def decoded(codes: Codes, start: int) -> NDArray[np.float32]:
+        stored.check_codes(codes, grid)
+        row = _places(view, view.rows, start, len(codes))
+        group = _places(view, view.columns, start, len(codes)) // size
+        return grid.values(codes, steps[row, group], None if origins is None else origins[row, group])
+
+    return decoded
 
 
 def _codes(part: EncodedPart, count: int, kind: np.dtype[np.signedinteger]) -> Iterator[Codes]:
@@ -150,18 +183,16 @@ class _Taken:
         return whole[:count]
 
 
-def _steps_of(step: Steps, view: View, start: int, count: int) -> Steps:
-    """The step of each of some neighbouring numbers."""
-    if not view.rows:
-        return step
+def _places(view: View, dimensions: tuple[int, ...], start: int, count: int) -> NDArray[np.int64]:
+    """The row of each of some neighbouring numbers, or its column: its place along some dimensions of a view."""
     places = np.arange(start, start + count)
-    row = np.zeros(count, np.int64)
-    inner = len(step)
-    for size, distance, dimension in zip(view.split, _distances(view.split), range(len(view.split)), strict=True):
-        if dimension in view.rows:
+    found = np.zeros(count, np.int64)
+    inner = math.prod(view.split[i] for i in dimensions)
+    for dimension, (size, distance) in enumerate(zip(view.split, _distances(view.split), strict=True)):
+        if dimension in dimensions:
             inner //= size
-            row += places // distance % size * inner
-    return step[row]
+            found += places // distance % size * inner
+    return found
 
 
 def _distances(split: tuple[int, ...]) -> list[int]:

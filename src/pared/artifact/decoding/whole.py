@@ -9,8 +9,9 @@ from pared.artifact.parts import parts_of
 from pared.errors import CorruptError
 from pared.formats import grids
 from pared.formats.dtypes import ELEMENTS, Array, converted
+from pared.formats.groups import stored as groups
 from pared.formats.streams import decode_codes, decode_steps
-from pared.formats.views import View, first_dimension
+from pared.formats.views import View, first_dimension, matrix_of, restored
 
 
 def decode(entry: Entry, data: memoryview) -> Array:
@@ -33,6 +34,11 @@ def decode(entry: Entry, data: memoryview) -> Array:
             codes = decode_codes(parts, entry.shape, view, entry.format["codes"])
             values = grids.decode(codes, decode_steps(parts["step"], view.n_rows), view)
             return converted(values, ELEMENTS[entry.dtype])
+        if entry.groups is not None:
+            view = View(*entry.view) if entry.view else first_dimension(entry.shape)
+            numbers = groups.parts(entry.groups, parts, entry.shape, view)
+            matrix = entry.groups.decode({**numbers, "codes": matrix_of(numbers["codes"], view)})
+            return converted(restored(matrix, entry.shape, view), ELEMENTS[entry.dtype])
         stored = entry.format.get("dtype", entry.dtype)
         values = np.frombuffer(parts["values"].payload, ELEMENTS[stored]).reshape(entry.shape)
         return converted(values, ELEMENTS[entry.dtype])

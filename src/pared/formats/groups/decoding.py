@@ -23,7 +23,7 @@ def decoded(grid: GroupGrid, codes: Tensor, parts: Mapping[str, Tensor]) -> Tens
     [[0.5, -1.0, 0.75]]
     """
     rows, columns = codes.shape
-    group = grid.group or max(columns, 1)
+    group = min(grid.group or columns, columns) or 1
     whole = columns % group == 0
 
     def spread(values: Tensor) -> Tensor:
@@ -46,4 +46,4 @@ def _of_groups(grid: GroupGrid, parts: Mapping[str, Tensor], name: str, multiple
     if not grid.nested:
         return parts[name]
     groups = parts[multiple].shape[1]
-    return parts[name].repeat_interleave(grid.nested, 1)[:, :groups] * parts[multiple].to(torch.float32)
+    return parts[name].repeat_interleave(min(grid.nested, groups), 1)[:, :groups] * parts[multiple].to(torch.float32)

@@ -122,25 +122,42 @@ class GroupGrid:
 
     def _spread(self, shared: Floats, multiple: Numbers) -> Floats:
         groups = multiple.shape[1]
-        spread: Floats = np.repeat(shared, self.nested, axis=1)[:, :groups] * multiple.astype(np.float32)
+        spread: Floats = np.repeat(shared, min(self.nested, groups), axis=1)[:, :groups] * multiple.astype(np.float32)
         return spread
 
     def decode(self, parts: Mapping[str, Numbers]) -> Floats:
         """The values, float32 (rows, columns), each product and sum rounded to float32 as runtimes do."""
         codes = parts["codes"]
+        step, other = self.steps(parts), self.origins(parts)
         columns = codes.shape[1]
-        step = self.by_column(self.steps(parts), columns)
-        if self.zero == "code":
-            zero = self.by_column(parts["zero"], columns)
-            return np.asarray((codes.astype(np.int16) - zero).astype(np.float32) * step, np.float32)
+        return self.values(
+            codes, self.by_column(step, columns), None if other is None else self.by_column(other, columns)
+        )
+
+    def origins(self, parts: Mapping[str, Numbers]) -> Numbers | None:
+        """The code for zero, or the least value, of each group, (rows, groups); None where zero is fixed."""
         if self.zero == "least":
-            raised = (codes.astype(np.int16) - self.low).astype(np.float32)
-            return np.asarray(raised * step + self.by_column(self.leasts(parts), columns), np.float32)
-        return np.asarray(codes.astype(np.float32) * step, np.float32)
+            return self.leasts(parts)
+        return parts["zero"] if self.zero == "code" else None
+
+    def values(self, codes: Numbers, step: Floats, origin: Numbers | None = None) -> Floats:
+        """What codes stand for, with the step of each and what `origins` gives."""
+        found: Floats
+        if origin is not None and self.zero == "code":
+            found = (codes.astype(np.int16) - origin).astype(np.float32)
+            found *= step
+        elif origin is not None:
+            found = (codes.astype(np.int16) - self.low).astype(np.float32)
+            found *= step
+            found += origin
+        else:
+            found = codes.astype(np.float32)
+            found *= step
+        return found
 
     def by_column(self, values: Numbers, columns: int) -> Numbers:
         """One value for each column, (rows, columns), from one for each group."""
-        return np.repeat(values, self.group or columns, axis=1)[:, :columns]
+        return np.repeat(values, min(self.group or columns, columns), axis=1)[:, :columns]
 
     def nbits(self, rows: int, columns: int) -> int:
         """The bits of all numbers, each in its own width, without padding."""
