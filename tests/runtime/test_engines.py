@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pared
 from pared import ConfigError, CorruptError, FileError
-from pared.runtime.onnx.engines import Runner
+from pared.runtime.onnx.engines import OpenVinoSession, Runner
 from pared.runtime.onnx.signature import Outputs, Signature, describe, signature_of
 
 pytestmark = pytest.mark.engine
@@ -188,3 +188,28 @@ def test_outputs_keep_their_structure() -> None:
         signature = Signature((), (), describe(value))
         assert signature.rebuild(tensors) == wanted
     assert Outputs(a=1, b=None, c=2)[:] == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (torch.arange(6.0).reshape(2, 3), torch.tensor(2.0)),
+        (torch.arange(6.0).reshape(3, 2).T, torch.tensor([2.0])),
+        (torch.arange(6).reshape(2, 3), torch.tensor([2.0], dtype=torch.float64)),
+        (torch.arange(12.0).reshape(2, 6)[:, ::2], torch.tensor([2.0])),
+        (torch.zeros(0, 3), torch.tensor([2.0])),
+    ],
+)
+def test_openvino_takes_inputs_of_any_layout_and_type(x: Tensor, y: Tensor) -> None:
+    ov = pytest.importorskip("openvino")
+    opset = ov.opset13
+    sizes = [ov.PartialShape([-1] * one.dim()) for one in (x, y)]
+    inputs = [opset.parameter(size, ov.Type.f32, name=name) for size, name in zip(sizes, ("x", "y"), strict=True)]
+    model = ov.Model([opset.multiply(*inputs), inputs[0]], inputs)
+    for one, name in zip(model.inputs, ("x", "y"), strict=True):
+        one.set_names({name})
+    session = OpenVinoSession(model, 1)
+    first = session.run({"y": y, "x": x})
+    session.run({"y": y + 1, "x": torch.ones(4, 3)})  # what was returned belongs to the caller
+    assert torch.equal(first[0], (x * y).float())
+    assert torch.equal(first[1], x.float())

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 from torch import Tensor, nn
 
 from pared.model.recorded import values
+from pared.model.recorded.entries import Entries
 from pared.model.tensors import version_of
 
 log = logging.getLogger(__name__)
@@ -130,15 +131,20 @@ class Attributes:
         self._held = [
             (vars(module), name, value) for module in self._modules for name, value in _attributes_of(module).items()
         ]
-        self._counts = [(module, len(vars(module))) for module in self._modules]
+        self._entries = Entries(self._held)
+        self._dicts = list(map(vars, self._modules))
+        self._counts = list(map(len, self._dicts))
 
     def changed(self) -> str:
         """The name of an attribute that was set to something else, added or deleted; empty if none was."""
+        counts = list(map(len, self._dicts))
+        if counts == self._counts and self._entries.are_as_they_were():
+            return ""
         for held, name, value in self._held:
             if held.get(name) is not value and not _is_plainly_same(held.get(name), value):
                 return name
-        for module, count in self._counts:  # an attribute may stand before one of its class
-            if len(vars(module)) != count:
+        for module, now, count in zip(self._modules, counts, self._counts, strict=True):
+            if now != count:  # an attribute may stand before one of its class
                 known = {name for held, name, _ in self._held if held is vars(module)}
                 return next((name for name in _attributes_of(module) if name not in known), "")
         return ""

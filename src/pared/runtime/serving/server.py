@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_leaves
 
-from pared.model.tensors import version_of
+from pared.model.recorded.entries import Entries
 from pared.runtime.graphs.call_kinds import Argument, Bound, bind, kind_of, parameters_of, tensors_of
 from pared.runtime.graphs.capturing.capture import Captured
 from pared.runtime.layers.counterpart import Counterpart, is_ordinary_call
@@ -22,6 +22,9 @@ Skeleton = Callable[[nn.Module], nn.Module]
 Capture = Callable[[nn.Module, Sequence[Argument]], Captured]  # turns a call of a float model into a graph
 Args = tuple[Any, ...]
 Sizes = tuple[float, float]
+
+_VERSION: Final = attrgetter("_version")
+_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Server(ABC):
@@ -65,6 +68,7 @@ class KindServer(Server):
         for arguments, limits in zip(self.wanted, self.sizes, strict=False):
             self._limits.setdefault(tuple(argument.kind for argument in arguments), []).append(limits)
         self._names: tuple[str, ...] | None = None
+        self._all_parameters: _Parameters | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KindServer:
         """A server for the copied model, without what refers to the tensors of this one."""
@@ -84,13 +88,23 @@ class KindServer(Server):
         if self._names is None:
             self._names = parameters_of(model)
         bound = bind(self._names, args, kwargs)
-        if bound is None or wants_gradients(model, bound):
+        if bound is None or self._wants_gradients(model, bound):
             return None
         kind = kind_of(bound)
         limits = self._limits.get(kind, [(0.0, math.inf)])
         size = sum(value.numel() for value in bound.values() if type(value) is Tensor)
         fits = any(least <= size < below for least, below in limits)
         return bound if fits and tensors_of(kind) in self._tensors else None
+
+    def _wants_gradients(self, model: nn.Module, bound: Bound) -> bool:
+        """Whether a call needs gradients, which neither graphs nor packed weights have."""
+        if not torch.is_grad_enabled():
+            return False
+        if any(type(one) is Tensor and one.requires_grad for one in bound.values()):
+            return True
+        if self._all_parameters is None or not self._all_parameters.are_current():
+            self._all_parameters = _Parameters(model)
+        return self._all_parameters.want_gradients()
 
     @abstractmethod
     def _answer(self, model: nn.Module, bound: Bound, modules: Callable[[], Any]) -> Any:
@@ -128,37 +142,51 @@ class ModelSnapshot:
     """A model as it was when something was made to stand in for its modules, and what has changed since."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._modules = list(model.modules())
-        self._children = [(m._modules, name, child) for m in self._modules for name, child in m._modules.items()]
-        held = [(d, name, t) for m in self._modules for d in (m._parameters, m._buffers) for name, t in d.items()]
-        self._tensors = [(d, name, t, version_of(t)) for d, name, t in held if t is not None]
-        counterparts = [one for one in self._modules if isinstance(one, Counterpart)]
-        self._packed = [(one, one._pared_packed) for one in counterparts]
+        modules = list(model.modules())
+        registries = [registry for one in modules for registry in (one._parameters, one._buffers)]
+        held = [(registry, name, one) for registry in registries for name, one in registry.items() if one is not None]
+        counterparts = [vars(one) for one in modules if isinstance(one, Counterpart)]
+        self._held = Entries([*held, *((one, "_pared_packed", one["_pared_packed"]) for one in counterparts)])
+        self._counted = [one for _, _, one in held if not one.is_inference()]  # of others, torch counts no writes
+        self._versions = list(map(_VERSION, self._counted))
+        inside = [(vars(one), name, vars(one)[name]) for one in modules[1:] for name in _HOOKS]
+        self._hooks = [hooks for _, _, hooks in inside]
+        modes = ((vars(one), "training", False) for one in modules)
+        self._in_place = Entries([*_children_of(modules), *modes, *inside])
 
     def is_current(self) -> bool:
         """Whether no weight was packed again and no tensor replaced or written to."""
-        return all(one._pared_packed is packed for one, packed in self._packed) and all(
-            held.get(name) is tensor and version_of(tensor) == version for held, name, tensor, version in self._tensors
-        )
+        return self._held.are_as_they_were() and list(map(_VERSION, self._counted)) == self._versions
 
     def is_undisturbed(self) -> bool:
         """Whether all modules are in place and in eval mode, and none of them has hooks except the first."""
-        if any(children.get(name) is not child for children, name, child in self._children):
-            return False
-        return not any(one.training for one in self._modules) and not has_listeners(self._model, self._modules)
+        return self._in_place.are_as_they_were() and not any(self._hooks) and not torch_module._has_any_global_hook()
 
 
-def has_listeners(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> bool:
+def has_listeners(model: nn.Module) -> bool:
     """Whether a module inside a model has hooks, or all modules have; the model's own run outside its forward."""
-    if torch_module._has_any_global_hook():
-        return True
-    inside = model.modules() if modules is None else modules
-    return any((one._forward_hooks or one._forward_pre_hooks) and one is not model for one in inside)
+    inside = (one for one in model.modules() if one is not model)
+    return torch_module._has_any_global_hook() or any(one._forward_hooks or one._forward_pre_hooks for one in inside)
 
 
-def wants_gradients(model: nn.Module, given: object) -> bool:
-    """Whether a call needs gradients, which neither graphs nor packed weights have."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(one, Tensor) and one.requires_grad for one in (*tree_leaves(given), *model.parameters()))
+def _children_of(modules: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], str, object]]:
+    return ((one._modules, name, child) for one in modules for name, child in one._modules.items())
+
+
+class _Parameters:
+    """The parameters of a model, looked for once while its modules stay in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._children = Entries(_children_of(modules))
+        self._counts = [(m._modules, len(m._modules)) for m in modules]
+        self._registries = [m._parameters for m in modules]
+
+    def are_current(self) -> bool:
+        """Whether no module was replaced or added."""
+        return self._children.are_as_they_were() and all(len(held) == count for held, count in self._counts)
+
+    def want_gradients(self) -> bool:
+        """Whether one of them does."""
+        every = (one for registry in self._registries for one in registry.values())
+        return any(one is not None and one.requires_grad for one in every)
