@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pared.fitting.calibration.blocks import WIDEST_BLOCK, Blocks
 from pared.fitting.calibration.sensitivity import TensorStats
-from pared.fitting.rounding.feedback import DAMPING, factor, feedback
+from pared.fitting.rounding.feedback import DAMPING, RowSteps, factor, feedback
 from pared.fitting.rounding.importance import DAMPINGS, make_target
 from pared.fitting.rounding.targets import solve
 from pared.formats.views import View
@@ -56,7 +56,7 @@ def test_it_is_the_dense_reference(blocks: int, columns: int) -> None:
     moments = correlated(blocks, columns)
     steps = torch.rand(blocks, 5, generator=generator) * 0.3 + 0.05
     expected = reference(weights, moments, steps, 127, DAMPING)
-    assert torch.equal(feedback(weights, factor(moments), steps, 127), expected)
+    assert torch.equal(feedback(weights, factor(moments), RowSteps(steps, 127)), expected)
 
 
 @given(st.integers(1, 70), st.integers(1, 50), st.integers(0, 99))
@@ -66,7 +66,7 @@ def test_the_block_size_changes_nothing(block: int, columns: int, seed: int) -> 
     weights = torch.randn(2, 4, columns, generator=generator, dtype=torch.float32)
     factored = factor(correlated(2, columns, seed=seed))
     steps = torch.full((2, 4), 0.2)
-    one, other = (feedback(weights, factored, steps, 127, size) for size in (1, block))
+    one, other = (feedback(weights, factored, RowSteps(steps, 127), size) for size in (1, block))
     assert float((one - other).abs().max()) <= 1  # a tie may fall either way
     assert float((one != other).double().mean()) < 0.02
 
@@ -76,7 +76,7 @@ def test_the_output_is_nearer_and_the_weights_are_farther() -> None:
     moments = correlated(1, 96)
     steps = torch.full((1, 64), 0.4)
     nearest = weights - (weights / 0.4).round() * 0.4
-    ours = weights - feedback(weights, factor(moments), steps, 127) * 0.4
+    ours = weights - feedback(weights, factor(moments), RowSteps(steps, 127)) * 0.4
 
     def output_error(error: Tensor) -> float:
         return float(((error @ moments) * error).sum())
@@ -96,7 +96,7 @@ def test_moments_of_nothing_and_steps_of_zero() -> None:
     weights = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
     silent = factor(torch.zeros(1, 8, 8))
     steps = torch.tensor([[0.5, 0.0, 0.5]])
-    codes = feedback(weights, silent, steps, 127)
+    codes = feedback(weights, silent, RowSteps(steps, 127))
     assert torch.equal(codes[0, 0], (weights[0, 0] / 0.5).round())
     assert torch.equal(codes[0, 1], torch.zeros(8))
 
@@ -105,7 +105,7 @@ def test_singular_moments_are_damped() -> None:
     one = torch.ones(1, 6, 6)  # all inputs are the same
     factored = factor(one)
     assert torch.isfinite(factored.spill).all()
-    codes = feedback(torch.full((1, 1, 6), 0.4), factored, torch.tensor([[1.0]]), 127)
+    codes = feedback(torch.full((1, 1, 6), 0.4), factored, RowSteps(torch.tensor([[1.0]]), 127))
     assert float(codes.sum()) == 2  # 6 * 0.4 is 2.4: the sum is right, where nearest gives 0
 
 
@@ -139,7 +139,7 @@ def test_rows_that_leave_the_range_are_solved_again() -> None:
 def rounded(matrix: Tensor, moments: Tensor, steps: Tensor, damping: float) -> Tensor:
     layout = Blocks(groups=len(moments))
     blocks = layout.row_blocks(steps).contiguous()
-    codes = feedback(layout.blocks(matrix), factor(moments, damping), blocks, 127)
+    codes = feedback(layout.blocks(matrix), factor(moments, damping), RowSteps(blocks, 127))
     return layout.matrix(codes, matrix.shape[1]).to(torch.int8)
 
 
@@ -150,7 +150,8 @@ def test_groups_in_one_batch_are_groups_one_by_one() -> None:
     damping = next(d for d in DAMPINGS if torch.equal(codes, rounded(matrix, moments, steps, d)))
     for group in range(8):
         rows = slice(3 * group, 3 * group + 3)
-        alone = feedback(matrix[None, rows], factor(moments[group : group + 1], damping), steps[None, rows], 127)[0]
+        factored = factor(moments[group : group + 1], damping)
+        alone = feedback(matrix[None, rows], factored, RowSteps(steps[None, rows], 127))[0]
         assert torch.equal(codes[rows].float(), alone)
 
 
@@ -162,7 +163,8 @@ def test_wide_matrices_are_cut_into_parts() -> None:
     codes, steps = solved(matrix, moments, layout, 0.25)
     for part in range(2):
         columns = slice(6 * part, 6 * part + 6)
-        expected = feedback(matrix[None, :, columns], factor(moments[part : part + 1]), steps[None], 127)[0]
+        factored = factor(moments[part : part + 1])
+        expected = feedback(matrix[None, :, columns], factored, RowSteps(steps[None], 127))[0]
         assert torch.equal(codes[:, columns].float(), expected)
     assert WIDEST_BLOCK**2 * 4 <= 64 << 20, "a block of moments is at most 64 MiB"
 

@@ -9,8 +9,9 @@ al. 2022, arXiv 2210.17323); successive cancellation in WaterSIC (arXiv 2603.049
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
@@ -77,33 +78,71 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     return Factor(order, spill, remaining)
 
 
-def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block: int = _COLUMNS_AT_ONCE) -> Tensor:
-    """Round rows of weights to multiples of their steps with error feedback.
+class Quantizer(Protocol):
+    """Rounds one column of every block at a time: which numbers a column can have, and which codes they get."""
+
+    def round(self, column: Tensor, index: Tensor, codes: Tensor, error: Tensor) -> None:
+        """Round a column.
+
+        Args:
+            column: float32 (blocks, rows): the weights, with what the errors of earlier columns have added.
+            index: int64 (blocks,): which column of its block it is, in the order of the weights.
+            codes: float32 (blocks, rows): filled with whole numbers.
+            error: float32 (blocks, rows): filled with the column, less what the codes stand for.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class RowSteps:
+    """One step for each row: `value = step[row] * code`.
+
+    Args:
+        steps: float32 (blocks, rows), each positive or 0; a step of 0 gives zeros.
+        limit: codes are clamped to plus and minus this. A row with a code at a limit may have been clamped; it is
+            better rounded again with a larger step.
+    """
+
+    steps: Tensor
+    limit: int
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor:
+        return torch.where(self.steps > 0, self.steps.reciprocal(), torch.zeros_like(self.steps))
+
+    def round(self, column: Tensor, index: Tensor, codes: Tensor, error: Tensor) -> None:  # noqa: ARG002  # all are alike
+        """Round a column, see `Quantizer`."""
+        torch.mul(column, self._inverse, out=codes)
+        codes.round_().clamp_(-self.limit, self.limit)
+        torch.addcmul(column, codes, self.steps, value=-1, out=error)
+
+
+def feedback(weights: Tensor, factored: Factor, quantizer: Quantizer, block: int = _COLUMNS_AT_ONCE) -> Tensor:
+    """Round rows of weights with error feedback.
 
     Args:
         weights: float32 (blocks, rows, columns).
         factored: the factor of the second moments, with the same blocks and columns.
-        steps: float32 (blocks, rows), each positive or 0; a step of 0 gives zeros.
-        limit: codes are clamped to plus and minus this. A row with a code at a limit may have been clamped; it is
-            better rounded again with a larger step.
+        quantizer: rounds the columns one after the other, in the factor's order.
         block: columns that are rounded before their errors are passed on; changes speed only.
 
     Returns:
         codes, float32 (blocks, rows, columns): whole numbers.
 
     >>> f = factor(torch.tensor([[[1.0, 0.99], [0.99, 1.0]]]), damping=0.0)
-    >>> feedback(torch.tensor([[[0.4, 0.4]]]), f, torch.tensor([[1.0]]), 127).tolist()  # nearest gives 0, 0
+    >>> steps = RowSteps(torch.tensor([[1.0]]), 127)
+    >>> feedback(torch.tensor([[[0.4, 0.4]]]), f, steps).tolist()  # nearest gives 0, 0
     [[[0.0, 1.0]]]
     """
     columns = weights.shape[2]
     # Transposed, so that a column is contiguous in memory.
     rest = weights.gather(2, factored.order[:, None, :].expand_as(weights)).transpose(1, 2).contiguous()
     codes = torch.empty_like(rest)
-    inverse = torch.where(steps > 0, steps.reciprocal(), torch.zeros_like(steps))
+    order = factored.order.T.contiguous()
     for start in range(0, columns, block):
         end = min(start + block, columns)
         inside = factored.spill[:, start:end, start:end]
-        errors = _round_block(rest[:, start:end], inside, codes[:, start:end], steps, inverse, limit)
+        errors = _round_block(rest[:, start:end], inside, codes[:, start:end], order[start:end], quantizer)
         if end < columns:
             spill = factored.spill[:, start:end, end:].transpose(1, 2)
             rest[:, end:].baddbmm_(spill, errors)
@@ -111,25 +150,22 @@ def feedback(weights: Tensor, factored: Factor, steps: Tensor, limit: int, block
     return placed.transpose(1, 2)
 
 
-def _round_block(rest: Tensor, spill: Tensor, codes: Tensor, steps: Tensor, inverse: Tensor, limit: int) -> Tensor:
+def _round_block(rest: Tensor, spill: Tensor, codes: Tensor, order: Tensor, quantizer: Quantizer) -> Tensor:
     """Round some columns in turn, into `codes`, and push their errors into `rest`.
 
     Args:
         rest: float32 (blocks, columns, rows): the columns' weights with the errors of earlier columns; changed.
         spill: float32 (blocks, columns, columns): what each column's error adds to each later one.
         codes: float32 (blocks, columns, rows): filled.
-        steps: float32 (blocks, rows).
-        inverse: their reciprocals; 0 where a step is 0.
-        limit: the largest magnitude of a code.
+        order: int64 (columns, blocks): which columns of the weights they are.
+        quantizer: rounds them.
 
     Returns:
         the errors of the columns, float32 (blocks, columns, rows).
     """
     errors = torch.empty_like(codes)
     for j in range(rest.shape[1]):
-        torch.mul(rest[:, j], inverse, out=codes[:, j])
-        codes[:, j].round_().clamp_(-limit, limit)
-        torch.addcmul(rest[:, j], codes[:, j], steps, value=-1, out=errors[:, j])
+        quantizer.round(rest[:, j], order[j], codes[:, j], errors[:, j])
         if j + 1 < rest.shape[1]:
             # A later column w_k with spill s becomes w_k + s * error: its input stands in for this column's.
             rest[:, j + 1 :].baddbmm_(spill[:, j, j + 1 :, None], errors[:, j, None, :])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pared.fitting.calibration.blocks import Blocks
-from pared.fitting.rounding.feedback import Factor, feedback
+from pared.fitting.rounding.feedback import Factor, RowSteps, feedback
 from pared.formats.coded import log_step
 from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.views import View
@@ -198,7 +198,8 @@ def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, lim
     if layout.groups != whole.groups:
         factored = factored.some(blocks_of_groups(target, rows))
     blocks_of = layout.blocks(target.matrix[rows.reshape(-1)])
-    codes = feedback(blocks_of, factored, layout.row_blocks(steps.reshape(-1)).contiguous(), limit)
+    by_row = RowSteps(layout.row_blocks(steps.reshape(-1)).contiguous(), limit)
+    codes = feedback(blocks_of, factored, by_row)
     return layout.matrix(codes, columns).reshape(*rows.shape, columns)
 
 
