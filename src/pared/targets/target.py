@@ -24,6 +24,7 @@ class Offer:
         multiple: the number of columns must be a multiple of this.
         roles: which weights may have it.
         row_multiple: the number of rows must be a multiple of this.
+        negative: whether the runtime takes negative steps where zero is fixed.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Offer:
     multiple: int = 1
     roles: frozenset[Role] = frozenset(("linear",))
     row_multiple: int = 1
+    negative: bool = False
 
     def takes(self, role: Role, columns: int, rows: int = 0) -> bool:
         """Whether a matrix may have this format."""
