@@ -27,7 +27,7 @@ from bench.calibrated import Calibrated
 from bench.scatter import picture
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.search.activations import Candidate, find_candidates
-from pared.fitting.search.options import FreeTensor, rounded, trace_tensor
+from pared.fitting.search.free.on_grids import FreeTensor, rounded, trace_tensor
 from pared.model.calls import Call
 from pared.model.contents import Stored
 from pared.model.copies import shadow

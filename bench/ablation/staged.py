@@ -18,7 +18,7 @@ from bench.ablation.series import Series
 from bench.calibrated import Calibrated
 from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import factor
-from pared.fitting.search.options import FreeTensor, rounded
+from pared.fitting.search.free.on_grids import FreeTensor, rounded
 from pared.formats.coded import Grid
 from pared.model.calls import Call
 from pared.model.contents import Contents, Stored

@@ -22,7 +22,7 @@ from pared.fitting.calibration.observe import collect
 from pared.fitting.measured.repair import FACTOR, TOLERABLE, Corrections, Refiner
 from pared.fitting.measured.yardstick import Yardstick
 from pared.fitting.search import compressor
-from pared.fitting.search.options import FreeTensor, rounded
+from pared.fitting.search.free.on_grids import FreeTensor, rounded
 from pared.formats.coded import Coded
 
 pytestmark = pytest.mark.slow

@@ -12,16 +12,16 @@ from typing import Final, Generic
 import numpy as np
 import torch
 
-from pared import allocate
-from pared.allocate import Choice
 from pared.errors import ConfigError
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.importance import unreached
+from pared import allocate
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
-from pared.fitting.search.options import GRID_ENTRY, FreeTensor, corrected, rounded, trace_tensor
+from pared.allocate import Choice
+from pared.fitting.search.free.on_grids import GRID_ENTRY, FreeTensor, corrected, rounded, trace_tensor
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Grid
 from pared.formats.views import View
