@@ -1,5 +1,6 @@
 """Rounding with error feedback: against a slow dense reference, and what it buys."""
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
@@ -26,8 +27,18 @@ def correlated(blocks: int, columns: int, samples: int = 400, seed: int = 0) -> 
     return x.transpose(1, 2) @ x / samples
 
 
-def reference(weights: Tensor, moments: Tensor, steps: Tensor, limit: int, damping: float) -> Tensor:
-    """One column at a time, each error spread by the inverse of what is left of the moments (OBQ, GPTQ's origin)."""
+Rounded = Callable[[int, int, int, float], tuple[float, float]]
+
+
+def reference(weights: Tensor, moments: Tensor, rounded: Rounded, damping: float) -> Tensor:
+    """One column at a time, each error spread by the inverse of what is left of the moments (OBQ, GPTQ's origin).
+
+    Args:
+        weights: (blocks, rows, columns).
+        moments: (blocks, columns, columns).
+        rounded: the code and the value for a block, a row, a column and a number.
+        damping: share of the mean second moment that is added to each.
+    """
     codes = torch.zeros_like(weights)
     for b in range(len(weights)):
         m = moments[b].double().numpy().copy()
@@ -38,14 +49,21 @@ def reference(weights: Tensor, moments: Tensor, steps: Tensor, limit: int, dampi
         for place, j in enumerate(order):
             later = order[place + 1 :]
             for r in range(len(w)):
-                step = float(steps[b, r])
-                q = np.clip(np.round(w[r, j] / step), -limit, limit) if step > 0 else 0.0
-                codes[b, r, j] = q
-                error = w[r, j] - q * step
+                codes[b, r, j], value = rounded(b, r, j, w[r, j])
+                error = w[r, j] - value
                 if later:
                     # The later weights that make up for the error best: least squares under the moments.
                     w[r, later] += error * np.linalg.solve(m[np.ix_(later, later)], m[np.ix_(later, [j])])[:, 0]
     return codes
+
+
+def by_rows(steps: Tensor, limit: int) -> Rounded:
+    def rounded(b: int, r: int, _: int, number: float) -> tuple[float, float]:
+        step = float(steps[b, r])
+        code = float(np.clip(np.round(number / step), -limit, limit)) if step > 0 else 0.0
+        return code, code * step
+
+    return rounded
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
@@ -55,7 +73,7 @@ def test_it_is_the_dense_reference(blocks: int, columns: int) -> None:
     weights = torch.randn(blocks, 5, columns, generator=generator)
     moments = correlated(blocks, columns)
     steps = torch.rand(blocks, 5, generator=generator) * 0.3 + 0.05
-    expected = reference(weights, moments, steps, 127, DAMPING)
+    expected = reference(weights, moments, by_rows(steps, 127), DAMPING)
     assert torch.equal(feedback(weights, factor(moments), RowSteps(steps, 127)), expected)
 
 

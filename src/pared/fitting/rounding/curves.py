@@ -154,7 +154,8 @@ def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: T
         split = values.reshape(groups, len(tried), each, *values.shape[2:]).transpose(0, 1)
         return split.reshape(len(tried), groups * each, *values.shape[2:])
 
-    error = by_step(_row_errors(target, copies, codes, steps, moments))
+    decoded = codes.reshape(copies.numel(), -1) * steps.reshape(-1, 1)
+    error = by_step(row_errors(target, copies, decoded, moments))
     plain = by_step(steps.double().square() / 12)
     weight = target.importance[rows.reshape(-1)]
     errors = (weight * error).sum(1) / (weight * plain).sum(1).clamp(min=_TINY)
@@ -162,9 +163,16 @@ def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: T
     return np.array([rate(of_step, len(target.matrix)) for of_step in narrow]), errors.numpy()
 
 
-def _row_errors(target: RoundingTarget, rows: Tensor, codes: Tensor, steps: Tensor, moments: Tensor | None) -> Tensor:
-    """The mean squared error of each row, weighted by the second moments of its inputs: float64, of the rows' shape."""
-    error = target.matrix[rows.reshape(-1)] - codes.reshape(rows.numel(), -1) * steps.reshape(-1, 1)
+def row_errors(target: RoundingTarget, rows: Tensor, decoded: Tensor, moments: Tensor | None) -> Tensor:
+    """The mean squared error of each row, weighted by the second moments of its inputs: float64, of the rows' shape.
+
+    Args:
+        target: the tensor.
+        rows: int64 (some groups, rows of each): indices of the rows.
+        decoded: float32 (rows, columns): what they have become.
+        moments: float32 (blocks, columns, columns), see `try_steps`.
+    """
+    error = target.matrix[rows.reshape(-1)] - decoded
     if moments is None:
         return error.double().square().mean(1).reshape(rows.shape)
     layout = target.layout

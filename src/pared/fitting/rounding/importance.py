@@ -55,7 +55,8 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor 
     damping, judged = _damped(best, seen, judge)
     if _bits_at_equal_damage(judged, judge) >= _bits_at_equal_damage(best, judge):
         return best
-    return replace(best, factored=factor(stats.moments, damping), judged=judged.factored)
+    energy = _damped_energy(stats.moments, damping)
+    return replace(best, factored=factor(stats.moments, damping), judged=judged.factored, energy=energy)
 
 
 def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
@@ -64,6 +65,13 @@ def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor
     exponents = _exponents(importance, matrix.shape[1], power)
     absmax = matrix.abs().amax(1)
     return RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
+
+
+def _damped_energy(moments: Tensor, damping: float) -> Tensor:
+    """The second moment of each input, float32 (blocks, columns), as its factor has it."""
+    energy = moments.diagonal(dim1=1, dim2=2)
+    mean = energy.mean(1, keepdim=True)
+    return energy + damping * torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:

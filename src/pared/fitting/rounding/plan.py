@@ -48,13 +48,7 @@ def make_plan(
         ConfigError: a rule matches no tensor, or none that can follow it; its function fails; or `strict` and there is
             such a tensor.
     """
-    types = {name: type(module) for name, module in model_tensors.model.named_modules(remove_duplicate=False)}
-    matching = [[rule for rule in rules if _matches(rule, model_tensor, types)] for model_tensor in model_tensors]
-    # A rule whose every tensor an earlier one claims still matches something.
-    matched = {id(rule) for found in matching for rule in found}
-    for rule in rules:
-        if id(rule) not in matched:
-            raise _unmatched(rule, model_tensors, types)
+    matching = _matching(model_tensors, rules)
     first = [found[0] if found else None for found in matching]
     claimed = [[one for one, own in zip(model_tensors, first, strict=True) if own is rule] for rule in rules]
     flat = {id(rule) for rule, tensors in zip(rules, claimed, strict=True) if not any(map(_on_grid, tensors))}
@@ -71,6 +65,27 @@ def make_plan(
         decided = zip(model_tensors, plan, matching, strict=True)
         refuse_float((model_tensor, decision) for model_tensor, decision, found in decided if not found)
     return tuple(plan)
+
+
+def first_rules(model_tensors: ModelTensors[nn.Module], rules: Sequence[Rule]) -> list[Rule | None]:
+    """The rule that decides about each tensor; None if there is none.
+
+    Raises:
+        ConfigError: a rule matches no tensor; or its function fails.
+    """
+    return [found[0] if found else None for found in _matching(model_tensors, rules)]
+
+
+def _matching(model_tensors: ModelTensors[nn.Module], rules: Sequence[Rule]) -> list[list[Rule]]:
+    """All rules that match each tensor, in order."""
+    types = {name: type(module) for name, module in model_tensors.model.named_modules(remove_duplicate=False)}
+    matching = [[rule for rule in rules if _matches(rule, model_tensor, types)] for model_tensor in model_tensors]
+    # A rule whose every tensor an earlier one claims still matches something.
+    matched = {id(rule) for found in matching for rule in found}
+    for rule in rules:
+        if id(rule) not in matched:
+            raise _unmatched(rule, model_tensors, types)
+    return matching
 
 
 def _matches(rule: Rule, model_tensor: ModelTensor, types: Mapping[str, type[nn.Module]]) -> bool:

@@ -1,0 +1,1 @@
+"""Rounding with feedback on grids that have a step for each group of columns, as other runtimes execute them."""

@@ -1,0 +1,70 @@
+"""Matrices rounded to a grid with a step for each group of columns: first its steps are searched, then the codes.
+
+The steps stay as they are while columns are rounded, since a step is needed as soon as the first column of its group is
+rounded, and columns are rounded in the order of their second moments, not of their groups ("static groups").
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pared.fitting.calibration.blocks import Blocks
+from pared.fitting.rounding.feedback import feedback
+from pared.fitting.rounding.groups.columns import group_columns
+from pared.fitting.rounding.targets import RoundingTarget, blocks_of_groups
+from pared.formats.groups.grid import GroupGrid, Numbers
+from pared.formats.groups.search import fitted, nearest
+
+_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole groups of rows, to bound memory
+
+Parts = dict[str, Numbers]
+
+
+def solve_in_groups(target: RoundingTarget, grid: GroupGrid, *, negative: bool = False) -> Parts:
+    """Round the whole matrix, with feedback if the target has a factor.
+
+    Args:
+        target: the tensor.
+        grid: what it is rounded to.
+        negative: whether steps may be negative where zero is fixed.
+
+    Returns:
+        the grid's parts, see `GroupGrid.shapes`.
+    """
+    groups = target.layout.groups
+    at_once = max(1, _WEIGHTS_AT_ONCE * groups // max(target.matrix.numel(), 1))
+    rows = torch.arange(len(target.matrix)).reshape(groups, -1)
+    found = [round_in_groups(target, some, grid, negative=negative) for some in rows.split(at_once)]
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+
+def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, negative: bool = False) -> Parts:
+    """Round some rows.
+
+    Args:
+        target: the tensor.
+        rows: int64 (some groups, rows of each): as many rows of each of these groups.
+        grid: what they are rounded to.
+        negative: whether steps may be negative where zero is fixed.
+
+    Returns:
+        the grid's parts of these rows, in this order.
+    """
+    matrix = target.matrix[rows.reshape(-1)]
+    columns = matrix.shape[1]
+    layout = Blocks(len(rows), target.layout.column_blocks)
+    some = slice(None) if layout.groups == target.layout.groups else blocks_of_groups(target, rows)
+    weights = None
+    if target.energy is not None:
+        energy = target.energy[some].reshape(layout.groups, -1)[:, :columns]
+        weights = energy[0] if layout.groups == 1 else energy.repeat_interleave(rows.shape[1], 0)
+    parts = fitted(matrix.numpy(), grid, None if weights is None else weights.numpy(), negative=negative)
+    if target.factored is None:
+        return {"codes": nearest(matrix.numpy(), grid, parts), **parts}
+    factored = target.factored if isinstance(some, slice) else target.factored.some(some)
+    codes = feedback(layout.blocks(matrix), factored, group_columns(grid, parts, layout, columns))
+    return {"codes": layout.matrix(codes, columns).to(torch.int8).numpy(), **parts}
