@@ -55,6 +55,9 @@ class Synthetic(Compressor[Probe]):
         damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
         return self.at_damage(min(max(damage, self.least), self.most))
 
+    def nbytes_of(self, point: OperatingPoint, model: Probe) -> int:  # all that it has made
+        return quantized.nbytes(model)
+
     def build(self, point: OperatingPoint) -> Probe:
         self.built.append(point)
         source = Probe(point.damage)

@@ -12,8 +12,8 @@ import pared
 from pared import AccuracyCriterion, PostTrainingQuantConfig, Rule, allocate
 from pared.fitting.calibration import observe, sensitivity
 from pared.fitting.rounding.targets import solve
-from pared.fitting.search import options
 from pared.fitting.search.compressor import ACTIVATION_SHARE, Compressor
+from pared.fitting.search.free import on_grids
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
 from pared.model import storage
@@ -102,7 +102,7 @@ def test_only_what_changed_is_rounded_again(monkeypatch: pytest.MonkeyPatch) -> 
         rounded.append(args[0])
         return solve(*args)
 
-    monkeypatch.setattr(options, "solve", counted)
+    monkeypatch.setattr(on_grids, "solve", counted)
     compressor.build(compressor.at_damage(1e-3))
     first = len(rounded)
     compressor.build(compressor.at_damage(1e-3))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import pared
-from pared.fitting.calibration.sensitivity import TensorStats
-from pared.fitting.rounding.importance import make_target
 from pared import allocate
 from pared.allocate import Options
+from pared.fitting.calibration.sensitivity import TensorStats
+from pared.fitting.rounding.importance import make_target
 from pared.fitting.search.free.on_grids import trace_tensor
 from pared.fitting.timing import forms
 from pared.formats import entropy

@@ -21,7 +21,7 @@ from pared.artifact.outcome import Damage
 from pared.fitting.calibration.observe import collect
 from pared.fitting.measured.repair import FACTOR, TOLERABLE, Corrections, Refiner
 from pared.fitting.measured.yardstick import Yardstick
-from pared.fitting.search import compressor
+from pared.fitting.search.free import on_grids
 from pared.fitting.search.free.on_grids import FreeTensor, rounded
 from pared.formats.coded import Coded
 
@@ -93,7 +93,7 @@ def test_what_is_measured_before_a_search_is_not_rounded_again_for_its_first_tri
         made.append((free.model_tensor.name, option))
         return rounded(free, option)
 
-    monkeypatch.setattr(compressor, "rounded", noted)
+    monkeypatch.setattr(on_grids, "rounded", noted)
     torch.manual_seed(0)
     pared.fit(Net().eval(), PostTrainingQuantConfig(max_trials=1), batches(), lambda candidate: 1.0, quiet=True)
     assert len(made) == len(set(made)) > 0

@@ -12,9 +12,12 @@ from torch import nn
 
 from pared.errors import ConfigError
 from pared.scalars import check_choice, checked_number, plain
+from pared.targets.table import TARGETS
 from pared.terminal import parse_size
 
 T = TypeVar("T")
+
+OWN: Final = "pared"  # the target that is pared's own file
 
 # Options of Intel Neural Compressor 2.x that have another name or form here.
 INC_EQUIVALENTS: Final[Mapping[str, str]] = {
@@ -138,7 +141,8 @@ class Rule:
         target: which tensors: a glob pattern for names of tensors ("encoder.*.query.weight") or of modules
             ("encoder.*.query", for everything inside them); a module type, subclasses included; or a function that is
             called with the shape of every tensor, a tuple, and returns True where it matches.
-        bits: bits per weight: above 0 and below 16 for a grid, 16 for float16, 32 for float32. A rate on a grid applies
+        bits: bits per weight: above 0 and below 16 for a grid, 16 for float16, 32 for float32. With another target than
+            "pared" it asks for the finest format whose numbers have at most these bits. A rate on a grid applies
             to weights of two or more dimensions, and to biases and the like where the target matches no such weight.
             Other tensors that match keep their usual format: whole numbers (types of integers, and masks and indices
             kept as floats), complex ones, tables with `max_norm`, and buffers that the state dict leaves out. A rule
@@ -223,6 +227,9 @@ class PostTrainingQuantConfig:
             and, in addition, by what it changes in the probabilities. "auto" (default): those that are known to be
             logits, because they go through a softmax or a cross entropy within the model, because its `config` says
             `problem_type="single_label_classification"`, or because it is a language model of transformers. (): none.
+        target: the runtime whose formats are chosen among: "pared" (default), or one of `pared.targets.table.TARGETS`,
+            such as "gguf". Sizes are then those of the runtime's file, as exact as they can be without its tokenizer;
+            inputs of layers stay in float, and nothing is timed here.
         strict: True makes it an error if a floating tensor of two or more dimensions would stay in float, unless a rule
             says so. Default False.
 
@@ -244,11 +251,21 @@ class PostTrainingQuantConfig:
     timeout: float = 0
     seed: int = 0
     logits: Literal["auto"] | tuple[str, ...] | list[str] = "auto"
+    target: str = OWN
     strict: bool = False
 
     def __post_init__(self) -> None:
         _make_plain(self)
         where = "PostTrainingQuantConfig"
+        check_choice(where, "target", self.target, (OWN, *TARGETS))
+        if self.target != OWN:
+            if self.approach not in ("auto", "weight_only"):
+                raise ConfigError(
+                    f"approach={self.approach!r} is for layers that pared runs, and {self.target!r} runs them itself",
+                    where=where,
+                    remedy='Leave it out, or take approach="weight_only".',
+                )
+            object.__setattr__(self, "approach", "weight_only")
         check_choice(where, "approach", self.approach, get_args(Approach))
         check_choice(where, "device", self.device, ("cpu",))
         check_choice(where, "quant_level", self.quant_level, ("auto", 0, 1))

@@ -9,7 +9,7 @@ from torch import nn
 
 from pared.errors import CalibrationError, ConfigError
 from pared.fitting.calibration import observe
-from pared.fitting.config import PostTrainingQuantConfig, configured
+from pared.fitting.config import OWN, PostTrainingQuantConfig, configured
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.verification.weights import check_weights
 from pared.model import calls
@@ -17,6 +17,8 @@ from pared.model.checks import supported_tensors
 from pared.model.copies import check_copyable
 from pared.runtime.layers.table import check_registered
 from pared.switches import random_states_kept
+from pared.targets.installed import check_installed
+from pared.targets.table import TARGETS
 
 
 def check_arguments(
@@ -25,9 +27,12 @@ def check_arguments(
     """Refuse arguments of `fit` that have a wrong type or contradict each other.
 
     Raises:
-        ConfigError: `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone.
+        ConfigError: `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone; or the target's
+            packages are missing.
         CalibrationError: `approach="static"` without calibration data.
     """
+    if conf.target != OWN:
+        check_installed(TARGETS[conf.target])
     for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
         if function is not None and not callable(function):
             raise ConfigError(

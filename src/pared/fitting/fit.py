@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ from pared.artifact.outcome import Curve
 from pared.errors import reason_of
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, make_directory
-from pared.fitting.config import PostTrainingQuantConfig, configured
+from pared.fitting.config import OWN, PostTrainingQuantConfig, configured
 from pared.fitting.eight_bits import MOST_LOST_WITH_INPUTS, at_eight_bits
 from pared.fitting.finishing.finish import finished, verify
 from pared.fitting.measured.repair import Corrections, Refiner
@@ -126,7 +126,8 @@ def _fit(
     refiner = _refiner(known)
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
-            found, corrections = _repaired(refiner, partial(at_eight_bits, known), MOST_LOST_WITH_INPUTS)
+            make = partial(at_eight_bits, known) if conf.target == OWN else _at_eight_bits_elsewhere(known)
+            found, corrections = _repaired(refiner, make, MOST_LOST_WITH_INPUTS)
         return finished(found, known, stages, refiner, corrections)
     # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
@@ -204,6 +205,17 @@ def _corrections(
     if records is not None:
         records.note(_CORRECTIONS, asdict(found))
     return found
+
+
+def _at_eight_bits_elsewhere(known: Prepared[ModuleT]) -> Callable[[Corrections], ModuleT]:
+    """Makes the model in the coarsest formats of another runtime that have 8 bits."""
+    compressor = Compressor(known.tensors, replace(known.conf, quant_level=0), known.seen, known.sensitivity)
+
+    def make(corrections: Corrections) -> ModuleT:
+        corrected = compressor.corrected(corrections.factors, corrections.inputs)
+        return corrected.build(corrected.at_damage(corrected.most))
+
+    return make
 
 
 def _at(compressor: Compressor[ModuleT], damage: float) -> ModuleT:

@@ -14,8 +14,8 @@ from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.estimate import check_arguments
 from pared.fitting.module_damage import try_modules
-from pared.fitting.rounding import plan
 from pared.fitting.search.evaluate import EvalFunc
+from pared.fitting.search.free.choices import check_rules
 from pared.fitting.verification.weights import check_weights
 from pared.model import calls
 from pared.model.checks import supported_tensors
@@ -70,7 +70,7 @@ def prepare(
     tensors = supported_tensors(model)
     check_registered(model)
     check_arguments(conf, calibration, *functions)
-    plan.make_plan(tensors, conf.rules, strict=conf.strict)  # a wrong rule is reported before any work
+    check_rules(tensors, conf)  # a wrong rule is reported before any work
     check_copyable(model)
     if calibration is None:
         check_globals(model)

@@ -16,7 +16,7 @@ from pared.model.state.tables import Made, check_made, left_to_constructor
 from pared.model.tensors import ModelTensors
 from pared.readers.naming import N_AVERAGED, aligned
 
-Treatment = Literal["grid", "float16", "float32", "exact", "made"]
+Treatment = Literal["grid", "float16", "bfloat16", "float32", "exact", "made"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Decision:
 
     Args:
         name: the tensor's first name.
-        treatment: "grid" at `bits` per weight; "float16" or "float32"; "exact", bit for bit; or "made": a buffer that
+        treatment: "grid" at `bits` per weight; a floating type; "exact", bit for bit; or "made": a buffer that
             no file holds, since the constructor of its class makes it.
         bits: bits per weight, as a rule or the search decided; only for grids. None until the search has decided.
         because: the reason, as reports show it; empty where it is the usual format.

@@ -12,6 +12,7 @@ from torch import nn
 from pared.artifact.outcome import Damage
 from pared.errors import reason_of
 from pared.fitting import speed
+from pared.fitting.config import OWN
 from pared.fitting.finishing.forms import Checker
 from pared.fitting.measured.repair import Corrections, Refiner, reported
 from pared.fitting.preparation import Prepared
@@ -50,7 +51,7 @@ def finished(
     if refiner is None:
         damage = Damage(notes=("no damage was measured: there are no calibration data",))
     else:
-        timed = _timed(found, known, stages)
+        timed = _timed(found, known, stages) if known.conf.target == OWN else None
         with stages.stage("measuring the result"):
             if timed is None:
                 measured = refiner.damage_of(copy.deepcopy(found))

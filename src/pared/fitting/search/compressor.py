@@ -6,29 +6,25 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Generic
 
-import numpy as np
 import torch
 
+from pared import allocate
+from pared.allocate import Choice
 from pared.errors import ConfigError
 from pared.fitting.calibration.observe import Statistics
-from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
-from pared.fitting.config import PostTrainingQuantConfig
-from pared.fitting.rounding import encoding, plan
-from pared.fitting.rounding.importance import unreached
-from pared import allocate
+from pared.fitting.calibration.sensitivity import Sensitivity
+from pared.fitting.config import OWN, PostTrainingQuantConfig
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
-from pared.allocate import Choice
-from pared.fitting.search.free.on_grids import GRID_ENTRY, FreeTensor, corrected, rounded, trace_tensor
+from pared.fitting.search.free.choices import choices_for
+from pared.fitting.search.free.free import Free, name_of
 from pared.formats.activation import Activation
-from pared.formats.coded import Coded, Grid
-from pared.formats.views import View
-from pared.model import storage
-from pared.model.contents import Contents, Decision, Plan, Stored
+from pared.formats.coded import Coded
+from pared.model.contents import Contents, Decision, Stored
 from pared.model.state import extra
-from pared.model.tensors import ModelTensor, ModelTensors, ModuleT_co
+from pared.model.tensors import ModelTensors, ModuleT_co
 from pared.runtime import quantized
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.version import __version__
@@ -47,12 +43,6 @@ _REQUESTED_ACTIVATION_SHARE: Final = 0.5
 RESERVE: Final = 700
 # ... or, without scores, an empty outcome.
 RESERVE_WITHOUT_SCORES: Final = 64
-
-# Total importance (damage at a relative error of 1): no tensor's is below this share of the median tensor's, so that
-# what calibration hardly touches is not wiped out ...
-_MIN_SHARE_OF_MEDIAN: Final = 0.01
-# ... and the median itself is capped: such errors are too large for damage to be quadratic in them.
-_MAX_MEDIAN: Final = 10.0
 
 # Closing in on max_size: attempts that correct the planned bytes by what the last file was off, then attempts at
 # ever fewer planned bytes until a file fits; it is close enough at this share of the bytes.
@@ -120,29 +110,9 @@ class Compressor(Generic[ModuleT_co]):
         self._noise = sensitivity.inputs if sensitivity else {}
         self._obey = obey
         self._states = extra.collect(model_tensors.model)
-        self._plan: Plan = plan.make_plan(model_tensors, conf.rules, bits=None, strict=conf.strict)
-        self._fixed = {
-            model_tensor.name: encoding.encode(model_tensor, decision)
-            for model_tensor, decision in zip(model_tensors, self._plan, strict=True)
-            if not _is_free(decision)
-        }
-        free = [
-            model_tensor for model_tensor, decision in zip(model_tensors, self._plan, strict=True) if _is_free(decision)
-        ]
-        measured = sensitivity.tensors if sensitivity else {}
-        stats = _complete(free, measured)
-        fine = conf.quant_level == 0
-        self._free = [
-            trace_tensor(
-                model_tensor,
-                stats[model_tensor.name],
-                strict=conf.strict,
-                fine=fine,
-                because=unreached(model_tensor, measured.get(model_tensor.name)) if sensitivity else "",
-            )
-            for model_tensor in free
-        ]
-        self._rounded: dict[tuple[str, int], Coded] = {}  # the last model's tensors, by name and option
+        self._choices = choices_for(model_tensors, conf, sensitivity)
+        self._free = self._choices.free
+        self._rounded: dict[tuple[str, int], tuple[Coded, ...]] = {}  # the last model's, by first name and option
         self._inputs = 1.0  # the part of their share of the damage that inputs may do
         self._overhead = self._measure_overhead()
         self._set_ends()
@@ -160,18 +130,13 @@ class Compressor(Generic[ModuleT_co]):
         if not factors and inputs == self._inputs:
             return self
         other = copy.copy(self)
-        other._free = [
-            corrected(free, factors[free.model_tensor.name], strict=self._conf.strict)
-            if free.model_tensor.name in factors
-            else free
-            for free in self._free
-        ]
+        other._free = [free.corrected(factors) for free in self._free]
         other._rounded, other._inputs = dict(self._rounded), inputs
         other._set_ends()
         return other
 
     def _set_ends(self) -> None:
-        self._options = allocate.Table([tensor.options for tensor in self._free])
+        self._options = allocate.Table([free.options for free in self._free])
         finest, coarsest = (allocate.choose(self._options, price) for price in allocate.ends(self._options))
         self.least = max(finest.damage * 2, 1e-12)
         # A little more, so that the smallest model stays within reach in spite of floating-point rounding.
@@ -236,43 +201,45 @@ class Compressor(Generic[ModuleT_co]):
     def _point(self, choice: Choice, damage: float) -> OperatingPoint:
         return OperatingPoint(choice, damage, round(choice.nbytes + self._overhead))
 
-    def _chosen(self, choice: Choice) -> list[tuple[FreeTensor, int]]:
-        """The free tensors, each with its option."""
+    def _chosen(self, choice: Choice) -> list[tuple[Free, int]]:
+        """What is free, each with its option."""
         return list(zip(self._free, choice.options, strict=True))
 
     def _stored(self, choice: Choice) -> list[Stored]:
-        """Every tensor in its format. Tensors that keep the option of the last call are not rounded again."""
-        chosen = {tensor.model_tensor.name: (tensor, option) for tensor, option in self._chosen(choice)}
+        """Every tensor in its format. What keeps the option of the last call is not rounded again."""
         earlier, self._rounded = self._rounded, {}
+        found: dict[str, tuple[Coded, Decision]] = {}
+        for free, option in self._chosen(choice):
+            key = free.tensors[0].name, option
+            coded = self._rounded[key] = earlier.get(key) or free.coded(option)
+            found |= _by_name(free, coded, free.decisions(option))
+        return self._all_stored(found)
+
+    def _all_stored(self, free: Mapping[str, tuple[Coded, Decision]]) -> list[Stored]:
+        """Every tensor, where these are what the allocation decides about."""
         stored = []
-        for model_tensor, decision in zip(self._model_tensors, self._plan, strict=True):
-            if model_tensor.name not in chosen:
-                stored.append(Stored(model_tensor.names, model_tensor.kind, self._fixed[model_tensor.name], decision))
-                continue
-            tensor, option = chosen[model_tensor.name]
-            coded = earlier.get((model_tensor.name, option)) or rounded(tensor, option)
-            self._rounded[model_tensor.name, option] = coded
-            stored.append(Stored(model_tensor.names, model_tensor.kind, coded, tensor.decision(option)))
+        for model_tensor, planned in zip(self._model_tensors, self._choices.plan, strict=True):
+            name = model_tensor.name
+            coded, decision = free[name] if name in free else (self._choices.fixed[name], planned)
+            stored.append(Stored(model_tensor.names, model_tensor.kind, coded, decision))
         return stored
 
     def _measure_overhead(self) -> int:
-        """Bytes of a file beside the numbers of its free tensors, from writing one in which these are all zero."""
-        zeros = {tensor.model_tensor.name: _zeros(tensor.model_tensor, tensor.target.view) for tensor in self._free}
-        stored = [
-            Stored(
-                model_tensor.names,
-                model_tensor.kind,
-                zeros.get(model_tensor.name) or self._fixed[model_tensor.name],
-                decision,
-            )
-            for model_tensor, decision in zip(self._model_tensors, self._plan, strict=True)
-        ]
-        file = len(storage.to_bytes(self._contents(stored, DEFAULT_DAMAGE)))
-        return file - sum(coded.nbytes for coded in zeros.values()) - GRID_ENTRY * len(zeros)
+        """Bytes of a file beside those that the options count, from one that holds something in their place."""
+        held: dict[str, tuple[Coded, Decision]] = {}
+        planned = {decision.name: decision for decision in self._choices.plan}
+        counted = 0.0
+        for free in self._free:
+            coded, nbytes = free.held
+            held |= _by_name(free, coded, [planned[tensor.name] for tensor in free.tensors])
+            counted += nbytes
+        return self._choices.nbytes(self._contents(self._all_stored(held), DEFAULT_DAMAGE)) - round(counted)
 
     def _nbytes(self, choice: Choice) -> int:
-        """The size of the file, from rounding and coding every tensor."""
-        return len(storage.to_bytes(self._contents(self._stored(choice), choice.damage)))
+        """The size of the file, from rounding and coding every tensor where that decides it."""
+        if self._choices.exact:
+            return round(choice.nbytes + self._overhead)
+        return self._choices.nbytes(self._contents(self._stored(choice), choice.damage))
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
         activations = self._activations(self._candidates(stored), damage)
@@ -297,12 +264,14 @@ class Compressor(Generic[ModuleT_co]):
         contents = self._contents(self._stored(point.choice), point.choice.damage)
         return quantized.assemble(self._model_tensors, contents, Profile(this_machine()))
 
+    def nbytes_of(self, point: OperatingPoint, model: ModuleT_co) -> int:  # type: ignore[misc]  # it has made the model
+        """The size of the file of a model that it has made at an operating point."""
+        return point.nbytes if self._choices.exact else quantized.nbytes(model)
+
     def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         """Tensors and inputs with their shares of the damage, the largest first; the shares add up to 1."""
         choice = point.choice
-        damages = {
-            tensor.model_tensor.name: float(tensor.options.damage[option]) for tensor, option in self._chosen(choice)
-        }
+        damages = {name_of(free): float(free.options.damage[option]) for free, option in self._chosen(choice)}
         candidates = self._candidates(self._stored(choice))
         activations = self._activations(candidates, choice.damage)
         for candidate in candidates:
@@ -322,39 +291,9 @@ def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[s
         "calibration_samples": seen.samples if seen else 0,
         "seed": conf.seed,
         "approach": conf.approach,
+        **({} if conf.target == OWN else {"target": conf.target}),
     }
 
 
-def _is_free(decision: Decision) -> bool:
-    """Whether the search decides the tensor's step."""
-    return decision.treatment == "grid" and decision.bits is None
-
-
-def _complete(model_tensors: Sequence[ModelTensor], known: Mapping[str, TensorStats]) -> dict[str, TensorStats]:
-    """Statistics of every tensor, by name.
-
-    A tensor on which no output was seen to depend counts like the median one at the same relative error.
-    """
-    energies = {
-        model_tensor.name: float(model_tensor.tensor.detach().float().square().mean()) or 1.0
-        for model_tensor in model_tensors
-    }
-    totals = {name: float(stats.rows.sum()) * energies[name] for name, stats in known.items() if name in energies}
-    positive = [total for total in totals.values() if 0 < total < math.inf]
-    median = min(float(np.median(positive)), _MAX_MEDIAN) if positive else 1.0 / max(1, len(model_tensors))
-    completed = {}
-    for model_tensor in model_tensors:
-        stats, total = known.get(model_tensor.name), totals.get(model_tensor.name, 0.0)
-        if stats is None or not 0 < total < math.inf:
-            rows = model_tensor.view.n_rows
-            stats = TensorStats(torch.full((rows,), median / energies[model_tensor.name] / rows, dtype=torch.float64))
-        elif total < _MIN_SHARE_OF_MEDIAN * median:
-            stats = replace(stats, rows=stats.rows * (_MIN_SHARE_OF_MEDIAN * median / total))
-        completed[model_tensor.name] = stats
-    return completed
-
-
-def _zeros(model_tensor: ModelTensor, view: View) -> Coded:
-    shape = tuple(model_tensor.tensor.shape)
-    parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(view.row_sizes)}
-    return Coded(Grid("int8"), shape, model_tensor.tensor.dtype, parts, view)
+def _by_name(free: Free, coded: Sequence[Coded], decisions: Sequence[Decision]) -> dict[str, tuple[Coded, Decision]]:
+    return {tensor.name: (one, decision) for tensor, one, decision in zip(free.tensors, coded, decisions, strict=True)}

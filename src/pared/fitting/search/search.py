@@ -23,7 +23,6 @@ from pared.fitting.search.strategy.strategy import Strategy
 from pared.fitting.search.workspace import Workspace
 from pared.model.copies import shadow
 from pared.model.tensors import ModuleT
-from pared.runtime import quantized
 from pared.runtime.record import set_outcome
 
 log = logging.getLogger(__name__)
@@ -237,7 +236,7 @@ def _try(
         unseen=found.unseen,
     )
     set_outcome(model, _outcome(trial, judge.criterion, references))  # before the bytes are counted: the file holds it
-    return model, replace(trial, nbytes=quantized.nbytes(model))
+    return model, replace(trial, nbytes=compressor.nbytes_of(point, model))
 
 
 def _outcome(trial: Trial, criterion: AccuracyCriterion, references: References) -> Outcome:

@@ -16,7 +16,6 @@ from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.evaluate import evaluate
 from pared.fitting.search.search import Judge
 from pared.model.copies import shadow
-from pared.runtime import quantized
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ def trace(
             nbytes, score = operating_point.nbytes, None
             if judge is not None:
                 model = compressor.build(operating_point)
-                nbytes, score = quantized.nbytes(model), evaluate(judge.eval_func, model).value
+                nbytes, score = compressor.nbytes_of(operating_point, model), evaluate(judge.eval_func, model).value
             seconds = time.monotonic() - began
             traced.append(Point(operating_point.price, operating_point.damage, nbytes, score, seconds))
             log.info("point %d: %s", len(traced), traced[-1])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pared.allocate import Options
@@ -47,6 +48,7 @@ class FreeTensor:
         options: bytes and damage of the curve's grids, then of the `plain` ones.
         plain: decisions that need no search: a grid at 8 bits, or floats.
         because: what is to be said of it on a grid.
+        may_stay: whether it may stay as it is.
     """
 
     model_tensor: ModelTensor
@@ -55,6 +57,33 @@ class FreeTensor:
     options: Options
     plain: tuple[Decision, ...] = ()
     because: str = ""
+    may_stay: bool = True
+
+    @property
+    def tensors(self) -> tuple[ModelTensor, ...]:
+        """See `Free`; so are the other methods."""
+        return (self.model_tensor,)
+
+    @property
+    def held(self) -> tuple[tuple[Coded, ...], float]:
+        """Zeros on a grid."""
+        shape = tuple(self.model_tensor.tensor.shape)
+        parts = {"codes": torch.zeros(shape, dtype=torch.int8), "step": torch.ones(self.target.view.row_sizes)}
+        zeros = Coded(Grid("int8"), shape, self.model_tensor.tensor.dtype, parts, self.target.view)
+        return (zeros,), zeros.nbytes + GRID_ENTRY
+
+    def decisions(self, option: int) -> tuple[Decision, ...]:
+        """What an option means."""
+        return (self.decision(option),)
+
+    def coded(self, option: int) -> tuple[Coded, ...]:
+        """The tensor, rounded."""
+        return (rounded(self, option),)
+
+    def corrected(self, factors: Mapping[str, float]) -> FreeTensor:
+        """With other damage."""
+        factor = factors.get(self.model_tensor.name)
+        return self if factor is None else _corrected(self, factor)
 
     def decision(self, option: int) -> Decision:
         """What an option means, with its damage."""
@@ -65,13 +94,12 @@ class FreeTensor:
         return Decision(self.model_tensor.name, "grid", round(bits, 3), self.because, damage)
 
 
-def corrected(free: FreeTensor, factor: float, *, strict: bool = False) -> FreeTensor:
-    """The same tensor where every option does this many times the damage; it may stay as it is, if not `strict`."""
+def _corrected(free: FreeTensor, factor: float) -> FreeTensor:
+    """The same tensor where every option does this many times the damage; it may stay as it is, if that is allowed."""
     options, plain = free.options, free.plain
     nbytes, damage = options.nbytes, options.damage * factor
     model_tensor = free.model_tensor
-    may_stay = not (strict and model_tensor.weight_like)
-    if may_stay and not any(decision.treatment == "exact" for decision in plain):
+    if free.may_stay and not any(decision.treatment == "exact" for decision in plain):
         plain = (*plain, _in_float(model_tensor, "exact"))
         nbytes = np.append(nbytes, float(model_tensor.tensor.numel() * model_tensor.tensor.element_size()))
         damage = np.append(damage, 0.0)
@@ -122,7 +150,7 @@ def trace_tensor(
     nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
     options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
     decisions = tuple(decision for decision, _, _ in plain)
-    return FreeTensor(model_tensor, replace(target, judged=None), curve, options, decisions, because)
+    return FreeTensor(model_tensor, replace(target, judged=None), curve, options, decisions, because, may_stay)
 
 
 def _in_float(model_tensor: ModelTensor, treatment: Treatment) -> Decision:
