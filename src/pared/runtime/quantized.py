@@ -22,6 +22,7 @@ import pared
 from pared.artifact.outcome import Outcome
 from pared.errors import MismatchError
 from pared.files.directories.lock import SHORT_WAIT, owned
+from pared.files.disk import as_path
 from pared.files.threads import apart
 from pared.inspection import ledger
 from pared.inspection.page import page
@@ -34,14 +35,15 @@ from pared.model.copying.reach import Reach
 from pared.model.state import extra
 from pared.model.tensors import ModelTensors, ModuleT, find_tensors, named_tensors
 from pared.runtime import summary
-from pared.runtime.float_forms import decoded, floats_of, like, outline_of, skeleton_of
+from pared.runtime.exporting.exporters import EXPORTERS, Job
+from pared.runtime.float_forms import floats_of, like, outline_of, skeleton_of
 from pared.runtime.graphs.capturing import kept
 from pared.runtime.kernels.machine import keep_freed_memory
 from pared.runtime.layers.attention import leave_fast_paths
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.layers.subclasses import subclass_of
 from pared.runtime.onnx.capture import Dynamic
-from pared.runtime.onnx.export import Exported, export_onnx
+from pared.runtime.onnx.export import Exported
 from pared.runtime.pickling.parametrized import let_be_pickled
 from pared.runtime.pickling.refusal import check_picklable
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
@@ -56,6 +58,7 @@ from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Capture, FirstOf, KindServer, Server
 from pared.runtime.serving.settling import SettlingServer
 from pared.runtime.stopwatch import fastest_ms
+from pared.scalars import check_choice
 from pared.switches import rare_collections
 
 DEPLOY: Final = "deploy.yaml"
@@ -144,19 +147,33 @@ def _warn_if_larger(path: Path, nbytes: int, model: nn.Module, contents: Content
         log.warning(f"{what}out%s", path, f"{nbytes:,}", f"{source:,}", named)
 
 
-def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic = True) -> Exported:
-    """Write a quantized model as ONNX: integer codes and their steps, standard operators, no custom ones.
+def export(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Any = None,
+    *,
+    to: str = "onnx",
+    folder: str | Path | None = None,
+    dynamic: Dynamic = True,
+) -> Exported:
+    """Write a quantized model for another runtime: by default as ONNX, integer codes and their steps.
 
-    Weights are int8 (or int16) initializers with a `DequantizeLinear`; a layer that runs in static int8 also has its
-    input on the calibrated grid, as `QuantizeLinear` and `DequantizeLinear`; all others have integer weights only.
-    The artifact decides which layers these are, not what is fastest on this machine.
+    Other targets take what was fitted for them (`PostTrainingQuantConfig(target=...)`), code by code. They take weights
+    with a step for each row where these are exactly representable; nothing is rounded a second time.
+
+    In ONNX weights are int8 (or int16) initializers with a `DequantizeLinear`; a layer that runs in static int8 also
+    has its input on the calibrated grid, as `QuantizeLinear` and `DequantizeLinear`; all others have integer weights
+    only. The artifact decides which layers these are, not what is fastest on this machine.
 
     Args:
         model: a model that `fit` or `load` returned.
         path: the file to write, `model.onnx` for instance; or a directory, where `pared.load` with
             `engine="onnxruntime"` or "openvino" finds it beside the artifact: save first, then export.
         inputs: one batch, as in `calib_dataloader`: a tensor, a tuple of arguments, or a dict of keyword arguments.
-            Arguments that are not tensors keep their values in the file.
+            Arguments that are not tensors keep their values in the file. Only targets that hold a graph need it.
+        to: the runtime: "onnx", "gguf", "compressed-tensors", "gptq", "mlx", ...
+        folder: the Hugging Face folder that the model came from, with config.json and the tokenizer, which runtimes
+            that know architectures read from their files. Default: the model's own configuration, and no tokenizer.
         dynamic: which dimensions of the inputs may vary. True: all that the model allows; False: none; or, by
             argument, what `torch.export.export` takes as `dynamic_shapes`.
 
@@ -165,12 +182,15 @@ def export(model: nn.Module, path: str | Path, inputs: Any, *, dynamic: Dynamic 
 
     Raises:
         ModelError: torch.export cannot capture the float model, or the model is not a quantized one.
-        ConfigError: the packages are not installed: pip install 'pared[onnx]'.
+        ConfigError: the target is not known, its packages are not installed (pip install 'pared[onnx]'), or it does
+            not know the architecture, or cannot hold a tensor exactly.
         CalibrationError: the inputs do not fit the model's forward.
         FileError: the file cannot be written.
     """
     contents = contents_of(model)
-    return export_onnx(decoded(find_tensors(skeleton_of(model)), contents), contents, path, inputs, dynamic)
+    check_choice("pared.export", "to", to, tuple(EXPORTERS))
+    place = None if folder is None else as_path(folder, "export")
+    return EXPORTERS[to](Job(model, contents, path, inputs, place, dynamic))
 
 
 def nbytes(model: nn.Module) -> int:
