@@ -18,12 +18,12 @@ from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.directories.temporary import temporary_folder
 from pared.files.directories.writable import writing_to
 from pared.files.disk import as_path, make_directory, reading
-from pared.formats.coded import Grid
 from pared.model.calls import bind
 from pared.model.contents import Contents
 from pared.runtime.onnx.capture import Dynamic, capture, shape_of
 from pared.runtime.onnx.rewrite import rewrite
 from pared.runtime.onnx.signature import SIGNATURE
+from pared.runtime.onnx.weights.grouped import AccuracyLevel
 from pared.version import __version__
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ class Exported:
         codes: the names of the tensors that the file holds as codes.
         floats: the tensors that the artifact holds as codes and the file as floats, each with the reason.
         activations: for each layer that may run in int8: "static" if its input is rounded to the calibrated grid, or
-            "float" if only its weights are integers (a runtime may still round its input).
+            "float" if only its weights are integers (a runtime may still round its input), or "groups" if ONNX Runtime
+            rounds it to int8, in groups as large as those of the weight.
     """
 
     path: Path
@@ -74,7 +75,12 @@ def need(package: str, extra: str) -> Any:
 
 
 def export_onnx(
-    floats: nn.Module, contents: Contents, path: str | Path, inputs: Any, dynamic: Dynamic = True
+    floats: nn.Module,
+    contents: Contents,
+    path: str | Path,
+    inputs: Any,
+    dynamic: Dynamic = True,
+    accuracy_level: AccuracyLevel = 4,
 ) -> Exported:
     """Write an ONNX file.
 
@@ -84,6 +90,8 @@ def export_onnx(
         path: as for `pared.export`.
         inputs: as for `pared.export`.
         dynamic: as for `pared.export`.
+        accuracy_level: how products with weights in groups treat their inputs: 0: in floats; 4: rounded to int8, in
+            groups as large as the weight's, which is faster, with an error of about half a percent.
     """
     for package in ("onnx", "onnxscript"):
         need(package, "onnx")
@@ -91,9 +99,9 @@ def export_onnx(
     path = path if path.suffix == ".onnx" else path / ONNX_FILE
     make_directory(path.parent)  # before the work, not after
     args, kwargs = bind(floats, inputs, "example inputs")
-    names = {name for one in contents.tensors if isinstance(one.coded.format, Grid) for name in one.names}
+    names = {name for one in contents.tensors if "codes" in one.coded.parts for name in one.names}
     captured = capture(floats, args, kwargs, dynamic, names)
-    found = rewrite(captured.model, contents)
+    found = rewrite(captured.model, contents, accuracy_level)
     captured.model.producer_name, captured.model.producer_version = "pared", __version__
     captured.model.metadata_props[SIGNATURE] = captured.signature.to_json()
     captured.model.metadata_props[ARTIFACT] = checksum_beside(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,15 @@ from typing import Any, Final
 import numpy as np
 
 from pared.formats.activation import Activation
-from pared.formats.coded import Float, Grid, dtype_name
+from pared.formats.coded import Float, dtype_name
 from pared.formats.dtypes import Array
 from pared.model.contents import Contents
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import extra_columns
 from pared.runtime.onnx.drawing import Drawing, become, onnx_name, replaced
-from pared.runtime.onnx.weights.codes import Weight, find_weights, numbers_of, numpy_of
+from pared.runtime.onnx.weights.codes import Weight, find_weights, numbers_of, numpy_of, owner_of
 from pared.runtime.onnx.weights.fold import Fold, fold_of
+from pared.runtime.onnx.weights.grouped import DOMAIN, AccuracyLevel, GroupedWeights
 from pared.runtime.onnx.weights.layout import along
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ class Rewritten:
     Args:
         coded: the names of the tensors that the graph holds as codes.
         floats: the tensors on grids that it holds as floats, each with the reason.
-        activations: how each layer that may run in int8 gets its input: "static", or "float" (integer weights only).
+        activations: how layers get their inputs: "static" or "float" (integer weights only) where they may run in int8,
+            and "groups" where the runtime rounds them.
     """
 
     coded: tuple[str, ...]
@@ -49,14 +50,18 @@ class Rewritten:
     activations: Mapping[str, str]
 
 
-def rewrite(model: Any, contents: Contents) -> Rewritten:
+def rewrite(model: Any, contents: Contents, accuracy_level: AccuracyLevel) -> Rewritten:
     """Put codes and steps in the place of the float weights of an `onnx_ir.Model`."""
     from onnx_ir.passes import PassManager
     from onnx_ir.passes import common as passes
 
+    grouped = GroupedWeights(model.graph, contents, accuracy_level)
+    grouped.run()
     rewriter = _Rewriter(model.graph, contents, find_weights(model.graph, contents))
     rewriter.run()
-    outcome = rewriter.outcome()
+    outcome = rewriter.outcome(grouped)
+    if grouped.coded:
+        model.opset_imports[DOMAIN] = 1
     tidying = [passes.RemoveUnusedNodesPass(), passes.TopologicalSortPass(), passes.NameFixPass()]
     PassManager([*tidying, passes.ClearMetadataAndDocStringPass()])(model)  # it would name files of this machine
     return outcome
@@ -138,7 +143,7 @@ class _Rewriter(Drawing):
 
     def _quantize_input(self, weight: Weight, node: Any, place: int) -> None:
         """Round the input of a static layer to its calibrated grid."""
-        owner = self._owner(weight, node)
+        owner = owner_of([name for one in weight.sources for name in one.names], node)
         activation = self.contents.activations.get(owner)
         other = _PRODUCTS.get(node.op_type, {}).get(place)
         if activation is None or activation.mode != "static" or other is None:
@@ -216,13 +221,6 @@ class _Rewriter(Drawing):
             return known
         return self.constant(f"{name}.steps", steps)
 
-    def _owner(self, weight: Weight, node: Any) -> str:
-        """The module whose product this is: the owner of the weight in whose forward the product was traced."""
-        owners = [n.rpartition(".")[0] for one in weight.sources for n in one.names]
-        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        inside = {str(scope).removeprefix("model").removeprefix(".") for scope in scopes}
-        return next((owner for owner in owners if owner in inside), owners[0])
-
     def _drop(self, fold: Fold, node: Any) -> None:
         bias = self.constant(f"{node.name}.bias", fold.bias)
         node.resize_inputs(3)
@@ -250,11 +248,11 @@ class _Rewriter(Drawing):
         """Cast a value to the weight's decoded type."""
         return self.cast(value, _dtype(weight), after=value.producer())
 
-    def outcome(self) -> Rewritten:
+    def outcome(self, grouped: GroupedWeights) -> Rewritten:
         """What became of every tensor and layer."""
-        floats = {}
+        coded, floats = self.coded | grouped.coded, dict(grouped.floats)
         for one in self.contents.tensors:
-            if isinstance(one.coded.format, Grid) and one.name not in self.coded:
+            if "codes" in one.coded.parts and one.name not in coded | floats.keys():
                 named = any(name in self.graph.initializers for name in one.names)
                 floats[one.name] = (
                     "the graph computes with it in a way that codes do not allow"
@@ -266,7 +264,8 @@ class _Rewriter(Drawing):
             for name, one in self.contents.activations.items()
             if one.mode != "gather"
         }
-        return Rewritten(tuple(sorted(self.coded)), floats, activations)
+        activations |= dict.fromkeys(grouped.owners, "groups" if grouped.accuracy_level else "float")
+        return Rewritten(tuple(sorted(coded)), floats, activations)
 
 
 def _ir() -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pared.formats.coded import Grid
+from pared.formats.coded import Grid, Grouped
 from pared.formats.dtypes import Array
 from pared.formats.views import first_dimension
 from pared.model.contents import Contents, Stored
@@ -48,17 +49,10 @@ class Weight:
 
 def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
     """The values that only consist of weights on grids, by the value's `id`, in the graph's order."""
-    known: dict[int, Weight] = {}
-    by_name = {name: one for one in contents.tensors for name in one.names if isinstance(one.coded.format, Grid)}
-    by_numbers: dict[object, Stored] | None = None
-    for value in graph.initializers.values():
-        stored = by_name.get(value.name)
-        if stored is None and _may_be_weight(value):
-            if by_numbers is None:  # the exporter renames a weight that a module also keeps in an attribute
-                by_numbers = {_key(numpy_of(one.coded.decode())): one for one in by_name.values()}
-            stored = by_numbers.get(_key(value.const_value.numpy()))
-        if stored is not None:
-            known[id(value)] = Weight(value, (stored,), *numbers_of(stored))
+    known = {
+        id(value): Weight(value, (stored,), *numbers_of(stored))
+        for value, stored in sources(graph, [one for one in contents.tensors if by_rows(one)])
+    }
     for node in graph:
         count = moved(node)
         parts = [known.get(id(value)) for value in node.inputs[:count]]
@@ -66,6 +60,39 @@ def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
             continue
         _add_moved(known, node, [part for part in parts if part is not None])
     return known
+
+
+def by_rows(stored: Stored) -> bool:
+    """Whether a tensor has codes and one step for each row.
+
+    Codes of 4 bits and fewer would take twice their bytes as those of rows do: they are written in groups.
+    """
+    fmt = stored.coded.format
+    if isinstance(fmt, Grouped):
+        return fmt.grid.group is None and fmt.grid.zero == "fixed" and not fmt.grid.nested and fmt.grid.bits > 4
+    return isinstance(fmt, Grid)
+
+
+def sources(graph: Any, tensors: Sequence[Stored]) -> Iterator[tuple[Any, Stored]]:
+    """The initializers that hold the floats of some tensors, in the graph's order."""
+    by_name = {name: one for one in tensors for name in one.names}
+    by_numbers: dict[object, Stored] | None = None
+    for value in graph.initializers.values():
+        stored = by_name.get(value.name)
+        if stored is None and _may_be_weight(value):
+            if by_numbers is None:  # the exporter renames a weight that a module also keeps in an attribute
+                by_numbers = {_key(numpy_of(one.coded.decode())): one for one in tensors}
+            stored = by_numbers.get(_key(value.const_value.numpy()))
+        if stored is not None:
+            yield value, stored
+
+
+def owner_of(names: Sequence[str], node: Any) -> str:
+    """The module whose product a node is: the owner of the weight, of these names, in whose forward it was traced."""
+    owners = [name.rpartition(".")[0] for name in names]
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    inside = {str(scope).removeprefix("model").removeprefix(".") for scope in scopes}
+    return next((owner for owner in owners if owner in inside), owners[0])
 
 
 def _add_moved(known: dict[int, Weight], node: Any, parts: list[Weight]) -> None:
