@@ -421,3 +421,18 @@ def test_fit_times_it_beside_the_others(trouble: str, monkeypatch: pytest.Monkey
         else:
             assert call.openvino_ms is None
             assert because[trouble] in call.because
+
+
+def test_the_same_numbers_are_converted_once() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 8)).eval(), torch.randn(16, 32)
+    q = pared.fit(model, calib_dataloader=[x], quiet=True)
+    bound = bind(parameters_of(q), (x,), {})
+    assert bound is not None
+    captured = capture(copy.deepcopy(model), arguments_of(bound))
+    first, again = (OpenVinoGraph(one, captured) for one in (q, copy.deepcopy(q)))
+    assert first._compiled is again._compiled
+    changed = pared.fit(model, calib_dataloader=[3 * x], quiet=True)
+    assert OpenVinoGraph(changed, captured)._compiled is not first._compiled
+    with torch.no_grad():
+        assert torch.equal(first(bound), again(bound))

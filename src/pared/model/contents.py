@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from pared.errors import MismatchError
@@ -90,6 +91,23 @@ class Contents:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     states: Mapping[str, ExtraState] = field(default_factory=dict)
     made: tuple[Made, ...] = ()
+
+
+def same(ours: Contents, theirs: Contents) -> bool:
+    """Whether two contents give the same numbers, for inputs too: the same codes and steps under the same names."""
+    if len(ours.tensors) != len(theirs.tensors) or ours.activations != theirs.activations:
+        return False
+
+    def equal(a: Stored, b: Stored) -> bool:
+        first, second = a.coded, b.coded
+        return (
+            (a.names, first.format, first.shape, first.dtype, first.view)
+            == (b.names, second.format, second.shape, second.dtype, second.view)
+            and first.parts.keys() == second.parts.keys()
+            and all(torch.equal(part, second.parts[name]) for name, part in first.parts.items())
+        )
+
+    return all(map(equal, ours.tensors, theirs.tensors))
 
 
 def match(model: ModelTensors[nn.Module], contents: Contents) -> list[tuple[Stored, list[Tensor]]]:

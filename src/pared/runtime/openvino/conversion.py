@@ -37,12 +37,18 @@ class Result:
     place: int
 
 
-def converted(model: nn.Module, captured: Captured) -> tuple[Any, tuple[object, ...]]:
+def contents_for(model: nn.Module, captured: Captured) -> Contents:
+    """The numbers that a captured call needs of a quantized model, or of a submodel of it."""
+    return contents_of(model) if RECORD in vars(model) else _contents_within(model, captured)
+
+
+def converted(model: nn.Module, captured: Captured, contents: Contents) -> tuple[Any, tuple[object, ...]]:
     """The `openvino.Model` of a captured call, with the numbers of a quantized model.
 
     Args:
         model: the quantized model, or a submodel of it.
         captured: a call of the float model, or of that submodel; it is not changed.
+        contents: what `contents_for` gives of these.
 
     Returns:
         the model, whose inputs have the names of the capture's; and the leaves of the call's output: a constant, or a
@@ -60,7 +66,6 @@ def converted(model: nn.Module, captured: Captured) -> tuple[Any, tuple[object, 
     names: dict[int, str] = {}  # of each module the first
     modules = {name: names.setdefault(id(one), name) for name, one in model.named_modules(remove_duplicate=False)}
     owners = {node.name: modules.get(module_of(node), "") for node in graph.nodes}
-    contents = contents_of(model) if RECORD in vars(model) else _contents_within(model, captured)
     _Converter(made, contents, owners).fill(captured)
     return made, tuple(Result(nodes.index(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
 
