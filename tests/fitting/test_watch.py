@@ -86,3 +86,22 @@ def test_weights_of_others_are_not_told_of() -> None:
     with ProductWatch({}, found.append):
         nn.Linear(2, 2)(torch.zeros(1, 2))
     assert found == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(1, 8, (5, 1), (2, 1), (3, 0)), (4, 1, 20, 1)),
+        (nn.Conv2d(3, 12, 3, 2, 1, dilation=2), (2, 3, 11, 9)),
+        (nn.Conv2d(3, 8, 3, padding="same"), (2, 3, 11, 9)),
+        (nn.Conv2d(2, 8, 3, groups=2), (2, 2, 7, 7)),
+    ],
+)
+def test_gradients_by_an_input_of_few_channels_are_those_of_torch(layer: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    found, out = seen(layer, x.detach(), gradients=True)
+    direction = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (found[0].x, *layer.parameters()), direction)
+    theirs = torch.autograd.grad(layer(x), (x, *layer.parameters()), direction)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
