@@ -13,6 +13,7 @@ from pared.fitting.calibration.perturbation import perturb
 from pared.fitting.calibration.sensitivity import Sensitivity
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.estimate import check_arguments
+from pared.fitting.measured.parts import of_samples, small_call
 from pared.fitting.module_damage import try_modules
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.free.choices import check_rules
@@ -80,7 +81,7 @@ def prepare(
         check_weights(tensors, seen.calls)
         tensors = oriented(tensors, seen.calls)
         paths = {path for path, *_ in seen.energies}
-        seen = replace(seen, logits=find_logits(model, calls.smallest_like_first(seen.calls), conf.logits, paths))
+        seen = replace(seen, logits=find_logits(model, small_call(model, seen), conf.logits, paths))
     with stages.stage("measuring what errors cost"):
         return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
 
@@ -89,7 +90,7 @@ def _measured(
     tensors: ModelTensors[ModuleT], conf: PostTrainingQuantConfig, seen: Statistics, eight_bits: bool
 ) -> Sensitivity:
     """By gradients, or by perturbation where none flow; modules that hide their products are run in int8."""
-    some = seen.some(_SAMPLES_AT_EIGHT_BITS) if eight_bits else seen
+    some = of_samples(tensors.model, seen, _SAMPLES_AT_EIGHT_BITS) if eight_bits else seen
     rounds = max(1, _SAMPLES_AT_EIGHT_BITS // max(some.samples, 2)) if eight_bits else None
     found = sensitivity.measure(tensors, some.calls, some.energies, conf.seed, rounds=rounds)
     if found is None:

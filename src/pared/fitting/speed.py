@@ -21,7 +21,7 @@ from pared.fitting.search.activations import find_candidates
 from pared.fitting.submodels import find_submodels
 from pared.fitting.timing.forms import Forms, Outputs
 from pared.fitting.timing.layers import time_layers
-from pared.fitting.timing.steps import has_containers, numbers_given, tensors_given
+from pared.fitting.timing.steps import numbers_given, tensors_given
 from pared.model import calls, storage
 from pared.model.calls import Call
 from pared.model.contents import Contents, completed
@@ -258,23 +258,24 @@ def _copied_to_bfloat16(model: nn.Module) -> Callable[..., Any] | str:
         return reason_of(error)
 
 
-def chosen(calls: Sequence[Call], names: Sequence[str], is_part: Callable[[Call, Call], bool]) -> list[Call]:
+def chosen(recorded: Sequence[Call], names: Sequence[str], is_part: Callable[[Call, Call], bool]) -> list[Call]:
     """The calls that are timed: of each kind the largest, the smallest if it is far smaller, and a single sample.
 
     Args:
-        calls: the calls that calibration made.
+        recorded: the calls that calibration made.
         names: the names of the parameters of the model's `forward`.
         is_part: whether a call with a single sample of another one gives that sample's output.
     """
     kinds: dict[object, list[Call]] = {}
-    for call in calls:
+    for call in recorded:
         bound = bind(names, call.args, call.kwargs)
         kinds.setdefault(None if bound is None else describe_kind(arguments_of(bound)), []).append(call)
     found = []
     for same in list(kinds.values())[:_MOST_KINDS]:
         largest, smallest = max(same, key=numbers_given), min(same, key=numbers_given)
         found += [largest, *([smallest] if _FAR * numbers_given(smallest) < numbers_given(largest) else [])]
-        found += [single for single in _single(smallest) if is_part(single, smallest)]
+        single = calls.first_samples(smallest, 1)
+        found += [single] if single is not None and is_part(single, smallest) else []
     return found
 
 
@@ -295,20 +296,6 @@ def _is_part(exact: Outputs, single: Call, whole: Call) -> bool:
     except Exception as error:  # noqa: BLE001  # nobody asked for this call
         log.debug("a single sample is not timed: %s", reason_of(error))
         return False
-
-
-def _single(call: Call) -> list[Call]:
-    """A call with only the first sample, if all tensors of the call have the same number of samples, two or more."""
-    tensors = tensors_given(call)
-    if call.side_effects or has_containers(call) or not tensors or any(tensor.dim() < 2 for tensor in tensors):
-        return []
-    if len(set(map(len, tensors))) != 1 or len(tensors[0]) < 2:
-        return []
-
-    def first(value: object) -> object:
-        return value[:1] if isinstance(value, Tensor) else value
-
-    return [Call(tuple(map(first, call.args)), {name: first(value) for name, value in call.kwargs.items()})]
 
 
 @random_states_kept()

@@ -82,6 +82,28 @@ def smallest_like_first(calls: Sequence[Call]) -> Call:
     return min(alike, key=numbers)
 
 
+def first_samples(call: Call, count: int) -> Call | None:
+    """The call with its first samples only; None if nothing shows that its tensors count more samples than these.
+
+    Whether the model then gives what it gave for these samples has to be tried: the first dimension may be another one.
+
+    >>> first_samples(Call((torch.zeros(8, 3), 2), {"mask": torch.ones(8, 3)}), 2).args[0].shape
+    torch.Size([2, 3])
+    """
+    given = (*call.args, *call.kwargs.values())
+    tensors = [one for one in given if isinstance(one, Tensor)]
+    others = [one for one in given if not isinstance(one, Tensor | bool | int | float | str | None)]
+    if call.side_effects or others or not tensors or any(tensor.dim() < 2 for tensor in tensors):
+        return None
+    if len(set(map(len, tensors))) != 1 or len(tensors[0]) <= count:
+        return None
+
+    def first(value: object) -> object:
+        return value[:count] if isinstance(value, Tensor) else value
+
+    return Call(tuple(map(first, call.args)), {name: first(value) for name, value in call.kwargs.items()})
+
+
 Calibration = Iterable[Any] | Callable[[nn.Module], object]
 Listener = Callable[[Call, Any], None]  # gets a call, and its output
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
