@@ -21,6 +21,8 @@ from pared.switches import ignoring, random_states_kept
 
 log = logging.getLogger(__name__)
 
+# A call is cut where it has this many times the samples: it has to be made once more to see whether that is right.
+_WORTH: Final = 2
 _SAME: Final = 1e-3  # share of the energy by which the output of samples may differ alone and among others
 
 
@@ -45,7 +47,8 @@ def of_samples(model: nn.Module, seen: Statistics, count: int) -> Statistics:
         count: the number of samples.
     """
     some = seen.some(count)
-    found = _part(model, some, 0, count) if len(some.calls) == 1 else None
+    may_be_cut = len(some.calls) == 1 and some.samples >= _WORTH * count
+    found = _part(model, some, 0, count) if may_be_cut else None
     if found is None:
         return some
     call, leaves = found
