@@ -74,7 +74,8 @@ def load(
             it is not changed. Only PyTorch needs it.
         memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
             are looked up): at most a third of the memory of float weights, at the cost of the milliseconds that
-            `q_model.report()` shows. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
+            `q_model.report()` shows; weights whose steps belong to groups of columns are floats even so. "fast" decodes
+            once, and packs what runs in int8. Only for PyTorch.
         engine: what runs the model. "onnxruntime" and "openvino" run the `model.onnx` that
             `q_model.export(directory, inputs)` wrote beside the artifact, with the same number of threads as PyTorch;
             "auto" times every installed engine, and PyTorch if `model` is given, on inputs like those of the export,

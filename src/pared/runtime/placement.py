@@ -188,10 +188,17 @@ def running_of(model: nn.Module, contents: Contents, profile: Profile, memory: M
         MismatchError: one of these modules has no int8 kernel.
     """
     _check(model, contents)
+    grouped = {owner for stored in contents.tensors if _has_groups(stored) for owner in _owners(stored)}
     return {
         name: _running(activation, _missing(model.get_submodule(name)), name, profile, memory)
+        if grouped.isdisjoint((name, attribute) for attribute in activation.weights)
+        else Running("float32", "its steps belong to groups of columns")
         for name, activation in contents.activations.items()
     }
+
+
+def _has_groups(stored: Stored) -> bool:
+    return isinstance(stored.coded.format, Grouped)
 
 
 def _running(activation: Activation, missing: str, name: str, profile: Profile, memory: Memory) -> Running:
@@ -307,8 +314,8 @@ def _owners(stored: Stored) -> list[tuple[str, str]]:
 
 
 def _runs_in_codes(stored: Stored, contents: Contents, running: Mapping[str, Running]) -> bool:
-    """Whether every name of the tensor is a weight of a module that runs on codes."""
-    return all(
+    """Whether every name of the tensor is a weight of a module that runs on codes, with a step for each row."""
+    return isinstance(stored.coded.format, Grid) and all(
         owner in running and attribute in contents.activations[owner].weights and running[owner].kernel != "float32"
         for owner, attribute in _owners(stored)
     )

@@ -24,6 +24,7 @@ from pared.errors import MismatchError
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path
 from pared.files.threads import apart
+from pared.formats.coded import Grouped
 from pared.inspection import ledger
 from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
@@ -228,6 +229,9 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if record.memory == "small":
         decoding = fastest_ms({"all": lambda: _decode_all(model)})["all"]
         notes = [f"weights stay in codes; decoding all of them takes {decoding:.1f} ms"]
+        grouped = sum(isinstance(stored.coded.format, Grouped) for stored in contents.tensors)
+        if grouped:
+            notes.append(f"but {grouped} whose steps belong to groups of columns are floats: no kernel takes them")
     return summary.report(listing, contents, outcome, record.running, notes)
 
 
@@ -282,7 +286,7 @@ def assemble(
             are not used.
         contents: every tensor.
         profile: the measured times that decide which layers run in int8 on this machine.
-        memory: "small": every weight stays in codes, and is decoded whenever it is read.
+        memory: "small": every weight on a grid without groups stays in codes, and is decoded whenever it is read.
         captures: turns calls into graphs, by the name of the submodel, or "" for those of the model. Default: each is
             captured again.
 

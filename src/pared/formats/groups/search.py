@@ -17,7 +17,7 @@ from pared.formats.groups.solving import Best, Groups, Pair, fit_lines, fit_step
 
 # Where the offset of a group is this many steps, float32 is too coarse for the difference to it.
 _FAR: Final = 1 << 13
-_BLOCK: Final = 1 << 15  # numbers worked on at a time: with weights, codes and products half a megabyte
+_BLOCK: Final = 1 << 17  # numbers worked on at a time: fewer, and calls of NumPy take longer than their work
 
 # The steps that are tried for a group: the finest that cuts nothing off, divided by these. By the bits of a code.
 _SHARES: Final[Mapping[int, tuple[float, float, int]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ _FAMILIES: Final[Mapping[str, str]] = {
     "complex64": "float",
     "complex128": "float",
 }
+_GROUPS: Final = re.compile(r"int\d (g\d+|row)")  # the labels of grids with groups
 _MAX_DEPTH: Final = 16  # levels of the treemap: a name in a file may have any number of dots
 FLOATS: Final = ("half", "float")
 
@@ -86,11 +88,13 @@ class PageData:
 def family(format: str, *, tensor: bool = True) -> str:
     """The family of a format: a key of `charts.FAMILIES`.
 
-    >>> family("grid int8"), family("bfloat16"), family("index", tensor=False)
-    ('codes', 'half', 'rest')
+    >>> family("grid int8"), family("int4 g32"), family("bfloat16"), family("index", tensor=False)
+    ('codes', 'codes', 'half', 'rest')
     """
     if not tensor:
         return "rest"
+    if _GROUPS.fullmatch(format):
+        return "codes"
     return _FAMILIES.get(format, "half" if format.startswith("float8") else "other")
 
 
