@@ -68,7 +68,7 @@ class _Straight(torch.autograd.Function):
 class _FewChannels(torch.autograd.Function):
     """A convolution's output, with the gradient by an input of few channels as one product of matrices.
 
-    oneDNN takes 15 to 25 times as long over it as over the gradient by the weight, where an input has one channel.
+    oneDNN took 15 times as long over it as over the gradient by the weight where CREPE has one channel.
     """
 
     @staticmethod
