@@ -11,11 +11,11 @@ from torch import nn
 from pared.errors import ConfigError
 from pared.fitting.config import PostTrainingQuantConfig, Rule
 from pared.fitting.rounding import plan
-from pared.fitting.search.free.roles import Roles, roles_of
 from pared.formats import dtypes
 from pared.formats.coded import Float, Grouped
 from pared.formats.views import first_dimension
 from pared.model.contents import Contents, Decision, Plan, Stored
+from pared.model.roles import Roles, roles_of
 from pared.model.tensors import ModelTensor, ModelTensors
 from pared.targets.alike import joined
 from pared.targets.target import Offer, Target

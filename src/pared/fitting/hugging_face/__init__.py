@@ -1,0 +1,1 @@
+"""Models and calibration texts of Hugging Face folders."""

@@ -1,0 +1,79 @@
+"""Models and texts of Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pared.errors import CalibrationError, ConfigError, FileError
+from pared.fitting.hugging_face.loading import model_in
+from pared.fitting.hugging_face.texts import windows_of
+from tests.targets.families.models import built
+from tests.targets.gguf.folders import TEXTS, folder_with
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "BERT"])
+def test_a_folder_is_loaded_by_its_architecture(family: str, tmp_path: Path) -> None:
+    model: Any = built(family)
+    model.save_pretrained(tmp_path)
+    found = model_in(tmp_path)
+    assert type(found) is type(model)
+    assert not found.training
+    for name, parameter in found.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
+def test_a_checkpoint_in_half_precision_computes_in_float32(tmp_path: Path) -> None:
+    model: Any = built("Llama")
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in model_in(tmp_path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (None, ConfigError, "has no config.json\n  Pass a Hugging Face folder, or PKG.MOD:FACTORY."),
+        ({"model_type": "llama"}, ConfigError, "the architecture .none is named. is not in transformers"),
+        (
+            {"model_type": "llama", "architectures": ["MyOwn"], "auto_map": {"AutoModel": "own.MyOwn"}},
+            ConfigError,
+            "the architecture MyOwn is not in transformers .* code in a folder is never run",
+        ),
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, FileError, "transformers cannot read it"),
+    ],
+)
+def test_folders_that_cannot_be_loaded(
+    config: dict[str, Any] | None, error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "own.py").write_text("raise SystemExit('this was run')")
+    with pytest.raises(error, match=message):
+        model_in(tmp_path)
+
+
+def test_a_text_in_windows(tmp_path: Path) -> None:
+    tokenizer = folder_with(tmp_path / "model", "smollm", {"model_type": "llama"})
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(TEXTS) * 4, encoding="utf-8")
+    found = windows_of(text, tmp_path / "model", 32, 5)
+    ids = tokenizer.encode(" ".join(TEXTS) * 4).ids
+    assert torch.cat([one["input_ids"] for one in found], 1).flatten().tolist() == ids[:160]
+    assert all(one["input_ids"].shape == (1, 32) for one in found)
+    assert len(windows_of(text, tmp_path / "model", 32, 10**6)) == len(ids) // 32
+
+
+def test_a_text_shorter_than_a_window(tmp_path: Path) -> None:
+    folder_with(tmp_path / "model", "smollm", {"model_type": "llama"})
+    text = tmp_path / "text.txt"
+    text.write_text("A short one.", encoding="utf-8")
+    with pytest.raises(CalibrationError, match=r"text.txt: has \d+ tokens, and a window has 512\n  Pass a longer"):
+        windows_of(text, tmp_path / "model", None, 5)
+    with pytest.raises(FileError, match="no tokenizer that transformers can read"):
+        windows_of(text, tmp_path, None, 5)
