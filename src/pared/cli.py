@@ -217,12 +217,15 @@ def compress_file(
     output: Annotated[Path, typer.Option("-o", "--output", parser=path, help="The directory to write to.")],
     bits: Annotated[float | None, typer.Option(help="Bits per weight; 8 by default, 16 for float16.")] = None,
     max_size: _MaxSize = None,
+    target: Annotated[
+        str | None, typer.Option(help="Write it for a runtime instead: gguf, compressed-tensors, gptq, mlx, ...")
+    ] = None,
     quiet: _Quiet = False,
     verbose: _Verbose = False,
 ) -> None:
     """Compress a checkpoint without the model's code; after an interruption, the same command continues the work."""
     _show_log(verbose)
-    done = compress.run(path, output, **_given(bits=bits, max_size=_size(max_size)), quiet=quiet)
+    done = compress.run(path, output, **_given(bits=bits, max_size=_size(max_size), target=target), quiet=quiet)
     if not quiet:
         typer.echo(_harmless(done))
 

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,23 +15,25 @@ from typing import Any, Final, Literal
 from pared import readers
 from pared.artifact.beside import companions
 from pared.artifact.beside.companions import Companions, find_companions
-from pared.artifact.envelope import FILE_NAMES, Records, artifact_in, records_of
+from pared.artifact.envelope import FILE_NAMES, Records
 from pared.artifact.index import Index
 from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
 from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.folders.layout import metadata_of, record
+from pared.checkpoints.folders.sources import BATCH, check_kept, check_places
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
 from pared.checkpoints.quantized.recognize import REMEDY, Quantization, recognize, unrounded
 from pared.checkpoints.result import Compressed, joined
-from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held, unsupported
-from pared.checkpoints.selection import Kept, contained, file_of, is_adapter, select
-from pared.errors import ConfigError, FileError, UnsafeError
+from pared.checkpoints.runtimes.writing import Goal, goal_of, write_for
+from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held
+from pared.checkpoints.selection import Kept, contained, is_adapter, select
+from pared.errors import ConfigError
 from pared.files.directories.lock import SHORT_WAIT, owned
-from pared.files.disk import as_path, make_directory, open_file, reading, write_atomic
+from pared.files.directories.whole import check_vacant
+from pared.files.disk import as_path, make_directory, reading, write_atomic
 from pared.files.threads import each, usable_cores
-from pared.formats.dtypes import ELEMENTS, ITEM_SIZES
 from pared.readers.folders.files import find_files
 from pared.readers.folders.hub import snapshot_of
 from pared.readers.folders.manifests import model_parts
@@ -43,8 +44,6 @@ from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
-# Tensors are packed in batches of this many bytes, and written in order; all cores share a tensor larger than that.
-_BATCH: Final = 1 << 28
 # With a size limit, the search aims at this share of the limit and accepts a file above the other share; after this
 # many rounds any file below the limit is accepted, since with few and small tensors sizes jump.
 _AIM: Final = 0.9985
@@ -62,6 +61,7 @@ def compress(
     *,
     bits: float | None = None,
     max_size: int | str | None = None,
+    target: str | None = None,
     quiet: bool = True,
 ) -> Path:
     """Compress a checkpoint without the model's code, tensor by tensor: `pared.load(directory, model=...)` reads it.
@@ -78,6 +78,10 @@ def compress(
         bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default
             without `max_size`, each row has the finest int8 step.
         max_size: instead of bits, the largest size of the file in bytes: 12000000, "12MB" or "12MiB".
+        target: a runtime, for which the weights are rounded to formats that it executes and written as it reads them,
+            instead of an artifact: "gguf", "compressed-tensors", "gptq", "mlx". The source has to be a Hugging Face
+            folder, and nothing may be in `directory`. Then `bits` is the average over all weights in the runtime's
+            file, embeddings and what it keeps in float too; and one of `bits` and `max_size` has to be given.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -93,7 +97,7 @@ def compress(
     Extra state of modules in a state dict (`get_extra_state`) is stored as plain data; what only a pickle could store
     is a FileError.
     """
-    return run(path, directory, bits=bits, max_size=max_size, quiet=quiet).path
+    return run(path, directory, bits=bits, max_size=max_size, target=target, quiet=quiet).path
 
 
 def run(
@@ -102,16 +106,33 @@ def run(
     *,
     bits: float | None = None,
     max_size: int | str | None = None,
+    target: str | None = None,
     quiet: bool = False,
 ) -> Compressed:
     """Do what `compress` does; return its result with sizes, times and what was left out."""
     source, output = as_path(path, "compress"), as_path(directory, "compress")
+    if target is not None:
+        return _for_runtime(source, output, goal_of(target, bits, max_size), quiet=quiet)
     rate, size = _checked(bits, max_size)
     source = snapshot_of(source) if source.is_dir() else source
     parts = model_parts(source) if source.is_dir() else ()
     if parts:
         return _each(source, output, parts, rate, size, quiet=quiet)
     return _run(source, output, rate, size, quiet=quiet)
+
+
+def _for_runtime(source: Path, output: Path, goal: Goal, *, quiet: bool) -> Compressed:
+    """Write the weights of a Hugging Face folder as a runtime reads them."""
+    source = snapshot_of(source) if source.is_dir() else source
+    check_places(source, output)
+    check_vacant(output)
+    with readers.open_listing(source) as listing:
+        chosen, quantized = contained(listing), recognize(listing)
+        if quantized is not None:
+            raise ConfigError(f"{quantized}: nothing of it may be rounded again", where=str(source), remedy=REMEDY)
+        check_kept(chosen.kept, chosen.listing)
+        check_forms(listing)
+        return write_for(source, output, chosen, goal, quiet=quiet)
 
 
 def _each(
@@ -126,10 +147,10 @@ def _each(
         )
     taken: list[str] = []
     for part in parts:
-        _check_places(source / part, output / part)
+        check_places(source / part, output / part)
         with readers.open_listing(source / part, part=not part) as listing:
             taken += [f"{part}/{name}".lstrip("/") for name in listing.files]
-            _check_kept(select(listing, compare=False).kept, listing)
+            check_kept(select(listing, compare=False).kept, listing)
             check_forms(listing)
     beside = find_companions(source, output, taken)
     done = {}
@@ -156,13 +177,13 @@ def _run(
             "top" folder or one "inside".
     """
     began = time.perf_counter()
-    _check_places(source, output)
+    check_places(source, output)
     with readers.open_listing(source, part=part == "top") as listing:
         chosen, quantized = contained(listing), recognize(listing)
         if quantized is not None:
             chosen = replace(chosen, kept=unrounded(chosen.kept, quantized))
             log.warning("%s: %s: nothing of it is rounded", source, quantized)
-        _check_kept(chosen.kept, chosen.listing)
+        check_kept(chosen.kept, chosen.listing)
         check_forms(listing)
         beside = Companions((), {}) if part != "whole" else _beside(source, output, listing)
         if quantized is not None and size is not None:
@@ -293,12 +314,12 @@ def _is_plan(plan: Mapping[str, Any]) -> bool:
 
 
 def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
-    """Consecutive tensors that are packed together, from index `done` on."""
+    """Consecutive tensors that are packed together, from index `done` on; all cores share a larger one."""
     start = done
     nbytes = 0
     for i in range(done, len(kept)):
         size = kept[i].held.nbytes
-        if nbytes and nbytes + size > _BATCH:
+        if nbytes and nbytes + size > BATCH:
             yield range(start, i)
             start, nbytes = i, 0
         nbytes += size
@@ -332,24 +353,6 @@ def _checked(bits: float | None, max_size: int | str | None) -> tuple[float, int
     return rate, None
 
 
-def _check_places(source: Path, output: Path) -> None:
-    """Refuse a source that is an artifact already, or that would be overwritten."""
-    target = output / FILE_NAMES["pt"]
-    real = os.path.realpath(source)  # which never raises
-    if source.exists() and real in (os.path.realpath(output), os.path.realpath(target)):
-        raise ConfigError("is the source itself", where=str(output), remedy="Choose another directory to write to.")
-    readers.refuse_cut(source)
-    artifact = artifact_in(source)
-    if artifact.is_file():
-        with open_file(artifact) as file:
-            if records_of(file) is not None:
-                raise ConfigError(
-                    "is compressed already",
-                    where=str(artifact),
-                    remedy="Pass the checkpoint that it was made from, or turn it into one with pared expand.",
-                )
-
-
 def _check_exact_size(listing: Listing, kept: Sequence[Kept], most: int) -> None:
     """Refuse a size that tensors which may not be rounded exceed."""
     nbytes = SizeModel(listing, kept).nbytes([Fineness()] * len(kept))
@@ -360,41 +363,3 @@ def _check_exact_size(listing: Listing, kept: Sequence[Kept], most: int) -> None
             where="max_size",
             remedy=REMEDY,
         )
-
-
-def _check_kept(kept: Sequence[Kept], listing: Listing) -> None:
-    """Refuse tensors that an artifact cannot hold, before any work is done."""
-    for place, note in listing.stray.items():
-        raise FileError(
-            f"has {note.nbytes:,} bytes that are {note.because}: another file may have been appended to it",
-            where=f"{listing.where}: {place.strip('()')}" if listing.files else listing.where,
-            remedy="Save the whole state dict with torch.save or as .safetensors, and compress that; pared inspect "
-            "shows what is read of this file.",
-        )
-    if not any(one.held.nbytes for one in kept):
-        raise FileError(
-            "holds no weights of a model",
-            where=listing.where,
-            remedy="Pass the file or folder that has the state dict.",
-        )
-    if len(files := {name for one in kept if (name := file_of(one.held))}) > 1:
-        raise FileError(
-            f"holds several models: {', '.join(sorted(files)[:3])}", where=listing.where, remedy="Pass one of them."
-        )
-    for one in kept:
-        storage = listing.storages[one.held.storage or ""]
-        if 0 in (one.held.stride or ()) and one.held.nbytes > max(_BATCH, storage.nbytes):
-            raise UnsafeError(
-                f"repeats {storage.nbytes:,} bytes until they are {one.held.nbytes:,}",
-                where=one.held.name,
-                remedy="If that is meant: save a contiguous copy of the tensor, and compress that.",
-            )
-        if one.held.dtype not in ITEM_SIZES or one.held.dtype not in ELEMENTS or storage.content is None:
-            raise unsupported(one)
-    for name, count in Counter(name for one in kept for name in one.names).items():
-        if count > 1:
-            raise FileError(
-                f"has {count} tensors that a model would know by the name {name!r}",
-                where=listing.where,
-                remedy="Save the state dict of the model alone, and compress that.",
-            )

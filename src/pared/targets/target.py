@@ -54,6 +54,7 @@ class Target:
             them. ("q_proj", "k_proj", "v_proj") for instance.
         takes: "weights": its files hold tensors by name, for architectures that the runtime knows; "graph": they hold
             a captured call.
+        by_family: its files follow the architecture: only `FAMILIES` can be written, and only what they use.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Target:
     offers: tuple[Offer, ...]
     alike: tuple[tuple[str, ...], ...] = ()
     takes: Literal["weights", "graph"] = "weights"
+    by_family: bool = False
 
     def offers_for(self, role: Role, columns: int, rows: int = 0) -> tuple[Offer, ...]:
         """The formats that a matrix may have, from fine to coarse."""

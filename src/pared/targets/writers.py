@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from pared.targets.installed import check_installed
 from pared.targets.pieces import Source
+from pared.targets.table import TARGETS
 
 Writer = Callable[[Source, Path], list[Path]]
 
@@ -24,7 +26,18 @@ WRITERS: Final[Mapping[str, tuple[str, str]]] = {
 
 
 def writer_of(name: str) -> Writer:
-    """The function that writes a model for a target: `writer(source, path)` returns the files that it wrote."""
+    """The function that writes a model for a target: `writer(source, path)` returns the files with weights.
+
+    Raises:
+        ConfigError: a package that it needs is not installed.
+    """
+    check_installed(TARGETS[name])
     module, function = WRITERS[name]
     found: Writer = getattr(importlib.import_module(module), function)
+    return found
+
+
+def size_of(name: str) -> Callable[[Source], int] | None:
+    """The function that says how many bytes the files will have, where that is known before they are written."""
+    found: Callable[[Source], int] | None = getattr(importlib.import_module(WRITERS[name][0]), "nbytes", None)
     return found

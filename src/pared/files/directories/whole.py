@@ -1,4 +1,4 @@
-"""Folders that appear when all their files are written."""
+"""Folders and files that appear when all of them is written."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ def check_vacant(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder under another name, beside its own, which it gets at the end; after an error it is removed.
+def whole(path: Path) -> Iterator[Path]:
+    """Another name for a folder or file that is to be made, which becomes its own when all is written.
+
+    After an error nothing is left.
 
     Args:
-        path: the folder; nothing may be there but an empty folder.
+        path: the folder or file; nothing may be there but an empty folder.
 
     Raises:
         FileError: there is something already, or it cannot be written.
@@ -43,9 +45,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     with writing_to(path.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(final.parent) as around:
-            folder = around / final.name
-            folder.mkdir()
-            yield folder
+            made = around / final.name
+            yield made
             if final.is_dir():
                 final.rmdir()  # which fails if anything was put there meanwhile
-            folder.replace(final)
+            made.replace(final)

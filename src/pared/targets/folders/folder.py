@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from pared.artifact.beside import companions
 from pared.errors import ConfigError
-from pared.files.directories.whole import check_vacant, whole_folder
+from pared.files.directories.whole import check_vacant, whole
 from pared.files.disk import write_atomic
 from pared.formats.dtypes import Array
 from pared.formats.groups.grid import Numbers
@@ -66,7 +66,8 @@ def write_folder(
     check(source, target)
     check_vacant(path)
     files = _shards(source, layout, max_shard_size)
-    with whole_folder(path) as folder:
+    with whole(path) as folder:
+        folder.mkdir()
         if source.folder is not None:
             taken = [name for name in find_files(source.folder).sizes if name in layout.files]
             beside = companions.find_companions(source.folder, path, taken)
@@ -146,13 +147,8 @@ def check(source: Source, target: Target) -> None:
             where=str(source.folder or target.name),
             remedy="Pass the folder of the model, with its configuration.",
         )
-    kind = source.config.get("model_type")
-    if kind in _TRANSPOSED and quantized(source):
-        raise ConfigError(
-            f"models of type {kind} store their matrices transposed, which {target.name} cannot run",
-            where=_CONFIG,
-            remedy='Use the target "gguf", "onnx" or "openvino".',
-        )
+    if quantized(source):
+        check_orientation(source.config, target)
     groups: dict[str, Outline] = {}
     for one in source.outlines:
         if one.offer is not None:
@@ -168,6 +164,21 @@ def check(source: Source, target: Target) -> None:
                 where=one.name,
                 remedy="Give both the same format.",
             )
+
+
+def check_orientation(config: Mapping[str, Any], target: Target) -> None:
+    """Refuse models that store their matrices transposed.
+
+    Raises:
+        ConfigError: this is one.
+    """
+    kind = config.get("model_type")
+    if kind in _TRANSPOSED:
+        raise ConfigError(
+            f"models of type {kind} store their matrices transposed, which {target.name} cannot run",
+            where=_CONFIG,
+            remedy='Use the target "gguf", "onnx" or "openvino".',
+        )
 
 
 def _check_shape(outline: Outline, offer: Offer, target: Target) -> None:

@@ -32,6 +32,7 @@ TARGET: Final = Target(
     title="GGUF: llama.cpp, Ollama, LM Studio",
     extra="gguf",
     packages=("gguf",),
+    by_family=True,
     offers=(
         *(Offer(name, kind, _of_blocks(1, dtypes.ITEM_SIZES[kind]), 1, _ROLES) for name, kind in FLOATS.items()),
         *(
