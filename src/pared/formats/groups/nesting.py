@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -14,23 +15,29 @@ _ROUNDS: Final = 2  # multiples, then what is shared, then multiples again
 _LARGEST: Final = 3.4e38  # of what is shared, in float32
 
 
-def share(groups: Groups, best: Best, grid: GroupGrid, unit: Floats, rows: int, exact: bool) -> dict[str, Numbers]:
+def share(groups: Groups, bests: Sequence[Best], grid: GroupGrid, unit: Floats, rows: int) -> dict[str, Numbers]:
     """The parts of a grid with nested steps.
 
     Args:
         groups: the numbers, in units.
-        best: the best steps, and least values, of each group on its own.
+        bests: the best steps, and least values, of each group on its own: to begin with, each in turn. What does least
+            damage is kept. With more than one, the first is for numbers that are on such a grid already.
         grid: the grid.
         unit: a power of two for each group.
         rows: the number of rows that the groups are of.
-        exact: whether the numbers are on such a grid already.
     """
-    found = _Shared(groups, grid, unit, rows)
-    found.begin(best, exact)
-    for _ in range(_ROUNDS):
-        found.improve_multiples()
-        found.improve_shared()
-    found.improve_multiples()
+    found: _Shared | None = None
+    for number, best in enumerate(bests):
+        one = _Shared(groups, grid, unit, rows)
+        one.begin(best, exact=number < len(bests) - 1)
+        for _ in range(_ROUNDS):
+            one.improve_multiples()
+            one.improve_shared()
+        one.improve_multiples()
+        if found is not None:
+            one.take(found)
+        found = one
+    assert found is not None
     return found.parts()
 
 
@@ -82,7 +89,7 @@ class _Shared:
 
     def _spread(self, shared: Floats, multiple: Floats) -> Floats:
         """Steps or least values of groups, in their units."""
-        each_group = np.repeat(shared, self.grid.nested, axis=1)[:, : self.per_row].reshape(-1)
+        each_group = np.repeat(shared, min(self.grid.nested, self.per_row), axis=1)[:, : self.per_row].reshape(-1)
         return np.asarray(each_group * multiple / self.unit, np.float32)
 
     def _error(self, step: Floats, least: Floats, multiple: Floats, least_multiple: Floats) -> Any:
@@ -128,6 +135,19 @@ class _Shared:
         self.step = np.where(better, step, self.step)
         if self.lines:
             self.least = np.where(better, least, self.least)
+
+    def take(self, other: _Shared) -> None:
+        """Take over what is no worse, for all groups that share it."""
+        ours, theirs = (
+            self._sum(self._error(one.step, one.least, one.multiple, one.least_multiple)) for one in (self, other)
+        )
+        better = theirs <= ours
+        by_group = np.repeat(better, min(self.grid.nested, self.per_row), axis=1)[:, : self.per_row].reshape(-1)
+        self.step = np.where(better, other.step, self.step)
+        self.multiple = np.where(by_group, other.multiple, self.multiple)
+        if self.lines:
+            self.least = np.where(better, other.least, self.least)
+            self.least_multiple = np.where(by_group, other.least_multiple, self.least_multiple)
 
     def _sum(self, values: Any) -> Any:
         """Sums over the groups that share a step: (rows, shared)."""

@@ -13,7 +13,7 @@ from pared.formats.dtypes import Array, as_floats
 from pared.formats.grids import tiles
 from pared.formats.groups.grid import Floats, GroupGrid, Numbers, StepType, representable
 from pared.formats.groups.nesting import share
-from pared.formats.groups.solving import Best, Groups, Pair, fit_lines, fit_steps, laid_out, units
+from pared.formats.groups.solving import EXACT, Best, Groups, Pair, fit_lines, fit_steps, laid_out, units
 
 # Where the offset of a group is this many steps, float32 is too coarse for the difference to it.
 _FAR: Final = 1 << 13
@@ -31,7 +31,6 @@ _SHARES: Final[Mapping[int, tuple[float, float, int]]] = {
 }
 _SAMPLE: Final = 64  # groups, on which a matrix shows whether it is on a grid already
 _LARGEST: Final[Mapping[StepType, float]] = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
-_EXACT: Final = 1e-11  # of the mass of a group: the squared error that rounding to float32 leaves
 
 
 def nearest(matrix: Array, grid: GroupGrid, parts: Mapping[str, Numbers]) -> NDArray[np.int8]:
@@ -130,7 +129,8 @@ def _of_rows(block: Floats, weights: Floats | None, grid: GroupGrid, negative: b
     groups = Groups(numbers, _laid_out_weights(weights, block.shape, size))
     best = _best(groups, grid, unit, negative, exact)
     if grid.nested:
-        return share(groups, best, grid, unit, rows, exact)
+        tried = [best, *([_best(groups, grid, unit, negative, False)] if exact else [])]
+        return share(groups, tried, grid, unit, rows)
     parts: dict[str, Numbers] = {"step": (best.step * unit).reshape(rows, -1)}
     if grid.zero == "code":
         parts["zero"] = np.where(best.step != 0, best.least, 0).astype(np.int8).reshape(rows, -1)
@@ -178,16 +178,16 @@ def _steps(numbers: Floats, grid: GroupGrid, negative: bool, exact: bool) -> Ite
     least, most = numbers.min(0), numbers.max(0)
     farthest = np.where(most > -least, most, least)
     finest = farthest / np.float32(grid.low) if negative else np.maximum(most / grid.high, least / grid.low)
+    if exact:  # the largest step first: a half of it would do as well, but leaves fewer codes
+        for code in range(1, -grid.low + 1):
+            yield np.abs(farthest) / np.float32(code)
+            if negative:
+                yield -np.abs(farthest) / np.float32(code)
     # A group of one number throughout has it as its step; nothing that is no better comes before it.
     yield np.where(least == most, np.abs(farthest), finest).astype(np.float32)
     yield np.abs(farthest) / np.float32(grid.high)
     for share_ in _shares(grid.bits):
         yield finest / share_
-    if exact:
-        for code in range(1, -grid.low + 1):
-            yield np.abs(farthest) / np.float32(code)
-            if negative:
-                yield -np.abs(farthest) / np.float32(code)
 
 
 def _with_zeros(numbers: Floats, grid: GroupGrid, exact: bool) -> Iterator[Pair]:
@@ -202,27 +202,27 @@ def _with_zeros(numbers: Floats, grid: GroupGrid, exact: bool) -> Iterator[Pair]
             zero = np.rint(np.where(step > 0, -middle / step, 0) - np.float32(0.5)) + np.float32(shift)
         return step, np.clip(np.nan_to_num(zero), grid.low, grid.high).astype(np.float32)
 
+    if exact:
+        for code in range(1, grid.high - grid.low + 1):
+            yield pair(extent / np.float32(code))
     yield pair(extent / levels)
     yield pair(np.where(same, extent, extent / levels).astype(np.float32))
     for share_ in _shares(grid.bits):
         for shift in (0, 1):
             yield pair(extent / levels / share_, shift)
-    if exact:
-        for code in range(1, grid.high - grid.low + 1):
-            yield pair(extent / np.float32(code))
 
 
 def _lines(numbers: Floats, bits: int, levels: int, exact: bool) -> Iterator[Pair]:
     """Steps and least values to try, which put the numbers into the middle of the codes."""
     least, most = numbers.min(0), numbers.max(0)
     finest, middle = (most - least) / np.float32(levels), (most + least) / 2
+    if exact:
+        for code in range(1, levels):
+            yield (most - least) / np.float32(code), least
     yield finest, least
     for share_ in _shares(bits):
         step = finest / share_
         yield step, middle - step * np.float32(levels / 2)
-    if exact:
-        for code in range(1, levels):
-            yield (most - least) / np.float32(code), least
 
 
 def _is_on_grid(matrix: Array, grid: GroupGrid, negative: bool) -> bool:
@@ -233,4 +233,4 @@ def _is_on_grid(matrix: Array, grid: GroupGrid, negative: bool) -> bool:
     groups = np.ascontiguousarray(groups[:, :: -(-groups.shape[1] // _SAMPLE)])
     unit = units(groups)
     sample = Groups(groups / unit, None)
-    return bool((_best(sample, grid, unit, negative, True).error <= _EXACT * size).mean() > 1 / 2)
+    return bool((_best(sample, grid, unit, negative, True).error <= EXACT * size).mean() > 1 / 2)

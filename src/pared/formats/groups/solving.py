@@ -16,6 +16,8 @@ from pared.formats.groups.grid import Floats
 
 # Long groups stay as they are in memory: each is a run of numbers.
 _LONG: Final = 512
+# Of the mass of a group, in units: the squared error that rounding to float32 leaves of numbers on a grid, with room.
+EXACT: Final = 1e-13
 _ROUNDS: Final = 2  # codes, then the step for them, then codes again
 
 Round = Callable[[Floats], Floats]
@@ -37,14 +39,15 @@ class Best:
     mass: Floats
 
     @classmethod
-    def of(cls, groups: int) -> Best:
+    def of(cls, groups: Groups) -> Best:
         """Nothing yet."""
-        zeros = [np.zeros(groups, np.float32) for _ in range(4)]
-        return cls(np.full(groups, np.inf, np.float32), *zeros)
+        error = np.full(groups.count, np.inf, np.float32)
+        step, least, curvature = (np.zeros(groups.count, np.float32) for _ in range(3))
+        return cls(error, step, least, curvature, groups.mass)
 
     def take(self, error: Floats, **found: Any) -> None:
-        """Keep what is better."""
-        better = error < self.error
+        """Keep what is better; nothing is better than numbers on their grid, as far as float32 can tell."""
+        better = (error < self.error) & (self.error > EXACT * self.mass)
         np.copyto(self.error, error, where=better)
         for name, values in found.items():
             np.copyto(getattr(self, name), values, where=better)
@@ -64,7 +67,8 @@ class Groups:
         self.size, self.count = numbers.shape
         self.codes = np.empty_like(numbers)
         self._scratch = np.empty_like(numbers)
-        self.mass = self._total(numbers * 0 + 1) if weights is None else weights.sum(0)
+        full = np.full(self.count, self.size, np.float32)
+        self.mass: Floats = full if weights is None else self._total(weights)
 
     def _total(self, values: Floats) -> Floats:
         found: Floats = np.add.reduce(values, 0)
@@ -157,7 +161,7 @@ def fit_steps(groups: Groups, tried: Iterable[Pair], low: int, high: int, rounde
     Returns:
         the code that stands for 0 as `least`.
     """
-    best = Best.of(groups.count)
+    best = Best.of(groups)
 
     def attempt(step: Floats, zero: Floats) -> None:
         groups.round(step, None, low - zero, high - zero)
@@ -177,26 +181,25 @@ def fit_lines(groups: Groups, tried: Iterable[Pair], levels: int, rounded: Round
 
     Args:
         groups: the numbers.
-        tried: steps and least values to begin with; the first pair counts as it is, too.
+        tried: steps and least values to begin with; each pair counts as it is, too.
         levels: the largest code; the least is 0.
         rounded: rounds both to those that can be stored.
     """
-    best, mass = Best.of(groups.count), groups.mass
-    best.mass[:] = mass
+    best, mass = Best.of(groups), groups.mass
 
-    def attempt(step: Floats, least: Floats, as_it_is: bool = False) -> None:
+    def attempt(step: Floats, least: Floats) -> None:
         groups.round(step, least, 0, levels)
-        if as_it_is:
-            best.take(groups.error(step, least), step=step, least=least)
+        given = groups.error(step, least)
         mixed, squares = groups.products()
         codes, numbers = groups.sums()
         spread = squares - quotient(codes * codes, mass)
+        best.take(given, step=step, least=least, curvature=spread)
         step = rounded(quotient(mixed - quotient(codes * numbers, mass), spread))
         least = rounded(quotient(numbers - step * codes, mass))
         best.take(groups.error(step, least), step=step, least=least, curvature=spread)
 
-    for i, (step, least) in enumerate(tried):
-        attempt(rounded(step), rounded(least), i == 0)
+    for step, least in tried:
+        attempt(rounded(step), rounded(least))
     for _ in range(_ROUNDS):
         attempt(best.step.copy(), best.least.copy())
     return best
