@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import io
 import logging
 import os
 import weakref
@@ -54,7 +55,7 @@ class OpenVinoSession:
     """A model compiled by OpenVINO; several threads may run it at once.
 
     Args:
-        model: an `openvino.Model`.
+        model: an `openvino.Model`; or what `compiled` gave, for the same number of threads.
         threads: how many one run may take.
 
     Raises:
@@ -80,7 +81,11 @@ class OpenVinoSession:
             "PERFORMANCE_HINT": "LATENCY",
         }
         openvino = need("openvino", "openvino")
-        self._compiled = openvino.Core().compile_model(model, "CPU", options)
+        core = openvino.Core()
+        if isinstance(model, bytes):
+            self._compiled = core.import_model(io.BytesIO(model), "CPU", options)
+        else:
+            self._compiled = core.compile_model(model, "CPU", options)
         self._tensor = openvino.Tensor
         # By each input's name its place and its type.
         self._inputs: dict[str, tuple[int, object]] = {
@@ -108,6 +113,11 @@ class OpenVinoSession:
         results = [torch.from_numpy(array) for array in found.values()]
         self._requests.append(request)
         return results
+
+    def compiled(self) -> bytes:
+        """What was compiled, for this version of OpenVINO on this machine."""
+        found: bytes = self._compiled.export_model().getvalue()
+        return found
 
     def _stay(self) -> None:
         """Never be freed."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Final
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from pared.errors import ModelError, reason_of
 from pared.model.contents import Contents, same
 from pared.runtime.graphs.call_kinds import Bound
-from pared.runtime.graphs.capturing.capture import Captured
+from pared.runtime.graphs.capturing.capture import Captured, Size
+from pared.runtime.graphs.capturing.outputs import Outputs
 from pared.runtime.graphs.graph import FiniteInputs, fits
 from pared.runtime.onnx.engines import OpenVinoSession
 from pared.runtime.openvino.conversion import Result, contents_for, converted
@@ -40,20 +42,50 @@ def _check_version() -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Parts:
+    """What a graph is besides what runs.
+
+    Args:
+        note: that of the capture.
+        sizes: the sizes of each input, by its name.
+        outputs: turns leaves into the model's output.
+        leaves: constants, and the places of results.
+    """
+
+    note: str
+    sizes: Mapping[str, tuple[Size, ...]]
+    outputs: Outputs
+    leaves: tuple[object, ...]
+
+
+class _Sessions:
+    """What runs a graph, compiled once for each number of threads.
+
+    Args:
+        graph: makes the graph of OpenVINO, for a number of threads that is not compiled yet.
+    """
+
+    def __init__(self, graph: Callable[[], Any]) -> None:
+        self.graph = graph
+        self.known: dict[int, OpenVinoSession] = {}
+        self._lock = threading.Lock()
+
+    def here(self) -> OpenVinoSession:
+        """That for as many threads as torch has now."""
+        threads = torch.get_num_threads()
+        with self._lock:
+            if threads not in self.known:
+                self.known[threads] = OpenVinoSession(self.graph(), threads)
+            return self.known[threads]
+
+
+@dataclass(frozen=True, eq=False)
 class _Compiled:
-    """A captured call with the numbers of a model, compiled once for each number of threads."""
+    """A captured call with the numbers of a model."""
 
     contents: Contents
-    graph: Any
     leaves: tuple[object, ...]
-    sessions: dict[int, OpenVinoSession] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def session(self, threads: int) -> OpenVinoSession:
-        with self.lock:
-            if threads not in self.sessions:
-                self.sessions[threads] = OpenVinoSession(self.graph, threads)
-            return self.sessions[threads]
+    sessions: _Sessions
 
 
 # `fit` makes the same model to time it, to measure it and to return it: what was made of a call and these numbers
@@ -67,8 +99,9 @@ def _compiled(model: nn.Module, captured: Captured) -> _Compiled:
     for one in known:
         if same(one.contents, contents):
             return one
-    made = _Compiled(contents, *converted(model, captured, contents))
-    made.session(torch.get_num_threads())  # what cannot be compiled is not kept
+    graph, leaves = converted(model, captured, contents)
+    made = _Compiled(contents, leaves, _Sessions(lambda: graph))
+    made.sessions.here()  # what cannot be compiled is not kept
     known.append(made)
     return made
 
@@ -84,30 +117,50 @@ class OpenVinoGraph:
 
     Attributes:
         note: that of the capture.
+        parts: what it is besides what was compiled.
 
     Raises:
         ModelError: OpenVINO cannot run the graph.
     """
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
-        self.note = captured.note
-        self._sizes = captured.inputs
-        self._outputs = captured.outputs
-        self._finite = FiniteInputs()
         try:
             _check_version()
-            self._compiled = _compiled(model, captured)
+            made = _compiled(model, captured)
         except Exception as error:  # whatever the runtime makes of a graph costs this form, not the user's call
             raise ModelError(
                 f"OpenVINO cannot run it: {reason_of(error)}", where="graph", remedy="Nothing needs to be done."
             ) from error
+        self._begin(Parts(captured.note, captured.inputs, captured.outputs, made.leaves), made.sessions)
 
-    def _session(self) -> OpenVinoSession:
-        return self._compiled.session(torch.get_num_threads())
+    @classmethod
+    def again(cls, parts: Parts, threads: int, compiled: bytes, made: Callable[[], OpenVinoGraph]) -> OpenVinoGraph:
+        """A graph whose parts outlived the process in which it was made.
+
+        Args:
+            parts: its parts.
+            threads: the number of threads for which it was compiled.
+            compiled: what was compiled.
+            made: makes the graph from the model, for another number of threads.
+        """
+        _check_version()
+        found = object.__new__(cls)
+        sessions = _Sessions(lambda: made()._sessions.graph())
+        sessions.known[threads] = OpenVinoSession(compiled, threads)
+        found._begin(parts, sessions)
+        return found
+
+    def _begin(self, parts: Parts, sessions: _Sessions) -> None:
+        self.parts, self.note, self._sessions = parts, parts.note, sessions
+        self._finite = FiniteInputs()
+
+    def compiled(self) -> bytes:
+        """What was compiled for the number of threads of now."""
+        return self._sessions.here().compiled()
 
     def fits(self, bound: Bound) -> bool:
         """Whether the graph was captured for inputs of these sizes."""
-        return fits(self._sizes.values(), bound)
+        return fits(self.parts.sizes.values(), bound)
 
     def __call__(self, bound: Bound) -> Any:
         """The model's output.
@@ -117,6 +170,6 @@ class OpenVinoGraph:
         """
         self._finite.check(bound)
         tensors = [value for value in bound.values() if type(value) is Tensor]
-        results = self._session().run(dict(zip(self._sizes, tensors, strict=True)))
-        leaves = [results[one.place] if isinstance(one, Result) else one for one in self._compiled.leaves]
-        return self._outputs.of(leaves, bound)
+        results = self._sessions.here().run(dict(zip(self.parts.sizes, tensors, strict=True)))
+        leaves = [results[one.place] if isinstance(one, Result) else one for one in self.parts.leaves]
+        return self.parts.outputs.of(leaves, bound)

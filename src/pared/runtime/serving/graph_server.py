@@ -16,7 +16,7 @@ from pared.errors import reason_of
 from pared.model.recorded import values
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, kind_of
-from pared.runtime.graphs.capturing.capture import Captured, capture
+from pared.runtime.graphs.capturing.capture import capture
 from pared.runtime.graphs.containers import Container, container_of, is_cache
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
@@ -123,15 +123,15 @@ class GraphServer(KindServer):
             if graph is None or not graph.is_current():
                 graph = _CheckedGraph(
                     model,
-                    lambda: self._executable(model, captured(self._skeleton(model), arguments)),
+                    lambda: self._executable(model, arguments, captured),
                     self.tolerance,
                 )
                 self._graphs[kind] = graph
         return graph
 
-    def _executable(self, model: nn.Module, captured: Captured) -> Executable:
-        """What answers calls, from the quantized model and a captured call."""
-        return Graph(model, captured)
+    def _executable(self, model: nn.Module, arguments: Sequence[Argument], captured: Capture) -> Executable:
+        """What answers calls, from the quantized model and an example call."""
+        return Graph(model, captured(self._skeleton(model), arguments))
 
     def reason(self, bound: Bound) -> str:
         """Why no graph serves a call of a wanted kind, in words; empty if one does."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
 
-from pared.runtime.graphs.capturing.capture import Captured
+from pared.runtime.graphs.call_kinds import Argument
+from pared.runtime.graphs.capturing import kept
+from pared.runtime.openvino import compiled
 from pared.runtime.openvino.graph import OpenVinoGraph
 from pared.runtime.serving.graph_server import Executable, GraphServer
+from pared.runtime.serving.server import Capture
 
 
 class OpenVinoServer(GraphServer):
@@ -19,5 +23,10 @@ class OpenVinoServer(GraphServer):
 
     tolerance: ClassVar[float] = 3e-2
 
-    def _executable(self, model: nn.Module, captured: Captured) -> Executable:
-        return OpenVinoGraph(model, captured)
+    def _executable(self, model: nn.Module, arguments: Sequence[Argument], captured: Capture) -> Executable:
+        def made() -> OpenVinoGraph:
+            return OpenVinoGraph(model, captured(self._skeleton(model), arguments))
+
+        if self._captured is not kept.captured:  # `fit` tries many models, most of them only once
+            return made()
+        return compiled.kept(model, self._skeleton(model), arguments, made)

@@ -50,13 +50,19 @@ def captured(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | 
     return found
 
 
+def folder() -> Path | None:
+    """Where what outlives a process is kept; None if nothing is."""
+    named = os.environ.get(_FOLDER, platformdirs.user_cache_dir("pared"))
+    return Path(named) if named else None
+
+
 def _file_of(model: nn.Module, arguments: Sequence[Argument]) -> Path | None:
     """Where the graph of a call is kept; None if it is not."""
-    folder = os.environ.get(_FOLDER, platformdirs.user_cache_dir("pared"))
-    if not folder:
+    place = folder()
+    if place is None:
         return None
     try:
-        return Path(folder) / f"{key_of(model, arguments)}.graph"
+        return place / f"{key_of(model, arguments)}.graph"
     except Exception as error:  # noqa: BLE001  # whatever the model's own objects raise, the call can be captured
         log.debug("a graph is not kept: %s", reason_of(error))
         return None
@@ -65,10 +71,10 @@ def _file_of(model: nn.Module, arguments: Sequence[Argument]) -> Path | None:
 def _read(file: Path) -> Captured | None:
     """The graph in a file; None if there is none, or none that can be read."""
     try:
-        if not file.is_file() or not _is_own(file):
+        if not file.is_file() or not is_own(file):
             return None
         with ignoring():  # torch's warning about its own classes
-            data = pickle.loads(file.read_bytes())  # this user's own: see `_is_own`
+            data = pickle.loads(file.read_bytes())  # this user's own: see `is_own`
         module: Any = GraphPickler.loads(data.pop("graph"), FakeTensorMode(shape_env=ShapeEnv()))
         graph = module.graph
         owners = data.pop("owners")
@@ -84,7 +90,7 @@ def _read(file: Path) -> Captured | None:
         return None
 
 
-def _is_own(file: Path) -> bool:
+def is_own(file: Path) -> bool:
     """Whether nobody but this user can have written a file."""
     if not hasattr(os, "getuid"):
         return True  # the folder is in the user's profile
@@ -94,17 +100,22 @@ def _is_own(file: Path) -> bool:
 def _keep(file: Path, found: Captured) -> None:
     """Write a graph, if that is possible."""
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         data = {one.name: getattr(found, one.name) for one in fields(found) if one.name != "graph"}
         data["graph"] = GraphPickler.dumps(_bare(found.graph), Options(ops_filter=None))
         data["owners"] = {node.name: module_of(node) for node in found.graph.nodes}  # which torch leaves out
-        write_atomic(file, lambda stream: stream.write(pickle.dumps(data)))
-        file.chmod(0o600)  # where a user's group may write to what the user writes, it could not be read: see `_is_own`
-        kept = sorted(file.parent.glob("*.graph"), key=lambda one: one.stat().st_mtime)
-        for old in kept[:-_MOST]:
-            old.unlink(missing_ok=True)
+        write_own(file, pickle.dumps(data), _MOST)
     except Exception as error:  # noqa: BLE001  # whatever it is, the graph was captured
         log.info("a graph is not kept in %s: %s", file.parent, reason_of(error))
+
+
+def write_own(file: Path, data: bytes, most: int) -> None:
+    """Write a file that only this user reads and writes, and let the oldest of its kind go where there are too many."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_atomic(file, lambda stream: stream.write(data))
+    file.chmod(0o600)  # where a user's group may write to what the user writes, it could not be read: see `is_own`
+    kept = sorted(file.parent.glob(f"*{file.suffix}"), key=lambda one: one.stat().st_mtime)
+    for old in kept[:-most]:
+        old.unlink(missing_ok=True)
 
 
 def _bare(graph: fx.Graph) -> fx.GraphModule:
