@@ -77,7 +77,7 @@ def model_like(made: nn.Module) -> nn.Module:
 
 def convolutions(graph: Any) -> list[str]:
     """The type of what each convolution takes."""
-    infos = [op.get_rt_info() for op in graph._session()._compiled.get_runtime_model().get_ordered_ops()]
+    infos = [op.get_rt_info() for op in graph._sessions.here()._compiled.get_runtime_model().get_ordered_ops()]
     return [one["runtimePrecision"].value for one in infos if one["layerType"].value == "Convolution"]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pared.model.contents import Contents
 from pared.runtime import float_forms
 from pared.runtime.graphs.call_kinds import arguments_of
 from pared.runtime.graphs.capturing import kept
@@ -48,9 +49,9 @@ def _made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The models that were converted."""
     found: list[nn.Module] = []
 
-    def counted(model: nn.Module, captured: Captured) -> object:
+    def counted(model: nn.Module, captured: Captured, contents: Contents) -> object:
         found.append(model)
-        return converted(model, captured)
+        return converted(model, captured, contents)
 
     monkeypatch.setattr(openvino_graph, "converted", counted)
     return found

@@ -140,7 +140,7 @@ def test_static_layers_are_a_product_of_codes_each(name: str) -> None:
 def _operators(graph: OpenVinoGraph) -> list[tuple[str, str, str]]:
     """The operators that run: type, precision, and the type of what they give."""
     names = "layerType", "runtimePrecision", "outputPrecisions"
-    ops = graph._session()._compiled.get_runtime_model().get_ordered_ops()
+    ops = graph._sessions.here()._compiled.get_runtime_model().get_ordered_ops()
     infos = [[op.get_rt_info()[name].value for name in names] for op in ops]
     return [(kind, "u8" if given in ("u8", "i8") else given, gives) for kind, given, gives in infos]
 
@@ -277,7 +277,7 @@ def test_rows_of_a_table_are_read_as_codes() -> None:
     kinds = [(kind, given) for kind, given, _ in _operators(graph) if kind in ("Gather", "FullyConnected")]
     assert ("Gather", "u8") in kinds
     assert ("FullyConnected", "u8") in kinds
-    ops = graph._session()._compiled.get_runtime_model().get_ordered_ops()
+    ops = graph._sessions.here()._compiled.get_runtime_model().get_ordered_ops()
     sizes = [op.get_output_shape(0) for op in ops if op.get_rt_info()["layerType"].value == "Const"]
     assert sum(tuple(size) == (500, 64) for size in sizes) <= 2, "one table of codes for rows, one for the product"
 
@@ -431,8 +431,8 @@ def test_the_same_numbers_are_converted_once() -> None:
     assert bound is not None
     captured = capture(copy.deepcopy(model), arguments_of(bound))
     first, again = (OpenVinoGraph(one, captured) for one in (q, copy.deepcopy(q)))
-    assert first._compiled is again._compiled
+    assert first._sessions is again._sessions
     changed = pared.fit(model, calib_dataloader=[3 * x], quiet=True)
-    assert OpenVinoGraph(changed, captured)._compiled is not first._compiled
+    assert OpenVinoGraph(changed, captured)._sessions is not first._sessions
     with torch.no_grad():
         assert torch.equal(first(bound), again(bound))
