@@ -169,10 +169,11 @@ def export(
     Args:
         model: a model that `fit` or `load` returned.
         path: the file to write, `model.onnx` for instance; or a directory, where `pared.load` with
-            `engine="onnxruntime"` or "openvino" finds it beside the artifact: save first, then export.
+            `engine="onnxruntime"` or "openvino" finds it beside the artifact: save first, then export. For OpenVINO,
+            `model.xml`, with the numbers in `model.bin` beside it.
         inputs: one batch, as in `calib_dataloader`: a tensor, a tuple of arguments, or a dict of keyword arguments.
             Arguments that are not tensors keep their values in the file. Only targets that hold a graph need it.
-        to: the runtime: "onnx", "gguf", "compressed-tensors", "gptq", "mlx", ...
+        to: the runtime: "onnx", "openvino", "gguf", "compressed-tensors", "gptq", "mlx", ...
         folder: the Hugging Face folder that the model came from, with config.json and the tokenizer, which runtimes
             that know architectures read from their files. Default: the model's own configuration, and no tokenizer.
         dynamic: which dimensions of the inputs may vary. True: all that the model allows; False: none; or, by

@@ -17,6 +17,7 @@ from pared.runtime.exporting.weights import export_weights
 from pared.runtime.float_forms import decoded, skeleton_of
 from pared.runtime.onnx.capture import Dynamic
 from pared.runtime.onnx.export import Exported, export_onnx
+from pared.runtime.openvino.export import export_openvino
 from pared.targets.table import TARGETS
 from pared.targets.target import Target
 
@@ -46,18 +47,20 @@ def _weights(target: Target, job: Job) -> Exported:
     return export_weights(skeleton_of(job.model), job.contents, target, job.path, job.folder)
 
 
-def _onnx(job: Job) -> Exported:
+def _graph(write: Callable[..., Exported], target: Target, job: Job) -> Exported:
     if job.inputs is None:
         raise ConfigError(
             "the graph is captured from a call, and there are no inputs",
-            where='export(to="onnx")',
+            where=f'export(to="{target.name}")',
             remedy="Pass one batch, as in calib_dataloader: export(model, path, inputs).",
         )
     floats = decoded(find_tensors(skeleton_of(job.model)), job.contents)
-    return export_onnx(floats, job.contents, job.path, job.inputs, job.dynamic)
+    return write(floats, job.contents, job.path, job.inputs, job.dynamic)
 
+
+_GRAPHS: Final[Mapping[str, Callable[..., Exported]]] = {"onnx": export_onnx, "openvino": export_openvino}
 
 EXPORTERS: Final[Mapping[str, Exporter]] = {
-    "onnx": _onnx,
-    **{name: partial(_weights, target) for name, target in TARGETS.items() if target.takes == "weights"},
+    name: partial(_graph, _GRAPHS[name], target) if target.takes == "graph" else partial(_weights, target)
+    for name, target in TARGETS.items()
 }

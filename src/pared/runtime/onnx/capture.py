@@ -41,15 +41,37 @@ def capture(
     """Export a float model through torch.export, without the rewriting that would change its weights.
 
     Args:
+        model: as for `program_of`.
+        args: as for `program_of`.
+        kwargs: as for `program_of`.
+        dynamic: as for `program_of`.
+        weights: the names of the tensors that codes replace later: nothing that is computed from them is folded.
+
+    Raises:
+        ModelError: the model does not run on the example, or cannot be exported; the exporter's message is included.
+    """
+    program, call, signature = program_of(model, args, kwargs, dynamic)
+    graph_model = _translated(program, signature)
+    _tidy(graph_model, weights)
+    tensors = zip(graph_model.graph.inputs, tensors_of(call), strict=True)
+    inputs = {value.name: GraphInput.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
+    return OnnxGraph(graph_model, replace(signature, inputs=inputs))
+
+
+def program_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Dynamic
+) -> tuple[Any, Example, Signature]:
+    """A call of a float model as a program of `torch.export`, the call that was captured, and how it is called.
+
+    Args:
         model: a model in eval mode, with the weights that the graph is to hold.
         args: the positional arguments of an example call.
         kwargs: its keyword arguments.
         dynamic: which dimensions may vary. True: every dimension of the inputs that the model allows; False: none; or
             what `torch.export.export` takes as `dynamic_shapes`, by argument.
-        weights: the names of the tensors that codes replace later: nothing that is computed from them is folded.
 
     Raises:
-        ModelError: the model does not run on the example, or cannot be exported; the exporter's message is included.
+        ModelError: as for `capture`.
     """
     call = _ordered(model, args, kwargs)
     if dynamic is True:
@@ -62,12 +84,7 @@ def capture(
             where=type(model).__name__,
             remedy="Only a model that returns tensors can be exported.",
         )
-    program = _program(FlatModel(model, call, tensors_of), _dimensions(call, dynamic, signature))
-    graph_model = _translated(program, signature)
-    _tidy(graph_model, weights)
-    tensors = zip(graph_model.graph.inputs, tensors_of(call), strict=True)
-    inputs = {value.name: GraphInput.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
-    return OnnxGraph(graph_model, replace(signature, inputs=inputs))
+    return _program(FlatModel(model, call, tensors_of), _dimensions(call, dynamic, signature)), call, signature
 
 
 def shape_of(value: Any) -> tuple[int | str, ...] | None:
@@ -143,9 +160,14 @@ def _program(flat: FlatModel, dimensions: list[Any]) -> Any:
             raise _refusal(flat.model, error) from error
 
 
-def _translated(program: Any, signature: Signature) -> Any:
+def names_of(signature: Signature) -> tuple[list[str], list[str]]:
+    """The names of a graph's inputs and of its outputs."""
     names = [name for argument in signature.arguments for name in argument.inputs]
-    outputs = [name if name not in names else f"{name}_out" for name in output_names(signature.outputs)]
+    return names, [name if name not in names else f"{name}_out" for name in output_names(signature.outputs)]
+
+
+def _translated(program: Any, signature: Signature) -> Any:
+    names, outputs = names_of(signature)
     with capturing():
         try:
             made = torch.onnx.export(

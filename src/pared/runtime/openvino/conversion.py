@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from pared.formats.activation import Activation
-from pared.formats.coded import Grid, Raw
+from pared.formats.coded import Float, Grid, Grouped, Raw, dtype_name
 from pared.formats.dtypes import Array
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.tensors import registered_as
@@ -19,7 +19,7 @@ from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.onnx.weights.codes import numbers_of, numpy_of
 from pared.runtime.onnx.weights.layout import along
-from pared.runtime.openvino import halves, outliers
+from pared.runtime.openvino import grouped, halves, outliers
 from pared.runtime.openvino.halves import pads_with_zeros
 from pared.runtime.openvino.operators import translated
 from pared.runtime.openvino.outliers import coded
@@ -62,12 +62,56 @@ def converted(model: nn.Module, captured: Captured, contents: Contents) -> tuple
     leaves: Any = graph.graph_copy(captured.graph, copies)
     nodes = list(dict.fromkeys(leaf for leaf in leaves if isinstance(leaf, fx.Node)))
     graph.output(nodes)
+    made = filled(graph, model, contents, captured.tensors, captured.constants).model
+    return made, tuple(Result(nodes.index(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """A graph of OpenVINO with the numbers of a model.
+
+    Args:
+        model: an `openvino.Model`.
+        coded: the names of the tensors that it holds as codes.
+        floats: the tensors with codes that it holds as floats, each with the reason.
+        static: the modules whose inputs are rounded to their calibrated grids.
+    """
+
+    model: Any
+    coded: frozenset[str]
+    floats: Mapping[str, str]
+    static: frozenset[str]
+
+
+def filled(
+    graph: fx.Graph,
+    model: nn.Module,
+    contents: Contents,
+    tensors: Mapping[str, str],
+    constants: Mapping[str, Tensor],
+    *,
+    narrow: bool = False,
+) -> Filled:
+    """A graph of aten operators in OpenVINO.
+
+    Args:
+        graph: it is changed.
+        model: the model that was captured, for the names of its modules.
+        contents: the numbers of its tensors.
+        tensors: as in `Captured`.
+        constants: as in `Captured`.
+        narrow: hold floats in the narrower type in which they are stored, which makes a file smaller.
+    """
     made = translated(graph)
     names: dict[int, str] = {}  # of each module the first
     modules = {name: names.setdefault(id(one), name) for name, one in model.named_modules(remove_duplicate=False)}
     owners = {node.name: modules.get(module_of(node), "") for node in graph.nodes}
-    _Converter(made, contents, owners).fill(captured)
-    return made, tuple(Result(nodes.index(leaf)) if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
+    converter = _Converter(made, contents, owners)
+    converter.fill(tensors, constants)
+    if narrow:
+        converter.narrow()
+    coded, floats, static = converter.coded, converter.floats, converter.static
+    return Filled(made, frozenset(coded), floats, frozenset(static))
 
 
 def _contents_within(submodel: nn.Module, captured: Captured) -> Contents:
@@ -107,15 +151,19 @@ class _Converter:
         self._rounded: dict[object, Any] = {}
         self._outlying: list[tuple[Any, Activation]] = []  # products, whose inputs have outliers
         self._wide: list[tuple[Any, Array, Array]] = []  # constants, with their codes of 16 bits and their steps
+        self._narrow: list[tuple[Any, Tensor]] = []  # constants, with their values in a narrower type
+        self.coded: set[str] = set()
+        self.floats: dict[str, str] = {}
+        self.static: set[str] = set()
 
-    def fill(self, captured: Captured) -> None:
+    def fill(self, tensors: Mapping[str, str], constants: Mapping[str, Tensor]) -> None:
         """Put the numbers into the places of the parameters that are none of the call."""
         parameters = {one.get_friendly_name(): one for one in self._model.get_parameters()}
         stored = {name: one for one in self._contents.tensors for name in one.names}
-        for name, tensor in captured.constants.items():
+        for name, tensor in constants.items():
             if name in parameters:
                 self._replace(parameters[name], self._constant(tensor))
-        for name, tensor_name in captured.tensors.items():
+        for name, tensor_name in tensors.items():
             if name in parameters:
                 self._fill_weight(parameters[name], stored[tensor_name])
         # These look at several weights.
@@ -125,20 +173,35 @@ class _Converter:
         self._model.validate_nodes_and_infer_types()
 
     def _fill_weight(self, parameter: Any, weight: Stored) -> None:
+        if isinstance(weight.coded.format, Grouped):
+            found = grouped.constant(weight)
+            if isinstance(found, str):
+                self.floats[weight.name] = found
+                found = self._constant(weight.coded.decode())
+            else:
+                self.coded.add(weight.name)
+            found.set_friendly_name(weight.name)
+            self._replace(parameter, found)
+            return
         if not isinstance(weight.coded.format, Grid):
-            self._replace(parameter, self._constant(weight.coded.decode()))
+            constant = self._constant(weight.coded.decode())
+            self._replace(parameter, constant)
+            if isinstance(weight.coded.format, Float) and weight.coded.format.dtype != dtype_name(weight.coded.dtype):
+                self._narrow.append((constant, weight.coded.parts["values"]))
             return
         codes, steps = numbers_of(weight)
         axes, found = along(steps)
         if codes.dtype != np.int8:
             constant = self._constant(weight.coded.decode())
             self._replace(parameter, constant)
+            self.floats[weight.name] = "its codes have 16 bits"
             self._wide.append((constant, codes, found))
             return
         self._look_up(parameter, codes, found)
         value = coded(codes, found)
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
+        self.coded.add(weight.name)
         if len(axes) <= 1 and exact_products():
             for product in _products(value.output(0)):
                 self._round_input(product, weight)
@@ -166,6 +229,7 @@ class _Converter:
         activation = self._activation(product, weight)
         if activation is None or activation.mode != "static":
             return
+        self.static.add(self._owner(product))
         source = product.input(0).get_source_output()
         if activation.outliers:
             self._outlying.append((product, activation))
@@ -174,9 +238,12 @@ class _Converter:
 
     def _activation(self, product: Any, weight: Stored) -> Activation | None:
         """How the layer whose product this is treats its input; None if its weight is read by something else."""
-        owner = self._owners.get(product.get_friendly_name().split("/")[0], "")
+        owner = self._owner(product)
         homes = {name.rpartition(".")[0] for name in weight.names}
         return self._contents.activations.get(owner) if owner in homes else None
+
+    def _owner(self, product: Any) -> str:
+        return self._owners.get(product.get_friendly_name().split("/")[0], "")
 
     def _on_grid(self, source: Any, activation: Activation) -> Any:
         scale, zero_point = activation.span.grid(FULL_LEVELS)
@@ -193,6 +260,13 @@ class _Converter:
                 rounded = self._opset.fake_quantize(source, low, high, low, high, FULL_LEVELS + 1)
             self._rounded[key] = rounded.output(0)
         return self._rounded[key]
+
+    def narrow(self) -> None:
+        """Hold floats in the narrower type in which they are stored; nothing can read their numbers then."""
+        for constant, values in self._narrow:
+            wide = self._opset.convert(self._constant(values), constant.get_element_type())
+            for target in list(constant.output(0).get_target_inputs()):
+                target.replace_source_output(wide.output(0))
 
     def _constant(self, tensor: Tensor) -> Any:
         return self._opset.constant(numpy_of(tensor))

@@ -290,11 +290,16 @@ def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
     dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
         program = torch.export.export(flat, flat.tensors, dynamic_shapes={"tensors": dimensions}, strict=False)
-        if not replace_writes(program.graph):
-            program.graph_module.recompile()
-            program = program.run_decompositions({})
-        _drop_empty(program.graph)
-        return program
+        return functional(program)
+
+
+def functional(program: Any) -> Any:
+    """An exported program that writes to nothing that it has made, and joins no empty tensors."""
+    if not replace_writes(program.graph):
+        program.graph_module.recompile()
+        program = program.run_decompositions({})
+    _drop_empty(program.graph)
+    return program
 
 
 def _drop_empty(graph: fx.Graph) -> None:

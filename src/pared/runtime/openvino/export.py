@@ -1,0 +1,154 @@
+"""OpenVINO's own files: a captured call with integer weights, which OpenVINO opens without a conversion."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from pared.errors import ModelError, reason_of
+from pared.files.directories.lock import SHORT_WAIT, owned
+from pared.files.directories.temporary import temporary_folder
+from pared.files.directories.writable import writing_to
+from pared.files.disk import as_path, make_directory
+from pared.model.calls import bind
+from pared.model.contents import Contents
+from pared.runtime.graphs.capturing.capture import PREFIX, capturing, functional
+from pared.runtime.onnx.capture import Dynamic, names_of, program_of
+from pared.runtime.onnx.export import ARTIFACT, Exported, checksum_beside, need
+from pared.runtime.onnx.signature import SIGNATURE, GraphInput, Signature, tensors_of
+from pared.runtime.openvino.conversion import Filled, filled
+
+log = logging.getLogger(__name__)
+
+OPENVINO_FILE: Final = "openvino_model.xml"  # the name that other tools look for
+
+_REMEDY: Final = 'export(..., to="onnx") writes a file that OpenVINO reads as well.'
+
+
+def export_openvino(
+    floats: nn.Module, contents: Contents, path: str | Path, inputs: Any, dynamic: Dynamic = True
+) -> Exported:
+    """Write a file of OpenVINO, and the file of numbers beside it.
+
+    Args:
+        floats: the float model with the weights that the codes stand for.
+        contents: the codes and steps, and how layers treat their inputs.
+        path: the ".xml" file, or a directory; the numbers are in the ".bin" file beside it.
+        inputs: as for `pared.export`.
+        dynamic: as for `pared.export`.
+
+    Raises:
+        ModelError: the model cannot be captured, or OpenVINO does not know an operator of it.
+    """
+    need("openvino", "openvino")
+    path = as_path(path, "export")
+    path = path if path.suffix == ".xml" else path / OPENVINO_FILE
+    make_directory(path.parent)  # before the work, not after
+    args, kwargs = bind(floats, inputs, "example inputs")
+    program, call, signature = program_of(floats, args, kwargs, dynamic)
+    with capturing():
+        program = functional(program)
+    found, shapes = _converted(program, floats, contents)
+    names, outputs = names_of(signature)
+    given = {
+        name: GraphInput.of(tensor, shape) for name, tensor, shape in zip(names, tensors_of(call), shapes, strict=True)
+    }
+    signature = replace(signature, inputs=given)
+    _name(found.model, names, outputs, shapes)
+    _tell(found.model, signature, path)
+    nbytes = _write(found.model, path)
+    for name, because in found.floats.items():
+        log.warning("%s holds %s as floats: %s", path.name, name, because)
+    ends = {name: _shape(found.model.output(i)) for i, name in enumerate(outputs)}
+    activations = {
+        name: "static" if name in found.static else "float"
+        for name, one in contents.activations.items()
+        if one.mode != "gather"
+    }
+    return Exported(
+        path,
+        nbytes,
+        {name: one.shape for name, one in given.items()},
+        ends,
+        tuple(sorted(found.coded)),
+        found.floats,
+        activations,
+    )
+
+
+def _converted(program: Any, floats: nn.Module, contents: Contents) -> tuple[Filled, list[tuple[int | str, ...]]]:
+    """The program in OpenVINO, and the shapes of its inputs."""
+    tensors: dict[str, str] = {}
+    constants: dict[str, Tensor] = {}
+    shapes: list[tuple[int | str, ...]] = []
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            tensors[name] = spec.target.removeprefix(PREFIX)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constants[name] = program.constants[spec.target]
+        else:
+            shapes.append(tuple(size if isinstance(size, int) else str(size) for size in values[name].shape))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    try:
+        return filled(graph, floats, contents, tensors, constants, narrow=True), shapes
+    except Exception as error:  # whatever the runtime makes of a graph
+        raise ModelError(
+            f"OpenVINO cannot take it: {reason_of(error)}", where=type(floats).__name__, remedy=_REMEDY
+        ) from error
+
+
+def _name(model: Any, inputs: list[str], outputs: list[str], shapes: list[tuple[int | str, ...]]) -> None:
+    """Give inputs and outputs their names, and inputs the sizes that may not vary."""
+    import openvino
+
+    if (len(model.inputs), len(model.outputs)) != (len(inputs), len(outputs)):
+        raise ModelError(
+            f"OpenVINO made {len(model.inputs)} inputs and {len(model.outputs)} outputs of a call with {len(inputs)} "
+            f"and {len(outputs)}: some are not used, or are the same",
+            where="graph",
+            remedy=_REMEDY,
+        )
+    for parameter, name, shape in zip(model.get_parameters(), inputs, shapes, strict=True):
+        parameter.set_friendly_name(name)
+        parameter.output(0).set_names({name})
+        parameter.set_partial_shape(openvino.PartialShape([one if isinstance(one, int) else -1 for one in shape]))
+    model.validate_nodes_and_infer_types()
+    for result, name in zip(model.get_results(), outputs, strict=True):
+        result.set_friendly_name(name)
+        result.output(0).set_names({name})
+
+
+def _tell(model: Any, signature: Signature, path: Path) -> None:
+    """Put the calling convention, and the checksum of the artifact beside the file, into the file."""
+    told: Mapping[str, str] = {SIGNATURE: signature.to_json(), ARTIFACT: checksum_beside(path)}
+    for key, text in told.items():
+        model.set_rt_info(text, ["framework", key])
+
+
+def _shape(output: Any) -> tuple[int | str, ...] | None:
+    shape = output.get_partial_shape()
+    if shape.rank.is_dynamic:
+        return None
+    return tuple(size.get_length() if size.is_static else "?" for size in shape)
+
+
+def _write(model: Any, path: Path) -> int:
+    """Write both files under temporary names, then rename: a crash leaves no graph without its numbers."""
+    import openvino
+
+    with owned(path.parent, wait=SHORT_WAIT), writing_to(path.parent), temporary_folder(path.parent) as folder:
+        openvino.save_model(model, str(Path(folder) / path.name), compress_to_fp16=False)
+        written = 0
+        for file in sorted(Path(folder).iterdir()):  # the numbers, ".bin", before the graph
+            written += file.stat().st_size
+            file.replace(path.with_name(file.name))
+    return written
