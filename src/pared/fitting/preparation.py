@@ -11,8 +11,9 @@ from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.orientation import oriented
 from pared.fitting.calibration.perturbation import perturb
 from pared.fitting.calibration.sensitivity import Sensitivity
-from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.config import OWN, PostTrainingQuantConfig
 from pared.fitting.estimate import check_arguments
+from pared.fitting.inputs.moments import input_moments, with_inputs
 from pared.fitting.measured.parts import of_samples, small_call
 from pared.fitting.module_damage import try_modules
 from pared.fitting.search.evaluate import EvalFunc
@@ -81,9 +82,10 @@ def prepare(
         check_weights(tensors, seen.calls)
         tensors = oriented(tensors, seen.calls)
         paths = {path for path, *_ in seen.energies}
+        moments = {} if conf.target == OWN else input_moments(tensors, seen.calls)
         seen = replace(seen, logits=find_logits(model, small_call(model, seen), conf.logits, paths))
     with stages.stage("measuring what errors cost"):
-        return Prepared(tensors, conf, seen, _measured(tensors, conf, seen, eight_bits))
+        return Prepared(tensors, conf, seen, with_inputs(_measured(tensors, conf, seen, eight_bits), moments))
 
 
 def _measured(

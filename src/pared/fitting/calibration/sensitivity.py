@@ -54,6 +54,7 @@ class TensorStats:
         unseen: the part of `moments` from every other call, or from every other sample of a single call; it judges what
             was made from the rest. None: there is no such part. Blocks that it did not reach are those of `moments`.
         layout: how the blocks cover the weight's matrix.
+        inputs: second moments of the inputs themselves, likewise; None where they were not measured.
         uses: float64 (rows,): how often each row of an embedding table was looked up; None for other weights.
     """
 
@@ -62,6 +63,7 @@ class TensorStats:
     unseen: Tensor | None = None
     layout: Blocks = field(default_factory=Blocks)
     uses: Tensor | None = None
+    inputs: Tensor | None = None
 
     @property
     def judge(self) -> Tensor | None:

@@ -20,6 +20,9 @@ from pared.model.tensors import ModelTensor
 _COMPARED_AT: Final = -1.0
 # Shares of the mean second moment that are tried, from the middle one on towards the better ones, see `factor`.
 DAMPINGS: Final = (0.015, 0.05, 0.12, 0.3, 1.5)
+# Shares of the inputs' own moments that are tried. Those of gradients come from few directions: they say which samples
+# count, and the inputs' own say how the inputs go together.
+_SHARES: Final = (0.0, 0.8)
 # Importances are estimates: a row has at least this share of the mean one.
 _MIN_IMPORTANCE: Final = 0.02
 # Importance of a tensor without any measured effect on the output: so small that it ends coarse, but not empty.
@@ -52,11 +55,23 @@ def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor 
     if stats.moments is None:
         return best
     seen = stats.moments if stats.unseen is None else stats.moments - stats.unseen
-    damping, judged = _damped(best, seen, judge)
-    if _bits_at_equal_damage(judged, judge) >= _bits_at_equal_damage(best, judge):
+    found = []
+    for share in (0.0,) if stats.inputs is None else _SHARES:
+        damping, judged = _damped(best, _mixed(seen, stats.inputs, share), judge)
+        found.append((_bits_at_equal_damage(judged, judge), share, damping, judged.factored))
+    bits, share, damping, judged_factor = min(found, key=lambda one: one[0])
+    if bits >= _bits_at_equal_damage(best, judge):
         return best
-    energy = _damped_energy(stats.moments, damping)
-    return replace(best, factored=factor(stats.moments, damping), judged=judged.factored, energy=energy)
+    factored = factor(_mixed(stats.moments, stats.inputs, share), damping)
+    return replace(best, factored=factored, judged=judged_factor)
+
+
+def _mixed(moments: Tensor, inputs: Tensor | None, share: float) -> Tensor:
+    """Moments with a share of those of the inputs, at equal traces; each float32 (blocks, columns, columns)."""
+    if inputs is None or share == 0:
+        return moments
+    trace, of_inputs = (t.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] for t in (moments, inputs))
+    return (1 - share) * moments + share * inputs * (trace / of_inputs.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
@@ -65,13 +80,6 @@ def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor
     exponents = _exponents(importance, matrix.shape[1], power)
     absmax = matrix.abs().amax(1)
     return RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
-
-
-def _damped_energy(moments: Tensor, damping: float) -> Tensor:
-    """The second moment of each input, float32 (blocks, columns), as its factor has it."""
-    energy = moments.diagonal(dim1=1, dim2=2)
-    mean = energy.mean(1, keepdim=True)
-    return energy + damping * torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
 def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:

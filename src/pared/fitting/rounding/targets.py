@@ -41,7 +41,6 @@ class RoundingTarget:
         layout: how the moments' blocks cover the matrix.
         absmax: float32 (rows,): the largest magnitude of each row.
         ceiling: float32 (rows,): no step is above this; None: steps may be as large as they like.
-        energy: float32 (blocks, columns): the second moment of each input, damped; None: all inputs count alike.
     """
 
     matrix: Tensor
@@ -53,7 +52,6 @@ class RoundingTarget:
     layout: Blocks
     absmax: Tensor
     ceiling: Tensor | None = None
-    energy: Tensor | None = None
 
     def steps(self, common: int | Tensor, codes: CodeType) -> Tensor:
         """The rows' steps, 2^((common + exponents) / 8), or coarser where a code would leave its type.

@@ -36,7 +36,10 @@ TARGET: Final = Target(
     offers=(
         *(Offer(name, kind, _of_blocks(1, dtypes.ITEM_SIZES[kind]), 1, _ROLES) for name, kind in FLOATS.items()),
         *(
-            Offer(name, block.grid, _of_blocks(block.columns, block.nbytes), block.columns, _ROLES)
+            Offer(
+                *(name, block.grid, _of_blocks(block.columns, block.nbytes), block.columns, _ROLES),
+                negative=block.grid.zero == "fixed",
+            )
             for name, block in BLOCKS.items()
         ),
     ),

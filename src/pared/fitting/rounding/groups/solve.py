@@ -57,14 +57,16 @@ def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, ne
     matrix = target.matrix[rows.reshape(-1)]
     columns = matrix.shape[1]
     layout = Blocks(len(rows), target.layout.column_blocks)
-    some = slice(None) if layout.groups == target.layout.groups else blocks_of_groups(target, rows)
-    weights = None
-    if target.energy is not None:
-        energy = target.energy[some].reshape(layout.groups, -1)[:, :columns]
-        weights = energy[0] if layout.groups == 1 else energy.repeat_interleave(rows.shape[1], 0)
-    parts = fitted(matrix.numpy(), grid, None if weights is None else weights.numpy(), negative=negative)
-    if target.factored is None:
+    factored = target.factored
+    if factored is None:
+        parts = fitted(matrix.numpy(), grid, negative=negative)
         return {"codes": nearest(matrix.numpy(), grid, parts), **parts}
-    factored = target.factored if isinstance(some, slice) else target.factored.some(some)
+    if layout.groups != target.layout.groups:
+        factored = factored.some(blocks_of_groups(target, rows))
+    # After feedback a column's error costs what later columns cannot make up for.
+    cost = torch.empty_like(factored.remaining).scatter_(1, factored.order, factored.remaining).float()
+    weights = cost.reshape(layout.groups, -1)[:, :columns]
+    weights = weights[0] if layout.groups == 1 else weights.repeat_interleave(rows.shape[1], 0)
+    parts = fitted(matrix.numpy(), grid, weights.numpy(), negative=negative)
     codes = feedback(layout.blocks(matrix), factored, group_columns(grid, parts, layout, columns))
     return {"codes": layout.matrix(codes, columns).to(torch.int8).numpy(), **parts}

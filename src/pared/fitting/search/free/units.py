@@ -73,14 +73,14 @@ def assigned(tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, ta
     usual = plan.make_plan(tensors, (), bits=None)
     groups: dict[str, list[ModelTensor]] = {}
     for tensor, decision in zip(tensors, usual, strict=True):
-        if decision.treatment == "grid" and "other" not in roles[tensor.name] and tensor.tensor.dim() == 2:
+        if decision.treatment == "grid" and tensor.tensor.dim() >= 2:
             groups.setdefault(joined(tensor.name, target.alike) or tensor.name, []).append(tensor)
     _refuse_idle(conf.rules, rules, {tensor.name for group in groups.values() for tensor in group}, target)
     units, why = [], {}
     for group in groups.values():
         rule = _common_rule(group, rules, target)
         offers = _offers(group, roles, target)
-        if rule is not None and rule.bits is not None:
+        if rule is not None and rule.bits is not None and roles[group[0].name] != {"other"}:
             offers = (_at_most(rule.bits, offers, group, rule, target),)
         elif conf.quant_level == 0:
             offers = tuple(offer for offer in offers if bits_of(offer) >= _EIGHT) or offers[:1]
@@ -88,11 +88,10 @@ def assigned(tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, ta
             units.append(Unit(tuple(group), offers, "" if rule is None else rule.because or f"rule {rule.label}"))
             continue
         for tensor in group:
-            why[tensor.name] = (
-                f"{target.name} has no format for {tensor.view.n_columns} columns"
-                if rule is None
-                else rule.because or f"rule {rule.label}"
-            )
+            if rule is not None:
+                why[tensor.name] = rule.because or f"rule {rule.label}"
+            elif roles[tensor.name] != {"other"}:
+                why[tensor.name] = f"{target.name} has no format for {tensor.view.n_columns} columns"
     free = {tensor.name for unit in units for tensor in unit.tensors}
     decisions = tuple(
         replace(decision, bits=None, own_grid=False)

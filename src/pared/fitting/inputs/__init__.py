@@ -1,0 +1,1 @@
+"""What layers get: the second moments of their inputs."""
