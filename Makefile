@@ -30,7 +30,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-graphs bench-scaling bench-tensors bench-architectures results results-docs
+.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-targets bench-graphs bench-scaling bench-tensors bench-architectures results results-docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ bench-ablation: $(VENV)/.bench-search  ## how many bytes each refinement saves, 
 bench-peers: $(VENV)/.bench-peers  ## pared in each form beside other tools (half an hour; PEERS=all: every tool, hours; MODELS=minilm restricts; needs an idle machine)
 	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)" $(if $(RELOAD),--reload)
 	$(BIN)/python -m bench.report
+
+bench-targets: $(VENV)/.bench-search  ## models in the formats of llama.cpp, vLLM and OpenVINO, solved and to the nearest (half an hour)
+	$(BIN)/python -m bench.targets
 
 bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; needs an idle machine)
 	$(BIN)/python -m bench.graphs

@@ -127,6 +127,12 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def encode(text: str) -> list[int]:
+    """The tokens of a text."""
+    ids: list[int] = _tokenizer().encode(text).ids
+    return ids
+
+
 @functools.cache
 def _windows(part: data.Part, seed: int) -> Tensor:
     """Token numbers, int64 (windows, tokens + 1), from articles of which no other part has any."""
