@@ -10,6 +10,7 @@ from pared.errors import CorruptError
 from pared.formats import grids
 from pared.formats.dtypes import ELEMENTS, Array, converted
 from pared.formats.groups import stored as groups
+from pared.formats.groups.grid import Numbers
 from pared.formats.streams import decode_codes, decode_steps
 from pared.formats.views import View, first_dimension, matrix_of, restored
 
@@ -27,20 +28,46 @@ def decode(entry: Entry, data: memoryview) -> Array:
     Raises:
         CorruptError: the bytes contradict the index or their checksum.
     """
+    parts = numbers_of(entry, data)
+    if "codes" not in parts:
+        return converted(parts["values"], ELEMENTS[entry.dtype])
+    view = view_of(entry)
+    if entry.groups is None:
+        values = grids.decode(parts["codes"], parts["step"], view)
+    else:
+        matrix = entry.groups.decode({**parts, "codes": matrix_of(parts["codes"], view)})
+        values = restored(matrix, entry.shape, view)
+    return converted(values, ELEMENTS[entry.dtype])
+
+
+def numbers_of(entry: Entry, data: memoryview) -> dict[str, Numbers]:
+    """The numbers of a tensor as they are stored.
+
+    Args:
+        entry: as for `decode`.
+        data: as for `decode`.
+
+    Returns:
+        of a grid "codes", of the tensor's shape, and "step", one for each row; with groups, "codes" and the other parts
+        of `GroupGrid.shapes`; of any other tensor "values", of its shape, in the type in which they are stored.
+
+    Raises:
+        CorruptError: as `decode`.
+    """
     parts = parts_of(entry, data)
     try:
         if entry.format["tag"] == "grid":
-            view = View(*entry.view) if entry.view else first_dimension(entry.shape)
+            view = view_of(entry)
             codes = decode_codes(parts, entry.shape, view, entry.format["codes"])
-            values = grids.decode(codes, decode_steps(parts["step"], view.n_rows), view)
-            return converted(values, ELEMENTS[entry.dtype])
+            return {"codes": codes, "step": decode_steps(parts["step"], view.n_rows)}
         if entry.groups is not None:
-            view = View(*entry.view) if entry.view else first_dimension(entry.shape)
-            numbers = groups.parts(entry.groups, parts, entry.shape, view)
-            matrix = entry.groups.decode({**numbers, "codes": matrix_of(numbers["codes"], view)})
-            return converted(restored(matrix, entry.shape, view), ELEMENTS[entry.dtype])
+            return groups.parts(entry.groups, parts, entry.shape, view_of(entry))
         stored = entry.format.get("dtype", entry.dtype)
-        values = np.frombuffer(parts["values"].payload, ELEMENTS[stored]).reshape(entry.shape)
-        return converted(values, ELEMENTS[entry.dtype])
+        return {"values": np.frombuffer(parts["values"].payload, ELEMENTS[stored]).reshape(entry.shape)}
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
+
+
+def view_of(entry: Entry) -> View:
+    """What the rows of a tensor on a grid are."""
+    return View(*entry.view) if entry.view else first_dimension(entry.shape)

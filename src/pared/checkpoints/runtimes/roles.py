@@ -62,7 +62,7 @@ def weights_of(kept: Sequence[Kept], config: Mapping[str, Any], target: Target) 
     """
     if not target.by_family:
         check_orientation(config, target)
-    family = family_of(config) if target.by_family else _family_if_known(config)
+    family = family_of(config) if target.by_family else family_if_known(config)
     found = []
     for one in kept:
         if target.by_family and family is not None and not family.uses(one.name):
@@ -72,7 +72,8 @@ def weights_of(kept: Sequence[Kept], config: Mapping[str, Any], target: Target) 
     return found
 
 
-def _family_if_known(config: Mapping[str, Any]) -> Family | None:
+def family_if_known(config: Mapping[str, Any]) -> Family | None:
+    """The family of a model; None if it is none that is known."""
     try:
         return family_of(config)
     except ConfigError:

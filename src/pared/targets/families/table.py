@@ -26,7 +26,7 @@ def _gated(before: str) -> tuple[Link, ...]:
 _LLAMA: Final = _gated("post_attention_layernorm")
 _GEMMA_2: Final = _gated("pre_feedforward_layernorm")
 _ROTARY: Final = (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"))
-_TABLES: Final = ("rotary_emb.inv_freq",)
+_TABLES: Final = ("model.rotary_emb.", "rotary_emb.inv_freq")
 
 FAMILIES: Final[tuple[Family, ...]] = (
     Family("Llama", ("LlamaForCausalLM",), "LLAMA", _LLAMA, _ROTARY, unused=_TABLES),

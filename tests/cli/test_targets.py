@@ -1,0 +1,103 @@
+"""Commands that write for other runtimes, from Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import pared
+from pared.cli import app
+from pared.targets.table import TARGETS
+from tests.targets.families.models import built
+from tests.targets.gguf.folders import TEXTS, folder_with
+from tests.targets.quantized import in_format, in_rows, quantized_as
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model: Any = built("Llama", max_position_embeddings=32, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "source")
+    folder_with(tmp_path / "source", "smollm", model.config.to_dict())
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(TEXTS) * 20, encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def types_of(path: Path) -> dict[str, str]:
+    return {one.name: one.tensor_type.name for one in gguf.GGUFReader(path).tensors}
+
+
+def test_a_folder_is_fitted_for_a_runtime(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("fit", folder, "--calib", text, "--target", "gguf", "--bits", 6, "--samples", 4, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in out.iterdir()} == {"model.gguf", "report.html"}
+    assert f"written: {out / 'model.gguf'}" in done.output.replace("\n", "")
+    assert set(types_of(out / "model.gguf").values()) - {"F32"} <= {offer.name for offer in TARGETS["gguf"].offers}
+    numbers = sum(parameter.numel() for parameter in built("Llama", num_hidden_layers=1).parameters())
+    held = sum(one.n_bytes for one in gguf.GGUFReader(out / "model.gguf").tensors)
+    assert held <= numbers * 6 / 8
+
+
+def test_an_artifact_has_what_was_beside_the_weights(folder: Path, text: Path, tmp_path: Path) -> None:
+    done = run("fit", folder, "--calib", text, "--samples", 4, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    refused = run("export", tmp_path / "out", "--to", "gguf", "-o", tmp_path / "x.gguf")
+    assert refused.exit_code != 0  # its steps are powers of 2^(1/8)
+    assert "cannot be held exactly" in str(refused.exception)
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("kind", ["rows", "groups"])
+def test_an_artifact_goes_into_a_file_without_its_code(kind: str, folder: Path, tmp_path: Path) -> None:
+    choose = in_rows(8) if kind == "rows" else in_format(TARGETS["gguf"], "Q5_1")
+    model = quantized_as(built("Llama", num_hidden_layers=1), choose)
+    pared.save(model, tmp_path / "artifact")
+    done = run("export", tmp_path / "artifact", "--to", "gguf", "-o", tmp_path / "x.gguf", "--folder", folder)
+    assert done.exit_code == 0, done.output
+    wanted = "Q8_0" if kind == "rows" else "Q5_1"
+    assert f"8 in {wanted}, 3 in float32" in done.output
+    held = {one.name: one for one in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    one = held["blk.0.ffn_down.weight"]
+    expected = model.get_parameter("model.layers.0.mlp.down_proj.weight").numpy()
+    assert np.array_equal(gguf.quants.dequantize(one.data, one.tensor_type), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--calib", "nowhere.txt"], "--calib nowhere.txt: is neither PKG.MOD:OBJ nor a file"),
+        (["--bits", 4, "--max-size", "1MB"], "--bits 4 with --max-size"),
+        (["--bits", 0], "--bits 0 is not a valid rate"),
+        (["--target", "ggml"], "target='ggml'"),
+    ],
+)
+def test_options_that_make_no_sense(arguments: list[object], message: str, folder: Path, tmp_path: Path) -> None:
+    done = run("fit", folder, *arguments, "-o", tmp_path / "out")
+    assert done.exit_code != 0
+    assert message in str(done.exception)
+
+
+def test_an_artifact_without_a_configuration(tmp_path: Path) -> None:
+    pared.save(quantized_as(built("Llama", num_hidden_layers=1), in_rows(8)), tmp_path / "artifact")
+    done = run("export", tmp_path / "artifact", "--to", "gguf", "-o", tmp_path / "x.gguf")
+    assert "has no config.json, which says what the model is" in str(done.exception)
+    done = run("export", tmp_path / "artifact", "--to", "onnx", "-o", tmp_path / "x")
+    assert "onnx needs the graph of the model" in str(done.exception)
