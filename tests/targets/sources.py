@@ -16,6 +16,7 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 96, "head_dim": 32,
     "max_position_embeddings": 64, "tie_word_embeddings": False, "dtype": "bfloat16", "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
 }  # fmt: skip
 
 
