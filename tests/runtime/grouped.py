@@ -25,7 +25,7 @@ def contents_with(
     """
     tensors = []
     for one in find_tensors(model):
-        grid = grids.get(one.name, grids.get("*") if one.tensor.dim() == 2 else None)
+        grid = grids.get(one.name, grids.get("*") if one.tensor.dim() == 2 and one.tensor.is_floating_point() else None)
         exact = Raw(dtype_name(one.tensor.dtype))
         view = View(tuple(one.tensor.shape), (rows or {}).get(one.name, (0,)))
         coded = exact.encode(one.tensor) if grid is None else Grouped(grid).encode(one.tensor, view=view)
