@@ -122,6 +122,17 @@ def test_tied_tensors_are_written_once_unless_the_model_does_not_tie_them(tmp_pa
             assert ("lm_head.weight" in held.keys()) is not tied  # noqa: SIM118  # it is not a dictionary
 
 
+def test_quantized_weights_have_all_their_names_where_the_model_does_not_tie_them(tmp_path: Path) -> None:
+    offer = named(mlx.TARGET.offers, "4 bits g32")
+    random = Random({"model.embed_tokens.weight": (8, 32)}, lambda name, role: offer, CONFIG)
+    (outline,) = random.source.outlines
+    outline = replace(outline, names=(outline.name, "lm_head.weight"))
+    (file,) = mlx.write(replace(random.source, outlines=[outline]), tmp_path / "out")
+    with safe_open(file, "numpy") as held:
+        weights = [held.get_tensor(f"{module}.weight") for module in ("model.embed_tokens", "lm_head")]
+    assert np.array_equal(*weights)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,28 +92,32 @@ def _shards(source: Source, layout: Layout, max_shard_size: int) -> tuple[Shard,
 
 
 def _group(source: Source, outline: Outline, layout: Layout) -> Group:
-    if outline.offer is not None:
-        return layout.stored(outline, outline.offer)
-    return [Stored(name, outline.dtype, outline.shape) for name in _names(source, outline)]
+    found: list[Stored] = []
+    for name in _names(source, outline):
+        if outline.offer is not None:
+            found += layout.stored(replace(outline, name=name), outline.offer)
+        else:
+            found.append(Stored(name, outline.dtype, outline.shape))
+    return found
 
 
 def _names(source: Source, outline: Outline) -> Sequence[str]:
-    """The names under which a float tensor is written: all, unless the model itself ties them."""
+    """The names under which a tensor is written: all, unless the model itself ties them."""
     return (outline.names or (outline.name,)) if source.config.get("tie_word_embeddings") is False else (outline.name,)
 
 
 def _numbers(source: Source, layout: Layout) -> Iterator[Sequence[Array]]:
     for outline in source.outlines:
         parts = source.read(outline)
-        if outline.offer is None:
-            yield [parts["values"]] * len(_names(source, outline))
-        else:
-            yield layout.arrays(outline, outline.offer, parts)
+        arrays = [parts["values"]] if outline.offer is None else layout.arrays(outline, outline.offer, parts)
+        yield [*arrays] * len(_names(source, outline))
 
 
 def quantized(source: Source) -> dict[str, Offer]:
     """The format of each module that has one, in order."""
-    return {module_of(one.name): one.offer for one in source.outlines if one.offer is not None}
+    return {
+        module_of(name): one.offer for one in source.outlines if one.offer is not None for name in _names(source, one)
+    }
 
 
 def left(source: Source) -> list[str]:
