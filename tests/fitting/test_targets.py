@@ -178,6 +178,14 @@ def test_without_a_wish_everything_is_at_eight_bits(calibrated: bool) -> None:
     assert weights == {"W8f"}
 
 
+def test_an_estimate_is_of_the_runtimes_file() -> None:
+    guess = pared.estimate(model(), conf())
+    small = pared.estimate(model(), conf(rules=[Rule("blocks.*", bits=4)]))
+    q = fitted(quant_level=0)
+    assert exact_nbytes(q) < guess.nbytes < exact_nbytes(q) + 5_000
+    assert small.nbytes < 0.8 * guess.nbytes
+
+
 def test_rules_choose_the_finest_format_within_their_bits() -> None:
     rules = [Rule("blocks.0.*", bits=4), Rule("odd", keep=True, because="it is odd"), Rule("table", bits=16)]
     found = offers(fitted(max_size=40_000, rules=rules))

@@ -11,6 +11,7 @@ from pared.errors import CalibrationError, ConfigError
 from pared.fitting.calibration import observe
 from pared.fitting.config import OWN, PostTrainingQuantConfig, configured
 from pared.fitting.rounding import encoding, plan
+from pared.fitting.search.free.units import nbytes_at_eight_bits
 from pared.fitting.verification.weights import check_weights
 from pared.model import calls
 from pared.model.checks import supported_tensors
@@ -101,7 +102,9 @@ def estimate(
     check_registered(model)
     check_arguments(conf, calib_dataloader)
     check_copyable(model)
-    decisions = plan.make_plan(tensors, conf.rules, strict=conf.strict)
+    elsewhere = None if conf.target == OWN else nbytes_at_eight_bits(tensors, conf, TARGETS[conf.target])
+    rules = conf.rules if elsewhere is None else ()
+    decisions = plan.make_plan(tensors, rules, strict=conf.strict and elsewhere is None)
     start = time.monotonic()
     guesses = [
         encoding.sample_cost(tensor, decision, _SAMPLED_ROWS)
@@ -115,7 +118,8 @@ def estimate(
         seen = observe.collect(model, calib_dataloader, 1)
         calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
         check_weights(tensors, seen.calls)
-    nbytes = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
+    own = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
+    nbytes = own if elsewhere is None else elsewhere
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)
     original = sum(named.tensor.numel() * named.tensor.element_size() for named in tensors)

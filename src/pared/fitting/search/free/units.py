@@ -180,6 +180,22 @@ def _refuse_idle(
             )
 
 
+def nbytes_at_eight_bits(tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, target: Target) -> int:
+    """The size of a runtime's file where nothing is coarser than 8 bits, but by rules.
+
+    Raises:
+        ConfigError: as `assigned`.
+    """
+    found = assigned(tensors, replace(conf, quant_level=0), target)
+    total = _HEADER + sum(_ENTRY + len(tensor.name) for tensor in tensors)
+    in_units = {tensor.name for unit in found.units for tensor in unit.tensors}
+    total += sum(tensor.tensor.nbytes for tensor in tensors if tensor.name not in in_units and tensor.persistent)
+    for unit in found.units:
+        views = [tensor.view for tensor in unit.tensors]
+        total += min(sum(offer.nbytes(view.n_rows, view.n_columns) for view in views) for offer in unit.offers)
+    return total
+
+
 def target_nbytes(target: Target, contents: Contents) -> int:
     """The size of the runtime's file: exact bytes of its tensors, and about those of everything but its tokenizer."""
     written = [stored for stored in contents.tensors if stored.decision.treatment != "made"]
