@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,7 @@ TOY = Target(
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {**table.TARGETS, "toy": TOY}
+    monkeypatch.setattr("pared.runtime.summary.TARGETS", known)
     for place in ("config", "estimate", "search.free.choices"):
         monkeypatch.setattr(f"pared.fitting.{place}.TARGETS", known)
 
@@ -153,6 +155,14 @@ def test_bytes_are_those_of_the_runtime_and_more_of_them_lose_less() -> None:
 def test_the_smallest_file_is_named_where_there_is_none_as_small() -> None:
     with pytest.raises(ConfigError, match="the smallest file takes"):
         fitted(max_size=1_000)
+
+
+def test_the_report_names_the_runtime_and_its_formats(tmp_path: Path) -> None:
+    q = fitted(max_size=22_000)
+    assert "tensors in the formats of Toy, a runtime: " in q.report()
+    assert "in W8f" in q.report()
+    pared.save(q, tmp_path)
+    assert "formats of Toy" in pared.load(tmp_path, model()).report()
 
 
 def test_a_search_scores_models_in_the_runtimes_formats() -> None:

@@ -224,7 +224,7 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
     if html is not None:
         data = summary.page_data(listing, contents, outcome, record.running, record.profile, record.curve)
         page.write(data, html)
-    notes = [*record.profile.summary(), *summary.left_out(contents)]
+    notes = [*record.profile.summary(), *summary.made_for(contents), *summary.left_out(contents)]
     if outcome != record.outcome:
         notes.append(f"the search scored it layer by layer in int8: {record.outcome.score:.6g}")
     if record.memory == "small":

@@ -17,6 +17,7 @@ from pared.inspection.ledger import Ledger, Row, draw
 from pared.inspection.page.data import PageData
 from pared.model.contents import Contents, Stored
 from pared.runtime.profile.profile import Profile, Running
+from pared.targets.table import TARGETS
 from pared.terminal import WIDTH, table
 
 
@@ -48,6 +49,17 @@ class TensorSummary:
 def tensor_summaries(contents: Contents, running: Mapping[str, Running]) -> tuple[TensorSummary, ...]:
     """One line per tensor, in the model's order."""
     return tuple(_line(stored, contents.activations, running) for stored in contents.tensors)
+
+
+def made_for(contents: Contents) -> list[str]:
+    """A note on the runtime whose formats the tensors have, and how many of them each."""
+    target = TARGETS.get(str(contents.provenance.get("target")))
+    if target is None:
+        return []
+    because = [stored.decision.because.partition(";")[0] for stored in contents.tensors]
+    counts = [(offer.name, because.count(offer.name)) for offer in target.offers]
+    formats = ", ".join(f"{count:,} in {name}" for name, count in counts if count)
+    return [f"tensors in the formats of {target.title}: {formats or 'none'}; bytes are those of pared's own file"]
 
 
 def left_out(contents: Contents) -> list[str]:
