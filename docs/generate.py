@@ -1,6 +1,7 @@
 """`python docs/generate.py`: the parts of the documentation that follow from the source, put between their marks.
 
-The command line comes from typer's own documentation of `pared.cli`, the list of decisions from their headings.
+The command line comes from typer's own documentation of `pared.cli`, the list of decisions from their headings, the
+formats of other runtimes from their table.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from pared.targets.table import TARGETS
+
+_ROWS, _COLUMNS = 4096, 4096  # of the matrix whose bytes are shown
 
 DOCS = Path(__file__).parent
 MARKS = r"(<!-- generated: {} -->\n).*?(<!-- end of generated -->)"
@@ -32,8 +37,22 @@ def decisions() -> str:
     return "\n".join(["| record | decision |", "|---|---|", *rows, ""])
 
 
+def targets() -> str:
+    """A line for each runtime: its name, its formats by bits, and what it takes."""
+    rows = []
+    for target in TARGETS.values():
+        formats = [offer for offer in target.offers if not isinstance(offer.grid, str)]
+        rates = [8 * offer.nbytes(_ROWS, _COLUMNS) / (_ROWS * _COLUMNS) for offer in formats]
+        names = ", ".join(f"{offer.name} ({rate:.3g})" for offer, rate in zip(formats, rates, strict=True))
+        roles = {role for offer in formats for role in offer.roles}
+        tables = "yes" if "table" in roles else "no"
+        rows.append(f"| `{target.name}` | {names} | {tables} |")
+    return "\n".join(["| target | formats (bits per weight) | embedding and head, too |", "|---|---|---|", *rows, ""])
+
+
 PARTS = {
     "commands": (DOCS / "reference" / "cli.md", commands),
+    "targets": (DOCS / "how-to" / "which-target.md", targets),
     "decisions": (DOCS / "explanation" / "decisions.md", decisions),
 }
 
