@@ -8,10 +8,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pared
 from pared.cli import app
+from pared.cli.models import first_batch
+from pared.errors import ConfigError
+from pared.fitting.hugging_face import loading
 from pared.targets.table import TARGETS
 from tests.targets.families.models import built
 from tests.targets.gguf.folders import TEXTS, folder_with
@@ -93,6 +97,46 @@ def test_options_that_make_no_sense(arguments: list[object], message: str, folde
     done = run("fit", folder, *arguments, "-o", tmp_path / "out")
     assert done.exit_code != 0
     assert message in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "message"),
+    [
+        ("gguf", ("config.json", '"silu"', '"relu"'), "the activation is 'relu'"),
+        ("gguf", ("tokenizer.json", '"Digits"', '"Strange"'), "splits text in a way that is not known"),
+        ("compressed-tensors", ("config.json", '"llama"', '"gpt2"'), "store their matrices transposed"),
+    ],
+)
+def test_what_a_runtime_does_not_run_is_refused_before_the_fit(
+    target: str, change: tuple[str, str, str], message: str, folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    model = built("Llama", max_position_embeddings=32, num_hidden_layers=1)
+    monkeypatch.setattr(loading, "model_in", lambda _: model)
+    monkeypatch.setattr(pared, "fit", None)
+    name, old, new = change
+    text = (folder / name).read_text(encoding="utf-8")
+    assert old in text
+    (folder / name).write_text(text.replace(old, new), encoding="utf-8")
+    done = run("fit", folder, "--target", target, "--bits", 6, "-o", tmp_path / "out")
+    assert message in str(done.exception)
+
+
+def test_a_graph_needs_a_batch_before_the_fit(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pared, "fit", None)
+    done = run("fit", folder, "--target", "onnx", "--bits", 6, "-o", tmp_path / "out")
+    assert "onnx needs the graph of the model, which is captured from a batch" in str(done.exception)
+
+
+@pytest.mark.parametrize("data", [None, lambda model: model(1), iter([torch.ones(1)])])
+def test_data_without_a_batch_that_can_be_read_twice(data: Any) -> None:
+    with pytest.raises(ConfigError, match="captured from a batch"):
+        first_batch(data, "onnx")
+
+
+def test_the_first_batch_is_taken_of_whatever_can_be_read_twice() -> None:
+    loader: Any = torch.utils.data.DataLoader([torch.tensor([one]) for one in range(4)], batch_size=2)
+    assert first_batch(loader, "onnx").tolist() == [[0], [1]]
+    assert first_batch([3, 4], "onnx") == 3
 
 
 def test_an_artifact_without_a_configuration(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def fit(
         _write_curve(pared.trade_off(*job, named(evaluate), quiet=quiet), output, quiet)
     else:
         small = search(*job, named(evaluate), named(confirm), workspace=workspace, quiet=quiet)
-        source.write(small, output, job[2], quiet)
+        source.write(small, output, quiet)
 
 
 def _check_mode(output: Path | None, curve: bool, dry_run: bool, *, recorded: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -17,9 +18,8 @@ from pared.errors import ConfigError
 from pared.files.directories.whole import check_vacant
 from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
-from pared.targets.families.table import family_of
 from pared.targets.table import TARGETS
-from pared.targets.writers import writer_of
+from pared.targets.writers import check_described, writer_of
 
 _BITS: Final = 8  # of a byte
 
@@ -34,22 +34,23 @@ class Source:
         output: the directory that will be written; None: none will.
 
     Raises:
-        ConfigError: the runtime lacks its package, or does not know the architecture.
-        FileError: there are other files where its files should be.
+        ConfigError: the runtime lacks its package, or does not run such a model.
+        FileError: a file cannot be read; or there are other files where its files should be.
     """
 
     def __init__(self, model: str, calib: str | None, target: str | None, output: Path | None) -> None:
         self._folder = Path(model) if Path(model).is_dir() else None
         self._place, self._calib = model, calib
         self._target = TARGETS.get(target or "")
+        self._writes = output is not None
+        self._example: Any = None  # a batch
         if self._target is not None and self._target.takes == "weights":
             writer_of(self._target.name)
             if output is not None and not self._target.by_family:
                 check_vacant(output)
-            if self._target.by_family:
-                from pared.runtime.exporting.weights import config_of  # it needs torch, as every fit does
+            from pared.runtime.exporting.weights import config_of  # it needs torch, as every fit does
 
-                family_of(config_of(self.model, self._folder))
+            check_described(self._target, config_of(self.model, self._folder), self._folder)
 
     @cached_property
     def model(self) -> Any:
@@ -73,7 +74,17 @@ class Source:
         return int(sum(parameter.numel() for parameter in self.model.parameters()) * bits / _BITS)
 
     def batches(self, most: int) -> Any:
-        """Calibration data: the named object, or windows of a text."""
+        """Calibration data: the named object, or windows of a text.
+
+        Raises:
+            ConfigError: they are nothing of the kind, or have no batch to capture a graph from where one is needed.
+        """
+        found = self._batches(most)
+        if self._writes and self._target is not None and self._target.takes == "graph":
+            self._example = first_batch(found, self._target.name)
+        return found
+
+    def _batches(self, most: int) -> Any:
         if self._calib is None or (":" in self._calib and not Path(self._calib).is_file()):
             return batches(self._calib)
         if self._folder is None or not Path(self._calib).is_file():
@@ -90,7 +101,7 @@ class Source:
         longest = getattr(config, "max_position_embeddings", None)
         return windows_of(Path(self._calib), self._folder, longest, most)
 
-    def write(self, model: Any, output: Path, calibration: Any, quiet: bool) -> None:
+    def write(self, model: Any, output: Path, quiet: bool) -> None:
         """Write the small model: pared's artifact with what was beside the weights, or the files of the runtime."""
         if self._target is None:
             path = pared.save(model, output)
@@ -99,8 +110,7 @@ class Source:
                 beside = companions.find_companions(self._folder, output)
                 companions.copy(self._folder, beside.copied, output, output)
         else:
-            inputs = calibration[0] if isinstance(calibration, list) and calibration else None
-            done = pared.export(model, output, inputs, to=self._target.name, folder=self._folder)
+            done = pared.export(model, output, self._example, to=self._target.name, folder=self._folder)
             path, nbytes = done.path, done.nbytes
         html: Path | None = output / page.REPORT
         try:
@@ -111,6 +121,18 @@ class Source:
         text = pared.report(model, html=html)
         if not quiet:
             typer.echo(f"{text}\n\nwritten: {path} ({nbytes:,} bytes)")
+
+
+def first_batch(calibration: Any, target: str) -> Any:
+    """The first batch of calibration data that can be read more than once."""
+    if isinstance(calibration, Iterable) and not isinstance(calibration, Iterator):
+        for batch in calibration:
+            return batch
+    raise ConfigError(
+        f"{target} needs the graph of the model, which is captured from a batch",
+        where="--calib",
+        remedy="Pass a list of batches, or a DataLoader; with a Hugging Face folder also a file of text.",
+    )
 
 
 def named(place: str | None) -> Any:

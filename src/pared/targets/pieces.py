@@ -39,7 +39,8 @@ class Source:
     Args:
         outlines: every tensor, in order.
         read: the numbers of one of them: the parts of its grid ("codes", "step", ..., see `GroupGrid.shapes`); or
-            {"values": ...}, of its dtype. Called once for each tensor, in order, so that one is in memory at a time.
+            {"values": ...}, of its shape and dtype. Called once for each tensor, in order, so that one is in memory at
+            a time.
         config: the content of Hugging Face's config.json.
         folder: where tokenizer and generation settings are; None: nowhere.
         provenance: how it was made, plain data, for formats that have a place for it.

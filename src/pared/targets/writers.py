@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from pared.targets.folders.folder import check_config, check_orientation
 from pared.targets.installed import check_installed
 from pared.targets.pieces import Source
 from pared.targets.table import TARGETS
+from pared.targets.target import Target
 
 Writer = Callable[[Source, Path], list[Path]]
 
@@ -35,6 +37,26 @@ def writer_of(name: str) -> Writer:
     module, function = WRITERS[name]
     found: Writer = getattr(importlib.import_module(module), function)
     return found
+
+
+def check_described(target: Target, config: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuse, before any work, a model whose configuration or tokenizer its writer will refuse.
+
+    Args:
+        target: a runtime that takes weights by name.
+        config: the content of config.json.
+        folder: where the tokenizer is.
+
+    Raises:
+        ConfigError: the runtime does not run such a model.
+        FileError: a file cannot be read.
+    """
+    if not target.by_family:
+        check_config(config, folder, target)
+        check_orientation(config, target)
+    check = getattr(importlib.import_module(WRITERS[target.name][0]), "check", None)
+    if check is not None:
+        check(config, folder)
 
 
 def size_of(name: str) -> Callable[[Source], int] | None:

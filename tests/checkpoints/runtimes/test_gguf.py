@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 
 import pared
+from pared.checkpoints.runtimes import choosing
 from pared.errors import ConfigError
 from tests.checkpoints.runtimes.test_writing import checkpoint
 from tests.targets.sources import CONFIG
@@ -46,17 +48,28 @@ def test_a_llama_keeps_its_weights(tmp_path: Path) -> None:
     assert error(found["output.weight"], given["lm_head.weight"]) < 0.03
 
 
-def test_transposed_matrices_are_rounded_along_their_inputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("goal", [{"bits": 8.5}, {"max_size": 10**6}])  # blocks; floats
+def test_transposed_matrices_are_rounded_along_their_inputs(goal: dict[str, Any], tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2))
     model.save_pretrained(tmp_path / "given")
-    pared.compress(tmp_path / "given", tmp_path / "out", target="gguf", bits=8.5)
+    pared.compress(tmp_path / "given", tmp_path / "out", target="gguf", **goal)
     (file,) = (tmp_path / "out").iterdir()
     found = decoded(file)
     exact = model.transformer.h[1].attn.c_attn.weight.detach().numpy()
     assert error(found["blk.1.attn_qkv.weight"], exact.T) < 0.01
     assert error(found["position_embd.weight"], model.transformer.wpe.weight.detach().numpy()) == 0
+
+
+def test_what_llama_cpp_does_not_run_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "given", {**CONFIG, "hidden_act": "relu"})
+    monkeypatch.setattr(choosing, "rounded", None)
+    with pytest.raises(ConfigError, match="the activation is 'relu'"):
+        pared.compress(tmp_path / "given", tmp_path / "out", target="gguf", bits=5)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from pared.errors import ConfigError
 from pared.formats.dtypes import FLOATING
 from pared.targets.families.family import Family
 from pared.targets.families.table import family_of
-from pared.targets.folders.folder import check_orientation
 from pared.targets.target import Role, Target
 
 _TABLES: Final = re.compile(r"embed_tokens|embed_in|wte|shared|(word|tok|token)?_?embeddings?")
@@ -57,11 +56,8 @@ def weights_of(kept: Sequence[Kept], config: Mapping[str, Any], target: Target) 
     """The tensors that a runtime reads, and what each is to it.
 
     Raises:
-        ConfigError: the runtime knows only some architectures, and this is none of them; or it cannot run those whose
-            matrices are transposed.
+        ConfigError: the runtime knows only some architectures, and this is none of them.
     """
-    if not target.by_family:
-        check_orientation(config, target)
     family = family_of(config) if target.by_family else family_if_known(config)
     found = []
     for one in kept:

@@ -31,7 +31,7 @@ from pared.scalars import plain
 from pared.targets.pieces import Outline, Source
 from pared.targets.table import TARGETS
 from pared.targets.target import Target
-from pared.targets.writers import size_of, writer_of
+from pared.targets.writers import check_described, size_of, writer_of
 from pared.terminal import bytes_done, parse_size
 from pared.version import __version__
 
@@ -102,6 +102,7 @@ def write_for(source: Path, output: Path, chosen: Contained, goal: Goal, *, quie
     """
     began = time.perf_counter()
     config = _config_of(source)
+    check_described(goal.target, config, source)
     weights = weights_of(chosen.kept, config, goal.target)
     listing = chosen.listing
     work = _Work(source, listing, weights, config, goal, quiet)
@@ -231,6 +232,8 @@ class _Work:
             if not np.isfinite(magnitudes(matrix, usable_cores())).all():
                 refuse_damaged(as_floats(matrix), weight.name)
             parts = rounded(matrix, kind, usable_cores())
+            if "values" in parts and weight.transposed:  # values have the tensor's shape, only codes that of the matrix
+                parts = {"values": parts["values"].T}
         release(self._listing, weight.kept)
         return parts
 

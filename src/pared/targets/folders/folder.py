@@ -145,12 +145,7 @@ def check(source: Source, target: Target) -> None:
         ConfigError: there is no configuration; a matrix has a shape that its format cannot have; weights that the
             runtime joins differ in their formats.
     """
-    if not source.config:
-        raise ConfigError(
-            f"there is no {_CONFIG}, which every loader of {target.name} reads",
-            where=str(source.folder or target.name),
-            remedy="Pass the folder of the model, with its configuration.",
-        )
+    check_config(source.config, source.folder, target)
     if quantized(source):
         check_orientation(source.config, target)
     groups: dict[str, Outline] = {}
@@ -168,6 +163,20 @@ def check(source: Source, target: Target) -> None:
                 where=one.name,
                 remedy="Give both the same format.",
             )
+
+
+def check_config(config: Mapping[str, Any], folder: Path | None, target: Target) -> None:
+    """Refuse a model without a configuration.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if not config:
+        raise ConfigError(
+            f"there is no {_CONFIG}, which every loader of {target.name} reads",
+            where=str(folder or target.name),
+            remedy="Pass the folder of the model, with its configuration.",
+        )
 
 
 def check_orientation(config: Mapping[str, Any], target: Target) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import gguf
 import numpy as np
@@ -50,31 +50,54 @@ def write(source: Source, path: Path) -> list[Path]:
             where="config.json",
             remedy="Pass the configuration that belongs to the model.",
         )
-    tokenizer = read_tokenizer(source.folder, table.shape[0])
+    writer = _described(source.config, source.folder, table.shape[0])
+    add_general(writer, source, entries)
+    extra = extra_tensors(family, source.config)
     make_directory(path.parent)
     with owned(path.parent, wait=SHORT_WAIT), writing_to(path.parent), temporary_folder(path.parent) as folder:
         made = folder / path.name
-        name = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.gguf]]
-        with contextlib.closing(gguf.GGUFWriter(made, name)) as writer:
-            add_general(writer, source, entries)
-            add_settings(writer, family, source.config, table.shape[0])
-            add_tokenizer(writer, tokenizer, source.folder)
-            if family.output == "states" and source.folder is not None:
-                add_pooling(writer, source.folder)
-            _write_tensors(writer, source, entries, extra_tensors(family, source.config))
+        with contextlib.closing(writer):
+            _write_tensors(writer, made, source, entries, extra)
         made.replace(path)
     return [path]
 
 
+def check(config: Mapping[str, Any], folder: Path | None) -> None:
+    """Refuse, before any work, a configuration or a tokenizer that `write` refuses.
+
+    Args:
+        config: the content of config.json.
+        folder: where the tokenizer is.
+
+    Raises:
+        ConfigError: llama.cpp does not run such a model, or does not know such a tokenizer.
+        FileError: a file cannot be read.
+    """
+    rows = config.get("vocab_size")
+    _described(config, folder if rows else None, rows or 0)
+    extra_tensors(family_of(config), config)
+
+
+def _described(config: Mapping[str, Any], folder: Path | None, rows: int) -> gguf.GGUFWriter:
+    """A file, still in memory, that says what llama.cpp needs besides the tensors."""
+    family = family_of(config)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.gguf]])
+    add_settings(writer, family, config, rows)
+    add_tokenizer(writer, read_tokenizer(folder, rows), folder)
+    if family.output == "states" and folder is not None:
+        add_pooling(writer, folder)
+    return writer
+
+
 def _write_tensors(
-    writer: gguf.GGUFWriter, source: Source, entries: Sequence[Entry], extra: Mapping[str, Floats]
+    writer: gguf.GGUFWriter, path: Path, source: Source, entries: Sequence[Entry], extra: Mapping[str, Floats]
 ) -> None:
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for entry in entries:
         kind = gguf.GGMLQuantizationType[entry.type]
         writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, kind)
-    writer.write_header_to_file()
+    writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for values in extra.values():
