@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from onnx import numpy_helper
@@ -77,6 +78,17 @@ def test_the_file_holds_the_numbers_and_the_answers_are_the_same(offer: Offer, c
     assert sqnr(run(found, other), answer(floats, other)) > (100 if offer.name != "int8 row" else 33)
 
 
+@pytest.mark.parametrize("name", ["int8 g32", "int4 g128 zero", "int2 g64 zero"])
+def test_openvino_reads_products_too(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(100, 40)).eval(), torch.randn(3, 100)
+    grid = next(grid_of(offer) for offer in OFFERS if offer.name == name)
+    found, floats = exported(model, contents_with(model, {"0.weight": grid}), tmp_path, x)
+    exact = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(found.path), "CPU", exact)
+    assert sqnr(next(iter(compiled([x.numpy()]).values())), answer(floats, x)) > 100
+
+
 @pytest.mark.parametrize("offer", [one for one in OFFERS if one.name != "int8 row"], ids=lambda one: one.name)
 def test_constants_equal_codes_steps_and_zero_points(offer: Offer, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -132,6 +144,25 @@ def test_what_the_runtime_does_not_take_stays_in_floats_and_is_named(tmp_path: P
         "1.weight": "its groups have ",
         "2.weight": "the graph comput",
     }
+    assert sqnr(run(found, x), answer(floats, x)) > 100
+
+
+class _Cut(nn.Module):
+    """Multiplies with the first columns of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(24, 128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight[:, :64])
+
+
+def test_rows_that_are_cut_stay_in_floats(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Cut().eval(), torch.randn(3, 64)
+    found, floats = exported(model, contents_with(model, {"weight": GroupGrid(4, 32)}), tmp_path, x)
+    assert found.codes == ()
     assert sqnr(run(found, x), answer(floats, x)) > 100
 
 

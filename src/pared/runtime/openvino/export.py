@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 OPENVINO_FILE: Final = "openvino_model.xml"  # the name that other tools look for
 
-_REMEDY: Final = 'export(..., to="onnx") writes a file that OpenVINO reads as well.'
+_REMEDY: Final = 'export(..., to="onnx") writes a file that OpenVINO reads as well, unless a table is in groups.'
 
 
 def export_openvino(

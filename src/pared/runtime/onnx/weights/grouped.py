@@ -79,9 +79,10 @@ class GroupedWeights(Drawing):
         """Replace an operator that reads the value; returns whether that was possible."""
         if place.value.shape is None or place.rows.ndim != 2:
             return False
-        if node.op_type == "MatMul" and at == 1 and _in_order(place.rows.T, place.columns.T):
+        width = numbers.codes.shape[1]
+        if node.op_type == "MatMul" and at == 1 and _in_order(place.rows.T, place.columns.T, width):
             self._product(place, numbers.rows(place.rows[0]), node)
-        elif node.op_type == "Gather" and at == 0 and _axis(node) == 0 and _in_order(place.rows, place.columns):
+        elif node.op_type == "Gather" and at == 0 and _axis(node) == 0 and _in_order(place.rows, place.columns, width):
             if place.rows.shape[1] * numbers.bits % 8:
                 return False  # rows would end within a byte
             self._look_up(place, numbers.rows(place.rows[:, 0]), node)
@@ -179,9 +180,10 @@ def _integers(stored: Stored) -> Integers | str:
     return found
 
 
-def _in_order(rows: Array, columns: Array) -> bool:
-    """Whether a matrix of numbers of rows and columns has whole rows."""
-    return bool((rows == rows[:, :1]).all() and (columns == np.arange(columns.shape[1])).all())
+def _in_order(rows: Array, columns: Array, width: int) -> bool:
+    """Whether a matrix of numbers of rows and columns has whole rows, of this width."""
+    alike = bool((rows == rows[:, :1]).all())
+    return alike and columns.shape[1] == width and bool((columns == np.arange(width)).all())
 
 
 def _axis(node: Any) -> int:
