@@ -90,7 +90,7 @@ def fitted(
             and then the far side serves whichever numbers need it. Where multiples are signed, they may be anyway.
 
     >>> fitted(np.array([[0.5, -1.0, 0.75, -1.75]], np.float32), GroupGrid(4, 2))["step"].tolist()
-    [[0.125, 0.25]]
+    [[0.5, 0.25]]
     """
     rows, columns = matrix.shape
     if not matrix.size:
