@@ -19,8 +19,8 @@ Writer = Callable[[Source, Path], list[Path]]
 WRITERS: Final[Mapping[str, tuple[str, str]]] = {
     "gguf": ("pared.targets.gguf.write", "write"),
     "compressed-tensors": ("pared.targets.folders.compressed_tensors", "write"),
-    "compressed-tensors-any": ("pared.targets.folders.compressed_tensors", "write"),
-    "compressed-tensors-int8": ("pared.targets.folders.compressed_tensors", "write"),
+    "compressed-tensors-any": ("pared.targets.folders.compressed_tensors", "write_any_bits"),
+    "compressed-tensors-int8": ("pared.targets.folders.compressed_tensors", "write_int8"),
     "gptq": ("pared.targets.folders.gptq", "write"),
     "gptq_v2": ("pared.targets.folders.gptq", "write_v2"),
     "mlx": ("pared.targets.folders.mlx", "write"),

@@ -151,3 +151,10 @@ def test_numbers_on_a_grid_with_nested_steps_are_mostly_found_to_be(name: str) -
     shares = (decoded == matrix).reshape(-1, (grid.group or 1) * grid.nested).all(1)
     assert shares.mean() > 0.8
     assert error(matrix, grid, again) < 1e-4 * float((matrix**2).sum())
+
+
+def test_codes_of_steps_without_a_reciprocal_are_zero() -> None:
+    """1 / 1e-39 is beyond float32."""
+    parts = {"step": np.array([[1e-39, 0.5]], np.float32)}
+    codes = nearest(np.array([[1e-39, -2e-39, 0.5, 1.0]], np.float32), GroupGrid(4, 2, step="float32"), parts)
+    assert codes.tolist() == [[0, 0, 1, 2]]

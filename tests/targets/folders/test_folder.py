@@ -180,6 +180,12 @@ def test_every_target_has_a_writer(name: str) -> None:
     assert callable(writer_of(name))
 
 
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "gguf"])
+def test_every_writer_says_for_which_runtime_it_refuses(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"every loader of {name} reads"):
+        writer_of(name)(Random(llama_shapes(), choose, {}).source, tmp_path / "out")
+
+
 def test_a_model_may_stay_in_float(tmp_path: Path) -> None:
     for name, write in (("a", compressed_tensors.write), ("b", gptq.write), ("c", mlx.write)):
         random = Random(llama_shapes(), lambda name, role: None)

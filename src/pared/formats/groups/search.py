@@ -49,8 +49,9 @@ def nearest(matrix: Array, grid: GroupGrid, parts: Mapping[str, Numbers]) -> NDA
     step, offset = grid.steps(parts), grid.offsets(parts)
     far = offset is not None and bool((np.abs(offset) > _FAR * np.abs(step)).any())
     kind: Any = np.float64 if far else np.float32
-    with np.errstate(divide="ignore"):
-        inverse = np.where(step != 0, 1 / step.astype(kind), kind(0))
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = 1 / step.astype(kind)
+    inverse[~np.isfinite(inverse)] = 0  # of a step of 0, and of one so small that its codes do not matter
     zero = None
     if grid.zero == "code":
         zero = np.where(step != 0, parts["zero"], 0).astype(kind)

@@ -90,6 +90,16 @@ def write(source: Source, path: Path) -> list[Path]:
     return write_folder(source, path, TARGET, _layout(source))
 
 
+def write_any_bits(source: Source, path: Path) -> list[Path]:
+    """Write a folder whose weights may have 2 to 8 bits, and zero points."""
+    return write_folder(source, path, ANY_BITS, _layout(source))
+
+
+def write_int8(source: Source, path: Path) -> list[Path]:
+    """Write a folder whose products are of int8."""
+    return write_folder(source, path, INT8, _layout(source))
+
+
 def nbytes(source: Source) -> int:
     """The exact bytes of the weights' files."""
     return folder_nbytes(source, _layout(source))

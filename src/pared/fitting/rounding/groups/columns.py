@@ -61,7 +61,8 @@ def group_columns(grid: GroupGrid, parts: Mapping[str, Numbers], layout: Blocks,
     """
     step = _by_block(torch.from_numpy(grid.steps(parts)), layout)
     live = step != 0
-    inverse = torch.where(live, step.reciprocal(), torch.zeros_like(step))
+    inverse = step.reciprocal()
+    inverse[~inverse.isfinite()] = 0  # of a step of 0, and of one so small that its codes do not matter
     zero = base = None
     if grid.zero == "code":
         zero = _by_block(torch.from_numpy(parts["zero"]).float(), layout) * live
