@@ -55,6 +55,7 @@ class Target:
         takes: "weights": its files hold tensors by name, for architectures that the runtime knows; "graph": they hold
             a captured call.
         by_family: its files follow the architecture: only `FAMILIES` can be written, and only what they use.
+        parts: how many tensors of its files a weight becomes, at most: codes, steps, ...
     """
 
     name: str
@@ -65,6 +66,7 @@ class Target:
     alike: tuple[tuple[str, ...], ...] = ()
     takes: Literal["weights", "graph"] = "weights"
     by_family: bool = False
+    parts: int = 1
 
     def offers_for(self, role: Role, columns: int, rows: int = 0) -> tuple[Offer, ...]:
         """The formats that a matrix may have, from fine to coarse."""

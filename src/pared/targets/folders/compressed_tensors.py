@@ -69,6 +69,7 @@ TARGET: Final = Target(
     (),
     _offers((8, 4), zeros=False),
     _JOINED,
+    parts=4,
 )
 # Versions of transformers that read mixtures give groups with zero points random numbers.
 ANY_BITS: Final = replace(

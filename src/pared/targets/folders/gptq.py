@@ -69,6 +69,7 @@ TARGET: Final = Target(
     (),
     _offers(("fixed",)),
     (("experts",), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")),
+    parts=4,
 )
 V2: Final = replace(
     TARGET,

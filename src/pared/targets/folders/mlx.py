@@ -46,6 +46,7 @@ TARGET: Final = Target(
     (),
     tuple(_offer(bits, group) for bits in (8, 6, 5, 4, 3, 2) for group in (32, 64, 128)),
     (("experts",),),
+    parts=3,
 )
 
 

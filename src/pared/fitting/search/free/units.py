@@ -24,7 +24,7 @@ _WHERE: Final = "PostTrainingQuantConfig.rules"
 _EIGHT: Final = 8
 # Bytes of a runtime's file beside its numbers: of a tensor's entry beside its name, and of everything else but the
 # tokenizer (estimates).
-_ENTRY: Final = 64
+_ENTRY: Final = 112
 _HEADER: Final = 2048
 
 
@@ -187,7 +187,7 @@ def nbytes_at_eight_bits(tensors: ModelTensors[nn.Module], conf: PostTrainingQua
         ConfigError: as `assigned`.
     """
     found = assigned(tensors, replace(conf, quant_level=0), target)
-    total = _HEADER + sum(_ENTRY + len(tensor.name) for tensor in tensors)
+    total = _HEADER + sum(_entries(target, tensor.name) for tensor in tensors)
     in_units = {tensor.name for unit in found.units for tensor in unit.tensors}
     total += sum(tensor.tensor.nbytes for tensor in tensors if tensor.name not in in_units and tensor.persistent)
     for unit in found.units:
@@ -199,7 +199,12 @@ def nbytes_at_eight_bits(tensors: ModelTensors[nn.Module], conf: PostTrainingQua
 def target_nbytes(target: Target, contents: Contents) -> int:
     """The size of the runtime's file: exact bytes of its tensors, and about those of everything but its tokenizer."""
     written = [stored for stored in contents.tensors if stored.decision.treatment != "made"]
-    return _HEADER + sum(_nbytes(target, stored) + _ENTRY + len(stored.name) for stored in written)
+    return _HEADER + sum(_nbytes(target, stored) + _entries(target, stored.name) for stored in written)
+
+
+def _entries(target: Target, name: str) -> int:
+    """About the bytes in which a file lists what a weight becomes in it."""
+    return target.parts * (_ENTRY + len(name))
 
 
 def _nbytes(target: Target, stored: Stored) -> int:
