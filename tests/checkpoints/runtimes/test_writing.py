@@ -166,11 +166,12 @@ def test_damaged_configurations_are_refused(content: str, tmp_path: Path) -> Non
         pared.compress(tmp_path / "given", tmp_path / "out", target="gptq", bits=7)
 
 
-def test_a_damaged_weight_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_damaged_weight_leaves_nothing(name: str, tmp_path: Path) -> None:
     tensors = checkpoint(tmp_path / "first")
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.nan
+    tensors[name].reshape(-1)[3] = np.nan
     checkpoint(tmp_path / "given", tensors=tensors)
-    with pytest.raises(ModelError, match=r"model.layers.1.mlp.down_proj.weight: holds NaN"):
+    with pytest.raises(ModelError, match=f"{name}: holds NaN"):
         pared.compress(tmp_path / "given", tmp_path / "out", target="mlx", bits=6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "given"]
 

@@ -58,6 +58,19 @@ def test_folders_that_cannot_be_loaded(
         model_in(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["weights", "setting"])
+def test_damaged_folders(damage: str, tmp_path: Path) -> None:
+    built("Llama").save_pretrained(tmp_path)
+    if damage == "weights":
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": "four"}))
+    with pytest.raises(FileError, match="transformers cannot read it"):
+        model_in(tmp_path)
+
+
 def test_a_text_in_windows(tmp_path: Path) -> None:
     tokenizer = folder_with(tmp_path / "model", "smollm", {"model_type": "llama"})
     text = tmp_path / "text.txt"

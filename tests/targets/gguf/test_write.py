@@ -19,7 +19,7 @@ from pared.errors import ConfigError
 from pared.formats.groups.grid import Numbers
 from pared.targets.families.table import FAMILIES, family_of
 from pared.targets.gguf.target import TARGET
-from pared.targets.gguf.write import write
+from pared.targets.gguf.write import check, write
 from pared.targets.pieces import Source
 from pared.targets.target import Offer
 from tests.targets.families.models import built
@@ -153,6 +153,9 @@ def test_scaled_rotary_positions(tmp_path: Path) -> None:
         ("Llama", {"hidden_act": "gelu"}, "activation is 'gelu', and llama.cpp runs silu\n  It"),
         ("Llama", {"max_position_embeddings": None}, "has no max_position_embeddings\n  Pass the folder"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic"}}, "kind 'dynamic' cannot be written"),
+        ("Llama", {"num_attention_heads": "four"}, "makes no sense .ValueError: .*'four'.*\n  Compare it"),
+        ("Llama", {"rope_parameters": {"rope_type": "llama3"}}, "lacks a setting, .* .KeyError: 'factor'"),
+        ("GPT-2", {"n_layer": None}, "lacks a setting|has no num_hidden_layers"),
         ("Gemma 2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar is 7, and llama.cpp computes with 32"),
     ],
 )
@@ -163,7 +166,24 @@ def test_what_llama_cpp_does_not_run_is_refused(
     source = Source(source.outlines, source.read, {**source.config, **change})
     with pytest.raises(ConfigError, match=message):
         write(source, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        check(source.config, None)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "is a tokenizer of the kind None"),
+        ('{"model": null}', "lacks a setting, or has one that makes no sense"),
+        ('{"model": {"type": "BPE", "vocab": [1, 2], "merges": 5}}', "lacks a setting, or has one that makes no sense"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_before_any_work(content: str, message: str, tmp_path: Path) -> None:
+    folder_with(tmp_path, "smollm")
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        check(built("Llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]}, tmp_path)
 
 
 @pytest.mark.parametrize(

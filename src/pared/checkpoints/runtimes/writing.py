@@ -23,7 +23,7 @@ from pared.errors import ConfigError, CorruptError
 from pared.files.directories.whole import whole
 from pared.files.disk import open_file
 from pared.files.threads import usable_cores
-from pared.formats.dtypes import Array, as_floats
+from pared.formats.dtypes import FLOATING, Array, as_floats
 from pared.formats.grids import magnitudes, refuse_damaged
 from pared.formats.groups.grid import Numbers
 from pared.readers.listing import Listing
@@ -226,7 +226,10 @@ class _Work:
 
     def _parts(self, weight: Weight, kind: Format) -> Mapping[str, Numbers]:
         if kind is None:
-            parts: Mapping[str, Numbers] = {"values": array_of(self._listing, weight.kept)}
+            values = array_of(self._listing, weight.kept)
+            if weight.kept.held.dtype in FLOATING:
+                _check_finite(values, weight.name)
+            parts: Mapping[str, Numbers] = {"values": values}
         else:
             matrix = self._matrix(weight)
             if not np.isfinite(magnitudes(matrix, usable_cores())).all():
@@ -247,3 +250,12 @@ class _Work:
         more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
         floats = f"; in float stay {', '.join(kept[:_SHOWN])}{more}" if kept else ""
         return f"{bits:.3f} bits per weight on average: {formats or 'nothing is rounded'}{floats}"
+
+
+def _check_finite(values: Array, name: str) -> None:
+    """Refuse a damaged tensor among those that stay in float, row by row; a mask of infinities is none."""
+    rows = values.reshape(len(values), -1) if values.ndim > 1 else values.reshape(1, -1)
+    damaged = rows[~np.isfinite(magnitudes(rows, usable_cores()))] if rows.size else rows
+    found = as_floats(damaged)
+    if np.isnan(found).any() or len(np.unique(found[np.isfinite(found)])) > 1:
+        refuse_damaged(as_floats(values), name)

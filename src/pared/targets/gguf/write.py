@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import gguf
 import numpy as np
 
-from pared.errors import ConfigError
+from pared.errors import ConfigError, ParedError
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.directories.temporary import temporary_folder
 from pared.files.directories.writable import writing_to
@@ -42,7 +42,9 @@ def write(source: Source, path: Path) -> list[Path]:
     path = as_path(path, "export")
     path = path if path.suffix == ".gguf" else path / FILE
     family = family_of(source.config)
-    entries = laid_out(source.outlines, family, source.config)
+    with _settings("config.json"):
+        entries = laid_out(source.outlines, family, source.config)
+        extra = extra_tensors(family, source.config)
     table = next((entry for entry in entries if entry.name == "token_embd.weight"), None)
     if table is None:
         raise ConfigError(
@@ -52,7 +54,6 @@ def write(source: Source, path: Path) -> list[Path]:
         )
     writer = _described(source.config, source.folder, table.shape[0])
     add_general(writer, source, entries)
-    extra = extra_tensors(family, source.config)
     make_directory(path.parent)
     with owned(path.parent, wait=SHORT_WAIT), writing_to(path.parent), temporary_folder(path.parent) as folder:
         made = folder / path.name
@@ -75,15 +76,33 @@ def check(config: Mapping[str, Any], folder: Path | None) -> None:
     """
     rows = config.get("vocab_size")
     _described(config, folder if rows else None, rows or 0)
-    extra_tensors(family_of(config), config)
+    with _settings("config.json"):
+        extra_tensors(family_of(config), config)
+
+
+@contextlib.contextmanager
+def _settings(where: str) -> Iterator[None]:
+    """Errors of settings that are missing, or of a wrong kind."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ParedError):
+            raise
+        raise ConfigError(
+            f"lacks a setting, or has one that makes no sense ({type(error).__name__}: {error})",
+            where=where,
+            remedy="Compare it with the file that was published with the model, or fetch it again.",
+        ) from error
 
 
 def _described(config: Mapping[str, Any], folder: Path | None, rows: int) -> gguf.GGUFWriter:
     """A file, still in memory, that says what llama.cpp needs besides the tensors."""
     family = family_of(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[family.gguf]])
-    add_settings(writer, family, config, rows)
-    add_tokenizer(writer, read_tokenizer(folder, rows), folder)
+    with _settings("config.json"):
+        add_settings(writer, family, config, rows)
+    with _settings("tokenizer.json"):
+        add_tokenizer(writer, read_tokenizer(folder, rows), folder)
     if family.output == "states" and folder is not None:
         add_pooling(writer, folder)
     return writer
