@@ -9,11 +9,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 import pared
 from pared.cli import app
-from pared.cli.models import first_batch
+from pared.cli.models import Source, first_batch
 from pared.errors import ConfigError
 from pared.fitting.hugging_face import loading
 from pared.targets.table import TARGETS
@@ -119,6 +120,21 @@ def test_what_a_runtime_does_not_run_is_refused_before_the_fit(
     (folder / name).write_text(text.replace(old, new), encoding="utf-8")
     done = run("fit", folder, "--target", target, "--bits", 6, "-o", tmp_path / "out")
     assert message in str(done.exception)
+
+
+def test_a_model_is_kept_where_its_export_fails(tmp_path: Path, monkeypatch: Any) -> None:
+    """It has taken hours."""
+    small = pared.fit(nn.Sequential(nn.Linear(8, 4)), quiet=True)
+
+    def failing(*_args: object, **_options: object) -> None:
+        raise ConfigError("cannot be written", remedy="Write it elsewhere.")
+
+    monkeypatch.setattr(pared, "export", failing)
+    source = Source("math:pi", None, None, None)
+    monkeypatch.setattr(source, "_target", TARGETS["gguf"])
+    with pytest.raises(ConfigError, match="cannot be written"):
+        source.write(small, tmp_path, quiet=True)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pt"] == ["best_model.pt"]
 
 
 def test_a_graph_needs_a_batch_before_the_fit(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -110,7 +110,11 @@ class Source:
                 beside = companions.find_companions(self._folder, output)
                 companions.copy(self._folder, beside.copied, output, output)
         else:
-            done = pared.export(model, output, self._example, to=self._target.name, folder=self._folder)
+            try:
+                done = pared.export(model, output, self._example, to=self._target.name, folder=self._folder)
+            except BaseException:  # hours of work are not lost, whatever ends the writing
+                typer.echo(f"what was fitted is kept: {pared.save(model, output)}", err=True)
+                raise
             path, nbytes = done.path, done.nbytes
         html: Path | None = output / page.REPORT
         try:
