@@ -77,3 +77,15 @@ def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="StrangeForCausalLM is not known"):
         pared.compress(tmp_path / "given", tmp_path / "out", target="gguf", bits=5)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_beyond_float16_is_refused_where_no_sample_shows_it(tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0).standard_normal((4096, 64)).astype(np.float32)
+    numbers[77, 5] = 1e5  # its row is not sampled
+    given = checkpoint(tmp_path / "first")
+    config = {**CONFIG, "vocab_size": 4096}
+    checkpoint(tmp_path / "given", config, {**given, "model.embed_tokens.weight": numbers})
+    (tmp_path / "given/tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="embed_tokens.weight: holds numbers up to 1e.05, which F16 cannot hold"):
+        pared.compress(tmp_path / "given", tmp_path / "out", target="gguf", bits=16.5)
+    assert not (tmp_path / "out").exists()

@@ -188,7 +188,11 @@ class _Work:
                     return files
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             budget -= more
-        raise AssertionError(f"{target}: its files are larger by ever more than their weights")
+        raise ConfigError(
+            f"{target}: after {_ROUNDS} attempts its files are still {more:,.0f} bytes larger than max_size",
+            where="compress",
+            remedy="Allow as many bytes more.",
+        )
 
     def _write(self, path: Path) -> list[Path]:
         total = sum(weight.kept.held.nbytes for weight in self._weights)
@@ -235,6 +239,12 @@ class _Work:
             if not np.isfinite(magnitudes(matrix, usable_cores())).all():
                 refuse_damaged(as_floats(matrix), weight.name)
             parts = rounded(matrix, kind, usable_cores())
+            if "values" in parts and not np.isfinite(as_floats(parts["values"])).all():
+                raise ConfigError(
+                    f"holds numbers up to {magnitudes(matrix).max():.3g}, which {kind.name} cannot hold",
+                    where=weight.name,
+                    remedy="Ask for fewer bits, at which it is rounded, or for 32.",
+                )
             if "values" in parts and weight.transposed:  # values have the tensor's shape, only codes that of the matrix
                 parts = {"values": parts["values"].T}
         release(self._listing, weight.kept)
