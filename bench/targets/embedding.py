@@ -30,9 +30,9 @@ def rows() -> Iterator[Row]:
         def distance(weights: formats.Weights) -> float:
             candidate = source.load()  # noqa: B023  # it is called before the next turn
             candidate.load_state_dict(weights, strict=False)
-            return float(source.distance(source.embed(candidate, source.documents()), expected))  # noqa: B023
+            return float(source.distance(source.embed(candidate, source.documents()), expected))  # noqa: B023  # likewise
 
-        near = distance(formats.rounded(model, lambda _, tensor: plain if tensor.dim() == 2 else None))  # noqa: B023
+        near = distance(formats.rounded(model, lambda _, tensor: plain if tensor.dim() == 2 else None))  # noqa: B023  # likewise
         start = time.process_time()
         ours, taken, counts = formats.within(known, nbytes)
         seconds = time.process_time() - start

@@ -28,6 +28,7 @@ from pared.targets.table import TARGETS
 from pared.targets.writers import writer_of
 
 CONFIG: Final = "config.json"
+_NO_CONFIG: Final = "Pass --folder, the Hugging Face folder that the model came from."
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def convert(
     write = writer_of(to)
     file, place = find_artifact(as_path(path, "export")), as_path(output, "export")
     beside = file.parent if folder is None else as_path(folder, "export")
-    config = _config_of(beside)
+    config = config_of(beside, _NO_CONFIG)
     with open_records(file) as records:
         index = parse_index(records)
         family = family_of(config) if target.by_family else family_if_known(config)
@@ -100,20 +101,32 @@ def convert(
     return Converted(files, nbytes, sum(one.stat().st_size for one in files), formats)
 
 
-def _config_of(folder: Path) -> Mapping[str, Any]:
+def config_of(folder: Path, remedy: str) -> Mapping[str, Any]:
+    """The content of a folder's config.json.
+
+    Args:
+        folder: a folder of Hugging Face.
+        remedy: what to do where it has none.
+
+    Raises:
+        ConfigError: it has none.
+        CorruptError: it is not a JSON object.
+    """
     file = folder / CONFIG
     if not file.is_file():
         raise ConfigError(
             f"has no {CONFIG}, which says what the model is",
             where=str(folder),
-            remedy="Pass --folder, the Hugging Face folder that the model came from.",
+            remedy=remedy,
         )
     with reading(file):
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CorruptError(f"is not JSON: {error}", where=str(file), remedy="Fetch the file again.") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise CorruptError("is not a JSON object", where=str(file), remedy="Fetch the file again.")
+    return found
 
 
 def _held(entry: Entry, data: memoryview) -> Held:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -16,12 +15,12 @@ import numpy as np
 
 from pared.checkpoints.result import Compressed
 from pared.checkpoints.runtimes.choosing import Format, formats_within, nbytes_of, rounded, sample_of, units_of
+from pared.checkpoints.runtimes.conversion import CONFIG, config_of
 from pared.checkpoints.runtimes.roles import Weight, weights_of
 from pared.checkpoints.sampling import array_of, release
 from pared.checkpoints.selection import Contained, LeftOut
-from pared.errors import ConfigError, CorruptError
+from pared.errors import ConfigError
 from pared.files.directories.whole import whole
-from pared.files.disk import open_file
 from pared.files.threads import usable_cores
 from pared.formats.dtypes import FLOATING, Array, as_floats
 from pared.formats.grids import magnitudes, refuse_damaged
@@ -35,7 +34,7 @@ from pared.targets.writers import check_described, size_of, writer_of
 from pared.terminal import bytes_done, parse_size
 from pared.version import __version__
 
-_CONFIG: Final = "config.json"
+_NO_CONFIG: Final = "Pass the folder of the model, as Hugging Face has it."
 _ROUNDS: Final = 8  # until a file is small enough; the second knows what a file takes beside the weights
 _SHOWN: Final = 5  # names in a line
 
@@ -101,7 +100,7 @@ def write_for(source: Path, output: Path, chosen: Contained, goal: Goal, *, quie
         ModelError: a weight is NaN or infinite.
     """
     began = time.perf_counter()
-    config = _config_of(source)
+    config = config_of(source, _NO_CONFIG)
     check_described(goal.target, config, source)
     weights = weights_of(chosen.kept, config, goal.target)
     listing = chosen.listing
@@ -123,29 +122,11 @@ def write_for(source: Path, output: Path, chosen: Contained, goal: Goal, *, quie
         nbytes=nbytes,
         seconds=time.perf_counter() - began,
         left_out=(*chosen.left_out, *unused),
-        copied=tuple(name for name in beside if (source / name).is_file() and name != _CONFIG),
+        copied=tuple(name for name in beside if (source / name).is_file() and name != CONFIG),
         resumed=0,
         about=work.about(),
         plain=listing.plain,
     )
-
-
-def _config_of(source: Path) -> Mapping[str, Any]:
-    path = source / _CONFIG
-    if not path.is_file():
-        raise ConfigError(
-            f"has no {_CONFIG}, which says what the model is",
-            where=str(source),
-            remedy="Pass the folder of the model, as Hugging Face has it.",
-        )
-    with open_file(path) as file:
-        try:
-            found = json.loads(bytes(file.data))
-        except ValueError as error:
-            raise CorruptError(f"is not JSON: {error}", where=str(path), remedy="Fetch the file again.") from error
-    if not isinstance(found, dict):
-        raise CorruptError("is not a JSON object", where=str(path), remedy="Fetch the file again.")
-    return found
 
 
 class _Work:
