@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from bench.calibrated import Calibrated
 from pared.fitting.rounding.feedback import factor
@@ -49,8 +50,10 @@ def gains(known: Calibrated) -> list[Gain]:
         moments = moments.gather(1, order[:, :, None].expand_as(moments)).gather(
             2, order[:, None, :].expand_as(moments)
         )
-        # An error of column j becomes one of column j and, by its spill, of all later ones.
-        pushed = -known_half.spill.double()
+        # A rounding error of column j becomes one of column j and, by what it adds to them, of all later ones.
+        spill = known_half.spill.double()
+        identity = torch.eye(spill.shape[1], dtype=spill.dtype).expand_as(spill)
+        pushed = torch.linalg.solve_triangular(spill, identity, upper=True, unitriangular=True)
         true = (pushed @ moments * pushed).sum(2)
         whole = factor(stats.moments).remaining
         naive = 0.5 * (whole.mean(1).log2() - whole.log2().mean(1))

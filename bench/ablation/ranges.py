@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pared.fitting.calibration.gathering.noise import LEVELS
 from pared.fitting.calibration.observe import InputStats, Statistics
-from pared.fitting.calibration.sensitivity import LEVELS
 
 _SHRUNK = tuple(i / 20 for i in range(4, 21))  # shares of either end
 _KEPT = 1 << 14  # numbers of each call

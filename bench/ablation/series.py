@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from bench.calibrated import Calibrated
-from pared.fitting.search.compressor import Compressor, OperatingPoint
+from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.maker import OperatingPoint
 from pared.model import storage
 from pared.model.contents import Contents
 from pared.runtime import quantized

@@ -65,7 +65,8 @@ def float_steps() -> Any:
 def dead_zone(share: float) -> contextlib.ExitStack:
     """Between two codes the nearer to zero, which is the shorter one, is taken a little beyond the middle."""
     stack = contextlib.ExitStack()
-    stack.enter_context(patched(feedback, _round_block=_RateAware(share).block))
+    rate_aware = _RateAware(share)
+    stack.enter_context(patched(feedback.RowSteps, round=lambda *given: rate_aware.round(*given)))
     for module in (curves, targets):
         stack.enter_context(patched(module, round_rows=_RateAware(share).rows))
     return stack
@@ -87,13 +88,10 @@ class _RateAware:
         scaled = matrix * inverse[:, None]
         return self.codes(scaled, scaled.square().mean(1, keepdim=True).sqrt()).clamp_(-limit, limit)
 
-    def block(self, rest: Tensor, spill: Tensor, codes: Tensor, steps: Tensor, inverse: Tensor, limit: int) -> Tensor:
-        """As `feedback._round_block`: (blocks, columns, rows)."""
-        spread = rest.square().mean(1).sqrt() * inverse
-        errors = torch.empty_like(codes)
-        for j in range(rest.shape[1]):
-            codes[:, j] = self.codes(rest[:, j] * inverse, spread).clamp_(-limit, limit)
-            torch.addcmul(rest[:, j], codes[:, j], steps, value=-1, out=errors[:, j])
-            if j + 1 < rest.shape[1]:
-                rest[:, j + 1 :].baddbmm_(spill[:, j, j + 1 :, None], errors[:, j, None, :])
-        return errors
+    def round(self, by_row: feedback.RowSteps, column: Tensor, _: Tensor, codes: Tensor, error: Tensor) -> None:
+        """As `RowSteps.round`: (blocks, rows)."""
+        inverse = torch.where(by_row.steps > 0, by_row.steps.reciprocal(), torch.zeros_like(by_row.steps))
+        scaled = column * inverse
+        spread = scaled.square().mean(1, keepdim=True).sqrt()
+        codes.copy_(self.codes(scaled, spread)).clamp_(-by_row.limit, by_row.limit)
+        torch.addcmul(column, codes, by_row.steps, value=-1, out=error)

@@ -22,7 +22,7 @@ OWN = ""  # the environment that this runs in
 # What our own code and the models need; the versions are those of constraints.txt where a family does not differ.
 _COMMON = (
     *("torch", "transformers", "tokenizers", "safetensors", "PyYAML", "rich", "typer", "pillow", "h5py", "psutil"),
-    *("filelock", "gguf", "lazy_loader", "ml_dtypes"),
+    *("filelock", "gguf", "lazy_loader", "ml_dtypes", "wrapt"),
 )
 _PACKAGES: dict[str, tuple[str, ...]] = {
     "torch": ("numpy", "torchao==0.18.0", "optimum-quanto==0.2.7"),

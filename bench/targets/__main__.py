@@ -1,4 +1,4 @@
-"""`make bench-targets`: models in the formats of other runtimes, as JSON in `out/bench`."""
+"""`make bench-targets`: models in the formats of other runtimes, and in pared's own, as JSON in `out/bench`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench.targets import embedding, smollm2
+from bench.targets import embedding, own, smollm2
 from bench.targets.row import Row
 
 RESULTS = Path("out/bench/targets.json")
 WIDTH = 150  # of the table, also where standard output is no terminal
-SUBJECTS: dict[str, Callable[[], Iterator[Row]]] = {"smollm2": smollm2.rows, "embedding": embedding.rows}
+SUBJECTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "smollm2": smollm2.rows,
+    "embedding": embedding.rows,
+    "own": own.rows,
+}
 
 
 def shown(rows: list[Row]) -> Table:

@@ -16,7 +16,7 @@ from pared.fitting.rounding.importance import make_target
 from pared.fitting.rounding.targets import RoundingTarget
 from pared.fitting.search.compressor import Compressor
 from pared.formats.groups.grid import GroupGrid, representable
-from pared.formats.groups.search import nearest
+from pared.formats.groups.search import fitted, nearest
 from pared.model.calls import Calibration
 from pared.model.tensors import ModelTensor
 from pared.runtime.record import contents_of
@@ -70,6 +70,8 @@ def solved(known: Prepared[nn.Module], targets: Mapping[str, RoundingTarget], of
 def rounded(model: nn.Module, wanted: Callable[[str, Tensor], Offer | None]) -> Weights:
     """Weights to the nearest, with steps by the largest magnitude of each group, as converters do it.
 
+    Nested steps are searched, which is what llama.cpp does.
+
     Args:
         model: the float model.
         wanted: the format of a tensor; None leaves it as it is.
@@ -85,6 +87,9 @@ def _nearest(tensor: Tensor, offer: Offer) -> Tensor:
     grid = offer.grid
     assert isinstance(grid, GroupGrid)
     matrix = tensor.float().numpy()
+    if grid.nested:
+        parts = fitted(matrix, grid, negative=offer.negative)
+        return torch.from_numpy(grid.decode({"codes": nearest(matrix, grid, parts), **parts}))
     rows, columns = matrix.shape
     size = grid.group or columns
     filled = np.pad(matrix, ((0, 0), (0, -columns % size))).reshape(rows, -1, size)

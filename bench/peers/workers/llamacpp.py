@@ -25,7 +25,7 @@ _SAID = [[260, 1000.0]]
 _LEFT_OUT = ("GGUF.", "general.architecture")  # what the writer adds itself
 
 
-class _Engine(nn.Module):
+class Engine(nn.Module):
     """A server in this process, with the methods that `bench.zoo.smollm2` calls."""
 
     def __init__(self, file: Path, threads: int) -> None:
@@ -97,7 +97,7 @@ class Q8(Peer):
         return self.reload(task)
 
     def reload(self, task: Task) -> nn.Module:
-        return _Engine(task.folder / _FILE, task.threads)
+        return Engine(task.folder / _FILE, task.threads)
 
 
 PEERS: dict[str, Peer] = {"llamacpp-q8": Q8()}
