@@ -6,12 +6,13 @@ import contextlib
 import io
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 import numpy as np
 
@@ -20,16 +21,23 @@ from pared.files.directories.temporary import clear, keep, temporary_name
 from pared.files.directories.writable import writing_to
 from pared.files.memory_limit import MemoryLimit
 
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]+:/{1,2}[^/]")  # "s3://a", of which a `Path` keeps one slash
+
 
 def as_path(value: object, where: str) -> Path:
     """A path that a caller gave to the function or option `where`; nothing need exist there.
 
     Raises:
         ConfigError: it is something else.
-        FileError: the system refuses it: the name is too long, links form a circle, a directory may not be searched.
+        FileError: it is a URL; or the system refuses it: the name is too long, links form a circle, a directory may not
+            be searched.
 
     >>> as_path("models", "save").name
     'models'
+    >>> as_path("s3://models/a", "save")
+    Traceback (most recent call last):
+    pared.errors.FileError: s3://models/a: is a URL, and files are mapped into memory
+      Mount the storage, or copy the files, and pass their path: only compress, expand, fit and evaluate take URLs.
     """
     named = os.fspath(value) if isinstance(value, os.PathLike) else value
     if named == "":
@@ -40,6 +48,14 @@ def as_path(value: object, where: str) -> Path:
         path = Path(named)
         with reading(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
+            return path
+        if _URL.match(named):
+            raise FileError(
+                "is a URL, and files are mapped into memory",
+                where=named,
+                remedy="Mount the storage, or copy the files, and pass their path: only compress, expand, fit and "
+                "evaluate take URLs.",
+            )
         return path
     raise ConfigError(f"expected a path, got {type(value).__name__}", where=where, remedy="Pass a string or a Path.")
 
@@ -195,6 +211,21 @@ def make_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink(missing_ok=True)  # another run may have cleared it
+
+
+def check_directory(directory: Path) -> None:
+    """Check that a directory can be made, or written where it is there already, and leave nothing behind.
+
+    Raises:
+        FileError: it cannot be.
+    """
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        make_directory(directory)
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # something else is in it by now, or it was not made
+                place.rmdir()
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object], *, within: Path | None = None) -> None:

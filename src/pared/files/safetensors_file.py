@@ -7,7 +7,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -156,22 +156,43 @@ def _span(name: str, value: object, start: int, at: Place) -> Span:
     return Span(name, dtype, shape, start + offsets[0], start + offsets[1])
 
 
-def write_safetensors(stream: BinaryIO, index: bytes, data: bytes) -> None:
+def write_safetensors(stream: BinaryIO, index: bytes, data: Iterable[bytes | memoryview], nbytes: int) -> None:
     """Write the two records of an artifact as a .safetensors file, the data first and on a 64-byte boundary.
+
+    Args:
+        stream: where the file begins.
+        index: the first record.
+        data: the second record, in pieces.
+        nbytes: the size of the second record in bytes.
 
     >>> import io
     >>> stream = io.BytesIO()
-    >>> write_safetensors(stream, b"12", b"345")
+    >>> write_safetensors(stream, b"12", [b"34", b"5"], 3)
     >>> len(stream.getvalue()) % 64, stream.getvalue()[-5:]
     (5, b'34512')
     """
-    spans = {"data": (0, len(data)), "index": (len(data), len(data) + len(index))}
+    stream.write(_header_of_records(len(index), nbytes))
+    for piece in data:
+        stream.write(piece)
+    stream.write(index)
+
+
+def nbytes_of_records(index: int, nbytes: int) -> int:
+    """The size of a file that `write_safetensors` writes, from those of the two records.
+
+    >>> nbytes_of_records(2, 3) - nbytes_of_records(0, 0)
+    5
+    """
+    return len(_header_of_records(index, nbytes)) + index + nbytes
+
+
+def _header_of_records(index: int, nbytes: int) -> bytes:
+    spans = {"data": (0, nbytes), "index": (nbytes, nbytes + index)}
     tensors = {
         name: {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
         for name, (begin, end) in spans.items()
     }
-    for piece in (encoded_header({"format": "pared"}, tensors, _ALIGNMENT), data, index):
-        stream.write(piece)
+    return encoded_header({"format": "pared"}, tensors, _ALIGNMENT)
 
 
 def encoded_header(metadata: Mapping[str, str], tensors: Mapping[str, Any], alignment: int) -> bytes:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextvars
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 _TURNS: Final = 64  # of each thread: to hand over a single item takes longer than most small items do
 _SMALL: Final = 1024  # numbers, or bytes: work on fewer keeps Python's lock nearly all of the time
+
+_MOST: Final = contextvars.ContextVar[int | None]("most", default=None)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,7 +20,23 @@ R = TypeVar("R")
 
 def usable_cores() -> int:
     """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST.get() or cores)
+
+
+@contextmanager
+def at_most(cores: int) -> Iterator[None]:
+    """Use at most this number of cores while the context lasts: others have work, too.
+
+    >>> with at_most(1):
+    ...     usable_cores()
+    1
+    """
+    token = _MOST.set(cores)
+    try:
+        yield
+    finally:
+        _MOST.reset(token)
 
 
 def each(

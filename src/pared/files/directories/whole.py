@@ -13,7 +13,7 @@ from pared.files.directories.writable import writing_to
 
 
 def check_vacant(path: Path) -> None:
-    """Check that a folder may be written here, before work begins.
+    """Check that a folder or file may be written here, before work begins.
 
     Raises:
         FileError: there is something already that is not an empty folder.
@@ -22,9 +22,9 @@ def check_vacant(path: Path) -> None:
         return
     if path.exists():
         raise FileError(
-            "is there already, and is not an empty folder" if path.is_dir() else "is a file",
+            "is there already, and is not an empty folder" if path.is_dir() else "is there already",
             where=str(path),
-            remedy="Choose another folder to write to, or delete this one.",
+            remedy=f"Choose another {'folder to write to' if path.is_dir() else 'name'}, or delete this one.",
         )
 
 

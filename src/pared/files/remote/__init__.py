@@ -1,0 +1,1 @@
+"""Sources and outputs in object stores."""
