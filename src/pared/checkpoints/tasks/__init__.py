@@ -1,0 +1,1 @@
+"""The work of `compress` as tasks of an executor."""
