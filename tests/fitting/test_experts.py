@@ -106,8 +106,7 @@ def test_modules_that_calibration_does_not_reach_are_named(conf: PostTrainingQua
     model = Apart().requires_grad_(False)
     q = pared.fit(model, conf, BATCHES, quiet=True)
     assert snr(model.experts[2](X), q.experts[2](X)) > 20
-    said = [line for line in str(q.report()).splitlines() if "calibration saw no effect" in line]
-    assert said
+    assert "calibration gave this expert 0 tokens" in str(q.report())
 
 
 def test_a_long_row_has_bounded_moments() -> None:
