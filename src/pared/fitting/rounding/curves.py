@@ -19,6 +19,8 @@ from pared.fitting.rounding.targets import (
     Floats,
     RoundingTarget,
     blocks_of_groups,
+    narrowed,
+    of_blocks,
     round_rows,
     round_with_feedback,
 )
@@ -33,6 +35,7 @@ _KINDS: Final[tuple[CodeType, ...]] = ("int8", "int16")
 _SAMPLED_WEIGHTS: Final = 1 << 16
 _SAMPLED_WEIGHTS_PLAIN: Final = 1 << 19
 _MIN_ROWS: Final = 128
+_MIN_COLUMNS: Final = 1 << 13  # of a weight that is wide enough for several blocks of columns: some of them are sampled
 _LARGE_GROUPS: Final = 8  # of which rows are sampled, where a group is too large to be rounded as a whole
 # Steps that are tried, in octaves from the root mean square of the weights. Below them the laws of fine steps hold: an
 # octave costs a bit, and the error is that of independent rounding (Bennett 1948), down to the finest step.
@@ -81,24 +84,50 @@ def trace(target: RoundingTarget, stats: TensorStats) -> RateCurve:
     Rows are rounded with a factor from one half of the calls and judged by the other half: where there are few samples
     for many columns, the calls that a factor comes from make it look better than it is.
     """
-    scale = float(target.matrix.square().mean().sqrt())
+    scale = float(target.scaled.square().mean().sqrt())
     if scale == 0:
         return RateCurve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
-    target = replace(target, factored=target.judged)
+    part = replace(narrowed(target, target.sampled), factored=target.judged)
+    judge = None if stats.judge is None else of_blocks(target.layout, stats.judge, target.sampled)
     middle = round(STEPS_PER_OCTAVE * math.log2(scale))
     octaves = _TRIED_OF_FEW if target.matrix.numel() <= _FEW_WEIGHTS else _TRIED
     tried = [middle + round(STEPS_PER_OCTAVE * octave) for octave in octaves]
     coarsest = middle + STEPS_PER_OCTAVE * (_TRIED[-1] + _MAX_EXTRA_OCTAVES)
-    rows = sample_rows(target)
-    rates, errors = try_steps(target, rows, tried, stats.judge)
+    rows = sample_rows(part)
+    rates, errors = try_steps(part, rows, tried, judge)
     while rates[-1] > _SMALL_RATE and tried[-1] < coarsest:
         more = [tried[-1] + STEPS_PER_OCTAVE // 2, tried[-1] + STEPS_PER_OCTAVE]
-        more_rates, more_errors = try_steps(target, rows, more, stats.judge)
+        more_rates, more_errors = try_steps(part, rows, more, judge)
         tried, rates, errors = tried + more, np.append(rates, more_rates), np.append(errors, more_errors)
     common = np.arange(middle + round(STEPS_PER_OCTAVE * _FINEST), tried[-1] + 1)
     nbytes, damage = zip(*(_options(target, kind, common, tried, rates, errors) for kind in _KINDS), strict=True)
     codes = tuple(kind for kind in _KINDS for _ in common)
     return RateCurve(np.tile(common, len(_KINDS)), codes, np.concatenate(nbytes), np.concatenate(damage))
+
+
+def sample_blocks(target: RoundingTarget, moments: Tensor | None) -> Tensor | None:
+    """Blocks of columns to round for a curve, spread over all energies of their inputs; None: all.
+
+    Blocks are rounded apart, so that a few tell as much of very many columns as a few rows of very many rows.
+
+    Args:
+        target: the tensor.
+        moments: float32 (blocks, columns, columns): of the inputs; None: those of the weights stand in for them.
+
+    Returns:
+        int64 (some,): their indices, ascending.
+    """
+    layout, (rows, columns) = target.layout, target.matrix.shape
+    width = -(-columns // layout.column_blocks)
+    full = columns // width  # the last one may be filled up
+    most = max(-(-_MIN_COLUMNS // width), _SAMPLED_WEIGHTS // (width * min(rows, _MIN_ROWS)))
+    if full <= most:
+        return None
+    if moments is None:
+        energies = target.matrix[:, : full * width].square().sum(0).unflatten(0, (full, width)).sum(1)
+    else:
+        energies = moments.diagonal(dim1=1, dim2=2).sum(1).unflatten(0, (layout.groups, -1)).sum(0)[:full]
+    return _spread_out(energies, most)
 
 
 def sample_rows(target: RoundingTarget) -> Tensor:
@@ -110,7 +139,7 @@ def sample_rows(target: RoundingTarget) -> Tensor:
     rows, columns = target.matrix.shape
     groups = target.layout.groups
     sample = _SAMPLED_WEIGHTS if target.factored is not None else _SAMPLED_WEIGHTS_PLAIN
-    spread = target.matrix.square().mean(1).log2() / 2 - target.exponents / STEPS_PER_OCTAVE
+    spread = target.scaled.square().mean(1).log2() / 2 - target.exponents / STEPS_PER_OCTAVE
     if groups == 1:
         return _spread_out(spread, max(1, min(rows, max(sample // columns, _MIN_ROWS))))[None]
     size = rows // groups
@@ -147,7 +176,7 @@ def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: T
     if target.factored is not None:
         codes = round_with_feedback(target, copies, steps, CODE_LIMITS["int16"])
     else:
-        flat = round_rows(target.matrix[copies.reshape(-1)], steps.reshape(-1), CODE_LIMITS["int16"])
+        flat = round_rows(target.some(copies.reshape(-1)), steps.reshape(-1), CODE_LIMITS["int16"])
         codes = flat.reshape(*copies.shape, -1)
 
     def by_step(values: Tensor) -> Tensor:  # (tried, rows, ...)
@@ -160,7 +189,8 @@ def try_steps(target: RoundingTarget, rows: Tensor, tried: list[int], moments: T
     weight = target.importance[rows.reshape(-1)]
     errors = (weight * error).sum(1) / (weight * plain).sum(1).clamp(min=_TINY)
     narrow = by_step(codes.to(torch.int16)).numpy()
-    return np.array([rate(of_step, len(target.matrix)) for of_step in narrow]), errors.numpy()
+    scaled = target.scale is not None
+    return np.array([rate(of_step, len(target.matrix), scaled=scaled) for of_step in narrow]), errors.numpy()
 
 
 def row_errors(target: RoundingTarget, rows: Tensor, decoded: Tensor, moments: Tensor | None) -> Tensor:
@@ -169,10 +199,10 @@ def row_errors(target: RoundingTarget, rows: Tensor, decoded: Tensor, moments: T
     Args:
         target: the tensor.
         rows: int64 (some groups, rows of each): indices of the rows.
-        decoded: float32 (rows, columns): what they have become.
+        decoded: float32 (rows, columns): what they have become, where columns have scales without these.
         moments: float32 (blocks, columns, columns), see `try_steps`.
     """
-    error = target.matrix[rows.reshape(-1)] - decoded
+    error = target.some(rows.reshape(-1)) - decoded
     if moments is None:
         return error.double().square().mean(1).reshape(rows.shape)
     layout = target.layout
@@ -186,7 +216,7 @@ def row_errors(target: RoundingTarget, rows: Tensor, decoded: Tensor, moments: T
     return torch.where(norm > 0, total / norm.clamp(min=_TINY), torch.zeros_like(total))
 
 
-def rate(codes: NDArray[np.int16], rows: int) -> float:
+def rate(codes: NDArray[np.int16], rows: int, *, scaled: bool = False) -> float:
     """Bits per code that the entropy coder would take for a matrix of which these rows are a sample.
 
     Code tables take the same bytes for many rows as for few, so they are not scaled up.
@@ -194,12 +224,14 @@ def rate(codes: NDArray[np.int16], rows: int) -> float:
     Args:
         codes: int16 (sampled rows, columns).
         rows: the number of rows of the whole matrix.
+        scaled: whether columns have scales, and their codes classes.
     """
     narrow = codes.astype(np.int8) if np.abs(codes).max(initial=0) <= CODE_LIMITS["int8"] else codes
-    streams = encode_codes(narrow, View(codes.shape, (0,)))
+    streams = encode_codes(narrow, View(codes.shape, (1,) if scaled else (0,)))
+    classes = len(streams.pop("classes").payload) if scaled and "classes" in streams else 0
     total = sum(len(part.payload) for part in streams.values())
     tables = min(_TABLE_NBYTES * len(streams), total / 2)
-    fixed = tables + _STREAM_ENTRY * (len(streams) - 1)
+    fixed = tables + _STREAM_ENTRY * (len(streams) - 1) + classes
     return float(8 * ((total - tables) * rows / len(codes) + fixed) / (rows * codes.shape[1]))
 
 

@@ -1,16 +1,18 @@
 """Rounding with error feedback: columns that are not rounded yet make up for the errors of those that are.
 
 The error that counts is not that of the weights but that of the layer's output, `tr(E M E^T)` for a weight error E and
-second moments M of the inputs. With `M = L D L^T` (L unit lower triangular), rounding columns one by one and pushing
-each one's error into the later ones leaves `sum_j D_j * (rounding error of column j)^2`. `D_j`, the part of an input
-that later inputs do not predict, is far less than `M_jj` when inputs are correlated. Sources: GPTQ (Frantar et
-al. 2022, arXiv 2210.17323); successive cancellation in WaterSIC (arXiv 2603.04956).
+second moments M of the inputs. With `M = U D U^T` (U unit upper triangular) that is `sum_j D_j * |(E U)_j|^2`, and
+column j of `E U` is the error of column j plus what U makes of the errors of earlier ones. So each column is rounded
+after that is added to it, which leaves `sum_j D_j * (rounding error of column j)^2`. `D_j`, the part of an input that
+later inputs do not predict, is far less than `M_jj` when inputs are correlated. Sources: GPTQ (Frantar et
+al. 2022, arXiv 2210.17323), which comes to the same by an inverse; LDLQ in QuIP (Chee et al. 2023, arXiv 2307.13304),
+by a factor alone; successive cancellation in WaterSIC (arXiv 2603.04956).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final, Protocol
 
 import torch
@@ -30,7 +32,8 @@ class Factor:
 
     Args:
         order: int64 (blocks, columns): the columns in the order of rounding.
-        spill: float32 (blocks, columns, columns), in that order: what a column's unit error adds to later ones.
+        spill: float32, or float16, (blocks, columns, columns), in that order: what a unit error of a column, from its
+            weight to what it has become, adds to each later one (in its row); unit upper triangular.
         remaining: float64 (blocks, columns), in that order: the squared error of the output that a unit error of a
             column leaves after feedback, `D_j` above.
     """
@@ -42,6 +45,10 @@ class Factor:
     def some(self, blocks: Tensor) -> Factor:
         """The blocks at these indices, int64 (some,)."""
         return Factor(self.order[blocks], self.spill[blocks], self.remaining[blocks])
+
+    def halved(self) -> Factor:
+        """The same in half the memory, to be kept: with damping, entries are below sqrt(columns / damping)."""
+        return replace(self, spill=self.spill.half())
 
 
 def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
@@ -60,21 +67,19 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     if blocks > at_once:
         factors = [factor(some, damping) for some in moments.split(at_once)]
         return Factor(*(torch.cat([getattr(one, field.name) for one in factors]) for field in fields(Factor)))
-    exact = moments.double()
-    diagonal = exact.diagonal(dim1=1, dim2=2)
+    diagonal = moments.diagonal(dim1=1, dim2=2).double()
     mean = diagonal.mean(1, keepdim=True)
-    ridge = damping * torch.where(mean > 0, mean, torch.ones_like(mean))
-    exact = exact + torch.diag_embed(ridge.expand_as(diagonal))
-    damped = exact.diagonal(dim1=1, dim2=2)
+    damped = diagonal + damping * torch.where(mean > 0, mean, torch.ones_like(mean))
     order = damped.argsort(dim=1, descending=True, stable=True)
-    exact = exact.gather(1, order[:, :, None].expand_as(exact)).gather(2, order[:, None, :].expand_as(exact))
-    # Factored from the last column on: P = R R^T with R upper triangular, so inverse(P) = inverse(R)^T inverse(R).
-    upper = torch.linalg.cholesky(exact.flip(1, 2)).flip(1, 2)
-    identity = torch.eye(upper.shape[1], dtype=upper.dtype).expand_as(upper)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    scale = inverse.diagonal(dim1=1, dim2=2)
-    remaining = scale.square().reciprocal()
-    spill = (-inverse / scale[:, :, None]).float()
+    # Factored from the last column on, to be upper triangular: P = R R^T is L L^T of the columns in reverse.
+    backward = order.flip(1)
+    rows = moments.gather(1, backward[:, :, None].expand_as(moments))
+    exact = rows.gather(2, backward[:, None, :].expand_as(moments)).double()
+    exact.diagonal(dim1=1, dim2=2).copy_(damped.gather(1, backward))
+    lower = torch.linalg.cholesky(exact)
+    scale = lower.diagonal(dim1=1, dim2=2)
+    remaining = scale.square().flip(1)
+    spill = (lower / scale[:, None, :]).float().flip(1, 2)
     return Factor(order, spill, remaining)
 
 
@@ -136,37 +141,47 @@ def feedback(weights: Tensor, factored: Factor, quantizer: Quantizer, block: int
     """
     columns = weights.shape[2]
     # Transposed, so that a column is contiguous in memory.
-    rest = weights.gather(2, factored.order[:, None, :].expand_as(weights)).transpose(1, 2).contiguous()
-    codes = torch.empty_like(rest)
-    order = factored.order.T.contiguous()
+    own = weights.gather(2, factored.order[:, None, :].expand_as(weights)).transpose(1, 2).contiguous()
+    rest, codes, order = own.clone(), torch.empty_like(own), factored.order.T.contiguous()
     for start in range(0, columns, block):
-        end = min(start + block, columns)
-        inside = factored.spill[:, start:end, start:end]
-        errors = _round_block(rest[:, start:end], inside, codes[:, start:end], order[start:end], quantizer)
-        if end < columns:
-            spill = factored.spill[:, start:end, end:].transpose(1, 2)
-            rest[:, end:].baddbmm_(spill, errors)
+        some = slice(start, min(start + block, columns))
+        inside = factored.spill[:, some, some].float()
+        errors = _round_block(own[:, some], rest[:, some], inside, codes[:, some], order[some], quantizer)
+        if some.stop < columns:
+            spill = factored.spill[:, some, some.stop :].float()
+            rest[:, some.stop :].baddbmm_(spill.transpose(1, 2), errors)
     placed = torch.empty_like(codes).scatter_(1, factored.order[:, :, None].expand_as(codes), codes)
     return placed.transpose(1, 2)
 
 
-def _round_block(rest: Tensor, spill: Tensor, codes: Tensor, order: Tensor, quantizer: Quantizer) -> Tensor:
-    """Round some columns in turn, into `codes`, and push their errors into `rest`.
+def _round_block(
+    own: Tensor, rest: Tensor, spill: Tensor, codes: Tensor, order: Tensor, quantizer: Quantizer
+) -> Tensor:
+    """Round some columns in turn, into `codes`.
 
     Args:
-        rest: float32 (blocks, columns, rows): the columns' weights with the errors of earlier columns; changed.
+        own: float32 (blocks, columns, rows): the columns' weights.
+        rest: the same with what the errors of columns before these add; changed.
         spill: float32 (blocks, columns, columns): what each column's error adds to each later one.
         codes: float32 (blocks, columns, rows): filled.
         order: int64 (columns, blocks): which columns of the weights they are.
         quantizer: rounds them.
 
     Returns:
-        the errors of the columns, float32 (blocks, columns, rows).
+        the errors of the columns, from the weights to what they have become, float32 (blocks, columns, rows).
     """
+    columns = rest.shape[1]
+    # An error of a column is its rounding error, less what was added to it before. Solved for the latter, U becomes its
+    # inverse: only rounding errors are left to be passed on here.
+    identity = torch.eye(columns, dtype=spill.dtype).expand_as(spill)
+    inverse = torch.linalg.solve_triangular(spill, identity, upper=True, unitriangular=True).transpose(1, 2)
+    rest.sub_(own)
+    rest.copy_(torch.baddbmm(own, inverse, rest))
+    inverse = inverse.contiguous()
     errors = torch.empty_like(codes)
-    for j in range(rest.shape[1]):
-        quantizer.round(rest[:, j], order[j], codes[:, j], errors[:, j])
-        if j + 1 < rest.shape[1]:
-            # A later column w_k with spill s becomes w_k + s * error: its input stands in for this column's.
-            rest[:, j + 1 :].baddbmm_(spill[:, j, j + 1 :, None], errors[:, j, None, :])
-    return errors
+    each = zip(rest.unbind(1), order, codes.unbind(1), errors.unbind(1), strict=True)
+    for j, (column, index, code, error) in enumerate(each):
+        if j:
+            column[:, None].baddbmm_(inverse[:, None, j, :j], errors[:, :j], alpha=-1)
+        quantizer.round(column, index, code, error)
+    return torch.sub(own, rest).add_(errors)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pared.fitting.calibration.sensitivity import TensorStats
-from pared.fitting.rounding.curves import sample_rows, try_steps
+from pared.fitting.rounding.curves import sample_blocks, sample_rows, try_steps
 from pared.fitting.rounding.feedback import factor
-from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, RoundingTarget
+from pared.fitting.rounding.targets import STEPS_PER_OCTAVE, RoundingTarget, narrowed, of_blocks
 from pared.formats.views import View
 from pared.model.tensors import ModelTensor
 
@@ -29,41 +29,58 @@ _MIN_IMPORTANCE: Final = 0.02
 _NEGLIGIBLE: Final = 1e-6
 # Steps of a table's rows follow this power of the optimum: how often a row is looked up varies from text to text.
 _TABLE_POWER: Final = 0.75
+_EXPERTS_SHOWN: Final = 8  # with the fewest tokens
 # Resolution of the rows' exponents, in eighths of an octave, for rows of at least this many columns. Short rows have
 # coarser exponents, because a row's step takes bytes too.
 _RESOLUTIONS: Final = ((256, 2), (32, 4), (0, 8))
 
 
-def make_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
+def make_target(
+    matrix: Tensor,
+    view: View,
+    stats: TensorStats,
+    ceiling: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    whole: bool = False,
+) -> RoundingTarget:
     """Gather what is needed to round a tensor, and choose between equal and unequal steps and the damping.
 
     Args:
         matrix: float32 (rows, columns): the tensor through its view.
         view: which dimensions are rows.
-        stats: what errors of the tensor cost.
+        stats: what errors of the tensor cost, once its columns are divided by their scales.
         ceiling: float32 (rows,): no step is above this.
+        scale: float32 (columns,); None: columns have no scales.
+        whole: let `judged` cover all columns, however many there are.
     """
-    plain = plain_target(matrix, view, stats, ceiling)
+    plain = plain_target(matrix, view, stats, ceiling, scale)
     exponents = plain.exponents
     if not bool((plain.absmax > 0).any()):
         return plain
-    candidates = [plain]
+    blocks = None if whole else sample_blocks(plain, stats.judge)
+    candidates = [narrowed(plain, blocks)]
     if bool(exponents.any()):
-        candidates.append(replace(plain, exponents=torch.zeros_like(exponents)))
-    judge = stats.judge
-    best = min(candidates, key=lambda target: _bits_at_equal_damage(target, judge))
+        candidates.append(replace(candidates[0], exponents=torch.zeros_like(exponents)))
+    judge = None if stats.judge is None else of_blocks(plain.layout, stats.judge, blocks)
+    bits_of = [bits_at_equal_damage(target, judge) for target in candidates]
+    fewest = min(bits_of)
+    best = candidates[bits_of.index(fewest)]
+    plain = replace(plain, exponents=best.exponents, sampled=blocks)
     if stats.moments is None:
-        return best
-    seen = stats.moments if stats.unseen is None else stats.moments - stats.unseen
+        return plain
+    seen = of_blocks(plain.layout, stats.moments, blocks)
+    if stats.unseen is not None:
+        seen = seen - of_blocks(plain.layout, stats.unseen, blocks)
     found = []
     for share in (0.0,) if stats.inputs is None else _SHARES:
-        damping, judged = _damped(best, _mixed(seen, stats.inputs, share), judge)
-        found.append((_bits_at_equal_damage(judged, judge), share, damping, judged.factored))
+        bits, damping, judged = _damped(best, _mixed(seen, stats.inputs, share), judge)
+        found.append((bits, share, damping, judged.factored))
     bits, share, damping, judged_factor = min(found, key=lambda one: one[0])
-    if bits >= _bits_at_equal_damage(best, judge):
-        return best
-    factored = factor(_mixed(stats.moments, stats.inputs, share), damping)
-    return replace(best, factored=factored, judged=judged_factor)
+    if bits >= fewest:
+        return plain
+    factored = factor(_mixed(stats.moments, stats.inputs, share), damping).halved()
+    return replace(plain, factored=factored, judged=judged_factor)
 
 
 def _mixed(moments: Tensor, inputs: Tensor | None, share: float) -> Tensor:
@@ -74,16 +91,18 @@ def _mixed(moments: Tensor, inputs: Tensor | None, share: float) -> Tensor:
     return (1 - share) * moments + share * inputs * (trace / of_inputs.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def plain_target(matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None) -> RoundingTarget:
+def plain_target(
+    matrix: Tensor, view: View, stats: TensorStats, ceiling: Tensor | None = None, scale: Tensor | None = None
+) -> RoundingTarget:
     """What is needed to round a tensor without feedback, and with steps as its rows' importance asks; as above."""
     importance, power = _importance(stats)
     exponents = _exponents(importance, matrix.shape[1], power)
-    absmax = matrix.abs().amax(1)
-    return RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling)
+    absmax = (matrix if scale is None else matrix / scale).abs().amax(1)
+    return RoundingTarget(matrix, view, importance, exponents, None, None, stats.layout, absmax, ceiling, scale=scale)
 
 
-def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, RoundingTarget]:
-    """The damping that is better than its neighbours in `DAMPINGS`, and the target with a factor of it.
+def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tuple[float, float, RoundingTarget]:
+    """The damping that is better than its neighbours in `DAMPINGS`, after its bits, and the target with a factor of it.
 
     Only the best target is kept in memory: the factor of a wide weight may take a gigabyte.
     """
@@ -95,18 +114,18 @@ def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tu
                 continue
             damped = replace(target, factored=factor(moments, DAMPINGS[neighbour]))
             fewest_so_far = min(bits.values(), default=math.inf)
-            bits[neighbour] = _bits_at_equal_damage(damped, judge)
+            bits[neighbour] = bits_at_equal_damage(damped, judge)
             if bits[neighbour] < fewest_so_far:
                 best = damped
         fewest = min(bits, key=bits.__getitem__)
         if fewest == index:
-            return DAMPINGS[index], best
+            return bits[index], DAMPINGS[index], best
         index = fewest
 
 
-def _bits_at_equal_damage(target: RoundingTarget, judge: Tensor | None) -> float:
+def bits_at_equal_damage(target: RoundingTarget, judge: Tensor | None) -> float:
     """Bits per weight at equal damage, up to a constant that all ways to round a tensor share; fewer is better."""
-    scale = float(target.matrix.square().mean().sqrt())
+    scale = float(target.scaled.square().mean().sqrt())
     common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _COMPARED_AT))
     rows = sample_rows(target)
     rates, errors = try_steps(target, rows, [common], judge)
@@ -124,6 +143,8 @@ def unreached(model_tensor: ModelTensor, stats: TensorStats | None) -> str:
     """
     if model_tensor.kind != "parameter" or not model_tensor.weight_like:
         return ""
+    if stats is not None and stats.tokens is not None:
+        return _rarely(stats.tokens, model_tensor.view.n_columns)
     if stats is None or not bool((stats.rows > 0).any()):
         return "calibration saw no effect of it: it counts like the median of the others"
     groups = model_tensor.groups or 1
@@ -135,9 +156,29 @@ def unreached(model_tensor: ModelTensor, stats: TensorStats | None) -> str:
     )
 
 
+def _rarely(tokens: Tensor, columns: int) -> str:
+    """What a report says of experts that got fewer tokens than their matrix has columns; nothing if there are none.
+
+    The second moments of fewer inputs than columns say nothing of some directions.
+    """
+    few = [(int(count), place) for place, count in enumerate(tokens.tolist()) if count < columns]
+    if not few:
+        return ""
+    if len(tokens) == 1:
+        return (
+            f"calibration gave this expert {few[0][0]} tokens, fewer than {columns}: the others of its layer count, too"
+        )
+    listed = ", ".join(f"{place} ({count})" for count, place in sorted(few)[:_EXPERTS_SHOWN])
+    more = f" and {len(few) - _EXPERTS_SHOWN} more" if len(few) > _EXPERTS_SHOWN else ""
+    return (
+        f"calibration gave {len(few)} of its {len(tokens)} experts fewer than {columns} tokens, for which all of them "
+        f"count, too: {listed}{more}"
+    )
+
+
 def _importance(stats: TensorStats) -> tuple[Tensor, float]:
     """The importance of each row, float64 (rows,), and the power of the optimum that steps follow."""
-    if stats.uses is not None and float(stats.uses.sum()) > 0 and stats.moments is None:
+    if stats.uses is not None and float(stats.uses.sum()) > 0:  # also of a table that is the head as well
         return table_importance(stats.rows, stats.uses), _TABLE_POWER
     reached = stats.rows[stats.rows > 0]
     if not len(reached):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pared.errors import ConfigError
 from pared.fitting.config import Rule
+from pared.fitting.experts.finding import mixtures
 from pared.formats.coded import dtype_name, survives_float16, to_array
 from pared.formats.exact_grids import is_whole
 from pared.model.contents import Decision, Plan, Treatment, unregistered
@@ -26,6 +27,7 @@ _TENSORS_SHOWN: Final = 3  # with their reasons
 _EDITED: Final = "its module edits it while reading it (max_norm)"
 # The largest magnitude of a tensor on a grid: sums of squares are computed in float32, and steps are small parts of it.
 _LEAST, _MOST = 2.0**-60, 2.0**50
+_ROUTER: Final = "it chooses among experts: kept exactly, unless a rule says otherwise"
 _FAR: Final = "its values are beyond what a grid can hold"
 
 
@@ -35,6 +37,7 @@ def make_plan(
     *,
     bits: float | None = DEFAULT_BITS,
     strict: bool = False,
+    whole: ModelTensors[nn.Module] | None = None,
 ) -> Plan:
     """One decision per tensor: by the first rule that matches, else a grid where the tensor can be on one.
 
@@ -43,20 +46,27 @@ def make_plan(
         rules: the user's, in order.
         bits: per weight, for grids that no rule asks for; None leaves their rates to the search.
         strict: refuse a tensor of two or more dimensions that would stay in float without a rule.
+        whole: all tensors of the model, where the first are only some of them. Rules were checked with these.
 
     Raises:
         ConfigError: a rule matches no tensor, or none that can follow it; its function fails; or `strict` and there is
             such a tensor.
     """
-    matching = _matching(model_tensors, rules)
+    is_whole, whole = whole is None, model_tensors if whole is None else whole
+    by_name = {one.name: found for one, found in zip(whole, _matching(whole, rules), strict=True)}
+    matching = [by_name[one.name] for one in model_tensors]
     first = [found[0] if found else None for found in matching]
-    claimed = [[one for one, own in zip(model_tensors, first, strict=True) if own is rule] for rule in rules]
+    claimed = [[one for one in whole if by_name[one.name][:1] == [rule]] for rule in rules]
     flat = {id(rule) for rule, tensors in zip(rules, claimed, strict=True) if not any(map(_on_grid, tensors))}
-    for rule, tensors in zip(rules, claimed, strict=True):
+    for rule, tensors in zip(rules if is_whole else (), claimed, strict=False):
         _refuse_idle(rule, tensors, flat=id(rule) in flat)
-    wide, computed = _is_wide(model_tensors), left_to_constructor(model_tensors)
+    wide = _is_wide(model_tensors)
+    computed = left_to_constructor(whole)
+    routers = {name for mixture in mixtures(whole) for name in mixture.routers}
     plan = [
-        _default(model_tensor, bits, wide=wide, computed=model_tensor.name in computed)
+        Decision(model_tensor.name, "exact", None, _ROUTER)
+        if rule is None and not routers.isdisjoint(model_tensor.names) and model_tensor.persistent
+        else _default(model_tensor, bits, wide=wide, computed=model_tensor.name in computed)
         if rule is None or _obstacle(model_tensor, rule, flat=id(rule) in flat)
         else _by_rule(model_tensor, rule)
         for model_tensor, rule in zip(model_tensors, first, strict=True)
@@ -192,6 +202,8 @@ def own_grid_of(model_tensor: ModelTensor) -> Decision | None:
 
 def _is_index(model_tensor: ModelTensor) -> bool:
     """Whether a tensor that no training changes holds whole numbers: a mask or indices, which must stay as they are."""
+    if model_tensor.tensor.is_meta:
+        return False
     fixed = model_tensor.kind == "buffer" or not model_tensor.tensor.requires_grad
     return fixed and model_tensor.tensor.is_floating_point() and is_whole(to_array(model_tensor.tensor))
 
@@ -199,6 +211,8 @@ def _is_index(model_tensor: ModelTensor) -> bool:
 def _survives(model_tensor: ModelTensor) -> bool:
     """Whether float16 is good enough: whole numbers, infinities and single float64 numbers have to survive exactly."""
     tensor = model_tensor.tensor.detach()
+    if tensor.is_meta:
+        return True
     flat = tensor.dtype == torch.float64 and (model_tensor.kind == "buffer" or tensor.dim() == 0)
     if (flat and tensor.dim() < 2) or _is_index(model_tensor) or not bool(tensor.isfinite().all()):
         return bool((tensor.half().to(tensor.dtype) == tensor).all())
@@ -206,9 +220,9 @@ def _survives(model_tensor: ModelTensor) -> bool:
 
 
 def _beyond(model_tensor: ModelTensor) -> str:
-    """Why no grid can hold a floating tensor, whose arithmetic is in float32; empty if one can."""
+    """Why no grid can hold a floating tensor, whose arithmetic is in float32; empty if one can, or none is known."""
     tensor = model_tensor.tensor
-    if not tensor.numel():
+    if not tensor.numel() or tensor.is_meta:
         return ""
     low, high = torch.aminmax(tensor.detach())
     largest = max(-float(low), float(high))

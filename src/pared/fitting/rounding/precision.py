@@ -27,6 +27,7 @@ _DAMAGE_TOGETHER: Final = 1e-2
 # How many times int16's step may halve int8's (127 * 2^8 still fits), and the most bits that such codes may take.
 _MAX_HALVINGS: Final = 8
 _MAX_BITS: Final = 15.0
+_CLEAR: Final = 0.1  # of the damage that a tensor may do alone: below, a rough estimate says that 8 bits are enough
 _SAMPLED_ROWS: Final = 64  # are rounded to estimate the bytes of 8-bit codes
 
 
@@ -62,6 +63,26 @@ def with_enough_bits(
     return refined
 
 
+def is_clear(model_tensors: ModelTensors[nn.Module], known: Mapping[str, TensorStats]) -> bool:
+    """Whether no tensor comes near to needing more than 8 bits, so that a rough estimate of what errors cost will do.
+
+    Args:
+        model_tensors: the model's tensors.
+        known: a rough estimate, by the tensor's name. It is not enough for a weight that it has not reached.
+    """
+    pairs = [(tensor, known.get(tensor.name)) for tensor in model_tensors if tensor.fits_grid]
+    if any(unreached(tensor, stats) for tensor, stats in pairs):
+        return False
+    return all(stats is None or _at_eight_bits(tensor, stats) < _CLEAR * _DAMAGE_ALONE for tensor, stats in pairs)
+
+
+def _at_eight_bits(model_tensor: ModelTensor, stats: TensorStats) -> float:
+    """The damage of a tensor at 8 bits."""
+    matrix = model_tensor.view.matrix(model_tensor.tensor.detach().float())
+    steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
+    return float((stats.rows * steps.square()).sum()) / 12  # the variance of an error within a step
+
+
 def _explained(decision: Decision, model_tensor: ModelTensor, known: Mapping[str, TensorStats]) -> Decision:
     """The decision with what is to be said of a weight that calibration did not reach."""
     if decision.treatment != "grid" or decision.because:
@@ -74,9 +95,7 @@ def _with_enough_bits(
 ) -> Decision:
     if decision.treatment != "grid" or decision.bits != DEFAULT_BITS or decision.because or stats is None:
         return decision
-    matrix = model_tensor.view.matrix(model_tensor.tensor.detach().float())
-    steps = matrix.abs().amax(1).double() / CODE_LIMITS["int8"]
-    damage = float((stats.rows * steps.square()).sum()) / 12  # the variance of an error within a step
+    damage = _at_eight_bits(model_tensor, stats)
     share = model_tensor.tensor.numel() / weights if model_tensor.tensor.numel() >= _MANY_WEIGHTS else 0.0
     allowed = max(_DAMAGE_ALONE, _DAMAGE_TOGETHER * share)
     if not allowed < damage < math.inf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -32,15 +32,18 @@ class RoundingTarget:
     """A tensor to be rounded, and what is known of it.
 
     Args:
-        matrix: float32 (rows, columns): the tensor through its view.
+        matrix: float32 (rows, columns): the tensor through its view. Where columns have scales, all else is of the
+            matrix that is divided by them.
         view: which dimensions are rows.
         importance: float64 (rows,): damage if all elements of a row had an error of variance 1; above 0.
         exponents: int64 (rows,): by how many eighths of an octave a row's step exceeds the tensor's common step.
         factored: factor of the second moments of its inputs; None: rounding without feedback.
         judged: the factor from one half of the calls, which the other half judges; dropped once the curve is known.
+        sampled: int64 (some,): the blocks of columns that the curve is of, and `judged`; None: all.
         layout: how the moments' blocks cover the matrix.
         absmax: float32 (rows,): the largest magnitude of each row.
         ceiling: float32 (rows,): no step is above this; None: steps may be as large as they like.
+        scale: float32 (columns,): the scale of each column; None: columns have none.
     """
 
     matrix: Tensor
@@ -52,6 +55,18 @@ class RoundingTarget:
     layout: Blocks
     absmax: Tensor
     ceiling: Tensor | None = None
+    sampled: Tensor | None = None
+    scale: Tensor | None = None
+
+    @property
+    def scaled(self) -> Tensor:
+        """What is rounded to steps by rows, float32 (rows, columns)."""
+        return self.matrix if self.scale is None else self.matrix / self.scale
+
+    def some(self, rows: Tensor) -> Tensor:
+        """Some rows of `scaled`, at the indices int64 (some,)."""
+        found = self.matrix[rows]
+        return found if self.scale is None else found.div_(self.scale)
 
     def steps(self, common: int | Tensor, codes: CodeType) -> Tensor:
         """The rows' steps, 2^((common + exponents) / 8), or coarser where a code would leave its type.
@@ -69,6 +84,32 @@ class RoundingTarget:
             wished = torch.minimum(wished, self.ceiling)
         least = self.absmax / HEADROOM[codes]
         return torch.where(self.absmax > 0, log_step(torch.maximum(wished, least)), torch.zeros_like(wished))
+
+
+def narrowed(target: RoundingTarget, blocks: Tensor | None) -> RoundingTarget:
+    """The same rows with some blocks of their columns, and without factors.
+
+    Args:
+        target: a tensor.
+        blocks: int64 (some,): blocks that are full, ascending; None: all.
+    """
+    target = replace(target, factored=None, judged=None, sampled=None)
+    if blocks is None:
+        return target
+    width = -(-target.matrix.shape[1] // target.layout.column_blocks)
+    columns = (blocks[:, None] * width + torch.arange(width)).reshape(-1)
+    layout, scale = Blocks(target.layout.groups, len(blocks)), target.scale
+    return replace(
+        target, matrix=target.matrix[:, columns], layout=layout, scale=None if scale is None else scale[columns]
+    )
+
+
+def of_blocks(layout: Blocks, moments: Tensor, blocks: Tensor | None) -> Tensor:
+    """The moments of `narrowed`, float32 (groups * some, width, width)."""
+    if blocks is None:
+        return moments
+    found: Tensor = moments.unflatten(0, (layout.groups, layout.column_blocks))[:, blocks].flatten(0, 1)
+    return found
 
 
 def ceilings(tensor: Tensor, view: View, normed: tuple[int, ...] | None) -> Tensor | None:
@@ -144,7 +185,7 @@ def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tenso
     limit = CODE_LIMITS[codes]
     kind = torch.int8 if codes == "int8" else torch.int16
     if target.factored is None:
-        return round_rows(target.matrix, steps, limit).to(kind), steps
+        return round_rows(target.scaled, steps, limit).to(kind), steps
     rounded = torch.empty(target.matrix.shape, dtype=kind)
     steps = steps.clone()
     groups = target.layout.groups
@@ -197,7 +238,7 @@ def round_with_feedback(target: RoundingTarget, rows: Tensor, steps: Tensor, lim
     factored = target.factored
     if layout.groups != whole.groups:
         factored = factored.some(blocks_of_groups(target, rows))
-    blocks_of = layout.blocks(target.matrix[rows.reshape(-1)])
+    blocks_of = layout.blocks(target.some(rows.reshape(-1)))
     by_row = RowSteps(layout.row_blocks(steps.reshape(-1)).contiguous(), limit)
     codes = feedback(blocks_of, factored, by_row)
     return layout.matrix(codes, columns).reshape(*rows.shape, columns)

@@ -36,8 +36,10 @@ class GroupColumns:
 
     def round(self, column: Tensor, index: Tensor, codes: Tensor, error: Tensor) -> None:
         """Round a column, see `Quantizer`."""
-        blocks = torch.arange(len(index))
-        place = blocks, self.group_of[blocks, index]
+        place: tuple[slice | Tensor, int | Tensor] = slice(None), int(self.group_of[0, index[0]])  # without a copy
+        if len(index) > 1:
+            blocks = torch.arange(len(index))
+            place = blocks, self.group_of[blocks, index]
         raised = column if self.base is None else column - self.base[place]
         torch.mul(raised, self.inverse[place], out=codes)
         codes.round_()

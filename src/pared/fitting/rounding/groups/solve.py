@@ -16,7 +16,7 @@ from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import feedback
 from pared.fitting.rounding.groups.columns import group_columns
 from pared.fitting.rounding.targets import RoundingTarget, blocks_of_groups
-from pared.formats.groups.grid import GroupGrid, Numbers
+from pared.formats.groups.grid import GroupGrid, Numbers, StepType
 from pared.formats.groups.search import fitted, nearest
 
 _WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole groups of rows, to bound memory
@@ -24,13 +24,16 @@ _WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole gr
 Parts = dict[str, Numbers]
 
 
-def solve_in_groups(target: RoundingTarget, grid: GroupGrid, *, negative: bool = False) -> Parts:
+def solve_in_groups(
+    target: RoundingTarget, grid: GroupGrid, *, negative: bool = False, also: StepType | None = None
+) -> Parts:
     """Round the whole matrix, with feedback if the target has a factor.
 
     Args:
         target: the tensor.
         grid: what it is rounded to.
         negative: whether steps may be negative where zero is fixed.
+        also: a type that has to hold steps as well, see `fitted`.
 
     Returns:
         the grid's parts, see `GroupGrid.shapes`.
@@ -38,11 +41,13 @@ def solve_in_groups(target: RoundingTarget, grid: GroupGrid, *, negative: bool =
     groups = target.layout.groups
     at_once = max(1, _WEIGHTS_AT_ONCE * groups // max(target.matrix.numel(), 1))
     rows = torch.arange(len(target.matrix)).reshape(groups, -1)
-    found = [round_in_groups(target, some, grid, negative=negative) for some in rows.split(at_once)]
+    found = [round_in_groups(target, some, grid, negative=negative, also=also) for some in rows.split(at_once)]
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
-def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, negative: bool = False) -> Parts:
+def round_in_groups(
+    target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, negative: bool = False, also: StepType | None = None
+) -> Parts:
     """Round some rows.
 
     Args:
@@ -50,6 +55,7 @@ def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, ne
         rows: int64 (some groups, rows of each): as many rows of each of these groups.
         grid: what they are rounded to.
         negative: whether steps may be negative where zero is fixed.
+        also: a type that has to hold steps as well.
 
     Returns:
         the grid's parts of these rows, in this order.
@@ -59,7 +65,7 @@ def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, ne
     layout = Blocks(len(rows), target.layout.column_blocks)
     factored = target.factored
     if factored is None:
-        parts = fitted(matrix.numpy(), grid, negative=negative)
+        parts = fitted(matrix.numpy(), grid, negative=negative, also=also)
         return {"codes": nearest(matrix.numpy(), grid, parts), **parts}
     if layout.groups != target.layout.groups:
         factored = factored.some(blocks_of_groups(target, rows))
@@ -67,6 +73,6 @@ def round_in_groups(target: RoundingTarget, rows: Tensor, grid: GroupGrid, *, ne
     cost = torch.empty_like(factored.remaining).scatter_(1, factored.order, factored.remaining).float()
     weights = cost.reshape(layout.groups, -1)[:, :columns]
     weights = weights[0] if layout.groups == 1 else weights.repeat_interleave(rows.shape[1], 0)
-    parts = fitted(matrix.numpy(), grid, weights.numpy(), negative=negative)
+    parts = fitted(matrix.numpy(), grid, weights.numpy(), negative=negative, also=also)
     codes = feedback(layout.blocks(matrix), factored, group_columns(grid, parts, layout, columns))
     return {"codes": layout.matrix(codes, columns).to(torch.int8).numpy(), **parts}
