@@ -5,18 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
 
 from pared.artifact.outcome import Confirmation
 from pared.errors import EvaluationError
+from pared.executors.executor import Executor, LocalExecutor
 from pared.fitting.config import AccuracyCriterion
 from pared.scalars import plain
+from pared.switches import threads, threads_asked
 
 EvalFunc = Callable[[nn.Module], Any]
 Samples = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """An `eval_func` whose score is a sum over parts of its data, which workers can find, each with the whole model."""
+
+    def __call__(self, model: nn.Module) -> Any:
+        """The score, found here."""
+
+    def over(self, executor: Executor) -> EvalFunc:
+        """The same score, found by an executor."""
+
+
+def over(executor: Executor, function: EvalFunc) -> EvalFunc:
+    """The same function, whose parts are done by an executor if it has any.
+
+    Any other function of the user's runs in this process: nothing is known of what it looks at, and of what it changes.
+    """
+    if isinstance(function, Divided) and not isinstance(executor, LocalExecutor):
+        return function.over(executor)
+    return function
+
 
 _MIN_SAMPLES: Final = 4  # two that the search sees, and two that give the confirmation a standard error
 
@@ -60,7 +84,8 @@ def evaluate(function: EvalFunc, model: nn.Module, name: str = "eval_func") -> S
     2.0
     """
     try:
-        answer = function(model)
+        with threads(threads_asked()):
+            answer = function(model)
     except Exception as error:
         raise EvaluationError(
             f"raised {type(error).__name__}: {error}",

@@ -1,0 +1,1 @@
+"""How good a language model is on a text: perplexity, divergence, and scores for `fit`."""
