@@ -48,12 +48,3 @@ def test_generation_works_before_and_after_saving(make, approach: str, tmp_path:
         assert torch.equal(other.generate(IDS, max_new_tokens=5, do_sample=False), said)
     exact, quantized = model(**batch).logits, q(**batch).logits
     assert 10 * torch.log10(exact.square().sum() / (exact - quantized).square().sum()) > 20
-
-
-def test_save_pretrained_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    q = pared.fit(gpt2())
-    with pytest.raises(
-        pared.ModelError, match="save_pretrained would write codes, which from_pretrained would take for weights"
-    ):
-        q.save_pretrained(tmp_path)
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,1 @@
+"""Folders that `from_pretrained` of transformers opens."""

@@ -1,0 +1,1 @@
+"""The quantizer that transformers asks to open folders of ours."""
