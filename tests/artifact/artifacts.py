@@ -115,7 +115,7 @@ def pt(index: bytes, data: bytes) -> bytes:
 
 def safe(index: bytes, data: bytes) -> bytes:
     file = io.BytesIO()
-    write_safetensors(file, index, data)
+    write_safetensors(file, index, (data,), len(data))
     return file.getvalue()
 
 

@@ -324,8 +324,8 @@ def test_parts_of_version_2_that_lie_are_refused(lie: str) -> None:
 
 def test_a_newer_version_is_refused_before_anything_else() -> None:
     with pytest.raises(VersionError) as error:
-        parse_record(edited(lambda index: index.update(pared=5, novelty={})))
+        parse_record(edited(lambda index: index.update(pared=6, novelty={})))
     assert str(error.value) == (
-        "file: has version 5 of the format, and this pared reads up to 4\n"
+        "file: has version 6 of the format, and this pared reads up to 5\n"
         "  Install a newer pared: pip install --upgrade pared"
     )

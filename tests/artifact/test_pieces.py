@@ -38,14 +38,17 @@ VIEWS = (
 )
 
 
-def packed(codes: Array, step: Array, view: View, dtype: str) -> tuple[Entry, memoryview]:
-    parts = encode_codes(codes, view) | {"step": encode_steps(step)}
+def packed(codes: Array, step: Array, view: View, dtype: str, scale: Array | None = None) -> tuple[Entry, memoryview]:
+    parts = encode_codes(codes, view if scale is None else view.across)
+    if scale is not None:
+        parts["scale"] = encode_steps(scale)
+    parts["step"] = encode_steps(step)
     entry = Entry(
         names=("w",),
         kind="parameter",
         dtype=dtype,
         shape=codes.shape,
-        format={"tag": "grid", "codes": codes.dtype.name},
+        format={"tag": "grid", "codes": codes.dtype.name} | ({} if scale is None else {"scaled": True}),
         view=(view.split, view.rows),
         bits=None,
         because="",
@@ -68,11 +71,12 @@ def test_pieces_are_the_whole(view: View, spread: int, size: int, monkeypatch: p
         scale = np.repeat(np.exp(chance.normal(size=60)), 84).reshape(60, 84)
         codes = np.clip(chance.normal(size=(60, 84)) * spread * scale, -120, 120).astype(kind)
         step = np.abs(chance.normal(size=view.n_rows)).astype(np.float32)
-        entry, data = packed(codes, step, view, dtype)
-        found = list(pieces(entry, data, LIMIT))
-        whole = decode(entry, data)
-        assert all(one.ndim == 1 and one.dtype == whole.dtype for one in found)
-        assert bytes(bytes_of(np.concatenate(found))) == bytes(bytes_of(whole))
+        for columns in (None, np.exp2(chance.integers(-2, 3, view.n_columns)).astype(np.float32)):
+            entry, data = packed(codes, step, view, dtype, columns)
+            found = list(pieces(entry, data, LIMIT))
+            whole = decode(entry, data)
+            assert all(one.ndim == 1 and one.dtype == whole.dtype for one in found)
+            assert bytes(bytes_of(np.concatenate(found))) == bytes(bytes_of(whole))
 
 
 def test_streams_of_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_the_reader_alone_reads_the_example(kind: str, tmp_path: Path) -> None:
 def test_the_reader_alone_needs_neither_torch_nor_pared(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(example())
     script = DOCS / "read_artifact.py"
-    assert len(script.read_text(encoding="utf-8").splitlines()) < 280
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 290
     code = (
         "import runpy, sys\n"
         "runpy.run_path(sys.argv[1])['read'](sys.argv[2])\n"
@@ -151,7 +151,7 @@ def test_the_reader_alone_rounds_to_bfloat16_as_torch_does(values: list[float]) 
 
 # --- the golden files
 
-VERSIONS = ["v1", "v2", "v3", "v4"]
+VERSIONS = ["v1", "v2", "v3", "v4", "v5"]
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
@@ -209,7 +209,7 @@ def test_the_golden_file_of_version_3_holds_what_only_that_has() -> None:
 
 
 def test_the_golden_file_of_version_4_holds_groups_of_every_kind() -> None:
-    path = make.FOLDER / f"v{NEWEST}" / "net.pt"
+    path = make.FOLDER / "v4" / "net.pt"
     assert same(storage.read(path), make.contents_of_version_4())
     with open_records(path) as records:
         entries = [entry for entry in parse_index(records).entries if entry.groups is not None]
@@ -226,7 +226,18 @@ def test_the_golden_file_of_version_4_holds_groups_of_every_kind() -> None:
     assert coded["codes"] == coded["step"] == {True, False}
 
 
-CONTENTS = {"2": make.contents(), "4": make.contents_of_version_4()}
+def test_the_golden_file_of_version_5_holds_scales_of_every_kind() -> None:
+    path = make.FOLDER / f"v{NEWEST}" / "net.pt"
+    assert same(storage.read(path), make.contents_of_version_5())
+    with open_records(path) as records:
+        entries = [entry for entry in parse_index(records).entries if entry.scaled]
+    assert {entry.format["codes"] for entry in entries} == {"int8", "int16"}
+    assert {"classes" in entry.parts for entry in entries} == {True, False}
+    for name in ("step", "scale"):
+        assert {entry.parts[name].base is None for entry in entries} == {True, False}
+
+
+CONTENTS = {"2": make.contents(), "4": make.contents_of_version_4(), "5": make.contents_of_version_5()}
 SMALL = {version: storage.to_bytes(contents, "safetensors") for version, contents in CONTENTS.items()}
 
 
@@ -263,7 +274,7 @@ def test_another_number_in_the_index_is_refused_or_read(version: str, draw: st.D
         place = place[key]
     place[last] = draw.draw(st.integers(-3, 300) | st.integers(0, 2**40) | st.just(place[last] + 1))
     file = io.BytesIO()
-    write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
+    write_safetensors(file, zlib.compress(json.dumps(index).encode()), (data,), len(data))
     try:
         found = storage.from_bytes(file.getvalue())
     except ParedError:

@@ -38,6 +38,21 @@ def largest(step: Tensor) -> Tensor:
     return log_step(torch.full_like(step, step.max().item())) if step.numel() else step
 
 
+def scaled(codes: str, dimension: int = 0) -> Callable[[Tensor], Coded]:
+    """With scales from 1 / 4 to 4, all on the scale of steps."""
+
+    def encode(w: Tensor) -> Coded:
+        view = View(tuple(w.shape), (dimension,))
+        scale = torch.exp2(torch.arange(view.n_columns) % 9 / 2 - 2).reshape(view.across.row_sizes)
+        scale = log_step(scale * 0.999)
+        even = w / view.across.spread(scale)
+        fmt = Grid(codes, scaled=True)
+        step = absmax_steps(even, view, fmt.limit) if w.numel() else torch.zeros(view.row_sizes)
+        return fmt.encode(w, step, view, scale)
+
+    return encode
+
+
 def grouped(grid: GroupGrid, dimension: int = 0) -> Callable[[Tensor], Coded]:
     return lambda w: Grouped(grid).encode(w, view=View(tuple(w.shape), (dimension,)))
 
@@ -48,6 +63,8 @@ EXAMPLES: dict[str, tuple[Callable[[Tensor], Coded], float]] = {
     "grid int8, scale": (grid("int8", adjust=log_step), 2 ** (1 / 8) / 127),
     "grid int16, scale, columns": (grid("int16", 1, log_step), 2 ** (1 / 8) / 32767),
     "grid int8, one step for all": (grid("int8", adjust=largest), 2 ** (1 / 8) / 127),
+    "grid int8, scaled": (scaled("int8"), 16 / 127),
+    "grid int16, scaled, of columns": (scaled("int16", 1), 16 / 32767),
     "groups, Q4_0": (grouped(GroupGrid(4, 32)), 1 / 3),
     "groups, Q4_K": (grouped(GroupGrid(4, 32, "least", nested=8, multiple_bits=6)), 1 / 3),
     "groups, Q6_K": (grouped(GroupGrid(6, 16, nested=16, multiple_bits=8, signed=True)), 1 / 12),

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 import pared
 from pared import PostTrainingQuantConfig
 from pared.model.tensors import find_tensors
-from pared.runtime.kernels import conv, linear, recurrent, transposed
-from pared.runtime.layers import counterpart, registry
+from pared.runtime.kernels import conv, linear, transposed
+from pared.runtime.kernels.fbgemm import recurrent
+from pared.runtime.layers import registry
+from pared.runtime.layers.holding import weights
 
 WIDE = PostTrainingQuantConfig(quant_level=0)
 
@@ -133,7 +135,7 @@ def test_a_build_without_the_operators_never_asks_for_them(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("approach", ["weight_only", "dynamic"])
 def test_off_the_cpu_all_runs_in_floats(approach: str, caplog: pytest.LogCaptureFixture) -> None:
-    counterpart._tell_of_device.cache_clear()
+    weights._tell_of_device.cache_clear()
     model = nn.Sequential(nn.Linear(32, 48), nn.GRU(48, 16)).eval()
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0, approach=approach), [torch.randn(4, 32)])
     replaced = any(
@@ -215,7 +217,7 @@ def test_what_cannot_be_read_is_refused_by_fit_and_load(make: Callable[[], nn.Mo
     [
         lambda q: pared.save(q, 3),
         lambda q: pared.load(3, model=nn.Linear(2, 2)),  # type: ignore[call-overload]  # on purpose
-        lambda q: pared.fit(nn.Linear(2, 2), eval_func=lambda _: 1.0, workspace=3),
+        lambda q: pared.fit(nn.Linear(2, 2), eval_func=lambda _: 1.0, workspace=3),  # type: ignore[call-overload]  # on purpose
     ],
 )
 def test_what_is_no_path_is_refused(call: Callable[[nn.Module], object]) -> None:

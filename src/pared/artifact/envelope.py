@@ -16,6 +16,7 @@ from pared.files.safetensors_file import is_safetensors, read_header
 from pared.files.zip_file import PICKLE, Archive, Member, checked_content, is_zip, read_archive, torch_folder
 
 FILE_NAMES: Final[Mapping[str, str]] = {"pt": "best_model.pt", "safetensors": "best_model.safetensors"}
+INDEX_FILE: Final = f"{FILE_NAMES['safetensors']}.index.json"  # of an artifact in shards
 
 # The members of a torch zip that holds an artifact, all in one folder; which optional ones depends on torch's version.
 _INDEX, _DATA = "data/0", "data/1"
@@ -68,6 +69,12 @@ def find_artifact(path: Path) -> Path:
             return found
         if found.is_dir():
             next(found.iterdir(), None)  # raises if one may not look into it
+            if (found / INDEX_FILE).is_file():
+                raise FileError(
+                    "its artifact is in shards, which are read to load, inspect and compare a model, and not for this",
+                    where=str(path),
+                    remedy='Load it, and write it whole: model.save_pretrained(directory, max_shard_size="100GB").',
+                )
     raise FileError(
         "there is no artifact here",
         where=str(path),

@@ -15,10 +15,11 @@ from pared.formats.entropy import Coding
 from pared.formats.groups.grid import GroupGrid
 
 # The version that is written where it can say everything; the one that also says what a state dict does not hold as
-# tensors; and the one that also has grids with groups. Version 1 is read, too.
+# tensors; the one that also has grids with groups; and the one that also has scales of columns. Version 1 is read, too.
 VERSION: Final = 2
 STATES: Final = 3
-NEWEST: Final = 4
+GROUPS: Final = 4
+NEWEST: Final = 5
 STATE: Final = "state"  # the kind of an entry that is a part of a module's extra state
 ALIGNMENT: Final = 64  # of large parts in the data, in bytes; in version 1, of every part
 _LARGE: Final = 4096  # bytes
@@ -84,14 +85,14 @@ class Entry:
         kind: "parameter" or "buffer"; or "state": part of a module's extra state.
         dtype: the element type of the source tensor, a key of `ITEM_SIZES`.
         shape: the source tensor's.
-        format: {"tag": "grid", "codes": ...}, {"tag": "float", "dtype": ...}, {"tag": "raw"}, or {"tag": "groups", ...}
-            with the fields of a `GroupGrid`.
+        format: {"tag": "grid", "codes": ...}, with "scaled": True where columns have scales, {"tag": "float", "dtype":
+            ...}, {"tag": "raw"}, or {"tag": "groups", ...} with the fields of a `GroupGrid`.
         view: for a grid, with groups or without, (split, rows) as in `View`; otherwise None.
         bits: the rate that was requested, in bits per weight; None if none was.
         because: the reason for the format, for people.
         parts: in the order of the data: "values"; or for a grid "codes" and "step", with "classes", "codes 0",
-            "codes 1", ... in place of "codes" if its rows are divided into classes. With groups there are more; they
-            stand in the order of their names.
+            "codes 1", ... in place of "codes" if its rows are divided into classes, or its columns if they have scales.
+            With scales and with groups there are more; they stand in the order of their names.
     """
 
     names: tuple[str, ...]
@@ -121,6 +122,22 @@ class Entry:
         return math.prod(split[row] for row in rows)
 
     @functools.cached_property
+    def n_columns(self) -> int:
+        """The number of scales of a grid that has them."""
+        split, rows = self.view or (self.shape, ())
+        return math.prod(size for i, size in enumerate(split) if i not in rows)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether its columns have scales."""
+        return bool(self.format.get("scaled", False))
+
+    @property
+    def n_lines(self) -> int:
+        """How many lines are divided into classes: its rows, or its columns if they have scales."""
+        return self.n_columns if self.scaled else self.n_rows
+
+    @functools.cached_property
     def groups(self) -> GroupGrid | None:
         """The grid, if it has groups."""
         if self.format["tag"] != GroupGrid.tag:
@@ -130,10 +147,7 @@ class Entry:
     @functools.cached_property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
         """The shape of each part, as a matrix, of a grid with groups."""
-        columns = self.elements // max(self.n_rows, 1)
-        if self.view is not None and not self.elements:  # the columns count where there are no rows, and the reverse
-            columns = math.prod(size for i, size in enumerate(self.view[0]) if i not in self.view[1])
-        return {} if self.groups is None else self.groups.shapes(self.n_rows, columns)
+        return {} if self.groups is None else self.groups.shapes(self.n_rows, self.n_columns)
 
     @property
     def source_nbytes(self) -> int:
@@ -154,7 +168,7 @@ class Entry:
     def label(self) -> str:
         """The format's short name for tables: "grid int8", "float32"."""
         if self.format["tag"] == "grid":
-            return f"grid {self.format['codes']}"
+            return f"grid {self.format['codes']}{', scaled' if self.scaled else ''}"
         if self.groups is not None:
             return self.groups.label
         return str(self.format.get("dtype", self.dtype))
@@ -207,8 +221,9 @@ class Index:
         more: dict[str, Any] = {"states": dict(self.states), "made": [dict(one) for one in self.made]}
         more = {key: value for key, value in more.items() if value}
         grouped = any(entry.groups is not None for entry in self.entries)
+        scaled = any(entry.scaled for entry in self.entries)
         return more | {
-            "pared": NEWEST if grouped else STATES if more else VERSION,
+            "pared": NEWEST if scaled else GROUPS if grouped else STATES if more else VERSION,
             "tensors": [entry.to_json() for entry in self.entries],
             "modules": {name: dict(activation) for name, activation in self.modules.items()},
             "provenance": dict(self.provenance),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from pared.artifact.decoding.whole import decode
 from pared.artifact.envelope import Records, artifact_in, open_records, records_of
 from pared.artifact.index import Entry
 from pared.artifact.parse import parse_index
+from pared.artifact.shards import check_there, sharded_in
 from pared.files.disk import open_file
 from pared.files.memory_limit import MemoryLimit
 from pared.formats.dtypes import bytes_of
@@ -31,9 +32,14 @@ def open_either(path: Path) -> Iterator[Records | Listing]:
     readers.refuse_cut(path)
     artifact = artifact_in(path)
     parts = artifact_parts(path)
+    index = sharded_in(path)
     with ExitStack() as files:
         if parts:
-            yield _joined(path, {part: files.enter_context(open_records(artifact_in(path / part))) for part in parts})
+            held = [(f"{part}/" if part else "", artifact_in(path / part)) for part in parts]
+            yield _joined(path, [(prefix, files.enter_context(open_records(one))) for prefix, one in held], "artifacts")
+            return
+        if index is not None:
+            yield _joined(path, [("", files.enter_context(open_records(one))) for one in check_there(index)], "shards")
             return
         file = None if artifact.is_dir() else files.enter_context(open_file(artifact))
         records = None if file is None else records_of(file)
@@ -50,19 +56,18 @@ def artifact_parts(path: Path) -> tuple[str, ...]:
     return tuple(parts) if any(parts) else ()
 
 
-def _joined(path: Path, parts: Mapping[str, Records]) -> Listing:
-    """The tensors of several artifacts, by the folders they are in."""
+def _joined(path: Path, parts: Sequence[tuple[str, Records]], what: str) -> Listing:
+    """The tensors of several artifacts, each with what precedes its names."""
     tensors: list[ListedTensor] = []
     storages: dict[str, Storage] = {}
-    for part, records in parts.items():
-        prefix = f"{part}/" if part else ""
+    for prefix, records in parts:
         listing = list_artifact(records)
         storages |= {prefix + key: storage for key, storage in listing.storages.items()}
         tensors += [
             replace(held, name=prefix + held.name, storage=f"{prefix}{held.storage}") for held in listing.tensors
         ]
-    nbytes = sum(records.nbytes for records in parts.values())
-    return Listing(tuple(tensors), storages, where=str(path), nbytes=nbytes, kind=f"{len(parts)} artifacts")
+    nbytes = sum(records.nbytes for _, records in parts)
+    return Listing(tuple(tensors), storages, where=str(path), nbytes=nbytes, kind=f"{len(parts)} {what}")
 
 
 def list_artifact(records: Records) -> Listing:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from pared.artifact.beside.states import check_states, parse_made
 from pared.artifact.envelope import Records
-from pared.artifact.index import NEWEST, STATE, STATES, Entry, Index, Part
+from pared.artifact.index import GROUPS, NEWEST, STATE, STATES, Entry, Index, Part
 from pared.artifact.parts import check_data, parse_parts
 from pared.errors import VersionError
 from pared.files.checks import Place
@@ -24,7 +24,7 @@ from pared.formats.groups.grid import GroupGrid
 # The required fields of an entry, by version.
 _COMMON: Final = frozenset(("name", "kind", "dtype", "shape", "format", "because", "parts"))
 _LATER: Final = _COMMON | {"crc32"}
-_REQUIRED: Final[Mapping[int, frozenset[str]]] = {1: _COMMON, 2: _LATER, 3: _LATER, 4: _LATER}
+_REQUIRED: Final[Mapping[int, frozenset[str]]] = {1: _COMMON, 2: _LATER, 3: _LATER, 4: _LATER, 5: _LATER}
 _VIEW: Final = frozenset(("split", "rows"))
 
 # The fields of each format in addition to its tag, with their legal values.
@@ -155,14 +155,18 @@ def _entry(value: object, version: int, end: int, at: Place) -> Entry:
 
 
 def _format(value: object, dtype: str, version: int, at: Place) -> dict[str, Any]:
-    tags = (*_FORMATS, *((GroupGrid.tag,) if version >= NEWEST else ()))
+    tags = (*_FORMATS, *((GroupGrid.tag,) if version >= GROUPS else ()))
+    scales = version >= NEWEST
     tag = at.one_of(at.mapping(value, "its format").get("tag"), tags, "its format")
     if tag != "raw" and dtype not in FLOATING:
         at.fail(f"its format is {tag}, which cannot hold {dtype}")
     if tag == GroupGrid.tag:
         return _groups(value, at)
-    known = at.fields(value, "its format", ("tag", *_FORMATS[tag]))
-    return {"tag": tag, **{key: at.one_of(known[key], legal, key) for key, legal in _FORMATS[tag].items()}}
+    known = at.fields(value, "its format", ("tag", *_FORMATS[tag]), ("scaled",) if tag == "grid" and scales else ())
+    if known.get("scaled", True) is not True:
+        at.fail("its scaled is not true, which it is where it stands")
+    scaled = {"scaled": True} if "scaled" in known else {}
+    return {"tag": tag, **{key: at.one_of(known[key], legal, key) for key, legal in _FORMATS[tag].items()}, **scaled}
 
 
 def _groups(value: object, at: Place) -> dict[str, Any]:

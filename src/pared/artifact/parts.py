@@ -16,7 +16,7 @@ from pared.files.checks import Place
 from pared.formats.dtypes import ITEM_SIZES
 from pared.formats.entropy import Coding
 from pared.formats.groups.stored import FLOATS
-from pared.formats.streams import STEP_INDEXES, EncodedPart
+from pared.formats.streams import STEP_INDEXES, STEPS, EncodedPart
 
 # Codes that are all equal take no bytes, so that the file does not bound their number; this does.
 LARGEST_CONSTANT: Final = 1 << 28
@@ -54,16 +54,17 @@ def parse_parts(entry: Entry, known: Mapping[str, Any], version: int, end: int, 
         parts[name] = part
         end = part.end
     rows = [part.rows for part in parts.values() if part.rows is not None]
-    due = entry.n_rows if entry.elements else 0
+    due = entry.n_lines if entry.elements else 0
     if rows and (sum(rows) != due or min(rows) < 1):
-        at.fail(f"its classes have {rows} rows where shape {list(entry.shape)} has {due:,}")
+        lines = "columns" if entry.scaled else "rows"
+        at.fail(f"its classes have {rows} {lines} where shape {list(entry.shape)} has {due:,}")
     return parts
 
 
 def _names(entry: Entry, fields: Mapping[str, Any], version: int) -> tuple[str, ...]:
     if entry.view is None:
         return ("values",)
-    beside = sorted(entry.shapes.keys() - {"codes"}) or ["step"]
+    beside = sorted(entry.shapes.keys() - {"codes"}) or (STEPS if entry.scaled else ["step"])
     if version == 1 or "classes" not in fields:
         return ("codes", *beside)
     return (*next((names for names in _CLASSED.values() if names[-1] in fields), _CLASSED[2]), *beside)
@@ -84,15 +85,15 @@ def _part(entry: Entry, name: str, value: object, crc32: int | None, end: int, a
     optional: tuple[str, ...] = ("coding", "length")
     if name == "values" or (name in FLOATS and entry.format.get("step") == "float32"):
         optional = ()
-    elif name in FLOATS:
+    elif name in (*FLOATS, *STEPS):
         optional = ("base", *optional)
     known = at.fields(value, f"its {name}", ("rows",) if name.startswith("codes ") else (), optional)
     coding = _coding(known, at)
     rows = at.whole(known["rows"], f"the rows of its {name}") if "rows" in known else None
     bases = STEP_INDEXES if entry.groups is None else _BITS
     base = at.within(known["base"], f"the base of its {name}", bases) if "base" in known else None
-    if name == "step" and entry.groups is None and base is None and known:
-        at.fail("its step is coded but has no base")
+    if name in STEPS and entry.groups is None and base is None and known:
+        at.fail(f"its {name} is coded but has no base")
     varies = coding is not None and coding.constant is None
     if varies != ("length" in known):
         at.fail(f"its {name} {'lacks' if varies else 'has'} a length, which coded parts have, and only they")
@@ -116,12 +117,11 @@ def _extent(entry: Entry, name: str, rows: int | None, base: int | None) -> tupl
         return entry.elements, ITEM_SIZES[entry.format.get("dtype", entry.dtype)]
     if name in entry.shapes and name != "codes" and entry.groups is not None:
         return math.prod(entry.shapes[name]), ITEM_SIZES[entry.groups.step] if name in FLOATS else 1
-    if name == "step":
-        return entry.n_rows, 4 if base is None else 1
+    if name in STEPS:
+        return entry.n_rows if name == "step" else entry.n_columns, 4 if base is None else 1
     if name == "classes":
-        return entry.n_rows, 1
-    columns = entry.elements // max(entry.n_rows, 1)
-    count = entry.elements if rows is None else rows * columns
+        return entry.n_lines, 1
+    count = entry.elements if rows is None else rows * (entry.elements // max(entry.n_lines, 1))
     return count, ITEM_SIZES[entry.format.get("codes", "int8")]
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from pared.errors import CorruptError
 from pared.formats import dtypes, grids
+from pared.formats.encoded.codes import Undecoded
 from pared.formats.exact_grids import find_exact_grid, whole_grid
 from pared.formats.grids import CODE_LIMITS, CodeType
 from pared.formats.groups import search, stored
 from pared.formats.groups.decoding import decoded
 from pared.formats.groups.grid import GroupGrid
-from pared.formats.streams import EncodedPart, ceiling, decode_codes, decode_steps, encode_codes, encode_steps
+from pared.formats.streams import STEPS, EncodedPart, ceiling, decode_grid, encode_codes, encode_steps
 from pared.formats.views import View, first_dimension
 
 
@@ -38,8 +39,9 @@ class Coded:
         format: how its numbers are stored.
         shape: the source tensor's.
         dtype: the source tensor's; `decode` gives it back.
-        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, of the view's `row_sizes`); or "values". With
-            groups, "codes" of `shape` and the other parts of `GroupGrid.shapes`.
+        parts: "codes" (int8 or int16, of `shape`) and "step" (float32, of the view's `row_sizes`), where columns have
+            scales also "scale" (float32, of the sizes of the view's columns); or "values". With groups, "codes" of
+            `shape` and the other parts of `GroupGrid.shapes`.
         view: which dimensions are rows; only for grids. Default: the first.
     """
 
@@ -64,10 +66,11 @@ class Coded:
 @final
 @dataclass(frozen=True)
 class Grid:
-    """Integer codes on a uniform grid with one step per row: `value = step[row] * code`.
+    """Integer codes on a uniform grid with one step per row: `value = step[row] * code`, or times `scale[column]`.
 
     Args:
         codes: the integer type of the codes; magnitudes stay within 127 or 32767, so that the grid is symmetric.
+        scaled: whether each column has a scale.
 
     >>> w = torch.tensor([[0.5, -1.0], [0.0, 0.0]])
     >>> coded = Grid("int8").encode(w, torch.tensor([0.5, 0.0]))
@@ -77,6 +80,7 @@ class Grid:
 
     tag: ClassVar[str] = "grid"
     codes: CodeType = "int8"
+    scaled: bool = False
 
     @property
     def limit(self) -> int:
@@ -86,35 +90,45 @@ class Grid:
     @property
     def label(self) -> str:
         """A short name for tables."""
-        return f"grid {self.codes}"
+        return f"grid {self.codes}, scaled" if self.scaled else f"grid {self.codes}"
 
-    def encode(self, tensor: Tensor, step: Tensor, view: View | None = None) -> Coded:
+    def encode(self, tensor: Tensor, step: Tensor, view: View | None = None, scale: Tensor | None = None) -> Coded:
         """Round every value to the nearest multiple of its row's step; codes beyond the limit are clamped.
 
         Args:
             tensor: any floating dtype and any shape; finite.
             step: float32 of shape `view.row_sizes`; a step of zero is legal and gives zeros.
             view: which dimensions are rows; default: the first.
+            scale: float32 of shape `view.across.row_sizes`, all above 0, where the grid is scaled.
         """
         shape = tuple(tensor.shape)
         view = view or first_dimension(shape)
         matrix = _plain(view.matrix(tensor.detach().float()))
+        parts = {"step": step}
+        if scale is not None:
+            matrix, parts["scale"] = matrix / _plain(scale).reshape(-1), scale
         rows = torch.from_numpy(grids.encode(matrix, _plain(step).reshape(-1), self.codes))
         codes = view.restore(rows, shape).contiguous().to(tensor.device)
-        return Coded(self, shape, tensor.dtype, {"codes": codes, "step": step}, view)
+        return Coded(self, shape, tensor.dtype, {"codes": codes, **parts}, view)
 
     def decode(self, coded: Coded) -> Tensor:
-        """`step[row] * code`, in float32, then in the source's dtype."""
+        """`step[row] * code`, times `scale[column]`, each product in float32, then in the source's dtype."""
         view = coded.view or first_dimension(coded.shape)
         codes, step = coded.parts["codes"], coded.parts["step"]
         # Not `grids.decode`: graphs are captured, and functions transformed, through here.
         values = codes.reshape(view.split).to(torch.float32).mul_(view.spread(step))  # mixed types are slower
+        if self.scaled:
+            values.mul_(view.across.spread(coded.parts["scale"]))
         return values.to(coded.dtype).reshape(coded.shape)
 
     def streams(self, coded: Coded) -> dict[str, EncodedPart]:
-        """The bytes to store, by part: codes, by classes of rows where that pays, and steps."""
-        codes = encode_codes(_plain(coded.parts["codes"]), coded.view or first_dimension(coded.shape))
-        return codes | {"step": encode_steps(_plain(coded.parts["step"]))}
+        """The bytes to store, by part: codes, by classes of rows (scaled: of columns) where that pays, and steps."""
+        view = coded.view or first_dimension(coded.shape)
+        if isinstance(coded.parts, Undecoded):
+            found = dict(coded.parts.codes.streams)
+        else:
+            found = encode_codes(_plain(coded.parts["codes"]), view.across if self.scaled else view)
+        return found | {name: encode_steps(_plain(coded.parts[name])) for name in STEPS if name in coded.parts}
 
     def parts(self, streams: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View | None) -> dict[str, Tensor]:
         """Codes and steps from their bytes, whose lengths must be exactly right.
@@ -123,13 +137,13 @@ class Grid:
             CorruptError: they are not, or a step is negative or not finite.
         """
         view = view or first_dimension(shape)
-        codes = torch.from_numpy(decode_codes(streams, shape, view, self.codes))
-        steps = decode_steps(streams["step"], view.n_rows)
-        return {"codes": codes, "step": torch.from_numpy(steps).reshape(view.row_sizes)}
+        numbers = decode_grid(streams, shape, view, self.codes, scaled=self.scaled)
+        sizes = {"codes": shape, "step": view.row_sizes, "scale": view.across.row_sizes}
+        return {name: torch.from_numpy(part).reshape(sizes[name]) for name, part in numbers.items()}
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """The format as it stands in an artifact's index."""
-        return {"tag": self.tag, "codes": self.codes}
+        return {"tag": self.tag, "codes": self.codes} | ({"scaled": True} if self.scaled else {})
 
 
 @final
@@ -290,7 +304,7 @@ def from_json(data: Mapping[str, Any], dtype: str) -> Format:
     """The format of an index entry that has been checked, whose element type is `dtype`.
 
     >>> from_json({"tag": "grid", "codes": "int8"}, "float32")
-    Grid(codes='int8')
+    Grid(codes='int8', scaled=False)
     """
     fields: dict[str, Any] = {key: value for key, value in data.items() if key != "tag"}
     if data["tag"] == Grouped.tag:

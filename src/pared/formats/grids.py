@@ -110,19 +110,22 @@ def encode(matrix: Array, step: Steps, codes: CodeType, threads: int = 1) -> NDA
     return found
 
 
-def decode(codes: NDArray[Any], step: Steps, view: View) -> NDArray[np.float32]:
-    """The values that codes stand for: `step[row] * code`.
+def decode(codes: NDArray[Any], step: Steps, view: View, scale: Steps | None = None) -> NDArray[np.float32]:
+    """The values that codes stand for: `(step[row] * code) * scale[column]`, each product rounded to float32.
 
     Args:
         codes: in the tensor's shape.
         step: for each row of the view, of any shape with that number of elements.
         view: which dimensions are rows.
+        scale: likewise for each column; None: all are 1.
 
     >>> decode(np.array([[1, -2]], np.int8), np.array([0.5], np.float32), View((1, 2), (0,))).tolist()
     [[0.5, -1.0]]
     """
     values = codes.reshape(view.split).astype(np.float32)
     values *= view.spread(step)
+    if scale is not None:
+        values *= view.across.spread(scale)
     return values.reshape(codes.shape)
 
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from pickle import PickleBuffer
+from typing import Any, Final, SupportsIndex
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from pared.errors import CorruptError, ParedError
+from pared.files.threads import each
 from pared.formats import entropy
 from pared.formats.entropy import Codes
 from pared.formats.views import View, matrix_of, restored
+
+_BUFFERS: Final = 5  # the pickle protocol from which on buffers may be handed on
 
 # The indexes of the scale of steps, 2^(k / 8): from the smallest normal float32 to the last octave.
 STEP_INDEXES: Final = range(-8 * 126, 8 * 128)
@@ -41,6 +45,15 @@ class EncodedPart:
     coding: entropy.Coding | None = None
     rows: int | None = None
     base: int | None = None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
+        """Pickle it; with a protocol that hands on buffers, the bytes are not copied."""
+        payload = PickleBuffer(self.payload) if int(protocol) >= _BUFFERS else bytes(self.payload)
+        return _sent, (payload, self.coding, self.rows, self.base)
+
+
+def _sent(payload: Any, *rest: Any) -> EncodedPart:
+    return EncodedPart(payload if isinstance(payload, bytes) else memoryview(payload), *rest)
 
 
 # --- codes
@@ -108,10 +121,19 @@ def _by_classes(matrix: Codes, threads: int) -> dict[str, EncodedPart] | None:
     return parts
 
 
-def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View, kind: DTypeLike) -> Codes:
+def decode_codes(
+    parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View, kind: DTypeLike, threads: int = 1
+) -> Codes:
     """The inverse of `encode_codes`.
 
     Memory is bounded by the shape, which the caller has to check.
+
+    Args:
+        parts: the bytes, by part.
+        shape: the tensor's.
+        view: what its rows are.
+        kind: int8 or int16.
+        threads: the largest number of threads; 1 where tensors are already divided among threads.
 
     Raises:
         CorruptError: the bytes do not hold the number of codes, or of rows in each class, that they should.
@@ -121,16 +143,43 @@ def decode_codes(parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view:
     True
     """
     if "codes" in parts:
-        return _decoded(parts["codes"], math.prod(shape), kind).reshape(shape)
+        return _decoded(parts["codes"], math.prod(shape), kind, threads).reshape(shape)
     classes = _decoded(parts["classes"], view.n_rows, np.int8)
     sizes = [part.rows for part in parts.values() if part.rows is not None]
     if np.bincount(classes.view(np.uint8), minlength=len(sizes)).tolist() != sizes:
         raise CorruptError("the classes of its rows differ in size from what its index says")
     matrix = np.empty((view.n_rows, view.n_columns), kind)
-    for number, rows in enumerate(sizes):
-        chosen = _decoded(parts[f"codes {number}"], rows * view.n_columns, kind)
-        matrix[classes == number] = chosen.reshape(rows, view.n_columns)
+
+    def decode(number: int) -> None:
+        chosen = _decoded(parts[f"codes {number}"], sizes[number] * view.n_columns, kind)
+        matrix[classes == number] = chosen.reshape(sizes[number], view.n_columns)
+
+    each(decode, range(len(sizes)), [rows * view.n_columns for rows in sizes], most=threads)
     return restored(matrix, shape, view)
+
+
+def chunks_of(part: EncodedPart, count: int) -> list[tuple[int, memoryview]]:
+    """The chunks of a coded stream, each with the number of its codes, which can be decoded one by one.
+
+    Args:
+        part: a stream whose codes are not all equal.
+        count: the number of its codes.
+
+    Raises:
+        CorruptError: the bytes are too few for the lengths of the chunks.
+    """
+    assert part.coding is not None, "plain numbers have no chunks"
+    data, span = memoryview(part.payload), part.coding.span
+    sizes = [min(span, count - start) for start in range(0, count, span)]
+    place = 4 * (len(sizes) - 1)
+    if len(data) < place:
+        raise CorruptError(f"{len(data)} bytes cannot hold {len(sizes)} chunks")
+    lengths = [*np.frombuffer(data[:place], "<u4").tolist(), len(data)]
+    chunks = []
+    for size, length in zip(sizes, lengths, strict=True):
+        chunks.append((size, data[place : place + length]))
+        place += length
+    return chunks
 
 
 def _encoded(codes: Codes, threads: int = 1) -> EncodedPart:
@@ -138,8 +187,8 @@ def _encoded(codes: Codes, threads: int = 1) -> EncodedPart:
     return EncodedPart(stream.payload, stream.coding)
 
 
-def _decoded(part: EncodedPart, count: int, kind: DTypeLike) -> Codes:
-    return entropy.decode(part.payload, part.coding, count, kind, threads=1)
+def _decoded(part: EncodedPart, count: int, kind: DTypeLike, threads: int = 1) -> Codes:
+    return entropy.decode(part.payload, part.coding, count, kind, threads)
 
 
 def _classify(matrix: Codes) -> NDArray[np.int8] | None:
@@ -197,8 +246,34 @@ def _divisions(costs: Floats) -> dict[int, tuple[float, NDArray[np.int64]]]:
     return found
 
 
+def decode_grid(
+    parts: Mapping[str, EncodedPart], shape: tuple[int, ...], view: View, kind: DTypeLike, *, scaled: bool
+) -> dict[str, NDArray[Any]]:
+    """The numbers of a grid from its bytes.
+
+    Args:
+        parts: its bytes, by part.
+        shape: the tensor's shape.
+        view: which dimensions are rows.
+        kind: int8 or int16.
+        scaled: whether columns have scales; then classes are of columns.
+
+    Returns:
+        "codes" of `shape`, "step" of (rows,), and where they are scaled "scale" of (columns,).
+
+    Raises:
+        CorruptError: as `decode_codes` and `decode_steps`; or a scale is 0.
+    """
+    found = {"codes": decode_codes(parts, shape, view.across if scaled else view, kind)}
+    found["step"] = decode_steps(parts["step"], view.n_rows)
+    if scaled:
+        found["scale"] = decode_scales(parts["scale"], view.n_columns)
+    return found
+
+
 # --- steps
 
+STEPS: Final = ("scale", "step")  # the parts that are steps, in the order of the data
 # 2^(k / 8) for k from 0 to 7, each the float32 nearest to it: fixed here, so that every platform has the same steps.
 _OCTAVE: Final = np.array(
     [
@@ -267,6 +342,18 @@ def decode_steps(part: EncodedPart, count: int) -> Steps:
     if ((indexes < _LOWEST) | (indexes > _HIGHEST)).any():
         raise CorruptError("a step is beyond the scale of steps")
     return np.where(zero, np.float32(0), scale(indexes))
+
+
+def decode_scales(part: EncodedPart, count: int) -> Steps:
+    """As `decode_steps`, of scales, none of which may be 0.
+
+    Raises:
+        CorruptError: as `decode_steps`; or one is.
+    """
+    scales = decode_steps(part, count)
+    if not scales.all():
+        raise CorruptError("the scale of a column is 0")
+    return scales
 
 
 def _indexes(step: Steps) -> NDArray[np.int64]:

@@ -61,6 +61,11 @@ class View:
         """The dimensions of `split` that count columns."""
         return tuple(i for i in range(len(self.split)) if i not in self.rows)
 
+    @functools.cached_property
+    def across(self) -> View:
+        """The same tensor with rows and columns exchanged."""
+        return View(self.split, self.columns)
+
     def spread(self, per_row: ArrayT) -> ArrayT:
         """One number per row (a tensor or array of shape `row_sizes`), shaped to broadcast against `split`."""
         shaped: ArrayT = per_row.reshape([n if i in self.rows else 1 for i, n in enumerate(self.split)])

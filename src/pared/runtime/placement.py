@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from pared.errors import MismatchError, ModelError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Float, Format, Grid, Grouped, Raw, dtype_name, survives_float16
+from pared.formats.encoded.codes import with_steps
 from pared.formats.grids import CODE_LIMITS
+from pared.formats.streams import STEPS
 from pared.formats.views import View, view_of
 from pared.model.contents import Contents, Stored
 from pared.model.copying.reach import Reach
@@ -25,7 +28,7 @@ from pared.runtime.profile.profile import Profile, Running
 
 # What stands beside the codes of a grid in a state dict: the ends of the names, by part.
 _SHARED: Final[Mapping[str, str]] = {
-    part: f"_{part.replace(' ', '_')}" for part in ("step", "multiple", "zero", "least", "least multiple")
+    part: f"_{part.replace(' ', '_')}" for part in ("step", "scale", "multiple", "zero", "least", "least multiple")
 }
 
 
@@ -35,7 +38,8 @@ class StoredForm:
     Args:
         format: how the tensor is stored.
         view: the rows and columns of the tensor if the format is a grid, else None.
-        shared: the parts of a grid beside its codes: "step", and what else groups have. Empty for other formats.
+        shared: the parts of a grid beside its codes: "step", and what else scaled columns or groups have. Empty for
+            other formats.
         is_buffer: whether the tensor may change: then it is stored exactly. A changed parameter is an error.
     """
 
@@ -70,7 +74,7 @@ class StoredForm:
             if torch.equal(coded.decode(), tensor):
                 return coded
         if isinstance(self.format, Grid):
-            coded = self.format.encode(tensor, self.shared["step"], self.view)
+            coded = self.format.encode(tensor, self.shared["step"], self.view, self.shared.get("scale"))
         elif isinstance(self.format, Grouped):
             coded = self.format.encode(tensor, self.shared, self.view)
         else:
@@ -112,10 +116,13 @@ class StoredForm:
                     name: part.detach().to(self.shared[name].dtype, copy=True) for name, part in shared.items()
                 }
                 return Coded(self.format, tuple(value.shape), own.dtype, {"codes": value, **self.shared}, view).decode()
-        if shared.keys() != {"step"} or kind not in CODE_LIMITS or shared["step"].numel() != view.n_rows:
+        sizes = {"step": view.row_sizes, "scale": view.across.row_sizes}
+        if not {"step"} <= shared.keys() <= sizes.keys() or kind not in CODE_LIMITS:
             return None
-        self.format, self.view = Grid(kind), view  # type: ignore[arg-type]  # one of CODE_LIMITS
-        self.shared = {"step": shared["step"].detach().float().reshape(view.row_sizes).clone()}
+        if any(part.numel() != math.prod(sizes[name]) for name, part in shared.items()):
+            return None
+        self.format, self.view = Grid(kind, scaled="scale" in shared), view  # type: ignore[arg-type]  # one of CODE_LIMITS
+        self.shared = {name: part.detach().float().reshape(sizes[name]).clone() for name, part in shared.items()}
         return Coded(self.format, tuple(value.shape), own.dtype, {"codes": value, **self.shared}, view).decode()
 
 
@@ -145,7 +152,7 @@ def _widen(forms: Mapping[str, StoredForm], module: nn.Module, state: dict[str, 
         floats = form.load(value, shared, own, view_of(module, attribute, tuple(value.shape)))
         if floats is not None:
             state[name] = floats
-        elif isinstance(form.format, Grouped) or shared.keys() - {"step"}:
+        elif isinstance(form.format, Grouped) or shared.keys() - {"step", "scale"}:
             error_messages.append(
                 f"{name}: expected the codes of {form.format.label}, not {kind} with {sorted(shared)}."
             )
@@ -188,17 +195,29 @@ def running_of(model: nn.Module, contents: Contents, profile: Profile, memory: M
         MismatchError: one of these modules has no int8 kernel.
     """
     _check(model, contents)
-    grouped = {owner for stored in contents.tensors if _has_groups(stored) for owner in _owners(stored)}
+    reasons = {
+        (owner, attribute): why
+        for stored in contents.tensors
+        for owner, attribute in _owners(stored)
+        if owner in contents.activations and (why := _obstacle(stored, model, owner))
+    }
     return {
         name: _running(activation, _missing(model.get_submodule(name)), name, profile, memory)
-        if grouped.isdisjoint((name, attribute) for attribute in activation.weights)
-        else Running("float32", "its steps belong to groups of columns")
+        if reasons.keys().isdisjoint((name, attribute) for attribute in activation.weights)
+        else Running("float32", next(reasons[name, one] for one in activation.weights if (name, one) in reasons))
         for name, activation in contents.activations.items()
     }
 
 
-def _has_groups(stored: Stored) -> bool:
-    return isinstance(stored.coded.format, Grouped)
+def _obstacle(stored: Stored, model: nn.Module, owner: str) -> str:
+    """Why no kernel of a module can take the tensor's codes; nothing if one can."""
+    fmt = stored.coded.format
+    if isinstance(fmt, Grouped):
+        return "its steps belong to groups of columns"
+    takes_scales = isinstance(model.get_submodule(owner), (nn.Linear, nn.Embedding, nn.EmbeddingBag))
+    if not isinstance(fmt, Grid) or not fmt.scaled or takes_scales:
+        return ""
+    return "its columns have scales"
 
 
 def _running(activation: Activation, missing: str, name: str, profile: Profile, memory: Memory) -> Running:
@@ -215,12 +234,14 @@ def held_in_codes(
     contents: Contents,
     running: dict[str, Running],
     memory: Memory,
+    weight_only: bool,
 ) -> set[str]:
     """The names of the tensors that stay in codes; all others are held as floats.
 
-    `running` is changed to float32 where only some of a module's weights could be in codes: all of them or none are.
+    With `weight_only` those of linear layers and of tables do, even if their layers do not run in int8. `running` is
+    changed to float32 where only some of a module's weights could be in codes: all of them or none are.
     """
-    if not running and memory == "fast":
+    if not running and memory == "fast" and not weight_only:
         return set()
     elsewhere = Reach(model).held_elsewhere()
     free = [stored for stored, tensors in pairs if not any(id(tensor) in elsewhere for tensor in tensors)]
@@ -238,8 +259,10 @@ def held_in_codes(
         if not split:
             break
         running |= dict.fromkeys(split, Running("float32", "one of its weights is also used elsewhere, as floats"))
-    small = [stored for stored in free if _stays_in_codes(stored, model)] if memory == "small" else []
-    return {stored.name for stored in (*runs, *small)}
+    more = [stored for stored in free if _stays_in_codes(stored, model)] if memory == "small" or weight_only else []
+    if memory == "fast":
+        more = [stored for stored in more if _is_multiplied(stored, model, running)]
+    return {stored.name for stored in (*runs, *more)}
 
 
 def install(
@@ -252,9 +275,10 @@ def install(
     for stored in contents.tensors:
         coded = stored.coded
         if stored.name in in_codes:
-            step = nn.Parameter(coded.parts["step"], requires_grad=False)  # one for all that share the weight
+            steps = {part: nn.Parameter(coded.parts[part], requires_grad=False) for part in coded.parts.keys() & STEPS}
+            coded = replace(coded, parts=with_steps(coded.parts, steps))  # one of each for all that share the weight
             for owner, attribute in _owners(stored):
-                held.setdefault(owner, {})[attribute] = replace(coded, parts={**coded.parts, "step": step})
+                held.setdefault(owner, {})[attribute] = coded
             continue
         shared = {name: part for name, part in coded.parts.items() if name in _SHARED}
         form = StoredForm(coded.format, coded.view, shared, is_buffer=stored.kind == "buffer")
@@ -327,3 +351,12 @@ def _stays_in_codes(stored: Stored, model: nn.Module) -> bool:
         return False
     modules = [model.get_submodule(owner) for owner, _ in _owners(stored)]
     return not any(hasattr(one, "parametrizations") for one in modules)  # their property stands where ours would
+
+
+def _is_multiplied(stored: Stored, model: nn.Module, running: Mapping[str, Running]) -> bool:
+    """Whether a tensor is the int8 weight of linear layers, or a table, and none of them has another way to run."""
+    fmt, owners = stored.coded.format, {owner for owner, _ in _owners(stored)}
+    if not isinstance(fmt, Grid) or fmt.codes != "int8" or owners & running.keys():
+        return False
+    modules = [model.get_submodule(owner) for owner in owners]
+    return all(type(one) is nn.Linear or _lookup(one, {"weight": stored.coded}) for one in modules)

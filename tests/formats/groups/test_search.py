@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ def test_no_worse_than_the_finest_steps_that_cut_nothing_off(matrix: Floats, nam
 
 @settings(deadline=None, max_examples=60)
 @given(NUMBERS, st.sampled_from(list(GRIDS)))
+@example(np.array([[8.0, *[2.0**-126] * 16]], np.float32), "Q6_K")  # groups of very different sizes share a step
 def test_parts_are_what_can_be_stored(matrix: Floats, name: str) -> None:
     grid = GRIDS[name]
     parts = fitted(matrix, grid)
@@ -158,3 +159,26 @@ def test_codes_of_steps_without_a_reciprocal_are_zero() -> None:
     parts = {"step": np.array([[1e-39, 0.5]], np.float32)}
     codes = nearest(np.array([[1e-39, -2e-39, 0.5, 1.0]], np.float32), GroupGrid(4, 2, step="float32"), parts)
     assert codes.tolist() == [[0, 0, 1, 2]]
+
+
+@settings(deadline=None, max_examples=60)
+@given(NUMBERS, st.sampled_from(["fixed", "code", "least"]), st.integers(-40, 0))
+def test_steps_are_numbers_of_a_second_type_as_well(matrix: Floats, zero: Any, exponent: int) -> None:
+    grid = GroupGrid(8, 32, zero, "bfloat16")
+    numbers = np.ldexp(matrix, exponent)
+    parts = fitted(numbers, grid, also="float16")
+    for name in ("step", "least"):
+        if name in parts:
+            assert np.array_equal(representable(representable(parts[name], "float16"), "bfloat16"), parts[name])
+
+
+@pytest.mark.parametrize("also", [None, "float16"])
+@pytest.mark.parametrize("step", ["float16", "bfloat16"])
+def test_the_smallest_numbers_of_float16_are_not_lost(step: Any, also: Any) -> None:
+    """They are whole multiples of the least step that it has."""
+    codes = np.random.default_rng(0).integers(-127, 128, (4, 64))
+    matrix = (codes * 2.0**-24).astype(np.float32)
+    grid = GroupGrid(8, 32, step=step)
+    assert error(matrix, grid, fitted(matrix, grid, also=also)) == 0
+    small = (codes * 2.0**-29).astype(np.float32)  # of which it has only a few
+    assert error(small, grid, fitted(small, grid, also=also)) < 0.02 * float((small.astype(np.float64) ** 2).sum())

@@ -21,7 +21,7 @@ from pared.formats import entropy
 from pared.formats.dtypes import ELEMENTS, ITEM_SIZES, Array, converted
 from pared.formats.entropy import Codes
 from pared.formats.groups import stored
-from pared.formats.streams import EncodedPart, decode_codes, decode_steps
+from pared.formats.streams import EncodedPart, chunks_of, decode_codes, decode_scales, decode_steps
 from pared.formats.views import View, first_dimension
 
 PIECE: Final = 1 << 18  # numbers
@@ -41,7 +41,7 @@ def need(entry: Entry) -> int:
 def _beside(entry: Entry) -> int:
     """The numbers of a grid that are not codes."""
     if entry.groups is None:
-        return entry.n_rows
+        return entry.n_rows + entry.scaled * entry.n_columns
     return sum(math.prod(shape) for name, shape in entry.shapes.items() if name != "codes")
 
 
@@ -73,7 +73,8 @@ def pieces(entry: Entry, data: memoryview, limit: MemoryLimit) -> Iterator[Array
 def _grid(entry: Entry, parts: Mapping[str, EncodedPart], limit: MemoryLimit) -> Iterator[NDArray[np.float32]]:
     view = View(*entry.view) if entry.view else first_dimension(entry.shape)
     kind = np.dtype(entry.format.get("codes", "int8"))
-    by_rows = view.rows == tuple(range(len(view.rows)))
+    lines = view.across if entry.scaled else view  # what classes are of
+    by_rows = lines.rows == tuple(range(len(lines.rows)))
     taken = _beside(entry) * _STEP_NBYTES
     if "classes" in parts and not by_rows:
         taken += entry.elements * 2 * kind.itemsize
@@ -87,9 +88,9 @@ def _grid(entry: Entry, parts: Mapping[str, EncodedPart], limit: MemoryLimit) ->
     if "codes" in parts:
         found = _codes(parts["codes"], entry.elements, kind)
     elif by_rows:
-        found = _by_classes(parts, view, kind)
+        found = _by_classes(parts, lines, kind)
     else:
-        found = iter([decode_codes(parts, entry.shape, view, kind).reshape(-1)])
+        found = iter([decode_codes(parts, entry.shape, lines, kind).reshape(-1)])
     start = 0
     for run in found:
         for first in range(0, len(run), PIECE):
@@ -102,10 +103,13 @@ def _valued(entry: Entry, parts: Mapping[str, EncodedPart], view: View) -> Calla
     """A function that decodes neighbouring codes, from the place of the first."""
     if entry.groups is None:
         step = decode_steps(parts["step"], view.n_rows)
+        scale = decode_scales(parts["scale"], view.n_columns) if entry.scaled else None
 
         def product(codes: Codes, start: int) -> NDArray[np.float32]:
             values = codes.astype(np.float32)
             values *= step[_places(view, view.rows, start, len(codes))] if view.rows else step
+            if scale is not None:
+                values *= scale[_places(view, view.columns, start, len(codes))]
             return values
 
         return product
@@ -133,15 +137,8 @@ def _codes(part: EncodedPart, count: int, kind: np.dtype[np.signedinteger]) -> I
             end = (start + n) * size if start + n < count else len(data)
             yield entropy.decode(data[start * size : end], coding, n, kind, threads=1)
         return
-    sizes = [min(coding.span, count - start) for start in range(0, count, coding.span)]
-    place = 4 * (len(sizes) - 1)
-    if len(data) < place:
-        raise CorruptError(f"{len(data)} bytes cannot hold {len(sizes)} chunks")
-    lengths = [*np.frombuffer(data[:place], "<u4").tolist(), None]
-    for size, length in zip(sizes, lengths, strict=True):
-        end = len(data) if length is None else place + length
-        yield entropy.decode(data[place:end], coding, size, kind, threads=1)
-        place = end
+    for size, chunk in chunks_of(part, count):
+        yield entropy.decode(chunk, coding, size, kind, threads=1)
 
 
 def _by_classes(parts: Mapping[str, EncodedPart], view: View, kind: np.dtype[np.signedinteger]) -> Iterator[Codes]:

@@ -11,7 +11,7 @@ from pared.formats import grids
 from pared.formats.dtypes import ELEMENTS, Array, converted
 from pared.formats.groups import stored as groups
 from pared.formats.groups.grid import Numbers
-from pared.formats.streams import decode_codes, decode_steps
+from pared.formats.streams import decode_grid
 from pared.formats.views import View, first_dimension, matrix_of, restored
 
 
@@ -33,7 +33,7 @@ def decode(entry: Entry, data: memoryview) -> Array:
         return converted(parts["values"], ELEMENTS[entry.dtype])
     view = view_of(entry)
     if entry.groups is None:
-        values = grids.decode(parts["codes"], parts["step"], view)
+        values = grids.decode(parts["codes"], parts["step"], view, parts.get("scale"))
     else:
         matrix = entry.groups.decode({**parts, "codes": matrix_of(parts["codes"], view)})
         values = restored(matrix, entry.shape, view)
@@ -48,8 +48,8 @@ def numbers_of(entry: Entry, data: memoryview) -> dict[str, Numbers]:
         data: as for `decode`.
 
     Returns:
-        of a grid "codes", of the tensor's shape, and "step", one for each row; with groups, "codes" and the other parts
-        of `GroupGrid.shapes`; of any other tensor "values", of its shape, in the type in which they are stored.
+        of a grid what `streams.decode_grid` gives; with groups, "codes" and the other parts of `GroupGrid.shapes`; of
+        any other tensor "values", of its shape, in the type in which they are stored.
 
     Raises:
         CorruptError: as `decode`.
@@ -57,9 +57,7 @@ def numbers_of(entry: Entry, data: memoryview) -> dict[str, Numbers]:
     parts = parts_of(entry, data)
     try:
         if entry.format["tag"] == "grid":
-            view = view_of(entry)
-            codes = decode_codes(parts, entry.shape, view, entry.format["codes"])
-            return {"codes": codes, "step": decode_steps(parts["step"], view.n_rows)}
+            return decode_grid(parts, entry.shape, view_of(entry), entry.format["codes"], scaled=entry.scaled)
         if entry.groups is not None:
             return groups.parts(entry.groups, parts, entry.shape, view_of(entry))
         stored = entry.format.get("dtype", entry.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ Numbers = NDArray[Any]
 Floats = NDArray[np.float32]
 
 StepType = Literal["float16", "bfloat16", "float32"]
+_LARGEST: Final[Mapping[StepType, float]] = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
+_LARGEST_OF_BOTH: Final = 65280.0  # of float16's numbers that bfloat16 has as well
+_LEAST: Final = np.float32(2**-24)  # number above 0 of float16
 # Where zero is on the grid: at code 0; at a code of each group; or nowhere in particular, as each group has its least
 # value.
 Zero = Literal["fixed", "code", "least"]
@@ -185,3 +188,33 @@ def representable(values: Floats, kind: StepType) -> Floats:
     [0.333251953125]
     """
     return dtypes.converted(values, dtypes.ELEMENTS[kind]).astype(np.float32)
+
+
+def storable(values: Floats, kind: StepType, also: StepType | None = None) -> Floats:
+    """Values rounded to numbers that a type holds, as float32: the nearest, and the last at the end of its range.
+
+    Args:
+        values: float32; infinite ones are at the end of the range.
+        kind: the type in which they are stored.
+        also: a type that has to hold them as well.
+
+    >>> storable(np.array([1 / 3, 1e9, 3e-7], np.float32), "bfloat16", "float16").tolist()
+    [0.333984375, 65280.0, 2.980232238769531e-07]
+    """
+    most = np.float32(_LARGEST[kind] if also in (None, kind) else min(_LARGEST[kind], _LARGEST[also], _LARGEST_OF_BOTH))
+    found = representable(np.clip(values, -most, most).astype(np.float32, copy=False), kind)
+    return found if also in (None, kind) else representable(found, also)
+
+
+def storable_steps(values: Floats, kind: StepType, also: StepType | None = None) -> Floats:
+    """Steps rounded as by `storable`; but none becomes 0, which would lose all numbers of its group.
+
+    >>> storable_steps(np.array([1e-9, -1e-9, 0], np.float32), "float16").tolist() == [2**-24, -(2**-24), 0]
+    True
+    """
+    found = storable(values, kind, also)
+    if "float16" not in (kind, also):
+        return found
+    lost = (found == 0) & (values != 0)
+    found[lost] = np.copysign(_LEAST, values[lost])
+    return found

@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from pared.formats.groups.grid import Floats, GroupGrid, Numbers, representable
+from pared.formats.groups.grid import Floats, GroupGrid, Numbers, storable, storable_steps
 from pared.formats.groups.solving import Best, Groups, fit_steps, laid_out, quotient, units
 
 _TRIED: Final = 16  # of the largest multiples, for the group with the largest step
 _ROUNDS: Final = 2  # multiples, then what is shared, then multiples again
-_LARGEST: Final = 3.4e38  # of what is shared, in float32
+_LARGEST: Final = 1e15  # units: far from every number, and its square is within float32
 
 
 def share(groups: Groups, bests: Sequence[Best], grid: GroupGrid, unit: Floats, rows: int) -> dict[str, Numbers]:
@@ -76,21 +76,18 @@ class _Shared:
         tried = ((farthest / np.float32(code), np.zeros_like(farthest)) for code in (*largest, *([low] if low else [])))
 
         def rounded(shared: Floats) -> Floats:
-            return self._storable(shared * unit) / unit
+            return storable_steps(shared * unit, self.grid.step) / unit
 
         best = fit_steps(found, tried, low, high, rounded)
         found.round(best.step, None, low, high)
         multiple = found.codes.T.reshape(self.rows, -1)[:, : self.per_row]
         return (best.step * unit).reshape(self.rows, -1), np.ascontiguousarray(multiple).reshape(-1)
 
-    def _storable(self, shared: Any) -> Floats:
-        most = 65504.0 if self.grid.step == "float16" else _LARGEST
-        return representable(np.clip(shared, -most, most).astype(np.float32), self.grid.step)
-
     def _spread(self, shared: Floats, multiple: Floats) -> Floats:
         """Steps or least values of groups, in their units."""
         each_group = np.repeat(shared, min(self.grid.nested, self.per_row), axis=1)[:, : self.per_row].reshape(-1)
-        return np.asarray(each_group * multiple / self.unit, np.float32)
+        # A group's unit may be far below the step that it shares.
+        return np.asarray(np.clip(each_group * multiple / self.unit, -_LARGEST, _LARGEST), np.float32)
 
     def _error(self, step: Floats, least: Floats, multiple: Floats, least_multiple: Floats) -> Any:
         """The squared error of each group with its nearest codes, which stay in `groups`."""
@@ -122,15 +119,15 @@ class _Shared:
         multiple = self.multiple.astype(np.float64)
         down, right = self._sum(multiple * multiple * squares), self._sum(multiple * mixed * self.unit)
         if not self.lines:
-            step, least = self._storable(quotient(right, down)), self.least
+            step, least = storable_steps(quotient(right, down), self.grid.step), self.least
         else:
             codes, numbers = (values.astype(np.float64) for values in self.groups.sums())
             other = self.least_multiple.astype(np.float64)
             across, below = self._sum(multiple * other * codes), self._sum(other * other * self.groups.mass)
             bottom = self._sum(other * numbers * self.unit)
             determinant = down * below - across * across
-            step = self._storable(quotient(right * below - bottom * across, determinant))
-            least = self._storable(quotient(down * bottom - across * right, determinant))
+            step = storable_steps(quotient(right * below - bottom * across, determinant), self.grid.step)
+            least = storable(quotient(down * bottom - across * right, determinant), self.grid.step)
         better = self._sum(self._error(step, least, self.multiple, self.least_multiple)) < error
         self.step = np.where(better, step, self.step)
         if self.lines:

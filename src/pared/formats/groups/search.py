@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from pared.files.threads import each
 from pared.formats.dtypes import Array, as_floats
 from pared.formats.grids import tiles
-from pared.formats.groups.grid import Floats, GroupGrid, Numbers, StepType, representable
+from pared.formats.groups.grid import Floats, GroupGrid, Numbers, StepType, storable, storable_steps
 from pared.formats.groups.nesting import share
 from pared.formats.groups.solving import EXACT, Best, Groups, Pair, fit_lines, fit_steps, laid_out, units
+
+Storing = Callable[[Floats, StepType, StepType | None], Floats]
 
 # Where the offset of a group is this many steps, float32 is too coarse for the difference to it.
 _FAR: Final = 1 << 13
@@ -30,7 +33,6 @@ _SHARES: Final[Mapping[int, tuple[float, float, int]]] = {
     8: (0.985, 1.03, 6),
 }
 _SAMPLE: Final = 64  # groups, on which a matrix shows whether it is on a grid already
-_LARGEST: Final[Mapping[StepType, float]] = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
 
 
 def nearest(matrix: Array, grid: GroupGrid, parts: Mapping[str, Numbers]) -> NDArray[np.int8]:
@@ -75,7 +77,13 @@ def nearest(matrix: Array, grid: GroupGrid, parts: Mapping[str, Numbers]) -> NDA
 
 
 def fitted(
-    matrix: Array, grid: GroupGrid, weights: Floats | None = None, threads: int = 1, *, negative: bool = False
+    matrix: Array,
+    grid: GroupGrid,
+    weights: Floats | None = None,
+    threads: int = 1,
+    *,
+    negative: bool = False,
+    also: StepType | None = None,
 ) -> dict[str, Numbers]:
     """All parts but "codes", chosen for least squared error.
 
@@ -89,6 +97,7 @@ def fitted(
         threads: the number of threads to use.
         negative: whether steps may be negative where zero is fixed: codes reach one farther below zero than above,
             and then the far side serves whichever numbers need it. Where multiples are signed, they may be anyway.
+        also: a type that has to hold steps and least values as well as `grid.step` does; not of nested ones.
 
     >>> fitted(np.array([[0.5, -1.0, 0.75, -1.75]], np.float32), GroupGrid(4, 2))["step"].tolist()
     [[0.5, 0.25]]
@@ -103,7 +112,7 @@ def fitted(
             if name != "codes"
         }
     negative = grid.zero == "fixed" and (negative or grid.signed)
-    exact = _is_on_grid(matrix, grid, negative)
+    exact = _is_on_grid(matrix, grid, negative, also)
     step = max(1, _BLOCK // columns)
 
     def work(first: int) -> dict[str, Numbers]:
@@ -113,14 +122,17 @@ def fitted(
             weights if weights is None or weights.ndim == 1 else weights[chosen],
             grid,
             negative,
-            exact,
+            also,
+            exact=exact,
         )
 
     found = each(work, range(0, rows, step), most=threads)
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
-def _of_rows(block: Floats, weights: Floats | None, grid: GroupGrid, negative: bool, exact: bool) -> dict[str, Numbers]:
+def _of_rows(
+    block: Floats, weights: Floats | None, grid: GroupGrid, negative: bool, also: StepType | None, *, exact: bool
+) -> dict[str, Numbers]:
     """The parts of some rows."""
     rows, columns = block.shape
     size = grid.group or columns
@@ -128,9 +140,9 @@ def _of_rows(block: Floats, weights: Floats | None, grid: GroupGrid, negative: b
     unit = units(numbers)
     numbers = numbers / unit
     groups = Groups(numbers, _laid_out_weights(weights, block.shape, size))
-    best = _best(groups, grid, unit, negative, exact)
+    best = _best(groups, grid, unit, negative, also, exact=exact)
     if grid.nested:
-        tried = [best, *([_best(groups, grid, unit, negative, False)] if exact else [])]
+        tried = [best, *([_best(groups, grid, unit, negative, also, exact=False)] if exact else [])]
         return share(groups, tried, grid, unit, rows)
     parts: dict[str, Numbers] = {"step": (best.step * unit).reshape(rows, -1)}
     if grid.zero == "code":
@@ -151,19 +163,19 @@ def _laid_out_weights(weights: Floats | None, shape: tuple[int, int], size: int)
     return laid_out(np.broadcast_to(scaled, shape), size, edge=False)
 
 
-def _best(groups: Groups, grid: GroupGrid, unit: Floats, negative: bool, exact: bool) -> Best:
+def _best(groups: Groups, grid: GroupGrid, unit: Floats, negative: bool, also: StepType | None, *, exact: bool) -> Best:
     """The best steps, and least values or codes for 0, of groups that are multiples of units."""
 
-    def rounded(values: Floats) -> Floats:
+    def rounded(values: Floats, how: Storing = storable_steps) -> Floats:
         if grid.nested:
             return values
-        most = np.float32(_LARGEST[grid.step])
         with np.errstate(over="ignore"):
-            return representable(np.clip(values * unit, -most, most), grid.step) / unit
+            return how(values * unit, grid.step, also) / unit
 
     levels = grid.high - grid.low
     if grid.zero == "least":
-        return fit_lines(groups, _lines(groups.numbers, grid.bits, levels, exact), levels, rounded)
+        lines = _lines(groups.numbers, grid.bits, levels, exact)
+        return fit_lines(groups, lines, levels, rounded, partial(rounded, how=storable))
     if grid.zero == "code":
         return fit_steps(groups, _with_zeros(groups.numbers, grid, exact), grid.low, grid.high, rounded)
     tried = ((step, np.zeros_like(step)) for step in _steps(groups.numbers, grid, negative, exact))
@@ -226,7 +238,7 @@ def _lines(numbers: Floats, bits: int, levels: int, exact: bool) -> Iterator[Pai
         yield step, middle - step * np.float32(levels / 2)
 
 
-def _is_on_grid(matrix: Array, grid: GroupGrid, negative: bool) -> bool:
+def _is_on_grid(matrix: Array, grid: GroupGrid, negative: bool, also: StepType | None) -> bool:
     """Whether most of some groups are on such a grid, and not one of much finer steps."""
     size = grid.group or matrix.shape[1]
     rows = as_floats(matrix[:: -(-matrix.shape[0] // _SAMPLE)]).astype(np.float32)
@@ -234,4 +246,4 @@ def _is_on_grid(matrix: Array, grid: GroupGrid, negative: bool) -> bool:
     groups = np.ascontiguousarray(groups[:, :: -(-groups.shape[1] // _SAMPLE)])
     unit = units(groups)
     sample = Groups(groups / unit, None)
-    return bool((_best(sample, grid, unit, negative, True).error <= EXACT * size).mean() > 1 / 2)
+    return bool((_best(sample, grid, unit, negative, also, exact=True).error <= EXACT * size).mean() > 1 / 2)

@@ -176,14 +176,15 @@ def fit_steps(groups: Groups, tried: Iterable[Pair], low: int, high: int, rounde
     return best
 
 
-def fit_lines(groups: Groups, tried: Iterable[Pair], levels: int, rounded: Round) -> Best:
+def fit_lines(groups: Groups, tried: Iterable[Pair], levels: int, rounded: Round, rounded_least: Round) -> Best:
     """The best step and least value for each group.
 
     Args:
         groups: the numbers.
         tried: steps and least values to begin with; each pair counts as it is, too.
         levels: the largest code; the least is 0.
-        rounded: rounds both to those that can be stored.
+        rounded: rounds steps to those that can be stored.
+        rounded_least: rounds least values likewise.
     """
     best, mass = Best.of(groups), groups.mass
 
@@ -195,11 +196,11 @@ def fit_lines(groups: Groups, tried: Iterable[Pair], levels: int, rounded: Round
         spread = squares - quotient(codes * codes, mass)
         best.take(given, step=step, least=least, curvature=spread)
         step = rounded(quotient(mixed - quotient(codes * numbers, mass), spread))
-        least = rounded(quotient(numbers - step * codes, mass))
+        least = rounded_least(quotient(numbers - step * codes, mass))
         best.take(groups.error(step, least), step=step, least=least, curvature=spread)
 
     for step, least in tried:
-        attempt(rounded(step), rounded(least))
+        attempt(rounded(step), rounded_least(least))
     for _ in range(_ROUNDS):
         attempt(best.step.copy(), best.least.copy())
     return best

@@ -1,0 +1,1 @@
+"""Codes that stay the bytes of a file, and are decoded whenever they are asked for."""

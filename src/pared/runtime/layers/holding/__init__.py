@@ -1,0 +1,1 @@
+"""What a counterpart holds instead of float weights."""
