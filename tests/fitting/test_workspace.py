@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pared.fitting.measured.repair import Refiner
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
-from pared.runtime import quantized
+from pared.runtime import saving
 from pared.runtime.record import record_of
 from tests.fitting import workspace_child
 from tests.fitting.fakes import Probe, Synthetic, damage_of
@@ -56,7 +57,7 @@ def test_a_search_killed_in_its_third_evaluation_loses_that_one_alone(tmp_path: 
     assert child(tmp_path / "work", tmp_path / "second.log", fatal=0) == 0
     assert (tmp_path / "second.log").read_text().splitlines() == calls[2:], "baseline and first trial are not repeated"
 
-    quantized.save(reference, tmp_path / "plain")
+    saving.save(reference, tmp_path / "plain")
     resumed, plain = (directory / "best_model.pt" for directory in (tmp_path / "work/result", tmp_path / "plain"))
     assert resumed.read_bytes() == plain.read_bytes()
 
@@ -69,7 +70,7 @@ def test_a_finished_search_is_repeated_without_a_call_or_a_build(tmp_path: Path)
         raise AssertionError("everything is known")
 
     judge = Judge(AccuracyCriterion(tolerable_loss=0.01), never)
-    again = search(compressor, Probe(), judge, workspace=Workspace(tmp_path / "work", FINGERPRINT))
+    again = search(compressor, judge, workspace=Workspace(tmp_path / "work", FINGERPRINT))
     assert compressor.built == []
     assert outcome_of(again) == outcome_of(first)
     files = [pared.save(model, tmp_path / name) for model, name in ((first, "a"), (again, "b"))]
@@ -122,7 +123,7 @@ def test_every_trial_can_be_loaded(tmp_path: Path) -> None:
 def test_max_trials_counts_earlier_ones(tmp_path: Path) -> None:
     for allowed in (1, 1, 2):
         judge = Judge(AccuracyCriterion(), lambda model: 1 - damage_of(model) * 1e4, max_trials=allowed)
-        model = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+        model = search(Synthetic(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
         assert len(outcome_of(model).trials) == allowed
 
 
@@ -136,8 +137,8 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
         return 1 - asked[-1] * 1e3
 
     judge = Judge(AccuracyCriterion(), score)
-    first = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
-    second = search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+    first = search(Synthetic(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+    second = search(Synthetic(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
     assert [outcome_of(model).met for model in (first, second)] == [False, True]
     assert len(set(asked)) == len(asked) - 1, "only the interrupted evaluation is repeated"
 
@@ -151,7 +152,7 @@ def test_both_functions_have_their_baseline(tmp_path: Path) -> None:
 
     for _ in range(2):
         judge = Judge(AccuracyCriterion(), lambda model: 1.0, confirming, max_trials=2)
-        search(Synthetic(), Probe(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
+        search(Synthetic(), judge, workspace=Workspace(tmp_path, FINGERPRINT))
     assert calls.count(0.0) == 1
 
 
@@ -160,7 +161,7 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     samples = np.random.default_rng(0).normal(size=1000)
     workspace.set_baseline("eval_func", Score(0.1, samples))
     workspace.set_baseline("confirm_func", Score(1 / 3))
-    workspace.add(TRIAL, Synthetic().build(Synthetic().at_damage(1e-3)))
+    workspace.add(TRIAL, partial(saving.save, Synthetic().build(Synthetic().at_damage(1e-3))))
     again = Workspace(tmp_path, FINGERPRINT)
     assert again.trials == (TRIAL,)
     found = again.baseline("eval_func")
@@ -176,12 +177,12 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", [b"", b"{", b'{"price": 1e-9, "damage"', b"\xff"])
 def test_a_torn_last_line_is_no_error(tmp_path: Path, torn: bytes) -> None:
     model = Synthetic().build(Synthetic().at_damage(1e-3))
-    Workspace(tmp_path, FINGERPRINT).add(TRIAL, model)
+    Workspace(tmp_path, FINGERPRINT).add(TRIAL, partial(saving.save, model))
     with (tmp_path / "trials.jsonl").open("ab") as file:
         file.write(torn)
     workspace = Workspace(tmp_path, FINGERPRINT)
     assert workspace.trials == (TRIAL,)
-    workspace.add(TRIAL, model)
+    workspace.add(TRIAL, partial(saving.save, model))
     assert Workspace(tmp_path, FINGERPRINT).trials == (TRIAL, TRIAL), "the next line does not grow onto the torn one"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,9 @@ from pared import AccuracyCriterion, ConfigError, EvaluationError, FileError, Po
 from pared.fitting.search.evaluate import Score
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
-from pared.runtime import quantized
+from pared.runtime import saving
 from pared.runtime.record import record_of
-from tests.fitting.fakes import Probe, Synthetic, damage_of
+from tests.fitting.fakes import Synthetic, damage_of
 from tests.fitting.test_workspace import TRIAL
 from tests.fitting.workspace_child import FINGERPRINT
 
@@ -36,7 +37,7 @@ class Counting:
 def run(directory: Path) -> tuple[nn.Module, int]:
     """A search, and how many models it scored."""
     score = Counting()
-    model = search(Synthetic(), Probe(), Judge(AccuracyCriterion(), score), workspace=Workspace(directory, FINGERPRINT))
+    model = search(Synthetic(), Judge(AccuracyCriterion(), score), workspace=Workspace(directory, FINGERPRINT))
     outcome = record_of(model).outcome
     assert outcome.met
     assert outcome.score == 1 - 1e3 * damage_of(model), "the score is that of the model that is returned"
@@ -88,7 +89,7 @@ def of_another_search(directory: Path) -> None:
     other = directory.parent / "another"
     Workspace(other, {"model": "another"}).set_baseline("eval_func", Score(1.0))
     coarse = Synthetic().build(Synthetic().at_damage(0.25))
-    Workspace(other, {"model": "another"}).add(TRIAL, coarse)
+    Workspace(other, {"model": "another"}).add(TRIAL, partial(saving.save, coarse))
     for name in ("trials.jsonl", "baseline.json"):
         shutil.copy(other / name, directory / name)
     shutil.copytree(other / "trial-1", directory / "trial-1", dirs_exist_ok=True)
@@ -142,20 +143,21 @@ def test_a_copy_is_as_good_as_the_original(tmp_path: Path) -> None:
 
 def test_a_model_that_is_replaced_during_the_search_is_not_returned(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path, FINGERPRINT)
-    workspace.add(TRIAL, Synthetic().build(Synthetic().at_damage(1e-3)))
-    quantized.save(Synthetic().build(Synthetic().at_damage(1e-2)), tmp_path / "trial-1")
+    workspace.add(TRIAL, partial(saving.save, Synthetic().build(Synthetic().at_damage(1e-3))))
+    saving.save(Synthetic().build(Synthetic().at_damage(1e-2)), tmp_path / "trial-1")
     with pytest.raises(FileError, match="its file is not the model that was evaluated"):
-        workspace.model(0, Probe())
+        workspace.file(0)
 
 
 @pytest.mark.parametrize(
     "change",
     [{"damage": "1"}, {"damage": float("nan")}, {"met": 1}, {"nbytes": -1}, {"score": 10**400}, {"seconds": None},
-     {"model": {"folder": "../trial-1"}}, {"model": {"folder": 3}}, {"model": []}, {"unseen": [1]}],
+     {"model": {"folder": "../trial-1"}}, {"model": {"folder": "trial-1", "file": "../x"}},
+     {"model": {"folder": 3}}, {"model": []}, {"unseen": [1]}],
     ids=str,
 )  # fmt: skip
 def test_lines_that_make_no_sense(change: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Workspace(tmp_path, FINGERPRINT).add(TRIAL, Synthetic().build(Synthetic().at_damage(1e-3)))
+    Workspace(tmp_path, FINGERPRINT).add(TRIAL, partial(saving.save, Synthetic().build(Synthetic().at_damage(1e-3))))
     (tmp_path / "trials.jsonl").write_text(json.dumps(json.loads(lines_of(tmp_path)[0]) | change) + "\n")
     try:
         assert Workspace(tmp_path, FINGERPRINT).trials == ()
@@ -175,19 +177,19 @@ def test_a_fingerprint_that_is_not_text(value: object, tmp_path: Path) -> None:
 def test_a_full_disk_leaves_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Synthetic().build(Synthetic().at_damage(1e-3))
     workspace = Workspace(tmp_path, FINGERPRINT)
-    workspace.add(TRIAL, model)
+    workspace.add(TRIAL, partial(saving.save, model))
     before = lines_of(tmp_path)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantized, "save", lambda *_: tmp_path / "trial-1" / "best_model.pt")
+        patch.setattr(saving, "save", lambda *_: tmp_path / "trial-1" / "best_model.pt")
         patch.setattr(os, "fsync", full)  # as when the line was written in part
         with pytest.raises(FileError, match="cannot be written: No space left on device"):
-            workspace.add(TRIAL, model)
+            workspace.add(TRIAL, partial(saving.save, model))
     assert lines_of(tmp_path) == before
-    workspace.add(TRIAL, model)
+    workspace.add(TRIAL, partial(saving.save, model))
     assert len(Workspace(tmp_path, FINGERPRINT).trials) == 2
 
 

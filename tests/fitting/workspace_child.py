@@ -14,8 +14,8 @@ from torch import nn
 from pared import AccuracyCriterion
 from pared.fitting.search.search import Judge, search
 from pared.fitting.search.workspace import Workspace
-from pared.runtime import quantized
-from tests.fitting.fakes import Probe, Synthetic, damage_of
+from pared.runtime import saving
+from tests.fitting.fakes import Synthetic, damage_of
 
 FINGERPRINT = {"model": "checksum", "tolerable_loss": "0.01"}
 
@@ -31,9 +31,9 @@ def run(workspace: Workspace | None, log: Path, fatal: int = 0) -> nn.Module:
         return 1 - 0.01 * (damage_of(model) / 3e-6) ** 0.7 * (1 + np.sin(np.arange(40)) / 9)
 
     judge = Judge(AccuracyCriterion(tolerable_loss=0.01), score)
-    return search(Synthetic(), Probe(), judge, workspace=workspace)
+    return search(Synthetic(), judge, workspace=workspace)
 
 
 if __name__ == "__main__":
     model = run(Workspace(sys.argv[1], FINGERPRINT), Path(sys.argv[2]), int(sys.argv[3]))
-    quantized.save(model, Path(sys.argv[1]) / "result")
+    saving.save(model, Path(sys.argv[1]) / "result")

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,32 +17,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from pared.artifact.envelope import find_artifact
 from pared.artifact.outcome import Trial
-from pared.errors import ConfigError, FileError
+from pared.errors import FileError
 from pared.files.directories.writable import writing_to
 from pared.files.disk import make_directory, reading, write_atomic
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.config import PostTrainingQuantConfig
+from pared.fitting.records.fingerprint import claim, damaged, read_object
 from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search.evaluate import Score
-from pared.model import storage
 from pared.model.recorded import values
-from pared.model.tensors import ModelTensors, ModuleT, find_tensors
-from pared.runtime import quantized
+from pared.model.tensors import ModelTensors
 from pared.runtime.layers.table import weights_of
-from pared.runtime.profile.profile import profile_beside
 from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
-_FINGERPRINT: Final = "fingerprint.json"
 _BASELINE: Final = "baseline.json"
 _TRIALS: Final = "trials.jsonl"
 _FOLDER: Final = re.compile(r"trial-[1-9]\d{0,5}")
 _CHUNK: Final = 1 << 20
-_START_AGAIN: Final = "Delete the workspace to start again, or pass another directory."
-_VALUE_LENGTH: Final = 60  # characters of a fingerprint's value that an error shows
 
 
 @dataclass(frozen=True)
@@ -52,23 +46,25 @@ class _Record:
     Args:
         trial: the trial.
         folder: the name of the folder that holds its model.
+        file: the name of the model's file in it.
         nbytes: the size of the model's file.
         sha256: the checksum of the model's file.
     """
 
     trial: Trial
     folder: str
+    file: str
     nbytes: int
     sha256: str
 
     @classmethod
     def of(cls, trial: Trial, file: Path) -> _Record:
         """The record of a trial whose model has just been written."""
-        return cls(trial, file.parent.name, file.stat().st_size, _sha256(file))
+        return cls(trial, file.parent.name, file.name, file.stat().st_size, _sha256(file))
 
     def to_json(self) -> dict[str, Any]:
         """The record without its seal."""
-        model = {"folder": self.folder, "nbytes": self.nbytes, "sha256": self.sha256}
+        model = {"folder": self.folder, "file": self.file, "nbytes": self.nbytes, "sha256": self.sha256}
         return {**asdict(self.trial), "model": model}
 
     @classmethod
@@ -78,12 +74,15 @@ class _Record:
         model = data.get("model")
         if not isinstance(model, dict) or not _FOLDER.fullmatch(str(model.get("folder"))):
             return None
-        return cls(trial, model["folder"], model.get("nbytes", -1), model.get("sha256", ""))
+        name = str(model.get("file"))
+        if Path(name).name != name:
+            return None
+        return cls(trial, model["folder"], name, model.get("nbytes", -1), model.get("sha256", ""))
 
     def misfit(self, directory: Path) -> str:
         """Why the file in the folder is not the model of this trial; empty if it is."""
         try:
-            file = find_artifact(directory / self.folder)
+            file = directory / self.folder / self.file
             with reading(file):
                 same = file.stat().st_size == self.nbytes and _sha256(file) == self.sha256
         except FileError as error:
@@ -96,7 +95,7 @@ class Workspace:
 
     The directory holds `fingerprint.json`, `baseline.json`, `corrections.json` (what was measured before the first
     trial), `trials.jsonl` (a line for each finished trial), and `trial-1`, `trial-2`, ...: what `save` writes, so that
-    the model of each trial can be loaded. A seal on each record
+    the model of each trial can be read again. A seal on each record
     ties it to the search; whatever was edited, or copied from elsewhere, is left where it is and not used. One run at a
     time may use the directory: `fit` owns it as long as it runs.
 
@@ -120,7 +119,7 @@ class Workspace:
         self._directory = Path(directory)
         self._fingerprint = dict(fingerprint)
         make_directory(self._directory)
-        self._check()
+        claim(self._directory, self._fingerprint)
         self._baselines = self._read_baselines()
         self._folders: set[str] = set()  # that lines of the file name, be they used or not
         self._records = self._read_records()
@@ -147,7 +146,7 @@ class Workspace:
 
     def noted(self, name: str) -> dict[str, Any] | None:
         """What this search has noted under a name; None if there is nothing, or if it was changed since."""
-        data = self._read(f"{name}.json")
+        data = read_object(self._directory / f"{name}.json")
         if data is None:
             return None
         if not self._holds(data, name):
@@ -159,14 +158,18 @@ class Workspace:
         """Record JSON values under a name."""
         self._write(f"{name}.json", self._sealed(data, name))
 
-    def add(self, trial: Trial, model: nn.Module) -> None:
+    def add(self, trial: Trial, save: Callable[[Path], Path]) -> None:
         """Record a finished trial and its model; the trial counts once its line is complete.
+
+        Args:
+            trial: the trial.
+            save: writes its model to a directory, and returns the file.
 
         Raises:
             FileError: the directory cannot be written. What is recorded already stays.
         """
         folder = f"trial-{1 + max((int(name.partition('-')[2]) for name in self._folders), default=0)}"
-        file = quantized.save(model, self._directory / folder)
+        file = save(self._directory / folder)
         with reading(file):
             record = _Record.of(trial, file)
         line = json.dumps(self._sealed(record.to_json(), *self._scores())) + "\n"
@@ -175,12 +178,11 @@ class Workspace:
         self._folders.add(folder)
         self._records.append(record)
 
-    def model(self, number: int, skeleton: ModuleT) -> ModuleT:
-        """The model of a finished trial, read from its file.
+    def file(self, number: int) -> Path:
+        """The file of a finished trial's model, as it was saved.
 
         Args:
             number: the trial's number, counted from 0.
-            skeleton: a model of the same architecture, which gives structure and class.
 
         Raises:
             FileError: the file is missing, or no longer the one that was evaluated.
@@ -192,8 +194,7 @@ class Workspace:
                 where=str(self._directory / record.folder),
                 remedy="Call fit again with this workspace: this trial is repeated, all others are used.",
             )
-        file = find_artifact(self._directory / record.folder)
-        return quantized.assemble(find_tensors(skeleton), storage.read(file), profile_beside(file))
+        return self._directory / record.folder / record.file
 
     def _sealed(self, data: Mapping[str, Any], *depends: object) -> dict[str, Any]:
         """A record with a checksum of itself, of this search, and of other values that it depends on."""
@@ -208,34 +209,6 @@ class Workspace:
         """The float model's scores, by which a trial was judged."""
         return [[name, _plain(score)] for name, score in sorted(self._baselines.items())]
 
-    def _check(self) -> None:
-        recorded = self._read(_FINGERPRINT)
-        if recorded is None:
-            self._write(_FINGERPRINT, self._fingerprint)
-            return
-        for field in dict.fromkeys([*self._fingerprint, *recorded]):
-            then, now = recorded.get(field), self._fingerprint.get(field)
-            if then is not None and not isinstance(then, str):
-                raise _damaged(self._directory / _FINGERPRINT, f"its {field[:_VALUE_LENGTH]!r} is not text")
-            if then != now:
-                raise ConfigError(
-                    f"belongs to another search: {field} was {_short(then)} and is {_short(now)}",
-                    where=str(self._directory),
-                    remedy=_START_AGAIN,
-                )
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self._directory / name
-        if not path.is_file():
-            return None
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise _damaged(path, error) from error
-        if not isinstance(data, dict):
-            raise _damaged(path, "it is not a JSON object")
-        return data
-
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_atomic(self._directory / name, lambda file: file.write(json.dumps(data, indent=1).encode()))
 
@@ -243,11 +216,11 @@ class Workspace:
         """The float model's scores that were recorded by this search."""
         found: dict[str, Score] = {}
         path = self._directory / _BASELINE
-        for name, data in (self._read(_BASELINE) or {}).items():
+        for name, data in (read_object(path) or {}).items():
             try:
                 score = _score(data)
             except (TypeError, KeyError, ValueError, OverflowError) as error:
-                raise _damaged(path, error) from error
+                raise damaged(path, error) from error
             if self._holds(data, name):
                 found[name] = score
             else:
@@ -274,7 +247,7 @@ class Workspace:
                 read = json.loads(line)
                 record = _Record.from_json(read)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise _damaged(path, error) from error
+                raise damaged(path, error) from error
             if wrong := self._misfit(read, record):
                 log.warning("%s: line %d is not used, and its trial is made again if needed: %s", path, number, wrong)
             elif record is not None:
@@ -321,17 +294,6 @@ def _score(data: Mapping[str, Any]) -> Score:
     return Score(float(data["value"]), samples)
 
 
-def _short(value: str | None) -> str:
-    """A value of the fingerprint, short enough for one line of an error."""
-    if value is None:
-        return "not recorded"
-    return repr(value if len(value) <= _VALUE_LENGTH else value[: _VALUE_LENGTH - 3] + "...")
-
-
-def _damaged(path: Path, why: object) -> FileError:
-    return FileError(f"cannot be read ({why})", where=str(path), remedy=_START_AGAIN)
-
-
 def fingerprint(
     tensors: ModelTensors[nn.Module],
     conf: PostTrainingQuantConfig,
@@ -355,14 +317,14 @@ def fingerprint(
         "pared": __version__,
         "torch": str(torch.__version__),
         "model": checksum(tensor.tensor for tensor in tensors),
-        "calibration": checksum(_told([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
+        "calibration": checksum(told([(c.args, dict(c.kwargs)) for c in seen.calls]) if seen else ()),
         "configuration": repr(replace(conf, max_trials=1, timeout=0, rules=())),
         "decisions": checksum([decided, int8]),
         "confirm_func": "given" if confirmed else "none",
     }
 
 
-def _told(value: object) -> Iterator[object]:
+def told(value: object) -> Iterator[object]:
     """The leaves of a value; of those whose `repr` is their address, only the class."""
     for _, leaf in values.leaves(value):
         yield type(leaf).__name__ if type(leaf).__repr__ is object.__repr__ else leaf

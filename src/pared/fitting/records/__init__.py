@@ -1,0 +1,1 @@
+"""What a run of `fit` depends on, beside its records in a workspace."""

@@ -1,0 +1,1 @@
+"""Blocks run over some of the calls at a time, here or by workers."""
