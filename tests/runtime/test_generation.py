@@ -3,145 +3,28 @@
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.cache_utils import DynamicCache, StaticCache
 
 import pared
 from pared import PostTrainingQuantConfig
 from pared.runtime import float_forms
-from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, kind_of, parameters_of
-from pared.runtime.graphs.capturing.capture import Captures
-from pared.runtime.graphs.containers import Layout, container_of, layout_from, renewed
+from pared.runtime.graphs.containers import container_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.openvino.graph import OpenVinoGraph
 from pared.runtime.profile.timings import Served
 from pared.runtime.record import record_of
-from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.openvino_server import OpenVinoServer
-from pared.runtime.serving.served import SERVER, on_modules, serve
+from pared.runtime.serving.served import SERVER
 from pared.runtime.serving.settling import SettlingServer
-from tests.runtime.test_graphs import forced
+from tests.runtime.generators import MODELS, OTHER, PROMPT, SERVERS, STEPS, llama, near, quantized, served, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
-
-STEPS = 22
-PROMPT = torch.tensor([[5, 71, 33, 8, 90, 14]])
-OTHER = torch.tensor([[60, 7, 7, 41]])
-SOUND = torch.linspace(-1, 1, 8 * 40).sin().reshape(1, 8, 40)
-
-
-def llama() -> nn.Module:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=100, num_hidden_layers=2, pad_token_id=0, initializer_range=0.2, **sizes)
-    )
-
-
-def gpt2() -> nn.Module:
-    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, **tokens)
-    )
-
-
-def whisper() -> nn.Module:
-    sides = {
-        f"{side}_{what}": number
-        for side in ("encoder", "decoder")
-        for what, number in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))
-    }
-    lengths = {"max_source_positions": 20, "max_target_positions": 60, "num_mel_bins": 8, "d_model": 32}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    no_tokens = {"suppress_tokens": None, "begin_suppress_tokens": None}
-    return WhisperForConditionalGeneration(
-        WhisperConfig(vocab_size=100, init_std=0.2, **sides, **lengths, **tokens, **no_tokens)
-    )
-
-
-MODELS = {"llama": llama, "gpt2": gpt2, "whisper": whisper}
-SERVERS: dict[str, type[GraphServer]] = {"graph": GraphServer, "openvino": OpenVinoServer}
-
-
-@cache
-def quantized(name: str) -> nn.Module:
-    """A quantized model whose modules answer all calls."""
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    whole = {"input_features": SOUND, "decoder_input_ids": PROMPT} if name == "whisper" else {"input_ids": PROMPT}
-    q = forced(model, pared.fit(model, PostTrainingQuantConfig(quant_level=0), [whole], quiet=True), "int8")
-    serve(q, GraphServer(float_forms.outline_of))
-    return on_modules(q)
-
-
-@cache
-def captures(_name: str) -> Captures:
-    """Those of a model, for all tests."""
-    return Captures()
-
-
-def steps(model: nn.Module, prompt: Tensor, count: int = STEPS, caches: Any = None, **more: Any) -> tuple[Tensor, Any]:
-    """The logits of greedy decoding, and the cache."""
-    given: dict[str, Any] = {"use_cache": True, **more}
-    if isinstance(model, WhisperForConditionalGeneration):
-        heard = model.get_encoder()(SOUND.expand(len(prompt), -1, -1)).last_hidden_state
-        given["encoder_outputs"] = BaseModelOutput(heard)
-    name = "decoder_input_ids" if "encoder_outputs" in given else "input_ids"
-    found, read = [], prompt
-    with torch.no_grad():
-        for _ in range(count):
-            out = model(**{name: read}, past_key_values=caches, **given)
-            assert caches is None or out.past_key_values is caches
-            caches = out.past_key_values
-            found.append(out.logits[:, -1])
-            read = out.logits[:, -1:].argmax(-1)
-            if "attention_mask" in given:
-                given["attention_mask"] = torch.cat([given["attention_mask"], torch.ones_like(read)], 1)
-    return torch.stack(found, 1), caches
-
-
-@contextmanager
-def kinds_noted(model: nn.Module) -> Iterator[dict[object, tuple[Argument, ...]]]:
-    """The kinds of the calls that are made, each with the largest call."""
-    seen: dict[object, tuple[Argument, ...]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = bind(parameters_of(module), args, kwargs)
-        if bound is not None:
-            seen[kind_of(bound)] = arguments_of(bound)
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    yield seen
-    handle.remove()
-
-
-@contextmanager
-def served(q: nn.Module, form: str, use: Callable[[nn.Module], Any]) -> Iterator[GraphServer]:
-    """The model with a graph for each kind of call that the use makes."""
-    with kinds_noted(q) as seen:
-        use(q)
-    server = SERVERS[form](float_forms.outline_of, list(seen.values()), captures(type(q).__name__))
-    q.__dict__[SERVER] = server
-    try:
-        yield server
-    finally:
-        on_modules(q)
 
 
 @pytest.fixture(name="answered")
@@ -157,10 +40,6 @@ def _answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(cls, "__call__", noted)
     return found
-
-
-def near(found: Tensor, expected: Tensor, most: float = 1e-2) -> bool:
-    return bool((found - expected).square().sum() <= most * expected.square().sum())
 
 
 @pytest.mark.parametrize("form", SERVERS)
@@ -328,17 +207,6 @@ def test_other_caches_are_for_the_modules(what: str, answered: list[str]) -> Non
     assert near(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("what", ["sliding", "offloaded"])
-def test_caches_that_do_more_are_not_known(what: str) -> None:
-    config = quantized("llama").config
-    if what == "sliding":
-        config = copy.deepcopy(config)
-        config.sliding_window, config.layer_types = 4, ["sliding_attention"] * 2
-    found = DynamicCache(config=config)
-    found.offloading = what == "offloaded"
-    assert container_of(found) is None
-
-
 def test_a_graph_that_is_wrong_leaves_what_the_modules_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
     q: Any = quantized("llama")
     expected, their_cache = steps(q, PROMPT, 3)
@@ -380,37 +248,3 @@ def test_fit_times_steps_and_what_it_chose_is_kept(tmp_path: Path) -> None:
     for other in (loaded, copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
         assert record_of(other).profile == record_of(q).profile
         assert torch.equal(generate(other), expected)
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: DynamicCache(),
-        lambda: DynamicCache([(torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))] * 2),
-        lambda: DynamicCache(config=quantized("llama").config),
-        lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()),
-        lambda: BaseModelOutput(torch.ones(1, 2), attentions=None),
-    ],
-    ids=["new", "filled", "of a model", "pair", "output"],
-)
-def test_what_is_known_of_an_object_makes_another_like_it(made: Callable[[], Any]) -> None:
-    held = container_of(made())
-    assert held is not None
-    assert layout_from(str(held.layout)) == held.layout
-    again = container_of(held.layout.made(list(held.tensors.values())))
-    assert again is not None
-    assert again.layout == held.layout
-    assert all(again.tensors[name] is tensor for name, tensor in held.tensors.items())
-    if held.is_cache:
-        assert renewed(held.held) is not held.held
-
-
-@pytest.mark.parametrize("text", ["DynamicCache", "DynamicCache(-1)", "DynamicCache(1001)", "a.b(c)", "A(b, b)", "A()"])
-def test_other_texts_are_no_layout(text: str) -> None:
-    assert layout_from(text) is None
-
-
-@pytest.mark.parametrize("name", ["ModelOutput", "OrderedDict", "dataclass", "torch", "Nothing"])
-def test_only_outputs_are_made_by_name(name: str) -> None:
-    with pytest.raises((LookupError, TypeError)):
-        Layout(output=name, fields=("x",)).made([torch.ones(1)])

@@ -30,7 +30,7 @@ from pared.runtime.kernels.machine import exact_products
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.openvino.graph import OpenVinoGraph, Parts
 from pared.runtime.record import RECORD, Record
-from pared.switches import ignoring
+from pared.switches import ignoring, threads_asked
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def kept(
         arguments: an example call.
         made: makes the graph.
     """
-    threads = torch.get_num_threads()
+    threads = threads_asked()
     file = _file_of(model, skeleton, arguments, threads)
     found = None if file is None else _read(file, threads, made)
     if found is None:

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 
 from pared.formats.activation import Activation
 from pared.formats.coded import Float, Grid, Grouped, Raw, dtype_name
 from pared.formats.dtypes import Array
+from pared.formats.views import first_dimension
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.tensors import registered_as
 from pared.runtime.graphs.capturing.capture import Captured, module_of
 from pared.runtime.kernels.machine import FULL_LEVELS, exact_products
 from pared.runtime.layers.counterpart import Counterpart
-from pared.runtime.onnx.weights.codes import numbers_of, numpy_of
-from pared.runtime.onnx.weights.layout import along
+from pared.runtime.onnx.weights.codes import numbers_of, numpy_of, scales_of
+from pared.runtime.onnx.weights.layout import LOWEST, along, is_misread
 from pared.runtime.openvino import grouped, halves, outliers
 from pared.runtime.openvino.halves import pads_with_zeros
 from pared.runtime.openvino.operators import translated
@@ -149,6 +151,7 @@ class _Converter:
         self._contents = contents
         self._owners = owners
         self._rounded: dict[object, Any] = {}
+        self._scaled: dict[object, Any] = {}
         self._outlying: list[tuple[Any, Activation]] = []  # products, whose inputs have outliers
         self._wide: list[tuple[Any, Array, Array]] = []  # constants, with their codes of 16 bits and their steps
         self._narrow: list[tuple[Any, Tensor]] = []  # constants, with their values in a narrower type
@@ -191,13 +194,16 @@ class _Converter:
             return
         codes, steps = numbers_of(weight)
         axes, found = along(steps)
-        if codes.dtype != np.int8:
+        scaled = weight.coded.format.scaled
+        if codes.dtype == np.int8:
+            self._look_up(parameter, codes, found, scales_of(weight))
+        if codes.dtype != np.int8 or (scaled and not self._scale_inputs(parameter, weight)):
             constant = self._constant(weight.coded.decode())
             self._replace(parameter, constant)
-            self.floats[weight.name] = "its codes have 16 bits"
-            self._wide.append((constant, codes, found))
+            self.floats[weight.name] = "its codes have 16 bits" if codes.dtype != np.int8 else "its columns have scales"
+            if not scaled:
+                self._wide.append((constant, codes, found))
             return
-        self._look_up(parameter, codes, found)
         value = coded(codes, found)
         value.set_friendly_name(weight.name)
         self._replace(parameter, value)
@@ -206,8 +212,32 @@ class _Converter:
             for product in _products(value.output(0)):
                 self._round_input(product, weight)
 
-    def _look_up(self, table: Any, codes: Array, steps: Array) -> None:
-        """Let what reads rows of a table read rows of codes, and the step of each.
+    def _scale_inputs(self, parameter: Any, weight: Stored) -> bool:
+        """Multiply the inputs of a weight's products by the scales of its columns; whether it has only such uses."""
+        targets = list(parameter.output(0).get_target_inputs())
+        products = [target.get_node() for target in targets if target.get_index() == 1]
+        linear = all(one.get_type_name() == "MatMul" and one.get_attributes()["transpose_b"] for one in products)
+        view = weight.coded.view or first_dimension(weight.coded.shape)
+        if not linear or len(products) < len(targets) or view != first_dimension(weight.coded.shape):
+            return False
+        if len(weight.coded.shape) != 2 or any(one.get_attributes()["transpose_a"] for one in products):
+            return False
+        scale = weight.coded.parts["scale"].detach()
+        for product in products:
+            source = product.input(0).get_source_output()
+            key = (source.get_node().get_name(), source.get_index(), scale.numpy().tobytes())
+            if key not in self._scaled:
+                factors = self._constant(scale.to(weight.coded.dtype))
+                made = self._opset.multiply(source, factors)
+                rank = source.get_partial_shape().rank
+                if is_misread(None if rank.is_dynamic else rank.get_length()):
+                    made = self._opset.maximum(made, self._constant(torch.tensor(LOWEST, dtype=weight.coded.dtype)))
+                self._scaled[key] = made.output(0)
+            product.input(0).replace_source_output(self._scaled[key])
+        return True
+
+    def _look_up(self, table: Any, codes: Array, steps: Array, scales: Array | None) -> None:
+        """Let what reads rows of a table read rows of codes, and the step of each; columns may have scales.
 
         A table of floats would be decoded whole; and where it is a product's weight, too, so would that be.
         """
@@ -221,6 +251,8 @@ class _Converter:
             held = ops.constant(np.ascontiguousarray(codes)), ops.constant(np.ascontiguousarray(steps, np.float32))
             found, step = (ops.gather(one, rows, axis) for one in held)
             value = ops.multiply(ops.convert(found, self._ov.Type.f32), step)
+            if scales is not None:
+                value = ops.multiply(value, ops.constant(np.ascontiguousarray(along(scales)[1], np.float32)))
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(value.output(0))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
+from torch import fx, nn
 
 from pared.errors import ModelError, reason_of
 from pared.files.directories.lock import SHORT_WAIT, owned
@@ -18,7 +17,7 @@ from pared.files.directories.writable import writing_to
 from pared.files.disk import as_path, make_directory
 from pared.model.calls import bind
 from pared.model.contents import Contents
-from pared.runtime.graphs.capturing.capture import PREFIX, capturing, functional
+from pared.runtime.graphs.capturing.capture import capturing, functional, placeholders
 from pared.runtime.onnx.capture import Dynamic, names_of, program_of
 from pared.runtime.onnx.export import ARTIFACT, Exported, checksum_beside, need
 from pared.runtime.onnx.signature import SIGNATURE, GraphInput, Signature, tensors_of
@@ -54,7 +53,7 @@ def export_openvino(
     program, call, signature = program_of(floats, args, kwargs, dynamic)
     with capturing():
         program = functional(program)
-    found, shapes = _converted(program, floats, contents)
+    found, shapes = in_openvino(program, floats, contents)
     names, outputs = names_of(signature)
     given = {
         name: GraphInput.of(tensor, shape) for name, tensor, shape in zip(names, tensors_of(call), shapes, strict=True)
@@ -62,44 +61,42 @@ def export_openvino(
     signature = replace(signature, inputs=given)
     _name(found.model, names, outputs, shapes)
     _tell(found.model, signature, path)
-    nbytes = _write(found.model, path)
+    nbytes = write({path.name: found.model}, path)
+    ends = {name: _shape(found.model.output(i)) for i, name in enumerate(outputs)}
+    return described(found, contents, path, nbytes, {name: one.shape for name, one in given.items()}, ends)
+
+
+def described(
+    found: Filled,
+    contents: Contents,
+    path: Path,
+    nbytes: int,
+    inputs: Mapping[str, tuple[int | str, ...]],
+    outputs: Mapping[str, tuple[int | str, ...] | None],
+) -> Exported:
+    """What was written; what it holds as floats is told as well."""
     for name, because in found.floats.items():
         log.warning("%s holds %s as floats: %s", path.name, name, because)
-    ends = {name: _shape(found.model.output(i)) for i, name in enumerate(outputs)}
     activations = {
         name: "static" if name in found.static else "float"
         for name, one in contents.activations.items()
         if one.mode != "gather"
     }
-    return Exported(
-        path,
-        nbytes,
-        {name: one.shape for name, one in given.items()},
-        ends,
-        tuple(sorted(found.coded)),
-        found.floats,
-        activations,
-    )
+    return Exported(path, nbytes, inputs, outputs, tuple(sorted(found.coded)), found.floats, activations)
 
 
-def _converted(program: Any, floats: nn.Module, contents: Contents) -> tuple[Filled, list[tuple[int | str, ...]]]:
-    """The program in OpenVINO, and the shapes of its inputs."""
-    tensors: dict[str, str] = {}
-    constants: dict[str, Tensor] = {}
-    shapes: list[tuple[int | str, ...]] = []
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
-    for spec in program.graph_signature.input_specs:
-        name = spec.arg.name
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensors[name] = spec.target.removeprefix(PREFIX)
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[name] = program.constants[spec.target]
-        else:
-            shapes.append(tuple(size if isinstance(size, int) else str(size) for size in values[name].shape))
+def in_openvino(program: Any, floats: nn.Module, contents: Contents) -> tuple[Filled, list[tuple[int | str, ...]]]:
+    """A program of `torch.export` in OpenVINO, and the shapes of its inputs: names for sizes that may vary.
+
+    Raises:
+        ModelError: OpenVINO does not know an operator of it.
+    """
+    begin = placeholders(program)
+    shapes = [tuple(map(_size, value.shape)) for value in begin.inputs.values()]
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     try:
-        return filled(graph, floats, contents, tensors, constants, narrow=True), shapes
+        return filled(graph, floats, contents, begin.tensors, begin.constants, narrow=True), shapes
     except Exception as error:  # whatever the runtime makes of a graph
         raise ModelError(
             f"OpenVINO cannot take it: {reason_of(error)}", where=type(floats).__name__, remedy=_REMEDY
@@ -134,6 +131,10 @@ def _tell(model: Any, signature: Signature, path: Path) -> None:
         model.set_rt_info(text, ["framework", key])
 
 
+def _size(size: Any) -> int | str:
+    return int(text) if (text := str(size)).isdecimal() else text
+
+
 def _shape(output: Any) -> tuple[int | str, ...] | None:
     shape = output.get_partial_shape()
     if shape.rank.is_dynamic:
@@ -141,14 +142,27 @@ def _shape(output: Any) -> tuple[int | str, ...] | None:
     return tuple(size.get_length() if size.is_static else "?" for size in shape)
 
 
-def _write(model: Any, path: Path) -> int:
-    """Write both files under temporary names, then rename: a crash leaves no graph without its numbers."""
+def write(graphs: Mapping[str, Any], path: Path, beside: Callable[[Path], object] = lambda _: None) -> int:
+    """Write graphs under temporary names, then rename: a crash leaves none without its numbers.
+
+    Args:
+        graphs: an `openvino.Model` for each file name.
+        path: that of one of them, which is there last.
+        beside: writes more files into a directory.
+
+    Returns:
+        the bytes of the graph at `path` and its numbers.
+    """
     import openvino
 
     with owned(path.parent, wait=SHORT_WAIT), writing_to(path.parent), temporary_folder(path.parent) as folder:
-        openvino.save_model(model, str(Path(folder) / path.name), compress_to_fp16=False)
-        written = 0
-        for file in sorted(Path(folder).iterdir()):  # the numbers, ".bin", before the graph
-            written += file.stat().st_size
-            file.replace(path.with_name(file.name))
+        for name, graph in graphs.items():
+            openvino.save_model(graph, str(Path(folder) / name), compress_to_fp16=False)
+        written = sum(file.stat().st_size for file in Path(folder).glob(f"{path.stem}.*"))
+        beside(Path(folder))
+        files = [file for file in Path(folder).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda one: (one.name == path.name, one.name)):
+            place = path.parent / file.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            file.replace(place)
     return written

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from pared.errors import ModelError, reason_of
@@ -21,9 +20,13 @@ from pared.runtime.graphs.capturing.capture import Captured, Size
 from pared.runtime.graphs.capturing.outputs import Outputs
 from pared.runtime.graphs.graph import FiniteInputs, fits
 from pared.runtime.onnx.engines import OpenVinoSession
+from pared.runtime.openvino.caches.inside import Inside, is_joined, kept_inside
+from pared.runtime.openvino.caches.session import CachedSession
 from pared.runtime.openvino.conversion import Result, contents_for, converted
+from pared.switches import threads_asked
 
 _OLDEST: Final = (2025, 0)
+_ANY: Final = -1  # as OpenVINO writes a size that may vary
 
 
 def is_installed() -> bool:
@@ -50,12 +53,14 @@ class Parts:
         sizes: the sizes of each input, by its name.
         outputs: turns leaves into the model's output.
         leaves: constants, and the places of results.
+        inside: which numbers of caches it keeps; None if callers give all of them.
     """
 
     note: str
     sizes: Mapping[str, tuple[Size, ...]]
     outputs: Outputs
     leaves: tuple[object, ...]
+    inside: Inside | None = None
 
 
 class _Sessions:
@@ -63,20 +68,27 @@ class _Sessions:
 
     Args:
         graph: makes the graph of OpenVINO, for a number of threads that is not compiled yet.
+        inside: which numbers of caches it keeps, if it does.
     """
 
-    def __init__(self, graph: Callable[[], Any]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Callable[[], Any], inside: Inside | None) -> None:
+        self.graph, self.inside = graph, inside
         self.known: dict[int, OpenVinoSession] = {}
         self._lock = threading.Lock()
 
     def here(self) -> OpenVinoSession:
         """That for as many threads as torch has now."""
-        threads = torch.get_num_threads()
+        threads = threads_asked()
         with self._lock:
             if threads not in self.known:
-                self.known[threads] = OpenVinoSession(self.graph(), threads)
+                self.known[threads] = self.session(self.graph(), threads)
             return self.known[threads]
+
+    def session(self, model: Any, threads: int) -> OpenVinoSession:
+        """That of a graph, or of what was compiled of it."""
+        if self.inside is None:
+            return OpenVinoSession(model, threads)
+        return CachedSession(model, threads, self.inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +112,22 @@ def _compiled(model: nn.Module, captured: Captured) -> _Compiled:
         if same(one.contents, contents):
             return one
     graph, leaves = converted(model, captured, contents)
-    made = _Compiled(contents, leaves, _Sessions(lambda: graph))
+    made = _Compiled(contents, leaves, _sessions(graph, captured))
     made.sessions.here()  # what cannot be compiled is not kept
     known.append(made)
     return made
+
+
+def _sessions(graph: Any, captured: Captured) -> _Sessions:
+    """What runs a graph; it keeps caches if that saves copying them."""
+    shapes = {name: [_ANY if one.fixed is None else one.fixed for one in own] for name, own in captured.inputs.items()}
+    found = kept_inside(graph, shapes)
+    if found is not None:
+        keeping, inside = found
+        sessions = _Sessions(lambda: keeping, inside)
+        if is_joined(sessions.here(), inside):
+            return sessions
+    return _Sessions(lambda: graph, None)
 
 
 class OpenVinoGraph:
@@ -131,7 +155,8 @@ class OpenVinoGraph:
             raise ModelError(
                 f"OpenVINO cannot run it: {reason_of(error)}", where="graph", remedy="Nothing needs to be done."
             ) from error
-        self._begin(Parts(captured.note, captured.inputs, captured.outputs, made.leaves), made.sessions)
+        parts = Parts(captured.note, captured.inputs, captured.outputs, made.leaves, made.sessions.inside)
+        self._begin(parts, made.sessions)
 
     @classmethod
     def again(cls, parts: Parts, threads: int, compiled: bytes, made: Callable[[], OpenVinoGraph]) -> OpenVinoGraph:
@@ -145,8 +170,8 @@ class OpenVinoGraph:
         """
         _check_version()
         found = object.__new__(cls)
-        sessions = _Sessions(lambda: made()._sessions.graph())
-        sessions.known[threads] = OpenVinoSession(compiled, threads)
+        sessions = _Sessions(lambda: made()._sessions.graph(), parts.inside)
+        sessions.known[threads] = sessions.session(compiled, threads)
         found._begin(parts, sessions)
         return found
 
@@ -168,8 +193,10 @@ class OpenVinoGraph:
         Raises:
             NotFiniteError: NaN or Inf, which the modules answer in floats.
         """
-        self._finite.check(bound)
-        tensors = [value for value in bound.values() if type(value) is Tensor]
-        results = self._sessions.here().run(dict(zip(self.parts.sizes, tensors, strict=True)))
+        session, names = self._sessions.here(), [name for name, value in bound.items() if type(value) is Tensor]
+        given = dict(zip(self.parts.sizes, (bound[name] for name in names), strict=True))
+        known = session.known(given)
+        self._finite.check({name: bound[name] for name, place in zip(names, given, strict=True) if place not in known})
+        results = session.run(given)
         leaves = [results[one.place] if isinstance(one, Result) else one for one in self.parts.leaves]
         return self.parts.outputs.of(leaves, bound)

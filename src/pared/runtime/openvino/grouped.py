@@ -24,9 +24,7 @@ def constant(weight: Stored) -> Any:
     fmt = weight.coded.format
     assert isinstance(fmt, Grouped)
     view = weight.coded.view or first_dimension(weight.coded.shape)
-    parts = {name: part.detach() for name, part in weight.coded.parts.items()}
-    matrix = {name: (view.matrix(part) if name == "codes" else part).numpy() for name, part in parts.items()}
-    numbers = Integers.of(fmt.grid, matrix)
+    numbers = Integers.of(fmt.grid, weight.matrix_parts())
     if numbers is None:
         return "zero is not on its grid, as OpenVINO needs it"
     if view.split != weight.coded.shape or len(view.rows) != 1:

@@ -36,9 +36,9 @@ def _offer(bits: int, group: int | None, zero: Zero = "fixed", roles: frozenset[
 
 TARGET: Final = Target(
     name="openvino",
-    title="OpenVINO IR",
+    title="OpenVINO IR, openvino-genai",
     extra="openvino",
-    packages=("openvino",),
+    packages=("openvino", "openvino_tokenizers"),
     offers=(
         _offer(8, 32),
         _offer(8, 128),
