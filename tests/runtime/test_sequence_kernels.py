@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pared.formats.activation import Range
-from pared.runtime.kernels import recurrent, transposed
+from pared.runtime.kernels import transposed
+from pared.runtime.kernels.fbgemm import recurrent
+from pared.runtime.kernels.fbgemm.recurrent import Kind, Weights
 from pared.runtime.kernels.machine import exact_products, levels_for
-from pared.runtime.kernels.recurrent import Kind, Weights
 from pared.runtime.kernels.transposed import Moves
 from tests.runtime import reference
 

@@ -8,6 +8,8 @@ into unsigned codes. `linear` and `conv` each offer
 * `static(x, packed, bias, span)`: activations on one grid, made from a calibrated `Range`;
 * `dynamic(x, packed, bias)`: activations on grids taken from the call.
 
+`fbgemm` has what FBGEMM computes faster than oneDNN: recurrent layers, and products of a few rows.
+
 Everything is a pure function and needs no lock; only the answers of `machine` and the grids of ranges are cached.
 Nothing here carries gradients. The tests compare each function with a plain reference.
 """

@@ -7,17 +7,21 @@ the others in the batch, at the price of a few more passes over the activations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, NamedTuple
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pared.errors import ModelError
-from pared.formats.activation import Outliers, Range
+from pared.formats.activation import NARROWEST, Outliers, Range
 from pared.runtime.kernels.activation import check, codes_of, quantize, quantize_rows
-from pared.runtime.kernels.machine import PLAIN, has_tiles, levels_for
+from pared.runtime.kernels.fbgemm import rows as few
+from pared.runtime.kernels.machine import FULL_LEVELS, PLAIN, has_tiles, levels_for
 from pared.runtime.kernels.outliers import ExtraColumns, columns_of, extra_columns, widened
 
 # How many codes of a row one instruction multiplies, with tiles and without.
@@ -27,25 +31,38 @@ _WORD: Final = 4
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """A weight as the kernel wants it. It can be neither copied nor pickled.
+    """A weight as the kernels want it, in the order of each at first use. It can be neither copied nor pickled.
 
     Args:
-        weight: in the kernel's own order.
+        codes: gives them, int8 of shape (out, width).
         step: float32, one per output.
         zeros: int32, the weight's zero points, all 0.
         sums: float32, the sum of each output's weights.
         inputs: the number of columns, without extra ones.
+        used: the number of columns with extra ones.
         width: the number of columns with extra ones and padding.
         levels: the largest activation code at which products are exact.
     """
 
-    weight: Tensor
+    codes: Callable[[], Tensor]
     step: Tensor
     zeros: Tensor
     sums: Tensor
     inputs: int
+    used: int
     width: int
     levels: int
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        """In the order of oneDNN."""
+        made: Tensor = torch.ops.onednn.qlinear_prepack.default(self.codes().contiguous(), None)
+        return made
+
+    @functools.cached_property
+    def for_few_rows(self) -> Any:
+        """In the form of FBGEMM."""
+        return few.packed_product(self.codes()[:, : self.used], self.step)
 
 
 def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> PackedLinear:
@@ -70,16 +87,27 @@ def pack(codes: Tensor, step: Tensor, outliers: Outliers = ()) -> PackedLinear:
             f"an outlier lies outside the {codes.shape[1]} columns of the weight",
             remedy="Quantize the model again: this weight has another shape than the one that was calibrated.",
         )
-    whole = padded(widened(codes, outliers)) if outliers else codes
+    whole = _in_order(codes, outliers)
     return PackedLinear(
-        weight=torch.ops.onednn.qlinear_prepack.default(whole.contiguous(), None),
+        codes=functools.partial(_in_order, codes, outliers),
         step=step.detach().contiguous(),
         zeros=torch.zeros(len(codes), dtype=torch.int32, device="cpu"),
         sums=(codes.sum(1).double() * step.detach()).float(),
         inputs=codes.shape[1],
+        used=codes.shape[1] + len(columns_of(outliers)),
         width=whole.shape[1],
         levels=levels_for(whole),
     )
+
+
+def joined(codes: Sequence[Tensor], step: Tensor, outliers: Outliers = ()) -> PackedLinear:
+    """Pack weights of one input as one weight, which is made where it is needed and not kept."""
+    made = pack(torch.cat([*codes]), step, outliers)
+    return replace(made, codes=lambda: _in_order(torch.cat([*codes]), outliers))
+
+
+def _in_order(codes: Tensor, outliers: Outliers) -> Tensor:
+    return padded(widened(codes, outliers)) if outliers else codes
 
 
 def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, outliers: Outliers = ()) -> Tensor:
@@ -106,12 +134,23 @@ def static(x: Tensor, packed: PackedLinear, bias: Tensor | None, span: Range, ou
         return _without_input(x, packed, bias)
     scale, zero_point = span.grid(packed.levels)
     grid = (scale, zero_point, packed.levels)
-    if outliers:
-        codes = quantize_all(floats, *grid, extra_columns(outliers, span, packed.levels), packed.width)
+    more = extra_columns(outliers, span, packed.levels) if outliers else None
+    if packed.levels == FULL_LEVELS and floats.numel() <= few.MOST_ROWS * packed.inputs and few.available():
+        out = _product_of_few(floats, scale, zero_point, packed, more, float_bias(bias))
     else:
-        codes = quantize(floats, *grid)
-    out = _product(codes, scale, zero_point, packed, float_bias(bias))
+        codes = quantize(floats, *grid) if more is None else quantize_all(floats, *grid, more, packed.width)
+        out = _product(codes, scale, zero_point, packed, float_bias(bias))
     return out if x.dtype is torch.float32 and x.dim() > 1 else out.view(*x.shape[:-1], out.shape[-1]).to(x.dtype)
+
+
+def _product_of_few(
+    x: Tensor, scale: float, zero_point: int, packed: PackedLinear, more: ExtraColumns | None, bias: Tensor | None
+) -> Tensor:
+    """The product of `static`, which puts its input on the grid itself."""
+    check(x, scale * max(zero_point, packed.levels - zero_point) * (1 if more is None else more.reach))
+    whole = x if more is None else torch.cat([x, more.values(x)], -1)
+    out = few.product(whole, scale, zero_point, packed.for_few_rows)
+    return out if bias is None else out.add_(bias)
 
 
 def padded(codes: Tensor) -> Tensor:
@@ -150,7 +189,7 @@ class Rows(NamedTuple):
     """An input with each row on a grid of its own; several products may share it.
 
     Args:
-        codes: uint8 of shape (rows, in).
+        codes: uint8 of shape (rows, in), or float32 where the rows are few.
         scale, zero_point: float32 of shape (rows, 1).
         leading: the shape of the input without its last dimension.
     """
@@ -161,17 +200,46 @@ class Rows(NamedTuple):
     leading: tuple[int, ...]
 
 
-def rows_of(x: Tensor, levels: int) -> Rows:
+class OneRow(NamedTuple):
+    """An input of one row, which the product itself puts on the row's grid.
+
+    Args:
+        values: float32 of shape (..., in).
+        scale: that of the row.
+        zero_point: that of the row.
+    """
+
+    values: Tensor
+    scale: float
+    zero_point: int
+
+
+def rows_of(x: Tensor, levels: int) -> Rows | OneRow:
     """The rows of an input (float32, (..., in), not empty), as `dynamic` quantizes them."""
-    return Rows(*quantize_rows(x.reshape(-1, x.shape[-1]), levels), tuple(x.shape[:-1]))
+    count = x.numel() // x.shape[-1]
+    if count > few.MOST_ROWS or not few.available():
+        return Rows(*quantize_rows(x.reshape(-1, x.shape[-1]), levels), tuple(x.shape[:-1]))
+    if count == 1:
+        low, high = (end.item() for end in x.aminmax())
+        scale = (max(high, 0.0) - min(low, -NARROWEST)) / (levels - 1)  # the grid of `quantize_rows`
+        if math.isfinite(scale):
+            return OneRow(x.contiguous(), scale, round(-min(low, -NARROWEST) / scale))
+    codes, scales, zero_points = quantize_rows(x.reshape(-1, x.shape[-1]), levels)
+    return Rows(codes.float(), scales, zero_points, tuple(x.shape[:-1]))
 
 
-def product_of_rows(rows: Rows, packed: PackedLinear, bias: Tensor | None) -> Tensor:
+def product_of_rows(rows: Rows | OneRow, packed: PackedLinear, bias: Tensor | None) -> Tensor:
     """The product of `dynamic`, in float32 of shape (..., out)."""
-    out = _product(rows.codes, 1.0, 0, packed, None)
+    bias = float_bias(bias)
+    if isinstance(rows, OneRow):
+        out = few.product(*rows, packed.for_few_rows)
+        return out if bias is None else out.add_(bias)
+    if rows.codes.dtype is torch.float32:
+        out = few.product(rows.codes, 1.0, 0, packed.for_few_rows)
+    else:
+        out = _product(rows.codes, 1.0, 0, packed, None)
     # The kernel knows one zero point for all rows, so each row's own is subtracted here; new memory would be slow.
     out.addcmul_(rows.zero_point, packed.sums, value=-1.0)
-    bias = float_bias(bias)
     out = out.mul_(rows.scale) if bias is None else torch.addcmul(bias, out, rows.scale, out=out)
     return out.view(*rows.leading, out.shape[-1])
 

@@ -51,6 +51,11 @@ class ExtraColumns:
         codes = shifted.view(torch.int32).view(*x.shape[:-1], len(self.columns))
         return codes.to(torch.uint8) if out is None else out.copy_(codes)
 
+    def values(self, x: Tensor) -> Tensor:
+        """What the extra columns carry (float32, (..., extra)) of a finite input (float32, (..., in)), in floats."""
+        low, high = ((end - (ORIGIN + self.zero_point)) * self.scale for end in (self.low, self.high))
+        return x.index_select(-1, self.columns).sub_(self.shift * self.scale).clamp_(low, high)
+
 
 def columns_of(outliers: Outliers) -> list[int]:
     """The column of the input that each extra column belongs to, in their order.

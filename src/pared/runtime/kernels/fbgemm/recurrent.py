@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pared.runtime.kernels.fbgemm.rows import packed_product
 from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
 from pared.runtime.kernels.machine import available as products_available
-from pared.switches import ignoring, quantized_engine
 
 Kind = Literal["lstm", "gru"]
 
@@ -32,10 +32,6 @@ _SATURATED: Final = 40.0
 # Weights in float16 lose digits where their largest is smaller, and are cut where it is larger.
 _SMALLEST, _LARGEST = 2.0**-10, 2.0**15
 _KEEPING: Final = {4: (-_SATURATED, _SATURATED, 0.0, _SATURATED), 3: (0.0, _SATURATED, 0.0)}
-
-# oneDNN is 2 to 10 % faster for whole sequences, but two threads must not call one of its packed weights at once: about
-# one call in 5,000 then returned wrong numbers (torch 2.13).
-_ENGINE: Final = "fbgemm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +103,9 @@ def pack(weights: Weights, ways: int = 0, scale: float = 1.0) -> Any:
     floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], device="cpu")[:, None]
     own, last = (_with_units(codes, gates) for codes in weights.codes)
     narrow = weights.levels < FULL_LEVELS
-    state = _pack_product(_with_columns(last, 1), steps[1], floats[1])
+    state = packed_product(_with_columns(last, 1), steps[1], floats[1])
     if ways:
-        inputs = _pack_product(_with_columns(own, ways), steps[0], floats[0])
+        inputs = packed_product(_with_columns(own, ways), steps[0], floats[0])
     else:
         decoded = own.float() * (steps[0] / scale)[:, None]
         inputs = torch.ops.quantized.linear_prepack_fp16(decoded, floats[0])
@@ -126,24 +122,6 @@ def _with_units(rows: Tensor, gates: int) -> Tensor:
 def _with_columns(codes: Tensor, ways: int) -> Tensor:
     """A weight that reads the states of one or two directions, with columns of zeros for the additional units."""
     return F.pad(codes.unflatten(1, (ways, -1)), (0, len(_ENDS))).flatten(1)
-
-
-def _pack_product(codes: Tensor, steps: Tensor, bias: Tensor) -> Any:
-    """A weight in an engine's own form. PyTorch reads the engine from a global setting; the form remembers it."""
-    weight = _as_quantized(codes, steps)
-    with quantized_engine(_ENGINE):
-        return torch.ops.quantized.linear_prepack(weight, bias)
-
-
-def _as_quantized(codes: Tensor, steps: Tensor) -> Tensor:
-    """Codes and steps as a quantized tensor, the only kind that these operators take.
-
-    PyTorch plans to remove it: `available` will then say so, and layers will run in float.
-    """
-    zeros = torch.zeros(len(codes), dtype=torch.int64, device="cpu")
-    with ignoring(UserWarning, "torch.quantize_per_tensor"):
-        made: Tensor = torch._make_per_channel_quantized_tensor(codes.contiguous(), steps.double(), zeros, 0)
-    return made
 
 
 def run(

@@ -1,0 +1,1 @@
+"""What FBGEMM computes faster than oneDNN: recurrent layers, and products of a few rows."""
