@@ -150,6 +150,7 @@ def check_bytes(q: nn.Module, exported: Exported) -> None:
     tensors = contents_of(q).tensors
     codes = sum(one.coded.parts["codes"].nbytes for one in tensors if "codes" in one.coded.parts)
     steps = sum(4 * one.coded.parts["step"].numel() for one in tensors if "codes" in one.coded.parts)
+    scales = sum(4 * one.coded.parts["scale"].numel() for one in tensors if "scale" in one.coded.parts)
     kept = sum(4 * math.prod(one.coded.shape) for one in tensors if "codes" not in one.coded.parts)
     held = bytes_by_type(exported.path)
     assert exported.floats == {}
@@ -159,5 +160,5 @@ def check_bytes(q: nn.Module, exported: Exported) -> None:
     # Vectors on grids may have gone into the weight before them, with a batch normalization.
     assert 0.995 * codes <= sum(held.get(kind, 0) for kind in _CODES) <= codes + further
     # A transposed convolution of several groups has steps along two dimensions, each repeated once for every input.
-    assert sum(held.get(kind, 0) for kind in _FLOATS) <= 2 * steps + kept + 4096
+    assert sum(held.get(kind, 0) for kind in _FLOATS) <= 2 * steps + scales + kept + 4096
     assert exported.nbytes == exported.path.stat().st_size <= codes + further + 2 * steps + kept + 60_000

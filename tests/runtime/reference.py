@@ -10,9 +10,9 @@ from pared.formats.activation import NARROWEST, Outliers, Range, float32
 from pared.runtime.kernels import outliers as columns
 from pared.runtime.kernels.activation import ORIGIN
 from pared.runtime.kernels.conv import Geometry
+from pared.runtime.kernels.fbgemm.recurrent import Kind, Weights
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.outliers import ExtraColumns
-from pared.runtime.kernels.recurrent import Kind, Weights
 from pared.runtime.kernels.transposed import Moves
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

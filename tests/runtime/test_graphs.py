@@ -24,7 +24,7 @@ from pared.runtime.graphs.products import QCONVS, QLINEAR
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import pad_codes
 from pared.runtime.kernels.linear import product_of_rows
-from pared.runtime.layers.counterpart import run_kernel
+from pared.runtime.layers.dispatch import run_kernel
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import Timing
 from pared.runtime.record import contents_of
@@ -187,7 +187,7 @@ def test_dynamic_rows_are_rounded_once_for_all_that_multiply_them() -> None:
     case = CASES["attention"]
     _, q = assembled(case, "dynamic")
     operators = targets(graph_of(q, case.call(4, 24)))
-    assert operators.count(product_of_rows) == 6
+    assert operators.count(product_of_rows) == 4, "one of q, k and v"
     assert sum(getattr(one, "__name__", "") == "rows_of" for one in operators) == 4
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from pared.errors import ModelError
 from pared.formats.activation import Range
 from pared.runtime.kernels import conv, linear
+from pared.runtime.kernels.fbgemm import rows as few
 from tests.runtime import reference
-from tests.runtime.inputs import SPAN, assert_same, needs_kernels, random, random_codes, random_step
+from tests.runtime.inputs import SPAN, TOLERANCE, assert_same, needs_kernels, random, random_codes, random_step
 
-LEADING = [(), (0,), (1,), (7,), (2, 3), (2, 0, 3)]
+LEADING = [(), (0,), (1,), (7,), (2, 3), (2, 0, 3), (2, 50)]
+NOTHING = 1e-30  # below that a product is no number that anybody reads
 
 
 @needs_kernels
@@ -52,8 +54,56 @@ def test_a_row_of_the_output_does_not_depend_on_its_neighbours() -> None:
     packed = linear.pack(random_codes(16, 32), random_step(16))
     x = random(5, 32) * torch.tensor([[1.0], [1e3], [1e-3], [0.0], [1e6]])
     together = linear.dynamic(x, packed)
-    for row, alone in zip(x, together, strict=True):
-        assert_same(linear.dynamic(row, packed), alone)
+    for row, expected in zip(x, together, strict=True):
+        alone = linear.dynamic(row, packed)
+        assert alone.shape == expected.shape
+        assert float((alone - expected).abs().max()) <= TOLERANCE * max(float(expected.abs().max()), NOTHING)
+
+
+@needs_kernels
+@pytest.mark.parametrize("outputs", [1, 5, 48])
+@pytest.mark.parametrize("count", [1, 2, few.MOST_ROWS, few.MOST_ROWS + 1])
+def test_few_rows_give_what_many_give(count: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, step, bias = random_codes(outputs, 130), random_step(outputs), random(outputs, seed=3)
+    x = random(count, 130) * 10 ** random(count, 1, seed=4)
+    found = linear.dynamic(x, linear.pack(codes, step), bias)
+    monkeypatch.setattr(few, "available", lambda: False)
+    for got, expected in zip(found, linear.dynamic(x, linear.pack(codes, step), bias), strict=True):
+        assert_same(got, expected, 4 * TOLERANCE)
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 5])
+def test_few_rows_leave_a_range_as_many_do(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outliers, codes = ((7, 3), (3, -4), (3, 5)), random_codes(48, 130)
+    packed = linear.pack(codes, random_step(48), outliers)
+    x = random(count, 130) * 2
+    x[:, 7] *= 9
+    x[:, 3] *= -9
+    found = linear.static(x, packed, None, SPAN, outliers)
+    monkeypatch.setattr(few, "available", lambda: False)
+    assert_same(found, linear.static(x, packed, None, SPAN, outliers))
+
+
+@needs_kernels
+def test_joined_weights_are_those_of_their_parts() -> None:
+    parts, outliers = [random_codes(5, 20), random_codes(3, 20, seed=7)], ((2, 1),)
+    joined = linear.joined(parts, random_step(8), outliers)
+    whole = linear.pack(torch.cat(parts), random_step(8), outliers)
+    for x in (random(1, 20), random(few.MOST_ROWS + 1, 20)):
+        assert torch.equal(
+            linear.static(x, joined, None, SPAN, outliers), linear.static(x, whole, None, SPAN, outliers)
+        )
+    assert torch.equal(joined.codes(), whole.codes())
+
+
+@needs_kernels
+def test_a_weight_is_packed_for_the_kernels_that_run() -> None:
+    packed = linear.pack(random_codes(5, 9), random_step(5))
+    linear.dynamic(random(1, 9), packed)
+    assert ("weight" in vars(packed)) != few.available()
+    linear.dynamic(random(few.MOST_ROWS + 1, 9), packed)
+    assert "weight" in vars(packed)
 
 
 @needs_kernels
@@ -113,6 +163,7 @@ def test_nan_and_infinity_show_in_the_rows_that_hold_them() -> None:
     x[1, 3], x[2, 0] = math.nan, math.inf
     for bias in (None, random(5)):
         assert linear.dynamic(x, packed, bias).isfinite().all(1).tolist() == [True, False, False, True]
+        assert [bool(linear.dynamic(row, packed, bias).isfinite().all()) for row in x] == [True, False, False, True]
         assert not linear.dynamic(x, packed, bias)[1:3].isfinite().any()
 
 

@@ -14,9 +14,11 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree
+from transformers import PreTrainedModel
 
 import pared
-from pared.runtime.kernels import machine, recurrent
+from pared.runtime.kernels import machine
+from pared.runtime.kernels.fbgemm import recurrent
 
 pytestmark = pytest.mark.slow
 
@@ -33,9 +35,10 @@ NAMES: dict[str, object] = {
     **dict.fromkeys(("_state_dict_hooks", "_load_state_dict_pre_hooks"), MODULE),
     **dict.fromkeys(("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_init_flat_weights"), LSTM),
     **dict.fromkeys(("_version", "_make_wrapper_subclass"), TENSOR),
-    **dict.fromkeys(("_C", "_ops", "_make_per_channel_quantized_tensor"), torch),
+    **dict.fromkeys(("_C", "_ops", "_make_per_channel_quantized_tensor", "_weight_int8pack_mm"), torch),
     **dict.fromkeys(("_assert_tensor_metadata", "_native_batch_norm_legit_no_training", "_unsafe_view"), ATEN),
     **dict.fromkeys(("_assert_scalar", "_assert_async"), ATEN),
+    "_init_weights": PreTrainedModel,  # of transformers
     "_functorch": torch._C,
     "maybe_current_level": torch._C._functorch,
     "DisableTorchFunctionSubclass": torch._C,

@@ -19,7 +19,7 @@ from pared.runtime.graphs.call_kinds import arguments_of, bind
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile.timings import CallTiming, ModelTiming
 from pared.runtime.record import contents_of, record_of
-from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.float_copy import FloatServer
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import SERVER, forward_of, serve
 from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
@@ -261,7 +261,7 @@ def test_a_copy_in_bfloat16_steps_back_for_hooks_and_follows_changes(pair: tuple
     timing = CallTiming(arguments_of(bound_of(q, {"ids": IDS})), 4.0, 1.0, 4.0, None)
     profile = replace(record_of(q).profile, model=ModelTiming((timing,)))
     q = quantized.assemble(find_tensors(model), contents_of(q), profile)
-    assert isinstance(vars(q)[SERVER], BFloat16Server)
+    assert isinstance(vars(q)[SERVER], FloatServer)
     with torch.no_grad():
         before = q(IDS)["hidden"]
         assert not torch.equal(before, forward_of(q)(q, IDS)["hidden"])

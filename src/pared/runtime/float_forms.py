@@ -12,6 +12,7 @@ from pared.model.copies import clone_structure, refresh_recurrent
 from pared.model.tensors import ModelTensors, ModuleT
 from pared.runtime.layers.attention import rejoin_fast_paths
 from pared.runtime.layers.counterpart import Counterpart, restore
+from pared.runtime.layers.holding.weights import step_name
 from pared.runtime.placement import detach
 from pared.runtime.record import RECORD, record_of
 from pared.runtime.serving.served import release
@@ -43,13 +44,13 @@ def outline_of(model: nn.Module) -> nn.Module:
 def floats_of(model: nn.Module) -> nn.Module:
     """A float model of the original class: weights held in codes are decoded, and the other tensors are shared."""
     floats = outline_of(model)
-    known: dict[int, nn.Parameter] = {}  # what is tied stays so
+    known: dict[int, nn.Parameter] = {}  # what is tied, and so has the same steps, stays so
     for name, module in model.named_modules():
         for attribute in module.pared_views if isinstance(module, Counterpart) else ():
-            codes = id(module.pared_codes(attribute))
-            if codes not in known:
-                known[codes] = nn.Parameter(module.pared_decode(attribute), requires_grad=False)
-            floats.get_submodule(name)._parameters[attribute] = known[codes]
+            steps = id(module._parameters[step_name(attribute)])
+            if steps not in known:
+                known[steps] = nn.Parameter(module.pared_decode(attribute), requires_grad=False)
+            floats.get_submodule(name)._parameters[attribute] = known[steps]
     refresh_recurrent(floats)
     return floats
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, get_args, overload
 
+import torch
 from torch import nn
 
 from pared.artifact.envelope import find_artifact
+from pared.artifact.shards import sharded_in
 from pared.errors import ConfigError
 from pared.files.disk import as_path
 from pared.files.threads import apart
@@ -33,6 +35,7 @@ def load(
     model: ModuleT,
     *,
     memory: Memory = "fast",
+    dtype: torch.dtype | None = None,
     engine: Literal["torch"] = "torch",
     warm: bool = True,
     quiet: bool = False,
@@ -45,6 +48,7 @@ def load(
     model: nn.Module | None = None,
     *,
     memory: Memory = "fast",
+    dtype: torch.dtype | None = None,
     engine: Engine = "torch",
     warm: bool = True,
     quiet: bool = False,
@@ -56,6 +60,7 @@ def load(
     model: nn.Module | None = None,
     *,
     memory: Memory = "fast",
+    dtype: torch.dtype | None = None,
     engine: Engine = "torch",
     warm: bool = True,
     quiet: bool = False,
@@ -72,10 +77,14 @@ def load(
         path: the directory that `save` wrote, or the artifact itself.
         model: the architecture: any instance of it, on the CPU or on the meta device. Its numbers are not used, and
             it is not changed. Only PyTorch needs it.
-        memory: "small" keeps every weight in codes and decodes it whenever it is read (of a table, only the rows that
-            are looked up): at most a third of the memory of float weights, at the cost of the milliseconds that
-            `q_model.report()` shows; weights whose steps belong to groups of columns are floats even so. "fast" decodes
-            once, and packs what runs in int8. Only for PyTorch.
+        memory: "small" keeps the bytes of the file, and decodes a weight whenever its layer reads it (of a table, only
+            the rows that are looked up, and their neighbours): memory near the size of the file and of the largest
+            weight as floats, at the cost of the milliseconds that `q_model.report()` shows; weights whose steps belong
+            to groups of columns are floats even so. "fast" decodes once, and packs what runs in int8. Only for PyTorch.
+        dtype: torch.bfloat16 runs a model in bfloat16 that was fitted in another type, in half of the memory or less:
+            weights of linear layers on int8 grids stay codes, and are multiplied with inputs of bfloat16, which int8
+            does not round; floats in the arguments have to be bfloat16, as for any such model. None: the type in which
+            it was fitted. Only for PyTorch.
         engine: what runs the model. "onnxruntime" and "openvino" run the `model.onnx` that
             `q_model.export(directory, inputs)` wrote beside the artifact, with the same number of threads as PyTorch;
             "auto" times every installed engine, and PyTorch if `model` is given, on inputs like those of the export,
@@ -100,14 +109,20 @@ def load(
     """
     check_choice("pared.load", "memory", memory, get_args(Memory))
     check_choice("pared.load", "engine", engine, get_args(Engine))
+    if dtype not in (None, torch.bfloat16):
+        what = f"dtype={dtype!r} is not None or torch.bfloat16, in which weights in codes are multiplied"
+        raise ConfigError(what, where="pared.load", remedy="Call .to(dtype) of the model that pared.load returns.")
+    if engine != "torch" and dtype is not None:
+        what = f"dtype={dtype} and engine={engine!r} exclude each other"
+        raise ConfigError(what, where="pared.load", remedy="Leave one out: an export has its type.")
     if engine in SESSIONS:
         if memory == "small":
             what = f'memory="small" and engine={engine!r} exclude each other'
-            raise ConfigError(what, where="pared.load", remedy="Leave one out: only PyTorch holds weights in codes.")
+            raise ConfigError(what, where="pared.load", remedy="Leave one out: only PyTorch decodes weights late.")
         return open_runner(path, engine)
     loaded = None
     if engine == "torch" or model is not None:
-        loaded = _in_torch(path, model, memory, warm, Stages(quiet=quiet))
+        loaded = _in_torch(path, model, memory, dtype, warm, Stages(quiet=quiet))
     if engine == "torch":
         assert loaded is not None
         return loaded
@@ -131,13 +146,48 @@ def check_model(model: nn.Module | None, where: str) -> nn.Module:
     return model
 
 
-def _in_torch(path: str | Path, model: nn.Module | None, memory: Memory, warm: bool, stages: Stages) -> nn.Module:
+def _in_torch(
+    path: str | Path,
+    model: nn.Module | None,
+    memory: Memory,
+    dtype: torch.dtype | None,
+    warm: bool,
+    stages: Stages,
+) -> nn.Module:
     known = check_model(model, "pared.load")
-    file = find_artifact(as_path(path, "load"))
+    place = as_path(path, "load")
+    return opened(sharded_in(place) or find_artifact(place), known, memory, dtype, warm=warm, stages=stages)
+
+
+def opened(
+    file: Path,
+    known: nn.Module,
+    memory: Memory = "fast",
+    dtype: torch.dtype | None = None,
+    *,
+    warm: bool = True,
+    stages: Stages,
+    into: nn.Module | None = None,
+) -> nn.Module:
+    """The quantized model of an artifact, as `load` gives it.
+
+    Args:
+        file: the artifact, or the index of its shards.
+        known: the architecture, checked.
+        memory: as for `load`.
+        dtype: as for `load`.
+        warm: as for `load`.
+        stages: shows progress.
+        into: an object of the architecture's class that becomes the quantized model; None: a new one.
+
+    Raises:
+        CorruptError, FileError, MismatchError, UnsafeError, VersionError: see `load`.
+    """
 
     def made() -> nn.Module:
         tensors = find_tensors(known)
-        loaded = quantized.assemble(tensors, storage.read(file, tensors.numbers), profile_beside(file), memory)
+        contents = storage.read(file, tensors.numbers, undecoded=memory == "small")
+        loaded = quantized.assemble(tensors, contents, profile_beside(file), memory, into=into, dtype=dtype)
         if warm:
             with stages.stage("making graphs"):
                 warm_up(loaded)

@@ -7,7 +7,6 @@ original modules; hooks let `state_dict` return their codes, recovered exactly a
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 import pared
 from pared.artifact.outcome import Outcome
 from pared.errors import MismatchError
-from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path
 from pared.files.threads import apart
 from pared.formats.coded import Grouped
@@ -30,7 +28,7 @@ from pared.inspection.page import page
 from pared.inspection.page.drawing import require_library
 from pared.model import storage
 from pared.model.checks import check_unquantized
-from pared.model.contents import Contents, completed, match
+from pared.model.contents import Contents, completed, in_type, match
 from pared.model.copies import clone_structure
 from pared.model.copying.reach import Reach
 from pared.model.state import extra
@@ -48,24 +46,19 @@ from pared.runtime.onnx.export import Exported
 from pared.runtime.pickling.parametrized import let_be_pickled
 from pared.runtime.pickling.refusal import check_picklable
 from pared.runtime.placement import Memory, held_in_codes, install, running_of
-from pared.runtime.profile.profile import ENGINE_FILE, Profile
+from pared.runtime.profile.profile import Profile
 from pared.runtime.profile.timings import Form, ModelTiming
 from pared.runtime.record import RECORD, Record, Result, contents_of, curve_of, record_of, set_outcome, state_from_json
-from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.saving import is_pretrained, refuse_save_pretrained, save, save_pretrained
+from pared.runtime.serving.float_copy import FloatServer
 from pared.runtime.serving.graph_server import GraphServer
-from pared.runtime.serving.offered import Offered, Yielding, free_names, refuse_save_pretrained
+from pared.runtime.serving.offered import Offered, Yielding, free_names
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import serve
 from pared.runtime.serving.server import Capture, FirstOf, KindServer, Server
 from pared.runtime.serving.settling import SettlingServer
 from pared.runtime.stopwatch import fastest_ms
-from pared.scalars import check_choice
-from pared.switches import rare_collections
-
-DEPLOY: Final = "deploy.yaml"
-# What torch.save takes for the name and the place of each tensor, and for the archive around them (estimates).
-_TORCH_ENTRY: Final = 300
-_TORCH_ARCHIVE: Final = 1000
+from pared.targets.table import check_other
 
 log = logging.getLogger(__name__)
 
@@ -95,57 +88,15 @@ class Quantized(Yielding):
 def revive(skeleton: nn.Module, data: bytes | Tensor, state: str) -> nn.Module:
     """The quantized model of a pickle: the inverse of `Quantized.__reduce_ex__`."""
     raw = data.numpy().tobytes() if isinstance(data, Tensor) else data
-    profile, outcome, memory = state_from_json(state)
-    model = apart(lambda: assemble(find_tensors(skeleton), storage.from_bytes(raw), profile, memory))
+    profile, outcome, memory, dtype = state_from_json(state)
+
+    def made() -> nn.Module:
+        contents = storage.from_bytes(raw, undecoded=memory == "small")
+        return assemble(find_tensors(skeleton), contents, profile, memory, dtype=dtype)
+
+    model = apart(made)
     set_outcome(model, outcome)
     return model
-
-
-def save(model: nn.Module, directory: str | Path, *, container: str = "pt", verify: bool = True) -> Path:
-    """Write a quantized model to a directory: the artifact, `deploy.yaml` for people, `engine.json` for this machine.
-
-    Args:
-        model: a model that `fit` or `load` returned.
-        directory: where to write; it is created if it is missing, and files of an earlier save are replaced, each
-            atomically.
-        container: "pt" (`best_model.pt`) or "safetensors" (`best_model.safetensors`).
-        verify: whether to read the artifact back and compare every number.
-
-    Returns:
-        the artifact's path.
-
-    Raises:
-        FileError: the directory cannot be written, or another run is writing there and does not end.
-        ModelError: the model is not a quantized one, or its weights were changed after compression.
-    """
-    record = record_of(model)
-    with rare_collections(len(record.tensors)):
-        contents = contents_of(model)
-        path = storage.place(directory, container)
-        made = storage.verified(contents, container) if verify else storage.encoded(contents, container)
-        listed = ledger.of_records(replace(made.records, where=path.name), made.index)
-        deploy = summary.deploy_yaml(listed, contents, record.outcome_here, record.running, record.profile)
-    with owned(path.parent, wait=SHORT_WAIT):  # the files belong together
-        for name, content in ((path.name, made.file), (DEPLOY, deploy), (ENGINE_FILE, record.profile.to_json())):
-            storage.write_beside(path, name, content)
-    _warn_if_larger(path, len(made.file), model, contents)
-    return path
-
-
-def _warn_if_larger(path: Path, nbytes: int, model: nn.Module, contents: Contents) -> None:
-    """Say so if a file is larger than the state dict of the float model: only buffers outside of it can cause that."""
-    sizes = {one.name: math.prod(one.coded.shape) * one.coded.dtype.itemsize for one in contents.tensors}
-    left_out = sizes.keys() & {
-        f"{name}.{buffer}".removeprefix(".")
-        for name, module in model.named_modules(remove_duplicate=False)
-        for buffer in module._non_persistent_buffers_set
-    }
-    source = _TORCH_ARCHIVE + sum(nbytes + _TORCH_ENTRY for name, nbytes in sizes.items() if name not in left_out)
-    kept = [one.name for one in contents.tensors if one.name in left_out and one.decision.treatment != "made"]
-    if kept and nbytes > source:
-        named = f"; {max(kept, key=sizes.__getitem__)} is the largest of {len(kept)}"
-        what = "%s: %s bytes are more than the about %s that the float model's state dict takes, which leaves buffers "
-        log.warning(f"{what}out%s", path, f"{nbytes:,}", f"{source:,}", named)
 
 
 def export(
@@ -172,7 +123,8 @@ def export(
             `engine="onnxruntime"` or "openvino" finds it beside the artifact: save first, then export. For OpenVINO,
             `model.xml`, with the numbers in `model.bin` beside it.
         inputs: one batch, as in `calib_dataloader`: a tensor, a tuple of arguments, or a dict of keyword arguments.
-            Arguments that are not tensors keep their values in the file. Only targets that hold a graph need it.
+            Arguments that are not tensors keep their values in the file. Only targets that hold a graph need it; for
+            OpenVINO, a language model of transformers is written without: with its cache inside, for openvino-genai.
         to: the runtime: "onnx", "openvino", "gguf", "compressed-tensors", "gptq", "mlx", ...
         folder: the Hugging Face folder that the model came from, with config.json and the tokenizer, which runtimes
             that know architectures read from their files. Default: the model's own configuration, and no tokenizer.
@@ -190,7 +142,7 @@ def export(
         FileError: the file cannot be written.
     """
     contents = contents_of(model)
-    check_choice("pared.export", "to", to, tuple(EXPORTERS))
+    check_other("pared.export", to, "Call pared.save(model, directory)")
     place = None if folder is None else as_path(folder, "export")
     return EXPORTERS[to](Job(model, contents, path, inputs, place, dynamic))
 
@@ -229,7 +181,7 @@ def report(model: nn.Module, *, html: str | Path | None = None) -> str:
         notes.append(f"the search scored it layer by layer in int8: {record.outcome.score:.6g}")
     if record.memory == "small":
         decoding = fastest_ms({"all": lambda: _decode_all(model)})["all"]
-        notes = [f"weights stay in codes; decoding all of them takes {decoding:.1f} ms"]
+        notes = [f"weights stay as they are in the file; decoding all of them takes {decoding:.1f} ms"]
         grouped = sum(isinstance(stored.coded.format, Grouped) for stored in contents.tensors)
         if grouped:
             notes.append(f"but {grouped} whose steps belong to groups of columns are floats: no kernel takes them")
@@ -267,7 +219,7 @@ def _quantized_class(base: type[nn.Module], offered: frozenset[str]) -> type[nn.
             function, is_method = _OFFERED[name]
             names[name] = Offered(function, is_method=is_method)
         if hasattr(base, "save_pretrained"):
-            names["save_pretrained"] = refuse_save_pretrained
+            names["save_pretrained"] = save_pretrained if is_pretrained(base) else refuse_save_pretrained
         return names
 
     return subclass_of(base, Quantized, offered, members)
@@ -279,6 +231,8 @@ def assemble(
     profile: Profile,
     memory: Memory = "fast",
     captures: Mapping[str, Capture] = MappingProxyType({}),
+    into: ModuleT | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ModuleT:
     """Make the quantized model out of a float model or an empty skeleton, and contents that fit it.
 
@@ -287,9 +241,12 @@ def assemble(
             are not used.
         contents: every tensor.
         profile: the measured times that decide which layers run in int8 on this machine.
-        memory: "small": every weight on a grid without groups stays in codes, and is decoded whenever it is read.
+        memory: "small": every weight on a grid without groups stays as the contents have it, codes or not decoded,
+            and is decoded whenever it is read.
         captures: turns calls into graphs, by the name of the submodel, or "" for those of the model. Default: each is
             captured again.
+        into: an object of the model's class that becomes the quantized model, and loses what it was; None: a new one.
+        dtype: the type in which the model runs, with weights of linear layers in codes; None: as it was fitted.
 
     Raises:
         MismatchError: the contents do not fit the model, or it has a meta tensor that is in no state dict.
@@ -297,9 +254,11 @@ def assemble(
     model = tensors.model
     check_unquantized(model)
     contents = completed(tensors, contents)
+    if dtype is not None:
+        contents = in_type(contents, tensors, dtype)
     pairs = match(tensors, contents)
     running = running_of(model, contents, profile, memory)
-    in_codes = held_in_codes(model, pairs, contents, running, memory)
+    in_codes = held_in_codes(model, pairs, contents, running, memory, weight_only=dtype is not None)
     replacement: dict[int, Tensor] = {}
     for stored, objects in pairs:
         if stored.name in in_codes:
@@ -307,7 +266,7 @@ def assemble(
         else:
             new = stored.coded.decode()
         replacement |= {id(tensor): like(new, tensor) for tensor in objects}
-    clone = clone_structure(model, replacement).eval()
+    clone = clone_structure(model, replacement, into).eval()
     for name in extra.restore(clone, contents.states):
         log.warning("%s: the artifact holds no extra state of this module: it keeps that of the model passed", name)
     stored_forms = install(clone, contents, in_codes, running)
@@ -318,17 +277,19 @@ def assemble(
     known = tuple((stored.names, stored.kind, stored.decision) for stored in contents.tensors)
     provenance = dict(contents.provenance)
     outcome = Outcome.from_json(provenance.pop("outcome", {}))
-    record = Record(known, stored_forms, dict(contents.activations), provenance, profile, running, memory, outcome)
+    record = Record(
+        known, stored_forms, dict(contents.activations), provenance, profile, running, memory, outcome, dtype
+    )
     offered = free_names(clone, _OFFERED)
-    _serve(clone, profile, memory, captures)
+    _serve(clone, profile, captures, by_modules=memory == "small" or dtype is not None)
     clone.__class__ = _quantized_class(type(clone), offered)  # type: ignore[assignment]  # a subclass
     clone.__dict__[RECORD] = record
     return clone
 
 
-def _serve(model: nn.Module, profile: Profile, memory: Memory, captures: Mapping[str, Capture]) -> None:
+def _serve(model: nn.Module, profile: Profile, captures: Mapping[str, Capture], *, by_modules: bool) -> None:
     """Let something faster than modules answer the calls of the model and its submodels, where that was measured."""
-    if memory == "small":
+    if by_modules:
         serve(model, GraphServer(outline_of))
         return
     modules = dict(model.named_modules())
@@ -349,13 +310,15 @@ def _unsettled(profile: Profile, captured: Capture) -> Server | None:
         forms["graph"] = GraphServer(outline_of, calls, captured)
     if calls := timing.kinds_with("openvino"):
         forms["openvino"] = OpenVinoServer(outline_of, calls, captured)
-    return SettlingServer(outline_of, timing.largest_calls, forms, timing.served) if forms else None
+    served = [one for one in timing.served if one.form in forms]
+    return SettlingServer(outline_of, timing.largest_calls, forms, served) if forms else None
 
 
 def _server(timing: ModelTiming, captured: Capture) -> Server:
     """What answers the calls that something other than the modules was fastest for, of the sizes for which it was."""
     makes: dict[Form, Callable[..., Server]] = {
-        "bfloat16": partial(BFloat16Server, floats_of),
+        "float32": partial(FloatServer, floats_of, dtype=torch.float32),
+        "bfloat16": partial(FloatServer, floats_of, dtype=torch.bfloat16),
         "openvino": partial(OpenVinoServer, outline_of, captured=captured),
         "graph": partial(GraphServer, outline_of, captured=captured),
     }

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal, cast, get_args
 
+import torch
 from torch import nn
 
 from pared.artifact.outcome import Curve, Damage, Outcome, Trial
 from pared.errors import CorruptError, ModelError
 from pared.files.checks import Place
 from pared.formats.activation import Activation
+from pared.formats.coded import RAW_TYPES, dtype_name
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Kind, Stored
 from pared.model.state import extra
@@ -39,6 +41,7 @@ class Record:
         running: the kernel of each module that may run in int8, by the module's name.
         memory: "fast" or "small", see `pared.load`.
         outcome: how the search went.
+        dtype: the type in which the model runs, if that is not the one in which it was fitted, see `pared.load`.
         curve: the trade-off curve of the same calibration; None if none was measured.
         engine_ms: the milliseconds of each engine if `pared.load(..., engine="auto")` chose this one, else empty.
     """
@@ -51,13 +54,14 @@ class Record:
     running: Mapping[str, Running]
     memory: Memory
     outcome: Outcome
+    dtype: torch.dtype | None = None
     curve: Curve | None = None
     engine_ms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def outcome_here(self) -> Outcome:
         """How the search went, with the score of the model as it runs on this machine."""
-        score = self.profile.score if self.memory == "fast" else None  # else modules answer
+        score = self.profile.score if self.memory == "fast" and self.dtype is None else None  # else modules answer
         return self.outcome if score is None else replace(self.outcome, score=score)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -69,10 +73,11 @@ class Record:
 
     def to_json(self) -> str:
         """What a pickle holds in addition to the artifact: the times measured on this machine, and the search."""
-        return json.dumps({"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory})
+        state = {"profile": self.profile.to_json(), "outcome": asdict(self.outcome), "memory": self.memory}
+        return json.dumps(state | ({} if self.dtype is None else {"dtype": dtype_name(self.dtype)}))
 
 
-def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
+def state_from_json(text: str) -> tuple[Profile, Outcome, Memory, torch.dtype | None]:
     """The inverse of `Record.to_json`.
 
     Raises:
@@ -82,7 +87,8 @@ def state_from_json(text: str) -> tuple[Profile, Outcome, Memory]:
         state = json.loads(text)
         outcome = Outcome.from_state(state["outcome"])
         memory = Place("a pickle").one_of(state["memory"], get_args(Memory), "its memory")
-        return Profile.from_json(state["profile"]), outcome, cast("Memory", memory)
+        dtype = RAW_TYPES[state["dtype"]] if "dtype" in state else None
+        return Profile.from_json(state["profile"]), outcome, cast("Memory", memory), dtype
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptError(
             f"the record in the pickle of a quantized model cannot be read ({error!r})",

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from pared.errors import ConfigError
-from pared.files.disk import as_path, reading
+from pared.checkpoints.runtimes.conversion import config_of
+from pared.files.disk import as_path
 from pared.formats.coded import Coded, Grid, Grouped, dtype_name, to_array
 from pared.formats.groups.grid import GroupGrid, Numbers
+from pared.formats.streams import STEPS
 from pared.formats.views import first_dimension, matrix_of
 from pared.model.contents import Contents, Stored
 from pared.model.roles import roles_of
@@ -22,8 +23,6 @@ from pared.runtime.onnx.export import Exported
 from pared.targets.conversion import Held, converted
 from pared.targets.target import Role, Target
 from pared.targets.writers import writer_of
-
-CONFIG: Final = "config.json"
 
 
 def export_weights(
@@ -51,29 +50,36 @@ def export_weights(
         for stored in contents.tensors
         if stored.name in wanted and stored.decision.treatment != "made"
     ]
-    source = converted(held, target, config_of(skeleton, folder), folder, contents.provenance)
+    source = converted(held, target, architecture_of(skeleton, folder), folder, contents.provenance)
     files = write(source, as_path(path, "export"))
     nbytes = sum(file.stat().st_size for file in files)
     codes = tuple(one.name for one in source.outlines if one.offer is not None)
     return Exported(files[0] if len(files) == 1 else Path(path), nbytes, {}, {}, codes, {}, {})
 
 
-def config_of(model: nn.Module, folder: Path | None) -> Mapping[str, Any]:
-    """The configuration of a model of transformers: its folder's, or its own; empty where there is none."""
+def architecture_of(model: object, folder: Path | None) -> Mapping[str, Any]:
+    """The configuration of a model of transformers: its folder's, or its own; empty where there is none.
+
+    It names the class that the model is of, which may be another than the checkpoint's: one without its head.
+
+    Raises:
+        ConfigError: the folder has none.
+        CorruptError: it is not a JSON object.
+    """
     if folder is not None:
-        file = folder / CONFIG
-        with reading(file):
-            try:
-                held = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ConfigError("is not JSON", where=str(file), remedy="Pass the model's folder.") from error
-        return held if isinstance(held, dict) else {}
+        return _of_class(model, config_of(folder, "Pass the model's folder."))
     config: Any = getattr(model, "config", None)
     own = config.to_dict() if hasattr(config, "to_dict") else {}
     found: dict[str, Any] = json.loads(json.dumps(own, default=str))
     if own and not found.get("architectures"):
         found["architectures"] = [type(model).__name__]
-    return found
+    return _of_class(model, found)
+
+
+def _of_class(model: object, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the class that a model has in transformers."""
+    names = [one.__name__ for one in type(model).__mro__ if one.__module__.startswith("transformers.models.")]
+    return {**config, "architectures": names[:1]} if config and names else config
 
 
 def _held(stored: Stored, roles: frozenset[Role]) -> Held:
@@ -97,5 +103,5 @@ def _parts(coded: Coded) -> Mapping[str, Numbers]:
     parts = {name: to_array(part) for name, part in coded.parts.items()}
     view = coded.view or first_dimension(coded.shape)
     if isinstance(coded.format, Grid):
-        parts["step"] = parts["step"].reshape(-1)
+        parts |= {name: parts[name].reshape(-1) for name in STEPS if name in parts}
     return {**parts, "codes": matrix_of(parts["codes"], view)}

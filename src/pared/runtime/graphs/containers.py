@@ -133,6 +133,16 @@ def layout_from(text: str) -> Layout | None:
     return Layout(tuple(halves)) if all(half.layers <= _MOST_LAYERS for half in halves) else None
 
 
+def is_filled(text: str) -> bool:
+    """Whether a layout, as text, is that of a cache with something in it.
+
+    >>> is_filled("DynamicCache(4, filled)"), is_filled("DynamicCache(4)"), is_filled("BaseModelOutput(x)")
+    (True, False, False)
+    """
+    layout = layout_from(text)
+    return layout is not None and any(half.filled for half in layout.halves)
+
+
 @dataclass(frozen=True, eq=False)
 class Container:
     """An argument or a result that holds tensors.
@@ -230,7 +240,7 @@ def _half(cache: Any, classes: Mapping[str, Any]) -> tuple[Half, list[Any]] | No
     layers, grows = known["layers"], known["layer_class_to_replicate"]
     if known["offloading"] or grows not in (None, layer_class) or not isinstance(layers, list):
         return None
-    filled = bool(layers) and layers[0].is_initialized
+    filled = bool(layers) and getattr(layers[0], "is_initialized", False)  # which layers of other classes may lack
     tensors: list[Any] = []
     for layer in layers:
         inner = vars(layer)

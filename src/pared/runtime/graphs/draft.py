@@ -67,6 +67,11 @@ def given_to(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+def is_call(node: Any, target: object) -> bool:
+    """Whether a node calls this operator or function."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that uses another."""
     return next(iter(node.users)) if len(node.users) == 1 else None

@@ -17,6 +17,7 @@ from pared.runtime.graphs.capturing.capture import Captured, Size
 from pared.runtime.graphs.draft import Draft
 from pared.runtime.graphs.fusion import fuse, hides_nan, simplify
 from pared.runtime.graphs.products import place, share, take_apart
+from pared.runtime.graphs.shorter import heads, norms, nothing, rotation
 from pared.runtime.kernels.activation import NotFiniteError
 
 _MOST_KNOWN: Final = 1000  # tensors that are known to be finite
@@ -80,7 +81,7 @@ class FiniteInputs:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
-    def check(self, bound: Bound) -> None:
+    def check(self, bound: Mapping[str, Any]) -> None:
         """Raises NotFiniteError for a call that only modules answer as float32 does."""
         for name, value in bound.items():
             if type(value) is not Tensor or not value.is_floating_point():
@@ -123,6 +124,10 @@ def compiled(captured: Captured, model: nn.Module) -> fx.GraphModule:
             placeholder.replace_all_uses_with(draft.value(constant))
         graph.erase_node(placeholder)
     simplify(draft)
+    nothing.drop(draft)
+    for joined in (norms, rotation, heads):
+        joined.join(draft)
+    nothing.share(draft)
     place(draft, model, {by_name[name]: tensor for name, tensor in captured.tensors.items()})
     take_apart(draft)
     share(draft)

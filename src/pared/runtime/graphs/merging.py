@@ -54,6 +54,11 @@ def merge(draft: Draft) -> None:
     for node in draft.calls(QLINEAR):
         if tuple(given_to(node)[-len(PLAIN) :]) == PLAIN and "linear" in node.meta:
             found[given_to(node)[:3]].append(node)
+    for node in draft.calls(linear.product_of_rows, linear.static):
+        x, _, _, *grid = given_to(node)
+        if "linear" in node.meta:
+            grids = (draft.held(one) if draft.holds(one) else one for one in grid)
+            found[(node.target, x, *grids)].append(node)
     for nodes in found.values():
         if len(nodes) > 1:
             _merge(draft, nodes)
@@ -68,15 +73,20 @@ def _merge(draft: Draft, nodes: list[fx.Node]) -> None:
     # The first layer keeps the merged weight, for other graphs of the same model.
     key = ("merged", *((id(owner), attribute) for owner, attribute in layers))
     packed: linear.PackedLinear = layers[0][0].pared_packed(
-        key, lambda: linear.pack(torch.cat(codes), torch.cat(steps), activation.outliers)
+        key, lambda: linear.joined(codes, torch.cat(steps), activation.outliers)
     )
-    biases = [draft.held(given_to(node)[6]) for node in nodes]
+    first = nodes[0]
+    is_kernel = first.target is QLINEAR
+    biases = [draft.held(given_to(node)[6 if is_kernel else 2]) for node in nodes]
     bias = None
     if any(b is not None for b in biases):
         bias = torch.cat([s.new_zeros(len(s)) if b is None else b for b, s in zip(biases, steps, strict=True)])
-    weight = (packed.weight, packed.step, packed.zeros, bias)
-    first = nodes[0]
-    whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
+    if is_kernel:
+        weight = (packed.weight, packed.step, packed.zeros, bias)
+        whole = draft.before(first, QLINEAR, *given_to(first)[:3], *weight, *PLAIN)
+    else:
+        assert callable(first.target), "a function of ours"
+        whole = draft.before(first, first.target, given_to(first)[0], packed, bias, *given_to(first)[3:])
     parts = draft.before(first, _ATEN.split_with_sizes.default, whole, [len(rows) for rows in codes], -1)
     outputs = [draft.before(first, operator.getitem, parts, i) for i in range(len(nodes))]
     for node, output in zip(nodes, outputs, strict=True):

@@ -18,12 +18,13 @@ from pared.runtime.graphs.capturing.capture import module_of
 from pared.runtime.graphs.draft import Draft, given_to, rank_of
 from pared.runtime.kernels.activation import quantize
 from pared.runtime.kernels.conv import Geometry, pad_codes
-from pared.runtime.kernels.linear import product_of_rows, quantize_all, rows_of
+from pared.runtime.kernels.fbgemm import rows as few
+from pared.runtime.kernels.linear import product_of_rows, quantize_all, rows_of, static
 from pared.runtime.kernels.machine import PLAIN, operator_of
 from pared.runtime.kernels.outliers import ExtraColumns, extra_columns
 from pared.runtime.kernels.patches import channels_first, patches_of
-from pared.runtime.layers.counterpart import Counterpart, run_kernel
-from pared.runtime.layers.dispatch import OUTPUTS, packed_filter, packed_linear
+from pared.runtime.layers.counterpart import Counterpart
+from pared.runtime.layers.dispatch import packed_filter, packed_linear, run_kernel, takes
 
 _ATEN: Final = torch.ops.aten
 # The operators of a graph, and the functions that they come from; the arguments after the weight are the same.
@@ -101,7 +102,7 @@ def _owner(node: fx.Node, weight: fx.Node, name: str, model: nn.Module) -> Count
         return None
     if owner._pared_forward is not None:
         return None
-    return owner if owner.pared_views[attribute].rows in ((), (OUTPUTS.get(function, 0),)) else None
+    return owner if takes(function, owner, attribute) else None
 
 
 def _floats(model: nn.Module, name: str) -> Tensor:
@@ -148,8 +149,15 @@ def _static_linear(
 ) -> None:
     packed, activation = packed_linear(owner, attribute), owner.pared_activation
     assert activation is not None, "it runs on codes"
+    if _is_step(x):
+        scaled = _scaled(draft, node, owner, attribute, x)
+        given = (scaled, packed, _bias(draft, bias), activation.span, activation.outliers)
+        found = draft.before(node, static, *given)
+        found.meta["linear"] = (owner, attribute)
+        draft.replace(node, found)
+        return
     scale, zero_point = activation.span.grid(packed.levels)
-    grid = (scale, zero_point, packed.levels)
+    grid, x = (scale, zero_point, packed.levels), _scaled(draft, node, owner, attribute, x)
     if activation.outliers:
         more = extra_columns(activation.outliers, activation.span, packed.levels)
         codes = draft.before(node, quantize_contiguous_all, x, *grid, more, packed.width)
@@ -161,12 +169,34 @@ def _static_linear(
     draft.replace(node, made)
 
 
+def _scaled(draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node) -> fx.Node:
+    """The input times the scales of the weight's columns, if they have some; once for all weights of equal scales."""
+    scale = owner.pared_scale(attribute)
+    if scale is None:
+        return x
+    for user in x.users:
+        known = user.meta.get("scales")
+        if known is not None and torch.equal(known, scale):
+            return user
+    made = draft.before(node, _ATEN.mul.Tensor, x, scale)
+    made.meta["scales"] = scale
+    return made
+
+
 def _dynamic_linear(
     draft: Draft, node: fx.Node, owner: Counterpart, attribute: str, x: fx.Node, bias: Any = None
 ) -> None:
     packed = packed_linear(owner, attribute)
-    rows = draft.before(node, rows_of, x, packed.levels)
-    draft.replace(node, draft.before(node, product_of_rows, rows, packed, _bias(draft, bias)))
+    rows = draft.before(node, rows_of, _scaled(draft, node, owner, attribute, x), packed.levels)
+    made = draft.before(node, product_of_rows, rows, packed, _bias(draft, bias))
+    made.meta["linear"] = (owner, attribute)
+    draft.replace(node, made)
+
+
+def _is_step(x: fx.Node) -> bool:
+    """Whether an input has a single token for each sample, of which there will be few."""
+    sizes = x.meta["val"].shape[1:-1]
+    return few.available() and len(sizes) > 0 and all(isinstance(size, int) and size == 1 for size in sizes)
 
 
 def _static_convolution(

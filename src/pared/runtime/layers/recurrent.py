@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pared.runtime.kernels import recurrent
-from pared.runtime.kernels.recurrent import Kind, Weights
+from pared.runtime.kernels.fbgemm import recurrent
+from pared.runtime.kernels.fbgemm.recurrent import Kind, Weights
 from pared.runtime.layers.dispatch import Owner, linear_product
 
 _KINDS: dict[type[nn.Module], Kind] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.LSTMCell: "lstm", nn.GRUCell: "gru"}

@@ -59,5 +59,10 @@ def class_below(cls: type[nn.Module], mixin: type[nn.Module] = Mixin) -> type[nn
         cls: the class of a module, which is given back if the mixin is not in it.
         mixin: default: any; then this is the user's own class.
     """
-    found: Any = next(base for base in cls.__mro__ if not issubclass(base, mixin) and base is not Mixin)
+
+    def is_of_mixin(base: type) -> bool:
+        """Whether it is the mixin, a class made with it, or a mixin that it is made of."""
+        return issubclass(base, mixin) or (issubclass(base, Mixin) and issubclass(mixin, base))
+
+    found: Any = next(base for base in cls.__mro__ if not is_of_mixin(base))
     return cast(type[nn.Module], found)

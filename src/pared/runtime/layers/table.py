@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pared.errors import ConfigError
 from pared.formats.views import OWN_ROWS
 from pared.model.tensors import registered
-from pared.runtime.kernels import recurrent
+from pared.runtime.kernels.fbgemm import recurrent
 from pared.runtime.layers.attention import attention_forward, attention_weights
 from pared.runtime.layers.recurrent import cell_forward, cell_weights, layer_forward, layer_weights, plain_cell_forward
 from pared.runtime.layers.registry import LAYERS, Layer, has_columns, layer_of, weights_of

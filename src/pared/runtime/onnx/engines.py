@@ -10,6 +10,7 @@ import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal
 
 import torch
@@ -57,6 +58,7 @@ class OpenVinoSession:
     Args:
         model: an `openvino.Model`; or what `compiled` gave, for the same number of threads.
         threads: how many one run may take.
+        more: options of OpenVINO; default: none.
 
     Raises:
         ModelError: OpenVINO compiled something before this process was forked. What was compiled there still runs, but
@@ -65,7 +67,7 @@ class OpenVinoSession:
 
     _process: ClassVar[int | None] = None  # the first that compiled
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, more: Mapping[str, object] = MappingProxyType({})) -> None:
         process = OpenVinoSession._process or os.getpid()
         if process != os.getpid():
             raise ModelError(
@@ -79,6 +81,7 @@ class OpenVinoSession:
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
+            **more,
         }
         openvino = need("openvino", "openvino")
         core = openvino.Core()
@@ -102,6 +105,11 @@ class OpenVinoSession:
             request = self._requests.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
+        results = self._answer(request, inputs)
+        self._requests.append(request)
+        return results
+
+    def _answer(self, request: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
         if all(array.ndim and array.dtype == self._inputs[name][1] for name, array in arrays.items()):
             # What `infer` does with them in the end; on its way there it takes as long as a small model runs.
@@ -110,9 +118,19 @@ class OpenVinoSession:
             found = request.infer()
         else:
             found = request.infer(arrays, share_inputs=True)
-        results = [torch.from_numpy(array) for array in found.values()]
-        self._requests.append(request)
-        return results
+        return [torch.from_numpy(array) for array in found.values()]
+
+    def known(self, _inputs: Mapping[str, Tensor]) -> frozenset[str]:
+        """Which of these tensors it gave itself, and knows to be finite."""
+        return frozenset()
+
+    def kinds(self) -> list[str]:
+        """The kinds of the operators that were made of the model."""
+        return [node.get_rt_info()["layerType"].astype(str) for node in self._compiled.get_runtime_model().get_ops()]
+
+    def _idle(self) -> list[Any]:
+        """The requests that no thread is using."""
+        return self._requests
 
     def compiled(self) -> bytes:
         """What was compiled, for this version of OpenVINO on this machine."""
@@ -121,7 +139,7 @@ class OpenVinoSession:
 
     def _stay(self) -> None:
         """Never be freed."""
-        for one in (self._compiled, *self._requests):
+        for one in (self._compiled, *self._idle()):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
 
 

@@ -35,15 +35,15 @@ _INLINE_BYTES: Final = 1_900_000_000  # a protobuf message holds 2 GB: more than
 
 @dataclass(frozen=True)
 class Exported:
-    """An ONNX file that was written, and what it contains.
+    """What was written for a runtime.
 
     Args:
-        path: the file.
-        nbytes: its size in bytes, with the second file that holds the numbers of a very large model.
-        inputs: the shape of each input by name; dimensions that may vary are names.
-        outputs: the shape of each output by name; None where it is unknown.
-        codes: the names of the tensors that the file holds as codes.
-        floats: the tensors that the artifact holds as codes and the file as floats, each with the reason.
+        path: the file; the folder, where there are several.
+        nbytes: the size in bytes of all files with numbers, and of their graph.
+        inputs: the shape of each input of a graph by name; dimensions that may vary are names.
+        outputs: likewise of its outputs; None where a shape is unknown.
+        codes: the names of the tensors that are held as codes.
+        floats: the tensors that the quantized model holds as codes and a graph as floats, each with the reason.
         activations: for each layer that may run in int8: "static" if its input is rounded to the calibrated grid, or
             "float" if only its weights are integers (a runtime may still round its input), or "groups" if ONNX Runtime
             rounds it to int8, in groups as large as those of the weight.

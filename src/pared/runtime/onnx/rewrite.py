@@ -19,7 +19,7 @@ from pared.runtime.onnx.drawing import Drawing, become, onnx_name, replaced
 from pared.runtime.onnx.weights.codes import Weight, find_weights, numbers_of, numpy_of, owner_of
 from pared.runtime.onnx.weights.fold import Fold, fold_of
 from pared.runtime.onnx.weights.grouped import DOMAIN, AccuracyLevel, GroupedWeights
-from pared.runtime.onnx.weights.layout import along
+from pared.runtime.onnx.weights.layout import LOWEST, along, is_misread
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class _Rewriter(Drawing):
     coded: set[str] = field(default_factory=set)
     static: set[str] = field(default_factory=set)
     quantized: dict[object, Any] = field(default_factory=dict)
+    scaled: dict[object, Any] = field(default_factory=dict)
 
     def run(self) -> None:
         ends = [
@@ -109,12 +110,15 @@ class _Rewriter(Drawing):
             scale = self.node("Gather", [scale, indices], {"axis": 0}, near=node)
         floats = self.node("Cast", [picked], {"to": _ir().DataType.FLOAT}, near=node)
         out = self.node("Mul", [floats, scale], near=node)
+        if weight.scales is not None:
+            scales = self.constant(f"{weight.name}.scales", weight.scales[0])
+            out = self.node("Mul", [out, scales], near=node)
         replaced(node.outputs[0], self._typed(out, weight))
 
     def _decode(self, weight: Weight, uses: list[tuple[Any, int]], *, bake: bool) -> None:
         """Decode the weight right before its products, a pattern that runtimes with int8 kernels recognize."""
         codes, steps = weight.codes, weight.steps
-        fold = fold_of(uses, codes) if bake else None
+        fold = fold_of(uses, codes) if bake and weight.scales is None else None
         if fold is not None:
             codes, steps = fold.applied(codes, steps, uses[0][0])
         value = self.constant(f"{weight.name}.codes", codes) if bake else weight.value
@@ -131,15 +135,46 @@ class _Rewriter(Drawing):
             attributes = {"axis": axes[0]} if axes else {}
             zeros = [self._zeros(weight.name, found.size, codes.dtype)] if axes else []
             out = self.node("DequantizeLinear", [value, scale, *zeros], attributes, after=near)
-        out = self._typed(out, weight)
+        plain = out
+        if weight.scales is not None:
+            scales = self.constant(f"{weight.name}.scales", along(weight.scales)[1])
+            out = self.node("Mul", [plain, scales], after=plain.producer())
+        out, plain = self._typed(out, weight), plain if weight.scales is not None else self._typed(plain, weight)
         for node, place in uses:
-            node.replace_input_with(place, out)
+            if weight.scales is not None and not self._scale_input(weight, node, place):
+                node.replace_input_with(place, out)
+                continue
+            node.replace_input_with(place, plain)
             if len(axes) < 2 and codes.dtype == np.int8:
                 self._quantize_input(weight, node, place)
         if weight.value.is_graph_output():
             self.graph.outputs[list(self.graph.outputs).index(weight.value)] = out
         if fold is not None:
             self._drop(fold, uses[0][0])
+
+    def _scale_input(self, weight: Weight, node: Any, place: int) -> bool:
+        """Multiply the input of a linear product by the scales of the weight's columns; whether that is possible.
+
+        Runtimes find their int8 kernels only where nothing stands between a weight's steps and its product.
+        """
+        assert weight.scales is not None
+        attributes = {name: one.value for name, one in node.attributes.items()}
+        if node.op_type not in ("MatMul", "Gemm") or place != 1 or weight.scales.ndim != 2:
+            return False
+        axes, found = along(weight.scales)
+        contracted = 1 if attributes.get("transB", 0) else 0
+        if axes not in ((), (contracted,)) or attributes.get("transA", 0) or _dtype(weight) != "float32":
+            return False
+        source = node.inputs[0]
+        key = (id(source), found.tobytes())
+        if key not in self.scaled:
+            scales = np.broadcast_to(found.reshape(-1), weight.scales.shape[contracted : contracted + 1])
+            scaled = self.node("Mul", [source, self.constant(f"{weight.name}.scales", scales)], near=node)
+            if is_misread(None if source.shape is None else len(source.shape)):
+                scaled = self.node("Max", [scaled, self.constant("lowest", LOWEST)], near=node)
+            self.scaled[key] = scaled
+        node.replace_input_with(0, self.scaled[key])
+        return True
 
     def _quantize_input(self, weight: Weight, node: Any, place: int) -> None:
         """Round the input of a static layer to its calibrated grid."""

@@ -18,6 +18,7 @@ from pared.errors import CorruptError, ParedError
 from pared.files.checks import Place
 from pared.runtime.kernels.machine import extensions
 from pared.runtime.profile.timings import CallTiming, Form, Kernel, ModelTiming, Timing, timing_from_json
+from pared.switches import threads_asked
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,12 @@ BUSY: Final = (
     "calls measure again; pared.tune_speed on an idle machine settles it"
 )
 _NO_OPENVINO: Final = "OpenVINO was not tried, as it is not installed: pip install 'pared[fast]'"
-_NAMES: Final[dict[Form, str]] = {"bfloat16": "in bfloat16", "graph": "as a graph", "openvino": "in OpenVINO"}
+_NAMES: Final[dict[Form, str]] = {
+    "float32": "in float32",
+    "bfloat16": "in bfloat16",
+    "graph": "as a graph",
+    "openvino": "in OpenVINO",
+}
 _LARGEST: Final = 1 << 24  # bytes of a file
 # `load` makes a graph for each kind of call. `fit` times at most nine calls of the model, and a few others.
 _MOST_CALLS: Final = 100
@@ -151,7 +157,7 @@ def this_machine() -> dict[str, Any]:
         "processor": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "extensions": extensions(),
-        "threads": torch.get_num_threads(),
+        "threads": threads_asked(),
         "torch": str(torch.__version__),
         "openvino": _version("openvino"),
     }

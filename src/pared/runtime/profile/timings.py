@@ -22,9 +22,16 @@ _REASON: Final = "because"
 _OPTIONAL: Final = (_REASON, "openvino_ms")  # which files of version 0.1 lack
 
 Kernel = Literal["float32", "bfloat16", "int8"]
-Form = Literal["bfloat16", "graph", "openvino"]  # what may answer calls in place of the modules
-_OTHERS: Final[tuple[Form, ...]] = ("bfloat16", "openvino", "graph")
-_FORMS: Final[dict[str, Form]] = {"graph_ms": "graph", "openvino_ms": "openvino"}
+Form = Literal["float32", "bfloat16", "graph", "openvino"]  # what may answer calls in place of the modules
+_OTHERS: Final[tuple[Form, ...]] = ("bfloat16", "openvino", "graph", "float32")
+_QUANTIZED: Final = ("modules_ms", "graph_ms", "openvino_ms")
+_COPIES: Final = ("float32_ms", "bfloat16_ms")  # of the weights, which take memory of their own
+_FORMS: Final[dict[str, Form]] = {
+    "graph_ms": "graph",
+    "openvino_ms": "openvino",
+    "float32_ms": "float32",
+    "bfloat16_ms": "bfloat16",
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class CallTiming:
             "graph": self.graph_ms,
             "openvino": self.openvino_ms,
         }
-        if times[form] is None:
+        if times.get(form) is None:  # float32 is always there: it is what the others are compared with
             return self
         times[form] = None
         because = "; ".join(filter(None, (self.because, f"no {form}: {reason}")))
@@ -172,7 +179,8 @@ class ModelTiming:
             return tuple(Served("bfloat16", example) for _, example in self._by_kind)
         found = []
         for own, example in self._by_kind:
-            for field, least, below in self._by_size(own):
+            has_cache = any(argument.holds for call in own for argument in call.arguments)  # which no copy takes
+            for field, least, below in self._by_size(own, () if has_cache else _COPIES):
                 form = _FORMS.get(field)
                 found += [] if form is None else [Served(form, example, least, below)]
         return tuple(found)
@@ -185,8 +193,8 @@ class ModelTiming:
             found.setdefault(one.kind, []).append(one)
         return [(own, max((one.arguments for one in own), key=_numbers)) for own in found.values()]
 
-    def _by_size(self, own: Sequence[CallTiming]) -> list[tuple[str, float, float]]:
-        return _by_size(own, _WORTH_IN_DOUBT if self.is_doubtful else WORTH)
+    def _by_size(self, own: Sequence[CallTiming], copies: Sequence[str] = ()) -> list[tuple[str, float, float]]:
+        return _by_size(own, _WORTH_IN_DOUBT if self.is_doubtful else WORTH, copies)
 
     def kinds_with(self, form: Form) -> tuple[tuple[Argument, ...], ...]:
         """The largest call of each kind of which all calls have a time in this form."""
@@ -232,7 +240,7 @@ class ModelTiming:
 
     @property
     def _int8(self) -> float:
-        """The time in int8 as a share of float32's."""
+        """The time in int8 as a share of float32's, without copies in floats for some sizes."""
         return _mean(
             (getattr(call, field) or math.inf) / call.float32_ms
             for own, _ in self._by_kind
@@ -249,9 +257,17 @@ class ModelTiming:
         """
         if not self.calls:
             return [f"runs layer by layer: {self.because}"] if self.because else []
-        forms = {"openvino": "in OpenVINO", "graph": "as a graph, each layer in its own kernel"}
+        forms = {
+            "openvino": "in OpenVINO",
+            "graph": "as a graph, each layer in its own kernel",
+            "float32": "in float32, for sizes at which that is faster",
+            "bfloat16": "in bfloat16, for sizes at which that is faster",
+        }
+        names = [forms[form] for form in self.forms]
+        if self.forms and not {"openvino", "graph"} & set(self.forms):
+            names.insert(0, "layer by layer")
         chosen = {
-            "int8": " or ".join(forms[form] for form in self.forms if form in forms) or "layer by layer",
+            "int8": " or ".join(names) or "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
             "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
         }[self.kernel]
@@ -281,19 +297,20 @@ def _milliseconds_or_none(value: object, at: Place) -> float | None:
     return None if value is None else _milliseconds(value, at)
 
 
-def _by_size(calls: Sequence[CallTiming], worth: float) -> list[tuple[str, float, float]]:
-    """The field of the form in int8 that is fastest for calls of a kind, from a size to another.
+def _by_size(calls: Sequence[CallTiming], worth: float, copies: Sequence[str]) -> list[tuple[str, float, float]]:
+    """The field of the form that is fastest for calls of a kind, from a size to another.
 
-    One form for all sizes is best, as each takes memory; where another is a tenth faster than it, that is taken.
+    One form in int8 for all sizes is best, as each takes memory; where another is a tenth faster than it, that is
+    taken, be it one of the `copies` in floats, such as for single samples.
     """
-    common = _fastest(calls, worth)
+    common = _fastest(calls, worth, _QUANTIZED)
     sizes: dict[int, list[CallTiming]] = {}
     for call in calls:
         sizes.setdefault(_numbers(call.arguments), []).append(call)
     found: list[tuple[str, float, float]] = []
     before = 0
     for size, own in sorted(sizes.items()):
-        best = _fastest(own, worth, common)
+        best = _fastest(own, worth, (*_QUANTIZED, *copies), common)
         if found and found[-1][0] == best:
             least = found.pop()[1]
         else:
@@ -304,9 +321,9 @@ def _by_size(calls: Sequence[CallTiming], worth: float) -> list[tuple[str, float
     return found
 
 
-def _fastest(calls: Sequence[CallTiming], worth: float, best: str = "modules_ms") -> str:
-    """The field of the form in int8 that is fastest for calls, if that is worth it beside the best so far."""
-    for other in ("modules_ms", "graph_ms", "openvino_ms"):
+def _fastest(calls: Sequence[CallTiming], worth: float, forms: Sequence[str], best: str = "modules_ms") -> str:
+    """The field of the form that is fastest for calls, if that is worth it beside the best so far."""
+    for other in forms:
         pairs = [(getattr(call, other), getattr(call, best)) for call in calls]
         ratios = [ms / than for ms, than in pairs if ms and than]
         faster = _mean(ratios) <= worth or (min(ratios, default=1.0) <= worth and max(ratios) <= 1.0)

@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
-from pared.errors import ModelError
 from pared.runtime.serving.served import Served
 
 
@@ -122,12 +121,3 @@ def _given_up(model: nn.Module, registry: str, name: str) -> Iterator[None]:
     except BaseException:
         del model.__dict__[registry][name]
         raise
-
-
-def refuse_save_pretrained(self: nn.Module, *_args: object, **_options: object) -> None:
-    """Refuse: `from_pretrained` would read the codes as if they were weights."""
-    raise ModelError(
-        "save_pretrained would write codes, which from_pretrained would take for weights",
-        where=type(self).__name__,
-        remedy="Use pared.save(model, directory), and model.config.save_pretrained(directory) for the configuration.",
-    )

@@ -19,6 +19,7 @@ from pared.errors import ModelError, reason_of
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capturing.outputs import Arguments, Outputs
 from pared.runtime.graphs.capturing.writes import replace_writes
+from pared.runtime.graphs.containers import is_filled
 from pared.runtime.stopwatch import Patience, TooSlowError
 from pared.switches import CAPTURING, WITHOUT_FAST_PATHS, ignoring, quiet_loggers
 
@@ -57,6 +58,10 @@ class _Attempt:
 # small model takes `_SMALL_SECONDS`.
 _ATTEMPTS: Final = (_Attempt(range, 1.5, 0.0065), _Attempt(lambda rank: range(min(rank, 1)), 1.0, 0.006))
 _SMALL_SECONDS: Final = 0.054
+
+# A step of decoding finds one more token in its cache each time: a graph of one length would never answer again, and
+# each layer has a length of its own to capture. It will answer once for each token, which is worth waiting for.
+_STEP: Final = (_Attempt(range, 6.0, 0.03),)
 
 
 @dataclass(frozen=True)
@@ -238,11 +243,12 @@ def capture(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | N
     for hooks in (model._forward_hooks, model._forward_pre_hooks):
         hooks.clear()  # they run around the graph, as they run around the model's forward
     made = Arguments(arguments)  # not an attribute of the flat model: those are set back after an export
-    slow = [] if slow is None else slow
+    is_step = any(one.holds and is_filled(one.holds) for one in arguments)
+    attempts, slow = (_STEP, []) if is_step else (_ATTEMPTS, [] if slow is None else slow)
     try:
         _slowness()  # no model has to be patient for the imports of the first export
         call = doubled(((), {one.name: one.example() for one in arguments if not one.holds}))
-        program = _in_time(lambda around: FlatModel(model, call, made.returned, around, made.prepared), slow)
+        program = _in_time(lambda around: FlatModel(model, call, made.returned, around, made.prepared), slow, attempts)
     except Exception as error:  # torch's exporter raises whatever the model's own code makes of fake tensors
         log.debug("torch.export cannot capture a call: %s", error)
         raise ModelError(
@@ -252,12 +258,12 @@ def capture(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | N
     return replace(_checked(program, made, [one.name for one in arguments if one.dtype]), note=note)
 
 
-def _in_time(flat: Callable[[Callable[[], Patience]], FlatModel], slow: list[str]) -> Any:
+def _in_time(flat: Callable[[Callable[[], Patience]], FlatModel], slow: list[str], attempts: Sequence[_Attempt]) -> Any:
     """The exported program of the first attempt that does not take too long."""
-    while len(slow) < len(_ATTEMPTS):
-        attempt = _ATTEMPTS[len(slow)]
+    while len(slow) < len(attempts):
+        attempt = attempts[len(slow)]
         try:
-            return _exported(flat(attempt.patience), attempt.free)
+            return exported(flat(attempt.patience), attempt.free)
         except TooSlowError as error:
             slow.append(str(error))
     raise TooSlowError(slow[-1])
@@ -269,7 +275,7 @@ def _slowness() -> float:
 
     def small() -> None:
         plain = nn.Sequential(nn.LayerNorm(2), nn.GELU())  # draws no random numbers
-        _exported(FlatModel(plain, ((torch.zeros(2, 2),), {}), tree_leaves), range)
+        exported(FlatModel(plain, ((torch.zeros(2, 2),), {}), tree_leaves), range)
 
     small()  # torch imports what it needs for the first export of a process
     begun = time.thread_time()
@@ -285,7 +291,7 @@ def _materialize(model: nn.Module) -> None:
                 module._parameters[name] = nn.Parameter(torch.empty_like(tensor, device="cpu"), requires_grad=False)
 
 
-def _exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
+def exported(flat: FlatModel, free: Callable[[int], Iterable[int]]) -> Any:
     """The exported program, in which these dimensions of a tensor, by its rank, may have other sizes."""
     dimensions = tuple(dict.fromkeys(free(tensor.dim()), torch.export.Dim.AUTO) for tensor in flat.tensors)
     with capturing():
@@ -323,26 +329,50 @@ def _checked(program: Any, made: Arguments, names: Sequence[str]) -> Captured:
     nodes = program.graph.nodes
     if any(node.op in ("call_module", "get_attr") or node.target in tied_to_strides for node in nodes):
         raise ModelError("its forward depends on values or on the layout of memory", where="graph", remedy=_REMEDY)
-    tensors: dict[str, str] = {}
-    constants: dict[str, Tensor] = {}
-    inputs: dict[str, tuple[Size, ...]] = {}
+    begin = placeholders(program)
+    for name, value in begin.inputs.items():
+        if not isinstance(value, Tensor):
+            kind = begin.kinds[name].name.lower().replace("_", " ")
+            raise ModelError(f"its graph takes a {kind}, which cannot be given", where="graph", remedy=_REMEDY)
+    inputs = {
+        name: tuple(_size(size, program.range_constraints) for size in value.shape)
+        for name, value in begin.inputs.items()
+    }
+    outputs = made.outputs(program.graph, dict(zip(inputs, names, strict=True)))
+    return Captured(program.graph, begin.tensors, begin.constants, inputs, outputs)
+
+
+@dataclass(frozen=True, eq=False)
+class Placeholders:
+    """What an exported program begins with, by the names of its placeholders.
+
+    Args:
+        tensors: the names of the model's parameters and buffers.
+        constants: other tensors.
+        inputs: everything that is given at a call: what stands for it.
+        kinds: what each of these is to the exporter.
+    """
+
+    tensors: dict[str, str]
+    constants: dict[str, Tensor]
+    inputs: dict[str, Any]
+    kinds: dict[str, InputKind]
+
+
+def placeholders(program: Any) -> Placeholders:
+    """What an exported program begins with."""
+    found = Placeholders({}, {}, {}, {})
     values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
     for spec in program.graph_signature.input_specs:
         name = spec.arg.name
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            tensors[name] = spec.target.removeprefix(PREFIX)
+            found.tensors[name] = spec.target.removeprefix(PREFIX)
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[name] = program.constants[spec.target]
-        elif spec.kind is InputKind.USER_INPUT and isinstance(values[name], Tensor):
-            inputs[name] = tuple(_size(size, program.range_constraints) for size in values[name].shape)
+            found.constants[name] = program.constants[spec.target]
         else:
-            raise ModelError(
-                f"its graph takes a {spec.kind.name.lower().replace('_', ' ')}, which cannot be given",
-                where="graph",
-                remedy=_REMEDY,
-            )
-    outputs = made.outputs(program.graph, dict(zip(inputs, names, strict=True)))
-    return Captured(program.graph, tensors, constants, inputs, outputs)
+            given = values[name] if spec.kind is InputKind.USER_INPUT else None
+            found.inputs[name], found.kinds[name] = given, spec.kind
+    return found
 
 
 def _keeps_statistics(node: fx.Node) -> bool:

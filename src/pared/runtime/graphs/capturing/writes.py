@@ -201,8 +201,8 @@ class _Writes:
         mode = detect_fake_mode(tree_leaves(leaves))
         assert mode is not None  # every exported value is fake
         with mode:
-            found = twin(*leaves[0], **leaves[1]).dtype
-        if found != wanted:
+            value.meta["val"] = twin(*leaves[0], **leaves[1])
+        if value.meta["val"].dtype != wanted:
             value = self._graph.call_function(_ATEN.to.dtype, (value, wanted))
             value.meta |= write.meta
         return value

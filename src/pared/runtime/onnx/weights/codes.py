@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,12 +28,14 @@ class Weight:
         sources: the tensors that its numbers come from.
         codes: its codes, of the value's shape.
         steps: the step of each code, of the same shape.
+        scales: the scale of each code's column, of the same shape; None where columns have none.
     """
 
     value: Any
     sources: tuple[Stored, ...]
     codes: Array
     steps: Array
+    scales: Array | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +54,7 @@ class Weight:
 def find_weights(graph: Any, contents: Contents) -> dict[int, Weight]:
     """The values that only consist of weights on grids, by the value's `id`, in the graph's order."""
     known = {
-        id(value): Weight(value, (stored,), *numbers_of(stored))
+        id(value): Weight(value, (stored,), *numbers_of(stored), scales_of(stored))
         for value, stored in sources(graph, [one for one in contents.tensors if by_rows(one)])
     }
     for node in graph:
@@ -100,11 +104,16 @@ def _add_moved(known: dict[int, Weight], node: Any, parts: list[Weight]) -> None
     if len({part.codes.dtype for part in parts}) > 1 or len({one.coded.dtype for one in sources}) > 1:
         return
     try:
+        scales: Iterable[Array | None]
         codes, steps = (move(node, [getattr(part, of) for part in parts]) for of in ("codes", "steps"))
+        if any(part.scales is not None for part in parts):
+            scales = move(node, [np.ones_like(part.steps) if part.scales is None else part.scales for part in parts])
+        else:
+            scales = itertools.repeat(None, len(codes))
     except NotImplementedError:
         return  # the weight is decoded before this node
-    for output, one, step in zip(node.outputs, codes, steps, strict=True):
-        known[id(output)] = Weight(output, sources, one, step)
+    for output, one, step, scale in zip(node.outputs, codes, steps, scales, strict=False):  # without end where None
+        known[id(output)] = Weight(output, sources, one, step, scale)
 
 
 def numbers_of(stored: Stored) -> tuple[Array, Array]:
@@ -121,6 +130,17 @@ def numbers_of(stored: Stored) -> tuple[Array, Array]:
         step = step.masked_fill(empty, float(step[~empty].median()) if not bool(empty.all()) else 1.0)
     spread = view.spread(step).expand(view.split).reshape(coded.shape)
     return codes.numpy(), spread.numpy()
+
+
+def scales_of(stored: Stored) -> Array | None:
+    """The scale of each code's column, of the tensor's shape; None where columns have none."""
+    coded = stored.coded
+    if "scale" not in coded.parts:
+        return None
+    view = coded.view or first_dimension(coded.shape)
+    scale = coded.parts["scale"].detach()
+    spread: Array = view.across.spread(scale).expand(view.split).reshape(coded.shape).numpy()
+    return spread
 
 
 def _may_be_weight(value: Any) -> bool:

@@ -6,6 +6,7 @@ columns of some rows, in order. Which rows these are is found by moving the numb
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -128,7 +129,8 @@ class GroupedWeights(Drawing):
     def _constants(self, place: _Place, numbers: Integers) -> Mapping[str, Any]:
         """Codes (rows, groups, bytes), steps (rows, groups) and zero points (rows, bytes)."""
         name = place.stored.name
-        key = name, numbers.codes.shape, numbers.codes.tobytes()
+        digest = hashlib.blake2b(numbers.codes.tobytes()).digest()  # of codes that are not held a second time
+        key = name, numbers.codes.shape, digest
         if key not in self._held:
             group, (rows, columns) = numbers.group or 1, numbers.codes.shape
             filled = np.pad(numbers.unsigned(numbers.codes), [(0, 0), (0, -columns % group)])
@@ -165,10 +167,7 @@ def _integers(stored: Stored) -> Integers | str:
     """A weight's numbers as the runtime takes them, or why it does not."""
     fmt = stored.coded.format
     assert isinstance(fmt, Grouped)
-    view = stored.coded.view or first_dimension(stored.coded.shape)
-    parts = {name: part.detach() for name, part in stored.coded.parts.items()}
-    matrix = {name: (view.matrix(part) if name == "codes" else part).numpy() for name, part in parts.items()}
-    numbers = Integers.of(fmt.grid, matrix)
+    numbers = Integers.of(fmt.grid, stored.matrix_parts())
     if numbers is None:
         return "zero is not on its grid, as the runtime needs it"
     found = numbers.in_blocks(_BLOCKS)

@@ -9,6 +9,9 @@ import numpy as np
 
 from pared.formats.dtypes import Array
 
+LOWEST: Final = np.finfo(np.float32).min
+_OF_TOKENS: Final = 3  # dimensions of a batch of sequences
+
 
 def constant(value: Any) -> Array | None:
     """The numbers of a value that is known before the graph runs, else None."""
@@ -82,6 +85,15 @@ def move(node: Any, data: Sequence[Array]) -> list[Array]:
     """
     rest = [found for value in node.inputs[len(data) :] if (found := constant(value)) is not None]
     return MOVES[node.op_type](node, data, rest)
+
+
+def is_misread(rank: int | None) -> bool:
+    """Whether OpenVINO (2026.4) misreads a multiplied input of a rank, None if unknown, where a grid follows.
+
+    Of a matrix of varying size it takes the columns' factors into the limits of the grid, and computes something else.
+    A maximum with `LOWEST` in between, which changes nothing, keeps it from that.
+    """
+    return rank is None or rank < _OF_TOKENS
 
 
 def along(steps: Array) -> tuple[tuple[int, ...], Array]:
