@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import math
 import random
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from pared.allocate import Choice
-from pared.fitting.search.compressor import Compressor, OperatingPoint
+from pared.fitting.search.compressor import Compressor
+from pared.fitting.search.maker import OperatingPoint
 from pared.formats.coded import Raw
+from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.tensors import find_tensors
 from pared.runtime import quantized
@@ -55,8 +59,14 @@ class Synthetic(Compressor[Probe]):
         damage = 2.0 ** (-(nbytes - OVERHEAD) * 16 / WEIGHTS)
         return self.at_damage(min(max(damage, self.least), self.most))
 
-    def nbytes_of(self, point: OperatingPoint, model: Probe) -> int:  # all that it has made
-        return quantized.nbytes(model)
+    def nbytes_of(self, point: OperatingPoint, made: Probe) -> int:  # all that it has made
+        return quantized.nbytes(made)
+
+    def original(self) -> AbstractContextManager[Probe]:
+        return nullcontext(Probe())
+
+    def read(self, file: Path) -> Probe:
+        return quantized.assemble(find_tensors(Probe()), storage.read(file), Profile(this_machine()))
 
     def build(self, point: OperatingPoint) -> Probe:
         self.built.append(point)

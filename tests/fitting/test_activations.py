@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import pared
 from pared import CalibrationError, PostTrainingQuantConfig
+from pared.fitting.calibration.gathering.noise import LEVELS
 from pared.fitting.calibration.observe import InputStats, collect
-from pared.fitting.calibration.sensitivity import LEVELS, InputNoise
+from pared.fitting.calibration.sensitivity import InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import make_plan
 from pared.fitting.search import activations

@@ -166,10 +166,9 @@ def test_contributors_are_those_of_the_plan_that_was_tried(resumed: bool, tmp_pa
     point = compressor.within_bytes(size)
     assert allocate.choose(compressor._options, point.price).options != point.choice.options
     judge = Judge(AccuracyCriterion(tolerable_loss=0.0), lambda model: float(type(model) is Net), max_trials=1)
-    original = Net().eval()
     for _ in range(1 + resumed):
         records = Workspace(tmp_path, {}) if resumed else None
-        found = search(compressor, original, judge, max_size=size, workspace=records, start=compressor.least)
+        found = search(compressor, judge, max_size=size, workspace=records, start=compressor.least)
     contributors = record_of(found).outcome.contributors
     damages = {line.name: line.damage for line in Result(compressor.build(point)).plan}
     name, other, *_ = (name for name, _ in contributors if name in damages)

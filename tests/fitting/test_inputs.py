@@ -49,6 +49,28 @@ def test_moments_join_those_of_gradients_where_shapes_agree() -> None:
     assert found["b"].inputs is None
 
 
+class TwoUses(nn.Module):
+    """An attention's projections, called with one input and then with two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(2, 2, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        own: Tensor = self.q(x) + self.k(x)
+        twice: Tensor = self.q(x) + self.k(y) + self.v(y) + self.v(y)
+        return own + twice
+
+
+def test_what_shares_an_input_once_does_not_share_all() -> None:
+    model, x, y = TwoUses(), torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 10.0]])
+    found = input_moments(find_tensors(model), [Call((x, y), {}), Call((x, y), {})])
+    wanted = {"q": (4.0, 0.0), "k": (2.0, 200.0), "v": (0.0, 400.0)}
+    assert {name: tuple(one.diagonal().tolist()) for name, one in found.items()} == {
+        f"{name}.weight": one for name, one in wanted.items()
+    }
+
+
 def test_few_gradients_are_helped_by_the_moments_of_many_inputs() -> None:
     """Moments of few directions are singular: feedback from them trusts correlations that are not there."""
     true = correlated(1, 80, samples=4000)

@@ -99,9 +99,9 @@ def test_ctrl_c_while_the_curve_is_traced(place: int, tmp_path: Path, monkeypatc
     """The points so far are kept, beside those of the trials."""
     trace = trade_off.trace
 
-    def traced(compressor: Any, model: Any) -> Curve:
+    def traced(compressor: Any) -> Curve:
         monkeypatch.setattr(compressor, "at_damage", interrupting(compressor.at_damage, place))
-        return trace(compressor, model)
+        return trace(compressor)
 
     monkeypatch.setattr(trade_off, "trace", traced)
     q = pared.fit(MODEL, conf(1e-3), BATCHES, lost, quiet=True)
@@ -117,7 +117,7 @@ def test_ctrl_c_during_the_users_functions(confirming: bool, tmp_path: Path, cap
     assert_is_whole(q, tmp_path)
 
 
-@pytest.mark.parametrize("owner_and_name", [(Workspace, "model"), (Compressor, "within_bytes")])
+@pytest.mark.parametrize("owner_and_name", [(Compressor, "read"), (Compressor, "within_bytes")])
 def test_ctrl_c_in_a_search_that_goes_on(
     owner_and_name: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

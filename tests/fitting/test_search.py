@@ -12,7 +12,7 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError, EvaluationError
 from pared.artifact.outcome import Outcome, Trial
-from pared.fitting.search.compressor import OperatingPoint
+from pared.fitting.search.maker import OperatingPoint
 from pared.fitting.search.search import Judge, search
 from pared.runtime import quantized
 from pared.runtime.record import record_of
@@ -36,7 +36,7 @@ def judge_of(law: Law, tolerable_loss: float = 0.01, baseline: float = 1.0, **op
 
 
 def find(law: Law, compressor: Synthetic | None = None, **options: object) -> Outcome:
-    return outcome_of(search(compressor or Synthetic(), Probe(), judge_of(law, **options)))
+    return outcome_of(search(compressor or Synthetic(), judge_of(law, **options)))
 
 
 def outcome_of(model: nn.Module) -> Outcome:
@@ -84,9 +84,7 @@ def test_any_power_law_direction_and_baseline(
     law = power(place, slope, tolerable_loss)
     sign = -1 if higher_is_better else 1
     criterion = absolute(tolerable_loss, higher_is_better=higher_is_better)
-    outcome = outcome_of(
-        search(Synthetic(), Probe(), Judge(criterion, lambda model: baseline + sign * law(damage_of(model))))
-    )
+    outcome = outcome_of(search(Synthetic(), Judge(criterion, lambda model: baseline + sign * law(damage_of(model)))))
     assert outcome.met
     assert outcome.gap == 0
     assert len(outcome.trials) <= 5
@@ -119,7 +117,7 @@ def test_a_relative_criterion_is_relative_to_the_magnitude_of_the_baseline() -> 
     for baseline in (-200.0, 0.02):
         absolutely = judge_of(power(1e-4, 1.0, 0.01 * abs(baseline)), baseline=baseline)
         judge = replace(absolutely, criterion=AccuracyCriterion(tolerable_loss=0.01))
-        outcome = outcome_of(search(Synthetic(), Probe(), judge))
+        outcome = outcome_of(search(Synthetic(), judge))
         assert outcome.met
         assert excess(outcome, 1e-4) <= 1.05
 
@@ -134,7 +132,7 @@ def test_noisy_samples_cost_few_trials(seed: int) -> None:
         damage = damage_of(model)
         return 1 - law(damage) + 0.2 * 0.01 * math.sqrt(200 * damage / 2e-4) * rng.normal(size=400)
 
-    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(0.01), score)))
+    outcome = outcome_of(search(Synthetic(), Judge(absolute(0.01), score)))
     assert outcome.met
     assert len(outcome.trials) <= 6
     assert excess(outcome, 2e-4) <= 1.15
@@ -174,7 +172,7 @@ def test_a_goal_in_decibels_takes_few_trials(best_decibels: float, goal: float, 
         damage = damage_of(model)
         return min(best_decibels, goal - slope * math.log10(damage / place)) if damage else best_decibels
 
-    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(best_decibels - goal), score)))
+    outcome = outcome_of(search(Synthetic(), Judge(absolute(best_decibels - goal), score)))
     assert outcome.met
     assert len(outcome.trials) <= 6
     # Where no loss is seen until shortly before the goal, the first loss that is seen may be too large already.
@@ -193,7 +191,7 @@ def test_counts_of_matches_take_few_trials(place: float, tolerable: int, seed: i
         changed = min(tolerable * damage / place, 120)
         return (180 - min(180, int(rng.poisson(changed)) - int(rng.poisson(0.3 * changed)))) / 200
 
-    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(tolerable / 200), score)))
+    outcome = outcome_of(search(Synthetic(), Judge(absolute(tolerable / 200), score)))
     assert outcome.met
     assert len(outcome.trials) <= 6
     assert excess(outcome, place) <= (1.3 if tolerable == 1 else 1.2)
@@ -214,7 +212,7 @@ def test_no_loss_is_tolerable() -> None:
 
 @pytest.mark.parametrize("tolerable_loss", [0.0, 0.01])
 def test_an_unreachable_goal_gives_the_best_model_the_gap_and_the_largest_contributors(tolerable_loss: float) -> None:
-    model = search(Synthetic(), Probe(), judge_of(lambda damage: 0.03 + damage, tolerable_loss))
+    model = search(Synthetic(), judge_of(lambda damage: 0.03 + damage, tolerable_loss))
     assert isinstance(model, Probe)
     outcome = outcome_of(model)
     assert damage_of(model) == Synthetic().least, "the finest operating point was tried"
@@ -236,7 +234,7 @@ def test_no_contributors_are_named_when_the_criterion_is_met() -> None:
 def test_max_size_bounds_every_trial(share: float) -> None:
     compressor = Synthetic()
     limit = int(share * compressor.nbytes(1e-4))
-    model = search(compressor, Probe(), judge_of(power(1e-4)), max_size=limit)
+    model = search(compressor, judge_of(power(1e-4)), max_size=limit)
     outcome = outcome_of(model)
     assert max(trial.nbytes for trial in outcome.trials) <= limit
     assert outcome.met == (share >= 1)
@@ -274,7 +272,7 @@ def interrupted(place: int, law: Law) -> Callable[[nn.Module], float]:
 
 def test_ctrl_c_during_an_evaluation_returns_the_best_so_far() -> None:
     judge = Judge(absolute(0.01), interrupted(4, power(1e-6)))
-    outcome = outcome_of(search(Synthetic(), Probe(), judge))
+    outcome = outcome_of(search(Synthetic(), judge))
     assert len(outcome.trials) == 2
     assert outcome.score == max(trial.score for trial in outcome.trials)
 
@@ -292,12 +290,12 @@ def test_ctrl_c_during_a_build_returns_the_best_so_far() -> None:
 @pytest.mark.parametrize("place", [1, 2])
 def test_ctrl_c_before_any_trial_is_the_callers(place: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        search(Synthetic(), Probe(), Judge(absolute(0.01), interrupted(place, power(1e-6))))
+        search(Synthetic(), Judge(absolute(0.01), interrupted(place, power(1e-6))))
 
 
 def test_the_score_is_that_of_the_model_returned() -> None:
     law = power(1e-4)
-    model = search(Synthetic(), Probe(), judge_of(law))
+    model = search(Synthetic(), judge_of(law))
     outcome = outcome_of(model)
     assert outcome.score == 1.0 - law(damage_of(model))
     assert outcome.baseline == 1.0
@@ -313,9 +311,9 @@ def test_nan_from_the_function() -> None:
 def test_a_zero_baseline_is_refused_before_any_trial() -> None:
     compressor = Synthetic()
     with pytest.raises(ConfigError, match="the baseline scores 0"):
-        search(compressor, Probe(), Judge(AccuracyCriterion(), lambda model: 0.0))
+        search(compressor, Judge(AccuracyCriterion(), lambda model: 0.0))
     with pytest.raises(ConfigError, match="the baseline scores 0"):
-        search(compressor, Probe(), Judge(AccuracyCriterion(), lambda model: 1.0, lambda model: 0.0))
+        search(compressor, Judge(AccuracyCriterion(), lambda model: 1.0, lambda model: 0.0))
     assert compressor.built == []
 
 
@@ -341,7 +339,7 @@ def test_samples_are_confirmed_on_the_odd_ones() -> None:
         loss = power(1e-4)(damage_of(model))
         return np.tile([1.0 - loss, 1.0 - 5 * loss], 50)
 
-    outcome = outcome_of(search(Synthetic(), Probe(), Judge(absolute(0.01), score)))
+    outcome = outcome_of(search(Synthetic(), Judge(absolute(0.01), score)))
     assert outcome.met
     assert outcome.confirmation is not None
     assert outcome.confirmation.loss == pytest.approx(5 * best(outcome).loss)

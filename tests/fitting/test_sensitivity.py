@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.fitting.calibration import blocks, observe, sensitivity
+from pared.fitting.calibration.gathering.noise import LEVELS
 from pared.fitting.calibration.sensitivity import Sensitivity, TensorStats
 from pared.formats.activation import Activation
 from pared.formats.views import view_of
@@ -231,10 +232,10 @@ def test_a_brief_look_says_the_same_of_rows_and_inputs() -> None:
 def quantized_input(model: nn.Linear, x: Tensor, activation: Activation) -> float:
     """What rounding the input in this way does to the output, as a share of its energy."""
     if activation.mode == "static":
-        step = torch.tensor((activation.high - activation.low) / sensitivity.LEVELS)
+        step = torch.tensor((activation.high - activation.low) / LEVELS)
         rounded = (x.clamp(activation.low, activation.high) / step).round() * step
     else:
-        step = (x.amax(1, keepdim=True).clamp(min=0) - x.amin(1, keepdim=True).clamp(max=0)) / sensitivity.LEVELS
+        step = (x.amax(1, keepdim=True).clamp(min=0) - x.amin(1, keepdim=True).clamp(max=0)) / LEVELS
         rounded = (x / step).round() * step
     with torch.no_grad():
         exact, out = model(x), model(rounded)

@@ -28,7 +28,7 @@ from pared.runtime.openvino.graph import is_installed
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import CallTiming, ModelTiming, Timing
 from pared.runtime.record import Result, contents_of, record_of
-from pared.runtime.serving.bfloat16 import BFloat16Server
+from pared.runtime.serving.float_copy import FloatServer
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import SERVER, forward_of, serve
 from pared.runtime.stopwatch import fastest_ms
@@ -120,6 +120,33 @@ def test_a_model_runs_each_size_in_its_form() -> None:
             assert answers == [False, False, True, True]
 
 
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_a_size_at_which_no_int8_pays_runs_in_floats(form: str) -> None:
+    single = (Argument("input", "float32", (1, 64)),)
+    half = 1.0 if form == "bfloat16" else None
+    calls = (CallTiming(CALL, 9.0, None, 4.0, 2.0), CallTiming(single, 2.0, half, 2.5, 3.0))
+    assert [one.form for one in ModelTiming((calls[0], replace(calls[1], modules_ms=2.1))).served] == (
+        ["bfloat16", "graph"] if half else ["graph"]
+    ), "floats that are less than a tenth faster are not worth their memory"
+    cached = [replace(call, arguments=(*call.arguments, Argument("c", holds="DynamicCache(1)"))) for call in calls]
+    assert ModelTiming(tuple(cached)).forms == ("graph",), "no copy takes a cache"
+    model = network()
+    contents = contents_of(pared.fit(model, STATIC, batches(), quiet=True))
+    profile = Profile(this_machine(), model=ModelTiming(calls))
+    assert Profile.from_json(profile.to_json()) == profile
+    q = quantized.assemble(find_tensors(model), contents, profile)
+    assert f"in {form}, for sizes at which that is faster" in pared.report(q)
+    exact = float_forms.decoded(find_tensors(model), contents)
+    x = batches()[0]
+    with torch.no_grad():
+        for one in (q, copy.deepcopy(q)):
+            found, decoded = one(x[:1]), exact(x[:1])
+            assert torch.equal(found, decoded) == (form == "float32")
+            assert (found - decoded).square().sum() < 1e-3 * decoded.square().sum()
+            assert not torch.equal(one(x), exact(x)), "larger calls run in int8"
+            assert not torch.equal(forward_of(one)(one, x[:1]), found), "so do the modules"
+
+
 def test_int8_that_does_not_pay_leaves_floats_and_the_same_file(tmp_path: Path) -> None:
     q = pared.fit(network(), STATIC, batches(), quiet=True)
     contents = contents_of(q)
@@ -134,7 +161,7 @@ def test_bfloat16_answers_where_it_is_fastest() -> None:
     model = network()
     contents = contents_of(pared.fit(model, STATIC, batches(), quiet=True))
     half = quantized.assemble(find_tensors(model), contents, timed(3.0, 1.0, 2.0, 2.0))
-    assert isinstance(vars(half)[SERVER], BFloat16Server)
+    assert isinstance(vars(half)[SERVER], FloatServer)
     x = batches()[0]
     with torch.no_grad():
         found, floats = half(x), forward_of(half)(half, x)

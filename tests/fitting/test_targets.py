@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,7 @@ TOY = Target(
         offer(3, 32, nested=2, multiple_bits=6, signed=True),
     ),
     (("q", "k"),),
+    "graph",
 )
 
 
@@ -50,7 +52,7 @@ TOY = Target(
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {**table.TARGETS, "toy": TOY}
     monkeypatch.setattr("pared.runtime.summary.TARGETS", known)
-    for place in ("config", "estimate", "search.free.choices"):
+    for place in ("config", "estimate", "verification.arguments", "search.free.choices"):
         monkeypatch.setattr(f"pared.fitting.{place}.TARGETS", known)
 
 
@@ -222,9 +224,61 @@ def test_what_cannot_be_is_refused_before_any_work(wrong: str) -> None:
     assert not called
 
 
+class Experts(Net):
+    """One with a stack of matrices, as models hold experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 64, 64) / 8)
+        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "own"})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        y: Tensor = self.odd(torch.einsum("bti,eio->bto", x, self.experts))
+        return y
+
+
+def test_stacks_of_matrices_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    q = pared.fit(Experts(), PostTrainingQuantConfig(target="mlx", quant_level=0), list(batches()), quiet=True)
+    assert "mlx has no format for stacks of matrices: experts and 0 more stay as they are, 49,152 of " in caplog.text
+    assert offers(q)["experts"] == "mlx has no format for stacks of matrices"
+
+
+class Configured(Net):
+    """One that says what it is, as models of transformers do."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(to_dict=lambda: config)
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "message"),
+    [
+        ("mlx", None, "a Net has no configuration .*\n  Known are those of transformers.*: onnx, openvino"),
+        ("gguf", None, "a Net has no configuration .*\n  Known are LlamaForCausalLM, MistralForCausalLM"),
+        ("gguf", {"architectures": ["Odd"]}, "the architecture Odd is not known\n  Known are LlamaForCausalLM"),
+        ("gguf", {"model_type": "x"}, "the architecture Configured is not known"),
+        ("gptq", {"model_type": "gpt2"}, "models of type gpt2 store their matrices transposed"),
+    ],
+)
+def test_a_model_that_a_runtime_does_not_run_is_refused_before_any_work(
+    target: str, config: dict[str, Any] | None, message: str
+) -> None:
+    net = Net() if config is None else Configured(config)
+    called: list[Any] = []
+    wanted = PostTrainingQuantConfig(target=target)
+    for verb in (pared.fit, pared.trade_off):
+        with pytest.raises(ConfigError, match=message):
+            verb(net, wanted, called.append, quiet=True)
+    with pytest.raises(ConfigError, match=message):
+        pared.estimate(net, wanted, called.append)
+    assert not called
+
+
 def test_a_missing_package_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = dataclasses.replace(TOY, extra="toys", packages=("no_such_package",))
-    monkeypatch.setattr("pared.fitting.estimate.TARGETS", {"toy": missing})
+    monkeypatch.setattr("pared.fitting.verification.arguments.TARGETS", {"toy": missing})
     with pytest.raises(ConfigError, match=r"no_such_package.*not installed") as caught:
         pared.fit(model(), conf(), list(batches()), quiet=True)
     assert "pip install 'pared[toys]'" in str(caught.value)

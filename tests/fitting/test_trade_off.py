@@ -12,11 +12,11 @@ from torch import nn
 
 from pared import AccuracyCriterion, ConfigError
 from pared.artifact.outcome import Curve, Point
-from pared.fitting.search.compressor import OperatingPoint
+from pared.fitting.search.maker import OperatingPoint
 from pared.fitting.search.search import Judge
 from pared.fitting.search.trade_off import trace
 from pared.inspection.page import charts
-from tests.fitting.fakes import Probe, Synthetic, damage_of
+from tests.fitting.fakes import Synthetic, damage_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -27,7 +27,7 @@ def score(model: nn.Module) -> float:
 
 def test_without_a_judge_nothing_is_built() -> None:
     compressor = Synthetic()
-    curve = trace(compressor, Probe())
+    curve = trace(compressor)
     assert compressor.built == []
     assert curve.baseline is None
     assert len(curve.points) == 8
@@ -35,22 +35,22 @@ def test_without_a_judge_nothing_is_built() -> None:
 
 
 def test_damages_are_evenly_spaced_and_bytes_fall() -> None:
-    curve = trace(Synthetic(), Probe(), points=5, span=(1e-6, 1e-2))
+    curve = trace(Synthetic(), points=5, span=(1e-6, 1e-2))
     assert [point.damage for point in curve.points] == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
     sizes = [point.nbytes for point in curve.points]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_judge_scores_every_point_and_the_float_model() -> None:
-    curve = trace(Synthetic(), Probe(), Judge(AccuracyCriterion(), score), points=3)
+    curve = trace(Synthetic(), Judge(AccuracyCriterion(), score), points=3)
     assert curve.baseline == 0.8
     assert [point.score for point in curve.points] == [0.8 - point.damage for point in curve.points]
 
 
 def test_the_span_is_kept_within_what_the_compressor_reaches() -> None:
-    curve = trace(Synthetic(least=1e-3, most=1e-2), Probe())
+    curve = trace(Synthetic(least=1e-3, most=1e-2))
     assert [curve.points[0].damage, curve.points[-1].damage] == pytest.approx([1e-3, 1e-2])
-    assert len(trace(Synthetic(least=0.2), Probe()).points) == 1
+    assert len(trace(Synthetic(least=0.2)).points) == 1
 
 
 def test_equal_plans_are_one_point() -> None:
@@ -58,13 +58,13 @@ def test_equal_plans_are_one_point() -> None:
         def at_damage(self, damage: float) -> OperatingPoint:
             return super().at_damage(10.0 ** math.floor(math.log10(damage) + 1e-9))
 
-    assert len(trace(Coarse(), Probe(), points=20, span=(1e-4, 1e-2)).points) == 3
+    assert len(trace(Coarse(), points=20, span=(1e-4, 1e-2)).points) == 3
 
 
 @pytest.mark.parametrize(("points", "span"), [(0, (1e-5, 0.1)), (8, (0.0, 0.1)), (8, (0.2, 0.1))])
 def test_what_makes_no_curve(points: int, span: tuple[float, float]) -> None:
     with pytest.raises(ConfigError, match=f"{points} points between damages .* make no curve"):
-        trace(Synthetic(), Probe(), points=points, span=span)
+        trace(Synthetic(), points=points, span=span)
 
 
 @pytest.mark.parametrize(("place", "left"), [(2, None), (3, 1), (4, 2)])
@@ -80,13 +80,13 @@ def test_ctrl_c_leaves_the_points_so_far(place: int, left: int | None) -> None:
     judge = Judge(AccuracyCriterion(), interrupted)
     if left is None:
         with pytest.raises(KeyboardInterrupt):
-            trace(Synthetic(), Probe(), judge)
+            trace(Synthetic(), judge)
     else:
-        assert len(trace(Synthetic(), Probe(), judge).points) == left
+        assert len(trace(Synthetic(), judge).points) == left
 
 
 def test_json_is_plain_and_complete() -> None:
-    curve = trace(Synthetic(), Probe(), Judge(AccuracyCriterion(), score), points=3)
+    curve = trace(Synthetic(), Judge(AccuracyCriterion(), score), points=3)
     assert Curve.from_json(json.loads(json.dumps(curve.to_json()))) == curve
 
 
@@ -120,7 +120,7 @@ def test_every_point_is_drawn_inside_the_picture(rows: list[tuple[int, float, fl
 
 
 def test_more_bytes_lie_to_the_right_and_more_damage_above() -> None:
-    found = trace(Synthetic(), Probe())
+    found = trace(Synthetic())
     marks = [use for use in ET.fromstring(drawn(found)).iter(f"{SVG}use") if use.find(f"{SVG}title") is not None]
     places = [(float(use.get("x", "")), float(use.get("y", ""))) for use in marks]
     assert len(places) == len(found.points)

@@ -147,6 +147,23 @@ def test_a_forward_that_looks_layers_up_in_a_global_is_known() -> None:
     check_globals(model)
 
 
+class Wrapped(nn.Module):
+    """Has an attribute of the name of a global variable, as most scripts have a `model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.encoder(x)
+
+
+def test_an_attribute_is_no_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Wrapped()
+    monkeypatch.setitem(globals(), "encoder", model)
+    check_globals(model)
+
+
 # Ordinary models are copied as ever.
 class Slots(nn.Module):
     __slots__ = ("__shift", "scale")

@@ -24,13 +24,19 @@ def test_which_parts_of_an_output_count() -> None:
 
 
 def mean_square(leaf: Leaf, error: Tensor, draws: int) -> float:
-    generator = torch.Generator().manual_seed(0)
-    return sum(float((leaf.probe(generator) * error).sum()) ** 2 for _ in range(draws)) / draws
+    generator, total = torch.Generator().manual_seed(0), 0.0
+    for _ in range(draws):
+        direction = torch.zeros(leaf.value.shape)
+        leaf.add_probe(direction, 2.0, generator)
+        total += float((direction * error).sum() / 2) ** 2
+    return total / draws
 
 
+@pytest.mark.parametrize("at_once", [70, 1000])
 @pytest.mark.parametrize("is_logits", [False, True])
 @pytest.mark.slow
-def test_a_probe_meets_an_error_with_its_energy(is_logits: bool) -> None:
+def test_a_probe_meets_an_error_with_its_energy(is_logits: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.model.outputs._AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(1)
     leaf = Leaf(2 * torch.randn(40, 7, generator=generator), is_logits)
     error = 0.01 * torch.randn(40, 7, generator=generator)
@@ -49,6 +55,25 @@ def test_the_error_of_logits_is_twice_the_divergence() -> None:
     p, q = ours.double().softmax(-1), theirs.double().softmax(-1)
     expected = 2 * float((p * (p / q).log()).sum())
     assert Leaf(ours, is_logits=True).error(theirs) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("is_logits", [False, True])
+@pytest.mark.parametrize("at_once", [1, 8, 21, 1000])
+def test_errors_are_the_same_in_pieces(is_logits: bool, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pared.model.outputs._AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(3, 5, 7, generator=generator) for _ in range(2))
+    ours[0, 0, 2], ours[1, 1] = -torch.inf, torch.nan  # masked, and broken
+    known = [(a.double(), b.double()) for a, b in zip(ours.reshape(-1, 7), theirs.reshape(-1, 7), strict=True)]
+    if is_logits:
+        pairs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in known if not bool(a.isnan().any())]
+        each = [(a.exp() * (a - b))[a.isfinite()].sum() * 2 for a, b in pairs]
+    else:
+        each = [(a - b)[a.isfinite()].square().sum() for a, b in known]
+    assert Leaf(ours, is_logits).error(theirs) == pytest.approx(float(sum(each)))
+    theirs[2, 2, 2] = torch.nan
+    assert Leaf(ours, is_logits).error(theirs) == float("inf")
+    assert Leaf(torch.tensor(2.0)).error(torch.tensor(3.0)) == 1.0
 
 
 def test_dataclasses_that_are_mappings_are_understood() -> None:

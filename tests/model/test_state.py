@@ -169,7 +169,7 @@ def test_trees_that_are_no_state_are_refused(edit: str, tmp_path: Path) -> None:
         index, data = json.loads(zlib.decompress(records.index)), bytes(records.data)
     index["states"]["0._extra_state"] = EDITS[edit]
     with (tmp_path / "x").open("wb") as file:
-        write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
+        write_safetensors(file, zlib.compress(json.dumps(index).encode()), (data,), len(data))
     with pytest.raises(CorruptError):
         pared.load(tmp_path / "x", scaled())
 
@@ -183,7 +183,7 @@ def test_tensors_of_a_state_with_a_gap_in_their_numbers_are_refused(tmp_path: Pa
     index = json.loads(text.replace("0._extra_state/0", "0._extra_state/2"))
     index["states"]["0._extra_state"] = {"tensor": 2}
     with (tmp_path / "x").open("wb") as file:
-        write_safetensors(file, zlib.compress(json.dumps(index).encode()), data)
+        write_safetensors(file, zlib.compress(json.dumps(index).encode()), (data,), len(data))
     with pytest.raises(CorruptError, match="its tensors are not numbered one after the other"):
         pared.load(tmp_path / "x", scaled())
 

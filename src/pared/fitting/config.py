@@ -12,12 +12,10 @@ from torch import nn
 
 from pared.errors import ConfigError
 from pared.scalars import check_choice, checked_number, plain
-from pared.targets.table import TARGETS
+from pared.targets.table import OWN, TARGETS
 from pared.terminal import parse_size
 
 T = TypeVar("T")
-
-OWN: Final = "pared"  # the target that is pared's own file
 
 # Options of Intel Neural Compressor 2.x that have another name or form here.
 INC_EQUIVALENTS: Final[Mapping[str, str]] = {
@@ -228,7 +226,8 @@ class PostTrainingQuantConfig:
             logits, because they go through a softmax or a cross entropy within the model, because its `config` says
             `problem_type="single_label_classification"`, or because it is a language model of transformers. (): none.
         target: the runtime whose formats are chosen among: "pared" (default), or one of `pared.targets.table.TARGETS`,
-            such as "gguf". Sizes are then those of the runtime's file, as exact as they can be without its tokenizer;
+            such as "gguf". Sizes are then those of the runtime's file, as exact as they can be without its tokenizer,
+            and of onnx and openvino without the operators of the graph, which is captured only when it is exported;
             inputs of layers stay in float, and nothing is timed here.
         strict: True makes it an error if a floating tensor of two or more dimensions would stay in float, unless a rule
             says so. Default False.

@@ -42,5 +42,7 @@ def at_eight_bits(known: Prepared[ModuleT], corrections: Corrections = Correctio
     approach = "weight_only" if seen is None and conf.approach == "auto" else conf.approach
     budget = _INPUT_DAMAGE * corrections.inputs if approach == "auto" else float("inf")
     activations = choose_activations(candidates, approach, sensitivity.inputs if sensitivity else {}, budget)
-    contents = Contents(stored, activations, provenance(conf, seen), extra.collect(known.tensors.model))
+    contents = Contents(
+        stored, activations, provenance(conf, seen.samples if seen else 0), extra.collect(known.tensors.model)
+    )
     return quantized.assemble(known.tensors, contents, Profile(this_machine()))

@@ -1,58 +1,33 @@
-"""Before any work: whether the arguments of `fit` are right, and about how large and slow the result will be."""
+"""About how large and slow the result of a fit will be, before any work."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from pared.errors import CalibrationError, ConfigError
+from pared.files.remote.urls import source_at
 from pared.fitting.calibration import observe
-from pared.fitting.config import OWN, PostTrainingQuantConfig, configured
+from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.search.free.units import nbytes_at_eight_bits
+from pared.fitting.streamed.fit import check_options
+from pared.fitting.streamed.inputs import calls_of, samples_of
+from pared.fitting.streamed.parts.opening import opened
+from pared.fitting.streamed.timing import seconds_of_a_call
+from pared.fitting.verification.arguments import check_arguments, check_described_model, of_model
 from pared.fitting.verification.weights import check_weights
 from pared.model import calls
 from pared.model.checks import supported_tensors
+from pared.model.contents import Decision
 from pared.model.copies import check_copyable
+from pared.model.tensors import ModelTensors
 from pared.runtime.layers.table import check_registered
 from pared.switches import random_states_kept
-from pared.targets.installed import check_installed
-from pared.targets.table import TARGETS
-
-
-def check_arguments(
-    conf: PostTrainingQuantConfig, calibration: object, eval_func: object = None, confirm_func: object = None
-) -> None:
-    """Refuse arguments of `fit` that have a wrong type or contradict each other.
-
-    Raises:
-        ConfigError: `eval_func` or `confirm_func` has a wrong type, or `confirm_func` stands alone; or the target's
-            packages are missing.
-        CalibrationError: `approach="static"` without calibration data.
-    """
-    if conf.target != OWN:
-        check_installed(TARGETS[conf.target])
-    for name, function in (("eval_func", eval_func), ("confirm_func", confirm_func)):
-        if function is not None and not callable(function):
-            raise ConfigError(
-                f"{name} is a {type(function).__name__}, which cannot be called",
-                where="pared.fit",
-                remedy=f"Pass a function: {name}(model) returns a number.",
-            )
-    if confirm_func is not None and eval_func is None:
-        raise ConfigError(
-            "there is a confirm_func but no eval_func",
-            where="pared.fit",
-            remedy="Pass eval_func as well.",
-        )
-    if conf.approach == "static" and calibration is None:
-        raise CalibrationError(
-            'approach="static" needs calibration data, and there are none',
-            where="pared.fit",
-            remedy='Pass calib_dataloader, or choose approach="dynamic" or "weight_only".',
-        )
+from pared.targets.table import OWN, TARGETS
 
 
 @dataclass(frozen=True)
@@ -79,14 +54,16 @@ _SAMPLED_ROWS = 64
 
 @random_states_kept()
 def estimate(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     conf: PostTrainingQuantConfig | None = None,
-    calib_dataloader: calls.Calibration | None = None,
+    calib_dataloader: calls.Calibration | str | Path | None = None,
 ) -> Estimate:
     """Estimate the size of the file and the time that `fit` takes, from a few rows of each tensor and one batch.
 
     Args:
-        model: a float model on the CPU. It is left exactly as it is.
+        model: a float model on the CPU, which is left exactly as it is; or the path of a Hugging Face folder, whose
+            model is then in memory one block at a time. The time is then that of rounding and of both sweeps, of which
+            one block is run; to choose among more than 8 bits takes longer.
         conf: as for `fit`.
         calib_dataloader: as for `fit`; only its first batch is read, to estimate the time of calibration.
 
@@ -98,29 +75,70 @@ def estimate(
     True
     """
     conf = configured(conf)
+    if isinstance(model, str | Path):
+        return _of_folder(source_at(model, "model"), conf, calib_dataloader)
     tensors = supported_tensors(model)
     check_registered(model)
     check_arguments(conf, calib_dataloader)
+    calibration = of_model("pared.estimate", calib_dataloader)
+    check_described_model(model, conf)
     check_copyable(model)
     elsewhere = None if conf.target == OWN else nbytes_at_eight_bits(tensors, conf, TARGETS[conf.target])
     rules = conf.rules if elsewhere is None else ()
     decisions = plan.make_plan(tensors, rules, strict=conf.strict and elsewhere is None)
+    own, seconds = _rounded(tensors, decisions)
+    if calibration is not None and conf.approach != "weight_only":
+        start = time.monotonic()
+        seen = observe.collect(model, calibration, 1)
+        seconds += (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
+        check_weights(tensors, seen.calls)
+    return _estimate(tensors, conf, elsewhere, own, seconds)
+
+
+def _of_folder(folder: Path, conf: PostTrainingQuantConfig, calibration: object) -> Estimate:
+    """That of a folder's model, of which a block is in memory at a time."""
+    check_arguments(conf, calibration)
+    check_options(conf, folder)
+    own = seconds = 0.0
+    with opened(folder, conf) as (weights, blocks):
+        tensors = weights.tensors
+        elsewhere = None if conf.target == OWN else nbytes_at_eight_bits(tensors, conf, TARGETS[conf.target])
+        rules = conf.rules if elsewhere is None else ()
+        if calibration is not None:
+            first = calls_of(calibration, folder, tensors.model, 1)
+            times = max(1.0, conf.calibration_sampling_size / samples_of(first))
+            seconds = times * seconds_of_a_call(weights, blocks, first[0])
+        for names in (*blocks.tensors, blocks.outside):
+            for group in weights.groups(names):
+                with weights.loaded(group) as loaded:
+                    strict = conf.strict and elsewhere is None
+                    rounded = _rounded(loaded, plan.make_plan(loaded, rules, strict=strict, whole=tensors))
+                own, seconds = own + rounded[0], seconds + rounded[1]
+        return _estimate(tensors, conf, elsewhere, own, seconds)
+
+
+def _rounded(tensors: ModelTensors[nn.Module], decisions: Sequence[Decision]) -> tuple[float, float]:
+    """About the bytes of tensors at 8 bits, and the seconds that rounding them takes, from a few rows of each."""
     start = time.monotonic()
     guesses = [
         encoding.sample_cost(tensor, decision, _SAMPLED_ROWS)
         for tensor, decision in zip(tensors, decisions, strict=True)
     ]
     share = sum(guess.sampled for guess in guesses) / max(1, sum(named.tensor.numel() for named in tensors))
-    rounding = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
-    calibrating = 0.0
-    if calib_dataloader is not None and conf.approach != "weight_only":
-        start = time.monotonic()
-        seen = observe.collect(model, calib_dataloader, 1)
-        calibrating = (time.monotonic() - start) * max(1.0, conf.calibration_sampling_size / seen.samples)
-        check_weights(tensors, seen.calls)
-    own = round(sum(guess.nbytes for guess in guesses)) + _PER_TENSOR * len(tensors) + _ENVELOPE
-    nbytes = own if elsewhere is None else elsewhere
+    seconds = (time.monotonic() - start) / max(share, 1e-9) if share else 0.0
+    return sum(guess.nbytes for guess in guesses), seconds
+
+
+def _estimate(
+    tensors: ModelTensors[nn.Module],
+    conf: PostTrainingQuantConfig,
+    elsewhere: int | None,
+    own: float,
+    seconds: float,
+) -> Estimate:
+    """The estimate, by the bytes of the tensors in a runtime's file, or else in our own."""
+    nbytes = round(own) + _PER_TENSOR * len(tensors) + _ENVELOPE if elsewhere is None else elsewhere
     if isinstance(conf.max_size, int):
         nbytes = min(nbytes, conf.max_size)
     original = sum(named.tensor.numel() * named.tensor.element_size() for named in tensors)
-    return Estimate(nbytes, original, rounding + calibrating)
+    return Estimate(nbytes, original, seconds)

@@ -9,15 +9,17 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, overload
 
 from torch import nn
 
 from pared.artifact.outcome import Curve
 from pared.errors import reason_of
+from pared.executors.executor import Executor
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, make_directory
-from pared.fitting.config import OWN, PostTrainingQuantConfig, configured
+from pared.files.remote.urls import output_at, written_at
+from pared.fitting.config import PostTrainingQuantConfig, configured
 from pared.fitting.eight_bits import MOST_LOST_WITH_INPUTS, at_eight_bits
 from pared.fitting.finishing.finish import finished, verify
 from pared.fitting.measured.repair import Corrections, Refiner
@@ -28,11 +30,15 @@ from pared.fitting.search import trade_off as curve
 from pared.fitting.search.compressor import DEFAULT_DAMAGE, RESERVE_WITHOUT_SCORES, Compressor
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.workspace import Workspace, fingerprint
+from pared.fitting.streamed.front import fit_path, trade_off_path
+from pared.fitting.timing.threads import suited
+from pared.fitting.verification.arguments import check_described_model, of_model
 from pared.model import calls
 from pared.model.tensors import ModuleT, tensor_count
 from pared.runtime.record import record_of
 from pared.scalars import checked_number
 from pared.switches import random_states_kept, rare_collections
+from pared.targets.table import OWN
 from pared.terminal import Stages
 
 log = logging.getLogger(__name__)
@@ -40,7 +46,7 @@ log = logging.getLogger(__name__)
 _CORRECTIONS: Final = "corrections"  # the name of their record in a workspace
 
 
-@random_states_kept()
+@overload
 def fit(
     model: ModuleT,
     conf: PostTrainingQuantConfig | None = None,
@@ -50,7 +56,37 @@ def fit(
     *,
     workspace: str | Path | None = None,
     quiet: bool = False,
-) -> ModuleT:
+) -> ModuleT: ...
+
+
+@overload
+def fit(
+    model: str | Path,
+    conf: PostTrainingQuantConfig | None = None,
+    calib_dataloader: calls.Calibration | str | Path | None = None,
+    eval_func: EvalFunc | None = None,
+    confirm_func: EvalFunc | None = None,
+    *,
+    workspace: str | Path | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+    executor: Executor | None = None,
+) -> Path: ...
+
+
+@random_states_kept()
+def fit(
+    model: ModuleT | str | Path,
+    conf: PostTrainingQuantConfig | None = None,
+    calib_dataloader: calls.Calibration | str | Path | None = None,
+    eval_func: EvalFunc | None = None,
+    confirm_func: EvalFunc | None = None,
+    *,
+    workspace: str | Path | None = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+    executor: Executor | None = None,
+) -> ModuleT | Path:
     """Compress a model: to the smallest file that keeps its accuracy, or to the most accurate one of a size.
 
     What you give decides what you get. Damage is the expected share of the output's energy that is lost.
@@ -64,7 +100,8 @@ def fit(
     | both | the smallest file that meets it; if that exceeds `max_size`, the best within it, and `met` is False |
 
     Args:
-        model: a float model on the CPU. It is left exactly as it is.
+        model: a float model on the CPU. It is left exactly as it is. Or the path of a Hugging Face folder, whose model
+            is then in memory one block at a time; of a URL ("s3://...") the files are copied here first.
         conf: what you want; default: `PostTrainingQuantConfig()`.
         calib_dataloader: an iterable of batches, read once, where a batch is a tensor, a tuple or list of arguments, or
             a dict of keyword arguments; or a function that gets the model and calls it. The calls show what errors
@@ -77,13 +114,19 @@ def fit(
             samples together.
         confirm_func: like `eval_func`, on other data, which then confirm the result instead of the odd samples.
         workspace: a directory for the records of the search. After an interruption the same call continues from there.
-            One search at a time may use it.
+            One search at a time may use it. Of a folder, everything that is not in memory is here; default: beside
+            the output, until the fit is done.
+        output: the directory of the artifact; default: `model` in the workspace. Or a URL where nothing is: the files
+            are sent there when all are written.
         quiet: True shows no progress. Otherwise it is shown at a terminal.
+        executor: for a folder, `pared.RayExecutor(...)`: workers on many machines, which see the folder and the
+            workspace at the same paths. Default: this machine.
 
     Returns:
         the quantized model, of a subclass of your model's class, in eval mode and with frozen parameters. `q.pared`
         tells how it went (`met`, `score`, `baseline`, `trials`), `q.report()` what became of each tensor, and
-        `q.save(directory)` writes it. Ctrl-C during a search returns the best model so far.
+        `q.save(directory)` writes it. Ctrl-C during a search returns the best model so far. Of a folder, the path of
+        the artifact.
 
     Raises:
         ModelError: the model cannot be compressed: it is lazy, scripted, compiled, quantized already, on the meta
@@ -101,13 +144,22 @@ def fit(
     (torch.int8, True)
     """
     conf = configured(conf)
+    if isinstance(model, str | Path):
+        functions = eval_func, confirm_func
+        with ExitStack() as held:
+            place = None if output is None else held.enter_context(output_at(output, "output"))
+            found = fit_path(model, conf, calib_dataloader, functions, workspace, place, quiet, executor)
+        return found.path if output is None else written_at(output, found.path)
+    calibration = of_model("pared.fit", calib_dataloader, output=output, executor=executor)
+    check_described_model(model, conf)
     directory = None if workspace is None else as_path(workspace, "workspace")
     with ExitStack() as held:
         if directory is not None and eval_func is not None:  # before hours of work, not after
             make_directory(directory)
             held.enter_context(owned(directory))
+        held.enter_context(suited(model))
         held.enter_context(rare_collections(tensor_count(model) if isinstance(model, nn.Module) else 0))
-        return _fit(model, conf, calib_dataloader, (eval_func, confirm_func), directory, Stages(quiet=quiet))
+        return _fit(model, conf, calibration, (eval_func, confirm_func), directory, Stages(quiet=quiet))
 
 
 def _fit(
@@ -123,7 +175,7 @@ def _fit(
     eight_bits = conf.quant_level == 0 and conf.max_size is None and eval_func is None
     # First what errors cost, in each weight and each layer's input.
     known = prepare(model, conf, calib_dataloader, functions, stages, eight_bits=eight_bits)
-    refiner = _refiner(known)
+    refiner = _refiner(known.without_moments())
     if eight_bits or (calib_dataloader is None and conf.max_size is None and eval_func is None):
         with stages.stage("rounding weights"):
             make = partial(at_eight_bits, known) if conf.target == OWN else _at_eight_bits_elsewhere(known)
@@ -131,12 +183,13 @@ def _fit(
         return finished(found, known, stages, refiner, corrections)
     # Then what each tensor could become, with bytes and damage.
     compressor = _compressor(known, stages, obey=eval_func is None)
+    known = known.without_moments()  # they are freed
     if eval_func is None:
         with stages.stage("rounding weights"):
             found, corrections = _repaired(
                 refiner, lambda c: _planned(compressor.corrected(c.factors, c.inputs), known)
             )
-            record_of(found).curve = _traced(compressor.corrected(corrections.factors, corrections.inputs), model)
+            record_of(found).curve = _traced(compressor.corrected(corrections.factors, corrections.inputs))
         return finished(found, known, stages, refiner, corrections)
     # With a score, which damage just meets the criterion.
     records = None
@@ -149,11 +202,10 @@ def _fit(
         corrections = _corrections(refiner, compressor, start, known, stages, records)
         compressor = compressor.corrected(corrections.factors, corrections.inputs)
     with stages.stage("scoring the float model"):
-        references = search.References.of(model, judge, records)
+        references = search.References.of(compressor, judge, records)
     return _searched(
         lambda: search.search(
             compressor,
-            model,
             judge,
             max_size=_max_size(conf),
             references=references,
@@ -245,10 +297,10 @@ def _planned(compressor: Compressor[ModuleT], known: Prepared[ModuleT]) -> Modul
     return compressor.build(point)
 
 
-def _traced(compressor: Compressor[ModuleT], model: nn.Module) -> Curve | None:
+def _traced(compressor: Compressor[ModuleT]) -> Curve | None:
     """The curve of a model that is found already: it is kept if the curve fails."""
     try:
-        return curve.trace(compressor, model)
+        return curve.trace(compressor)
     except Exception as error:  # noqa: BLE001  # whatever it is, a curve is not worth a finished search
         log.warning("there is no trade-off curve: %s", reason_of(error))
         return None
@@ -266,7 +318,7 @@ def _searched(
         with stages.stage("searching"):
             found = find()
         record = record_of(found)
-        record.curve = (_traced(compressor, found) or Curve(())).scored(record.outcome)
+        record.curve = (_traced(compressor) or Curve(())).scored(record.outcome)
         return finish(found)
     except KeyboardInterrupt:
         if found is None:
@@ -279,25 +331,31 @@ def _searched(
 
 @random_states_kept()
 def trade_off(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     conf: PostTrainingQuantConfig | None = None,
-    calib_dataloader: calls.Calibration | None = None,
+    calib_dataloader: calls.Calibration | str | Path | None = None,
     eval_func: EvalFunc | None = None,
     *,
     points: int = 8,
+    workspace: str | Path | None = None,
     quiet: bool = False,
+    executor: Executor | None = None,
 ) -> Curve:
     """What each file size would cost: bytes against damage, and against the score if there is an `eval_func`.
 
     Args:
-        model: a float model on the CPU. It is left exactly as it is.
+        model: a float model on the CPU, which is left exactly as it is; or the path of a Hugging Face folder, whose
+            model is then in memory one block at a time.
         conf: as for `fit`; `accuracy_criterion`, `max_size`, `max_trials` and `timeout` have no effect.
         calib_dataloader: as for `fit`.
         eval_func: as for `fit`. With it each point's model is built and scored; without it nothing is built, and the
             bytes are estimates.
         points: the number of points, at least 1, evenly spaced in the logarithm of the damage from 1e-5 to 0.1 as far
             as the model allows; fewer where neighbours are equal. Default 8.
+        workspace: for a folder, and needed there: a directory for everything that is not in memory. A fit with the same
+            workspace, model and calibration uses what was measured for the curve.
         quiet: True shows no progress. Otherwise it is shown at a terminal.
+        executor: as for `fit`.
 
     Returns:
         the curve: `curve.points` from the largest file to the smallest; `print(curve)` shows a table,
@@ -313,9 +371,14 @@ def trade_off(
     """
     conf = configured(conf)
     points = checked_number("pared.trade_off", "points", points, least=1, whole=True)
+    if isinstance(model, str | Path):
+        return trade_off_path(model, conf, calib_dataloader, eval_func, workspace, quiet, executor, points)
+    calibration = of_model("pared.trade_off", calib_dataloader, workspace=workspace, executor=executor)
+    check_described_model(model, conf)
     stages = Stages(quiet=quiet)
-    known = prepare(model, conf, calib_dataloader, (eval_func, None), stages)
+    with suited(model):
+        known = prepare(model, conf, calibration, (eval_func, None), stages)
     judge = search.Judge(conf.accuracy_criterion, eval_func) if eval_func is not None else None
     compressor = _compressor(known, stages, obey=eval_func is None)
     with stages.stage("tracing"):
-        return curve.trace(compressor, model, judge, points=points)
+        return curve.trace(compressor, judge, points=points)

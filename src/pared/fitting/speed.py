@@ -22,8 +22,9 @@ from pared.fitting.submodels import find_submodels
 from pared.fitting.timing.forms import Forms, Outputs
 from pared.fitting.timing.layers import time_layers
 from pared.fitting.timing.steps import numbers_given, tensors_given
+from pared.fitting.timing.threads import timed_with
 from pared.model import calls, storage
-from pared.model.calls import Call
+from pared.model.calls import Call, smallest_like_first
 from pared.model.contents import Contents, completed
 from pared.model.copies import shadow
 from pared.model.recorded import values
@@ -42,7 +43,7 @@ from pared.runtime.load import check_model
 from pared.runtime.openvino.graph import is_installed
 from pared.runtime.profile.profile import BUSY, ENGINE_FILE, Profile, this_machine
 from pared.runtime.profile.timings import WORTH, CallTiming, ModelTiming
-from pared.runtime.serving.bfloat16 import in_bfloat16
+from pared.runtime.serving.float_copy import in_bfloat16
 from pared.runtime.serving.graph_server import GraphServer, agree
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import warm_up
@@ -89,7 +90,7 @@ def timed(tensors: ModelTensors[ModuleT], contents: Contents, seen: Statistics) 
         seen: what calibration saw; its calls are made again.
     """
     spent = Spent()
-    with spent.adding():
+    with timed_with(shadow(tensors.model), smallest_like_first(seen.calls)), spent.adding():
         found = _fastest(tensors, contents, seen)
     return replace(found, profile=replace(found.profile, busy=spent.is_busy))
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from pared.errors import CalibrationError, ParedError
 from pared.model.recorded import values
 from pared.model.recorded.state import Moment, StateWatch
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +140,7 @@ def run(
     recorder = _Recorder(model, limit, listener)
     with torch.no_grad(), recorder.hooked():
         if callable(calibration) and not isinstance(calibration, nn.Module):
-            _guarded(lambda: calibration(model), f"{name}(model)")
+            guarded(lambda: calibration(model), f"{name}(model)")
         else:
             _read(model, calibration, recorder, name)
     if recorder.calls == 0:
@@ -163,15 +165,19 @@ def _read(model: nn.Module, calibration: object, recorder: _Recorder, name: str)
         given = bind(model, batch, where)
         args, kwargs = values.copied(given)
         recorder.original = given
-        _guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
+        guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
         if recorder.is_full:
             return
 
 
-def _guarded(call: Callable[[], object], where: str) -> None:
-    """Turn whatever the model raises into an error that names the batch; the original is its cause."""
+def guarded(call: Callable[[], ResultT], where: str) -> ResultT:
+    """What a call of the model returns.
+
+    Raises:
+        CalibrationError: the model has raised something, which is the cause.
+    """
     try:
-        call()
+        return call()
     except ParedError:
         raise
     except Exception as error:

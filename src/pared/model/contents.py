@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pared.errors import MismatchError
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded, Raw, dtype_name
+from pared.formats.groups.grid import Numbers
+from pared.formats.views import first_dimension
 from pared.model.state.extra import KEY, ExtraState
 from pared.model.state.tables import Made, check_made, left_to_constructor
 from pared.model.tensors import ModelTensors
@@ -71,6 +73,12 @@ class Stored:
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    def matrix_parts(self) -> dict[str, Numbers]:
+        """The parts of a weight with groups as arrays, the codes as its matrix: (rows, columns)."""
+        view = self.coded.view or first_dimension(self.coded.shape)
+        parts = {name: part.detach() for name, part in self.coded.parts.items()}
+        return {name: (view.matrix(part) if name == "codes" else part).numpy() for name, part in parts.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +197,18 @@ def _with_states(contents: Contents) -> Contents:
     tensors = tuple(one for one in contents.tensors if one.name not in states)
     more = {name: ExtraState({"tensor": 0}, (one.coded.decode(),)) for one in states.values() for name in one.names}
     return replace(contents, tensors=tensors, states={**contents.states, **more})
+
+
+def in_type(contents: Contents, model: ModelTensors[nn.Module], dtype: torch.dtype) -> Contents:
+    """The contents with floats of another type; buffers that are in no state dict keep theirs, as in transformers."""
+    kept = {name for tensor in model if not tensor.persistent for name in tensor.names}
+    tensors = tuple(
+        replace(one, coded=replace(one.coded, dtype=dtype))
+        if one.coded.dtype.is_floating_point and one.name not in kept
+        else one
+        for one in contents.tensors
+    )
+    return replace(contents, tensors=tensors)
 
 
 def unregistered(name: str, computed: bool) -> Decision:

@@ -18,7 +18,9 @@ from pared.model.copying.ties import check_copy
 from pared.model.tensors import ModuleT, registrations
 
 
-def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Mapping[int, Tensor]) -> ModuleT:
+def clone_structure(
+    model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Mapping[int, Tensor], into: ModuleT | None = None
+) -> ModuleT:
     """A deep copy of the model in which other tensors take the place of its parameters and buffers.
 
     Nothing in the copy refers to the model: functions are made again with what they close over, locks are new, tensors
@@ -29,9 +31,12 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
     Args:
         model: it is left as it is.
         new_tensor: gives for each registered tensor the one that takes its place: a function, or a mapping by `id`.
+        into: an object of the model's own class that becomes the copy, for callers who hold it already; what it was is
+            lost. None: a new one does.
 
     Raises:
-        ModelError: an attribute cannot be copied, or the copy would still refer to the model.
+        ModelError: an attribute cannot be copied, or the copy would still refer to the model; or `into` is given, and
+            the class says itself how its objects are copied.
     """
     reach = Reach(model)
     tensors: dict[int, Tensor] = {}
@@ -43,7 +48,14 @@ def clone_structure(model: ModuleT, new_tensor: Callable[[Tensor], Tensor] | Map
             if kind == "parameter" and not isinstance(new, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=False)
             tensors[id(tensor)] = new
-    return _copied(reach, Memo(reach, tensors))
+    clone = _copied(reach, Memo(reach, tensors, into))
+    if into is not None and clone is not into:
+        raise ModelError(
+            "its class copies its objects in a way of its own, so that none can become the quantized model in place",
+            where=type(model).__name__,
+            remedy="Open it with pared.load(directory, model=...), which makes a new object.",
+        )
+    return clone
 
 
 def _copied(reach: Reach[ModuleT], memo: Memo) -> ModuleT:

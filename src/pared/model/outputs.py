@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # What a model of transformers returns beside its results, to look into it or for its own next call. Nobody scores it.
 _BY_PRODUCTS: Final = ("past_key_values", "hidden_states", "attentions", "cross_attentions", "mems", "cache_params")
+_AT_ONCE: Final = 1 << 22  # numbers that are looked at at once in float64
 # Beyond this, a number stands for minus infinity: masks are filled with the least number of their type.
 _INFINITE: Final = torch.finfo(torch.float32).max / 2
 
@@ -67,35 +68,58 @@ class Leaf:
         """What damage is relative to: the sum of squares, or the number of distributions if these are logits."""
         if self.is_logits:
             return float(self.counts().sum())
-        return float(self.value.detach()[self.counts()].double().square().sum())
+        pieces = zip(*(one.reshape(-1).split(_AT_ONCE) for one in (self.value.detach(), self.counts())), strict=True)
+        return sum((float(piece[counts].double().square().sum()) for piece, counts in pieces), 0.0)
 
     def error(self, other: Tensor) -> float:
         """The error of another value of this output against this one, in the unit of `energy`."""
-        counts = self.counts()
-        ours, theirs = (tensor.detach()[counts].double() for tensor in (self.value, other))
-        if self.is_logits:
-            expected, got = ours.log_softmax(-1), theirs.log_softmax(-1)
-            lost = 2 * float((expected.exp() * (expected - got))[expected.isfinite()].sum())
-        else:
-            lost = float((theirs - ours).square().sum())
+        shape = (-1, self.value.shape[-1]) if self.is_logits else (-1,)
+        # In pieces: in float64, the logits of a few windows would take gigabytes.
+        at_once = max(1, _AT_ONCE // shape[-1]) if self.is_logits else _AT_ONCE
+        ours, theirs = (tensor.detach().reshape(shape).split(at_once) for tensor in (self.value, other))
+        counted = self.counts().reshape(-1).split(at_once)
+        lost = sum(map(self._lost, ours, theirs, counted))
         return lost if math.isfinite(lost) else math.inf
 
-    def probe(self, generator: torch.Generator) -> Tensor:
-        """A random direction r of the output's shape with `E[(r . e)^2] = error(value + e)` for small errors e."""
-        value = self.value.detach()
-        if self.is_logits:  # the score function of a sampled class: its covariance is the Fisher information
-            flat = torch.where(self.counts()[..., None], value, torch.zeros_like(value)).float()
-            probabilities = flat.softmax(-1).reshape(-1, value.shape[-1])
-            drawn = torch.multinomial(probabilities, 1, generator=generator)
-            scores = probabilities.neg().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
-            # A random sign for each distribution keeps sums over distributions free of cross terms.
-            signed = (scores * _signs((len(scores), 1), generator)).reshape(value.shape)
-            return (signed * self.counts()[..., None]).to(value.dtype)
-        return (_signs(value.shape, generator) * self.counts()).to(value.dtype)
+    def _lost(self, ours: Tensor, theirs: Tensor, counts: Tensor) -> float:
+        """The error of some numbers, or of the rows of some distributions."""
+        ours, theirs = ours[counts].double(), theirs[counts].double()
+        if not self.is_logits:
+            return float((theirs - ours).square().sum())
+        expected, got = ours.log_softmax(-1), theirs.log_softmax(-1)
+        return 2 * float((expected.exp() * (expected - got))[expected.isfinite()].sum())
+
+    def add_probe(self, total: Tensor, scale: float, generator: torch.Generator) -> None:
+        """Add `scale * r`, r a random direction with `E[(r . e)^2] = error(value + e)` for small errors e.
+
+        In pieces: the logits of a window take hundreds of megabytes.
+
+        Args:
+            total: contiguous, of the output's shape; it is written to.
+            scale: a factor.
+            generator: gives the random numbers.
+        """
+        shape = (-1, self.value.shape[-1]) if self.is_logits else (-1,)
+        at_once = max(1, _AT_ONCE // shape[-1]) if self.is_logits else _AT_ONCE
+        values, sums = self.value.detach().reshape(shape), total.view(shape)
+        for value, so_far in zip(values.split(at_once), sums.split(at_once), strict=True):
+            so_far.add_(replace(self, value=value)._probe(generator), alpha=scale)
+
+    def _probe(self, generator: torch.Generator) -> Tensor:
+        """A random direction, of one number for each that is looked at at once."""
+        if not self.is_logits:
+            return _signs(self.value.shape, generator).mul_(self.counts()).to(self.value.dtype)
+        # The score function of a sampled class: its covariance is the Fisher information.
+        counts = self.counts()[:, None]
+        probabilities = torch.where(counts, self.value, 0.0).float().softmax(-1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)
+        scores = probabilities.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probabilities.dtype))
+        # A random sign for each distribution keeps sums over distributions free of cross terms.
+        return scores.mul_(_signs((len(scores), 1), generator)).mul_(counts).to(self.value.dtype)
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, tuple(shape), generator=generator).mul_(2).sub_(1).float()
+    return torch.randint(0, 2, tuple(shape), generator=generator, dtype=torch.float32).mul_(2).sub_(1)
 
 
 def leaves_of(output: Any, logits: Container[str] = (), task: str = "") -> list[Leaf]:

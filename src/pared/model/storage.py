@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pared.artifact.envelope import FILE_NAMES, Records, open_records
+from pared.artifact.envelope import FILE_NAMES, INDEX_FILE, Records, open_records
 from pared.artifact.index import Entry, Index
 from pared.artifact.parse import parse_index
 from pared.artifact.parts import parts_of, placed
+from pared.artifact.shards import check_shards, check_there, whole
 from pared.artifact.torch_file import write_torch
 from pared.errors import DANGEROUS, ConfigError, CorruptError, MismatchError, UnsafeError
 from pared.files.disk import as_path, make_directory, write_atomic
@@ -27,9 +28,10 @@ from pared.files.threads import each
 from pared.formats import coded as formats
 from pared.formats import streams
 from pared.formats.activation import Activation
-from pared.formats.coded import RAW_TYPES, Coded, Raw, dtype_name
+from pared.formats.coded import RAW_TYPES, Coded, Grid, Raw, dtype_name
+from pared.formats.encoded.codes import Undecoded
 from pared.formats.grids import MOST_COLUMNS
-from pared.formats.views import View
+from pared.formats.views import View, first_dimension
 from pared.model.contents import Contents, Decision, Stored
 from pared.model.state import tables
 from pared.model.state.extra import ExtraState
@@ -73,7 +75,7 @@ def encoded(contents: Contents, kind: str = "pt") -> Encoded:
     index = Index(entries, modules, dict(contents.provenance), states, tuple(map(tables.to_json, left)))
     record, buffer = index.to_bytes(), io.BytesIO()
     if kind == "safetensors":
-        write_safetensors(buffer, record, bytes(data))
+        write_safetensors(buffer, record, (bytes(data),), len(data))
     else:
         write_torch(buffer, record, (bytes(data),), len(data))
     file = buffer.getvalue()
@@ -108,22 +110,42 @@ def _entry(stored: Stored, pieces: Mapping[str, streams.EncodedPart], data: byte
     )
 
 
-def from_bytes(data: bytes) -> Contents:
+def encoded_alone(stored: Stored) -> tuple[Entry, bytes]:
+    """Encode one tensor, decode it and compare every number.
+
+    Returns:
+        its entry in an index, where nothing stands before it; and its data.
+
+    Raises:
+        CorruptError: a number differs.
+    """
+    data = bytearray()
+    entry = _entry(stored, stored.coded.format.streams(stored.coded), data)
+    _compare(stored, _stored(memoryview(data), entry))
+    return entry, bytes(data)
+
+
+def from_bytes(data: bytes, *, undecoded: bool = False) -> Contents:
     """The inverse of `to_bytes`.
+
+    Args:
+        data: the file.
+        undecoded: see `read`.
 
     Raises:
         CorruptError, UnsafeError, VersionError: see `read`.
     """
     with open_records(data) as records:
-        return _contents(records)
+        return _contents(records, undecoded=undecoded)
 
 
-def read(path: Path, numbers: int | None = None) -> Contents:
+def read(path: Path, numbers: int | None = None, *, undecoded: bool = False) -> Contents:
     """Read an artifact.
 
     Args:
-        path: the file.
+        path: the file, or the index of its shards.
         numbers: how many the model has that it is for, which bounds what decoding takes; None: the file is our own.
+        undecoded: whether codes of grids without groups stay bytes; each is decoded once even so, to check it.
 
     Raises:
         FileError: there is no such file, or it is not an artifact.
@@ -132,15 +154,30 @@ def read(path: Path, numbers: int | None = None) -> Contents:
         UnsafeError: it would inflate without bound.
         VersionError: a newer version wrote it.
     """
+    if path.name == INDEX_FILE:
+        return _joined(path, numbers, undecoded)
     with open_records(path) as records:
-        return _contents(records, numbers)
+        return _contents(records, numbers, undecoded=undecoded)
 
 
-def _contents(records: Records, numbers: int | None = None) -> Contents:
+def _joined(index: Path, numbers: int | None, undecoded: bool) -> Contents:
+    """The contents of shards, one after the other."""
+    found = [read(path, numbers, undecoded=undecoded) for path in check_there(index)]
+    check_shards(index, [one.provenance for one in found])
+    return Contents(
+        tuple(stored for one in found for stored in one.tensors),
+        {name: activation for one in found for name, activation in one.activations.items()},
+        whole(found[0].provenance),
+        {name: state for one in found for name, state in one.states.items()},
+        tuple(made for one in found for made in one.made),
+    )
+
+
+def _contents(records: Records, numbers: int | None = None, *, undecoded: bool = False) -> Contents:
     index = parse_index(records)
     if numbers is not None:
         _check_numbers(index, records, numbers)
-    read_one = functools.partial(_stored, records.data)
+    read_one = functools.partial(_stored, records.data, undecoded=undecoded)
     found = tuple(each(read_one, index.entries, [entry.elements for entry in index.entries]))
     tensors = tuple(stored for stored in found if stored.kind != "state")
     parts = {stored.name: stored.coded.decode() for stored in found if stored.kind == "state"}
@@ -160,7 +197,7 @@ def _in_order(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
 
 def _check_numbers(index: Index, records: Records, numbers: int) -> None:
     """Refuse far more numbers than a model has, before any is decoded: those of a few bytes may be very many."""
-    described = sum(max(entry.elements, entry.n_rows) for entry in index.entries)
+    described = sum(max(entry.elements, entry.n_rows, entry.n_lines) for entry in index.entries)
     free = MemoryLimit(records.where, records.nbytes).left // _NUMBER_NBYTES
     if described > numbers + free:
         raise MismatchError(
@@ -189,14 +226,17 @@ def _check_outliers(tensors: Sequence[Stored], activations: Mapping[str, Activat
                 )
 
 
-def _stored(data: memoryview, entry: Entry) -> Stored:
+def _stored(data: memoryview, entry: Entry, *, undecoded: bool = False) -> Stored:
     found = parts_of(entry, data)
     format = formats.from_json(entry.format, entry.dtype)
     view = View(*entry.view) if entry.view is not None else None
     try:
-        parts = format.parts(found, entry.shape, view)
+        parts: Mapping[str, Tensor] = format.parts(found, entry.shape, view)
     except CorruptError as error:
         raise CorruptError(error.what, where=entry.name, remedy=error.remedy) from error
+    if undecoded and isinstance(format, Grid):
+        lines = view or first_dimension(entry.shape)
+        parts = Undecoded.of(parts, found, lines.across if format.scaled else lines)
     coded = Coded(format, entry.shape, RAW_TYPES[entry.dtype], parts, view)
     treatment: Any = {"grid": "grid", "groups": "grid", "raw": "exact"}.get(format.tag) or entry.format["dtype"]
     kind: Any = entry.kind  # the index has been checked
@@ -239,13 +279,17 @@ def verified(contents: Contents, kind: str) -> Encoded:
 def _verify(contents: Contents, data: bytes) -> None:
     stored = [one for one in contents.tensors if one.decision.treatment != "made"]
     for ours, theirs in zip(stored, from_bytes(data).tensors, strict=True):
-        same = all(_same(ours.coded.parts[k], theirs.coded.parts[k]) for k in ours.coded.parts)
-        if ours.names != theirs.names or not same:
-            raise CorruptError(
-                "what would be written does not read back as it was",
-                where=ours.name,
-                remedy="This is a defect of pared: please report it with the model's architecture.",
-            )
+        _compare(ours, theirs)
+
+
+def _compare(ours: Stored, theirs: Stored) -> None:
+    same = all(_same(ours.coded.parts[k], theirs.coded.parts[k]) for k in ours.coded.parts)
+    if ours.names != theirs.names or not same:
+        raise CorruptError(
+            "what would be written does not read back as it was",
+            where=ours.name,
+            remedy="This is a defect of pared: please report it with the model's architecture.",
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

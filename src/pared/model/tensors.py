@@ -87,7 +87,7 @@ class ModelTensor:
     @functools.cached_property
     def own_grid(self) -> Coded | None:
         """The tensor, which is finite, on the grid that its numbers lie on already; None if there is none."""
-        return on_own_grid(self.tensor) if self.weight_like else None
+        return on_own_grid(self.tensor) if self.weight_like and not self.tensor.is_meta else None
 
 
 def _normed(hook: object) -> tuple[int, ...] | None:

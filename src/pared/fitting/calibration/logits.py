@@ -46,15 +46,9 @@ def find_logits(
     Raises:
         ConfigError: a path that is wanted is none of these.
     """
-    if wanted != "auto":
-        unknown = [path for path in wanted if path not in paths]
-        if unknown:
-            raise ConfigError(
-                f"the model has no floating output {unknown[0]!r}",
-                where="PostTrainingQuantConfig.logits",
-                remedy=f"Its floating outputs are: {', '.join(map(repr, sorted(paths))) or 'none'}.",
-            )
-        return frozenset(wanted)
+    named = _named(wanted, paths)
+    if named is not None:
+        return named
     sizes, watch = _known_sizes(model), _SoftmaxWatch()
     try:
         leaves = _watched(model, call, watch)
@@ -66,6 +60,38 @@ def find_logits(
         for leaf in leaves
         if may_be_logits(leaf.value) and (leaf.value.shape[-1] in sizes or watch.saw(leaf.value))
     )
+
+
+def known_logits(model: nn.Module, leaves: Sequence[Leaf], wanted: Literal["auto"] | Sequence[str]) -> frozenset[str]:
+    """The same of outputs that are there already, where a softmax within the model is not looked for.
+
+    Args:
+        model: whose class and configuration say what its outputs are.
+        leaves: its floating outputs.
+        wanted: see `find_logits`.
+
+    Raises:
+        ConfigError: a path that is wanted is none of these.
+    """
+    named = _named(wanted, [leaf.path for leaf in leaves])
+    if named is not None:
+        return named
+    sizes = _known_sizes(model)
+    return frozenset(leaf.path for leaf in leaves if may_be_logits(leaf.value) and leaf.value.shape[-1] in sizes)
+
+
+def _named(wanted: Literal["auto"] | Sequence[str], paths: Collection[str]) -> frozenset[str] | None:
+    """The paths that the user names; None if they are to be found."""
+    if wanted == "auto":
+        return None
+    unknown = [path for path in wanted if path not in paths]
+    if unknown:
+        raise ConfigError(
+            f"the model has no floating output {unknown[0]!r}",
+            where="PostTrainingQuantConfig.logits",
+            remedy=f"Its floating outputs are: {', '.join(map(repr, sorted(paths))) or 'none'}.",
+        )
+    return frozenset(wanted)
 
 
 def _watched(model: nn.Module, call: Call, watch: _SoftmaxWatch) -> list[Leaf]:

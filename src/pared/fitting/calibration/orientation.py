@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -80,15 +82,24 @@ def oriented(tensors: ModelTensors[ModuleT], calls: Sequence[Call]) -> ModelTens
         tensors: those of the model, which is left as it is.
         calls: the calls of calibration; the first few are repeated.
     """
-    unknown = {tensor.name for tensor in tensors if _may_be_stack(tensor)}
-    if not unknown or not calls:
+    if not any(map(_may_be_stack, tensors)):
         return tensors
     copied = tensors.in_copy(shadow(tensors.model))
-    watch = _Watch(copied, unknown)
+    seen = oriented_by(copied, (partial(call.on, copied.model) for call in calls))
+    pairs = zip(tensors, seen, strict=True)
+    return replace(tensors, tensors=tuple(replace(one, view=own.view, groups=own.groups) for one, own in pairs))
+
+
+def oriented_by(tensors: ModelTensors[ModuleT], runs: Iterable[Callable[[], object]]) -> ModelTensors[ModuleT]:
+    """`oriented`, by functions that run the very tensors, or a part of their model; the first few are called."""
+    unknown = {tensor.name for tensor in tensors if _may_be_stack(tensor)}
+    if not unknown:
+        return tensors
+    watch = _Watch(tensors, unknown)
     with torch.no_grad(), WITHOUT_FAST_PATHS:
-        for call in calls[:_MOST_CALLS]:
+        for run in islice(runs, _MOST_CALLS):
             with watch:
-                call.on(copied.model)
+                run()
             if unknown <= watch.summed.keys():
                 break
     found = [

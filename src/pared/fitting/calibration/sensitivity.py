@@ -9,8 +9,7 @@ every layer's inputs, each sample weighted by how much the output depends on it,
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from pared.errors import reason_of
-from pared.fitting.calibration.blocks import Blocks, add_up, blocks_of, by_name, complete
+from pared.fitting.calibration.blocks import Blocks
+from pared.fitting.calibration.gathering.gradients import Gathering, Sums
+from pared.fitting.calibration.gathering.noise import LEVELS
 from pared.fitting.calibration.watch import Product, ProductWatch
 from pared.formats.activation import Activation
 from pared.model.calls import Call
@@ -32,15 +33,10 @@ log = logging.getLogger(__name__)
 
 # Recorded calls are probed in turn until there are about this many probes; each call at least once.
 _PROBES: Final = 16
-LEVELS: Final = 255  # steps between the ends of an unsigned 8-bit range
 
 # How gradients are taken: first through where the model cuts them off, which fails where it then writes into a weight.
 # A buffer that the forward writes into cannot have a gradient.
 _ATTEMPTS: Final = ((True, ("parameter", "buffer")), (False, ("parameter", "buffer")), (False, ("parameter",)))
-
-_SMALL: Final = 4096  # numbers: tensors with fewer are added up together, if they are alike
-
-LeavesOfCall = Callable[[ModelTensors[nn.Module], Call], list[Leaf]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +51,7 @@ class TensorStats:
             was made from the rest. None: there is no such part. Blocks that it did not reach are those of `moments`.
         layout: how the blocks cover the weight's matrix.
         inputs: second moments of the inputs themselves, likewise; None where they were not measured.
+        tokens: float64 (experts,): how many tokens each expert of a stack, or this one alone, got; None for others.
         uses: float64 (rows,): how often each row of an embedding table was looked up; None for other weights.
     """
 
@@ -64,6 +61,7 @@ class TensorStats:
     layout: Blocks = field(default_factory=Blocks)
     uses: Tensor | None = None
     inputs: Tensor | None = None
+    tokens: Tensor | None = None
 
     @property
     def judge(self) -> Tensor | None:
@@ -170,20 +168,94 @@ def _probed(
     through: bool,
 ) -> Sensitivity | None:
     copied = tensors.in_copy(shadow(tensors.model))
-    pass_ = _Pass(copied, seed, kinds, moments=wanted is None, through=through)
-    rounds = wanted or max(1, round(_PROBES / len(calls)))
+    gathering = Gathering(copied, kinds, moments=wanted is None, through=through)
+    rounds = wanted or rounds_for(len(calls))
     logits = {path for path, is_logits, _ in energies if is_logits}
     leaves_of_call = partial(output_leaves, logits=logits) if energies else last_products
+    generator = torch.Generator().manual_seed(seed)
+    judged = True
     with torch.enable_grad(), ignoring():  # the model has given its warnings already; others are about gradients
         energies = energies or _energies(copied, calls)
         for turn in range(rounds):
             for i, call in enumerate(calls):
-                scaled = {key: (energy or 1.0) * rounds for key, energy in energies.items()}
-                if len(calls) > 1 or wanted:
-                    pass_.probe(leaves_of_call, call, scaled, unseen=i % 2 == 1)
-                else:
-                    pass_.probe(leaves_of_call, call, scaled, unseen=turn % 2 == 1, half=turn % 2)
-    return pass_.result(rounds)
+                half = None if len(calls) > 1 or wanted else turn % 2
+                leaves = gathering.watched(partial(leaves_of_call, copied, call))
+                found = probes_of(leaves, energies, rounds, generator, half)
+                if found.outputs:
+                    judged = judged and found.judged
+                    gathering.along(found.outputs, found.directions, unseen=is_unseen(len(calls), turn, i))
+    return sensitivity_of(gathering.sums(rounds), judged=judged)
+
+
+def rounds_for(calls: int) -> int:
+    """How often each of this many calls is probed, with second moments."""
+    return max(1, round(_PROBES / calls))
+
+
+def is_unseen(calls: int, turn: int, call: int) -> bool:
+    """Whether the moments of a probe are kept apart: those of every other call, or turn where there is one call."""
+    return (call if calls > 1 else turn) % 2 == 1
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Random directions of the outputs of one call.
+
+    Args:
+        outputs: those that count and that a gradient leads from.
+        directions: tensors of their shapes.
+        judged: there is another half of the samples, where only every other one was asked for.
+    """
+
+    outputs: list[Tensor]
+    directions: list[Tensor]
+    judged: bool = True
+
+
+def probes_of(
+    leaves: Sequence[Leaf], energies: Mapping[Key, float], rounds: int, generator: torch.Generator, half: int | None
+) -> Probes:
+    """Draw a random direction of what a call returned.
+
+    Args:
+        leaves: its outputs.
+        energies: the energy of each output, summed over all calls.
+        rounds: how often each call is probed.
+        generator: gives the random numbers.
+        half: 0 or 1: the direction covers only every other sample, beginning with this one; None: all of them.
+    """
+    leaves = [leaf for leaf in leaves if leaf.value.requires_grad and leaf.key in energies]
+    share = share_of_each(energies)
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # an output that counts twice, as numbers and as logits, has one
+    for leaf in leaves:
+        if id(leaf.value) not in found:
+            found[id(leaf.value)] = leaf.value, torch.zeros_like(leaf.value, memory_format=torch.contiguous_format)
+        _, direction = found[id(leaf.value)]
+        leaf.add_probe(direction, (share / ((energies[leaf.key] or 1.0) * rounds)) ** 0.5, generator)
+    outputs, directions = [value for value, _ in found.values()], [direction for _, direction in found.values()]
+    judged = half is None or all(one.dim() > 0 and len(one) > 1 for one in directions)
+    if half is not None and judged:
+        directions = [_every_other(one, half) for one in directions]
+    return Probes(outputs, directions, judged)
+
+
+def sensitivity_of(sums: Sums, *, judged: bool = True) -> Sensitivity | None:
+    """What the sums of gradients say; None if there are none.
+
+    Args:
+        sums: those of all probes.
+        judged: whether second moments may be used: there were samples to make them from, and others to judge them by.
+    """
+    if not sums.rows:
+        return None
+    if not judged:
+        log.warning("error feedback needs two or more samples in the calibration data, and there is one")
+        sums = replace(sums, moments={}, unseen={})
+    tensors = {
+        name: TensorStats(rows, sums.moments.get(name), sums.unseen.get(name), sums.layouts[name], sums.uses.get(name))
+        for name, rows in sums.rows.items()
+    }
+    return Sensitivity(tensors, {name: InputNoise(one.total, one.dynamic) for name, one in sums.noise.items()})
 
 
 def _energies(tensors: ModelTensors[nn.Module], calls: Iterable[Call]) -> dict[Key, float]:
@@ -229,172 +301,8 @@ def _last(ends: list[Tensor]) -> list[Tensor]:
     return [y for y in ends if y.grad_fn not in seen]
 
 
-class _Pass:
-    """Sums up what the gradients of all probes show."""
-
-    def __init__(
-        self, tensors: ModelTensors[nn.Module], seed: int, kinds: Sequence[str], *, moments: bool, through: bool
-    ) -> None:
-        self._tensors = tensors
-        self._wants_moments = moments
-        self._through = through
-        self._generator = torch.Generator().manual_seed(seed)
-        self._probed = {tensor.name: tensor for tensor in tensors if tensor.fits_grid and tensor.kind in kinds}
-        self._names = {key: name for key, name in tensors.names.items() if name in self._probed}
-        # For tensors alike, by their names: of all together, (tensors, ...).
-        self._rows: dict[tuple[str, ...], Tensor] = {}
-        self._moments: dict[tuple[str, ...], Tensor] = {}
-        self._unseen: dict[tuple[str, ...], Tensor] = {}
-        self._layouts = {name: blocks_of(tensor) for name, tensor in self._probed.items()}
-        self._uses: dict[str, Tensor] = {}
-        self._otherwise: set[str] = set()  # used by other functions than the watched ones, too
-        self._noise: dict[str, _Noise] = {}
-        self._first: list[Tensor] = []
-        self._judged = True
-        self._refused: set[str] = set()
-        for tensor in self._probed.values():
-            tensor.tensor.requires_grad_(True)
-
-    def probe(
-        self,
-        leaves_of_call: LeavesOfCall,
-        call: Call,
-        energies: Mapping[Key, float],
-        *,
-        unseen: bool,
-        half: int | None = None,
-    ) -> None:
-        """Take the gradients of one call along one random direction.
-
-        Args:
-            leaves_of_call: gives the outputs of a call.
-            call: is repeated.
-            energies: the energy of each output, for all probes together.
-            unseen: also keep the moments of this probe apart, in `TensorStats.unseen`.
-            half: 0 or 1: the direction covers only every other sample, beginning with this one; None: all of them.
-        """
-        self._first = []
-        for buffer in self._tensors.model.buffers():
-            if buffer.grad_fn is not None:
-                buffer.detach_()  # written by the last call, whose graph is gone
-        with ProductWatch(self._names, self._tell, gradients=True, through=self._through) as watch:
-            leaves = leaves_of_call(self._tensors, call)
-        self._otherwise |= watch.otherwise
-        leaves = [leaf for leaf in leaves if leaf.value.requires_grad and leaf.key in energies]
-        if not leaves:
-            return
-        share = share_of_each(energies)
-        directions = [leaf.probe(self._generator) * (share / energies[leaf.key]) ** 0.5 for leaf in leaves]
-        if half is not None:
-            self._judged = all(d.dim() > 0 and len(d) > 1 for d in directions)
-            directions = [_every_other(d, half) for d in directions] if self._judged else directions
-        wanted = [tensor.tensor for tensor in self._probed.values()]
-        outputs = [leaf.value for leaf in leaves]
-        # The gradients of the model's own inputs come only when asked for: no weight stands before them.
-        found = torch.autograd.grad(outputs, wanted + self._first, directions, allow_unused=True)
-        for names, gradients in self._alike(found[: len(wanted)]):
-            self._gather(names, gradients, unseen)
-
-    def _alike(self, gradients: Sequence[Tensor | None]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-        """The gradients of all probed tensors, (tensors, rows, columns); small ones of the same view together."""
-        groups: dict[object, list[tuple[str, Tensor]]] = {}
-        for (name, tensor), gradient in zip(self._probed.items(), gradients, strict=True):
-            if gradient is not None:
-                small = tensor.view, gradient.dtype, self._layouts[name], self._is_table(name)
-                key = small if gradient.numel() <= _SMALL else name
-                groups.setdefault(key, []).append((name, tensor.view.matrix(gradient)))
-        for group in groups.values():
-            names, matrices = zip(*group, strict=True)
-            yield names, (torch.stack(matrices) if len(matrices) > 1 else matrices[0][None]).float()
-
-    def _is_table(self, name: str) -> bool:
-        return name in self._uses and name not in self._noise and name not in self._otherwise
-
-    def _gather(self, names: tuple[str, ...], gradients: Tensor, unseen: bool) -> None:
-        """Add gradients, (tensors, rows, columns), to the sums over their rows and to their second moments."""
-        rows = gradients.double().square().sum(2)
-        finite = rows.isfinite().all(1)
-        if not bool(finite.all()):
-            refused = {name for name, is_finite in zip(names, finite.tolist(), strict=True) if not is_finite}
-            for name in sorted(refused - self._refused):  # once is enough
-                log.warning("%s: a gradient is not finite, and is left out", name)
-            self._refused |= refused
-            names = tuple(name for name in names if name not in refused)
-            gradients, rows = gradients[finite], rows[finite]
-        if not names:
-            return
-        add_up(self._rows, names, rows)
-        if self._wants_moments and not self._is_table(names[0]) and self._probed[names[0]].view.rows:
-            # A table or a bias has no inputs whose errors could make up for each other.
-            layout = self._layouts[names[0]]
-            together = replace(layout, groups=layout.groups * len(names))
-            blocks = together.blocks(gradients.flatten(0, 1))
-            moments = torch.bmm(blocks.transpose(1, 2), blocks).unflatten(0, (len(names), -1))
-            add_up(self._moments, names, moments)
-            if unseen:
-                add_up(self._unseen, names, moments)
-
-    def _tell(self, product: Product) -> None:
-        if product.kind == "embedding":
-            view = self._probed[product.tensor].view
-            if view.rows == (0,):  # where each entry has a step of its own
-                counted = torch.bincount(product.x.reshape(-1), minlength=view.n_rows)
-                add_up(self._uses, product.tensor, counted.double())
-        elif product.x.requires_grad:
-            # What a hook holds must not lead back to what it hangs on: such rings keep whole graphs in memory.
-            noise, x, by_rows = (
-                self._noise.setdefault(product.tensor, _Noise()),
-                product.x.detach(),
-                product.kind == "linear",
-            )
-            product.x.register_hook(lambda gradient: noise.add(x, gradient, by_rows))
-            if product.x.is_leaf:
-                self._first.append(product.x)
-
-    def result(self, rounds: int) -> Sensitivity | None:
-        if not self._rows:
-            return None
-        if not self._judged:
-            log.warning("error feedback needs two or more samples in the calibration data, and there is one")
-            self._moments, self._unseen = {}, {}
-        uses = {name: counted / rounds for name, counted in self._uses.items()}
-        rows, moments, unseen = map(by_name, (self._rows, self._moments, self._unseen))
-        for name, part in unseen.items():
-            complete(part, moments[name])
-        tensors = {
-            name: TensorStats(rows[name], moments.get(name), unseen.get(name), self._layouts[name], uses.get(name))
-            for name in self._probed
-            if name in rows
-        }
-        return Sensitivity(tensors, {name: noise.result() for name, noise in self._noise.items() if noise.seen})
-
-
 def _every_other(direction: Tensor, first: int) -> Tensor:
     """The direction with every other sample zero, as long in the mean as the whole one."""
     kept = torch.zeros_like(direction)
     kept[first::2] = direction[first::2] * 2**0.5
     return kept
-
-
-class _Noise:
-    """What noise in one layer's input costs, summed over its products."""
-
-    def __init__(self) -> None:
-        self._total = self._dynamic = 0.0
-
-    @property
-    def seen(self) -> bool:
-        return self._total > 0
-
-    def add(self, x: Tensor, gradient: Tensor, by_rows: bool) -> None:
-        energy = gradient.float().square()
-        flat, spread = (t.reshape(-1, t.shape[-1] if by_rows else t.numel()) for t in (x.float(), energy))
-        total = float(spread.sum())
-        if not math.isfinite(total):
-            return  # the gradient of the weight is not finite either, of which `_gather` warns
-        self._total += total
-        reach = (flat.amax(1).clamp(min=0) - flat.amin(1).clamp(max=0)) / LEVELS
-        self._dynamic += float((reach.square() / 12 * spread.sum(1)).sum())
-
-    def result(self) -> InputNoise:
-        return InputNoise(self._total, self._dynamic)

@@ -12,7 +12,6 @@ from torch import nn
 from pared.artifact.outcome import Damage
 from pared.errors import reason_of
 from pared.fitting import speed
-from pared.fitting.config import OWN
 from pared.fitting.finishing.forms import Checker
 from pared.fitting.measured.repair import Corrections, Refiner, reported
 from pared.fitting.preparation import Prepared
@@ -22,6 +21,7 @@ from pared.model.tensors import ModuleT
 from pared.runtime.profile.timings import ModelTiming
 from pared.runtime.quantized import assemble
 from pared.runtime.record import contents_of, record_of, set_outcome
+from pared.targets.table import OWN
 from pared.terminal import Stages
 
 log = logging.getLogger(__name__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from pared.model.tensors import ModelTensors
 
 
 class InputMoments:
-    """Sums `x x^T` over all calls. Weights with the same input share one sum.
+    """Sums `x x^T` over all calls. Weights that always have the same input share one sum.
 
     Args:
         tensors: those of the model.
@@ -26,30 +27,74 @@ class InputMoments:
     def __init__(self, tensors: ModelTensors[nn.Module]) -> None:
         layouts = {tensor.name: blocks_of(tensor) for tensor in tensors if tensor.weight_like}
         self._whole = {name for name, layout in layouts.items() if layout.groups == layout.column_blocks == 1}
-        self._leaders: dict[str, str] = {}  # the weight whose sum a weight shares
-        self._sums: dict[str, Tensor] = {}
-        self._last: tuple[Tensor, str] | None = None  # the last input, and whose sum it went into
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # by the weights that had these inputs in common
+        self._last: tuple[Tensor, tuple[str, ...]] | None = None  # the last input, and those that have had it so far
 
     def tell(self, product: Product) -> None:
         """Add the input of a product."""
         if product.kind != "linear" or product.tensor not in self._whole or not product.x.is_floating_point():
             return
-        name = product.tensor
-        shared = self._last is not None and self._last[0] is product.x
-        leader = self._leaders.setdefault(name, self._last[1] if shared and self._last is not None else name)
-        if shared and self._last is not None and self._last[1] == leader:
-            return
-        x = product.x.reshape(-1, product.x.shape[-1]).float()
-        add_up(self._sums, leader, x.T @ x)
-        self._last = product.x, leader
+        names: tuple[str, ...] = ()
+        if self._last is not None and self._last[0] is product.x and product.tensor not in self._last[1]:
+            names = self._last[1]
+        else:
+            self._add()
+        self._last = product.x, (*names, product.tensor)
 
-    def result(self) -> dict[str, Tensor]:
-        """The moments by the weight's first name, float32 (columns, columns)."""
-        return {
-            name: self._sums[leader]
-            for name, leader in self._leaders.items()
-            if bool(self._sums[leader].isfinite().all())
-        }
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The sums by the weight's first name, float32 (columns, columns)."""
+        self._add()
+        own: dict[str, list[tuple[str, ...]]] = {}
+        for group in self._sums:
+            for name in group:
+                own.setdefault(name, []).append(group)
+        totals = {groups: reduce(torch.add, map(self._sums.__getitem__, groups)) for groups in map(tuple, own.values())}
+        return {name: totals[tuple(groups)] for name, groups in own.items()}
+
+    def _add(self) -> None:
+        """Add the last input to the sum of those that had it."""
+        if self._last is not None:
+            x, group = self._last
+            rows = x.reshape(-1, x.shape[-1]).float()
+            add_up(self._sums, group, rows.T @ rows)
+            self._last = None
+
+
+def finite(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that are finite."""
+    return {name: one for name, one in moments.items() if bool(one.isfinite().all())}
+
+
+def added(moments: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of moments by name; what weights share, they still share.
+
+    >>> x = torch.ones(1, 1)
+    >>> found = added({"a": x, "b": x}, {"a": x, "c": x})
+    >>> [(name, float(one)) for name, one in found.items()]
+    [('a', 2.0), ('b', 1.0), ('c', 1.0)]
+    """
+    found, made = dict(moments), dict[tuple[int, int], Tensor]()
+    for name, value in more.items():
+        known = moments.get(name)
+        if known is None:
+            found[name] = value
+            continue
+        key = id(known), id(value)
+        if key not in made:
+            made[key] = known + value
+        found[name] = made[key]
+    return found
+
+
+def moments_of(tensors: ModelTensors[nn.Module], runs: Iterable[Callable[[], object]]) -> dict[str, Tensor]:
+    """The sums of functions that use the tensors."""
+    sums = InputMoments(tensors)
+    with torch.no_grad():
+        for run in runs:
+            with ProductWatch(tensors.names, sums.tell):
+                run()
+    return sums.sums
 
 
 def input_moments(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> dict[str, Tensor]:
@@ -60,12 +105,7 @@ def input_moments(tensors: ModelTensors[nn.Module], calls: Sequence[Call]) -> di
         calls: the calls of calibration, which are repeated.
     """
     copied = tensors.in_copy(shadow(tensors.model))
-    sums = InputMoments(copied)
-    with torch.no_grad():
-        for call in calls:
-            with ProductWatch(copied.names, sums.tell):
-                call.on(copied.model)
-    return sums.result()
+    return finite(moments_of(copied, (partial(call.on, copied.model) for call in calls)))
 
 
 def with_inputs(sensitivity: Sensitivity, moments: Mapping[str, Tensor]) -> Sensitivity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final
@@ -130,7 +130,10 @@ class Candidate:
             if name not in known:
                 return None
             total += known[name]
-        return total
+        scales = [tensor.coded.parts["scale"] for tensor in self.weights.values() if "scale" in tensor.coded.parts]
+        # An error of an input times its scale is one of the input that is larger by its inverse.
+        more = float(scales[0].double().square().reciprocal().mean()) if scales else 1.0
+        return replace(total, total=total.total * more)
 
 
 def find_candidates(
@@ -157,11 +160,24 @@ def find_candidates(
         weights = {attribute: by_name.get(f"{prefix}{attribute}") for attribute in attributes}
         children = {child: by_name.get(f"{prefix}{child}.weight") for child in layer.children}
         if None not in (*weights.values(), *children.values()):
-            seen = None if inputs is None else inputs[name]
+            seen = _scaled(None if inputs is None else inputs[name], weights.values())
             candidates.append(Candidate(name, module, layer, weights, children, seen))  # type: ignore[arg-type]  # checked
     while (kept := _with_all_owners(candidates)) != candidates:
         candidates = kept
     return candidates
+
+
+def _scaled(seen: InputStats | None, weights: Iterable[Stored | None]) -> InputStats | None:
+    """What calibration saw of an input, times the scales of the weight's columns."""
+    scale = next((one.coded.parts["scale"] for one in weights if one is not None and "scale" in one.coded.parts), None)
+    if seen is None or scale is None:
+        return seen
+    if seen.lows is None or seen.highs is None:
+        most = float(scale.max())
+        return replace(seen, low=seen.low * most, high=seen.high * most)
+    lows, highs = seen.lows * scale, seen.highs * scale
+    low, high = min(float(lows.min()), 0.0), max(float(highs.max()), 0.0)
+    return replace(seen, low=low, high=high, lows=lows, highs=highs)
 
 
 def _with_all_owners(candidates: list[Candidate]) -> list[Candidate]:

@@ -6,27 +6,36 @@ import copy
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Final, Generic
 
 import torch
+from torch import nn
 
 from pared import allocate
 from pared.allocate import Choice
+from pared.artifact.outcome import Outcome
 from pared.errors import ConfigError
 from pared.fitting.calibration.observe import Statistics
 from pared.fitting.calibration.sensitivity import Sensitivity
-from pared.fitting.config import OWN, PostTrainingQuantConfig
+from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.search.activations import Candidate, choose_activations, find_candidates
+from pared.fitting.search.closing import closed_in
 from pared.fitting.search.free.choices import choices_for
 from pared.fitting.search.free.free import Free, name_of
+from pared.fitting.search.maker import OperatingPoint
 from pared.formats.activation import Activation
 from pared.formats.coded import Coded
+from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
+from pared.model.copies import shadow
 from pared.model.state import extra
-from pared.model.tensors import ModelTensors, ModuleT_co
-from pared.runtime import quantized
-from pared.runtime.profile.profile import Profile, this_machine
+from pared.model.tensors import ModelTensors, ModuleT
+from pared.runtime import quantized, saving
+from pared.runtime.profile.profile import Profile, profile_beside, this_machine
+from pared.runtime.record import set_outcome
+from pared.targets.table import OWN
 from pared.version import __version__
 
 log = logging.getLogger(__name__)
@@ -44,41 +53,13 @@ RESERVE: Final = 700
 # ... or, without scores, an empty outcome.
 RESERVE_WITHOUT_SCORES: Final = 64
 
-# Closing in on max_size: attempts that correct the planned bytes by what the last file was off, then attempts at
-# ever fewer planned bytes until a file fits; it is close enough at this share of the bytes.
-_CORRECTING_ATTEMPTS: Final = 10
-_MAX_ATTEMPTS: Final = 60
-_FEWER_BYTES: Final = 0.97
-_CLOSE_ENOUGH: Final = 0.998
-_ALIGNMENT: Final = 64  # bytes: a file grows in steps of this size
-
 _FEWER_RULES: Final = "Allow more bytes, or give fewer rules that keep tensors in float."
 _LESS_THAN_EIGHT: Final = (
     'quant_level=0 allows nothing coarser than 8 bits: allow more bytes, or take quant_level="auto".'
 )
 
 
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A point on the trade-off between bytes and damage: a model that can be built, and what is predicted of it.
-
-    Args:
-        choice: the option of each tensor whose step is free.
-        damage: predicted share of the output's energy that is lost, activations included; above 0.
-        nbytes: predicted size of `best_model.pt`.
-    """
-
-    choice: Choice
-    damage: float
-    nbytes: int
-
-    @property
-    def price(self) -> float:
-        """The damage per byte at which the choice is optimal."""
-        return self.choice.price
-
-
-class Compressor(Generic[ModuleT_co]):
+class Compressor(Generic[ModuleT]):
     """Makes quantized models of any damage or size from one set of statistics.
 
     `least` and `most` are the damages of the finest and of the smallest model that can be made.
@@ -97,7 +78,7 @@ class Compressor(Generic[ModuleT_co]):
 
     def __init__(
         self,
-        model_tensors: ModelTensors[ModuleT_co],
+        model_tensors: ModelTensors[ModuleT],
         conf: PostTrainingQuantConfig,
         seen: Statistics | None,
         sensitivity: Sensitivity | None,
@@ -117,7 +98,7 @@ class Compressor(Generic[ModuleT_co]):
         self._overhead = self._measure_overhead()
         self._set_ends()
 
-    def corrected(self, factors: Mapping[str, float], inputs: float) -> Compressor[ModuleT_co]:
+    def corrected(self, factors: Mapping[str, float], inputs: float) -> Compressor[ModuleT]:
         """The same where some predictions are corrected.
 
         Args:
@@ -156,28 +137,7 @@ class Compressor(Generic[ModuleT_co]):
         Raises:
             ConfigError: even the smallest file is larger.
         """
-        wanted = nbytes - reserve
-        planned = float(wanted)
-        best: Choice | None = None
-        fitting, too_many = 0.0, math.inf  # planned bytes whose file fits, and whose file does not
-        for attempt in range(_MAX_ATTEMPTS):
-            budget = planned - self._overhead
-            choice = allocate.fill(self._options, allocate.within_bytes(self._options, budget), budget)
-            real = self._nbytes(choice)
-            if real <= wanted:
-                best, fitting = choice, planned
-            else:
-                too_many = planned
-            if best is None and choice.nbytes > budget:
-                break  # there is nothing smaller
-            if best is not None and (attempt >= _CORRECTING_ATTEMPTS or wanted >= real > _CLOSE_ENOUGH * wanted):
-                break
-            if attempt < _CORRECTING_ATTEMPTS:
-                planned += wanted - real - (_ALIGNMENT if real > wanted else 0)
-            else:
-                planned *= _FEWER_BYTES
-            if best is not None and not fitting < planned < too_many:
-                planned = (fitting + too_many) / 2 if math.isfinite(too_many) else fitting * 1.01
+        best = closed_in(self._options, nbytes - reserve, self._overhead, self._nbytes)
         if best is None:
             raise self._too_small(nbytes, reserve)
         return self._point(best, best.damage / (1 - self._activation_share))
@@ -243,7 +203,9 @@ class Compressor(Generic[ModuleT_co]):
 
     def _contents(self, stored: Sequence[Stored], damage: float) -> Contents:
         activations = self._activations(self._candidates(stored), damage)
-        return Contents(tuple(stored), activations, provenance(self._conf, self._seen), self._states)
+        return Contents(
+            tuple(stored), activations, provenance(self._conf, self._seen.samples if self._seen else 0), self._states
+        )
 
     def _candidates(self, stored: Sequence[Stored]) -> list[Candidate]:
         return find_candidates(self._model_tensors.model, stored, self._seen.inputs if self._seen else None)
@@ -255,7 +217,7 @@ class Compressor(Generic[ModuleT_co]):
         budget = math.inf if unlimited else damage * share / (1 - share)
         return choose_activations(candidates, self._conf.approach, self._noise, budget)
 
-    def build(self, point: OperatingPoint) -> ModuleT_co:
+    def build(self, point: OperatingPoint) -> ModuleT:
         """The quantized model at an operating point.
 
         Layers that may run in int8 do: which kernels are fastest is not part of what is scored, so that the same search
@@ -264,9 +226,30 @@ class Compressor(Generic[ModuleT_co]):
         contents = self._contents(self._stored(point.choice), point.choice.damage)
         return quantized.assemble(self._model_tensors, contents, Profile(this_machine()))
 
-    def nbytes_of(self, point: OperatingPoint, model: ModuleT_co) -> int:  # type: ignore[misc]  # it has made the model
-        """The size of the file of a model that it has made at an operating point."""
-        return point.nbytes if self._choices.exact else quantized.nbytes(model)
+    def nbytes_of(self, point: OperatingPoint, made: ModuleT) -> int:
+        """See `Maker`; so are the other methods here."""
+        return point.nbytes if self._choices.exact else quantized.nbytes(made)
+
+    def original(self) -> AbstractContextManager[nn.Module]:
+        """A copy that shares the weights."""
+        return nullcontext(shadow(self._model_tensors.model))
+
+    def candidate(self, made: ModuleT) -> AbstractContextManager[nn.Module]:
+        """A copy."""
+        return nullcontext(copy.deepcopy(made))
+
+    def told(self, made: ModuleT, outcome: Outcome) -> ModuleT:
+        """The model itself."""
+        set_outcome(made, outcome)
+        return made
+
+    def save(self, made: ModuleT, directory: Path) -> Path:
+        """Write an artifact with its profile."""
+        return saving.save(made, directory)
+
+    def read(self, file: Path) -> ModuleT:
+        """Read them."""
+        return quantized.assemble(self._model_tensors, storage.read(file), profile_beside(file))
 
     def contributors(self, point: OperatingPoint) -> list[tuple[str, float]]:
         """Tensors and inputs with their shares of the damage, the largest first; the shares add up to 1."""
@@ -283,12 +266,12 @@ class Compressor(Generic[ModuleT_co]):
         return sorted(shares, key=lambda pair: -pair[1])
 
 
-def provenance(conf: PostTrainingQuantConfig, seen: Statistics | None) -> dict[str, str | int]:
+def provenance(conf: PostTrainingQuantConfig, samples: int) -> dict[str, str | int]:
     """Where a model comes from: plain data for its artifact."""
     return {
         "pared": __version__,
         "torch": str(torch.__version__),
-        "calibration_samples": seen.samples if seen else 0,
+        "calibration_samples": samples,
         "seed": conf.seed,
         "approach": conf.approach,
         **({} if conf.target == OWN else {"target": conf.target}),

@@ -5,25 +5,24 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Final, cast
+from functools import partial
+from typing import Any, Final
 
 from torch import nn
 
 from pared.artifact.outcome import Confirmation, Outcome, Trial
+from pared.executors.executor import Executor
 from pared.fitting.config import AccuracyCriterion
-from pared.fitting.search.compressor import DEFAULT_DAMAGE, Compressor, OperatingPoint
-from pared.fitting.search.evaluate import EvalFunc, Score, confirm, confirm_elsewhere, deciding_loss, evaluate
+from pared.fitting.search.compressor import DEFAULT_DAMAGE
+from pared.fitting.search.evaluate import EvalFunc, Score, confirm, confirm_elsewhere, deciding_loss, evaluate, over
+from pared.fitting.search.maker import Made, Maker, OperatingPoint
 from pared.fitting.search.strategy.laws import loss_of
 from pared.fitting.search.strategy.strategy import Strategy
 from pared.fitting.search.workspace import Workspace
-from pared.model.copies import shadow
-from pared.model.tensors import ModuleT
-from pared.runtime.record import set_outcome
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +50,11 @@ class Judge:
     max_trials: int = 20
     timeout: float = 0
 
+    def over(self, executor: Executor) -> Judge:
+        """The same, where the parts of scores that can be divided are found by an executor."""
+        confirm_func = None if self.confirm_func is None else over(executor, self.confirm_func)
+        return replace(self, eval_func=over(executor, self.eval_func), confirm_func=confirm_func)
+
     def allows_trial(self, made: int, began: float) -> bool:
         """Whether a trial may begin after `made` others, the search having begun at `began` on the monotonic clock."""
         in_time = self.timeout == 0 or time.monotonic() - began <= self.timeout
@@ -58,20 +62,18 @@ class Judge:
 
 
 def search(
-    compressor: Compressor[ModuleT],
-    original: nn.Module,
+    compressor: Maker[Made],
     judge: Judge,
     *,
     max_size: int | None = None,
     references: References | None = None,
     workspace: Workspace | None = None,
     start: float = DEFAULT_DAMAGE,
-) -> ModuleT:
+) -> Made:
     """Find the smallest model that meets the criterion, on the search's data and on unseen data.
 
     Args:
         compressor: makes the models.
-        original: the float model, which is left as it is: a copy in eval mode is scored.
         judge: decides which model is good enough.
         max_size: the most bytes that the file may take; no larger model is tried.
         references: the float model's scores. Default: they are found out.
@@ -88,10 +90,10 @@ def search(
         KeyboardInterrupt: Ctrl-C before any trial was finished.
     """
     began = time.monotonic()
-    references = references or References.of(original, judge, workspace)
+    references = references or References.of(compressor, judge, workspace)
     trials: tuple[Trial, ...] = workspace.trials if workspace is not None else ()
     strategy: Strategy | None = None
-    best_model: ModuleT | None = None  # None as long as the best trial is an earlier run's
+    best_model: Made | None = None  # None as long as the best trial is an earlier run's
     try:
         finest = compressor.within_bytes(max_size) if max_size is not None else compressor.at_damage(compressor.least)
         strategy = Strategy(compressor, finest, start, judge.criterion.tolerable_loss)
@@ -104,7 +106,7 @@ def search(
             trials, best_model = (*trials, trial), (model if is_best else best_model)
             log.info("trial %d: %s", len(trials), trial)  # only now, as Ctrl-C may come while it is written
             if workspace is not None:
-                workspace.add(trial, model)
+                workspace.add(trial, partial(compressor.save, model))
     except KeyboardInterrupt:
         if not trials:
             raise
@@ -112,22 +114,21 @@ def search(
     number = _best(trials)
     if best_model is None:
         assert workspace is not None, "without a workspace the best trial was made in this run"
-        best_model = cast("ModuleT", _read(workspace, number, original))  # of the class of what it was made from
+        best_model = _read(compressor, workspace, number)
     outcome = replace(_outcome(trials[number], judge.criterion, references), trials=trials)
     if not outcome.met:
         outcome = replace(outcome, contributors=_contributors(strategy, trials[number]))
         log.warning("the criterion is not met: %.4g too much was lost; the best model is returned", outcome.gap)
-    set_outcome(best_model, outcome)
-    return best_model
+    return compressor.told(best_model, outcome)
 
 
-def _read(workspace: Workspace, number: int, original: nn.Module) -> nn.Module:
+def _read(compressor: Maker[Made], workspace: Workspace, number: int) -> Made:
     """Read the model of an earlier run's trial. Ctrl-C does not stop it: Ctrl-C asks for just this model."""
     try:
-        return workspace.model(number, original)
+        return compressor.read(workspace.file(number))
     except KeyboardInterrupt:
         log.warning("interrupted: the best model so far is still read")
-        return workspace.model(number, original)
+        return compressor.read(workspace.file(number))
 
 
 def _contributors(strategy: Strategy | None, trial: Trial) -> tuple[tuple[str, float], ...]:
@@ -135,7 +136,7 @@ def _contributors(strategy: Strategy | None, trial: Trial) -> tuple[tuple[str, f
     if strategy is None:
         return ()
     try:
-        return tuple(strategy.compressor.contributors(strategy.point_of(trial)))[:_CONTRIBUTORS_NAMED]
+        return tuple(strategy.planner.contributors(strategy.point_of(trial)))[:_CONTRIBUTORS_NAMED]
     except KeyboardInterrupt:
         log.warning("interrupted: the largest contributors to the damage were not determined")
         return ()
@@ -149,28 +150,29 @@ class References:
     confirming: Score | None
 
     @classmethod
-    def of(cls, original: nn.Module, judge: Judge, workspace: Workspace | None) -> References:
+    def of(cls, compressor: Maker[Any], judge: Judge, workspace: Workspace | None) -> References:
         """Call the functions, or read the records of an earlier run.
 
         Raises:
             EvaluationError: a function raised, or returned no score.
             ConfigError: the criterion cannot use the score.
         """
-        baseline = _reference("eval_func", judge.eval_func, original, workspace)
+        baseline = _reference("eval_func", judge.eval_func, compressor, workspace)
         judge.criterion.loss(baseline.value, baseline.value)
         confirm(judge.criterion, baseline, baseline)
         if judge.confirm_func is None:
             return cls(baseline, None)
-        confirming = _reference("confirm_func", judge.confirm_func, original, workspace)
+        confirming = _reference("confirm_func", judge.confirm_func, compressor, workspace)
         confirm_elsewhere(judge.criterion, confirming, confirming)
         return cls(baseline, confirming)
 
 
-def _reference(name: str, function: EvalFunc, original: nn.Module, workspace: Workspace | None) -> Score:
+def _reference(name: str, function: EvalFunc, compressor: Maker[Any], workspace: Workspace | None) -> Score:
     known = workspace.baseline(name) if workspace is not None else None
     if known is not None:
         return known
-    score = evaluate(function, shadow(original), name)
+    with compressor.original() as original:
+        score = evaluate(function, original, name)
     if workspace is not None:
         workspace.set_baseline(name, score)
     return score
@@ -216,14 +218,12 @@ def judged(candidate: nn.Module, judge: Judge, references: References) -> Judgem
     return Judgement(score.value, seen, unseen, met)
 
 
-def _try(
-    compressor: Compressor[ModuleT], point: OperatingPoint, judge: Judge, references: References
-) -> tuple[ModuleT, Trial]:
+def _try(compressor: Maker[Made], point: OperatingPoint, judge: Judge, references: References) -> tuple[Made, Trial]:
     """Build a model, score it, confirm the score if it is good enough, and write the result into the model."""
     began = time.monotonic()
     model = compressor.build(point)
-    candidate = copy.deepcopy(model)  # the user's functions may change it as they like
-    found = judged(candidate, judge, references)
+    with compressor.candidate(model) as candidate:
+        found = judged(candidate, judge, references)
     trial = Trial(
         price=point.price,
         damage=point.damage,
@@ -235,7 +235,9 @@ def _try(
         standard_error=found.seen.standard_error,
         unseen=found.unseen,
     )
-    set_outcome(model, _outcome(trial, judge.criterion, references))  # before the bytes are counted: the file holds it
+    model = compressor.told(
+        model, _outcome(trial, judge.criterion, references)
+    )  # before the bytes are counted: the file holds it
     return model, replace(trial, nbytes=compressor.nbytes_of(point, model))
 
 

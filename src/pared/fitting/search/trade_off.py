@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Final
-
-from torch import nn
+from typing import Any, Final
 
 from pared.allocate import Choice
 from pared.artifact.outcome import Curve, Point
 from pared.errors import ConfigError
-from pared.fitting.search.compressor import Compressor
 from pared.fitting.search.evaluate import evaluate
+from pared.fitting.search.maker import Maker
 from pared.fitting.search.search import Judge
-from pared.model.copies import shadow
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +21,7 @@ SPAN: Final = (1e-5, 0.1)
 
 
 def trace(
-    compressor: Compressor[nn.Module],
-    original: nn.Module,
+    compressor: Maker[Any],
     judge: Judge | None = None,
     *,
     points: int = 8,
@@ -35,8 +31,8 @@ def trace(
 
     Args:
         compressor: makes the models, all from one set of statistics.
-        original: the float model, which is left as it is: a copy in eval mode is scored, once.
-        judge: its `eval_func` scores each model. If None, nothing is built, and bytes are the planned ones.
+        judge: its `eval_func` scores the float model, and each model. If None, nothing is built, and bytes are the
+            planned ones.
         points: how many operating points to try, evenly spaced in log damage; equal plans are one point of the curve.
         span: the least and the most damage, moved into the range that the compressor reaches.
 
@@ -54,7 +50,10 @@ def trace(
             where="curve",
             remedy="Ask for at least one point, and for 0 < least <= most.",
         )
-    baseline = evaluate(judge.eval_func, shadow(original)).value if judge is not None else None
+    baseline = None
+    if judge is not None:
+        with compressor.original() as original:
+            baseline = evaluate(judge.eval_func, original).value
 
     def reachable(damage: float) -> float:
         return min(max(damage, compressor.least), compressor.most)
@@ -72,8 +71,10 @@ def trace(
             began = time.monotonic()
             nbytes, score = operating_point.nbytes, None
             if judge is not None:
-                model = compressor.build(operating_point)
-                nbytes, score = compressor.nbytes_of(operating_point, model), evaluate(judge.eval_func, model).value
+                made = compressor.build(operating_point)
+                nbytes = compressor.nbytes_of(operating_point, made)
+                with compressor.candidate(made) as model:
+                    score = evaluate(judge.eval_func, model).value
             seconds = time.monotonic() - began
             traced.append(Point(operating_point.price, operating_point.damage, nbytes, score, seconds))
             log.info("point %d: %s", len(traced), traced[-1])

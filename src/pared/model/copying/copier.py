@@ -44,11 +44,13 @@ class Memo(dict[int, Any]):
     Args:
         reach: what the model refers to.
         tensors: by the `id` of a registered tensor, the one that takes its place.
+        into: an object of the model's class that becomes the copy; None: a new one does.
     """
 
-    def __init__(self, reach: Reach[nn.Module], tensors: Mapping[int, Tensor]) -> None:
+    def __init__(self, reach: Reach[nn.Module], tensors: Mapping[int, Tensor], into: nn.Module | None = None) -> None:
         super().__init__(tensors)
         self._reach = reach
+        self._into = into
         self._making: set[int] = set()
         self._kinds: dict[type, Callable[[Memo, Any], object] | None] = {}
 
@@ -95,6 +97,13 @@ class Memo(dict[int, Any]):
             return new
         return copy.deepcopy(value, self)
 
+    def blank(self, module: nn.Module) -> nn.Module:
+        """The object that becomes the copy of a module."""
+        if module is self._reach.model and self._into is not None:
+            vars(self._into).clear()
+            return self._into
+        return object.__new__(type(module))
+
     def is_tied(self, value: object) -> bool:
         """Whether the model's modules, or any tensors, can be reached through an object."""
         return id(value) in self._reach.tied
@@ -128,7 +137,7 @@ def _module(memo: Memo, value: nn.Module) -> object:
     while waiting:
         old: nn.Module = waiting.pop()
         if id(old) not in memo and memo.rule(type(old)) is _module:
-            new = memo[id(old)] = object.__new__(type(old))
+            new = memo[id(old)] = memo.blank(old)
             memo[id(vars(old))] = vars(new)
             made.append((old, new))
             waiting += vars(old).get("_modules", {}).values()

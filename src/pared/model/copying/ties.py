@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import weakref
 from collections.abc import Iterator, Mapping
@@ -130,9 +131,12 @@ def _own_functions(model: nn.Module) -> Iterator[tuple[str, FunctionType]]:
                     function = getattr(function, "__wrapped__", None)
 
 
+_GLOBAL: Final = ("LOAD_GLOBAL", "LOAD_NAME")
+
+
 def _names(code: CodeType) -> set[str]:
-    """The names of globals and attributes in the code of a function, and of the functions in it."""
-    found = set(code.co_names)
+    """The names of globals in the code of a function, and of the functions in it; not those of attributes."""
+    found = {one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL}
     for constant in code.co_consts:
         found |= _names(constant) if isinstance(constant, CodeType) else set()
     return found

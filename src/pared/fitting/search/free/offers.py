@@ -70,7 +70,7 @@ class FreeUnit:
     def coded(self, option: int) -> tuple[Coded, ...]:
         """Each tensor in a format."""
         offer = self.unit.offers[option]
-        return tuple(_coded(*pair, offer) for pair in zip(self.tensors, self.targets, strict=True))
+        return tuple(coded_as(*pair, offer) for pair in zip(self.tensors, self.targets, strict=True))
 
     def corrected(self, factors: Mapping[str, float]) -> FreeUnit:
         """With other damage."""
@@ -92,7 +92,8 @@ def trace_unit(unit: Unit, stats: Mapping[str, TensorStats], reason: Callable[[M
     targets, damages = [], []
     for tensor in unit.tensors:
         own = stats[tensor.name]
-        target = make_target(tensor.view.matrix(tensor.tensor.detach().float()).contiguous(), tensor.view, own)
+        matrix = tensor.view.matrix(tensor.tensor.detach().float()).contiguous()
+        target = make_target(matrix, tensor.view, own, whole=True)  # groups of columns need not fit into blocks
         damages.append(_damages(target, unit.offers, own.judge))
         targets.append(replace(target, judged=None))
     return FreeUnit(unit, tuple(targets), np.array(damages), tuple(map(reason, unit.tensors)))
@@ -115,7 +116,7 @@ def _damages(target: RoundingTarget, offers: tuple[Offer, ...], judge: Tensor | 
             error = (target.matrix - rounded).square().double().mean(1)
             found.append(float((target.importance * error).sum()))
             continue
-        parts = round_in_groups(sampled, rows, offer.grid, negative=offer.negative)
+        parts = round_in_groups(sampled, rows, offer.grid, negative=offer.negative, also=offer.also)
         errors = row_errors(sampled, rows, torch.from_numpy(offer.grid.decode(parts)), judge)
         found.append(float((weight * errors).sum()) * (total / of_sample if of_sample > 0 else 1.0))
     return found
@@ -132,11 +133,13 @@ def _nbytes(offer: Offer, tensor: ModelTensor) -> int:
     return offer.nbytes(tensor.view.n_rows, tensor.view.n_columns)
 
 
-def _coded(model_tensor: ModelTensor, target: RoundingTarget, offer: Offer) -> Coded:
+def coded_as(model_tensor: ModelTensor, target: RoundingTarget, offer: Offer) -> Coded:
+    """Round a tensor to a format."""
     tensor = model_tensor.tensor.detach()
     if isinstance(offer.grid, str):
         return Float(offer.grid).encode(tensor)
-    return grouped(tensor, target, offer.grid, solve_in_groups(target, offer.grid, negative=offer.negative))
+    parts = solve_in_groups(target, offer.grid, negative=offer.negative, also=offer.also)
+    return grouped(tensor, target, offer.grid, parts)
 
 
 def grouped(tensor: Tensor, target: RoundingTarget, grid: GroupGrid, parts: Parts) -> Coded:

@@ -8,16 +8,19 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pared.allocate import Options
 from pared.fitting.calibration.sensitivity import TensorStats
 from pared.fitting.rounding import encoding, plan
 from pared.fitting.rounding.curves import RateCurve, trace
 from pared.fitting.rounding.importance import make_target, plain_target
+from pared.fitting.rounding.scales.choice import chosen_scales, nbytes_of, scaled_stats
 from pared.fitting.rounding.targets import RoundingTarget, ceilings, solve, without_empty_slices
 from pared.formats.coded import Coded, Grid, survives_float16
 from pared.formats.grids import CODE_LIMITS, CodeType
+from pared.formats.views import View
 from pared.model.contents import Decision, Treatment
 from pared.model.tensors import ModelTensor
 
@@ -96,14 +99,18 @@ class FreeTensor:
 
 def _corrected(free: FreeTensor, factor: float) -> FreeTensor:
     """The same tensor where every option does this many times the damage; it may stay as it is, if that is allowed."""
-    options, plain = free.options, free.plain
-    nbytes, damage = options.nbytes, options.damage * factor
-    model_tensor = free.model_tensor
-    if free.may_stay and not any(decision.treatment == "exact" for decision in plain):
-        plain = (*plain, _in_float(model_tensor, "exact"))
-        nbytes = np.append(nbytes, float(model_tensor.tensor.numel() * model_tensor.tensor.element_size()))
-        damage = np.append(damage, 0.0)
-    return replace(free, options=Options(nbytes, damage), plain=plain)
+    free = scaled(free, factor)
+    if not free.may_stay or any(decision.treatment == "exact" for decision in free.plain):
+        return free
+    model_tensor, options = free.model_tensor, free.options
+    nbytes = np.append(options.nbytes, float(model_tensor.tensor.numel() * model_tensor.tensor.element_size()))
+    plain = (*free.plain, _in_float(model_tensor, "exact"))
+    return replace(free, options=Options(nbytes, np.append(options.damage, 0.0)), plain=plain)
+
+
+def scaled(free: FreeTensor, factor: float) -> FreeTensor:
+    """The same tensor with the same options, each of which does this many times the damage."""
+    return replace(free, options=Options(free.options.nbytes, free.options.damage * factor))
 
 
 def trace_tensor(
@@ -130,24 +137,27 @@ def trace_tensor(
         # As float16 it takes fewer bytes than on any grid.
         target, curve = plain_target(matrix, view, stats, ceiling), _NO_GRID
     else:
-        target = make_target(matrix, view, stats, ceiling)
-        curve = _without_idle_int16(trace(target, stats))
+        scale = None if fine or not may_scale(model_tensor) else chosen_scales(matrix, view, stats)
+        known = stats if scale is None else scaled_stats(stats, scale)
+        target = make_target(matrix, view, known, ceiling, scale)
+        curve = _without_idle_int16(trace(target, known))
+    importance = plain_target(matrix, view, stats).importance
     plain: list[tuple[Decision, float, float]] = []  # with bytes and damage
     if fine:
         decision = Decision(model_tensor.name, "grid", plan.DEFAULT_BITS, because)
         coded = encoding.encode(model_tensor, decision)
-        damage = _damage(target, tensor.float() - coded.decode().float())
+        damage = _damage(view, importance, tensor.float() - coded.decode().float())
         curve = _finer_than_eight_bits(curve, target, coded.nbytes, damage)
         plain.append((decision, coded.nbytes + GRID_ENTRY, damage))
     own = plan.own_grid_of(model_tensor)
     if own is not None:
         plain.append((own, model_tensor.own_grid.nbytes + GRID_ENTRY, 0.0))  # type: ignore[union-attr]  # it has one
     if in_half:
-        damage = _damage(target, tensor.float() - tensor.half().float())
+        damage = _damage(view, importance, tensor.float() - tensor.half().float())
         plain.append((_in_float(model_tensor, "float16"), 2.0 * tensor.numel(), damage))
     if may_stay and own is None and min([*curve.damage, *(damage for _, _, damage in plain)]) > _MAX_DAMAGE_OF_FINEST:
         plain.append((_in_float(model_tensor, "exact"), float(tensor.numel() * tensor.element_size()), 0.0))
-    nbytes = np.append(curve.nbytes + GRID_ENTRY, [nbytes for _, nbytes, _ in plain])
+    nbytes = np.append(curve.nbytes + GRID_ENTRY + nbytes_of(target.scale), [nbytes for _, nbytes, _ in plain])
     options = Options(nbytes, np.append(curve.damage, [damage for _, _, damage in plain]))
     decisions = tuple(decision for decision, _, _ in plain)
     return FreeTensor(model_tensor, replace(target, judged=None), curve, options, decisions, because, may_stay)
@@ -157,9 +167,20 @@ def _in_float(model_tensor: ModelTensor, treatment: Treatment) -> Decision:
     return Decision(model_tensor.name, treatment, None, _WHY_FLOAT[treatment])
 
 
-def _damage(target: RoundingTarget, error: Tensor) -> float:
-    """The damage of an error, float32 of the tensor's shape."""
-    return float((target.importance * target.view.matrix(error.square()).double().mean(1)).sum())
+def may_scale(model_tensor: ModelTensor) -> bool:
+    """Whether the columns of a tensor may have scales: if it is the weight of a linear layer, or a table like one."""
+    module = model_tensor.module  # the attention that has a class of its own uses the weight without calling it
+    taken = isinstance(module, (nn.Linear, nn.Embedding)) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    return taken and model_tensor.attribute == "weight" and model_tensor.normed is None and _is_matrix(model_tensor)
+
+
+def _is_matrix(model_tensor: ModelTensor) -> bool:
+    return model_tensor.tensor.dim() == 2 and model_tensor.view.rows == (0,)
+
+
+def _damage(view: View, importance: Tensor, error: Tensor) -> float:
+    """The damage of an error, float32 of the tensor's shape, where rows have that importance."""
+    return float((importance * view.matrix(error.square()).double().mean(1)).sum())
 
 
 def _finer_than_eight_bits(curve: RateCurve, target: RoundingTarget, nbytes: int, damage: float) -> RateCurve:
@@ -202,4 +223,6 @@ def rounded(free: FreeTensor, option: int) -> Coded:
         "codes": without_empty_slices(restored, tensor, free.model_tensor.normed),
         "step": steps.reshape(target.view.row_sizes),
     }
-    return Coded(Grid(code_type), tuple(tensor.shape), tensor.dtype, parts, target.view)
+    if target.scale is not None:
+        parts["scale"] = target.scale
+    return Coded(Grid(code_type, scaled="scale" in parts), tuple(tensor.shape), tensor.dtype, parts, target.view)

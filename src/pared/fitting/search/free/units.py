@@ -18,7 +18,7 @@ from pared.model.contents import Contents, Decision, Plan, Stored
 from pared.model.roles import Roles, roles_of
 from pared.model.tensors import ModelTensor, ModelTensors
 from pared.targets.alike import joined
-from pared.targets.target import Offer, Target
+from pared.targets.target import Offer, Target, is_stack
 
 _WHERE: Final = "PostTrainingQuantConfig.rules"
 _EIGHT: Final = 8
@@ -56,26 +56,34 @@ class Assigned:
     units: tuple[Unit, ...]
 
 
-def assigned(tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, target: Target) -> Assigned:
+def assigned(
+    tensors: ModelTensors[nn.Module],
+    conf: PostTrainingQuantConfig,
+    target: Target,
+    whole: ModelTensors[nn.Module] | None = None,
+) -> Assigned:
     """Say which formats of a runtime each tensor may have.
 
     Args:
         tensors: those of the float model.
         conf: the rules; at quant_level 0 nothing is coarser than 8 bits, where there is such a format.
         target: the runtime.
+        whole: all tensors of the model, where the first are only some of them. Rules were checked with these.
 
     Raises:
         ConfigError: a rule matches nothing, asks for what the runtime has not, or for different formats where the
             runtime needs the same; or `conf.strict` and a tensor would stay in float without a rule.
     """
-    rules = dict(zip((tensor.name for tensor in tensors), plan.first_rules(tensors, conf.rules), strict=True))
+    every = tensors if whole is None else whole
+    rules = dict(zip((tensor.name for tensor in every), plan.first_rules(every, conf.rules), strict=True))
     roles = roles_of(tensors)
-    usual = plan.make_plan(tensors, (), bits=None)
+    usual = plan.make_plan(tensors, (), bits=None, whole=whole)
     groups: dict[str, list[ModelTensor]] = {}
     for tensor, decision in zip(tensors, usual, strict=True):
         if decision.treatment == "grid" and tensor.tensor.dim() >= 2:
             groups.setdefault(joined(tensor.name, target.alike) or tensor.name, []).append(tensor)
-    _refuse_idle(conf.rules, rules, {tensor.name for group in groups.values() for tensor in group}, target)
+    if whole is None:
+        _refuse_idle(conf.rules, rules, {tensor.name for group in groups.values() for tensor in group}, target)
     units, why = [], {}
     for group in groups.values():
         rule = _common_rule(group, rules, target)
@@ -92,6 +100,8 @@ def assigned(tensors: ModelTensors[nn.Module], conf: PostTrainingQuantConfig, ta
                 why[tensor.name] = rule.because or f"rule {rule.label}"
             elif roles[tensor.name] != {"other"}:
                 why[tensor.name] = f"{target.name} has no format for {tensor.view.n_columns} columns"
+            elif is_stack(tensor.tensor.shape):
+                why[tensor.name] = f"{target.name} has no format for stacks of matrices"
     free = {tensor.name for unit in units for tensor in unit.tensors}
     decisions = tuple(
         replace(decision, bits=None, own_grid=False)
@@ -187,7 +197,7 @@ def nbytes_at_eight_bits(tensors: ModelTensors[nn.Module], conf: PostTrainingQua
         ConfigError: as `assigned`.
     """
     found = assigned(tensors, replace(conf, quant_level=0), target)
-    total = _HEADER + sum(_entries(target, tensor.name) for tensor in tensors)
+    total = beside_nbytes(target, [tensor.name for tensor in tensors])
     in_units = {tensor.name for unit in found.units for tensor in unit.tensors}
     total += sum(tensor.tensor.nbytes for tensor in tensors if tensor.name not in in_units and tensor.persistent)
     for unit in found.units:
@@ -199,7 +209,12 @@ def nbytes_at_eight_bits(tensors: ModelTensors[nn.Module], conf: PostTrainingQua
 def target_nbytes(target: Target, contents: Contents) -> int:
     """The size of the runtime's file: exact bytes of its tensors, and about those of everything but its tokenizer."""
     written = [stored for stored in contents.tensors if stored.decision.treatment != "made"]
-    return _HEADER + sum(_nbytes(target, stored) + _entries(target, stored.name) for stored in written)
+    return sum(_nbytes(target, stored) for stored in written) + beside_nbytes(target, [one.name for one in written])
+
+
+def beside_nbytes(target: Target, names: Sequence[str]) -> int:
+    """About the bytes of a runtime's file beside the numbers of its tensors, which have these names."""
+    return _HEADER + sum(_entries(target, name) for name in names)
 
 
 def _entries(target: Target, name: str) -> int:

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from torch import nn
-
 from pared.artifact.outcome import Trial
-from pared.fitting.search.compressor import Compressor, OperatingPoint
+from pared.fitting.search.maker import OperatingPoint, Planner
 from pared.fitting.search.strategy.laws import Law, fit_law, loss_of
 
 # After the first trial, the next must promise a file smaller by this share, which grows by this factor with each
@@ -40,13 +38,13 @@ class Strategy:
     """Says which operating point to try next: a pure function of the finished trials.
 
     Args:
-        compressor: makes operating points.
+        planner: makes operating points.
         finest: the operating point of least damage that may be tried.
         start: the damage of the first trial.
         tolerable_loss: in the unit of the trials' losses.
     """
 
-    compressor: Compressor[nn.Module]
+    planner: Planner
     finest: OperatingPoint
     start: float
     tolerable_loss: float
@@ -70,15 +68,15 @@ class Strategy:
 
     def _point(self, log_damage: float) -> OperatingPoint:
         """The operating point at a log damage, within the range."""
-        damage = min(math.exp(log_damage), self.compressor.most)
+        damage = min(math.exp(log_damage), self.planner.most)
         if damage <= self.finest.damage:
             return self.finest
-        point = self.compressor.at_damage(damage)
+        point = self.planner.at_damage(damage)
         return self.finest if point.nbytes > _FINEST_SHARE * self.finest.nbytes else point
 
     def point_of(self, trial: Trial) -> OperatingPoint:
         """The operating point of a trial, of this run or of an earlier one."""
-        return self.finest if trial.damage == self.finest.damage else self.compressor.at_damage(trial.damage)
+        return self.finest if trial.damage == self.finest.damage else self.planner.at_damage(trial.damage)
 
     def _finer(self, bad: Trial, law: Law | None, failures: int) -> OperatingPoint:
         """Everything has failed so far: go down by ever larger steps, and soon to the end of the range."""
