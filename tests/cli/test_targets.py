@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -95,9 +96,35 @@ def test_an_artifact_goes_into_a_file_without_its_code(kind: str, folder: Path, 
     ],
 )
 def test_options_that_make_no_sense(arguments: list[object], message: str, folder: Path, tmp_path: Path) -> None:
-    done = run("fit", folder, *arguments, "-o", tmp_path / "out")
+    done = run("fit", folder, *arguments, "-o", tmp_path / "new" / "out")
     assert done.exit_code != 0
     assert message in str(done.exception)
+    assert not (tmp_path / "new").exists(), "what is refused leaves no directory"
+
+
+@pytest.mark.parametrize("command", ["compress", "export", "fit"])
+def test_every_command_knows_the_same_targets(command: str, folder: Path, tmp_path: Path) -> None:
+    option = "--to" if command == "export" else "--target"
+    done = run(command, folder, option, "ggml", "-o", tmp_path / "out", *(["--bits", 4] if command != "export" else []))
+    known = ", ".join(map(repr, ("pared", *TARGETS)))
+    assert f"='ggml' is not one of {known}" in str(done.exception)
+
+
+def test_pared_is_a_target_as_well(folder: Path, tmp_path: Path) -> None:
+    done = run("compress", folder, "--target", "pared", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/best_model.pt").is_file()
+    refused = run("export", tmp_path / "out", "--to", "pared", "-o", tmp_path / "again")
+    assert "is the target that an artifact is written for already" in str(refused.exception)
+    with pytest.raises(ConfigError, match=r"for already\n  Call pared\.save\("):
+        pared.export(quantized_as(built("Llama", num_hidden_layers=1), in_rows(8)), tmp_path / "x", to="pared")
+
+
+def test_a_file_is_not_called_a_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("precious")
+    done = run("compress", folder, "--target", "gguf", "--bits", 8, "-o", tmp_path / "model.gguf")
+    assert "model.gguf: is there already\n  Choose another name, or delete this one." in str(done.exception)
+    assert (tmp_path / "model.gguf").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +162,19 @@ def test_a_model_is_kept_where_its_export_fails(tmp_path: Path, monkeypatch: Any
     with pytest.raises(ConfigError, match="cannot be written"):
         source.write(small, tmp_path, quiet=True)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".pt"] == ["best_model.pt"]
+
+
+@pytest.mark.parametrize("most", [999, 1000])
+def test_a_file_that_is_larger_than_was_asked_for_is_told(
+    most: int, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = pared.fit(nn.Sequential(nn.Linear(8, 4)), quiet=True)
+    monkeypatch.setattr(pared, "export", lambda *_, **__: SimpleNamespace(path=tmp_path / "x", nbytes=1000))
+    source = Source("math:pi", None, "onnx", tmp_path)
+    assert source.size(most, None) == most
+    source.write(small, tmp_path, quiet=True)
+    said = "warning: 1,000 bytes were written, 1 more than 999: the operators of the graph come on top of the weights. "
+    assert (f"{said}--max-size 998 makes it fit." in capsys.readouterr().err) == (most < 1000)
 
 
 def test_a_graph_needs_a_batch_before_the_fit(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,30 @@ def test_nothing_is_rounded_a_second_time(held: Held, message: str) -> None:
         converted([held], _GGUF, {}, None, {})
     assert "target 'gguf': 1 of 1 tensors cannot be held exactly" in str(caught.value)
     assert "PostTrainingQuantConfig(target='gguf') chooses among F32, F16, BF16, Q8_0" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mlx", "gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_steps_are_those_that_a_model_of_its_type_can_have(name: str, dtype: str) -> None:
+    target = TARGETS[name]
+    grid = target.offers[0].grid
+    assert isinstance(grid, GroupGrid)
+    parts = {part: numbers * np.float32(2.0**-19) for part, numbers in random_parts(grid, 32, 256).items()}
+    parts["codes"] = random_parts(grid, 32, 256)["codes"]
+    roles: frozenset[Any] = frozenset(["linear"])
+    held = [
+        Held(("a.weight",), (32, 256), "float32", roles, grid, (32, 256), lambda: parts),
+        rows_of("b.weight", codes_up_to(7, columns=256), 2.0**-26),
+    ]
+    for one in held:
+        if dtype == "float16":
+            with pytest.raises(ConfigError, match="has steps that (float16 does not hold|are not numbers of float16)"):
+                converted([one], target, {"dtype": dtype}, None, {})
+        else:
+            assert converted([one], target, {"dtype": dtype}, None, {}).outlines[0].offer is not None
+
+
+def test_what_a_runtime_keeps_in_floats_is_not_a_matter_of_width() -> None:
+    held = replace(rows_of("a.weight", codes_up_to(7, columns=64), 0.25), roles=frozenset(["table"]))
+    with pytest.raises(ConfigError, match="a.weight is of a kind that the runtime keeps in floats, such as embeddings"):
+        converted([held], TARGETS["compressed-tensors"], {}, None, {})

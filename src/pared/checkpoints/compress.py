@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -21,36 +21,33 @@ from pared.artifact.parse import parse_index
 from pared.artifact.torch_file import write_torch
 from pared.checkpoints.folders.forms import check_forms
 from pared.checkpoints.folders.layout import metadata_of, record
-from pared.checkpoints.folders.sources import BATCH, check_kept, check_places
+from pared.checkpoints.folders.sources import check_kept, check_places
 from pared.checkpoints.journal import Journal
-from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness, PackedTensor
+from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness
 from pared.checkpoints.quantized.recognize import REMEDY, Quantization, recognize, unrounded
 from pared.checkpoints.result import Compressed, joined
 from pared.checkpoints.runtimes.writing import Goal, goal_of, write_for
-from pared.checkpoints.sampling import CONTAINER, SizeModel, pack_held
+from pared.checkpoints.sampling import SizeModel
 from pared.checkpoints.selection import Kept, contained, is_adapter, select
+from pared.checkpoints.tasks.packing import Work
 from pared.errors import ConfigError
+from pared.executors.executor import Executor, LocalExecutor
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.directories.whole import check_vacant
 from pared.files.disk import as_path, make_directory, reading, write_atomic
-from pared.files.threads import each, usable_cores
+from pared.files.remote.urls import output_at, source_at, written_at
 from pared.readers.folders.files import find_files
 from pared.readers.folders.hub import snapshot_of
 from pared.readers.folders.manifests import model_parts
 from pared.readers.listing import Listing
+from pared.readers.sent import SentListing
 from pared.scalars import plain
-from pared.terminal import bytes_done, parse_size
+from pared.targets.table import OWN
+from pared.terminal import parse_size
 from pared.version import __version__
 
 log = logging.getLogger(__name__)
 
-# With a size limit, the search aims at this share of the limit and accepts a file above the other share; after this
-# many rounds any file below the limit is accepted, since with few and small tensors sizes jump.
-_AIM: Final = 0.9985
-_NEAR: Final = 0.995
-_ROUNDS: Final = 3
-_MOST_ROUNDS: Final = 64  # which nothing needs: what a journal may say
-_LARGEST_LEVEL: Final = 1 << 12
 _Part = Literal["whole", "top", "inside"]
 _VERSION: Final = 1  # of the rounding: a journal written by another version is discarded
 
@@ -63,6 +60,7 @@ def compress(
     max_size: int | str | None = None,
     target: str | None = None,
     quiet: bool = True,
+    executor: Executor | None = None,
 ) -> Path:
     """Compress a checkpoint without the model's code, tensor by tensor: `pared.load(directory, model=...)` reads it.
 
@@ -72,17 +70,22 @@ def compress(
     Args:
         path: a `.safetensors` file; a `.pt`, `.pth` or `.bin` that torch wrote; one of several shards, for all of
             them; or a folder of Hugging Face, whose other files are copied too. Optimizer states, other training data,
-            values that are not tensors, and duplicates are left out.
+            values that are not tensors, and duplicates are left out. A URL ("s3://...") of any of these is copied to
+            this machine first, as far as it has changed.
         directory: where `best_model.pt` is written; created if it is missing. The models of a pipeline of diffusers,
-            or of sentence-transformers, are each written into their own folder in it, as the source has them.
+            or of sentence-transformers, are each written into their own folder in it, as the source has them. Or a
+            URL where nothing is: files are sent there when all are written.
         bits: average bits per weight of each coded tensor, above 0 and below 16, or 16 for float16. At 8, the default
             without `max_size`, each row has the finest int8 step.
         max_size: instead of bits, the largest size of the file in bytes: 12000000, "12MB" or "12MiB".
         target: a runtime, for which the weights are rounded to formats that it executes and written as it reads them,
-            instead of an artifact: "gguf", "compressed-tensors", "gptq", "mlx". The source has to be a Hugging Face
-            folder, and nothing may be in `directory`. Then `bits` is the average over all weights in the runtime's
-            file, embeddings and what it keeps in float too; and one of `bits` and `max_size` has to be given.
+            instead of an artifact: "gguf", "compressed-tensors", "gptq", "mlx". Default: "pared" itself. The source
+            has to be a Hugging Face folder, and nothing may be in `directory`. Then `bits` is the average over all
+            weights in the runtime's file, embeddings and what it keeps in float too; and one of `bits` and `max_size`
+            has to be given.
         quiet: whether to hide the progress bar.
+        executor: `pared.RayExecutor(...)` for workers on many machines, which have to see the source at the same path
+            and give the same bytes. Default: the cores of this one.
 
     Returns:
         the path of the artifact; of a folder of several models, `directory`. Of a checkpoint that another tool has
@@ -93,11 +96,15 @@ def compress(
         ConfigError: the options contradict each other, or the size cannot be reached.
         FileError: the source cannot be read, or the directory cannot be written; CorruptError and UnsafeError are such.
         ModelError: a weight is NaN or infinite.
+        WorkerError: a worker does not see the source, or cannot do the work.
 
     Extra state of modules in a state dict (`get_extra_state`) is stored as plain data; what only a pickle could store
     is a FileError.
     """
-    return run(path, directory, bits=bits, max_size=max_size, target=target, quiet=quiet).path
+    with output_at(directory, "compress") as output:
+        asked: dict[str, Any] = {"bits": bits, "max_size": max_size, "target": target}
+        done = run(path, output, **asked, quiet=quiet, executor=executor)
+    return written_at(directory, done.path)
 
 
 def run(
@@ -108,17 +115,26 @@ def run(
     max_size: int | str | None = None,
     target: str | None = None,
     quiet: bool = False,
+    executor: Executor | None = None,
 ) -> Compressed:
     """Do what `compress` does; return its result with sizes, times and what was left out."""
-    source, output = as_path(path, "compress"), as_path(directory, "compress")
-    if target is not None:
+    source, output = source_at(path, "compress"), as_path(directory, "compress")
+    executor = executor or LocalExecutor()
+    if target not in (None, OWN):
+        assert target is not None
+        if not isinstance(executor, LocalExecutor):
+            raise ConfigError(
+                f"the files of {target} are written by one process",
+                where="compress with workers",
+                remedy="Leave the workers out, or compress for pared and export the artifact.",
+            )
         return _for_runtime(source, output, goal_of(target, bits, max_size), quiet=quiet)
     rate, size = _checked(bits, max_size)
     source = snapshot_of(source) if source.is_dir() else source
     parts = model_parts(source) if source.is_dir() else ()
     if parts:
-        return _each(source, output, parts, rate, size, quiet=quiet)
-    return _run(source, output, rate, size, quiet=quiet)
+        return _each(source, output, parts, rate, size, executor, quiet=quiet)
+    return _run(source, output, rate, size, executor, quiet=quiet)
 
 
 def _for_runtime(source: Path, output: Path, goal: Goal, *, quiet: bool) -> Compressed:
@@ -136,7 +152,7 @@ def _for_runtime(source: Path, output: Path, goal: Goal, *, quiet: bool) -> Comp
 
 
 def _each(
-    source: Path, output: Path, parts: Sequence[str], rate: float, size: int | None, *, quiet: bool
+    source: Path, output: Path, parts: Sequence[str], rate: float, size: int | None, executor: Executor, *, quiet: bool
 ) -> Compressed:
     """Compress the models of which a folder consists, each into its own folder; nothing is written before all pass."""
     if size is not None:
@@ -156,14 +172,21 @@ def _each(
     done = {}
     for part in parts:
         own: _Part = "inside" if part else "top"
-        done[part] = _run(source / part, output / part, rate, None, quiet=quiet, part=own)
+        done[part] = _run(source / part, output / part, rate, None, executor, quiet=quiet, part=own)
     with owned(output, wait=SHORT_WAIT):
         companions.copy(source, beside.copied, output, output)
     return joined(done, output, beside)
 
 
 def _run(
-    source: Path, output: Path, rate: float, size: int | None, *, quiet: bool, part: _Part = "whole"
+    source: Path,
+    output: Path,
+    rate: float,
+    size: int | None,
+    executor: Executor,
+    *,
+    quiet: bool,
+    part: _Part = "whole",
 ) -> Compressed:
     """Compress one model.
 
@@ -172,6 +195,7 @@ def _run(
         output: the directory.
         rate: bits per weight, used only without a size.
         size: the largest size of the file in bytes; None: as the rate has it.
+        executor: packs the tensors.
         quiet: whether to hide the progress bar.
         part: "whole"; or of a folder of several models, whose other files are copied with that folder, the one in its
             "top" folder or one "inside".
@@ -188,6 +212,8 @@ def _run(
         beside = Companions((), {}) if part != "whole" else _beside(source, output, listing)
         if quantized is not None and size is not None:
             _check_exact_size(listing, chosen.kept, size)
+        sent = SentListing(chosen.listing, source, part == "top")
+        executor.check_files(sent.files)
         make_directory(output)
         files = _files(source, listing, chosen.kept)
         depends = _depends(source, listing, chosen.kept, rate, size)
@@ -196,7 +222,7 @@ def _run(
             resumed = len(journal.entries)
             if resumed:
                 log.info("%s: %d tensors are taken from an earlier run", output, resumed)
-            work = _Work(chosen.listing, chosen.kept, journal, quiet)
+            work = Work(sent, chosen.kept, journal, executor, quiet)
             work.at_rate(rate) if size is None or quantized is not None else work.within(
                 size - sum(len(json.dumps(one)) for one in (chosen.states, files) if one)
             )
@@ -250,81 +276,6 @@ def _beside(source: Path, output: Path, listing: Listing) -> Companions:
         return Companions((), {})
     unread = {name.strip("()") for name, note in listing.notes.items() if note.file}
     return find_companions(source, output, [name for name in find_files(source).sizes if name not in unread])
-
-
-class _Work:
-    """Packs the tensors of a checkpoint in order, into a journal."""
-
-    def __init__(self, listing: Listing, kept: Sequence[Kept], journal: Journal, quiet: bool) -> None:
-        self._listing = listing
-        self._kept = kept
-        self._journal = journal
-        self._quiet = quiet
-
-    def at_rate(self, bits: float) -> None:
-        """Pack all tensors at this rate, in bits per weight."""
-        if self._journal.plan is None:
-            self._journal.begin({})
-        self._do([Fineness(bits)] * len(self._kept))
-
-    def within(self, nbytes: int) -> None:
-        """Pack with the finest steps at which the file has at most `nbytes`, correcting estimates by real sizes."""
-        prospect = SizeModel(self._listing, self._kept)
-        plan = self._journal.plan
-        if plan is None or not _is_plan(plan):
-            plan = {"round": 1, "level": prospect.level_for(int(nbytes * _AIM), nbytes)}
-            self._journal.begin(plan)
-        while True:
-            targets = prospect.targets(plan["level"])
-            self._do(targets)
-            taken = len(Index(tuple(self._journal.entries)).to_bytes()) + self._journal.end + CONTAINER
-            if taken <= nbytes and (taken >= nbytes * _NEAR or plan["round"] >= _ROUNDS):
-                return
-            known = [
-                entry.nbytes / guess if guess else 1.0
-                for entry, guess in zip(self._journal.entries, prospect.payloads(targets), strict=True)
-            ]
-            aim = nbytes * _AIM ** (2 ** plan["round"])  # further below with each round, so that one is the last
-            plan = {"round": plan["round"] + 1, "level": prospect.level_for(int(aim), nbytes, known)}
-            self._journal.begin(plan)
-
-    def _do(self, targets: Sequence[Fineness]) -> None:
-        """Pack the tensors that the journal does not have yet."""
-        done = len(self._journal.entries)
-        total = sum(one.held.nbytes for one in self._kept)
-        with bytes_done("compressing", total, quiet=self._quiet) as advance:
-            advance(sum(one.held.nbytes for one in self._kept[:done]))
-            for batch in _batches(self._kept, done):
-                for i, packed in zip(batch, self._packed(batch, targets), strict=True):
-                    self._journal.add(self._kept[i], packed)
-                    advance(self._kept[i].held.nbytes)
-
-    def _packed(self, batch: range, targets: Sequence[Fineness]) -> list[PackedTensor]:
-        if len(batch) == 1:
-            return [pack_held(self._listing, self._kept[batch[0]], targets[batch[0]], usable_cores())]
-        sizes = [self._kept[i].held.nbytes for i in batch]
-        return each(lambda i: pack_held(self._listing, self._kept[i], targets[i]), batch, sizes)
-
-
-def _is_plan(plan: Mapping[str, Any]) -> bool:
-    """Whether a journal's plan is one of those that `_Work.within` makes."""
-    level, number = plan.get("level"), plan.get("round")
-    known = isinstance(level, float | int) and abs(level) <= _LARGEST_LEVEL
-    return known and type(number) is int and 1 <= number <= _MOST_ROUNDS
-
-
-def _batches(kept: Sequence[Kept], done: int) -> Iterator[range]:
-    """Consecutive tensors that are packed together, from index `done` on; all cores share a larger one."""
-    start = done
-    nbytes = 0
-    for i in range(done, len(kept)):
-        size = kept[i].held.nbytes
-        if nbytes and nbytes + size > BATCH:
-            yield range(start, i)
-            start, nbytes = i, 0
-        nbytes += size
-    if start < len(kept):
-        yield range(start, len(kept))
 
 
 def _depends(source: Path, listing: Listing, kept: Sequence[Kept], bits: float, size: int | None) -> dict[str, Any]:

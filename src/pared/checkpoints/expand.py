@@ -26,6 +26,7 @@ from pared.errors import ConfigError, printable
 from pared.files.directories.lock import owned
 from pared.files.disk import as_path, forget, make_directory, write_atomic
 from pared.files.memory_limit import MemoryLimit
+from pared.files.remote.urls import output_at, source_at, written_at
 from pared.files.safetensors_file import encoded_header
 from pared.files.threads import each
 from pared.formats.dtypes import TYPES, Array
@@ -77,10 +78,11 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
     """Decode an artifact into floats of its source's types; what compression lost stays lost.
 
     Args:
-        path: an artifact, or the directory that it is in; made by `compress` or by `save`.
+        path: an artifact, or the directory that it is in; made by `compress` or by `save`. Or the URL of either.
         output: a `.safetensors` file; or a directory, in which files of the source's names are written (its shards
             with their index; `model.safetensors` where the source was a single file) and to which the other files of
-            the artifact's directory are copied, so that a Hugging Face folder becomes one again.
+            the artifact's directory are copied, so that a Hugging Face folder becomes one again. Or a URL where
+            nothing is.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -94,12 +96,14 @@ def expand(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quie
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
         ConfigError: a tensor has an element type that the format lacks, or a module has extra state of another kind.
     """
-    return run(path, output, quiet=quiet).path
+    with output_at(output, "expand") as place:
+        done = run(path, place, quiet=quiet)
+    return written_at(output, done.path)
 
 
 def run(path: str | os.PathLike[str], output: str | os.PathLike[str], *, quiet: bool = False) -> Expanded:
     """Do what `expand` does; return its result with sizes and times."""
-    source, place = as_path(path, "expand"), as_path(output, "expand")
+    source, place = source_at(path, "expand"), as_path(output, "expand")
     parts = artifact_parts(source)
     if parts:
         return _each(source, place, parts, quiet=quiet)

@@ -12,7 +12,8 @@ import numpy as np
 from pared.errors import ConfigError
 from pared.formats.groups.grid import GroupGrid, Numbers, representable
 from pared.targets.alike import joined
-from pared.targets.exact import as_groups
+from pared.targets.exact import as_groups, holds
+from pared.targets.folders.folder import dtype_of
 from pared.targets.pieces import Outline, Source
 from pared.targets.target import Offer, Role, Target
 
@@ -30,7 +31,8 @@ class Held:
         roles: what it is to a runtime: several where it is tied.
         grid: "rows": a step for each row; a grid of groups; or None: values.
         matrix: the rows and columns of its grid.
-        read: "codes" (rows, columns) and "step" (rows,); the parts of its grid; or "values", of `shape`.
+        read: "codes" (rows, columns), "step" (rows,) and, where columns have scales, "scale" (columns,); the parts of
+            its grid; or "values", of `shape`.
     """
 
     names: tuple[str, ...]
@@ -62,7 +64,7 @@ def converted(
     Raises:
         ConfigError: the runtime has no format that holds a tensor exactly.
     """
-    tensors = list(held)
+    tensors, target = list(held), target.for_model(dtype_of(config))
     by_name = {one.name: one for one in tensors}
     offers = _chosen(tensors, target)
 
@@ -72,7 +74,7 @@ def converted(
             return parts
         assert outline.offer is not None
         assert isinstance(outline.offer.grid, GroupGrid)
-        found = as_groups(parts["codes"], parts["step"], outline.offer.grid)
+        found = as_groups(parts["codes"], parts["step"], outline.offer.grid, outline.offer.also)
         assert found is not None
         return found
 
@@ -117,21 +119,28 @@ def _exact(held: Held, target: Target) -> tuple[list[Offer], str]:
     rows, columns = held.matrix
     grids = [offer for offer in target.offers if isinstance(offer.grid, GroupGrid)]
     shaped = [offer for offer in grids if all(offer.takes(role, columns, rows) for role in held.roles)]
+    if not any(held.roles <= offer.roles for offer in grids):
+        return [], "is of a kind that the runtime keeps in floats, such as embeddings"
     if not shaped:
         widths = " or ".join(str(width) for width in sorted({offer.multiple for offer in grids}))
         return [], f"has {columns} columns; a multiple of {widths} is needed"
     if held.grid != "rows":
-        return [offer for offer in shaped if offer.grid == held.grid], "is on a grid that it does not have"
+        same = [offer for offer in shaped if offer.grid == held.grid]
+        if same and (also := same[0].also) is not None and not holds(held.read(), also):
+            return [], f"has steps that {also} does not hold, in which the model computes"
+        return same, "is on a grid that it does not have"
     parts = held.read()
+    if "scale" in parts:
+        return [], "has scales of columns, which its formats lack"
     codes, step = parts["codes"], parts["step"]
-    exact = [offer for offer in shaped if as_groups(codes, step, _grid(offer)) is not None]
+    exact = [offer for offer in shaped if as_groups(codes, step, _grid(offer), offer.also) is not None]
     if exact or not codes.size:
         return exact or shaped, ""
     low, high = int(codes.min()), int(codes.max())
     widest = max((_grid(offer) for offer in shaped), key=lambda grid: grid.bits)
     if low < widest.low or high > widest.high:
         return [], f"has codes from {low} to {high}; {widest.bits} bits hold {widest.low} to {widest.high}"
-    kinds = sorted({_grid(offer).step for offer in shaped})
+    kinds = sorted({offer.also or _grid(offer).step for offer in shaped})
     share = max(float(np.mean(representable(step, kind) == step)) for kind in kinds)
     return [], f"has steps that are not numbers of {' or '.join(kinds)} ({share:.0%} of its rows have such)"
 

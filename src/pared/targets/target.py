@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
 
-from pared.formats.groups.grid import GroupGrid
+from pared.formats.groups.grid import GroupGrid, StepType
 
 # What a weight is to a runtime: the matrix of a linear layer, the table of an embedding, the head that makes logits (a
 # linear layer that is not in a block), or anything else, which stays in a floating type.
 Role = Literal["linear", "table", "head", "other"]
+
+
+_STACKED: Final = 3  # the dimensions of a stack of matrices
+_NARROWEST: Final = 16  # rows and columns of a matrix: convolutions have fewer
+
+
+def is_stack(shape: Sequence[int]) -> bool:
+    """Whether a tensor is a stack of matrices, as those of experts, which no runtime here takes in another format.
+
+    >>> is_stack((8, 256, 128)), is_stack((256, 128, 3)), is_stack((256, 128))
+    (True, False, False)
+    """
+    return len(shape) == _STACKED and min(shape[1:]) >= _NARROWEST
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class Offer:
         roles: which weights may have it.
         row_multiple: the number of rows must be a multiple of this.
         negative: whether the runtime takes negative steps where zero is fixed.
+        also: a type that has to hold steps and least values as well as the grid's does; None: none.
     """
 
     name: str
@@ -34,6 +48,7 @@ class Offer:
     roles: frozenset[Role] = frozenset(("linear",))
     row_multiple: int = 1
     negative: bool = False
+    also: StepType | None = None
 
     def takes(self, role: Role, columns: int, rows: int = 0) -> bool:
         """Whether a matrix may have this format."""
@@ -56,6 +71,8 @@ class Target:
             a captured call.
         by_family: its files follow the architecture: only `FAMILIES` can be written, and only what they use.
         parts: how many tensors of its files a weight becomes, at most: codes, steps, ...
+        steps_of: the type in which the runtime has steps and least values, by the type in which a model computes; None:
+            that of each grid.
     """
 
     name: str
@@ -67,6 +84,23 @@ class Target:
     takes: Literal["weights", "graph"] = "weights"
     by_family: bool = False
     parts: int = 1
+    steps_of: Callable[[str], StepType] | None = None
+
+    def for_model(self, dtype: str) -> Target:
+        """The same with steps and least values that it holds exactly for a model that computes in a type.
+
+        >>> from pared.targets.table import TARGETS
+        >>> [TARGETS["mlx"].for_model(dtype).offers[0].also for dtype in ("bfloat16", "float16")]
+        [None, 'float16']
+        """
+        if self.steps_of is None:
+            return self
+        kind = self.steps_of(dtype)
+        offers = tuple(
+            offer if isinstance(offer.grid, str) or offer.grid.step == kind else replace(offer, also=kind)
+            for offer in self.offers
+        )
+        return replace(self, offers=offers)
 
     def offers_for(self, role: Role, columns: int, rows: int = 0) -> tuple[Offer, ...]:
         """The formats that a matrix may have, from fine to coarse."""

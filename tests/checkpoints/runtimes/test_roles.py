@@ -25,6 +25,7 @@ def kept(*names: str, shape: tuple[int, ...] = (64, 32), dtype: str = "bfloat16"
         ("transformer.wte.weight", "table"),
         ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "other"),
         ("lm_head.weight", "head"),
+        ("embed_out.weight", "head"),
         ("score.weight", "head"),
         ("pooler.dense.weight", "head"),
         ("model.layers.0.mixer.A_log", "other"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_copies_of_a_table_are_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "tpu", "bits": 4}, "'tpu' is unknown"),
+        ({"target": "tpu", "bits": 4}, "target='tpu' is not one of 'pared', 'gguf'"),
         ({"target": "onnx", "bits": 4}, "onnx needs the graph of the model"),
         ({"target": "mlx"}, "give either bits or max_size"),
         ({"target": "mlx", "bits": 4, "max_size": 1000}, "give either bits or max_size"),
@@ -137,6 +138,15 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tmp_pa
     with pytest.raises(ConfigError, match=message):
         pared.compress(tmp_path / "given", tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
+
+
+@pytest.mark.parametrize("target", ["mlx", "compressed-tensors-any"])
+def test_the_least_that_an_error_names_is_enough(target: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "given")
+    with pytest.raises(ConfigError) as caught:
+        pared.compress(tmp_path / "given", tmp_path / "out", target=target, bits=1)
+    (bits,) = re.findall(r"([0-9.]+) bits each", str(caught.value))
+    pared.compress(tmp_path / "given", tmp_path / "out", target=target, bits=float(bits))
 
 
 def test_sources_are_refused(tmp_path: Path) -> None:
@@ -200,3 +210,29 @@ def test_a_runtime_whose_sizes_show_only_when_written_gets_what_fits(
     most = weights_nbytes(tmp_path / "given") // 2
     pared.compress(tmp_path / "given", tmp_path / "out", target="mlx", max_size=most)
     assert 0.8 * most < weights_nbytes(tmp_path / "out") <= most
+
+
+@pytest.mark.parametrize("target", FOLDERS)
+def test_small_weights_of_float16_get_steps_that_it_holds(target: str, tmp_path: Path) -> None:
+    """A runtime computes in the model's type, and casts steps to it."""
+    small = {name: np.float16(1e-5 * np.random.default_rng(0).standard_normal(shape)) for name, shape in SHAPES.items()}
+    checkpoint(tmp_path / "given", {**CONFIG, "dtype": "float16"}, small)
+    pared.compress(tmp_path / "given", tmp_path / "out", target=target, bits=11)
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    steps = [part.astype(np.float32) for name, part in load_file(file).items() if name.endswith(("scale", "scales"))]
+    assert steps
+    for step in steps:
+        assert (step != 0).all()
+        assert np.array_equal(step.astype(np.float16).astype(np.float32), step)
+
+
+def test_stacks_of_experts_are_named_before_any_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = checkpoint(tmp_path / "first")
+    stack = np.ones((4, 64, 32), ml_dtypes.bfloat16)
+    checkpoint(tmp_path / "given", tensors={**tensors, "model.layers.0.mlp.experts.gate_up_proj": stack})
+    done = compress.run(tmp_path / "given", tmp_path / "out", target="mlx", bits=7, quiet=True)
+    assert "mlx has no format for stacks of matrices: model.layers.0.mlp.experts.gate_up_proj and 0 more" in caplog.text
+    assert "in float stay" in str(done)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in str(done)
+    held = load_file(tmp_path / "out/model.safetensors")["model.layers.0.mlp.experts.gate_up_proj"]
+    assert held.tobytes() == stack.tobytes()

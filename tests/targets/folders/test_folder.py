@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,36 @@ def test_tied_tensors_are_written_once_unless_the_model_does_not_tie_them(tmp_pa
         (file,) = mlx.write(replace(random.source, outlines=[outline]), tmp_path / str(tied))
         with safe_open(file, "numpy") as held:
             assert ("lm_head.weight" in held.keys()) is not tied  # noqa: SIM118  # it is not a dictionary
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "said", "held"),
+    [
+        (("model.embed_tokens.weight", "lm_head.weight"), {}, True, 1),
+        (("model.embed_tokens.weight", "lm_head.weight"), {"text_config": {"tie_word_embeddings": False}}, False, 2),
+        (("model.embed_tokens.weight",), {}, None, 1),
+    ],
+)
+def test_whether_the_head_is_tied_is_said_where_the_tensors_tell(
+    names: tuple[str, ...], config: dict[str, Any], said: bool | None, held: int, tmp_path: Path
+) -> None:
+    """Loaders take different things for granted where the configuration is silent."""
+    silent = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"} | config
+    random = Random({"model.embed_tokens.weight": (8, 32)}, choose, silent)
+    outlines = [replace(one, names=names) for one in random.source.outlines]
+    (file,) = mlx.write(replace(random.source, outlines=outlines), tmp_path / "out")
+    with safe_open(file, "numpy") as opened:
+        assert len(opened.keys()) == held
+    assert json.loads((tmp_path / "out/config.json").read_text()).get("tie_word_embeddings") is said
+
+
+def test_a_head_of_its_own_is_said_to_be_one(tmp_path: Path) -> None:
+    silent = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    shapes = {"model.embed_tokens.weight": (8, 32), "pooler_head.weight": (32, 32)}
+    mlx.write(Random(shapes, choose, silent).source, tmp_path / "other")
+    assert "tie_word_embeddings" not in json.loads((tmp_path / "other/config.json").read_text())
+    mlx.write(Random({**shapes, "lm_head.weight": (8, 32)}, choose, silent).source, tmp_path / "own")
+    assert json.loads((tmp_path / "own/config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_quantized_weights_have_all_their_names_where_the_model_does_not_tie_them(tmp_path: Path) -> None:

@@ -82,6 +82,23 @@ def test_it_computes_what_transformers_does(family: str, kind: str, tolerance: f
     assert (found - expected).abs().max() < tolerance
 
 
+@pytest.mark.parametrize(("family", "changes"), [("Llama", {"attention_bias": True, "mlp_bias": True}), ("Qwen2", {})])
+def test_biases_of_queries_and_keys_are_in_the_order_of_their_rows(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model, file = written(family, "F32", tmp_path, **changes)
+    bias = model.get_parameter("model.layers.0.self_attn.q_proj.bias")
+    assert bias.abs().min() > 0
+    with torch.no_grad():
+        expected = model(torch.tensor([_IDS])).logits[0, -1].log_softmax(-1)
+        order = torch.randperm(len(bias), generator=torch.Generator().manual_seed(0))
+        bias.copy_(bias[order])
+        other = model(torch.tensor([_IDS])).logits[0, -1].log_softmax(-1)
+    with server_of(file) as server:
+        found = probabilities(server)
+    assert (found - expected).abs().max() < 0.01 < (other - expected).abs().max()
+
+
 @pytest.mark.parametrize("kind", ["Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"])
 def test_blocks_of_256_columns(kind: str, tmp_path: Path) -> None:
     model, file = written("Llama", kind, tmp_path, hidden_size=256, intermediate_size=512)

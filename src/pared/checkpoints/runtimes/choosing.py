@@ -34,7 +34,7 @@ def rounded(matrix: Array, offer: Offer, threads: int = 1) -> dict[str, Numbers]
     """A matrix in a format: the parts of its grid; of a floating type, its values."""
     if not isinstance(offer.grid, GroupGrid):
         return {"values": converted(matrix, ELEMENTS[offer.grid])}
-    parts = fitted(matrix, offer.grid, threads=threads, negative=offer.negative)
+    parts = fitted(matrix, offer.grid, threads=threads, negative=offer.negative, also=offer.also)
     return {"codes": nearest(matrix, offer.grid, parts), **parts}
 
 
@@ -149,7 +149,7 @@ def formats_within(units: Sequence[Unit], nbytes: float, count: int, target: Tar
     if choice.nbytes > nbytes:
         raise ConfigError(
             f"{target.name} needs at least {choice.nbytes:,.0f} bytes for these weights, "
-            f"{8 * choice.nbytes / count:.3f} bits each on average, and {nbytes:,.0f} are left",
+            f"{math.ceil(8000 * choice.nbytes / count) / 1000:.3f} bits each on average, and {nbytes:,.0f} are left",
             where=asked,
             remedy=_why_large(units, target),
         )

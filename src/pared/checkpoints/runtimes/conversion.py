@@ -21,10 +21,9 @@ from pared.files.disk import as_path, reading
 from pared.formats.groups.grid import GroupGrid, Numbers
 from pared.formats.views import matrix_of
 from pared.readers.listing import ListedTensor
-from pared.scalars import check_choice
 from pared.targets.conversion import Held, converted
 from pared.targets.families.table import family_of
-from pared.targets.table import TARGETS
+from pared.targets.table import TARGETS, check_other
 from pared.targets.writers import writer_of
 
 CONFIG: Final = "config.json"
@@ -71,7 +70,7 @@ def convert(
         FileError: a file cannot be read or written.
         CorruptError, UnsafeError, VersionError: the artifact is damaged, or a newer version wrote it.
     """
-    check_choice("pared export", "to", to, tuple(TARGETS))
+    check_other("pared export", to, "Use the artifact as it is")
     target = TARGETS[to]
     if target.takes == "graph":
         raise ConfigError(

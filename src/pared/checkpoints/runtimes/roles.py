@@ -12,11 +12,12 @@ from pared.errors import ConfigError
 from pared.formats.dtypes import FLOATING
 from pared.targets.families.family import Family
 from pared.targets.families.table import family_of
-from pared.targets.target import Role, Target
+from pared.targets.target import Role, Target, is_stack
 
 _TABLES: Final = re.compile(r"embed_tokens|embed_in|wte|shared|(word|tok|token)?_?embeddings?")
 # Tables of positions and of kinds of tokens, which stay in float.
-_SMALL_TABLES: Final = re.compile(r"\w*embed\w*|wpe|relative_attention_bias")
+# The head of GPT-NeoX is called embed_out.
+_SMALL_TABLES: Final = re.compile(r"(?!embed_out$)\w*embed\w*|wpe|relative_attention_bias")
 # Linear layers whose outputs choose experts: few weights, and every runtime keeps them in float.
 _ROUTERS: Final = frozenset(("gate", "router", "shared_expert_gate"))
 
@@ -44,6 +45,11 @@ class Weight:
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is a stack of matrices, such as those of experts."""
+        return is_stack(self.kept.held.shape) and self.kept.held.dtype in FLOATING and not self.kept.exact
 
     @property
     def matrix(self) -> tuple[int, int]:

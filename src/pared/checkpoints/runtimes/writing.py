@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,13 +27,16 @@ from pared.formats.dtypes import FLOATING, Array, as_floats
 from pared.formats.grids import magnitudes, refuse_damaged
 from pared.formats.groups.grid import Numbers
 from pared.readers.listing import Listing
-from pared.scalars import plain
+from pared.scalars import check_choice, plain
+from pared.targets.folders.folder import dtype_of
 from pared.targets.pieces import Outline, Source
-from pared.targets.table import TARGETS
+from pared.targets.table import OWN, TARGETS
 from pared.targets.target import Target
 from pared.targets.writers import check_described, size_of, writer_of
 from pared.terminal import bytes_done, parse_size
 from pared.version import __version__
+
+log = logging.getLogger(__name__)
 
 _NO_CONFIG: Final = "Pass the folder of the model, as Hugging Face has it."
 _ROUNDS: Final = 8  # until a file is small enough; the second knows what a file takes beside the weights
@@ -60,8 +64,7 @@ def goal_of(target: str, bits: object, max_size: int | str | None) -> Goal:
     Raises:
         ConfigError: there is no such target, or it needs the model's code, or a package; or not one size was given.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"{target!r} is unknown", where="target", remedy=f"Choose among {', '.join(TARGETS)}.")
+    check_choice("compress", "target", target, (OWN, *TARGETS))
     found = TARGETS[target]
     if found.takes == "graph":
         raise ConfigError(
@@ -80,7 +83,7 @@ def goal_of(target: str, bits: object, max_size: int | str | None) -> Goal:
     if max_size is not None:
         return Goal(found, None, parse_size(max_size))
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate <= 32:
-        raise ConfigError(f"bits={bits!r} is not a valid rate", where="compress", remedy="Use a number above 0.")
+        raise ConfigError(f"bits={bits!r} is not a valid rate", where="compress", remedy="Use one above 0, up to 32.")
     return Goal(found, float(rate), None)
 
 
@@ -102,8 +105,10 @@ def write_for(source: Path, output: Path, chosen: Contained, goal: Goal, *, quie
     began = time.perf_counter()
     config = config_of(source, _NO_CONFIG)
     check_described(goal.target, config, source)
+    goal = replace(goal, target=goal.target.for_model(dtype_of(config)))
     weights = weights_of(chosen.kept, config, goal.target)
     listing = chosen.listing
+    _tell_stacks(weights, goal.target)
     work = _Work(source, listing, weights, config, goal, quiet)
     with whole(output) as made:
         files = work.written(made)
@@ -127,6 +132,18 @@ def write_for(source: Path, output: Path, chosen: Contained, goal: Goal, *, quie
         about=work.about(),
         plain=listing.plain,
     )
+
+
+def _tell_stacks(weights: Sequence[Weight], target: Target) -> None:
+    """Name, before any work, stacks of matrices: nobody expects experts to stay as they are."""
+    stacks = [one for one in weights if one.is_stack]
+    if stacks:
+        log.warning(
+            "%s has no format for stacks of matrices: %s and %d more stay as they are, %s of %s bytes. Experts are "
+            "rounded where a checkpoint names each matrix",
+            *(target.name, stacks[0].name, len(stacks) - 1),
+            *(f"{sum(one.kept.held.nbytes for one in some):,}" for some in (stacks, weights)),
+        )
 
 
 class _Work:
@@ -235,7 +252,7 @@ class _Work:
         """Which formats there are, and what stays in float."""
         pairs = list(zip(self._weights, self._formats, strict=True))
         counts = Counter(kind.name for _, kind in pairs if kind is not None)
-        kept = [weight.name for weight, kind in pairs if kind is None and weight.role != "other"]
+        kept = [weight.name for weight, kind in pairs if kind is None and (weight.role != "other" or weight.is_stack)]
         formats = ", ".join(f"{count} of {name}" for name, count in counts.most_common())
         bits = 8 * sum(nbytes_of(weight, kind) for weight, kind in pairs) / self._count
         more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""

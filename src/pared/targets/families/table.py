@@ -76,6 +76,11 @@ FAMILIES: Final[tuple[Family, ...]] = (
 )
 
 
+def architectures() -> list[str]:
+    """All architectures of all families, as config.json names them."""
+    return [name for family in FAMILIES for name in family.architectures]
+
+
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """The family of a model.
 
@@ -94,9 +99,9 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     for family in FAMILIES:
         if set(wanted) & set(family.architectures):
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.architectures)
     raise ConfigError(
         f"the architecture {' or '.join(wanted) or '(none is named)'} is not known",
         where=where,
-        remedy=f"Known are {known}. Targets that hold a graph, such as onnx and openvino, take every architecture.",
+        remedy=f"Known are {', '.join(architectures())}. Targets that hold a graph, such as onnx and openvino, take "
+        "every architecture.",
     )

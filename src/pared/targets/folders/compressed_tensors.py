@@ -18,12 +18,21 @@ import numpy as np
 from pared.formats.dtypes import ELEMENTS, Array
 from pared.formats.groups.grid import GroupGrid, Numbers, Zero
 from pared.targets.folders.bits import packed, words
-from pared.targets.folders.folder import Layout, folder_nbytes, left, patterns, quantized, write_folder
+from pared.targets.folders.folder import (
+    Layout,
+    config_of,
+    folder_nbytes,
+    half_or_bfloat16,
+    left,
+    patterns,
+    quantized,
+    write_folder,
+)
 from pared.targets.folders.shards import Group, Stored
 from pared.targets.pieces import Outline, Source
 from pared.targets.target import Offer, Target
 
-# The steps' type: bfloat16 numbers survive as bfloat16, float16 and float32, whichever the model computes in.
+# The steps' type. Runtimes cast them to the type in which a model computes, which has to hold them, too.
 _STEP: Final = "bfloat16"
 _INT8: Final = "W8A8 row"
 _JOINED: Final = (
@@ -70,6 +79,7 @@ TARGET: Final = Target(
     _offers((8, 4), zeros=False),
     _JOINED,
     parts=4,
+    steps_of=half_or_bfloat16,
 )
 # Versions of transformers that read mixtures give groups with zero points random numbers.
 ANY_BITS: Final = replace(
@@ -107,7 +117,7 @@ def nbytes(source: Source) -> int:
 
 
 def _layout(source: Source) -> Layout:
-    config = dict(source.config)
+    config = config_of(source)
     if quantized(source):
         config["quantization_config"] = quantization_config(source)
     return Layout(_stored, _arrays, {"config.json": config})

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from pared.artifact.beside import companions
 from pared.errors import ConfigError
 from pared.files.directories.whole import check_vacant, whole
 from pared.files.disk import write_atomic
-from pared.formats.dtypes import Array
-from pared.formats.groups.grid import Numbers
+from pared.formats.dtypes import ELEMENTS, Array, converted
+from pared.formats.groups.grid import Numbers, StepType
 from pared.readers.folders.files import find_files
 from pared.targets.alike import joined
 from pared.targets.folders.shards import MAX_SHARD_SIZE, Group, Shard, Stored, nbytes_of, shards, write_shards
@@ -23,6 +25,7 @@ from pared.targets.target import Offer, Target
 
 WEIGHT: Final = ".weight"
 _CONFIG: Final = "config.json"
+_TIED: Final = "tie_word_embeddings"
 # Matrices of these models are stored as (inputs, outputs), the transpose of what runtimes of this layout quantize.
 _TRANSPOSED: Final = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
@@ -103,7 +106,30 @@ def _group(source: Source, outline: Outline, layout: Layout) -> Group:
 
 def _names(source: Source, outline: Outline) -> Sequence[str]:
     """The names under which a tensor is written: all, unless the model itself ties them."""
-    return (outline.names or (outline.name,)) if source.config.get("tie_word_embeddings") is False else (outline.name,)
+    return (outline.names or (outline.name,)) if _ties(source) is False else (outline.name,)
+
+
+def _ties(source: Source) -> bool | None:
+    """Whether the head is the table: as the configuration says, or else as the tensors are; None: there is no head."""
+    inner = source.config.get("text_config")
+    for config in (source.config, inner if isinstance(inner, dict) else {}):
+        if isinstance(config.get(_TIED), bool):
+            return bool(config[_TIED])
+    tables = [one for one in source.outlines if one.role == "table"]
+    if any(len(one.names) > 1 for one in tables):
+        return True
+    shapes = {one.shape for one in tables}
+    return False if any(one.role == "head" and one.shape in shapes for one in source.outlines) else None
+
+
+def config_of(source: Source) -> dict[str, Any]:
+    """What config.json says of the model itself, to which a target adds what it has of its own.
+
+    Whether the head is tied to the table is said in any case: loaders differ in what they take for granted, and
+    transformers from class to class.
+    """
+    ties = _ties(source)
+    return dict(source.config) | ({} if ties is None else {_TIED: ties})
 
 
 def _numbers(source: Source, layout: Layout) -> Iterator[Sequence[Array]]:
@@ -136,6 +162,28 @@ def dtype_of(config: Mapping[str, Any]) -> str:
     inner = config.get("text_config")
     said = config.get("dtype") or config.get("torch_dtype") or (dtype_of(inner) if isinstance(inner, dict) else None)
     return str(said or "float32").removeprefix("torch.")
+
+
+def half_or_bfloat16(dtype: str) -> StepType:
+    """The type of steps where float16 models have float16, and all others bfloat16."""
+    return "float16" if dtype == "float16" else "bfloat16"
+
+
+def stored_steps(values: Numbers, kind: StepType, name: str) -> Array:
+    """Steps, or least values, in the type in which they are stored.
+
+    Raises:
+        ConfigError: it does not hold them exactly.
+    """
+    stored = converted(values, ELEMENTS[kind])
+    if (stored.astype(np.float32) != values).any():
+        raise ConfigError(
+            f"has steps that {kind} does not hold, in which the model computes",
+            where=name,
+            remedy=f'Leave it in float, or pass a configuration with dtype "bfloat16"; a fit for this target, and '
+            f"pared compress --target, choose steps that {kind} holds.",
+        )
+    return stored
 
 
 def check(source: Source, target: Target) -> None:

@@ -16,17 +16,19 @@ from typing import Any, Final
 import numpy as np
 
 from pared.errors import ConfigError
-from pared.formats.dtypes import ELEMENTS, Array, converted
-from pared.formats.groups.grid import GroupGrid, Numbers, Zero
+from pared.formats.dtypes import Array
+from pared.formats.groups.grid import GroupGrid, Numbers, StepType, Zero
 from pared.targets.folders.bits import packed, words
 from pared.targets.folders.folder import (
     Layout,
+    config_of,
     dtype_of,
     folder_nbytes,
     left,
     module_of,
     patterns,
     quantized,
+    stored_steps,
     write_folder,
 )
 from pared.targets.folders.shards import Group, Stored
@@ -34,7 +36,7 @@ from pared.targets.pieces import Outline, Source
 from pared.targets.target import Offer, Target
 from pared.version import __version__
 
-# Steps that are bfloat16 numbers are exact in float16 too, down to 2^-17: in whichever of both the model computes.
+# Stored so where the model computes in bfloat16; else in float16, which has to hold them, too.
 _STEP: Final = "bfloat16"
 _FUSED: Final = {"q_proj": "qkv_proj", "gate_proj": "gate_up_proj"}  # as vLLM names the module of those it joins
 
@@ -70,6 +72,7 @@ TARGET: Final = Target(
     _offers(("fixed",)),
     (("experts",), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")),
     parts=4,
+    steps_of=lambda dtype: "bfloat16" if dtype == "bfloat16" else "float16",
 )
 V2: Final = replace(
     TARGET,
@@ -95,8 +98,9 @@ def nbytes(source: Source) -> int:
 
 
 def _layout(source: Source, less: int) -> Layout:
-    step = "bfloat16" if dtype_of(source.config) == "bfloat16" else "float16"
-    config = dict(source.config)
+    assert TARGET.steps_of is not None
+    step = TARGET.steps_of(dtype_of(source.config))
+    config = config_of(source)
     files: dict[str, Mapping[str, Any]] = {"config.json": config}
     if quantized(source):
         files["quantize_config.json"] = config["quantization_config"] = quantize_config(source, less)
@@ -108,7 +112,7 @@ def _grid(offer: Offer) -> GroupGrid:
     return offer.grid
 
 
-def _stored(outline: Outline, offer: Offer, *, step: str) -> Group:
+def _stored(outline: Outline, offer: Offer, *, step: StepType) -> Group:
     grid = _grid(offer)
     rows, columns = outline.shape
     groups = grid.groups(columns)
@@ -121,7 +125,9 @@ def _stored(outline: Outline, offer: Offer, *, step: str) -> Group:
     ]
 
 
-def _arrays(outline: Outline, offer: Offer, parts: Mapping[str, Numbers], *, step: str, less: int) -> Sequence[Array]:
+def _arrays(
+    outline: Outline, offer: Offer, parts: Mapping[str, Numbers], *, step: StepType, less: int
+) -> Sequence[Array]:
     grid = _grid(offer)
     codes = parts["codes"]
     zeros = parts["zero"] if grid.zero == "code" else np.zeros(grid.shapes(*codes.shape)["step"], np.int8)
@@ -131,13 +137,7 @@ def _arrays(outline: Outline, offer: Offer, parts: Mapping[str, Numbers], *, ste
             where=outline.name,
             remedy='Write it for "gptq_v2".',
         )
-    steps = converted(parts["step"], ELEMENTS[step])
-    if (steps.astype(np.float32) != parts["step"]).any():
-        raise ConfigError(
-            f"has steps that {step} does not hold exactly, in which the model's runtime computes",
-            where=outline.name,
-            remedy="Leave it in float, or pass a model in bfloat16.",
-        )
+    steps = stored_steps(parts["step"], step, outline.name)
     stored_zeros = (zeros.T - np.int8(less)).astype(np.int8)
     groups = np.arange(codes.shape[1], dtype=np.int32) // np.int32(grid.group or codes.shape[1])
     return [packed(codes, grid.bits).T, packed(stored_zeros, grid.bits), steps.T, groups]

@@ -14,16 +14,25 @@ from typing import Any, Final
 
 import numpy as np
 
-from pared.errors import ConfigError
-from pared.formats.dtypes import ELEMENTS, Array, converted
-from pared.formats.groups.grid import GroupGrid, Numbers
+from pared.formats.dtypes import Array
+from pared.formats.groups.grid import GroupGrid, Numbers, StepType
 from pared.targets.folders.bits import packed, words
-from pared.targets.folders.folder import Layout, dtype_of, folder_nbytes, module_of, quantized, write_folder
+from pared.targets.folders.folder import (
+    Layout,
+    config_of,
+    dtype_of,
+    folder_nbytes,
+    half_or_bfloat16,
+    module_of,
+    quantized,
+    stored_steps,
+    write_folder,
+)
 from pared.targets.folders.shards import Group, Stored
 from pared.targets.pieces import Outline, Source
 from pared.targets.target import Offer, Role, Target
 
-# Steps that are bfloat16 numbers are exact in the other types too: a model computes in that of its steps.
+# A model computes in the type of its steps: in float16 they have to be numbers of that as well.
 _STEP: Final = "bfloat16"
 _ROLES: Final[frozenset[Role]] = frozenset(("linear", "table", "head"))
 _EXPERT: Final = re.compile(r"(.*)\.experts\.\d+\.(\w+)")
@@ -47,6 +56,7 @@ TARGET: Final = Target(
     tuple(_offer(bits, group) for bits in (8, 6, 5, 4, 3, 2) for group in (32, 64, 128)),
     (("experts",),),
     parts=3,
+    steps_of=half_or_bfloat16,
 )
 
 
@@ -61,8 +71,8 @@ def nbytes(source: Source) -> int:
 
 
 def _layout(source: Source) -> Layout:
-    step = "float16" if dtype_of(source.config) == "float16" else "bfloat16"
-    config = dict(source.config)
+    step = half_or_bfloat16(dtype_of(source.config))
+    config = config_of(source)
     if quantized(source):
         config["quantization"] = config["quantization_config"] = quantization(source)
     return Layout(partial(_stored, step=step), partial(_arrays, step=step), {"config.json": config}, "mlx")
@@ -73,7 +83,7 @@ def _grid(offer: Offer) -> GroupGrid:
     return offer.grid
 
 
-def _stored(outline: Outline, offer: Offer, *, step: str) -> Group:
+def _stored(outline: Outline, offer: Offer, *, step: StepType) -> Group:
     grid = _grid(offer)
     rows, columns = outline.shape
     module = module_of(outline.name)
@@ -85,15 +95,8 @@ def _stored(outline: Outline, offer: Offer, *, step: str) -> Group:
     ]
 
 
-def _arrays(outline: Outline, offer: Offer, parts: Mapping[str, Numbers], *, step: str) -> Sequence[Array]:
-    pair = [converted(parts[name], ELEMENTS[step]) for name in ("step", "least")]
-    for name, stored in zip(("step", "least"), pair, strict=True):
-        if (stored.astype(np.float32) != parts[name]).any():
-            raise ConfigError(
-                f"has numbers that {step} does not hold exactly, in which the model computes",
-                where=outline.name,
-                remedy="Leave it in float, or pass a model in bfloat16.",
-            )
+def _arrays(outline: Outline, offer: Offer, parts: Mapping[str, Numbers], *, step: StepType) -> Sequence[Array]:
+    pair = [stored_steps(parts[name], step, outline.name) for name in ("step", "least")]
     return [packed(parts["codes"], _grid(offer).bits).view(np.uint32), *pair]
 
 
