@@ -42,11 +42,11 @@ def read(path: str | Path) -> dict[str, Array]:
         path: a `.pt` or `.safetensors` artifact.
 
     Raises:
-        ValueError: it is not an artifact, it is damaged, or its version is newer than 4.
+        ValueError: it is not an artifact, it is damaged, or its version is newer than 5.
     """
     record, data = records(Path(path))
     index = json.loads(zlib.decompress(record))
-    if index["pared"] not in (1, 2, 3, 4):
+    if index["pared"] not in (1, 2, 3, 4, 5):
         raise ValueError(f"version {index['pared']} of the format is newer than this reader")
     found, end = {}, 0
     for entry in index["tensors"]:
@@ -82,7 +82,7 @@ def records(path: Path) -> tuple[bytes, bytes]:
 
 
 def cut(entry: dict[str, Any], data: bytes, end: int) -> tuple[dict[str, bytes], int]:
-    """The parts of an entry of version 2 to 4, in the order of the data, and where the last one ends."""
+    """The parts of an entry of version 2 to 5, in the order of the data, and where the last one ends."""
     parts = {}
     for name, part in sorted(entry["parts"].items()):
         length = part.get("length", 0 if "coding" in part else plain_length(entry, name, part))
@@ -101,9 +101,13 @@ def plain_length(entry: dict[str, Any], name: str, part: dict[str, Any]) -> int:
     n_rows = math.prod(split[i] for i in rows)
     if entry["format"]["tag"] == "groups" and not name.startswith(("codes", "classes")):
         return math.prod(group_shape(entry, name)) * (size_of(step_type(entry)) if name in ("step", "least") else 1)
-    if name in ("step", "classes"):
-        return n_rows * (4 if name == "step" and "base" not in part else 1)
-    count = int(part["rows"]) * elements // n_rows if "rows" in part else elements
+    n_columns = math.prod(n for i, n in enumerate(split) if i not in rows)
+    lines = n_columns if "scaled" in entry["format"] else n_rows
+    if name in ("step", "scale"):
+        return (n_rows if name == "step" else n_columns) * (1 if "base" in part else 4)
+    if name == "classes":
+        return lines
+    count = int(part["rows"]) * elements // lines if "rows" in part else elements
     return count * size_of(entry["format"].get("codes", "int8"))
 
 
@@ -130,9 +134,12 @@ def tensor(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
     if tag != "grid":
         raise ValueError(f"{entry['name']}: the format {tag!r} is not known")
     split, rows = view_of(entry)
-    step = steps(entry, parts, math.prod(split[i] for i in rows))
-    step = step.reshape([n if i in rows else 1 for i, n in enumerate(split)])
-    return cast(codes(entry, parts).astype(np.float32) * step, dtype).reshape(shape)
+    values = codes(entry, parts).astype(np.float32)
+    for name, along in (("step", rows), ("scale", [i for i in range(len(split)) if i not in rows])):
+        if name in parts:
+            numbers = steps(entry, parts, name, math.prod(split[i] for i in along))
+            values = values * numbers.reshape([n if i in along else 1 for i, n in enumerate(split)])
+    return cast(values, dtype).reshape(shape)
 
 
 def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
@@ -144,6 +151,8 @@ def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
 
     if "codes" in parts:
         return stream("codes", math.prod(split), kind).reshape(split)
+    if "scaled" in entry["format"]:  # classes are of columns
+        rows = [i for i in range(len(split)) if i not in rows]
     n_rows = math.prod(split[i] for i in rows)
     matrix = np.empty((n_rows, math.prod(split) // n_rows), kind)
     classes = stream("classes", n_rows, "int8")
@@ -154,12 +163,12 @@ def codes(entry: dict[str, Any], parts: dict[str, bytes]) -> Array:
     return matrix.reshape([split[i] for i in order]).transpose(np.argsort(order))
 
 
-def steps(entry: dict[str, Any], parts: dict[str, bytes], count: int) -> Array:
-    """The steps of a grid."""
-    part = entry["parts"]["step"]
+def steps(entry: dict[str, Any], parts: dict[str, bytes], name: str, count: int) -> Array:
+    """The steps of a grid's rows, or the scales of its columns."""
+    part = entry["parts"][name]
     if "base" not in part:
-        return plain(parts["step"], "float32")
-    differences = decode(parts["step"], part.get("coding"), count, "int8").astype(np.int32)
+        return plain(parts[name], "float32")
+    differences = decode(parts[name], part.get("coding"), count, "int8").astype(np.int32)
     index = np.where(differences == -128, 0, part["base"] + differences)
     return np.where(differences == -128, np.float32(0), np.ldexp(OCTAVE[index % 8], index // 8))
 
