@@ -30,7 +30,7 @@ DEBS := asterisk-core-sounds-en asterisk-core-sounds-en-wav pocketsphinx-testdat
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-targets bench-graphs bench-scaling bench-tensors bench-architectures results results-docs
+.PHONY: help setup demo quick test test-ray check dist docs serve-docs browser fuzz bench bench-quick bench-search bench-figures bench-layers bench-page bench-compress bench-damage bench-ablation bench-peers bench-targets bench-graphs bench-decode bench-large bench-scaling bench-scale bench-tensors bench-architectures results results-docs
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,10 +41,13 @@ demo: setup  ## compress a real model, load it, measure it: one table, files in 
 	$(BIN)/python -m examples.demo
 
 quick: check  ## under a minute, while you work: check, and the tests that need no real model, process or browser
-	$(PYTEST) -m "not model and not child and not engine and not browser and not slow"
+	$(PYTEST) -m "not model and not child and not engine and not browser and not slow and not ray"
 
 test: $(VENV)/.installed-all check  ## check, and all tests (COVERAGE=1: also which branches they take; WORKERS=4: processes)
-	$(PYTEST) $(if $(COVERAGE),--cov)
+	$(PYTEST) -m "not ray" $(if $(COVERAGE),--cov --cov-append)
+
+test-ray: $(VENV)/.installed-all  ## the same bytes from workers of a Ray cluster, whatever dies (two minutes; starts clusters on this machine)
+	$(BIN)/python -m pytest -m ray tests $(if $(COVERAGE),--cov --cov-report= --cov-fail-under=0)
 
 check: setup  ## lint, format, types
 	$(BIN)/ruff check .
@@ -101,16 +104,26 @@ bench-peers: $(VENV)/.bench-peers  ## pared in each form beside other tools (hal
 	$(BIN)/python -m bench.peers --peers "$(PEERS)" --models "$(MODELS)" $(if $(RELOAD),--reload)
 	$(BIN)/python -m bench.report
 
-bench-targets: $(VENV)/.bench-search  ## models in the formats of llama.cpp, vLLM and OpenVINO, solved and to the nearest (half an hour)
+bench-targets: $(VENV)/.bench-search  ## models in the formats of llama.cpp, vLLM, ONNX Runtime and OpenVINO, solved and to the nearest (half an hour)
 	$(BIN)/python -m bench.targets
 
 bench-graphs: $(VENV)/.bench-search  ## where the time of MiniLM's graph goes, and the share of the int8 peak (a minute; needs an idle machine)
 	$(BIN)/python -m bench.graphs
 	$(BIN)/python -m bench.report
 
+bench-large: $(VENV)/.installed-all  ## a random model of 1.5 B weights fitted block by block: seconds and resident memory (an hour or two; SHAPE=llama-7b)
+	$(BIN)/python -m bench.large $(if $(SHAPE),--shape $(SHAPE))
+
+bench-decode: $(VENV)/.installed-all $(VENV)/.bench-search  ## a token of SmolLM2 in each form and in llama.cpp, and the share of the memory's bandwidth (minutes)
+	$(BIN)/python -m bench.decode --threads 1
+	$(BIN)/python -m bench.decode --threads 2
+
 bench-scaling: $(VENV)/.bench-search  ## time and memory by parameters, samples and threads (an hour; LIMIT=1e8: no larger models)
 	$(BIN)/python -m bench.scaling --limit $(or $(LIMIT),inf)
 	$(BIN)/python -m bench.report
+
+bench-scale: $(VENV)/.installed-all  ## tasks on Ray workers of this machine, and what follows for 512 of them (ten minutes)
+	$(BIN)/python -m bench.scale
 
 bench-tensors: $(VENV)/.bench  ## processor seconds by the number of tensors, which are small (ten minutes; LIMIT=4000: no more tensors)
 	$(BIN)/python -m bench.tensors --limit $(or $(LIMIT),20000)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import pared
-from pared.errors import ConfigError, FileError
+from pared.errors import ConfigError, FileError, ParedError
 from tests.test_paths import COMMANDS, READS, SMALL, WRITES, net
 
 _NOBODY = 65534
@@ -66,8 +66,8 @@ def warm_up(base: Path) -> None:
     """Import what the verbs need: somebody who is not root may be unable to read the packages."""
     place = base / "warm"
     pared.save(SMALL, place)
-    for call in (READS | WRITES).values():
-        with contextlib.suppress(FileError, ConfigError, OSError):
+    for call in (READS | WRITES | COMMANDS).values():
+        with contextlib.suppress(ParedError, OSError, SystemExit):
             call(place, base / "warm" / "free")
     shutil.rmtree(place)
 

@@ -15,12 +15,23 @@ SOURCE = Path(pared.__file__).parent
 
 # A room imports only from itself and from the rooms that stand before it.
 ROOMS = (
-    *("version", "errors", "scalars", "switches", "terminal", "allocate", "files", "formats", "readers", "artifact"),
-    *("targets", "checkpoints", "model", "inspection", "runtime", "fitting", "cli", "__main__"),
+    *("version", "errors", "scalars", "switches", "terminal", "allocate", "files", "executors", "formats", "readers"),
+    *(
+        "artifact",
+        "targets",
+        "checkpoints",
+        "model",
+        "inspection",
+        "runtime",
+        "fitting",
+        "evaluation",
+        "cli",
+        "__main__",
+    ),
 )
 WITHOUT_TORCH = (*ROOMS[: ROOMS.index("model")], "inspection", "cli")
 # In rooms that otherwise do without it.
-WITH_TORCH = ("formats.coded", "formats.groups.decoding", "inspection.comparison.divergence")
+WITH_TORCH = ("formats.coded", "formats.encoded.codes", "formats.groups.decoding", "inspection.comparison.divergence")
 
 FILES = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path for path in SOURCE.rglob("*.py")}
 

@@ -16,6 +16,7 @@ CALLS = {
     "pared.load('d', engine='auto')": "torch.nn.modules.module.Module",
     "pared.tune_speed('d', net, [])": "torch.nn.modules.linear.Linear",
     "pared.trade_off(net)": "pared.artifact.outcome.Curve",
+    "pared.calibration('a', 'b')": "list[dict[str, torch._tensor.Tensor]]",
     "pared.estimate(net)": "pared.fitting.estimate.Estimate",
     "pared.compress('a', 'b')": "pathlib.Path",
     "pared.expand('a', 'b')": "pathlib.Path",

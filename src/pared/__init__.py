@@ -3,14 +3,27 @@
 The public names are listed in `__init__.pyi`, for type checkers and for this module alike. Each is imported when it is
 first used, so that importing the package does not import torch. `inspect`, `compress`, `expand` and `compare` work on
 files without torch; whatever takes a model says what to install (`pared[torch]`).
+
+Importing it also lets `from_pretrained` of transformers open folders that pared wrote, whichever is imported first.
 """
 
 import importlib
+from types import ModuleType
 from typing import Any
 
 import lazy_loader
+import wrapt
 
 _fetch, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def _offer(auto: ModuleType) -> None:
+    """Offer transformers a quantizer, as soon as it has the table of them: the module registers it."""
+    if hasattr(auto, "register_quantizer"):
+        importlib.import_module("pared.runtime.hugging_face.quantizer")
+
+
+wrapt.register_post_import_hook(_offer, "transformers.quantizers.auto")
 
 
 def __getattr__(name: str) -> Any:

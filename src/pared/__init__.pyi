@@ -13,6 +13,12 @@ from .errors import ModelError as ModelError
 from .errors import ParedError as ParedError
 from .errors import UnsafeError as UnsafeError
 from .errors import VersionError as VersionError
+from .errors import WorkerError as WorkerError
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.harness import lm_eval_tasks as lm_eval_tasks
+from .evaluation.result import Evaluation as Evaluation
+from .evaluation.scores import text_score as text_score
+from .executors.cluster import RayExecutor as RayExecutor
 from .fitting.config import AccuracyCriterion as AccuracyCriterion
 from .fitting.config import PostTrainingQuantConfig as PostTrainingQuantConfig
 from .fitting.config import Rule as Rule
@@ -20,6 +26,7 @@ from .fitting.estimate import Estimate as Estimate
 from .fitting.estimate import estimate as estimate
 from .fitting.fit import fit as fit
 from .fitting.fit import trade_off as trade_off
+from .fitting.hugging_face.sources import calibration as calibration
 from .fitting.speed import tune_speed as tune_speed
 from .inspection.comparison.compare import compare as compare
 from .inspection.comparison.result import Comparison as Comparison
@@ -33,8 +40,8 @@ from .runtime.onnx.engines import Runner as Runner
 from .runtime.onnx.export import Exported as Exported
 from .runtime.quantized import export as export
 from .runtime.quantized import report as report
-from .runtime.quantized import save as save
 from .runtime.record import Result as Result
+from .runtime.saving import save as save
 from .version import __version__ as __version__
 
 __all__: list[str]

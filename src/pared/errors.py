@@ -77,7 +77,11 @@ class CalibrationError(ParedError):
 
 
 class EvaluationError(ParedError):
-    """`eval_func` or `confirm_func` raised or returned something that is not a score."""
+    """`eval_func` or `confirm_func` failed or returned no score, or a model cannot be scored on a text."""
+
+
+class WorkerError(ParedError):
+    """Workers on other machines cannot be reached, differ from this process, or cannot do the work."""
 
 
 class FileError(ParedError):

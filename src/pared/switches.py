@@ -14,8 +14,12 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ValueT = TypeVar("ValueT")
 
@@ -106,6 +110,41 @@ def rare_collections(tensors: int) -> contextlib.AbstractContextManager[None]:
     return _RARELY if tensors > _MANY_TENSORS else contextlib.nullcontext()
 
 
+_ASKED: Final = threading.local()  # how many threads there are outside of `threads`, by the thread that is inside
+
+
+def threads_asked() -> int:
+    """The number of threads that the user lets torch compute with, from this thread; also inside `threads`."""
+    import torch
+
+    asked: int | None = getattr(_ASKED, "threads", None)
+    return torch.get_num_threads() if asked is None else asked
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch compute with this number of threads, where it is called from this thread, and from no other."""
+    import torch
+
+    before, outer = torch.get_num_threads(), getattr(_ASKED, "threads", None)
+    everywhere = threads_asked()
+
+    def set_here(number: int) -> None:
+        # OpenMP and MKL keep a number for each thread. Torch also keeps one for threads that have not computed yet,
+        # which is set again from one of those: it stays as it was.
+        torch.set_num_threads(number)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.set_num_threads, everywhere).result()
+
+    _ASKED.threads = everywhere
+    set_here(count)
+    try:
+        yield
+    finally:
+        set_here(before)
+        _ASKED.threads = outer
+
+
 @contextlib.contextmanager
 def quantized_engine(name: str) -> Iterator[None]:
     """Let torch prepare quantized weights for "onednn" or "fbgemm"; one thread at a time."""
@@ -134,6 +173,19 @@ def random_states_kept() -> Iterator[None]:
     finally:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
+
+
+@contextlib.contextmanager
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode; the training flags of their modules are restored at the end. Hold `DRAWING` meanwhile."""
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint import metadata as described
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from pared.formats.coded import Grouped
+from pared.formats.coded import Grid, Grouped
 from pared.model import storage
 from pared.model.contents import Contents, Decision, Stored
 from tests.formats.groups.grids import GRIDS
@@ -94,10 +94,20 @@ def exported() -> bytes:
 
 
 def with_groups() -> bytes:
-    """An artifact of the newest version, with steps that are nested and steps that are not."""
+    """An artifact of version 4, with steps that are nested and steps that are not."""
     tensors = []
     for name in ("Q4_K", "int4 g5"):
         coded = Grouped(GRIDS[name]).encode(torch.arange(96.0).reshape(2, 48))
+        tensors.append(Stored((name,), "parameter", coded, Decision(name, "grid", None, "")))
+    return storage.to_bytes(Contents(tuple(tensors)), "safetensors")
+
+
+def with_scales() -> bytes:
+    """An artifact of the newest version, with scales on the scale of steps, and others."""
+    tensors = []
+    for name, scale in {"on": 0.5, "off": 0.3}.items():
+        numbers = torch.arange(96.0).reshape(2, 48)
+        coded = Grid("int8", scaled=True).encode(numbers, torch.ones(2), None, torch.full((48,), scale))
         tensors.append(Stored((name,), "parameter", coded, Decision(name, "grid", None, "")))
     return storage.to_bytes(Contents(tuple(tensors)), "safetensors")
 
@@ -205,6 +215,7 @@ BASES: dict[str, Callable[[], list[bytes]]] = {
     "artifact.pt": lambda: [as_pt(*artifact())],
     "artifact.safetensors": lambda: [as_safetensors(*artifact())],
     "artifact with groups": lambda: [with_groups()],
+    "artifact with scales": lambda: [with_scales()],
     "torch zip": lambda: [saved(STATE), saved(checkpoint())],
     "torch legacy": lambda: [saved(v, _use_new_zipfile_serialization=False) for v in (STATE, checkpoint(), Pair())],
     "pickled module": lambda: [saved(Pair())],

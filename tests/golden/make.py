@@ -1,4 +1,4 @@
-"""Write the golden files of the format: `python -m tests.golden.make v4`. Released ones are never written again.
+"""Write the golden files of the format: `python -m tests.golden.make v5`. Released ones are never written again.
 
 Both containers hold the same tensors, one of each way of storing them; `decoded.pt` holds what every tensor must decode
 to, bit for bit. (Those of version 1 hold a small network.)
@@ -124,7 +124,27 @@ def contents_of_version_4() -> Contents:
     return replace(first, tensors=(*stored, *first.tensors[:2], *first.tensors[-3:]))
 
 
-MAKERS = {"v2": contents, "v3": contents_of_version_3, "v4": contents_of_version_4}
+def contents_of_version_5() -> Contents:
+    """Grids whose columns have scales, with views of every kind, beside a few tensors of older versions."""
+    first = contents()
+    views = [((40, 512), (0,)), ((70, 40), (1,)), ((3, 20, 64), (0, 1)), ((2, 8, 6), (0, 2)), ((0, 5), (0,))]
+    stored = []
+    for number, (shape, dimensions) in enumerate(views):
+        view, dtype = View(shape, dimensions), (torch.float32, torch.float16, torch.bfloat16)[number % 3]
+        fmt = Grid("int16" if number == 1 else "int8", scaled=True)
+        scale = (torch.arange(view.n_columns) % 17 / 4 - 2).exp2().reshape(view.across.row_sizes)
+        step = steps(view, 0.25 if number != 1 else 0.001)
+        if number != 2:
+            step, scale = log_step(step), log_step(scale * 0.999)
+        else:
+            scale = scale * 1.1
+        numbers = torch.randn(shape, generator=RANDOM) if number == 0 else rows(view, shape)
+        coded = fmt.encode(numbers.to(dtype), step, view, scale)
+        stored.append(Stored((f"scaled {number}",), "parameter", coded, Decision(f"scaled {number}", "grid", 4.0, "")))
+    return replace(first, tensors=(*stored, *first.tensors[:2], *first.tensors[-3:]))
+
+
+MAKERS = {"v2": contents, "v3": contents_of_version_3, "v4": contents_of_version_4, "v5": contents_of_version_5}
 
 if __name__ == "__main__":
     folder = FOLDER / sys.argv[1]

@@ -50,7 +50,7 @@ def as_pt(index: bytes, data: bytes) -> bytes:
 
 def as_safetensors(index: bytes, data: bytes) -> bytes:
     file = io.BytesIO()
-    write_safetensors(file, index, data)
+    write_safetensors(file, index, (data,), len(data))
     return file.getvalue()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from rich.logging import RichHandler
 
 import pared
 from pared.errors import ParedError, printable
+from pared.files.remote.urls import url_of
 
 app = typer.Typer(
     help="Compress PyTorch models: the smallest file and the fastest CPU inference that keep the accuracy you ask for.",
@@ -31,6 +34,11 @@ MaxSize = Annotated[str | None, typer.Option(help='The largest file allowed, for
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Show nothing.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show the log.")]
 
+Workers = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="A Ray cluster that does the work: ray://HOST:10001. Default: this machine."),
+]
+
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -49,6 +57,18 @@ def given(**options: Any) -> dict[str, Any]:
 def harmless(text: object) -> str:
     """Text that may hold names from files, with control characters escaped, line by line."""
     return "\n".join(map(printable, str(text).split("\n")))
+
+
+def told(quiet: bool) -> Callable[[str], object]:
+    """Shows a line on standard error, or nothing."""
+    return (lambda _: None) if quiet else partial(typer.echo, err=True)
+
+
+def tell_sent(output: object) -> None:
+    """Say where the files of a command are whose output is a URL: what it said before was about this machine."""
+    url = url_of(output)
+    if url is not None:
+        typer.echo(f"sent to {url}")
 
 
 def size(text: str | None) -> int | str | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import pared
-from pared.cli.app import MaxSize, Quiet, Verbose, app, given, path, show_log, size
-from pared.cli.models import Source, batches, built, named
+from pared.cli.app import MaxSize, Quiet, Verbose, Workers, app, given, path, show_log, size, tell_sent, told
+from pared.cli.models import Source, batches, built
 from pared.errors import ConfigError, ParedError
-from pared.files.disk import as_path, make_directory, write_atomic
+from pared.executors.cluster import executor_at
+from pared.files.disk import as_path, check_directory, write_atomic
+from pared.files.remote.urls import output_at, source_at, url_of
 from pared.inspection.page import charts
 from pared.inspection.page.drawing import require_library
 
@@ -35,15 +38,20 @@ def fit(
         str | None,
         typer.Option(
             metavar="PKG.MOD:OBJ|TEXT",
-            help="Calibration batches, or a function that calls the model; with a folder also a file of text.",
+            help="Batches, or a function that calls the model; with a folder also a text, token ids or a dataset.",
         ),
     ] = None,
     evaluate: Annotated[
-        str | None, typer.Option("--eval", metavar="PKG.MOD:FUNC", help="A function that scores a model.")
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="PKG.MOD:FUNC|TEXT",
+            help="A function that scores a model; with a folder also a file of text that it should predict.",
+        ),
     ] = None,
     confirm: Annotated[
         str | None,
-        typer.Option(metavar="PKG.MOD:FUNC", help="A function that scores it on other data, to confirm the result."),
+        typer.Option(metavar="PKG.MOD:FUNC|TEXT", help="The same on other data, to confirm the result."),
     ] = None,
     tolerable_loss: Annotated[
         float | None, typer.Option(help="The acceptable loss, as a share of the float model's score; 0.01 by default.")
@@ -81,6 +89,15 @@ def fit(
             parser=path, help="A directory for the search's records: an interrupted search resumes from them."
         ),
     ] = None,
+    by_block: Annotated[
+        bool,
+        typer.Option(
+            "--by-block",
+            help="Hold one block of a folder's language model in memory at a time, as is done anyway where it is too "
+            "large; --workspace holds the rest, or a directory beside the output.",
+        ),
+    ] = False,
+    workers: Workers = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Write the trade-off between bytes, damage and score instead of a model.")
     ] = False,
@@ -91,42 +108,72 @@ def fit(
     """Compress a model and write it to a directory."""
     show_log(verbose)
     search = pared.fit  # first of all: without torch it says what to install
-    _check_mode(output, curve, dry_run, recorded=workspace is not None or confirm is not None)
-    source = Source(model, calib, target, None if curve or dry_run else output)
-    criterion = given(
-        tolerable_loss=tolerable_loss,
-        criterion="absolute" if absolute else None,
-        higher_is_better=False if lower_is_better else None,
-    )
-    conf = pared.PostTrainingQuantConfig(
-        accuracy_criterion=pared.AccuracyCriterion(**criterion),
-        **given(
-            approach=approach,
-            quant_level=quant_level,
-            max_size=source.size(size(max_size), bits),
-            target=target,
-            rules=[_rule(text) for text in rule or ()] or None,
-            calibration_sampling_size=samples,
-            logits=tuple(logits or ()) or None,
-            max_trials=max_trials,
-            timeout=timeout,
-            seed=seed,
-            strict=strict or None,
-        ),
-    )
-    job = source.model, conf, source.batches(conf.calibration_sampling_size)
-    if output is None or dry_run:
-        guess = pared.estimate(*job)
-        typer.echo(
-            f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
-            f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and makes "
-            "a smaller file; nothing was written"
+    with ExitStack() as held:
+        place = None if output is None or dry_run else held.enter_context(output_at(output, "-o"))
+        if url_of(model) is not None:
+            model = str(source_at(model, "pared fit"))
+        _check_mode(
+            place,
+            curve,
+            dry_run,
+            recorded=(workspace is not None and not by_block and workers is None) or confirm is not None,
         )
-    elif curve:
-        _write_curve(pared.trade_off(*job, named(evaluate), quiet=quiet), output, quiet)
-    else:
-        small = search(*job, named(evaluate), named(confirm), workspace=workspace, quiet=quiet)
-        source.write(small, output, quiet)
+        source = Source(model, calib, target, None if curve or dry_run else place)
+        criterion = given(
+            tolerable_loss=tolerable_loss,
+            criterion="absolute" if absolute else None,
+            higher_is_better=False if lower_is_better else None,
+        )
+        conf = pared.PostTrainingQuantConfig(
+            accuracy_criterion=pared.AccuracyCriterion(**criterion),
+            **given(
+                approach=approach,
+                quant_level=quant_level,
+                max_size=source.size(size(max_size), bits),
+                target=target,
+                rules=[_rule(text) for text in rule or ()] or None,
+                calibration_sampling_size=samples,
+                logits=tuple(logits or ()) or None,
+                max_trials=max_trials,
+                timeout=timeout,
+                seed=seed,
+                strict=strict or None,
+            ),
+        )
+        if workers is not None and dry_run:
+            raise ConfigError(
+                "--workers excludes --dry-run",
+                where="pared fit",
+                remedy="An estimate is of this machine: leave it out.",
+            )
+        by_block = by_block or workers is not None  # whose tasks are about a block each
+        by_block = by_block or (place is not None and calib is not None and source.is_too_large())
+        if place is None:
+            guess = source.estimate(conf, by_block=by_block)
+            typer.echo(
+                f"at 8 bits about {guess.nbytes:,} bytes ({guess.nbytes / guess.original_nbytes:.3f} of "
+                f"{guess.original_nbytes:,}) and {guess.seconds:.1f} s; a search below 8 bits takes longer and makes "
+                "a smaller file; nothing was written"
+            )
+            return
+        if by_block and curve:
+            with executor_at(workers, told(quiet)) as executor:
+                found = source.trade_off_by_block(conf, source.score(evaluate), workspace, quiet, executor)
+            _write_curve(found, place, quiet)
+            return
+        if by_block:
+            scores = source.score(evaluate), source.score(confirm)
+            with executor_at(workers, told(quiet)) as executor:
+                source.fit_by_block(conf, scores, workspace, place, quiet, executor)
+            return
+        job = source.model, conf, source.batches(conf.calibration_sampling_size)
+        if curve:
+            _write_curve(pared.trade_off(*job, source.score(evaluate), quiet=quiet), place, quiet)
+        else:
+            small = search(*job, source.score(evaluate), source.score(confirm), workspace=workspace, quiet=quiet)
+            source.write(small, place, quiet)
+    if not quiet and not dry_run:
+        tell_sent(output)
 
 
 def _check_mode(output: Path | None, curve: bool, dry_run: bool, *, recorded: bool) -> None:
@@ -142,7 +189,7 @@ def _check_mode(output: Path | None, curve: bool, dry_run: bool, *, recorded: bo
     if curve:
         require_library()
     if output is not None and not dry_run:
-        make_directory(as_path(output, "-o"))
+        check_directory(as_path(output, "-o"))
 
 
 def _write_curve(curve: Curve, output: Path, quiet: bool) -> None:

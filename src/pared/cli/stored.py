@@ -11,9 +11,11 @@ import typer
 import pared
 from pared.checkpoints import compress, expand
 from pared.checkpoints.runtimes.conversion import convert
-from pared.cli.app import MaxSize, Quiet, Verbose, app, given, harmless, path, show_log, size
+from pared.cli.app import MaxSize, Quiet, Verbose, Workers, app, given, harmless, path, show_log, size, tell_sent, told
 from pared.errors import ConfigError
+from pared.executors.cluster import executor_at
 from pared.files.disk import as_path
+from pared.files.remote.urls import output_at
 from pared.inspection.page import data, page
 from pared.inspection.page.drawing import require_library
 
@@ -25,19 +27,25 @@ def compress_file(
         typer.Argument(metavar="CHECKPOINT", parser=path, help="A .safetensors or .pt file, or a Hugging Face folder."),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", parser=path, help="The directory to write to.")],
-    bits: Annotated[float | None, typer.Option(help="Bits per weight; 8 by default, 16 for float16.")] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits per weight; 16 for float16. 8 by default, but with --target none is.")
+    ] = None,
     max_size: MaxSize = None,
     target: Annotated[
         str | None, typer.Option(help="Write it for a runtime instead: gguf, compressed-tensors, gptq, mlx, ...")
     ] = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Compress a checkpoint without the model's code; after an interruption, the same command continues the work."""
     show_log(verbose)
-    done = compress.run(path, output, **given(bits=bits, max_size=size(max_size), target=target), quiet=quiet)
+    options = given(bits=bits, max_size=size(max_size), target=target)
+    with executor_at(workers, told(quiet)) as executor, output_at(output, "-o") as place:
+        done = compress.run(path, place, **options, quiet=quiet, executor=executor)
     if not quiet:
         typer.echo(harmless(done))
+        tell_sent(output)
 
 
 @app.command("expand")
@@ -47,9 +55,11 @@ def expand_file(
     quiet: Quiet = False,
 ) -> None:
     """Turn an artifact back into floats, as a .safetensors file."""
-    done = expand.run(path, output, quiet=quiet)
+    with output_at(output, "-o") as place:
+        done = expand.run(path, place, quiet=quiet)
     if not quiet:
         typer.echo(harmless(done))
+        tell_sent(output)
 
 
 @app.command("export")

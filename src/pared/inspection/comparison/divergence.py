@@ -25,7 +25,7 @@ from pared.model import calls
 from pared.model.outputs import leaves_of, tensors_of
 from pared.readers.memory import array_of
 from pared.readers.naming import unwrapped
-from pared.switches import DRAWING, WITHOUT_FAST_PATHS, random_states_kept
+from pared.switches import DRAWING, WITHOUT_FAST_PATHS, in_eval_mode, random_states_kept
 
 # The most numbers of a tensor inside the model that are compared, at places chosen once. The outputs of the whole
 # model are compared in full.
@@ -73,27 +73,13 @@ def follow(
         ModelError: `b` raises an exception on a call that `a` accepts.
     """
     recorder = _PairRecorder(a, b)
-    with DRAWING, _as_they_were(a, b), WITHOUT_FAST_PATHS, recorder.hooked():
+    with DRAWING, in_eval_mode(a, b), random_states_kept(), WITHOUT_FAST_PATHS, recorder.hooked():
         calls.run(a, inputs, limit=_EVERYTHING, name="inputs")
     layers = _with_drops(recorder.tracks, recorder.inside)
     return recorder.outputs, layers, _steepest(layers)
 
 
 _EVERYTHING: Final = 1 << 62
-
-
-@contextmanager
-def _as_they_were(*models: nn.Module) -> Iterator[None]:
-    """Both models in eval mode; training flags and random states are restored at the end."""
-    flags = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        with random_states_kept():
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 class _PairRecorder:
