@@ -67,7 +67,8 @@ def test_times_of_another_model_are_forgotten(folder: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     whole = PostTrainingQuantConfig(approach="weight_only", quant_level=0)
     pared.save(pared.fit(model_in(folder), whole, BATCHES, quiet=True), out, container="safetensors")
-    assert (out / ENGINE_FILE).read_text() != Profile(this_machine()).to_json()
+    # What was timed depends on the machine: here stands for certain what holds for another model.
+    (out / ENGINE_FILE).write_text(Profile(this_machine(), score=0.5).to_json())
     pared.fit(folder, PostTrainingQuantConfig(approach="weight_only"), BATCHES, output=out, quiet=True)
     assert (out / ENGINE_FILE).read_text() == Profile(this_machine()).to_json()
     assert not (tmp_path / "out.work").exists()
