@@ -28,17 +28,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--shape", choices=SHAPES, default="qwen-1.5b")
     options.add_argument("--folder", type=Path, help="a folder to fit instead of a random model")
+    options.add_argument("--layers", type=int, help="of the random model, instead of all of them")
+    options.add_argument("--workers", type=int, default=0, help="of one core each, on Ray; 0: this machine without Ray")
     options.add_argument("--out", type=Path, default=Path("out/large"))
     options.add_argument("--samples", type=int, default=4)
     options.add_argument("--tokens", type=int, default=256, help="of each sample")
     options.add_argument("--bits", type=float, default=3.5)
     options.add_argument("--seconds", type=float, default=float("inf"), help="kill it then; call it again to go on")
     given = options.parse_args()
-    folder = given.folder or given.out / given.shape
+    layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
+    folder = given.folder or given.out / (f"{given.shape}-{layers}" if given.layers else given.shape)
     if not (folder / "config.json").is_file():
-        write(folder, SHAPES[given.shape])
-    work, output = given.out / f"{folder.name}-work", given.out / f"{folder.name}-{given.bits:g}"
-    values = (folder, work, output, given.samples, given.tokens, given.bits)
+        write(folder, {**SHAPES[given.shape], "num_hidden_layers": layers})
+    name = f"{folder.name}-on-{given.workers}" if given.workers else folder.name
+    work, output = given.out / f"{name}-work", given.out / f"{name}-{given.bits:g}"
+    values = (folder, work, output, given.samples, given.tokens, given.workers, given.bits)
     began, peak = time.perf_counter(), {"VmRSS": 0, "RssAnon": 0, "RssFile": 0}
     child = subprocess.Popen([sys.executable, "-m", "bench.large.child", *map(str, values)])
     while child.poll() is None:

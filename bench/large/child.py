@@ -1,30 +1,63 @@
-"""One fit block by block, on random tokens."""
+"""One fit block by block, on random tokens, in this process or on workers of a Ray cluster of this machine."""
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from pared.executors.executor import Executor
 from pared.fitting.config import PostTrainingQuantConfig
 from pared.fitting.hugging_face.loading import skeleton_in
 from pared.fitting.streamed.fit import fit_folder
+from pared.switches import threads
+
+_NODE_MEMORY = 10 << 30  # bytes that each says it has: the largest task declares eight
 
 
-def main(folder: Path, work: Path, output: Path, samples: int, tokens: int, bits: float) -> None:
+@contextmanager
+def executor(workers: int) -> Iterator[Executor | None]:
+    """Workers of one core each; none for 0."""
+    if not workers:
+        yield None
+        return
+    from bench.scale.measuring import NODE, Cluster, on
+
+    node = {**NODE, "memory": _NODE_MEMORY}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(workers - 1):
+            cluster.add_node(**node)
+        with threads(1), on(cluster) as found:
+            yield found
+    finally:
+        cluster.shutdown()
+
+
+def main() -> None:
     """Fit it."""
+    options = argparse.ArgumentParser(description=__doc__)
+    for name in ("folder", "work", "output"):
+        options.add_argument(name, type=Path)
+    for name in ("samples", "tokens", "workers"):
+        options.add_argument(name, type=int)
+    options.add_argument("bits", type=float)
+    given = options.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    model = skeleton_in(folder)
+    model = skeleton_in(given.folder)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     rows = next(iter(model.parameters())).shape[0]
     generator = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(0, rows, (1, tokens), generator=generator)} for _ in range(samples)]
-    conf = PostTrainingQuantConfig(approach="weight_only", max_size=int(numbers * bits / 8))
-    fit_folder(folder, conf, batches, work, output)
+    each = (1, given.tokens)
+    batches = [{"input_ids": torch.randint(0, rows, each, generator=generator)} for _ in range(given.samples)]
+    conf = PostTrainingQuantConfig(approach="weight_only", max_size=int(numbers * given.bits / 8))
+    with executor(given.workers) as workers:
+        fit_folder(given.folder, conf, batches, given.work, given.output, executor=workers)
 
 
 if __name__ == "__main__":
-    at = [Path(text) for text in sys.argv[1:4]]
-    main(at[0], at[1], at[2], int(sys.argv[4]), int(sys.argv[5]), float(sys.argv[6]))
+    main()

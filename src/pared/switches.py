@@ -7,6 +7,7 @@ one undoes it; or one thread waits for the other.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import gc
 import logging
 import random
@@ -143,6 +144,24 @@ def threads(count: int) -> Iterator[None]:
     finally:
         set_here(before)
         _ASKED.threads = outer
+
+
+_DEVICE: Final[contextvars.ContextVar[str]] = contextvars.ContextVar("device", default="cpu")
+
+
+def device() -> str:
+    """The kind of device that the costly parts of a fit are to be computed on, from this thread: "cpu" or "cuda"."""
+    return _DEVICE.get()
+
+
+@contextlib.contextmanager
+def computing_on(kind: str) -> Iterator[None]:
+    """Let them be computed there, in this thread."""
+    before = _DEVICE.set(kind)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(before)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,10 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
 @contextmanager
-def cluster(memory: int = MEMORY) -> Iterator[Any]:
+def cluster(memory: int = MEMORY, gpus: int = 0) -> Iterator[Any]:
     """A node with one core, to which others can be added."""
     utils = pytest.importorskip("ray.cluster_utils")
-    head = {**settings(memory), "include_dashboard": False, "ray_client_server_port": CLIENT_PORT}
+    head = {**settings(memory, gpus), "include_dashboard": False, "ray_client_server_port": CLIENT_PORT}
     found = utils.Cluster(initialize_head=True, head_node_args=head)
     try:
         yield found
@@ -34,9 +34,10 @@ def cluster(memory: int = MEMORY) -> Iterator[Any]:
         psutil.wait_procs(processes(), timeout=30)
 
 
-def settings(memory: int = MEMORY) -> dict[str, Any]:
-    """What all nodes have in common."""
-    return {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE, "memory": memory}
+def settings(memory: int = MEMORY, gpus: int = 0) -> dict[str, Any]:
+    """What all nodes have in common; how many GPUs a node says it has need not be true."""
+    shares = {"num_cpus": 1, "num_gpus": gpus, "memory": memory, "object_store_memory": OBJECT_STORE}
+    return {**shares, "node_ip_address": "127.0.0.1"}
 
 
 def processes(name: str = "") -> list[psutil.Process]:

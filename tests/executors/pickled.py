@@ -16,6 +16,7 @@ class Pickled:
 
     share = LOCAL_SHARE
     workers = 2
+    device = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads

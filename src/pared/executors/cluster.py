@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import socket
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -37,21 +38,30 @@ class RayExecutor:
             belongs to; "auto": that one, wherever it is. Ignored where this process is connected already.
         cores: those of each task. More of them share the memory of one; the bytes of a fit depend on the number, as
             those of one machine depend on its number of threads.
+        gpus: how many, or which share of one, each task of a fit has, which then sweeps and rounds there; other tasks
+            have none. None: one, if every node has one, and else none. Bytes differ from those of processors.
         timeout: the seconds after which a cluster, or one of its nodes, that does not answer is given up.
 
     Raises:
         ConfigError: Ray is not installed, or the address is none.
-        WorkerError: nothing answers at the address, or nodes have other versions of Python, Ray, torch, NumPy or pared.
+        WorkerError: nothing answers at the address, nodes have other versions of Python, Ray, torch, NumPy or pared, or
+            none has so many cores or GPUs.
     """
 
     share = SHARE
     dashboard: str | None = None  # the address of the cluster's, where this process connected to one that has it
 
-    def __init__(self, address: str = "auto", *, cores: int = 1, timeout: float = _TIMEOUT) -> None:
+    def __init__(
+        self, address: str = "auto", *, cores: int = 1, gpus: float | None = None, timeout: float = _TIMEOUT
+    ) -> None:
         self._ray = _library()
         if not isinstance(cores, int) or cores < 1:
             raise ConfigError(
                 f"cores={cores!r}: expected a whole number of cores", where="RayExecutor", remedy="Pass 1 or more."
+            )
+        if gpus is not None and (not isinstance(gpus, (int, float)) or gpus is True or not 0 <= gpus < math.inf):
+            raise ConfigError(
+                f"gpus={gpus!r}: expected a number of GPUs", where="RayExecutor", remedy="Pass 0, 1, or a share of 1."
             )
         self._each = cores
         self._timeout = timeout
@@ -63,6 +73,7 @@ class RayExecutor:
         try:
             self._run = self._ray.remote(max_retries=_TRIES, num_cpus=cores)(work.run)
             self._check_versions()
+            self._gpus = self._gpus_of(gpus)
         except BaseException:
             self.close()
             raise
@@ -88,8 +99,9 @@ class RayExecutor:
             for one in inputs:
                 if len(given) >= _AHEAD * self.workers:
                     yield self._result(task.name, given.popleft())
-                run = self._run.options(name=task.name, memory=task.memory(one))
-                given.append(run.remote(shared, one, self._each, level))
+                gpus, device = (self._gpus, self.device) if task.on_device else (0, "cpu")
+                run = self._run.options(name=task.name, memory=task.memory(one), num_gpus=gpus)
+                given.append(run.remote(shared, one, self._each, level, device))
             while given:
                 yield self._result(task.name, given.popleft())
         finally:
@@ -163,6 +175,24 @@ class RayExecutor:
     def threads(self) -> int:
         """See `Executor`: one for each core of a task."""
         return self._each
+
+    @property
+    def device(self) -> str:
+        """See `Executor`."""
+        return "cuda" if self._gpus else "cpu"
+
+    def _gpus_of(self, asked: float | None) -> float:
+        """How many each task of a fit has."""
+        of_nodes = [float(node["Resources"].get("GPU", 0)) for node in self._nodes()]
+        if asked is None:
+            return float(min(of_nodes) >= 1)
+        if asked > max(of_nodes):
+            raise WorkerError(
+                f"has no node with {asked:g} GPUs for a task",
+                where=self._address,
+                remedy="Add one, or pass RayExecutor(gpus=0).",
+            )
+        return asked
 
     def _check_memory(self, task: Task[InputT, ResultT], inputs: Sequence[InputT]) -> None:
         """Refuse a task for which no node has memory: Ray would wait for one."""

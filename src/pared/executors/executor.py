@@ -22,11 +22,13 @@ class Task(Generic[InputT, ResultT]):
         run: does it for one input. It can be pickled, and so can its inputs and results. A file that it writes is
             written whole, and with the same bytes each time.
         memory: the most bytes in use while one thread does it for an input.
+        on_device: whether it computes on `switches.device()`, and so gains from a GPU.
     """
 
     name: str
     run: Callable[[InputT], ResultT]
     memory: Callable[[InputT], int]
+    on_device: bool = False
 
 
 class Executor(Protocol):
@@ -43,6 +45,10 @@ class Executor(Protocol):
     @property
     def threads(self) -> int | None:
         """With how many threads torch computes in each task; None: as many as the process has that asks for it."""
+
+    @property
+    def device(self) -> str:
+        """On what torch computes in tasks that are to be `on_device`: "cpu" or "cuda"."""
 
     def map(self, task: Task[InputT, ResultT], inputs: Sequence[InputT]) -> Iterator[ResultT]:
         """The results of a task, in the order of its inputs.
@@ -73,6 +79,7 @@ class LocalExecutor:
     share = LOCAL_SHARE
     workers = 1
     threads = None
+    device = "cpu"
 
     def map(self, task: Task[InputT, ResultT], inputs: Sequence[InputT]) -> Iterator[ResultT]:
         """See `Executor`.

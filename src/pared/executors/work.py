@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Final, TypeVar
 
+from pared.errors import WorkerError
 from pared.files.threads import at_most
-from pared.switches import threads
+from pared.switches import computing_on, threads
 
 InputT = TypeVar("InputT")
 ResultT = TypeVar("ResultT")
@@ -44,7 +46,7 @@ def collected(level: int) -> Iterator[list[logging.LogRecord]]:
 
 
 def run(
-    work: Callable[[InputT], ResultT], one: InputT, cores: int, level: int
+    work: Callable[[InputT], ResultT], one: InputT, cores: int, level: int, device: str
 ) -> tuple[ResultT, list[logging.LogRecord]]:
     """Do it.
 
@@ -53,12 +55,30 @@ def run(
         one: the input.
         cores: how many it may use.
         level: the least level of what the driver logs.
+        device: see `switches.device`.
 
     Returns:
         the result, and what was logged.
+
+    Raises:
+        WorkerError: torch has no such device here.
     """
-    with at_most(cores), _torch_on(cores), collected(level) as records:
+    _check_device(device)
+    with at_most(cores), _torch_on(cores), computing_on(device), collected(level) as records:
         return work(one), records
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise WorkerError(
+            f"torch {torch.__version__} sees no GPU there, and Ray has given it one",
+            where=f"the node {socket.gethostname()}",
+            remedy="Install a torch for the GPU on every node, or pass RayExecutor(gpus=0).",
+        )
 
 
 def _torch_on(cores: int) -> AbstractContextManager[None]:

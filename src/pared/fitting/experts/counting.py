@@ -72,7 +72,7 @@ def _by_arguments(
 ) -> None:
     each = _of_each((*args, *kwargs.values()), mixture.count)
     if each is not None:
-        counts[mixture.name] = counts.get(mixture.name, torch.zeros(mixture.count, dtype=torch.float64)) + each
+        counts[mixture.name] = counts.get(mixture.name, torch.zeros(mixture.count, dtype=torch.float64)) + each.cpu()
 
 
 def _of_each(values: Sequence[Any], count: int) -> Tensor | None:

@@ -87,6 +87,12 @@ def added(moments: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str
     return found
 
 
+def here(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in the memory of the CPU; what weights share, they still share."""
+    made = {id(one): one.cpu() for one in moments.values()}
+    return {name: made[id(one)] for name, one in moments.items()}
+
+
 def moments_of(tensors: ModelTensors[nn.Module], runs: Iterable[Callable[[], object]]) -> dict[str, Tensor]:
     """The sums of functions that use the tensors."""
     sums = InputMoments(tensors)

@@ -18,6 +18,8 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
+from pared.switches import device
+
 # Share of the mean second moment that is added to each one, so that inputs which calibration hardly saw still count.
 DAMPING: Final = 0.05
 # Columns that are rounded before their errors are passed on to all later columns in one product; for speed only.
@@ -46,13 +48,17 @@ class Factor:
         """The blocks at these indices, int64 (some,)."""
         return Factor(self.order[blocks], self.spill[blocks], self.remaining[blocks])
 
+    def on(self, kind: str) -> Factor:
+        """The same on a kind of device."""
+        return Factor(self.order.to(kind), self.spill.to(kind), self.remaining.to(kind))
+
     def halved(self) -> Factor:
         """The same in half the memory, to be kept: with damping, entries are below sqrt(columns / damping)."""
         return replace(self, spill=self.spill.half())
 
 
 def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
-    """Order and factor second moments.
+    """Order and factor second moments, on `switches.device()`.
 
     Args:
         moments: float32 (blocks, columns, columns), symmetric and positive semi-definite.
@@ -67,6 +73,8 @@ def factor(moments: Tensor, damping: float = DAMPING) -> Factor:
     if blocks > at_once:
         factors = [factor(some, damping) for some in moments.split(at_once)]
         return Factor(*(torch.cat([getattr(one, field.name) for one in factors]) for field in fields(Factor)))
+    if moments.device.type != device():
+        return factor(moments.to(device()), damping).on(moments.device.type)
     diagonal = moments.diagonal(dim1=1, dim2=2).double()
     mean = diagonal.mean(1, keepdim=True)
     damped = diagonal + damping * torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -97,6 +105,10 @@ class Quantizer(Protocol):
         """
         ...
 
+    def on(self, kind: str) -> Quantizer:
+        """The same on a kind of device."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class RowSteps:
@@ -121,9 +133,13 @@ class RowSteps:
         codes.round_().clamp_(-self.limit, self.limit)
         torch.addcmul(column, codes, self.steps, value=-1, out=error)
 
+    def on(self, kind: str) -> RowSteps:
+        """The same on a kind of device."""
+        return replace(self, steps=self.steps.to(kind))
+
 
 def feedback(weights: Tensor, factored: Factor, quantizer: Quantizer, block: int = _COLUMNS_AT_ONCE) -> Tensor:
-    """Round rows of weights with error feedback.
+    """Round rows of weights with error feedback, on `switches.device()`.
 
     Args:
         weights: float32 (blocks, rows, columns).
@@ -139,6 +155,9 @@ def feedback(weights: Tensor, factored: Factor, quantizer: Quantizer, block: int
     >>> feedback(torch.tensor([[[0.4, 0.4]]]), f, steps).tolist()  # nearest gives 0, 0
     [[[0.0, 1.0]]]
     """
+    if weights.device.type != device():
+        there = feedback(weights.to(device()), factored.on(device()), quantizer.on(device()), block)
+        return there.to(weights.device)
     columns = weights.shape[2]
     # Transposed, so that a column is contiguous in memory.
     own = weights.gather(2, factored.order[:, None, :].expand_as(weights)).transpose(1, 2).contiguous()
@@ -173,7 +192,7 @@ def _round_block(
     columns = rest.shape[1]
     # An error of a column is its rounding error, less what was added to it before. Solved for the latter, U becomes its
     # inverse: only rounding errors are left to be passed on here.
-    identity = torch.eye(columns, dtype=spill.dtype).expand_as(spill)
+    identity = torch.eye(columns, dtype=spill.dtype, device=spill.device).expand_as(spill)
     inverse = torch.linalg.solve_triangular(spill, identity, upper=True, unitriangular=True).transpose(1, 2)
     rest.sub_(own)
     rest.copy_(torch.baddbmm(own, inverse, rest))

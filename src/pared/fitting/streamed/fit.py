@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from pared.fitting.search.compressor import provenance
 from pared.fitting.search.evaluate import EvalFunc
 from pared.fitting.search.search import Judge
 from pared.fitting.streamed.deciding.tracing import Tracing
-from pared.fitting.streamed.inputs import THREADS, calls_of, fingerprint_of, samples_of
+from pared.fitting.streamed.inputs import DEVICE, THREADS, calls_of, fingerprint_of, samples_of
 from pared.fitting.streamed.parts.opening import opened
 from pared.fitting.streamed.phases import Run
 from pared.fitting.streamed.result import Fitted, fitted
@@ -41,6 +41,7 @@ from pared.targets.writers import check_described
 log = logging.getLogger(__name__)
 
 _NO_CONFIG: Final = "Pass a Hugging Face folder."
+_DEVICES: Final[Mapping[str, str]] = {"cpu": "processors", "cuda": "GPUs"}
 _ARTIFACT: Final = "artifact"  # of a model for another runtime, in the workspace
 
 
@@ -160,7 +161,8 @@ def _opened(
         with owned(workspace):
             executor.check_writes(workspace)
             count = _threads_of(workspace, executor)
-            fingerprint = fingerprint_of(folder, listing, tensors, conf, made, dtype, count)
+            _check_device(workspace, executor)
+            fingerprint = fingerprint_of(folder, listing, tensors, conf, made, dtype, count, executor.device)
             claim(workspace, fingerprint)
             store = Store(workspace, {tensor.name: number for number, tensor in enumerate(tensors)})
             logits, inputs = partial(known_logits, wanted=conf.logits), conf.target != OWN
@@ -187,6 +189,21 @@ def _threads_of(workspace: Path, executor: Executor) -> int:
         )
     log.info("%s: goes on with %s threads, as it began, not %d", workspace, began, asked)
     return int(began)
+
+
+def _check_device(workspace: Path, executor: Executor) -> None:
+    """Refuse to go on with a fit on another kind of device.
+
+    Raises:
+        ConfigError: its bytes depend on that.
+    """
+    began, now = recorded(workspace, DEVICE), executor.device
+    if began not in (None, now):
+        raise ConfigError(
+            f"was begun on {_DEVICES.get(began, began)}, on which its bytes depend, and {_DEVICES[now]} compute now",
+            where=str(workspace),
+            remedy="Use workers of the same kind, see RayExecutor(gpus=...), or pass another directory.",
+        )
 
 
 def _check_workspace(workspace: Path, folder: Path, output: Path | None = None) -> None:

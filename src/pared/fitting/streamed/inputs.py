@@ -22,7 +22,9 @@ from pared.model.tensors import ModelTensors
 from pared.readers.listing import Listing
 from pared.version import __version__
 
-THREADS: Final = "threads"  # the name of their number in the fingerprint
+# Names in the fingerprint of what last bits depend on.
+THREADS: Final = "threads"
+DEVICE: Final = "device"
 _SAMPLED: Final = 4096  # bytes of each tensor that the fingerprint looks at, at its beginning and at its end
 
 
@@ -87,6 +89,7 @@ def fingerprint_of(
     made: list[Call],
     dtype: str,
     threads: int,
+    device: str,
 ) -> dict[str, str]:
     """What the sweeps depend on; of the weights, some of each tensor.
 
@@ -98,6 +101,7 @@ def fingerprint_of(
         made: the calls of calibration.
         dtype: the type of hidden states on the disk.
         threads: with how many torch computes; the last bits of products depend on it.
+        device: on what it computes in tasks; likewise.
     """
     weights = zlib.crc32((folder / "config.json").read_bytes())
     for one in listing.tensors:
@@ -119,4 +123,5 @@ def fingerprint_of(
         "decisions": checksum(decided),
         "states": dtype,
         THREADS: str(threads),
+        DEVICE: device,
     }

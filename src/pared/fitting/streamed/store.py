@@ -70,7 +70,9 @@ class Streams:
         write_atomic(path, write)
 
     def _bytes(self, state: Tensor) -> bytes:
-        return state.detach().to(_STREAMS[self.dtype]).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            state.detach().to(_STREAMS[self.dtype]).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 @dataclass(frozen=True)

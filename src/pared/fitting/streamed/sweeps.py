@@ -176,7 +176,7 @@ class Sweeps:
         return [shard for shard in self._shards if not self.store.entering(number, shard).is_file()]
 
     def _advance(self, number: int) -> None:
-        task = Task("running a block", self.runs.forward, self.runs.memory)
+        task = Task("running a block", self.runs.forward, self.runs.memory, on_device=True)
         for _ in self.executor.map(task, self._divided(number, self._missing(number + 1))):
             continue  # what it found is in the workspace
 
@@ -260,7 +260,7 @@ class Sweeps:
             number: that of the block.
         """
         self._computed_again(number)
-        task = Task("measuring a block", self.runs.backward, self.runs.memory)
+        task = Task("measuring a block", self.runs.backward, self.runs.memory, on_device=True)
         swept = added(self.executor.map(task, self._divided(number, self._shards)))
         found = self._sensitivity(swept.totals.sums(swept.layouts, self.rounds))
         if found is not None:

@@ -73,6 +73,13 @@ class Totals:
             known = self.noise.get(name, Noise())
             self.noise[name] = Noise(known.total + one.total, known.dynamic + one.dynamic)
 
+    def here(self) -> Totals:
+        """The same in the memory of the CPU."""
+        rows, moments, unseen = (
+            {names: value.cpu() for names, value in one.items()} for one in (self.rows, self.moments, self.unseen)
+        )
+        return Totals(rows, moments, unseen, {name: value.cpu() for name, value in self.uses.items()}, self.noise)
+
     def sums(self, layouts: Mapping[str, Blocks], rounds: int) -> Sums:
         """What was summed up.
 
@@ -206,12 +213,14 @@ class Gathering:
     def _gather_pieces(self, name: str, pieces: Pieces, unseen: bool) -> None:
         """The same of one weight whose gradient comes in pieces."""
         tensor, layout = self._probed[name], self.layouts[name]
-        rows, moments = torch.zeros(tensor.view.n_rows, dtype=torch.float64), None
+        where = tensor.tensor.device
+        rows, moments = torch.zeros(tensor.view.n_rows, dtype=torch.float64, device=where), None
         for start, gradient in pieces.gradients():
             rows[start : start + len(gradient)] = gradient.double().square_().sum(1)
             if self._has_moments(name):
                 blocks = layout.blocks(gradient)
-                moments = torch.zeros(len(blocks), blocks.shape[2], blocks.shape[2]) if moments is None else moments
+                if moments is None:
+                    moments = torch.zeros(len(blocks), blocks.shape[2], blocks.shape[2], device=where)
                 moments.baddbmm_(blocks.transpose(1, 2), blocks)
         if not bool(rows.isfinite().all()):
             self._refuse({name})

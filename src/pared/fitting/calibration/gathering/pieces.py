@@ -64,7 +64,7 @@ class Pieces:
         rows, columns = self._shape
         at_once = max(1, _AT_ONCE // columns)
         for start in range(0, rows, at_once):
-            piece = torch.zeros(min(at_once, rows - start), columns)
+            piece = torch.zeros(min(at_once, rows - start), columns, device=self._found[0][2].device)
             for kind, x, gradient in self._found:
                 if kind == "linear":
                     some = gradient.reshape(-1, rows)[:, start : start + at_once]

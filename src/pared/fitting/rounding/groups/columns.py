@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class GroupColumns:
         """Round a column, see `Quantizer`."""
         place: tuple[slice | Tensor, int | Tensor] = slice(None), int(self.group_of[0, index[0]])  # without a copy
         if len(index) > 1:
-            blocks = torch.arange(len(index))
+            blocks = torch.arange(len(index), device=index.device)
             place = blocks, self.group_of[blocks, index]
         raised = column if self.base is None else column - self.base[place]
         torch.mul(raised, self.inverse[place], out=codes)
@@ -50,6 +50,12 @@ class GroupColumns:
             zero = self.zero[place]
             codes.add_(zero).clamp_(self.low, self.high)
             torch.addcmul(raised, codes - zero, self.step[place], value=-1, out=error)
+
+    def on(self, kind: str) -> GroupColumns:
+        """The same on a kind of device."""
+        zero, base = (None if one is None else one.to(kind) for one in (self.zero, self.base))
+        step, inverse, group_of = self.step.to(kind), self.inverse.to(kind), self.group_of.to(kind)
+        return replace(self, step=step, inverse=inverse, zero=zero, base=base, group_of=group_of)
 
 
 def group_columns(grid: GroupGrid, parts: Mapping[str, Numbers], layout: Blocks, columns: int) -> GroupColumns:

@@ -66,5 +66,6 @@ class Rounder:
 
     def all(self, wanted: Sequence[Rounding], executor: Executor) -> Iterator[Rounding]:
         """Round tensors; gives each that is done, in order."""
-        for one, _ in zip(wanted, executor.map(Task("rounding a tensor", self, self.memory), wanted), strict=True):
+        task = Task("rounding a tensor", self, self.memory, on_device=True)
+        for one, _ in zip(wanted, executor.map(task, wanted), strict=True):
             yield one

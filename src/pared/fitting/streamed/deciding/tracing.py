@@ -75,7 +75,7 @@ class Tracing:
             executor: traces them, each large one in a task of its own.
         """
         groups = self._groups(names, _ALONE if executor.workers > 1 else pieces.LARGE)
-        task = Task("tracing tensors", self.group, _memory)
+        task = Task("tracing tensors", self.group, _memory, on_device=True)
         parts = executor.map(task, [(tuple(group), measured.of(group)) for group in groups])
         found = sorted((one for some in parts for one in some), key=lambda one: self.weights.order[one.names[0]])
         write_traced(self.store.traced(part), found)

@@ -141,7 +141,7 @@ class Chain:
     def block(self, number: int, hidden: Tensor, arguments: Arguments) -> Tensor:
         """What leaves a block, which has to be loaded."""
         given, spec = tree_flatten(arguments.of_blocks[number])
-        args, kwargs = tree_unflatten([hidden if one is _HERE else one for one in given], spec)
+        args, kwargs = tree_unflatten([_beside(hidden, one) for one in given], spec)
         output = self._modules[number](*args, **kwargs)
         left = output if self.rest is None else output[0]
         if not isinstance(left, Tensor) or left.shape != hidden.shape:
@@ -203,6 +203,13 @@ class Chain:
         numbers = tensor.detach().contiguous()
         digest = hashlib.sha256(numbers.reshape(-1).view(torch.uint8).numpy().data).digest()
         return self._kept.setdefault((numbers.shape, numbers.dtype, digest), numbers.clone())
+
+
+def _beside(hidden: Tensor, given: Any) -> Any:
+    """An argument of a block where its hidden states are, and these in their place."""
+    if given is _HERE:
+        return hidden
+    return given.to(hidden.device) if isinstance(given, Tensor) else given
 
 
 def _traced(value: Any) -> Any:

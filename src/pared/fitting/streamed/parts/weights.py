@@ -71,13 +71,14 @@ class Weights:
         return [self.tensors.tensors[number] for number in sorted({self.order[name] for name in names})]
 
     @contextmanager
-    def loaded(self, names: Collection[str]) -> Iterator[ModelTensors[nn.Module]]:
+    def loaded(self, names: Collection[str], device: str = "cpu") -> Iterator[ModelTensors[nn.Module]]:
         """The tensors of these first names in float32, in their places in the model, until the context ends."""
         some = self.some(names)
         real = []
         try:
             for tensor in some:
                 numbers = self._read(tensor) if tensor.name in self.places else tensor.tensor
+                numbers = numbers.to(device)
                 if tensor.kind == "parameter":
                     numbers = nn.Parameter(numbers, requires_grad=tensor.tensor.requires_grad)
                 _put(self.tensors.model, tensor, numbers)

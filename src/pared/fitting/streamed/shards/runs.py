@@ -29,7 +29,7 @@ from pared.fitting.streamed.store import Store, Streams
 from pared.formats.views import View
 from pared.model.calls import guarded
 from pared.model.tensors import ModelTensors
-from pared.switches import ignoring
+from pared.switches import device, ignoring
 
 KINDS: Final = ("parameter", "buffer")
 
@@ -177,7 +177,7 @@ class BlockRuns:
     def forward(self, shards: Shards) -> None:
         """Write what leaves a block in the calls of some shards."""
         number, some = shards
-        with self.weights.loaded(self.blocks.tensors[number]), torch.no_grad(), ignoring():
+        with self.weights.loaded(self.blocks.tensors[number], device()), torch.no_grad(), ignoring():
             for shard in some:
                 left = (run() for run in self._each(number, [shard]))
                 self.states(shard).write(self.store.entering(number + 1, shard), left)
@@ -185,7 +185,7 @@ class BlockRuns:
     def backward(self, shards: Shards) -> Swept:
         """What errors of a block's tensors cost in the calls of some shards; writes the gradients of what enters it."""
         number, some = shards
-        with self.weights.loaded(self.blocks.tensors[number]) as loaded:
+        with self.weights.loaded(self.blocks.tensors[number], device()) as loaded:
             tensors = oriented_by(loaded, self._each(number, range(len(self.shards))))
             return added(self._swept(number, shard, tensors) for shard in some)
 
@@ -196,14 +196,14 @@ class BlockRuns:
             gradients = self._through(number, shard, gathering)
             self.gradients(shard).write(self.store.gradient(number, shard), gradients)
         views = {one.name: (one.view, one.groups) for one in tensors}
-        return Swept(gathering.totals, gathering.layouts, views, dict(tokens), inputs)
+        return Swept(gathering.totals.here(), gathering.layouts, views, dict(tokens), moments.here(inputs))
 
     def _each(self, number: int, shards: Iterable[int]) -> Iterator[Callable[[], Tensor]]:
         """Functions that run a block, which is loaded, as each call of some shards does."""
         for shard in shards:
             states = self.states(shard).read(self.store.entering(number, shard))
             for i, hidden in zip(self.shards[shard], states, strict=True):
-                run = partial(self.chain.block, number, hidden, self.arguments[i])
+                run = partial(self.chain.block, number, hidden.to(device()), self.arguments[i])
                 yield partial(guarded, run, of_batch(i, number))
 
     def _through(self, number: int, shard: int, gathering: Gathering) -> Iterator[Tensor]:
@@ -239,7 +239,7 @@ class BlockRuns:
             unseen: see `Gathering.along`.
             leaving: what left in the forward sweep; None: that is not compared.
         """
-        entering.requires_grad_(True)
+        entering, direction = entering.to(device()).requires_grad_(True), direction.to(device())
         with torch.enable_grad(), ignoring():
             left = gathering.watched(partial(self.chain.block, number, entering, self.arguments[call]))
             if leaving is not None:
@@ -252,6 +252,7 @@ class BlockRuns:
 
         It is enough that most tokens are the same: where experts score alike, rounding decides which ones a token gets.
         """
+        before = before.to(left.device)
         differences = (left.float() - before).norm(dim=-1) / before.norm(dim=-1)
         if float(differences.nanmedian()) > _SAME:
             raise not_in_blocks(
