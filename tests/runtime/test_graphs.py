@@ -28,7 +28,7 @@ from pared.runtime.layers.dispatch import run_kernel
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import Timing
 from pared.runtime.record import contents_of
-from pared.runtime.serving.graph_server import agree
+from pared.runtime.serving.agreement import agree
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -22,7 +22,11 @@ from pared.runtime.record import contents_of, record_of
 from pared.runtime.serving.float_copy import FloatServer
 from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.served import SERVER, forward_of, serve
+from tests.runtime.generators import near
 from tests.runtime.test_graphs import CASES, assembled, bound_of, leaves
+
+# A graph for any size may compute attention otherwise than one for a known size: the last bits are the processor's.
+ROUNDING = 1e-9
 
 
 def served(q: nn.Module, call: dict[str, Any]) -> GraphServer:
@@ -72,7 +76,7 @@ def test_other_constants_have_graphs_of_their_own(pair: tuple[nn.Module, list[st
     with torch.no_grad():
         for call in calls:
             found, expected = q(IDS, **call)["hidden"], forward_of(q)(q, IDS, **call)["hidden"]
-            assert torch.equal(found, expected)
+            assert near(found, expected, ROUNDING)
         assert answered == ["graph"] * 5
         q(IDS, scale=3.0)
     assert answered == ["graph"] * 5, "two others are enough: each costs seconds"
@@ -145,7 +149,7 @@ def test_a_changed_weight_is_seen(pair: tuple[nn.Module, list[str]]) -> None:
         q.load_state_dict(q.state_dict() | {"wide.bias": torch.zeros(256)}, strict=True)
         later = q(IDS)["hidden"]
         serve(q, GraphServer(float_forms.outline_of))
-        assert torch.equal(later, q(IDS)["hidden"])
+        assert near(q(IDS)["hidden"], later, ROUNDING)
     assert not torch.equal(after, later)
 
 
@@ -205,7 +209,7 @@ def test_a_profile_with_graphs_makes_them_after_loading(tmp_path: Any) -> None:
     assert "runs as a graph, each layer in its own kernel" in pared.report(loaded)
     with torch.no_grad():
         for _ in range(2):
-            assert torch.equal(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"])
+            assert near(loaded(**case.call(2, 9))["hidden"], q(**case.call(2, 9))["hidden"], ROUNDING)
     server = vars(loaded)[SERVER]
     assert isinstance(server, GraphServer)
     assert server.reason(bound_of(q, case.call(2, 9))) == ""

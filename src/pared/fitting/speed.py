@@ -43,8 +43,9 @@ from pared.runtime.load import check_model
 from pared.runtime.openvino.graph import is_installed
 from pared.runtime.profile.profile import BUSY, ENGINE_FILE, Profile, this_machine
 from pared.runtime.profile.timings import WORTH, CallTiming, ModelTiming
+from pared.runtime.serving.agreement import agree
 from pared.runtime.serving.float_copy import in_bfloat16
-from pared.runtime.serving.graph_server import GraphServer, agree
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import warm_up
 from pared.runtime.stopwatch import Spent

@@ -20,7 +20,8 @@ from pared.model.tensors import tensor_count
 from pared.runtime.graphs.call_kinds import Bound, arguments_of, caches_of, unknown_output
 from pared.runtime.graphs.containers import Container
 from pared.runtime.profile.timings import CallTiming
-from pared.runtime.serving.graph_server import GraphServer, agree, lost
+from pared.runtime.serving.agreement import agree, lost
+from pared.runtime.serving.graph_server import GraphServer
 from pared.runtime.serving.openvino_server import OpenVinoServer
 from pared.runtime.serving.served import forward_of
 from pared.runtime.stopwatch import Spent, times_of

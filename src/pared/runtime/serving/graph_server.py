@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Final, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
 
 from pared.errors import reason_of
-from pared.model.recorded import values
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, kind_of
 from pared.runtime.graphs.capturing.capture import capture
-from pared.runtime.graphs.containers import Container, container_of, is_cache
+from pared.runtime.graphs.containers import container_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
+from pared.runtime.serving.agreement import TOLERANCE, Agreement, differences, of_containers
 from pared.runtime.serving.server import Capture, KindServer, ModelSnapshot, Sizes, Skeleton, has_listeners
 
 log = logging.getLogger(__name__)
 
-# The share of the output's energy by which a graph and the modules may differ: joined operators round elsewhere, and
-# a difference of one code grows as it passes through the layers. A wrong graph differs by far more.
-TOLERANCE: Final = 1e-2
+_OTHERWISE: Final = "the graph does not give what the modules give"
 
 # Call kinds that differ from a wanted one in constants only, and get a graph: each costs seconds.
 _MOST_OTHERS: Final = 2
@@ -56,8 +51,9 @@ class GraphServer(KindServer):
 
     A call with the tensors of a wanted kind and other constants, such as a flag, gets a graph of its own as long as
     there are few of these. At the first call of each kind, and at the first with other dimensions of size 1, the
-    modules run as well; a graph whose output differs from theirs is dropped, and so is one of a model whose calls
-    change its attributes, as nobody would change them while a graph answers, or whose attributes others change.
+    modules run as well, or at a few of them where that leaves doubt; a graph whose output differs from theirs is
+    dropped, and so is one of a model whose calls change its attributes, as nobody would change them while a graph
+    answers, or whose attributes others change.
 
     Args:
         skeleton: makes a float model of the same architecture and class, whose numbers are not read.
@@ -140,7 +136,7 @@ class GraphServer(KindServer):
             return "a module inside has hooks"
         if graph.graph is not None and not graph.graph.fits(bound):
             return "; ".join(["it takes no inputs of these sizes", *filter(None, [graph.graph.note])])
-        return graph.reason
+        return graph.reason or graph.doubt
 
     def note(self, bound: Bound) -> str:
         """Which sizes the graph that serves a call does not take, and why; empty if there are none, or no graph."""
@@ -154,11 +150,13 @@ class _CheckedGraph:
     def __init__(self, model: nn.Module, made: Callable[[], Executable], tolerance: float) -> None:
         self.graph: Executable | None = None
         self.reason = ""
+        self.doubt = ""  # why it did not answer the last call that was compared
         self._tolerance = tolerance
         self._snapshot = ModelSnapshot(model)
         self._attributes = Attributes(model.modules())
         self._changes = 0
         self._checked: set[tuple[bool, ...]] = set()
+        self._agreements: dict[tuple[bool, ...], Agreement] = {}
         self._lock = threading.Lock()
         try:
             self.graph = made()
@@ -220,73 +218,19 @@ class _CheckedGraph:
             self._drop(f"the graph cannot take such inputs ({reason_of(error)})")
             return expected
         ours = map(container_of, caches)
-        if agree(found, expected, self._tolerance) and all(map(self._agree_within, ours, theirs)):
+        agreement = self._agreements.setdefault(ones, Agreement(self._tolerance))
+        verdict = agreement.verdict([differences(found, expected), *map(of_containers, ours, theirs)])
+        if verdict == "right":
             self._checked.add(ones)
+            self.doubt = ""
             return found  # as at every later call
         for one in theirs:
             one.restore()
-        self._drop("the graph does not give what the modules give")
+        self.doubt = _OTHERWISE
+        if verdict == "wrong":
+            self._drop(_OTHERWISE)
         return expected
-
-    def _agree_within(self, ours: Container | None, theirs: Container) -> bool:
-        """Whether the graph wrote to a cache what the modules wrote."""
-        if ours is None or ours.layout != theirs.layout:
-            return False
-        pairs = zip(ours.tensors.values(), theirs.tensors.values(), strict=True)
-        return all(_agree(a, b, self._tolerance) for a, b in pairs)
 
     def _drop(self, reason: str) -> None:
         self.graph, self.reason = None, reason
         log.warning("the modules run from now on: %s", reason)
-
-
-def agree(found: object, expected: object, tolerance: float = TOLERANCE) -> bool:
-    """Whether two outputs are equal up to rounding: floats by their energy, everything else exactly.
-
-    >>> agree([torch.tensor([1.0, 2.0])], [torch.tensor([1.0, 2.0001])]), agree(torch.ones(2), torch.ones(3))
-    (True, False)
-    """
-    ours, structure = tree_flatten(found)
-    theirs, their_structure = tree_flatten(expected)
-    if structure != their_structure:
-        return False
-
-    def equal(a: Tensor, b: Tensor) -> bool:
-        return _agree(a, b, tolerance)
-
-    return all(values.same(a, b, equal) for a, b in zip(ours, theirs, strict=True))
-
-
-def _agree(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not expected.is_floating_point():
-        return torch.equal(found, expected)
-    finite = expected.isfinite()
-    if not torch.equal(finite, found.isfinite()):
-        return False
-    ours, theirs = found[finite].double(), expected[finite].double()
-    return bool((ours - theirs).square().sum() <= tolerance * theirs.square().sum())
-
-
-def lost(found: object, exact: object) -> float:
-    """The largest share of an output's energy by which two outputs of one structure differ; infinite for another.
-
-    What is in a cache does not count: it is for the next call, whose output shows what it is worth.
-
-    >>> lost([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])]) == 1 / 34
-    True
-    """
-    all_ours, all_theirs = (tree_leaves(one, is_leaf=is_cache) for one in (found, exact))
-    if len(all_ours) != len(all_theirs):
-        return math.inf
-    shares = [0.0]
-    for ours, theirs in zip(all_ours, all_theirs, strict=True):
-        if not isinstance(theirs, Tensor):
-            continue
-        if not isinstance(ours, Tensor) or ours.shape != theirs.shape:
-            return math.inf
-        if theirs.is_floating_point() and theirs.isfinite().all():
-            error = float((ours.double() - theirs.double()).square().sum())
-            shares.append(error and error / max(float(theirs.double().square().sum()), 1e-300))
-    return max(math.inf if math.isnan(share) else share for share in shares)
