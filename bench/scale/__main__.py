@@ -21,10 +21,13 @@ _EACH = 64  # tasks of each worker, where many are simulated
 
 
 def costs_of(found: dict[str, Any]) -> Costs:
-    """What a task costs, in processor seconds, which do not depend on what else the machine does."""
+    """What a task costs, in processor seconds, which do not depend on what else the machine does.
+
+    One process packs and writes; with workers the driver writes.
+    """
     local, one = (min(found["processors"][name]) / TASKS for name in ("local", "1"))
     driver = min(found["driver"]["1"]) / TASKS
-    return Costs(local, max(found["empty"]["seconds"], one - local - driver), driver)
+    return Costs(local - driver, max(found["empty"]["seconds"], one - local), driver)
 
 
 def rate() -> float:
@@ -63,7 +66,7 @@ def main() -> None:
     result = {
         "measured": found,
         "speed-up": {name: best["1"] / one for name, one in best.items()},
-        "overhead": (costs.handing + costs.driver) / costs.work,
+        "overhead": costs.handing / (costs.work + costs.driver),
         "costs": vars(costs),
         "simulated": simulated,
         "efficiency": many,

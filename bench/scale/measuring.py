@@ -32,7 +32,7 @@ NODE: Final[dict[str, Any]] = {
     "object_store_memory": 400 << 20,
     "memory": 4 << 30,
 }
-TASKS: Final = 8
+TASKS: Final = 16
 EMPTY: Final = 200  # tasks that do nothing
 PAYLOAD: Final = 16 << 20  # bytes of a result: of 64 MB of weights in float32 at 8 bits
 BITS: Final = 4
@@ -133,12 +133,14 @@ def measured(source: Path) -> dict[str, Any]:
         compressed(source, LocalExecutor())  # the file is in memory
     found: dict[str, Any] = {"load": os.getloadavg()[0], "cores": os.cpu_count(), "seam": seam()}
     runs: dict[str, list[tuple[float, float, float]]] = {"local": [], "1": [], "2": [], "3": []}
+    began: dict[str, list[float]] = {}
     with clusters() as there:
         for _ in range(ROUNDS):
             with at_most(1):
                 runs["local"].append(compressed(source, LocalExecutor()))
             for nodes, cluster in there.items():
                 with on(cluster) as workers:
+                    began.setdefault(str(nodes), []).append(compressed(source, workers)[2])  # imports, and maps files
                     runs[str(nodes)].append(compressed(source, workers))
         with on(there[1]) as workers:
             idle, _, used = clock(lambda: list(workers.map(Task("empty", nothing, lambda _: 0), range(EMPTY))))
@@ -147,6 +149,7 @@ def measured(source: Path) -> dict[str, Any]:
     found["empty"] = {"seconds": idle / EMPTY, "processors": used / EMPTY}
     found["sent"] = {"nbytes": TASKS * PAYLOAD, "seconds": sent, "driver": driver}
     found["source"] = source.stat().st_size
+    found["begun"] = {nodes: min(began[nodes]) - min(one[2] for one in runs[nodes]) for nodes in began}
     found["nbytes"] = (source.with_name("out") / "best_model.pt").stat().st_size
     for place, name in enumerate(("seconds", "driver", "processors")):
         found[name] = {workers: [one[place] for one in times] for workers, times in runs.items()}

@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SHARE: Final = 1 << 26  # bytes of tensors: one core takes about a second for them, and handing them out takes less
 _AHEAD: Final = 3  # tasks for each core that are handed out before the result of the first is taken
+_NODES_COME: Final = 5.0  # seconds after which it is looked again how many workers there are
 _TRIES: Final = 3  # how often a task is done again whose worker, or whose node, died
 _TIMEOUT: Final = 60.0  # seconds
 _PREFIX: Final = "ray://"
@@ -95,9 +97,12 @@ class RayExecutor:
         shared = self._ray.put(task.run)
         level = work.LOG.getEffectiveLevel()
         given: deque[Any] = deque()
+        most, asked = 0, -math.inf
         try:
             for one in inputs:
-                if len(given) >= _AHEAD * self.workers:
+                if time.monotonic() - asked > _NODES_COME:
+                    most, asked = _AHEAD * self.workers, time.monotonic()
+                if len(given) >= most:
                     yield self._result(task.name, given.popleft())
                 gpus, device = (self._gpus, self.device) if task.on_device else (0, "cpu")
                 run = self._run.options(name=task.name, memory=task.memory(one), num_gpus=gpus)
