@@ -11,8 +11,8 @@ from pared.switches import device
 from tests.executors.clusters import cluster, settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.child]
-FIT = Task("fitting", lambda _: device(), lambda _: 0, on_device=True)
-OTHER = Task("another thing", lambda _: device(), lambda _: 0)
+FIT: Task[int, str] = Task("fitting", lambda _: device(), lambda _: 0, on_device=True)
+OTHER: Task[int, str] = Task("another thing", lambda _: device(), lambda _: 0)
 
 
 def test_gpus_are_for_tasks_of_a_fit() -> None:

@@ -27,14 +27,16 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, numbers: Tensor) -> Elsewhere:
         """Stand for these numbers."""
-        made: Elsewhere = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]  # torch's own way
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(
             cls, numbers.shape, strides=numbers.stride(), dtype=numbers.dtype, device=DEVICE
         )
         made.numbers = numbers
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own has no class for its first argument
+        cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operator."""
         return _run(func, args, kwargs or {})
 
@@ -72,6 +74,8 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten.copy_.default:
         args[0].numbers.copy_(_plain(args[1])) if isinstance(args[0], Elsewhere) else args[0].copy_(_plain(args[1]))
         return args[0]
+    if func is torch.ops.aten.histc.default and not args[0].is_floating_point():
+        args = (args[0].float(), *args[1:])  # which GPUs have for whole numbers, too
     found = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
     if not there:
         return found
