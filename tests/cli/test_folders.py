@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,13 @@ def test_the_folder_itself_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert run("fit", source(), "-o", source(), monkeypatch=monkeypatch) != 0
     assert "is the folder of the float model" in capsys.readouterr().err
     assert (source() / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["pared", pytest.param("openvino", marks=pytest.mark.engine)])
+def test_the_folder_of_another_model_is_refused(
+    target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(source(), tmp_path / "other")
+    options = ["--target", target, "--calib", tmp_path / "missing.txt", "-o", tmp_path / "other"]
+    assert run("fit", source(), *options, monkeypatch=monkeypatch) != 0
+    assert "other: holds a model that pared did not write (model.safetensors)" in capsys.readouterr().err

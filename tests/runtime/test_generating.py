@@ -127,6 +127,15 @@ def test_an_artifact_beside_it_still_opens(tmp_path: Path) -> None:
     assert opened.generation_config.eos_token_id == 7
 
 
+def test_the_float_model_in_the_same_folder_still_opens(tmp_path: Path) -> None:
+    q = fitted(source(tmp_path))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a model that pared did not write"):
+        pared.export(q, tmp_path, to="openvino", folder=tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert not list(tmp_path.glob("openvino*"))
+
+
 @pytest.mark.parametrize("write", ["save_pretrained", "export"])
 def test_a_configuration_that_is_not_valid_is_refused_before_work(write: str, tmp_path: Path) -> None:
     q = fitted(built("Llama"))

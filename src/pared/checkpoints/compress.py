@@ -24,8 +24,10 @@ from pared.checkpoints.folders.layout import metadata_of, record
 from pared.checkpoints.folders.sources import check_kept, check_places
 from pared.checkpoints.journal import Journal
 from pared.checkpoints.packing import FLOAT_BITS, INT8_BITS, Fineness
+from pared.checkpoints.pretrained.folder import check_replaceable
 from pared.checkpoints.quantized.recognize import REMEDY, Quantization, recognize, unrounded
 from pared.checkpoints.result import Compressed, joined
+from pared.checkpoints.runtimes.conversion import CONFIG
 from pared.checkpoints.runtimes.writing import Goal, goal_of, write_for
 from pared.checkpoints.sampling import SizeModel
 from pared.checkpoints.selection import Kept, contained, is_adapter, select
@@ -93,7 +95,8 @@ def compress(
         says so.
 
     Raises:
-        ConfigError: the options contradict each other, or the size cannot be reached.
+        ConfigError: the options contradict each other, the size cannot be reached, or the directory holds another model
+            with a config.json, which that of the source would replace.
         FileError: the source cannot be read, or the directory cannot be written; CorruptError and UnsafeError are such.
         ModelError: a weight is NaN or infinite.
         WorkerError: a worker does not see the source, or cannot do the work.
@@ -169,6 +172,9 @@ def _each(
             check_kept(select(listing, compare=False).kept, listing)
             check_forms(listing)
     beside = find_companions(source, output, taken)
+    for part in parts:
+        if f"{part}/{CONFIG}".lstrip("/") in beside.copied:
+            check_replaceable(output / part)
     done = {}
     for part in parts:
         own: _Part = "inside" if part else "top"
@@ -210,6 +216,8 @@ def _run(
         check_kept(chosen.kept, chosen.listing)
         check_forms(listing)
         beside = Companions((), {}) if part != "whole" else _beside(source, output, listing)
+        if CONFIG in beside.copied:
+            check_replaceable(output)
         if quantized is not None and size is not None:
             _check_exact_size(listing, chosen.kept, size)
         sent = SentListing(chosen.listing, source, part == "top")

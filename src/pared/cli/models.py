@@ -62,6 +62,8 @@ class Source:
             from pared.runtime.exporting.exporters import is_written_generating  # likewise
 
             self._generates = is_written_generating(self._target, self._architecture, self._folder)
+        if self._folder is not None and output is not None and (self._target is None or self._generates):
+            pretrained.check_replaceable(output)
 
     @cached_property
     def model(self) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from pared.artifact.beside import companions
 from pared.artifact.shards import split
-from pared.checkpoints.pretrained.folder import NOTE, described, write_config
+from pared.checkpoints.pretrained.folder import NOTE, check_replaceable, described, write_config
 from pared.errors import ConfigError, ModelError
 from pared.files.directories.lock import SHORT_WAIT, owned
 from pared.files.disk import as_path, make_directory, write_atomic
@@ -118,7 +118,8 @@ def save_pretrained(
         options: those of `push_to_hub`: repo_id (default: the directory's name), commit_message, token, ...
 
     Raises:
-        ConfigError: an option has no meaning for a quantized model.
+        ConfigError: an option has no meaning for a quantized model; or the directory holds another model, such as the
+            float one, which its new config.json would make unreadable.
         FileError: the directory cannot be written.
         ModelError: the weights were changed after compression.
     """
@@ -143,6 +144,7 @@ def _write_pretrained(model: Any, output: Path, most: int) -> None:
     record = record_of(model)
     config = copy.deepcopy(model.config)
     settings = settings_of(model)
+    check_replaceable(output)
     make_directory(output)
     for name, content in settings.items():
         write_atomic(output / name, lambda file, content=content: file.write(content))  # type: ignore[misc]  # bound now

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -219,3 +220,20 @@ def test_a_snapshot_whose_blob_is_gone(tmp_path: Path) -> None:
     (top / "blobs" / "abc3").unlink()
     with pytest.raises(pared.FileError, match="model-00002-of-00002.safetensors is missing"):
         pared.compress(top, tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_the_configuration_of_another_model_is_not_replaced(part: str, tmp_path: Path) -> None:
+    source, place = repository(tmp_path / "one" / part), repository(tmp_path / "other" / part)
+    if part:
+        (tmp_path / "one" / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DModel"]}))
+    (place / "config.json").write_text('{"mine": 1}')
+    before = written(tmp_path / "other")
+    with pytest.raises(pared.ConfigError, match=r"other.*: holds a model that pared did not write \(model\.safet"):
+        pared.compress(tmp_path / "one", tmp_path / "other")
+    assert written(tmp_path / "other") == before
+    assert (place / "config.json").read_text() == '{"mine": 1}'
+    (source / "config.json").unlink()
+    (tmp_path / "one" / "model_index.json").unlink(missing_ok=True)
+    pared.compress(source, place)
+    assert (place / "config.json").read_text() == '{"mine": 1}'

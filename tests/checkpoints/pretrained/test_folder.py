@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from safetensors.torch import save_file
 import pared
 from pared.checkpoints.pretrained.folder import check_note, complete, note
 from pared.errors import ConfigError, CorruptError
-from tests.runtime.hugging_face.folders import EIGHT_BITS, IDS, fitted, folder, source, text_of
+from tests.runtime.hugging_face.folders import EIGHT_BITS, IDS, WEIGHTS, fitted, folder, source, text_of
 from tests.targets.families.models import built
 
 pytestmark = pytest.mark.slow
@@ -77,6 +80,39 @@ def test_the_folder_of_the_float_model_is_not_overwritten(tmp_path: Path) -> Non
     save_file({"weight": torch.ones(2)}, tmp_path / "best_model.safetensors")
     with pytest.raises(ConfigError, match="is the folder of the float model, whose config.json would be lost"):
         complete(tmp_path / "best_model.safetensors", tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-00001-of-00002.bin", "model.fp16.safetensors"])
+@pytest.mark.parametrize("write", ["save_pretrained", "complete", "fit"])
+def test_a_model_that_is_there_still_opens(write: str, name: str, tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(source(), place)
+    (place / "model.safetensors").rename(place / name)
+    if write == "complete":
+        pared.save(fitted(), place, container="safetensors")
+    before = contents(place)
+    acts: dict[str, Callable[[], object]] = {
+        "save_pretrained": lambda: fitted().save_pretrained(place),
+        "complete": lambda: complete(place / "best_model.safetensors", source()),
+        "fit": lambda: pared.fit(source(), WEIGHTS, [{"input_ids": IDS}], output=place, quiet=True),
+    }
+    with pytest.raises(ConfigError, match=rf"model: holds a model that pared did not write \({name}\), whose"):
+        acts[write]()
+    assert contents(place) == before
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_of_ours_is_written_again(tmp_path: Path) -> None:
+    fitted().save_pretrained(tmp_path)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"left by an earlier version")
+    fitted().save_pretrained(tmp_path)
+    assert text_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) == text_of(fitted())
 
 
 def test_artifacts_that_nobody_would_find(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ no weights, instead of taking random ones. The note in config.json leads to pare
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,14 +19,18 @@ from pared.artifact.parse import parse_index
 from pared.artifact.shards import check_there
 from pared.checkpoints.runtimes.conversion import CONFIG, config_of
 from pared.errors import ConfigError, FileError, ParedError, VersionError
-from pared.files.disk import write_atomic
+from pared.files.disk import reading, write_atomic
 from pared.formats.dtypes import FLOATING
+from pared.readers.folders.names import is_weights
 from pared.scalars import check_choice
 
 WEIGHTS: Final = FILE_NAMES["safetensors"]
 METHOD: Final = "pared"
 NOTE: Final = "quantization_config"  # the key of config.json
 _VERSION: Final = 1
+_ELSEWHERE: Final = "Write to another directory."
+# What the names of weights begin with that transformers and diffusers look for.
+_OPENED: Final = re.compile(r"((diffusion_)?pytorch_model|model|tf_model|flax_model)[-.]")
 _KEYS: Final[Mapping[str, tuple[object, ...]]] = {
     "quant_method": (METHOD,),
     "version": (_VERSION,),
@@ -97,7 +102,31 @@ def check_apart(source: Path, output: Path) -> None:
         raise ConfigError(
             "is the folder of the float model, whose config.json would be lost",
             where=str(output),
-            remedy="Write to another directory.",
+            remedy=_ELSEWHERE,
+        )
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to replace the configuration of another model, which would no longer open.
+
+    Args:
+        output: where a config.json will be written. One of ours may stand there.
+
+    Raises:
+        ConfigError: the folder holds weights that `from_pretrained` opens by the config.json beside them.
+        CorruptError: that is not a JSON object.
+    """
+    if not (output / CONFIG).is_file():
+        return
+    with reading(output):
+        names = sorted(path.name for path in output.iterdir())
+    found = [name for name in names if _OPENED.match(name) and is_weights(name)]
+    said = config_of(output, _ELSEWHERE).get(NOTE) if found else None
+    if found and not (isinstance(said, dict) and said.get("quant_method") == METHOD):
+        raise ConfigError(
+            f"holds a model that pared did not write ({found[0]}), whose config.json would be lost",
+            where=str(output),
+            remedy=_ELSEWHERE,
         )
 
 
@@ -111,11 +140,13 @@ def complete(artifact: Path, source: Path, architecture: str | None = None) -> N
         architecture: the class of the model; None: that of the source.
 
     Raises:
-        ConfigError: the artifact has another name, the source has no config.json, or the two folders are the same.
+        ConfigError: the artifact has another name, the source has no config.json, the two folders are the same, or
+            another model is beside the artifact.
         FileError: a file cannot be read or written.
     """
     output = artifact.parent
     check_apart(source, output)
+    check_replaceable(output)
     config = described(config_of(source, "Pass the folder that the float model came from."), artifact, architecture)
     names = companions.find_companions(source, output).copied
     companions.copy(source, [name for name in names if name != CONFIG], output, output)

@@ -95,7 +95,9 @@ def fit_folder(
     target = None if conf.target == OWN else TARGETS[conf.target]
     check_places(folder, output)
     check_directory(output)
-    if target is not None and not target.by_family:
+    if target is None:
+        pretrained.check_replaceable(output)
+    elif not target.by_family:
         check_vacant(output)
     executor = executor or LocalExecutor()
     asked = folder, conf, calibration, workspace, quiet, dtype, executor

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from pared.checkpoints.pretrained.folder import NOTE
+from pared.checkpoints.pretrained.folder import NOTE, check_replaceable
 from pared.checkpoints.runtimes.conversion import CONFIG, config_of
 from pared.errors import ConfigError, ModelError, reason_of
 from pared.files.disk import as_path, check_directory, make_directory
@@ -73,13 +73,15 @@ def export_generating(floats: nn.Module, contents: Contents, path: str | Path, f
         folder: the Hugging Face folder with the tokenizer; None: none is written, and texts are token ids.
 
     Raises:
-        ConfigError: the package for tokenizers is not installed, or does not know this one.
+        ConfigError: the package for tokenizers is not installed, or does not know this one; or the directory holds
+            another model, whose config.json would be lost.
         ModelError: the model cannot be captured, or its cache is not one of keys and values alone.
     """
     need("openvino", "openvino")
     path = as_path(path, "export")
     path = path if path.suffix == ".xml" else path / OPENVINO_FILE
     check_directory(path.parent)  # before the work, not after
+    check_replaceable(path.parent)
     tokenizer = None if folder is None else convertible(folder)
     settings = settings_of(floats)
     config = {**json.loads(settings[CONFIG]), "use_cache": True}
