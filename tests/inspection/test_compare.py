@@ -268,6 +268,29 @@ def test_json_is_valid_and_has_every_fact(tmp_path: Path) -> None:
     assert [one["name"] for one in found["only_in_b"]] == ["extra"]
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "row", "words"),
+    [
+        ([0, 0], [0, 0.5], "-inf 5.0e-01 A is 0", "SQNR -inf dB, no cosine (A is 0), largest error 0.5"),
+        ([1, 1], [0, 0], "0.0 1.0e+00 B is 0", "SQNR 0.0 dB, no cosine (B is 0), largest error 1 (1 of"),
+        ([1, 1, 1, 1], [2, 2, 2, 2], "0.0 1.0e+00 0.0e+00", "SQNR 0.0 dB, 1 - cosine 0.0e+00, largest error 1 (1 of"),
+        ([1, 1], [math.nan, 1], "-inf inf not finite", "1 of 2 numbers are NaN or infinite in A or B, and not alike"),
+        ([1e200, 1e200], [1, 1], "too large 1.0e+200 too large", "SQNR too large, no cosine (too large)"),
+    ],
+)
+def test_what_has_no_ratio_or_angle_is_told_in_words(a: list[float], b: list[float], row: str, words: str) -> None:
+    text = pared.compare(*({"w": torch.tensor(one, dtype=torch.float64)} for one in (a, b))).render()
+    assert f"weights   {words}" in text
+    (line,) = (line for line in text.splitlines() if line.startswith(" w "))
+    assert " ".join(line.split()).endswith(f" {row}")
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_numbers_nothing_is_equal(rows: int) -> None:
+    found = pared.compare({"w": torch.ones(rows, 4)}, {"w": torch.ones(rows, 4 if rows == 0 else 5)})
+    assert "weights   nothing could be compared" in found.render()
+
+
 def test_text_is_100_columns_wide_and_as_long_as_asked_for() -> None:
     torch.manual_seed(0)
     state = {f"encoder.layers.{i}.a_rather_long_name.weight": torch.randn(300, 300) for i in range(40)}

@@ -106,6 +106,13 @@ def test_what_is_not_finite_or_zero(a: list[float], b: list[float], sqnr: float,
     assert (found.sqnr, found.error, found.same) == (sqnr, error, error == 0)
 
 
+@pytest.mark.parametrize(("a", "b"), [(1e200, 1.0), (1.0, 1e200), (1e200, 1.001e200)])
+def test_squares_beyond_float64_are_no_equality(a: float, b: float) -> None:
+    found = measure(np.array([a, a]), np.array([b, b]))
+    assert found.sqnr == -math.inf or math.isnan(found.sqnr)
+    assert (math.isnan(found.cosine), found.no_angle, found.same) == (True, "too large", False)
+
+
 def test_differences_below_what_squares_can_hold_are_differences() -> None:
     found = measure(np.array([1e-200, 1.0]), np.array([0.0, 1.0]))
     assert not found.same

@@ -58,23 +58,43 @@ class Similarity:
     def sqnr(self) -> float:
         """The signal to noise ratio in dB, 10 log10(sum a^2 / sum (b - a)^2).
 
-        Infinite where all is equal; minus infinity where a is zero and b is not, or where something is broken.
+        Infinite where all is equal; minus infinity where a is zero and b is not, or where something is broken; NaN
+        where squares are beyond the range of float64.
         """
         if self.same:
             return math.inf
         if self.broken or not self.signal:
             return -math.inf
+        if math.isinf(self.signal):
+            return math.nan
         # A difference whose square underflows counts as the smallest number there is.
         return 10 * (math.log10(self.signal) - math.log10(max(self.noise, _LEAST)))
 
     @property
     def cosine(self) -> float:
-        """The cosine of the angle between both: 1 if all is equal, NaN if one is zero and the other is not."""
+        """The cosine of the angle between both: 1 if all is equal, NaN where there is no angle: see `no_angle`."""
         if self.same:
             return 1.0
         if not (self.signal and self.other) or self.broken:
             return math.nan
+        if math.isinf(self.signal) or math.isinf(self.other):
+            return math.nan
         return max(-1.0, min(1.0, self.product / (math.sqrt(self.signal) * math.sqrt(self.other))))
+
+    @property
+    def no_angle(self) -> str:
+        """Why the cosine is NaN, in a word or three; "" where it is a number.
+
+        >>> measure(np.zeros(2), np.ones(2)).no_angle, measure(np.ones(2), np.full(2, np.nan)).no_angle
+        ('A is 0', 'not finite')
+        """
+        if not math.isnan(self.cosine):
+            return ""
+        if self.broken:
+            return "not finite"
+        if not self.largest:
+            return "A is 0"
+        return "too small" if not self.signal else "B is 0" if not self.other else "too large"
 
     @property
     def relative_error(self) -> float:

@@ -303,7 +303,7 @@ def _label(layer: LayerOutput) -> str:
 
 
 def _level(sqnr: float) -> str:
-    return "equal" if sqnr == math.inf else f"{sqnr:.1f} dB"
+    return _decibels(sqnr) if math.isnan(sqnr) or sqnr == math.inf else f"{sqnr:.1f} dB"
 
 
 def _after(layer: LayerOutput) -> str:
@@ -324,10 +324,15 @@ def _ratio(a: Side, b: Side) -> float:
 
 
 def _words(similarity: Similarity) -> str:
+    if not similarity.count:
+        return "nothing could be compared"
     if similarity.same:
         return "equal"
-    error = f"largest error {similarity.error:.3g} ({similarity.relative_error:.2g} of the largest number)"
-    return f"SQNR {_level(similarity.sqnr)}, 1 - cosine {_apart(similarity.cosine)}, {error}"
+    if similarity.broken:
+        return f"{similarity.broken:,} of {similarity.count:,} numbers are NaN or infinite in A or B, and not alike"
+    share = f" ({similarity.relative_error:.2g} of the largest number)" if similarity.largest else ""
+    apart = f"no cosine ({similarity.no_angle})" if similarity.no_angle else f"1 - cosine {_apart(similarity)}"
+    return f"SQNR {_level(similarity.sqnr)}, {apart}, largest error {similarity.error:.3g}{share}"
 
 
 def _figures(similarity: Similarity | None) -> tuple[str, str, str]:
@@ -336,15 +341,15 @@ def _figures(similarity: Similarity | None) -> tuple[str, str, str]:
         return "differs", "", ""
     if similarity.same:
         return "equal", "", ""
-    return _decibels(similarity.sqnr), f"{similarity.error:.1e}", _apart(similarity.cosine)
+    return _decibels(similarity.sqnr), f"{similarity.error:.1e}", _apart(similarity)
 
 
 def _decibels(sqnr: float) -> str:
-    return "equal" if sqnr == math.inf else f"{sqnr:.1f}"
+    return "too large" if math.isnan(sqnr) else "equal" if sqnr == math.inf else f"{sqnr:.1f}"
 
 
-def _apart(cosine: float) -> str:
-    return "nan" if math.isnan(cosine) else f"{1 - cosine:.1e}"
+def _apart(similarity: Similarity) -> str:
+    return similarity.no_angle or f"{1 - similarity.cosine:.1e}"
 
 
 def _plain(value: float) -> float | str:
