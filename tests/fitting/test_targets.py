@@ -230,7 +230,7 @@ class Experts(Net):
     def __init__(self) -> None:
         super().__init__()
         self.experts = nn.Parameter(torch.randn(3, 64, 64) / 8)
-        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "own"})
+        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "mixtral"})
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.table(tokens)
@@ -259,6 +259,8 @@ class Configured(Net):
         ("gguf", None, "a Net has no configuration .*\n  Known are LlamaForCausalLM, MistralForCausalLM"),
         ("gguf", {"architectures": ["Odd"]}, "the architecture Odd is not known\n  Known are LlamaForCausalLM"),
         ("gguf", {"model_type": "x"}, "the architecture Configured is not known"),
+        ("mlx", {"model_type": "t5"}, "mlx-lm has no loader for models of type t5\n  Use the target"),
+        ("mlx", {"model_type": "gpt2"}, "models of type gpt2 store their matrices transposed"),
         ("gptq", {"model_type": "gpt2"}, "models of type gpt2 store their matrices transposed"),
     ],
 )

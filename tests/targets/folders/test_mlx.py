@@ -81,3 +81,27 @@ def test_steps_beyond_float16_are_refused_where_the_model_computes_in_it(tmp_pat
     with pytest.raises(ConfigError, match="layers.0.dense.weight: .*float16"):
         mlx.write(random.source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["t5", "falcon", "bloom", "bert", "../llama", "", None])
+def test_models_that_mlx_lm_does_not_load_are_refused(kind: str | None, tmp_path: Path) -> None:
+    random = Random({"layers.0.dense.weight": (32, 64)}, lambda name, role: None, {**CONFIG, "model_type": kind})
+    with pytest.raises(ConfigError, match=r"config\.json: .*mlx-lm.*\n  Use the target \"onnx\" or \"openvino\""):
+        mlx.write(random.source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mistral"}, {"model_type": "lfm2-vl"}, {"model_file": "own.py"}])
+def test_models_that_mlx_lm_loads(config: dict[str, Any]) -> None:
+    mlx.check(config)
+
+
+def test_the_installed_mlx_lm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tmp_path / "mlx_lm" / "models"
+    models.mkdir(parents=True)
+    (models.parent / "__init__.py").write_text("raise AssertionError('it was imported')")
+    (models / "brand_new.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mlx.check({"model_type": "brand_new"})
+    with pytest.raises(ConfigError, match="mlx-lm has no loader for models of type newer"):
+        mlx.check({"model_type": "newer"})

@@ -28,6 +28,7 @@ from pared.targets.folders.folder import (
     stored_steps,
     write_folder,
 )
+from pared.targets.folders.mlx_types import check_loaded
 from pared.targets.folders.shards import Group, Stored
 from pared.targets.pieces import Outline, Source
 from pared.targets.target import Offer, Role, Target
@@ -60,8 +61,24 @@ TARGET: Final = Target(
 )
 
 
+def check(config: Mapping[str, Any], _folder: Path | None = None) -> None:
+    """Refuse a model that mlx-lm does not load, before any work.
+
+    Raises:
+        ConfigError: this is one.
+    """
+    if config:  # a model that has none is refused by `check_config`
+        check_loaded(config)
+
+
 def write(source: Source, path: Path) -> list[Path]:
-    """Write a folder; see `write_folder`."""
+    """Write a folder; see `write_folder`.
+
+    Raises:
+        ConfigError: mlx-lm does not load the model, or its format does not hold it.
+        FileError: the folder cannot be written, or there is something already.
+    """
+    check(source.config)
     return write_folder(source, path, TARGET, _layout(source))
 
 
