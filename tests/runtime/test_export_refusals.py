@@ -79,3 +79,51 @@ def test_what_is_not_in_the_graph_is_told(tmp_path: Path, caplog: pytest.LogCapt
         exported = pared.export(q, tmp_path, torch.randn(3, 64))
     assert exported.floats == {"spare.weight": "the graph does not use it"}
     assert exported.codes == ("used.weight",)
+
+
+class Padded(nn.Module):
+    """Sequences with lengths: what lies behind the end of one is left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(16, 16, batch_first=True, bidirectional=True)
+        self.last = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = self.last(self.layer(x * mask[..., None])[0]) * mask[..., None]
+        return out
+
+
+@pytest.mark.parametrize(("to", "file"), [("onnx", "model.onnx"), ("openvino", "openvino_model.xml")])
+def test_a_size_that_the_capture_fixes_is_told(
+    to: str, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(-1, int(x.shape[1]) * 16) if x.shape[1] == 5 else x[:, 0]
+
+    steps = nn.Sequential(nn.Linear(16, 16), Last())
+    q = pared.fit(steps, quiet=True)
+    with caplog.at_level(logging.WARNING, "pared"):
+        exported = pared.export(q, tmp_path, torch.randn(3, 5, 16), to=to)
+    assert exported.inputs["input"][1:] == (5, 16)
+    assert f"{file} takes input only with 5 in dimension 1, where the model itself takes other sizes" in caplog.text
+    assert "dimension 2" not in caplog.text, "that belongs to the weights"
+    caplog.clear()
+    for dynamic in (False, {"input": {0: torch.export.Dim("rows")}}):
+        pared.export(q, tmp_path, torch.randn(3, 5, 16), to=to, dynamic=dynamic)
+    assert "other sizes" not in caplog.text, "it was asked for"
+
+
+@pytest.mark.parametrize("length", [6, 16])  # the latter is that of another dimension, too
+def test_sequences_and_their_mask_are_fixed_together(
+    length: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = (torch.randn(3, length, 16), torch.ones(3, length))
+    q = pared.fit(Padded(), pared.PostTrainingQuantConfig(approach="weight_only"), [batch], quiet=True)
+    with caplog.at_level(logging.WARNING, "pared"):
+        pared.export(q, tmp_path, batch)
+    told = [one.getMessage() for one in caplog.records if "other sizes" in one.getMessage()]
+    assert [one.partition(",")[0] for one in told] == [
+        f"model.onnx takes {name} only with {length} in dimension 1" for name in ("x", "mask")
+    ]

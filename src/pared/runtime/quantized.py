@@ -128,8 +128,9 @@ def export(
         to: the runtime: "onnx", "openvino", "gguf", "compressed-tensors", "gptq", "mlx", ...
         folder: the Hugging Face folder that the model came from, with config.json and the tokenizer, which runtimes
             that know architectures read from their files. Default: the model's own configuration, and no tokenizer.
-        dynamic: which dimensions of the inputs may vary. True: all that the model allows; False: none; or, by
-            argument, what `torch.export.export` takes as `dynamic_shapes`.
+        dynamic: which dimensions of the inputs may vary. True: all that `torch.export` leaves free; False: none; or, by
+            argument, what `torch.export.export` takes as `dynamic_shapes`. A warning names what is fixed although the
+            model takes other sizes, such as the length of the sequences of an LSTM.
 
     Returns:
         what was written: path, bytes, inputs, outputs, and which tensors are codes.

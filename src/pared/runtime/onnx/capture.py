@@ -29,10 +29,12 @@ class OnnxGraph:
     Args:
         model: an `onnx_ir.Model` whose initializers have the names of the model's tensors.
         signature: the calling convention.
+        call: the call that was captured.
     """
 
     model: Any
     signature: Signature
+    call: Example
 
 
 def capture(
@@ -55,7 +57,7 @@ def capture(
     _tidy(graph_model, weights)
     tensors = zip(graph_model.graph.inputs, tensors_of(call), strict=True)
     inputs = {value.name: GraphInput.of(tensor, shape_of(value) or ()) for value, tensor in tensors}
-    return OnnxGraph(graph_model, replace(signature, inputs=inputs))
+    return OnnxGraph(graph_model, replace(signature, inputs=inputs), call)
 
 
 def program_of(
@@ -67,7 +69,7 @@ def program_of(
         model: a model in eval mode, with the weights that the graph is to hold.
         args: the positional arguments of an example call.
         kwargs: its keyword arguments.
-        dynamic: which dimensions may vary. True: every dimension of the inputs that the model allows; False: none; or
+        dynamic: which dimensions may vary. True: all that `torch.export` leaves free; False: none; or
             what `torch.export.export` takes as `dynamic_shapes`, by argument.
 
     Raises:
@@ -84,7 +86,7 @@ def program_of(
             where=type(model).__name__,
             remedy="Only a model that returns tensors can be exported.",
         )
-    return _program(FlatModel(model, call, tensors_of), _dimensions(call, dynamic, signature)), call, signature
+    return _program(FlatModel(model, call, tensors_of), dimensions_of(call, dynamic, signature)), call, signature
 
 
 def shape_of(value: Any) -> tuple[int | str, ...] | None:
@@ -127,8 +129,12 @@ def _two_samples(model: nn.Module, call: Example) -> Example:
     return twice
 
 
-def _dimensions(call: Example, dynamic: Dynamic, signature: Signature) -> list[Any]:
-    """The dimensions that may vary, for each tensor an entry of torch.export's `dynamic_shapes`."""
+def dimensions_of(call: Example, dynamic: Dynamic, signature: Signature) -> list[Any]:
+    """The dimensions that may vary, for each tensor an entry of torch.export's `dynamic_shapes`.
+
+    Raises:
+        ConfigError: `dynamic` names an argument that has no tensors here.
+    """
     tensors = tensors_of(call)
     auto = torch.export.Dim.AUTO
     if isinstance(dynamic, bool):

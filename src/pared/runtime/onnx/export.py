@@ -20,7 +20,8 @@ from pared.files.directories.writable import writing_to
 from pared.files.disk import as_path, make_directory, reading
 from pared.model.calls import bind
 from pared.model.contents import Contents
-from pared.runtime.onnx.capture import Dynamic, capture, shape_of
+from pared.runtime.onnx.capture import Dynamic, capture, dimensions_of, shape_of
+from pared.runtime.onnx.fixed import tell_fixed
 from pared.runtime.onnx.rewrite import rewrite
 from pared.runtime.onnx.signature import SIGNATURE
 from pared.runtime.onnx.weights.grouped import AccuracyLevel
@@ -110,9 +111,8 @@ def export_onnx(
         log.warning("%s holds %s as floats: %s", path.name, name, because)
     graph = captured.model.graph
     shapes = {name: one.shape for name, one in captured.signature.inputs.items()}
-    for name, shape in shapes.items():
-        if dynamic is True and shape and not any(isinstance(size, str) for size in shape):
-            log.warning("the model fixes the shape of %s: %s", name, list(shape))
+    signature, call = captured.signature, captured.call
+    tell_fixed(path, floats, call, signature.inputs, dimensions_of(call, dynamic, signature))
     outputs = {value.name: shape_of(value) for value in graph.outputs}
     return Exported(path, nbytes, shapes, outputs, found.coded, found.floats, found.activations)
 

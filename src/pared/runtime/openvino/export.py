@@ -18,8 +18,9 @@ from pared.files.disk import as_path, make_directory
 from pared.model.calls import bind
 from pared.model.contents import Contents
 from pared.runtime.graphs.capturing.capture import capturing, functional, placeholders
-from pared.runtime.onnx.capture import Dynamic, names_of, program_of
+from pared.runtime.onnx.capture import Dynamic, dimensions_of, names_of, program_of
 from pared.runtime.onnx.export import ARTIFACT, Exported, checksum_beside, need
+from pared.runtime.onnx.fixed import tell_fixed
 from pared.runtime.onnx.signature import SIGNATURE, GraphInput, Signature, tensors_of
 from pared.runtime.openvino.conversion import Filled, filled
 
@@ -62,6 +63,7 @@ def export_openvino(
     _name(found.model, names, outputs, shapes)
     _tell(found.model, signature, path)
     nbytes = write({path.name: found.model}, path)
+    tell_fixed(path, floats, call, signature.inputs, dimensions_of(call, dynamic, signature))
     ends = {name: _shape(found.model.output(i)) for i, name in enumerate(outputs)}
     return described(found, contents, path, nbytes, {name: one.shape for name, one in given.items()}, ends)
 
