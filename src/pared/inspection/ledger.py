@@ -16,12 +16,14 @@ from pared.artifact.listing import open_either
 from pared.artifact.parse import parse_index
 from pared.errors import ConfigError, printable
 from pared.files.disk import as_path
-from pared.inspection.findings import Depth, Finding, find, is_sampled, megabytes
+from pared.inspection.findings import QUANTIZED_ALREADY, Depth, Finding, find, is_sampled, megabytes
 from pared.readers.listing import ListedTensor, Listing, Note, Storage
 from pared.readers.memory import is_model, list_model
 from pared.terminal import WIDTH, Notes, table
 
 _NOTHING_FOUND: Final = "No findings: nothing is stored twice, in a wider type than it needs, or without being used."
+# The types into which other tools pack several codes.
+_PACKED: Final = frozenset(("uint8", "int16", "uint16", "int32", "uint32", "float4_e2m1fn_x2"))
 _NOTHING_IN_HEADERS: Final = "No findings in the headers; without --quick, the numbers are examined too."
 
 
@@ -86,8 +88,15 @@ class Ledger:
 
     @property
     def bits_per_weight(self) -> float:
-        """The bits of the whole file, including its container, per element."""
+        """The bits of the whole file, including its container, per element: see `unit`."""
         return 8 * self.nbytes / self.elements if self.elements else 0.0
+
+    @property
+    def unit(self) -> str:
+        """What an element is: "weight"; or "stored number", where other tools have packed several codes into one."""
+        foreign = {name for finding in self.findings if finding.kind == QUANTIZED_ALREADY for name in finding.names}
+        packed = (row for row in self.rows if row.name in foreign and row.format in _PACKED)
+        return "stored number" if any(len(row.shape or ()) > 1 for row in packed) else "weight"
 
     def by_format(self) -> dict[str, int]:
         """The bytes of each format, the largest first."""
@@ -123,7 +132,9 @@ class Ledger:
     def _totals(self) -> Iterator[str]:
         yield from textwrap.wrap(printable(self.file), WIDTH)
         ratio = f"{self.nbytes / self.original_nbytes:.3f} of the source, " if self.original_nbytes else ""
-        yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per weight"
+        yield f"{self.nbytes:,} bytes, {ratio}{self.bits_per_weight:.2f} bits per {self.unit}"
+        if self.unit != "weight":
+            yield "  (a stored number may hold several weights, which another tool has packed)"
         for format, nbytes in self.by_format().items():
             yield f"  {printable(format):<16}{nbytes:>15,} bytes{100 * nbytes / max(self.nbytes, 1):>8.2f} %"
 

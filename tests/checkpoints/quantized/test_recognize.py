@@ -128,6 +128,22 @@ def test_it_is_a_finding_with_its_remedy(tool: str, tmp_path: Path) -> None:
         assert finding.names[0] in TOOLS[tool][0]
 
 
+# The tools that store several codes in one number.
+PACKING = {"GPTQ", "AWQ", "bitsandbytes in 4 bits", "compressed-tensors", "HQQ", "MXFP4", "AQLM"}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_packed_codes_do_not_count_as_weights(tool: str, tmp_path: Path) -> None:
+    state = floats() | TOOLS[tool][0]
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    found = pared.inspect(tmp_path / "model.safetensors", depth="quick")
+    assert found.unit == ("stored number" if tool in PACKING else "weight")
+    bits = 8 * found.nbytes / sum(one.numel() for one in state.values())
+    said = f"{found.nbytes:,} bytes, {bits:.2f} bits per {found.unit}"
+    assert said in found.render().splitlines()
+    assert ("may hold several weights" in found.render()) == (tool in PACKING)
+
+
 CONFIGS: dict[str, tuple[str, Any, str]] = {
     "GPTQ": ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ, 4 bits"),
     "bitsandbytes": (

@@ -24,8 +24,9 @@ from pared.inspection.findings.structure import (
 )
 from pared.readers.listing import Listing
 
-__all__ = ["DETECTORS", "KINDS", "Depth", "Finding", "find", "is_sampled", "megabytes"]
+__all__ = ["DETECTORS", "KINDS", "QUANTIZED_ALREADY", "Depth", "Finding", "find", "is_sampled", "megabytes"]
 
+QUANTIZED_ALREADY: Final = "quantized-already"
 # The most bytes of tensor data to read, by depth; None: no limit.
 _MOST: Final[dict[Depth, int | None]] = {"quick": 0, "default": 10**9, "deep": None}
 
@@ -62,7 +63,7 @@ DETECTORS: Final[tuple[tuple[str, Callable[[Case], Iterator[Cause]]], ...]] = (
     ("two-copies", two_copies),
     ("untied", untied),
     ("duplicate", duplicate),
-    ("quantized-already", quantized_already),
+    (QUANTIZED_ALREADY, quantized_already),
     ("left-in-float", left_in_float),
     ("zeros", _with_trait("zeros", floats=True)),
     ("zeros", _with_trait("zeros", floats=False, remedy=_RECOMPUTED)),
