@@ -1,5 +1,7 @@
 """The public names: one list, which type checkers, editors and programs read alike."""
 
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,14 @@ def test_every_name_is_there_and_nothing_else_is_listed() -> None:
 def test_results_of_verbs_have_public_types() -> None:
     named = {"Comparison", "Curve", "Estimate", "Exported", "Finding", "Ledger", "Outcome", "Row", "Runner", "Trial"}
     assert named <= set(pared.__all__)
+
+
+def test_every_argument_of_a_verb_is_described() -> None:
+    verbs = [verb for name in pared.__all__ if inspect.isfunction(verb := getattr(pared, name))]
+    assert {pared.fit, pared.estimate, pared.trade_off} <= set(verbs)
+    for verb in verbs:
+        described = set(re.findall(r"^ +(\w+): ", inspect.getdoc(verb) or "", re.MULTILINE))
+        assert set(inspect.signature(verb).parameters) <= described, verb
 
 
 @pytest.mark.child
