@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 DAMAGED: Final = "Fetch the file again; it is damaged."
 DANGEROUS: Final = "Do not use this file: pared writes nothing like it, and reading it could exhaust the memory."
 
 _LONGEST: Final = 300  # characters of a reason
+_INSTALLED: Final = re.compile(r"[/\\](?:site|dist)-packages[/\\](\w+)")
 
 
 def printable(text: str) -> str:
@@ -24,14 +26,32 @@ def printable(text: str) -> str:
 def reason_of(error: BaseException) -> str:
     """An error of any kind in one line: the first of its message, and its class where that is not one of ours.
 
+    What an installed library raised names the library, as in "RuntimeError: shapes do not match (raised in torch)".
+
     >>> reason_of(KeyError("weight")), reason_of(ValueError(""))
     ('KeyError: weight', 'ValueError')
     """
     if isinstance(error, ParedError):
-        return error.what
+        return _line(error.what)
     text = error.args[0] if isinstance(error, KeyError) and error.args else error  # whose text is the key's `repr`
-    lines = str(text).strip().splitlines()
-    return printable(f"{type(error).__name__}: {lines[0]}"[:_LONGEST] if lines else type(error).__name__)
+    line, library = _line(str(text)), _library(error)
+    named = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return printable(f"{named} (raised in {library})" if library else named)
+
+
+def _line(text: str) -> str:
+    """The first line of a text, of which others explain more to who can see the traceback."""
+    lines = text.strip().splitlines()
+    return lines[0][:_LONGEST] if lines else ""
+
+
+def _library(error: BaseException) -> str:
+    """The installed package in which an error was raised; "" if it was raised elsewhere, or in pared."""
+    file, place = "", error.__traceback__
+    while place is not None:
+        file, place = place.tb_frame.f_code.co_filename, place.tb_next
+    found = _INSTALLED.search(file)
+    return found[1] if found and found[1] != "pared" else ""
 
 
 class ParedError(ValueError):

@@ -161,7 +161,7 @@ class Refusing(Normed):
 
     def forward(self, x: Tensor) -> Tensor:
         if bool((self.branch.norm(dim=1) == 0).any()):
-            raise ValueError("a direction has no length")
+            raise ValueError("a direction has no length\nwhich is told at length")
         return super().forward(x)
 
 
@@ -181,6 +181,7 @@ def test_a_result_whose_calls_fail_is_told_once(caplog: pytest.LogCaptureFixture
     assert [record.message for record in caplog.records if "a recorded call fails in the result" in record.message]
     assert q.pared.damage.measured == math.inf
     assert q.report().count("a recorded call fails in the result: ValueError: a direction has no length") == 1
+    assert "told at length" not in q.report()
 
 
 def test_weights_with_which_a_call_fails_lose_everything() -> None:

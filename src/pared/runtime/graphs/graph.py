@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from pared.errors import ModelError
+from pared.errors import ModelError, reason_of
 from pared.model.tensors import version_of
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capturing.capture import Captured, Size
@@ -48,9 +48,8 @@ class Graph:
             self.module = compiled(captured, model)
             self._hides = any(hides_nan(node) for node in self.module.graph.nodes)
         except Exception as error:  # a rule that fails costs the graph, not the user's call; tests make graphs by hand
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"its graph cannot be made ({type(error).__name__}: {reason})",
+                f"its graph cannot be made ({reason_of(error)})",
                 where="graph",
                 remedy="The model runs by its modules instead. Please report this.",
             ) from error

@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from pared.errors import reason_of
+
 FULL_LEVELS: Final = 255
 """The largest activation code where the kernel's sums are exact."""
 
@@ -59,7 +61,7 @@ def available() -> str:
     try:
         right = _largest_sums_are_right(SAFE_LEVELS)
     except RuntimeError as error:
-        return f"oneDNN refuses an int8 product: {str(error).splitlines()[0]}"
+        return f"oneDNN refuses an int8 product: {reason_of(error)}"
     return "" if right else "oneDNN computes a wrong int8 product"
 
 

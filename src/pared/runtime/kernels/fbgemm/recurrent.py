@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pared.errors import reason_of
 from pared.runtime.kernels.fbgemm.rows import packed_product
 from pared.runtime.kernels.machine import FULL_LEVELS, levels_for
 from pared.runtime.kernels.machine import available as products_available
@@ -64,7 +65,7 @@ def available() -> str:
     try:
         run("lstm", zero, (zero, zero), [pack(Weights((codes, codes), (steps, steps)))], 1)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
-        return f"this build of PyTorch has no int8 recurrent layers: {str(error).splitlines()[0]}"
+        return f"this build of PyTorch has no int8 recurrent layers: {reason_of(error)}"
     return ""
 
 
