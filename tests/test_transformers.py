@@ -31,6 +31,19 @@ def t5() -> T5ForConditionalGeneration:
     return model.eval()  # type: ignore[no-untyped-call]  # transformers
 
 
+@pytest.mark.parametrize("batch", [{"input_ids": IDS}, (IDS,)], ids=["named", "in order"])
+def test_a_decoder_without_inputs_is_told(batch: object) -> None:
+    with pytest.raises(pared.CalibrationError) as caught:
+        pared.fit(t5(), None, [batch], quiet=True)
+    said = str(caught.value)
+    assert "batch 0: there are no inputs for the decoder, without which the model raised ValueError: You must" in said
+    assert '{"input_ids": ..., "decoder_input_ids": ...}, or with "labels"' in said
+    wrong = {"input_ids": IDS, "decoder_input_ids": IDS.float()}
+    with pytest.raises(pared.CalibrationError, match="the model raised") as caught:
+        pared.fit(t5(), None, [wrong], quiet=True)
+    assert "no inputs for the decoder" not in str(caught.value)
+
+
 @pytest.mark.parametrize("make", [gpt2, t5], ids=["gpt2", "t5"])
 @pytest.mark.parametrize("approach", ["weight_only", "auto", "dynamic"])
 def test_generation_works_before_and_after_saving(make, approach: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]  # either

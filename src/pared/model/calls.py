@@ -165,9 +165,42 @@ def _read(model: nn.Module, calibration: object, recorder: _Recorder, name: str)
         given = bind(model, batch, where)
         args, kwargs = values.copied(given)
         recorder.original = given
-        guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
+        with explaining(model, given, where):
+            guarded(lambda args=args, kwargs=kwargs: model(*args, **kwargs), where)  # type: ignore[misc]  # bound now
         if recorder.is_full:
             return
+
+
+@contextmanager
+def explaining(model: nn.Module, given: Arguments, where: str) -> Iterator[None]:
+    """Say so where a model that has a decoder fails without inputs for it: what it raises is about others.
+
+    Args:
+        model: what is called within this context, by `guarded`.
+        given: the arguments of the call.
+        where: for messages.
+
+    Raises:
+        CalibrationError: the model has raised something.
+    """
+    try:
+        yield
+    except CalibrationError as error:
+        signature = inspect.signature(model.forward)
+        known = {*signature.bind(*given[0], **given[1]).arguments, *given[1]}
+        two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+        if not (two and _of_decoder(signature.parameters)) or _of_decoder(known) or "labels" in known:
+            raise
+        raise CalibrationError(
+            f"there are no inputs for the decoder, without which {error.what}",
+            where=where,
+            remedy='Pass batches with both, {"input_ids": ..., "decoder_input_ids": ...}, or with "labels", of which '
+            "most models make them; on the command line --calib PKG.MOD:OBJ. A text is read by the encoder alone.",
+        ) from error.__cause__
+
+
+def _of_decoder(names: Iterable[str]) -> bool:
+    return any(name.startswith("decoder_") for name in names)
 
 
 def guarded(call: Callable[[], ResultT], where: str) -> ResultT:

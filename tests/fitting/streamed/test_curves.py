@@ -97,3 +97,16 @@ def test_a_dry_run_tells_what_is_not_in_blocks(tmp_path: Path) -> None:
         pared.estimate(folder, None, BATCHES)
     with pytest.raises(CalibrationError, match="has the token 1000"):
         pared.estimate(folder, None, [{"input_ids": torch.full((1, 4), 1000)}])
+
+
+def test_a_decoder_without_inputs_is_told(tmp_path: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    config = transformers.T5Config(vocab_size=96, d_model=32, num_layers=3, num_heads=2, d_kv=16, d_ff=64)
+    folder = written(transformers.T5ForConditionalGeneration(config).eval(), tmp_path / "model")
+    ids = [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}]
+    for act in (
+        lambda: pared.estimate(folder, None, ids),
+        lambda: pared.fit(folder, None, ids, workspace=tmp_path / "w"),
+    ):
+        with pytest.raises(CalibrationError, match="batch 0: there are no inputs for the decoder, without which the"):
+            act()

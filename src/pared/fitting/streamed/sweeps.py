@@ -28,7 +28,7 @@ from pared.fitting.streamed.parts.weights import Weights
 from pared.fitting.streamed.shards.runs import KINDS, BlockRuns, Shards, added
 from pared.fitting.streamed.store import Store
 from pared.formats.views import View
-from pared.model.calls import Call, guarded
+from pared.model.calls import Call, explaining, guarded
 from pared.model.outputs import Key, Leaf, leaves_of
 from pared.model.tensors import ModelTensors
 from pared.switches import ignoring
@@ -132,7 +132,9 @@ class Sweeps:
             NotInBlocks: the model does not pass a stream through its blocks.
         """
         with self.weights.around({*self.blocks.outside, *self.blocks.tensors[0]}):
-            guarded(partial(self._chain.learn, self.calls[0]), of_batch(0))
+            first = self.calls[0]
+            with explaining(self.weights.tensors.model, (first.args, dict(first.kwargs)), of_batch(0)):
+                guarded(partial(self._chain.learn, first), of_batch(0))
         shapes: list[tuple[int, ...]] = []
         found: list[Arguments] = []
         with self.weights.around(self.blocks.outside, traced=True):

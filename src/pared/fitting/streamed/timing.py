@@ -12,7 +12,7 @@ from pared.fitting.streamed.parts.blocks import ModelBlocks, differentiated, of_
 from pared.fitting.streamed.parts.chain import Chain
 from pared.fitting.streamed.parts.weights import Weights
 from pared.fitting.streamed.shards.runs import KINDS
-from pared.model.calls import Call, guarded
+from pared.model.calls import Call, explaining, guarded
 from pared.switches import ignoring
 
 
@@ -30,7 +30,10 @@ def seconds_of_a_call(weights: Weights, blocks: ModelBlocks, call: Call) -> floa
     """
     model = weights.tensors.model
     chain = Chain(model, blocks)
-    with weights.around({*blocks.outside, *blocks.tensors[0]}):
+    with (
+        weights.around({*blocks.outside, *blocks.tensors[0]}),
+        explaining(model, (call.args, dict(call.kwargs)), of_batch(0)),
+    ):
         guarded(partial(chain.learn, call), of_batch(0))
     with weights.around(blocks.outside, traced=True):
         entering, arguments = guarded(partial(chain.start, call), of_batch(0))
