@@ -127,6 +127,7 @@ _WORDS: Final[Mapping[str, int | None]] = {
     "runs": None,
     "": None,
 }
+_PARTS: Final = re.compile(r"[^./ ]*[./ ]|[^./ ]+")  # of a name, with what ends each
 _MANY_ROWS: Final = 100
 _LEAST_FILLING: Final = 10
 _FILLING: Final = ("tensor", "output of")  # as wide as the other columns allow
@@ -143,8 +144,12 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     ['', ' trial  score', ' ────────────', '     1   0.25', '']
     """
     cells = [[printable(cell) for cell in row] for row in rows]
-    widths = _widths(headings, cells) if len(cells) > _MANY_ROWS else None
-    if widths is None:
+    widths = _widths(headings, cells)
+    if widths is not None:
+        for i, width in enumerate(widths):
+            for row in cells if headings[i] in _FILLING else ():
+                row[i] = _divided(row[i], width)
+    if widths is None or len(cells) <= _MANY_ROWS:
         return _drawn(headings, cells)
     # For very many rows a library's layout takes a minute, and kilobytes for each.
     blank = _drawn(headings, [], widths)
@@ -152,7 +157,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     for row in cells:
         lengths = [_width(cell) for cell in row]
         too_wide = any(length > width for length, width in zip(lengths, widths, strict=True))
-        if too_wide or any(cell != cell.strip() for cell in row):
+        if too_wide or any(cell != cell.strip() or "\n" in cell for cell in row):
             lines += _drawn(headings, [row], widths)[len(blank) - 1 : -1]
             continue
         padded = [
@@ -161,6 +166,22 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
         ]
         lines.append(f" {'  '.join(padded)}".rstrip())
     return [*lines, blank[-1]]
+
+
+def _divided(name: str, width: int) -> str:
+    r"""A name that is wider than its column, as lines that end between its parts where they can.
+
+    >>> _divided("model.layers.10.self_attn.q_proj.weight", 16)
+    'model.layers.10.\nself_attn.\nq_proj.weight'
+    """
+    if _width(name) <= width:
+        return name
+    lines = [""]
+    for part in _PARTS.findall(name):
+        if lines[-1] and _width(lines[-1] + part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _width(text: str) -> int:
