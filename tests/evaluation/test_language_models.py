@@ -96,6 +96,10 @@ class Broken(Recurrent):
         return super().forward(tokens) * torch.nan
 
 
+class Translating(Recurrent):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+
 class Pooled(Recurrent):
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens)[:, 0]
@@ -106,6 +110,7 @@ class Pooled(Recurrent):
     [
         (Recurrent(), [3], {}, EvaluationError, "has 1 tokens, and none can be predicted"),
         (Recurrent(), [], {}, EvaluationError, "has 0 tokens"),
+        (Translating(), [1, 2], {}, EvaluationError, "the model is an encoder-decoder, which reads a text as a whole"),
         (Recurrent(), [1, 2, 17], {}, EvaluationError, "token 17 at position 2 is not among the 17 of the model"),
         (Recurrent(), [1, -2, 3], {}, EvaluationError, "token -2 at position 1"),
         (Recurrent(), [[1, 2], [3, 4]], {}, ConfigError, "a list is neither a text nor its tokens"),

@@ -69,7 +69,7 @@ def evaluate(
     Raises:
         ConfigError: an option has no valid value, there is no tokenizer, or a folder's architecture is unknown.
         EvaluationError: there are fewer than two tokens, a token is beyond a model's table, the vocabularies differ,
-            the output has no logits, or they are NaN.
+            the output has no logits, or they are NaN; or a model is an encoder-decoder, which predicts another text.
         FileError: the text, a folder or its tokenizer cannot be read.
         WorkerError: a worker does not see a folder, or cannot do the work.
 
@@ -145,6 +145,7 @@ def evaluated(
     windows = cut(len(tokens.ids), context, stride, len(tokens.prefix))
     for one, name in ((model, "the model"), (reference, "the reference")):
         if one is not None:
+            _check_kind(one, name)
             _check_table(one, tokens, name)
     here = WindowRuns(tokens, Here(model), None if reference is None else Here(reference))
     runs, executor = elsewhere or (here, LocalExecutor())
@@ -206,6 +207,16 @@ def _tokenizer(given: Any, *folders: Path | None) -> Any:
             remedy="Compare models with one vocabulary; bits per byte compare any two.",
         )
     return found[0] if found else None
+
+
+def _check_kind(model: nn.Module, name: str) -> None:
+    """Refuse a model whose output for a text is not what it predicts of it."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
+        raise EvaluationError(
+            f"{name} is an encoder-decoder, which reads a text as a whole and predicts another one",
+            where=_WHERE,
+            remedy="Score it on its own task with an eval_func of yours.",
+        )
 
 
 def _check_table(model: nn.Module, tokens: Tokens, name: str) -> None:
