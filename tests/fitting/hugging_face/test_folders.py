@@ -140,3 +140,13 @@ def test_a_text_shorter_than_a_window(tmp_path: Path) -> None:
         windows_of(text, tmp_path / "model", None, 5)
     with pytest.raises(FileError, match="no tokenizer that transformers can read"):
         windows_of(text, tmp_path, None, 5)
+
+
+def test_a_tokenizer_that_transformers_fails_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args: object, **_options: object) -> None:
+        raise TypeError("'dict' object is not an instance of 'Sequence'\nwhile processing 'vocab'")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+    (tmp_path / "text.txt").write_text("A text.", encoding="utf-8")
+    with pytest.raises(FileError, match=r"can read \(TypeError: 'dict' object is not an instance of 'Sequence'\)"):
+        windows_of(tmp_path / "text.txt", tmp_path, None, 5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pared.checkpoints.runtimes.conversion import config_of
-from pared.errors import CalibrationError, FileError
+from pared.errors import CalibrationError, FileError, reason_of
 from pared.files.disk import reading
 from pared.fitting.hugging_face.loading import transformers_for
 
@@ -175,9 +175,9 @@ def tokenizer_in(folder: Path) -> Any:
     transformers = transformers_for(folder)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a library makes of a stranger's tokenizer
         raise FileError(
-            f"has no tokenizer that transformers can read ({type(error).__name__})",
+            f"has no tokenizer that transformers can read ({reason_of(error)})",
             where=str(folder),
             remedy="Put tokenizer.json into the folder, or pass tokens instead of a text.",
         ) from error
