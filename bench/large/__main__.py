@@ -36,6 +36,8 @@ def main() -> None:
     options.add_argument("--bits", type=float, default=3.5)
     options.add_argument("--seconds", type=float, default=float("inf"), help="kill it then; call it again to go on")
     given = options.parse_args()
+    if given.folder and given.layers:
+        options.error("--layers is for the random model")
     layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
     folder = given.folder or given.out / (f"{given.shape}-{layers}" if given.layers else given.shape)
     if not (folder / "config.json").is_file():
@@ -54,7 +56,8 @@ def main() -> None:
         time.sleep(_EVERY)
     seconds = time.perf_counter() - began
     shown = ", ".join(f"{name} {most / 1e9:.2f} GB" for name, most in peak.items())
-    print(f"{folder.name}: exit {child.returncode} after {seconds:.0f} s; most resident: {shown}")
+    where = " of the driver" if given.workers else ""
+    print(f"{name}: exit {child.returncode} after {seconds:.0f} s; most resident{where}: {shown}")
     artifact = output / "best_model.safetensors"
     if artifact.is_file():
         print(f"{artifact}: {artifact.stat().st_size:,} bytes")

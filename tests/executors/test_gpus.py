@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 
 from pared.errors import ConfigError, WorkerError
+from pared.executors import cluster as module
 from pared.executors.cluster import RayExecutor
 from pared.executors.executor import Task
 from pared.switches import device
@@ -15,8 +17,12 @@ FIT: Task[int, str] = Task("fitting", lambda _: device(), lambda _: 0, on_device
 OTHER: Task[int, str] = Task("another thing", lambda _: device(), lambda _: 0)
 
 
-def test_gpus_are_for_tasks_of_a_fit() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_are_for_tasks_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     with cluster(gpus=1) as found:
+        with RayExecutor(found.address) as workers:
+            assert workers.device == ("cuda" if module._torch_has_gpus() else "cpu"), "every node has one"
+        monkeypatch.setattr(module, "_torch_has_gpus", lambda: True)
         with RayExecutor(found.address) as workers:
             assert workers.device == "cuda", "every node has one"
             assert list(workers.map(OTHER, [1])) == ["cpu"]
@@ -33,7 +39,7 @@ def test_gpus_are_for_tasks_of_a_fit() -> None:
             RayExecutor(found.address, gpus=2)
 
 
-@pytest.mark.parametrize("gpus", [-1, "1", True, float("nan"), float("inf")])
+@pytest.mark.parametrize("gpus", [-1, 1.5, "1", True, float("nan"), float("inf")])
 def test_a_number_of_gpus(gpus: Any) -> None:
     with pytest.raises(ConfigError, match="expected a number of GPUs"):
         RayExecutor("127.0.0.1:1", gpus=gpus)

@@ -148,7 +148,7 @@ ERRORS = (RuntimeError, AssertionError, KeyError, NotImplementedError, Recursion
     ("place", "error"),
     [
         *(("timed", error) for error in ERRORS),
-        *((place, InternalError) for place in ("in_bfloat16", "capture", "agree", "trace")),
+        *((place, InternalError) for place in ("in_bfloat16", "capture", "differences", "trace")),
     ],
 )
 def test_an_error_after_the_search_is_a_reason(
@@ -157,7 +157,7 @@ def test_an_error_after_the_search_is_a_reason(
     def fail(*_: object, **__: object) -> Any:
         raise error("says why\nand more")
 
-    where: Any = {"capture": graph_server, "agree": graph_server, "trace": trade_off}.get(place, speed)
+    where: Any = {"capture": graph_server, "differences": graph_server, "trace": trade_off}.get(place, speed)
     monkeypatch.setattr(speed, "without_bfloat16", lambda: "")  # it is tried on every machine
     if place == "capture":
         monkeypatch.setattr(speed, "Captures", lambda **_: fail)

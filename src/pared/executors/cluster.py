@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 SHARE: Final = 1 << 26  # bytes of tensors: one core takes about a second for them, and handing them out takes less
 _AHEAD: Final = 3  # tasks for each core that are handed out before the result of the first is taken
-_NODES_COME: Final = 5.0  # seconds after which it is looked again how many workers there are
+_NODES_COME: Final = 5.0  # how often the number of workers is asked for, in seconds
 _TRIES: Final = 3  # how often a task is done again whose worker, or whose node, died
 _TIMEOUT: Final = 60.0  # seconds
 _PREFIX: Final = "ray://"
@@ -41,13 +41,14 @@ class RayExecutor:
         cores: those of each task. More of them share the memory of one; the bytes of a fit depend on the number, as
             those of one machine depend on its number of threads.
         gpus: how many, or which share of one, each task of a fit has, which then sweeps and rounds there; other tasks
-            have none. None: one, if every node has one, and else none. Bytes differ from those of processors.
+            have none. None: one, if every node has one and torch is made for GPUs; else none. There, two runs may
+            differ in their last bits, and so do their bytes.
         timeout: the seconds after which a cluster, or one of its nodes, that does not answer is given up.
 
     Raises:
         ConfigError: Ray is not installed, or the address is none.
         WorkerError: nothing answers at the address, nodes have other versions of Python, Ray, torch, NumPy or pared, or
-            none has so many cores or GPUs.
+            none has as many cores or GPUs.
     """
 
     share = SHARE
@@ -61,9 +62,11 @@ class RayExecutor:
             raise ConfigError(
                 f"cores={cores!r}: expected a whole number of cores", where="RayExecutor", remedy="Pass 1 or more."
             )
-        if gpus is not None and (not isinstance(gpus, (int, float)) or gpus is True or not 0 <= gpus < math.inf):
+        if gpus is not None and not _is_number_of_gpus(gpus):
             raise ConfigError(
-                f"gpus={gpus!r}: expected a number of GPUs", where="RayExecutor", remedy="Pass 0, 1, or a share of 1."
+                f"gpus={gpus!r}: expected a number of GPUs",
+                where="RayExecutor",
+                remedy="Pass a whole number, or a share of 1.",
             )
         self._each = cores
         self._timeout = timeout
@@ -76,6 +79,8 @@ class RayExecutor:
             self._run = self._ray.remote(max_retries=_TRIES, num_cpus=cores)(work.run)
             self._check_versions()
             self._gpus = self._gpus_of(gpus)
+            # Given here and not for each run: so Ray ends a process after its task, and no GPU stays another one's.
+            self._run_there = self._ray.remote(max_retries=_TRIES, num_cpus=cores, num_gpus=self._gpus)(work.run)
         except BaseException:
             self.close()
             raise
@@ -104,9 +109,9 @@ class RayExecutor:
                     most, asked = _AHEAD * self.workers, time.monotonic()
                 if len(given) >= most:
                     yield self._result(task.name, given.popleft())
-                gpus, device = (self._gpus, self.device) if task.on_device else (0, "cpu")
-                run = self._run.options(name=task.name, memory=task.memory(one), num_gpus=gpus)
-                given.append(run.remote(shared, one, self._each, level, device))
+                there = task.on_device and self._gpus
+                run = (self._run_there if there else self._run).options(name=task.name, memory=task.memory(one))
+                given.append(run.remote(shared, one, self._each, level, self.device if there else "cpu"))
             while given:
                 yield self._result(task.name, given.popleft())
         finally:
@@ -190,7 +195,7 @@ class RayExecutor:
         """How many each task of a fit has."""
         of_nodes = [float(node["Resources"].get("GPU", 0)) for node in self._nodes()]
         if asked is None:
-            return float(min(of_nodes) >= 1)
+            return float(min(of_nodes) >= 1 and _torch_has_gpus())
         if asked > max(of_nodes):
             raise WorkerError(
                 f"has no node with {asked:g} GPUs for a task",
@@ -202,7 +207,9 @@ class RayExecutor:
     def _check_memory(self, task: Task[InputT, ResultT], inputs: Sequence[InputT]) -> None:
         """Refuse a task for which no node has memory: Ray would wait for one."""
         needed = max(map(task.memory, inputs), default=0)
-        most = max(node["Resources"].get("memory", 0) for node in self._nodes())
+        gpus = self._gpus if task.on_device else 0
+        able = [one["Resources"] for one in self._nodes() if one["Resources"].get("GPU", 0) >= gpus]
+        most = max((one.get("memory", 0) for one in able), default=0)
         if needed > most:
             raise WorkerError(
                 f"needs {needed:,} bytes of memory for its largest tensor, and no node has more than {int(most):,}",
@@ -301,6 +308,21 @@ def executor_at(address: str | None, tell: Callable[[str], object]) -> Iterator[
         if found.dashboard is not None:
             tell(f"dashboard: {found.dashboard}")
         yield found
+
+
+def _is_number_of_gpus(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+        return False
+    return value <= 1 or value == int(value)
+
+
+def _torch_has_gpus() -> bool:
+    """Whether torch was made for GPUs, here and, as versions are the same, on every node."""
+    try:
+        version = importlib.import_module("torch").version
+    except ModuleNotFoundError:
+        return False
+    return bool(version.cuda or version.hip)
 
 
 def _name(node: dict[str, Any]) -> str:

@@ -77,7 +77,8 @@ def _check_device(device: str) -> None:
         raise WorkerError(
             f"torch {torch.__version__} sees no GPU there, and Ray has given it one",
             where=f"the node {socket.gethostname()}",
-            remedy="Install a torch for the GPU on every node, or pass RayExecutor(gpus=0).",
+            remedy="Install a torch for the GPU on every node, start them with ray start --num-gpus=0, or pass "
+            "RayExecutor(gpus=0).",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,11 +106,10 @@ class Workers:
     def map(self, task: Task[InputT, ResultT], inputs: Sequence[InputT]) -> Iterator[ResultT]:
         """See `Executor`."""
         for one in inputs:
-            if task.on_device:
-                with self.emulated, computing_on(self.device):
-                    yield task.run(one)
-            else:
-                yield task.run(one)
+            run, given = pickle.loads(pickle.dumps((task.run, one)))
+            with self.emulated, computing_on(self.device if task.on_device else "cpu"):
+                found = run(given)
+            yield pickle.loads(pickle.dumps(found))  # which no tensor there can be
 
     def check_files(self, files: Collection[Path]) -> None:
         """See `Executor`."""

@@ -79,6 +79,6 @@ def test_a_fit_goes_on_where_it_began(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_torch_does_not_see_is_told() -> None:
+def test_a_gpu_that_torch_does_not_see_is_reported() -> None:
     with pytest.raises(WorkerError, match="sees no GPU there, and Ray has given it one"):
         work.run(abs, -1, 1, 30, "cuda")

@@ -201,8 +201,9 @@ def _check_device(workspace: Path, executor: Executor) -> None:
     """
     began, now = recorded(workspace, DEVICE), executor.device
     if began not in (None, now):
+        then, now = _DEVICES.get(str(began), began), _DEVICES.get(now, now)
         raise ConfigError(
-            f"was begun on {_DEVICES.get(began, began)}, on which its bytes depend, and {_DEVICES[now]} compute now",
+            f"was begun on {then}, on which its bytes depend, and {now} compute now",
             where=str(workspace),
             remedy="Use workers of the same kind, see RayExecutor(gpus=...), or pass another directory.",
         )

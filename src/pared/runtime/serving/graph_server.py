@@ -136,7 +136,7 @@ class GraphServer(KindServer):
             return "a module inside has hooks"
         if graph.graph is not None and not graph.graph.fits(bound):
             return "; ".join(["it takes no inputs of these sizes", *filter(None, [graph.graph.note])])
-        return graph.reason or graph.doubt
+        return graph.reason or graph.doubt(bound)
 
     def note(self, bound: Bound) -> str:
         """Which sizes the graph that serves a call does not take, and why; empty if there are none, or no graph."""
@@ -150,7 +150,6 @@ class _CheckedGraph:
     def __init__(self, model: nn.Module, made: Callable[[], Executable], tolerance: float) -> None:
         self.graph: Executable | None = None
         self.reason = ""
-        self.doubt = ""  # why it did not answer the last call that was compared
         self._tolerance = tolerance
         self._snapshot = ModelSnapshot(model)
         self._attributes = Attributes(model.modules())
@@ -171,7 +170,7 @@ class _CheckedGraph:
         graph = self.graph
         if graph is None or not graph.fits(bound) or not self._snapshot.is_undisturbed():
             return NotImplemented
-        ones = tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)
+        ones = _ones(bound)
         if ones in self._checked:
             return self._answer(graph, bound)
         with self._lock:
@@ -222,15 +221,23 @@ class _CheckedGraph:
         verdict = agreement.verdict([differences(found, expected), *map(of_containers, ours, theirs)])
         if verdict == "right":
             self._checked.add(ones)
-            self.doubt = ""
             return found  # as at every later call
         for one in theirs:
             one.restore()
-        self.doubt = _OTHERWISE
         if verdict == "wrong":
             self._drop(_OTHERWISE)
         return expected
 
+    def doubt(self, bound: Bound) -> str:
+        """Why the modules answer calls like this one, although there is a graph; empty where they do not."""
+        ones = _ones(bound)
+        return _OTHERWISE if ones in self._agreements and ones not in self._checked else ""
+
     def _drop(self, reason: str) -> None:
         self.graph, self.reason = None, reason
         log.warning("the modules run from now on: %s", reason)
+
+
+def _ones(bound: Bound) -> tuple[bool, ...]:
+    """Which dimensions of a call's tensors have size 1: operators take other paths there."""
+    return tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)

@@ -213,14 +213,13 @@ class Gathering:
     def _gather_pieces(self, name: str, pieces: Pieces, unseen: bool) -> None:
         """The same of one weight whose gradient comes in pieces."""
         tensor, layout = self._probed[name], self.layouts[name]
-        where = tensor.tensor.device
-        rows, moments = torch.zeros(tensor.view.n_rows, dtype=torch.float64, device=where), None
+        rows, moments = torch.zeros(tensor.view.n_rows, dtype=torch.float64), None
         for start, gradient in pieces.gradients():
-            rows[start : start + len(gradient)] = gradient.double().square_().sum(1)
+            rows[start : start + len(gradient)] = gradient.double().square_().sum(1).cpu()
             if self._has_moments(name):
                 blocks = layout.blocks(gradient)
                 if moments is None:
-                    moments = torch.zeros(len(blocks), blocks.shape[2], blocks.shape[2], device=where)
+                    moments = torch.zeros(len(blocks), blocks.shape[2], blocks.shape[2], device=blocks.device)
                 moments.baddbmm_(blocks.transpose(1, 2), blocks)
         if not bool(rows.isfinite().all()):
             self._refuse({name})
