@@ -180,15 +180,19 @@ def extras(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_answers(files: Path, threads: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each form in `first`, round by round, in turn."""
+    """Seconds of each form in `first`, round by round, in turn, on a machine where each has run once.
+
+    Modules are compiled then, as pip compiles those that it installs, and graphs are kept.
+    """
     found: dict[str, list[float]] = {form: [] for form in first.FORMS}
-    variables = environments.variables(environments.OWN, threads)
-    for _ in range(rounds):
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str((FOLDER / "pycache").absolute())}
+    variables = {**environments.variables(environments.OWN, threads), **kept}
+    for _ in range(1 + rounds):
         for form, seconds in found.items():
             command = [sys.executable, "-m", first.__name__, form, str(files), "--threads", str(threads)]
             said = subprocess.run(command, check=True, capture_output=True, text=True, env=variables).stdout
             seconds.append(json.loads(said.splitlines()[-1]))
-    return found
+    return {form: seconds[1:] for form, seconds in found.items()}
 
 
 def install(environment: str) -> None:

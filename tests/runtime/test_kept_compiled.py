@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pared.model.contents import Contents
+from pared.model.recorded.state import Attributes
 from pared.runtime import float_forms
 from pared.runtime.graphs.call_kinds import arguments_of
 from pared.runtime.graphs.capturing import kept
@@ -99,6 +100,27 @@ def test_another_number_of_threads_is_compiled_from_the_model_as_it_is(folder: P
         torch.set_num_threads(before)
     assert len(made) == 2
     assert len(files(folder)) == 1
+
+
+def test_a_later_process_does_not_run_the_modules_to_compare(
+    folder: Path, made: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = quantized()
+    expected = answers(q)
+    assert len(made) == 1
+
+    def fail(*_: object) -> None:
+        raise AssertionError("the modules run")
+
+    monkeypatch.setattr(Attributes, "changed_by", fail)  # around the modules, where a graph is compared
+    assert torch.equal(answers(q)[0], expected[0])
+    (checked,) = folder.glob("*.checked")
+    checked.write_bytes(b"{")
+    with pytest.raises(AssertionError, match="the modules run"):
+        answers(q)
+    checked.write_bytes(b"[[true, true]]")  # of other calls
+    with pytest.raises(AssertionError, match="the modules run"):
+        answers(q)
 
 
 @pytest.mark.parametrize("change", ["other numbers", "OpenVINO"])

@@ -14,6 +14,7 @@ from pared.errors import ModelError, reason_of
 from pared.model.tensors import version_of
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capturing.capture import Captured, Size
+from pared.runtime.graphs.capturing.kept import Checks
 from pared.runtime.graphs.draft import Draft
 from pared.runtime.graphs.fusion import fuse, hides_nan, simplify
 from pared.runtime.graphs.products import place, share, take_apart
@@ -34,13 +35,14 @@ class Graph:
 
     Attributes:
         note: that of the capture.
+        checks: the calls for which it is known to be right.
 
     Raises:
         ModelError: the graph cannot be made.
     """
 
     def __init__(self, model: nn.Module, captured: Captured) -> None:
-        self.note = captured.note
+        self.note, self.checks = captured.note, Checks()
         self._sizes = tuple(captured.inputs.values())
         self._outputs = captured.outputs
         self._finite = FiniteInputs()

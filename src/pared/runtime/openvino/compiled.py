@@ -25,7 +25,7 @@ from pared.formats.dtypes import Array
 from pared.model.tensors import named_tensors
 from pared.runtime.graphs.call_kinds import Argument
 from pared.runtime.graphs.capturing.identity import key_of
-from pared.runtime.graphs.capturing.kept import folder, is_own, write_own
+from pared.runtime.graphs.capturing.kept import Checks, folder, is_own, write_own
 from pared.runtime.kernels.machine import exact_products
 from pared.runtime.layers.counterpart import Counterpart
 from pared.runtime.openvino.graph import OpenVinoGraph, Parts
@@ -35,6 +35,7 @@ from pared.switches import ignoring, threads_asked
 log = logging.getLogger(__name__)
 
 _MOST: Final = 8  # of the size of the model's codes and more: MiniLM's takes 33 MB; the oldest go
+_CHECKED: Final = ".checked"  # beside it, the calls for which it gave what the modules give
 _CHECKSUM: Final = 32  # bytes, at the beginning of a file
 
 
@@ -56,6 +57,8 @@ def kept(
         found = made()
         if file is not None:
             _keep(file, found)
+    if file is not None:
+        found.checks = Checks(file.with_suffix(_CHECKED))
     return found
 
 

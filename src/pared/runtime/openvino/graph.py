@@ -17,6 +17,7 @@ from pared.errors import ModelError, reason_of
 from pared.model.contents import Contents, same
 from pared.runtime.graphs.call_kinds import Bound
 from pared.runtime.graphs.capturing.capture import Captured, Size
+from pared.runtime.graphs.capturing.kept import Checks
 from pared.runtime.graphs.capturing.outputs import Outputs
 from pared.runtime.graphs.graph import FiniteInputs, fits
 from pared.runtime.onnx.engines import OpenVinoSession
@@ -142,6 +143,7 @@ class OpenVinoGraph:
     Attributes:
         note: that of the capture.
         parts: what it is besides what was compiled.
+        checks: the calls for which it is known to be right.
 
     Raises:
         ModelError: OpenVINO cannot run the graph.
@@ -177,7 +179,7 @@ class OpenVinoGraph:
 
     def _begin(self, parts: Parts, sessions: _Sessions) -> None:
         self.parts, self.note, self._sessions = parts, parts.note, sessions
-        self._finite = FiniteInputs()
+        self._finite, self.checks = FiniteInputs(), Checks()
 
     def compiled(self) -> bytes:
         """What was compiled for the number of threads of now."""

@@ -13,6 +13,7 @@ from pared.errors import reason_of
 from pared.model.recorded.state import Attributes
 from pared.runtime.graphs.call_kinds import Argument, Bound, arguments_of, caches_of, kind_of
 from pared.runtime.graphs.capturing.capture import capture
+from pared.runtime.graphs.capturing.kept import Checks, Ones
 from pared.runtime.graphs.containers import container_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.kernels.activation import NotFiniteError
@@ -38,6 +39,7 @@ class Executable(Protocol):
     """What answers calls of one kind: a graph of PyTorch's operators, or the same in another runtime."""
 
     note: str
+    checks: Checks
 
     def fits(self, bound: Bound) -> bool:
         """Whether it takes a call of these sizes."""
@@ -51,9 +53,9 @@ class GraphServer(KindServer):
 
     A call with the tensors of a wanted kind and other constants, such as a flag, gets a graph of its own as long as
     there are few of these. At the first call of each kind, and at the first with other dimensions of size 1, the
-    modules run as well, or at a few of them where that leaves doubt; a graph whose output differs from theirs is
-    dropped, and so is one of a model whose calls change its attributes, as nobody would change them while a graph
-    answers, or whose attributes others change.
+    modules run as well, or at a few of them where that leaves doubt, unless an earlier process has compared. A graph
+    whose output differs from theirs is dropped, and so is one of a model whose calls change its attributes, as nobody
+    would change them while a graph answers, or whose attributes others change.
 
     Args:
         skeleton: makes a float model of the same architecture and class, whose numbers are not read.
@@ -154,8 +156,7 @@ class _CheckedGraph:
         self._snapshot = ModelSnapshot(model)
         self._attributes = Attributes(model.modules())
         self._changes = 0
-        self._checked: set[tuple[bool, ...]] = set()
-        self._agreements: dict[tuple[bool, ...], Agreement] = {}
+        self._agreements: dict[Ones, Agreement] = {}
         self._lock = threading.Lock()
         try:
             self.graph = made()
@@ -171,7 +172,7 @@ class _CheckedGraph:
         if graph is None or not graph.fits(bound) or not self._snapshot.is_undisturbed():
             return NotImplemented
         ones = _ones(bound)
-        if ones in self._checked:
+        if ones in graph.checks:
             return self._answer(graph, bound)
         with self._lock:
             if name := self._attributes.changed():
@@ -202,7 +203,7 @@ class _CheckedGraph:
             self._drop(f"its forward changes {name}")
         return expected
 
-    def _check(self, graph: Executable, bound: Bound, ones: tuple[bool, ...], expected: Any) -> Any:
+    def _check(self, graph: Executable, bound: Bound, ones: Ones, expected: Any) -> Any:
         # The modules wrote to the caches of the call; the graph starts from what was in them, and writes to them, too.
         caches = [one.held for one in caches_of(bound).values()]
         theirs = [one for one in map(container_of, caches) if one is not None]
@@ -220,7 +221,7 @@ class _CheckedGraph:
         agreement = self._agreements.setdefault(ones, Agreement(self._tolerance))
         verdict = agreement.verdict([differences(found, expected), *map(of_containers, ours, theirs)])
         if verdict == "right":
-            self._checked.add(ones)
+            graph.checks.add(ones)
             return found  # as at every later call
         for one in theirs:
             one.restore()
@@ -231,13 +232,13 @@ class _CheckedGraph:
     def doubt(self, bound: Bound) -> str:
         """Why the modules answer calls like this one, although there is a graph; empty where they do not."""
         ones = _ones(bound)
-        return _OTHERWISE if ones in self._agreements and ones not in self._checked else ""
+        return _OTHERWISE if self.graph and ones in self._agreements and ones not in self.graph.checks else ""
 
     def _drop(self, reason: str) -> None:
         self.graph, self.reason = None, reason
         log.warning("the modules run from now on: %s", reason)
 
 
-def _ones(bound: Bound) -> tuple[bool, ...]:
+def _ones(bound: Bound) -> Ones:
     """Which dimensions of a call's tensors have size 1: operators take other paths there."""
     return tuple(size == 1 for value in bound.values() if type(value) is Tensor for size in value.shape)

@@ -7,6 +7,7 @@ come from anyone. `PARED_CACHE` names another folder, and nothing is kept if it 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import pickle
@@ -33,7 +34,35 @@ log = logging.getLogger(__name__)
 
 _FOLDER: Final = "PARED_CACHE"
 _MOST: Final = 200  # graphs, of some 0.2 MB each; the oldest go
+Ones = tuple[bool, ...]
 _META: Final = ("val", "tensor_meta")  # what is known of a node that anyone asks for, besides its module
+
+
+class Checks:
+    """The calls for which a graph gave what the modules give, by which of their dimensions have size 1.
+
+    Args:
+        file: where they are kept for later processes; None: nowhere.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._known: set[Ones] = set()
+        with contextlib.suppress(OSError, ValueError, TypeError):  # without them, calls are compared again
+            if file is not None and file.is_file() and is_own(file):
+                self._known = {tuple(map(bool, one)) for one in json.loads(file.read_bytes())}
+
+    def __contains__(self, ones: Ones) -> bool:
+        return ones in self._known
+
+    def add(self, ones: Ones) -> None:
+        """Note that the graph is right for such calls."""
+        self._known.add(ones)
+        if self._file is not None:
+            try:
+                write_own(self._file, json.dumps(sorted(self._known)).encode(), _MOST)
+            except OSError as error:
+                log.info("what was compared is not kept in %s: %s", self._file.parent, reason_of(error))
 
 
 def captured(model: nn.Module, arguments: Sequence[Argument], slow: list[str] | None = None) -> Captured:
