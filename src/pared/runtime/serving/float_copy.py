@@ -24,8 +24,9 @@ def in_bfloat16(model: nn.Module) -> Callable[..., Any]:
     without_hooks(copied)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = cast_floats((args, kwargs), torch.bfloat16)
-        return cast_floats(copied(*args, **kwargs), torch.float32)
+        given = [cast_floats(one, torch.bfloat16) for one in args]
+        named = {name: cast_floats(one, torch.bfloat16) for name, one in kwargs.items()}
+        return cast_floats(copied(*given, **named), torch.float32)
 
     return run
 
