@@ -273,5 +273,6 @@ def test_a_graph_that_is_little_off_at_first_answers_once_it_is_right(
     reasons = [graph.reason for graph in server._graphs.values()]
     assert ("the graph does not give what the modules give" in reasons) == (off == 0.5)
     assert calls[0] == (1 if off == 0.5 else 3)
-    assert near(found, expected, 1e-6)
-    assert all(near(a.keys, b.keys, 1e-6) for a, b in zip(our_cache.layers, their_cache.layers, strict=True))
+    most = 1e-6 if off == 0.5 else 5e-3  # the graph answers the last calls, and rounds elsewhere
+    assert near(found, expected, most)
+    assert all(near(a.keys, b.keys, most) for a, b in zip(our_cache.layers, their_cache.layers, strict=True))
