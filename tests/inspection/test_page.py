@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import pared
+from pared.artifact.index import Entry
 from pared.artifact.outcome import Curve, Outcome, Point
 from pared.errors import ConfigError, CorruptError
 from pared.inspection.ledger import Ledger, Row
@@ -295,6 +296,15 @@ def test_text_can_be_read_in_both_themes(theme: str) -> None:
     for family in charts.FAMILIES:
         assert contrast(found["on-tile"], found[family]) >= 4.5, family
         assert contrast(found["surface"], found[family]) >= 3, family
+
+
+@pytest.mark.parametrize(("codes", "family"), [("int8", "codes"), ("int16", "wide-codes")])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scales_of_columns_do_not_change_the_colour_of_codes(codes: str, family: str, scaled: bool) -> None:
+    form = {"tag": "grid", "codes": codes, "scaled": scaled}
+    entry = Entry(("w",), "parameter", "float32", (4, 4), form, ((4, 4), (0,)), None, "", {})
+    assert entry.label.endswith("scaled") == scaled
+    assert data.family(entry.label) == family
 
 
 def test_both_ways_to_the_dark_theme_are_the_same_and_drawings_alone_are_light() -> None:

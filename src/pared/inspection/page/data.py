@@ -88,14 +88,15 @@ class PageData:
 def family(format: str, *, tensor: bool = True) -> str:
     """The family of a format: a key of `charts.FAMILIES`.
 
-    >>> family("grid int8"), family("int4 g32"), family("bfloat16"), family("index", tensor=False)
+    >>> family("grid int8, scaled"), family("int4 g32"), family("bfloat16"), family("index", tensor=False)
     ('codes', 'codes', 'half', 'rest')
     """
     if not tensor:
         return "rest"
     if _GROUPS.fullmatch(format):
         return "codes"
-    return _FAMILIES.get(format, "half" if format.startswith("float8") else "other")
+    grid, _, _ = format.partition(", ")  # "grid int8, scaled": scales of columns do not change what codes are
+    return _FAMILIES.get(grid, "half" if format.startswith("float8") else "other")
 
 
 def family_of(row: Row) -> str:

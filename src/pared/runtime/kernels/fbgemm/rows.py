@@ -33,7 +33,7 @@ def available() -> bool:
     try:
         packed = packed_product(codes, torch.ones(5, device="cpu"))
         found = product(torch.full((2, 66), 255.0, device="cpu"), 1.0, 0, packed)
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, NotImplementedError, RuntimeError):  # a build without FBGEMM, in the words of each version
         return False
     return bool((found == 255.0 * 127 * 66).all())
 
