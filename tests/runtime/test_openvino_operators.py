@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pared.runtime.graphs.capturing.capture import FlatModel, exported
-from pared.runtime.openvino.operators import translated
+from pared.runtime.openvino.translation.operators import translated
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # warnings of torch about itself
 

@@ -23,7 +23,7 @@ from pared.runtime.onnx.weights.codes import numbers_of, numpy_of, scales_of
 from pared.runtime.onnx.weights.layout import LOWEST, along, is_misread
 from pared.runtime.openvino import grouped, halves, outliers
 from pared.runtime.openvino.halves import pads_with_zeros
-from pared.runtime.openvino.operators import translated
+from pared.runtime.openvino.translation.operators import translated
 from pared.runtime.openvino.outliers import coded
 from pared.runtime.record import RECORD, contents_of
 
