@@ -23,8 +23,8 @@ from pared.runtime.onnx.weights.codes import numbers_of, numpy_of, scales_of
 from pared.runtime.onnx.weights.layout import LOWEST, along, is_misread
 from pared.runtime.openvino import grouped, halves, outliers
 from pared.runtime.openvino.halves import pads_with_zeros
-from pared.runtime.openvino.translation.operators import translated
 from pared.runtime.openvino.outliers import coded
+from pared.runtime.openvino.translation.operators import translated
 from pared.runtime.record import RECORD, contents_of
 
 # The operators that multiply an input with a weight; the input comes first.
@@ -259,8 +259,8 @@ class _Converter:
     def _round_input(self, product: Any, weight: Stored) -> None:
         """Round the input of a static layer to its calibrated grid."""
         activation = self._activation(product, weight)
-        if activation is None or activation.mode != "static":
-            return
+        if activation is None or activation.mode != "static" or len(activation.weights) > 1:
+            return  # of several weights only some read the layer's own input
         self.static.add(self._owner(product))
         source = product.input(0).get_source_output()
         if activation.outliers:

@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pared.errors import ModelError
+from pared.runtime.openvino.translation.recurrent import put_back, taken_out
 
 _ROUNDS: Final = 4  # what an operator is taken apart into may have to be taken apart, too
 _UNKNOWN: Final = "PtFrameworkNode"  # the front end's type of an operator that it does not know
@@ -54,6 +55,7 @@ def translated(graph: fx.Graph) -> Any:
         elif node.target is torch.ops.aten.slice.Tensor and not node.kwargs and _is_whole(*node.args):
             node.replace_all_uses_with(node.args[0])  # between a cache and attention it would hide one from the other
             graph.erase_node(node)
+    layers = taken_out(graph)
     front_end = FrontEndManager().load_by_framework("pytorch")
     left: list[str] = []
     known: dict[object, fx.Graph] = {}
@@ -64,7 +66,9 @@ def translated(graph: fx.Graph) -> Any:
         names = {op.get_friendly_name().split("/")[0] for op in model.get_ops() if op.get_type_name() == _UNKNOWN}
         if not names:
             decoder = TorchFXPythonDecoder(module, None, dynamic_shapes=True)  # which has to live until the end
-            return _folded(front_end.convert(front_end.load(decoder)))
+            made = front_end.convert(front_end.load(decoder))
+            put_back(made, layers)
+            return _folded(made)
         unknown = [node for node in graph.nodes if node.name in names and node.op == "call_function"]
         left = [str(node.target) for node in unknown]
         taken_apart = [_take_apart(graph, node, known) for node in unknown]
