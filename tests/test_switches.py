@@ -3,6 +3,8 @@
 import gc
 import logging
 import random
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -219,3 +221,23 @@ def test_eight_threads_read_pickles_and_pack_weights() -> None:
         return str(read_pickle(old, (), "file", MemoryLimit("file", 100)).root)
 
     assert set(in_threads(work)) == {"\\q"}
+
+
+@pytest.mark.child
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted on Linux only")
+def test_idle_threads_end_and_come_again() -> None:
+    code = """
+import os, torch
+from pared.switches import end_idle_threads
+torch.set_num_threads(3)
+x = torch.ones(1_000_000)
+def work():
+    return float((x * 2).sum()), len(os.listdir("/proc/self/task"))
+before = work()
+end_idle_threads()
+end_idle_threads()
+without = len(os.listdir("/proc/self/task"))
+print(before[0], work() == before, before[1] - without, torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2000000.0", "True", "2", "3"]

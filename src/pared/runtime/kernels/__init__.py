@@ -1,4 +1,4 @@
-"""Int8 arithmetic on plain tensors, one operation a module, on the kernels of oneDNN and FBGEMM.
+"""Int8 arithmetic on plain tensors, one operation a module, on the kernels of oneDNN, FBGEMM and ONNX Runtime.
 
 `machine` says whether the kernels run here, and how many activation levels they can take. `activation` turns floats
 into unsigned codes. `linear` and `conv` each offer
@@ -8,7 +8,8 @@ into unsigned codes. `linear` and `conv` each offer
 * `static(x, packed, bias, span)`: activations on one grid, made from a calibrated `Range`;
 * `dynamic(x, packed, bias)`: activations on grids taken from the call.
 
-`fbgemm` has what FBGEMM computes faster than oneDNN: recurrent layers, and products of a few rows.
+`fbgemm` has what FBGEMM computes faster than oneDNN: recurrent layers, and products of a few rows. `onnxruntime` has
+LSTMs with calibrated inputs, where it is installed.
 
 Everything is a pure function and needs no lock; only the answers of `machine` and the grids of ranges are cached.
 Nothing here carries gradients. The tests compare each function with a plain reference.

@@ -71,11 +71,21 @@ def check(x: Tensor, end: float) -> None:
         energy = float(torch.dot(flat, flat))  # a third faster than the norm
     else:
         energy = float(torch.linalg.vector_norm(x)) ** 2
-    if energy <= end * end * x.numel():
-        return
     if not math.isfinite(energy) and not x.isfinite().all():
         raise NotFiniteError
-    FAR.seen = math.sqrt(energy / x.numel()), end
+    tell_far(energy, x.numel(), end)
+
+
+def tell_far(energy: float, numbers: int, end: float) -> None:
+    """Let `FAR` tell of an input whose root mean square lies beyond its grid.
+
+    Args:
+        energy: the sum of the squares of its numbers.
+        numbers: how many there are.
+        end: the largest magnitude on the grid.
+    """
+    if energy > end * end * numbers:
+        FAR.seen = math.sqrt(energy / numbers), end
 
 
 def quantize_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

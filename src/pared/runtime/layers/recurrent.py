@@ -9,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from pared.formats.activation import Range
+from pared.runtime.kernels.activation import tell_far
 from pared.runtime.kernels.fbgemm import recurrent
 from pared.runtime.kernels.fbgemm.recurrent import Kind, Weights
+from pared.runtime.kernels.onnxruntime.lstm import Lstm
+from pared.runtime.kernels.onnxruntime.lstm import available as without_onnxruntime
 from pared.runtime.layers.dispatch import Owner, linear_product
 
 _KINDS: dict[type[nn.Module], Kind] = {nn.LSTM: "lstm", nn.GRU: "gru", nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
@@ -33,17 +37,30 @@ def _kind(module: nn.Module) -> Kind:
     return next(kind for cls, kind in _KINDS.items() if isinstance(module, cls))
 
 
-def _packed(module: Any, suffix: str) -> Any:
+def _weights(module: Any, suffix: str) -> Weights:
     owner = cast(Owner, module)
-    names, scale = [f"weight_{which}{suffix}" for which in ("ih", "hh")], _input_scale(module)
+    names = [f"weight_{which}{suffix}" for which in ("ih", "hh")]
+    codes, steps = ([get(name) for name in names] for get in (owner.pared_codes, owner.pared_row_steps))
+    biases = [module._parameters.get(name.replace("weight", "bias")) for name in names]
+    return Weights((codes[0], codes[1]), (steps[0], steps[1]), (biases[0], biases[1]))
 
-    def pack() -> Any:
-        codes, steps = ([get(name) for name in names] for get in (owner.pared_codes, owner.pared_row_steps))
-        biases = [module._parameters.get(name.replace("weight", "bias")) for name in names]
-        weights = Weights((codes[0], codes[1]), (steps[0], steps[1]), (biases[0], biases[1]))
-        return recurrent.pack(weights, 0 if suffix in _FIRST else 1 + module.bidirectional, scale)
 
-    return owner.pared_packed(suffix, pack)
+def _packed(module: Any, suffix: str) -> Any:
+    ways = 0 if suffix in _FIRST else 1 + module.bidirectional
+    scale = _input_scale(module)
+    return cast(Owner, module).pared_packed(suffix, lambda: recurrent.pack(_weights(module, suffix), ways, scale))
+
+
+def _in_onnxruntime(module: nn.LSTM, span: Range) -> Lstm:
+    def pack() -> Lstm:
+        return Lstm([_weights(module, suffix) for suffix in _suffixes(module)], module.num_layers, span)
+
+    found: Lstm = cast(Owner, module).pared_packed("onnxruntime", pack)
+    return found
+
+
+def _suffixes(module: nn.RNNBase) -> list[str]:
+    return [name.removeprefix("weight_ih") for name in layer_weights(module) if name.startswith("weight_ih")]
 
 
 def _input_scale(module: Any) -> float:
@@ -73,7 +90,7 @@ def layer_forward(module: Any, input: Tensor | PackedSequence, hx: Any = None) -
     state = _states(module, hx, data, data.shape[1], batched)
     if state is NotImplemented:
         return NotImplemented
-    out, last = _run(module, data, state)
+    out, last = _run(module, data, state, is_given=hx is not None)
     out = out.transpose(0, 1) if first else out
     return _as_given(x.dtype, out if batched else out[:, 0], last if batched else [one[:, 0] for one in last])
 
@@ -87,7 +104,7 @@ def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
         return NotImplemented
     if order is not None and hx is not None:
         state = [one.index_select(1, order) for one in state]
-    out, last = _run(module, data.float(), state, sizes)
+    out, last = _run(module, data.float(), state, sizes, is_given=hx is not None)
     last = last if back is None else [one.index_select(1, back) for one in last]
     values, states = _as_given(data.dtype, out, last)
     return PackedSequence(values, sizes, order, back), states
@@ -97,7 +114,9 @@ def _packed_sequence(module: Any, x: PackedSequence, hx: Any) -> Any:
 _LEAST: Final = 1 / 8
 
 
-def _run(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def _run(
+    module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None = None, *, is_given: bool = True
+) -> tuple[Tensor, list[Tensor]]:
     """Run each sample of a batch on codes, or in floats if the grid of states does not suit it.
 
     That is so if its states are large (those that come from these layers lie within (-1, 1), a caller's own need not),
@@ -108,20 +127,25 @@ def _run(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None = 
         data: float32 (steps, batch, inputs), or with sizes those of a `PackedSequence`.
         state: the first states, float32 (layers * directions, batch, hidden).
         sizes: the size of the batch at each step.
+        is_given: whether the first states are a caller's; else they are zeros.
 
     Returns:
         the outputs, and the last states.
     """
-    finite = _peaks(data, sizes).isfinite()
-    for one in state:
-        finite &= one.sum((0, 2)).isfinite()
-    suits = finite & (state[0].abs().amax((0, 2)) <= 1.0)
-    if not suits.all():
-        data_, state_ = data.nan_to_num(0.0, 0.0, 0.0), [one.nan_to_num(0.0, 0.0, 0.0) for one in state]
-        out, last = _on_codes(module, data_, [state_[0].clamp(-1.0, 1.0), *state_[1:]], sizes)
+    suits = _suits(state) if is_given else torch.ones(state[0].shape[1], dtype=torch.bool, device=data.device)
+    activation = cast(Owner, module).pared_activation
+    assert activation is not None, "a module that runs on floats has no kernels"
+    if activation.mode == "static" and sizes is None and len(data) > 1 and not without_onnxruntime():
+        out, last, quiet = _in_range(module, activation.span, data, state, suits)
     else:
-        out, last = _on_codes(module, data, state, sizes)
-    suits &= ~_is_quiet(data, state, out, last, sizes)
+        suits &= _peaks(data, sizes).isfinite()
+        if not suits.all():
+            data_, state_ = data.nan_to_num(0.0, 0.0, 0.0), _tamed(state)
+            out, last = _on_codes(module, data_, state_, sizes)
+        else:
+            out, last = _on_codes(module, data, state, sizes)
+        quiet = _is_quiet(data, state, out, last, sizes)
+    suits &= ~quiet
     if suits.all():
         return out, last
     exact, ends = _in_floats(module, data, state, sizes)
@@ -130,11 +154,53 @@ def _run(module: Any, data: Tensor, state: list[Tensor], sizes: Tensor | None = 
     return out, [torch.where(suits[:, None], one, end) for one, end in zip(last, ends, strict=True)]
 
 
+def _suits(state: list[Tensor]) -> Tensor:
+    """Whether the first states of each sample are finite, and the hidden ones within -1..1."""
+    suits = state[0].abs().amax((0, 2)) <= 1.0
+    for one in state[1:]:
+        suits &= one.sum((0, 2)).isfinite()
+    return suits
+
+
+def _tamed(state: list[Tensor]) -> list[Tensor]:
+    """The same states where they suit."""
+    hidden, *others = (one.nan_to_num(0.0, 0.0, 0.0) for one in state)
+    return [hidden.clamp(-1.0, 1.0), *others]
+
+
+def _in_range(
+    module: Any, span: Range, data: Tensor, state: list[Tensor], suits: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The outputs and last states on the grid of a calibrated range, and whether each sample's states are small.
+
+    Args:
+        module: an LSTM.
+        span: the range.
+        data: as in `_run`.
+        state: as in `_run`.
+        suits: whether each sample's states suit; becomes false for samples with NaN or Inf in their input.
+    """
+    lstm = _in_onnxruntime(module, span)
+    ran = lstm.run(data, state if suits.all() else _tamed(state))
+    suits &= ran.energies.isfinite()
+    if suits.all():
+        tell_far(float(ran.energies.sum()), data.numel(), max(-span.low, span.high))
+    else:
+        ran = lstm.run(data.nan_to_num(0.0, 0.0, 0.0), _tamed(state))
+    return ran.out, ran.last, _are_small(ran.peaks, ran.last)
+
+
 def _is_quiet(data: Tensor, state: list[Tensor], out: Tensor, last: list[Tensor], sizes: Tensor | None) -> Tensor:
     """Whether the states of each sample, of which a state of zeros is exact, are small throughout."""
     steps = len(data) if sizes is None else len(sizes)
-    peaks = _peaks(out, sizes) if steps > 1 else state[0].abs().amax((0, 2))
-    if steps > 1 and len(last[0]) > 2:
+    if steps > 1:
+        return _are_small(_peaks(out, sizes), last)
+    return _are_small(state[0].abs().amax((0, 2)), [])
+
+
+def _are_small(peaks: Tensor, last: Sequence[Tensor]) -> Tensor:
+    """Whether the states of each sample are small, from the peaks of the outputs and from the last states."""
+    if last and len(last[0]) > 2:
         peaks = torch.minimum(peaks, last[0].abs().amax(2).amin(0))  # of the layers below, only these are known
     return (peaks > 0) & (peaks < _LEAST)
 
@@ -181,8 +247,7 @@ def _samples(rows: int, sizes: Tensor) -> Tensor:
 def _all_packed(module: Any) -> list[Any]:
     if isinstance(module, nn.RNNCellBase):
         return [_packed(module, "")]
-    names = [name for name in layer_weights(module) if name.startswith("weight_ih")]
-    return [_packed(module, name.removeprefix("weight_ih")) for name in names]
+    return [_packed(module, suffix) for suffix in _suffixes(module)]
 
 
 def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ LAYERS.update(
         nn.ConvTranspose2d: Layer(_transposed_weights, _BOTH),
         nn.Embedding: Layer(_lookup_weights, ("gather",)),
         nn.EmbeddingBag: Layer(_lookup_weights, ("gather",)),
-        nn.LSTM: _RECURRENT,
+        nn.LSTM: replace(_RECURRENT, modes=_BOTH),
         nn.GRU: _RECURRENT,
         nn.LSTMCell: _CELL,
         nn.GRUCell: _CELL,

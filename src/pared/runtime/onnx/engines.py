@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from pared.errors import ConfigError, CorruptError, FileError, ModelError, ParedError
 from pared.files.disk import as_path, reading
 from pared.runtime.kernels.machine import exact_products
+from pared.runtime.kernels.onnxruntime.session import unreported
 from pared.runtime.onnx.export import ARTIFACT, ONNX_FILE, checksum_beside, need
 from pared.runtime.onnx.signature import SIGNATURE, Signature
 from pared.runtime.stopwatch import fastest_ms
+from pared.switches import end_idle_threads
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ class OpenVinoSession:
 
     def _answer(self, request: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         arrays = {name: tensor.detach().cpu().contiguous().numpy() for name, tensor in inputs.items()}
+        end_idle_threads()
         if all(array.ndim and array.dtype == self._inputs[name][1] for name, array in arrays.items()):
             # What `infer` does with them in the end; on its way there it takes as long as a small model runs.
             for name, array in arrays.items():
@@ -228,7 +231,8 @@ def _unfit(runner: Runner, error: Exception) -> ConfigError:
 
 
 def _opened(path: Path, engine: str) -> _Session:
-    need(engine, engine)
+    with unreported():
+        need(engine, engine)
     with reading(path):
         exported = path.is_file()
     if not exported:

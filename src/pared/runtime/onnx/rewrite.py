@@ -181,8 +181,8 @@ class _Rewriter(Drawing):
         owner = owner_of([name for one in weight.sources for name in one.names], node)
         activation = self.contents.activations.get(owner)
         other = _PRODUCTS.get(node.op_type, {}).get(place)
-        if activation is None or activation.mode != "static" or other is None:
-            return
+        if activation is None or activation.mode != "static" or other is None or len(activation.weights) > 1:
+            return  # of several weights only some read the layer's own input
         if activation.outliers and not self._add_outliers(weight, node, other, owner, activation):
             return
         source = node.inputs[other]

@@ -160,6 +160,7 @@ def this_machine() -> dict[str, Any]:
         "threads": threads_asked(),
         "torch": str(torch.__version__),
         "openvino": _version("openvino"),
+        "onnxruntime": _version("onnxruntime"),
     }
 
 

@@ -175,12 +175,11 @@ class ModelTiming:
         """What answers calls in place of the modules; empty if nothing does."""
         if self.kernel == "float32":
             return ()
-        if self.kernel == "bfloat16":
-            return tuple(Served("bfloat16", example) for _, example in self._by_kind)
         found = []
         for own, example in self._by_kind:
             has_cache = any(argument.holds for call in own for argument in call.arguments)  # which no copy takes
-            for field, least, below in self._by_size(own, () if has_cache else _COPIES):
+            common = "bfloat16_ms" if self.kernel == "bfloat16" else ""
+            for field, least, below in self._by_size(own, () if has_cache else _COPIES, common):
                 form = _FORMS.get(field)
                 found += [] if form is None else [Served(form, example, least, below)]
         return tuple(found)
@@ -193,8 +192,10 @@ class ModelTiming:
             found.setdefault(one.kind, []).append(one)
         return [(own, max((one.arguments for one in own), key=_numbers)) for own in found.values()]
 
-    def _by_size(self, own: Sequence[CallTiming], copies: Sequence[str] = ()) -> list[tuple[str, float, float]]:
-        return _by_size(own, _WORTH_IN_DOUBT if self.is_doubtful else WORTH, copies)
+    def _by_size(
+        self, own: Sequence[CallTiming], copies: Sequence[str] = (), common: str = ""
+    ) -> list[tuple[str, float, float]]:
+        return _by_size(own, _WORTH_IN_DOUBT if self.is_doubtful else WORTH, copies, common)
 
     def kinds_with(self, form: Form) -> tuple[tuple[Argument, ...], ...]:
         """The largest call of each kind of which all calls have a time in this form."""
@@ -264,12 +265,14 @@ class ModelTiming:
             "bfloat16": "in bfloat16, for sizes at which that is faster",
         }
         names = [forms[form] for form in self.forms]
-        if self.forms and not {"openvino", "graph"} & set(self.forms):
+        if self.forms == ("bfloat16",) and self.kernel == "bfloat16":
+            names = ["in bfloat16"]
+        elif self.forms and self.kernel == "int8" and not {"openvino", "graph"} & set(self.forms):
             names.insert(0, "layer by layer")
         chosen = {
             "int8": " or ".join(names) or "layer by layer",
             "float32": "in float32: nothing else was at least a tenth faster",
-            "bfloat16": "in bfloat16, which was faster than int8; calls of other kinds layer by layer",
+            "bfloat16": f"{' or '.join(names) or 'layer by layer'}, faster than int8; other calls layer by layer",
         }[self.kernel]
         what = f"called on its own, {name} runs" if name else "runs"
         return [f"{what} {chosen} (measured on this machine):", *(f"  {call}" for call in self.calls)]
@@ -297,13 +300,15 @@ def _milliseconds_or_none(value: object, at: Place) -> float | None:
     return None if value is None else _milliseconds(value, at)
 
 
-def _by_size(calls: Sequence[CallTiming], worth: float, copies: Sequence[str]) -> list[tuple[str, float, float]]:
+def _by_size(
+    calls: Sequence[CallTiming], worth: float, copies: Sequence[str], common: str
+) -> list[tuple[str, float, float]]:
     """The field of the form that is fastest for calls of a kind, from a size to another.
 
-    One form in int8 for all sizes is best, as each takes memory; where another is a tenth faster than it, that is
-    taken, be it one of the `copies` in floats, such as for single samples.
+    One form for all sizes is best, as each takes memory: the `common` one, or the fastest in int8. Where another is a
+    tenth faster than it, that is taken, be it one of the `copies` in floats, such as for single samples.
     """
-    common = _fastest(calls, worth, _QUANTIZED)
+    common = common or _fastest(calls, worth, _QUANTIZED)
     sizes: dict[int, list[CallTiming]] = {}
     for call in calls:
         sizes.setdefault(_numbers(call.arguments), []).append(call)

@@ -28,11 +28,11 @@ Kind = Literal["lstm", "gru"]
 
 # The units at 1 and -1, and the gates' biases that keep them there: in a sigmoid, 40 is 1 and -40 is 0. An LSTM's gates
 # are input, forget, cell and output; a GRU's are reset, update and new.
-_ENDS: Final = (1.0, -1.0)
-_SATURATED: Final = 40.0
+ENDS: Final = (1.0, -1.0)
+SATURATED: Final = 40.0
 # Weights in float16 lose digits where their largest is smaller, and are cut where it is larger.
 _SMALLEST, _LARGEST = 2.0**-10, 2.0**15
-_KEEPING: Final = {4: (-_SATURATED, _SATURATED, 0.0, _SATURATED), 3: (0.0, _SATURATED, 0.0)}
+_KEEPING: Final = {4: (-SATURATED, SATURATED, 0.0, SATURATED), 3: (0.0, SATURATED, 0.0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,33 +96,33 @@ def pack(weights: Weights, ways: int = 0, scale: float = 1.0) -> Any:
     """
     hidden = weights.codes[1].shape[1]
     gates = len(weights.codes[1]) // hidden
-    steps = [_with_units(steps, gates) for steps in weights.steps]
+    steps = [with_units(steps, gates) for steps in weights.steps]
     floats = [
-        _with_units(steps.new_zeros(gates * hidden) if bias is None else bias.detach().float(), gates)
+        with_units(steps.new_zeros(gates * hidden) if bias is None else bias.detach().float(), gates)
         for steps, bias in zip(weights.steps, weights.biases, strict=True)
     ]
     floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], device="cpu")[:, None]
-    own, last = (_with_units(codes, gates) for codes in weights.codes)
+    own, last = (with_units(codes, gates) for codes in weights.codes)
     narrow = weights.levels < FULL_LEVELS
-    state = packed_product(_with_columns(last, 1), steps[1], floats[1])
+    state = packed_product(with_columns(last, 1), steps[1], floats[1])
     if ways:
-        inputs = packed_product(_with_columns(own, ways), steps[0], floats[0])
+        inputs = packed_product(with_columns(own, ways), steps[0], floats[0])
     else:
         decoded = own.float() * (steps[0] / scale)[:, None]
         inputs = torch.ops.quantized.linear_prepack_fp16(decoded, floats[0])
     return torch.ops.quantized.make_quantized_cell_params_dynamic(inputs, state, *floats, narrow)
 
 
-def _with_units(rows: Tensor, gates: int) -> Tensor:
+def with_units(rows: Tensor, gates: int) -> Tensor:
     """Rows of all gates, with rows of zeros for the additional units of each."""
     each = rows.reshape(gates, -1, *rows.shape[1:])
-    more = each.new_zeros(gates, len(_ENDS), *rows.shape[1:])
+    more = each.new_zeros(gates, len(ENDS), *rows.shape[1:])
     return torch.cat([each, more], 1).flatten(0, 1)
 
 
-def _with_columns(codes: Tensor, ways: int) -> Tensor:
+def with_columns(codes: Tensor, ways: int) -> Tensor:
     """A weight that reads the states of one or two directions, with columns of zeros for the additional units."""
-    return F.pad(codes.unflatten(1, (ways, -1)), (0, len(_ENDS))).flatten(1)
+    return F.pad(codes.unflatten(1, (ways, -1)), (0, len(ENDS))).flatten(1)
 
 
 def run(
@@ -147,8 +147,8 @@ def run(
     batch_first = (False,) if sizes is None else ()
     ways = len(packed) // layers
     options = (list(packed), True, layers, 0.0, False, ways > 1, *batch_first)
-    ends = state[0].new_tensor(_ENDS).expand(*state[0].shape[:-1], -1)
-    first = [torch.cat(pair, -1) for pair in zip(state, (ends, ends * _SATURATED), strict=False)]
+    ends = state[0].new_tensor(ENDS).expand(*state[0].shape[:-1], -1)
+    first = [torch.cat(pair, -1) for pair in zip(state, (ends, ends * SATURATED), strict=False)]
     if kind == "lstm":
         out, *last = torch.quantized_lstm(*data, tuple(first), *options, use_dynamic=True)
     else:
