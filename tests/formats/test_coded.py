@@ -194,3 +194,8 @@ def test_float16_survival_is_judged_value_by_value() -> None:
     assert formats.survives_float16(torch.tensor([0.0, 1.0, -65504.0]))
     assert not formats.survives_float16(torch.tensor([1.0, 65520.0 * 2]))  # overflows
     assert not formats.survives_float16(torch.tensor([1.0, 1e-6]))  # subnormal in float16: too coarse
+    many = torch.ones(1000, 600, dtype=torch.bfloat16)
+    assert formats.survives_float16(many.t())
+    many[-1, -1] = 1e-6
+    assert not formats.survives_float16(many)  # whichever piece it is in
+    assert formats.survives_float16(torch.tensor(0.5))

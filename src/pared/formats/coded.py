@@ -320,7 +320,8 @@ def survives_float16(tensor: Tensor) -> bool:
     >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
     (True, False)
     """
-    return dtypes.survives_float16(tensor.detach().cpu().double().numpy())
+    values = tensor.detach().cpu()
+    return dtypes.survives_float16((values.float() if values.dtype == torch.bfloat16 else values).numpy())
 
 
 def on_own_grid(tensor: Tensor) -> Coded | None:

@@ -88,6 +88,7 @@ FLOATING: Final = ("float16", "bfloat16", "float32", "float64")
 
 # float16 keeps 11 significant bits, so every value that is normal in float16 survives with this relative error.
 _FLOAT16_ERROR: Final = 2.0**-11
+_AT_ONCE: Final = 1 << 18  # numbers
 
 
 def is_floating(array: Array) -> bool:
@@ -125,7 +126,13 @@ def survives_float16(values: Array) -> bool:
     >>> survives_float16(np.array([0.1, -3.0])), survives_float16(np.array([1e-9]))
     (True, False)
     """
-    wide = values.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    flat = values.reshape(-1)
+
+    def survive(some: Array) -> bool:
+        wide = some.astype(np.float64)
         error = abs(wide.astype(np.float16).astype(np.float64) - wide)
         return bool((error <= _FLOAT16_ERROR * abs(wide)).all())
+
+    # In pieces: a large table in float64 may not fit in memory, and most weights are refused by the first piece.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(survive(flat[start : start + _AT_ONCE]) for start in range(0, len(flat), _AT_ONCE))

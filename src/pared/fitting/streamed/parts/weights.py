@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from pared.formats.dtypes import ELEMENTS, ITEM_SIZES, as_floats
 from pared.model.tensors import ModelTensor, ModelTensors, find_tensors
 from pared.readers.listing import ListedTensor, Listing
 from pared.readers.naming import aligned
+
+_HALF: Final = 2  # bytes of a number
+_AT_ONCE: Final = 1 << 22  # numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class Weights:
             if numbers.shape != tensor.tensor.shape:
                 raise _misshapen(self.listing, tensor, list(numbers.shape))
         else:
-            numbers = self._stored(held)
+            numbers = self._floats(held) if tensor.tensor.is_floating_point() else self._stored(held)
         if tensor.tensor.is_floating_point():
             numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
             if not bool(torch.isfinite(numbers.sum())) and not bool(numbers.isfinite().all()):
@@ -175,6 +178,18 @@ class Weights:
                     where=tensor.name,
                     remedy="Repair the checkpoint: nothing can be rounded relative to such numbers.",
                 )
+        return numbers
+
+    def _floats(self, held: ListedTensor) -> Tensor:
+        """A tensor of the checkpoint; one of 16 bits is widened to float32 a piece at a time."""
+        array = self.listing.array(held)
+        if array is None or array.dtype.itemsize != _HALF:
+            return self._stored(held)
+        numbers = torch.empty(held.shape)
+        wide, narrow = numbers.view(-1).numpy(), array.reshape(-1)
+        for start in range(0, len(narrow), _AT_ONCE):
+            wide[start : start + _AT_ONCE] = narrow[start : start + _AT_ONCE]
+        self._forget(held)
         return numbers
 
     def _stored(self, held: ListedTensor) -> Tensor:
