@@ -1,6 +1,7 @@
 """What each tensor could become: bytes and damage, planned and real."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.calibration.sensitivity import TensorStats
+from pared.fitting.rounding import targets
 from pared.fitting.rounding.curves import trace
 from pared.fitting.rounding.importance import make_target, table_importance
 from pared.fitting.rounding.targets import RoundingTarget, solve
@@ -94,6 +96,29 @@ def test_finer_steps_cost_a_bit_an_octave_and_do_a_quarter() -> None:
     one, other = at[fine], at[fine + 8]
     assert (curve.nbytes[one] - curve.nbytes[other]) * 8 / matrix.numel() == pytest.approx(1.0, abs=0.02)
     assert curve.damage[other] / curve.damage[one] == pytest.approx(4.0, rel=0.05)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("moments", [False, True])
+def test_how_many_rows_are_rounded_together_changes_nothing(
+    moments: bool, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats = stats_of(48, 16, moments=moments)
+    if groups > 1 and stats.moments is not None and stats.unseen is not None:
+        every, unseen = (one.repeat(groups, 1, 1) for one in (stats.moments, stats.unseen))
+        stats = replace(stats, moments=every, unseen=unseen, layout=Blocks(groups, 1))
+    whole, results = target_of(laplacian(48, 16), stats), []
+    for most in (1 << 24, 16 * 24, 16 * 5, 1):
+        monkeypatch.setattr(targets, "_WEIGHTS_AT_ONCE", most)
+        target = replace(whole)
+        parts = list(targets.at_once(target))
+        assert torch.equal(torch.cat([one.reshape(-1) for one in parts]), torch.arange(48))
+        assert max(one.numel() for one in parts) <= max(most // 16, 1)
+        results.append((*solve(target, target.steps(-44, "int8"), "int8"), target.mean_squares))
+    for codes, steps, squares in results[1:]:
+        assert torch.equal(codes, results[0][0])
+        assert torch.equal(steps, results[0][1])
+        torch.testing.assert_close(squares, whole.matrix.square().mean(1))
 
 
 @pytest.mark.parametrize("moments", [False, True])

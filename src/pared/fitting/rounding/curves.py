@@ -84,7 +84,7 @@ def trace(target: RoundingTarget, stats: TensorStats) -> RateCurve:
     Rows are rounded with a factor from one half of the calls and judged by the other half: where there are few samples
     for many columns, the calls that a factor comes from make it look better than it is.
     """
-    scale = float(target.scaled.square().mean().sqrt())
+    scale = float(target.mean_squares.mean().sqrt())
     if scale == 0:
         return RateCurve(np.zeros(1, np.int64), ("int8",), np.zeros(1), np.zeros(1))
     part = replace(narrowed(target, target.sampled), factored=target.judged)
@@ -139,7 +139,7 @@ def sample_rows(target: RoundingTarget) -> Tensor:
     rows, columns = target.matrix.shape
     groups = target.layout.groups
     sample = _SAMPLED_WEIGHTS if target.factored is not None else _SAMPLED_WEIGHTS_PLAIN
-    spread = target.scaled.square().mean(1).log2() / 2 - target.exponents / STEPS_PER_OCTAVE
+    spread = target.mean_squares.log2() / 2 - target.exponents / STEPS_PER_OCTAVE
     if groups == 1:
         return _spread_out(spread, max(1, min(rows, max(sample // columns, _MIN_ROWS))))[None]
     size = rows // groups

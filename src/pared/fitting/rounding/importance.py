@@ -125,7 +125,7 @@ def _damped(target: RoundingTarget, moments: Tensor, judge: Tensor | None) -> tu
 
 def bits_at_equal_damage(target: RoundingTarget, judge: Tensor | None) -> float:
     """Bits per weight at equal damage, up to a constant that all ways to round a tensor share; fewer is better."""
-    scale = float(target.scaled.square().mean().sqrt())
+    scale = float(target.mean_squares.mean().sqrt())
     common = round(STEPS_PER_OCTAVE * (math.log2(scale) + _COMPARED_AT))
     rows = sample_rows(target)
     rates, errors = try_steps(target, rows, [common], judge)

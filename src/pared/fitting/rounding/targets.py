@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,7 +25,7 @@ STEPS_PER_OCTAVE: Final = 8  # steps are 2^(k / 8): a step index k counts eighth
 
 # The largest code before feedback, which moves later columns: rows that then leave the type's range are rounded again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
-_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole groups, to bound memory
+_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded together
 _RAISED_STEP: Final = 1.02  # factor that raises a step to the next one of the table, 2^(1/8) above
 
 
@@ -58,13 +60,14 @@ class RoundingTarget:
     sampled: Tensor | None = None
     scale: Tensor | None = None
 
-    @property
-    def scaled(self) -> Tensor:
-        """What is rounded to steps by rows, float32 (rows, columns)."""
-        return self.matrix if self.scale is None else self.matrix / self.scale
+    @functools.cached_property
+    def mean_squares(self) -> Tensor:
+        """The mean square of each row of what is rounded, float32 (rows,)."""
+        rows = torch.arange(len(self.matrix)).split(max(1, _WEIGHTS_AT_ONCE // max(self.matrix.shape[1], 1)))
+        return torch.cat([self.some(some).square_().mean(1) for some in rows])
 
     def some(self, rows: Tensor) -> Tensor:
-        """Some rows of `scaled`, at the indices int64 (some,)."""
+        """Some rows of what is rounded, at the indices int64 (some,): of the matrix, divided by the scales."""
         found = self.matrix[rows]
         return found if self.scale is None else found.div_(self.scale)
 
@@ -184,13 +187,14 @@ def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tenso
     """
     limit = CODE_LIMITS[codes]
     kind = torch.int8 if codes == "int8" else torch.int16
-    if target.factored is None:
-        return round_rows(target.scaled, steps, limit).to(kind), steps
     rounded = torch.empty(target.matrix.shape, dtype=kind)
+    if target.factored is None:
+        for some in at_once(target):
+            rows = some.reshape(-1)
+            rounded[rows] = round_rows(target.some(rows), steps[rows], limit).to(kind)
+        return rounded, steps
     steps = steps.clone()
-    groups = target.layout.groups
-    at_once = max(1, _WEIGHTS_AT_ONCE * groups // max(target.matrix.numel(), 1))
-    for some in torch.arange(len(rounded)).reshape(groups, -1).split(at_once):
+    for some in at_once(target):
         rows = some
         while rows.numel():
             part = round_with_feedback(target, rows, steps[rows], limit)
@@ -200,6 +204,18 @@ def solve(target: RoundingTarget, steps: Tensor, codes: CodeType) -> tuple[Tenso
             steps[rows[clamped]] = log_step(steps[rows[clamped]] * _RAISED_STEP)
             rows = _clamped_rows(rows, clamped)
     return rounded, steps
+
+
+def at_once(target: RoundingTarget) -> Iterator[Tensor]:
+    """Rows that are rounded together, to bound memory: int64 (some groups, rows of each), in order.
+
+    Several whole groups, or a part of the rows of a large one.
+    """
+    columns, groups = target.matrix.shape[1], target.layout.groups
+    rows = torch.arange(len(target.matrix)).reshape(groups, -1)
+    most = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
+    for some in rows.split(max(1, most // max(rows.shape[1], 1))):
+        yield from some.split(max(1, most // len(some)), dim=1)
 
 
 def _clamped_rows(rows: Tensor, clamped: Tensor) -> Tensor:

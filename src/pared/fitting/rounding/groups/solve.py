@@ -6,8 +6,6 @@ rounded, and columns are rounded in the order of their second moments, not of th
 
 from __future__ import annotations
 
-from typing import Final
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,11 +13,9 @@ from torch import Tensor
 from pared.fitting.calibration.blocks import Blocks
 from pared.fitting.rounding.feedback import feedback
 from pared.fitting.rounding.groups.columns import group_columns
-from pared.fitting.rounding.targets import RoundingTarget, blocks_of_groups
+from pared.fitting.rounding.targets import RoundingTarget, at_once, blocks_of_groups
 from pared.formats.groups.grid import GroupGrid, Numbers, StepType
 from pared.formats.groups.search import fitted, nearest
-
-_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded with feedback, in whole groups of rows, to bound memory
 
 Parts = dict[str, Numbers]
 
@@ -38,10 +34,7 @@ def solve_in_groups(
     Returns:
         the grid's parts, see `GroupGrid.shapes`.
     """
-    groups = target.layout.groups
-    at_once = max(1, _WEIGHTS_AT_ONCE * groups // max(target.matrix.numel(), 1))
-    rows = torch.arange(len(target.matrix)).reshape(groups, -1)
-    found = [round_in_groups(target, some, grid, negative=negative, also=also) for some in rows.split(at_once)]
+    found = [round_in_groups(target, some, grid, negative=negative, also=also) for some in at_once(target)]
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 
