@@ -16,7 +16,7 @@ from pared.fitting.hugging_face.loading import skeleton_in
 from pared.fitting.streamed.fit import fit_folder
 from pared.switches import threads
 
-_NODE_MEMORY = 10 << 30  # bytes that each says it has: the largest task declares eight
+_NODE_MEMORY = 6 << 30  # bytes that each says it has: the largest task declares four
 
 
 @contextmanager

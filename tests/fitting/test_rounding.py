@@ -109,7 +109,7 @@ def test_how_many_rows_are_rounded_together_changes_nothing(
         stats = replace(stats, moments=every, unseen=unseen, layout=Blocks(groups, 1))
     whole, results = target_of(laplacian(48, 16), stats), []
     for most in (1 << 24, 16 * 24, 16 * 5, 1):
-        monkeypatch.setattr(targets, "_WEIGHTS_AT_ONCE", most)
+        monkeypatch.setattr(targets, "WEIGHTS_AT_ONCE", most)
         target = replace(whole)
         parts = list(targets.at_once(target))
         assert torch.equal(torch.cat([one.reshape(-1) for one in parts]), torch.arange(48))

@@ -25,7 +25,7 @@ STEPS_PER_OCTAVE: Final = 8  # steps are 2^(k / 8): a step index k counts eighth
 
 # The largest code before feedback, which moves later columns: rows that then leave the type's range are rounded again.
 HEADROOM: Final = {"int8": 120, "int16": 32000}
-_WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded together
+WEIGHTS_AT_ONCE: Final = 1 << 24  # that are rounded together
 _RAISED_STEP: Final = 1.02  # factor that raises a step to the next one of the table, 2^(1/8) above
 
 
@@ -63,7 +63,7 @@ class RoundingTarget:
     @functools.cached_property
     def mean_squares(self) -> Tensor:
         """The mean square of each row of what is rounded, float32 (rows,)."""
-        rows = torch.arange(len(self.matrix)).split(max(1, _WEIGHTS_AT_ONCE // max(self.matrix.shape[1], 1)))
+        rows = torch.arange(len(self.matrix)).split(max(1, WEIGHTS_AT_ONCE // max(self.matrix.shape[1], 1)))
         return torch.cat([self.some(some).square_().mean(1) for some in rows])
 
     def some(self, rows: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def at_once(target: RoundingTarget) -> Iterator[Tensor]:
     """
     columns, groups = target.matrix.shape[1], target.layout.groups
     rows = torch.arange(len(target.matrix)).reshape(groups, -1)
-    most = max(1, _WEIGHTS_AT_ONCE // max(columns, 1))
+    most = max(1, WEIGHTS_AT_ONCE // max(columns, 1))
     for some in rows.split(max(1, most // max(rows.shape[1], 1))):
         yield from some.split(max(1, most // len(some)), dim=1)
 

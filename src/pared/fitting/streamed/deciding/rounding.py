@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from pared.executors.executor import Executor, Task
+from pared.fitting.rounding.targets import WEIGHTS_AT_ONCE
 from pared.fitting.search.free.free import Free
 from pared.fitting.streamed.deciding.coding import CodedFile
 from pared.fitting.streamed.deciding.spilled import rounded_as, target_in
@@ -14,9 +15,11 @@ from pared.fitting.streamed.parts.weights import Weights
 from pared.fitting.streamed.store import Store
 from pared.model.contents import Decision, Stored
 
-# The memory that rounding takes: bytes as such; for each number of the tensor; for each byte of what it needs besides.
+# The memory that rounding takes: bytes as such; for each number of the tensor; for each of those that are rounded
+# together; for each byte of what it needs besides.
 _MEMORY: Final = 512 << 20
-_OF_NUMBERS: Final = 32
+_OF_NUMBERS: Final = 12
+_OF_ROUNDED: Final = 24
 _OF_FACTORS: Final = 2
 
 
@@ -62,7 +65,8 @@ class Rounder:
         """The bytes of memory that it takes."""
         (tensor,) = self.weights.some([one.name])
         factors = self.store.target(one.name).stat().st_size
-        return _MEMORY + _OF_NUMBERS * tensor.tensor.numel() + _OF_FACTORS * factors
+        numbers = tensor.tensor.numel()
+        return _MEMORY + _OF_NUMBERS * numbers + _OF_ROUNDED * min(numbers, WEIGHTS_AT_ONCE) + _OF_FACTORS * factors
 
     def all(self, wanted: Sequence[Rounding], executor: Executor) -> Iterator[Rounding]:
         """Round tensors; gives each that is done, in order."""

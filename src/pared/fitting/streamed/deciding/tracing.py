@@ -31,15 +31,10 @@ from pared.targets.table import OWN, TARGETS
 from pared.targets.target import Target
 
 _ALONE: Final = 1 << 16  # numbers: tensors of at least this many are worth a task
-# The memory that tracing takes: bytes as such; for each byte of the moments of the tensors.
+# The memory that tracing takes: bytes as such; for each number of the tensors; for each byte of their moments.
 _MEMORY: Final = 768 << 20
+_OF_NUMBERS: Final = 10
 _OF_MOMENTS: Final = 6
-
-
-def _memory(given: tuple[tuple[str, ...], Measured]) -> int:
-    sensitivity = given[1].sensitivity
-    known = () if sensitivity is None else sensitivity.tensors.values()
-    return _MEMORY + _OF_MOMENTS * sum(one.moments.nbytes for one in known if one.moments is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +70,17 @@ class Tracing:
             executor: traces them, each large one in a task of its own.
         """
         groups = self._groups(names, _ALONE if executor.workers > 1 else pieces.LARGE)
-        task = Task("tracing tensors", self.group, _memory, on_device=True)
+        task = Task("tracing tensors", self.group, self._memory, on_device=True)
         parts = executor.map(task, [(tuple(group), measured.of(group)) for group in groups])
         found = sorted((one for some in parts for one in some), key=lambda one: self.weights.order[one.names[0]])
         write_traced(self.store.traced(part), found)
+
+    def _memory(self, given: tuple[tuple[str, ...], Measured]) -> int:
+        names, measured = given
+        numbers = sum(one.tensor.numel() for one in self.weights.some(names))
+        known = () if measured.sensitivity is None else measured.sensitivity.tensors.values()
+        moments = sum(one.moments.nbytes for one in known if one.moments is not None)
+        return _MEMORY + _OF_NUMBERS * numbers + _OF_MOMENTS * moments
 
     def group(self, given: tuple[tuple[str, ...], Measured]) -> list[Traced]:
         """What some tensors could become; what rounding them needs is written.
