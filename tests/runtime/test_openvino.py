@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 
 RUNS = [
     (name, approach)
-    for name in sorted(MODELS.keys() - {"lstm", "gru"})
+    for name in sorted(MODELS)
     for approach in ("static", "dynamic", "weight_only")
     if name != "encoder" or approach != "static"
 ]
@@ -151,13 +151,6 @@ def test_only_the_inputs_of_layers_are_on_their_grids() -> None:
     graph, names = made(q, model, x)
     with torch.no_grad():
         assert sqnr(graph(bind(names, (x,), {}) or {}).numpy(), q(x).numpy()) > 33
-
-
-def test_recurrent_layers_are_left_to_our_kernels() -> None:
-    make, shape = MODELS["lstm"]
-    model, x = make().eval(), batch_of("lstm", shape)
-    with pytest.raises(ModelError, match="OpenVINO cannot run it"):
-        made(fitted(model, "dynamic", [x]), model, x)
 
 
 class Unknown(nn.Module):
