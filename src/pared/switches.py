@@ -12,6 +12,7 @@ import ctypes
 import functools
 import gc
 import logging
+import os
 import random
 import re
 import threading
@@ -149,7 +150,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def end_idle_threads() -> None:
-    """Let the threads end that torch computed with, when another runtime is to compute with threads of its own.
+    """Let the threads end that torch computed with for this one, when another runtime is to compute with its own.
 
     After each parallel loop OpenMP's threads wait for the next one by running in a circle, for several milliseconds,
     and other threads find their processors taken. Torch starts new ones when it needs them, in less than a tenth of a
@@ -158,11 +159,14 @@ def end_idle_threads() -> None:
     import torch
 
     pause = _pause_of(torch._C.__file__)
-    if pause is not None and torch.get_num_threads() > 1:
+    if pause is not None and torch.get_num_threads() > 1 and not _FORKED:
         pause(_SOFT)
 
 
 _SOFT: Final = 1  # omp_pause_soft: what programs have set stays
+_FORKED: Final[list[bool]] = []  # empty, but in a child, where the threads are gone: OpenMP would wait for their end
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
 
 
 @functools.cache

@@ -14,8 +14,9 @@ import pared
 from pared import PostTrainingQuantConfig
 from pared.errors import EvaluationError
 from pared.fitting import speed
+from pared.fitting.finishing import forms
 from pared.fitting.finishing.forms import Checker
-from pared.runtime.graphs.call_kinds import arguments_of, bind, parameters_of
+from pared.runtime.graphs.call_kinds import Argument, arguments_of, bind, parameters_of
 from pared.runtime.graphs.graph import Graph
 from pared.runtime.profile.profile import Profile, this_machine
 from pared.runtime.profile.timings import CallTiming, ModelTiming
@@ -234,3 +235,14 @@ def test_a_profile_without_a_form_keeps_the_times_of_the_others() -> None:
     assert none.without("graph", "again") == none
     assert Profile.from_json(none.to_json()) == none
     assert Profile.from_json(Profile(this_machine(), score=0.5).to_json()).score == 0.5
+
+
+def test_bfloat16_is_not_given_up_for_what_answers_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small = ((Argument("x", "float32", (rows, 64)),) for rows in (64, 1))
+    calls = (CallTiming(large, 9.0, 3.0, 4.0, None, "", 8.0), CallTiming(small, 2.0, 1.9, 2.5, None, "", 1.6))
+    profile = Profile(this_machine(), model=ModelTiming(calls))
+    assert profile.forms == ("bfloat16", "openvino")
+    monkeypatch.setattr(forms, "is_far", lambda damage: damage)
+    checker: Any = Checker(network(), lambda one: one, lambda one: "openvino" in one.forms, None)  # type: ignore[return-value]  # profiles stand in for models
+    found, _ = checker.accurate(profile)
+    assert found.forms == ("bfloat16",)

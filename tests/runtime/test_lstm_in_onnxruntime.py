@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import pared
+from pared import PostTrainingQuantConfig
 from pared.formats.activation import Range
 from pared.runtime.kernels.activation import FAR
 from pared.runtime.kernels.fbgemm.recurrent import Weights
 from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.kernels.onnxruntime.lstm import Lstm, available
+from pared.runtime.kernels.onnxruntime.session import Sessions
 from pared.runtime.layers import recurrent
+from pared.runtime.record import contents_of
 from tests.ratios import snr
 from tests.runtime import reference
 from tests.runtime.counterparts import counterpart_of
@@ -150,13 +155,80 @@ def test_threads_and_their_numbers_change_nothing() -> None:
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_the_default_type_is_the_users() -> None:
+    torch.manual_seed(0)
+    layer, counterpart = pair(nn.LSTM(12, 16, bias=False))
+    x = torch.randn(9, 3, 12)
+    torch.set_default_dtype(torch.float64)
+    try:
+        first = counterpart(x)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(first, counterpart(x)[0])
+    assert snr(layer(x)[0], first) > 30
+
+
+def test_inputs_with_signs_yet_to_be_applied() -> None:
+    torch.manual_seed(0)
+    _, counterpart = pair(nn.LSTM(12, 16))
+    x = torch.randn(9, 3, 12)
+    signed = torch.complex(x, -x).conj().imag
+    assert signed.is_neg()
+    assert torch.equal(counterpart(signed)[0], counterpart(x)[0])
+
+
+def test_a_session_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, counterpart = pair(nn.LSTM(12, 16))
+    opened: list[int] = []
+    real = Sessions._opened
+
+    def slowly(self: Sessions, threads: int) -> Any:
+        opened.append(threads)
+        time.sleep(0.2)
+        return real(self, threads)
+
+    monkeypatch.setattr(Sessions, "_opened", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(counterpart, [torch.randn(9, 3, 12)] * 4))
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("approach", ["auto", "static"])
+def test_inputs_with_spikes_stay_off_a_grid_that_holds_them(approach: Any) -> None:
+    """On a grid of their range all other numbers would be zeros."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(24, 32), nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.rnn(x)[0])
+            return out
+
+    torch.manual_seed(0)
+    calls = [torch.randn(9, 4, 24) for _ in range(4)]
+    for x in calls:
+        x[0, 0, 0], x[1, 0, 1] = 1000.0, -1000.0
+    model = Tagger().eval()
+    conf = PostTrainingQuantConfig(approach=approach, quant_level=0)
+    q = pared.fit(model, conf, calls, quiet=True)
+    found = contents_of(q).activations.get("rnn")
+    assert (found is not None and found.mode == "static") == (approach == "static")
+    if approach == "auto":
+        with torch.no_grad():
+            assert snr(model(calls[0]), q(calls[0])) > 35
+
+
 CHILD = """
 import os, sys, torch
 from torch import nn
 from tests.runtime.counterparts import counterpart_of
+torch.set_num_threads(2)
 layer = counterpart_of(nn.LSTM(64, 64).eval().requires_grad_(False), "static", -4.0, 4.0)
 x = torch.randn(20, 8, 64)
 expected = layer(x)[0]
+(torch.ones(1_000_000) * 2).sum()  # whose threads the child does not have
 child = os.fork()
 if not child:
     sys.exit(0 if torch.equal(layer(x)[0], expected) else 3)
@@ -167,8 +239,6 @@ print(os.waitpid(child, 0)[1])
 @pytest.mark.child
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_process_answers_and_ends() -> None:
-    # What torch computes before the fork has threads of its own, which no child could use: one thread until then.
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 120}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CHILD], cwd=Path(__file__).parents[2], env=environment, **options)
+    done = subprocess.run([sys.executable, "-c", CHILD], cwd=Path(__file__).parents[2], **options)
     assert done.stdout.strip() == "0"

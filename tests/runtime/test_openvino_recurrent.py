@@ -80,6 +80,51 @@ def test_it_is_translated(kind: str, layers: int, both: bool, batch_first: bool,
         torch.testing.assert_close(torch.from_numpy(found[place]), expected, rtol=0, atol=2e-6)
 
 
+class Uses(nn.Module):
+    """What models make of an LSTM."""
+
+    def __init__(self, use: Callable[[Uses, Tensor], Tensor | list[Tensor]]) -> None:
+        super().__init__()
+        self.use = use
+        self.rnn, self.other = nn.LSTM(INPUTS, HIDDEN), nn.LSTM(INPUTS, HIDDEN)
+        self.first = nn.Parameter(torch.randn(1, 1, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        return self.use(self, x)
+
+
+def same_state(model: Uses, x: Tensor) -> Tensor:
+    state = model.first.expand(1, x.shape[1], HIDDEN) * 1.0
+    out: Tensor = model.rnn(x, (state, state))[0]
+    return out
+
+
+USES: dict[str, Callable[[Uses, Tensor], Tensor | list[Tensor]]] = {
+    "the last state": lambda model, x: model.rnn(x)[1][0],
+    "the last cells": lambda model, x: model.rnn(x)[1][1],
+    "nothing": lambda model, x: [x * 2, model.rnn(x)[0]][0],
+    "one state twice": same_state,
+    "one input twice": lambda model, x: model.rnn(x * 2)[0] + model.other(x * 2)[0],
+    "the same input": lambda model, x: (lambda y: model.rnn(y)[0] + model.other(y)[0])(x * 2),
+    "its input is an output": lambda model, x: (lambda y: [y, model.rnn(y)[0]])(x * 2),
+    "called twice": lambda model, x: model.rnn(x, model.rnn(x)[1])[0],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_models_make_of_it(use: str) -> None:
+    torch.manual_seed(0)
+    model, x = Uses(USES[use]).eval().requires_grad_(False), torch.randn(4, 3, INPUTS)
+    conf = PostTrainingQuantConfig(approach="weight_only", quant_level=0)
+    q = pared.fit(model, conf, [x], quiet=True)
+    bound = bound_of(q, {"x": x})
+    graph = OpenVinoGraph(q, capture(Uses(USES[use]).eval(), arguments_of(bound)))
+    with torch.no_grad():
+        found, wanted = graph(bound), q(x)
+    for ours, theirs in zip(found, wanted, strict=True) if isinstance(wanted, list) else [(found, wanted)]:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 class Tagger(nn.Module):
     """A table, two LSTMs of which the second reads all of the first, and a head."""
 

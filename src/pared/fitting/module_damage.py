@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Container, Mapping, Sequence
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from pared.errors import reason_of
 from pared.fitting.calibration.observe import Statistics
@@ -20,10 +22,12 @@ from pared.fitting.calibration.sensitivity import InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import DEFAULT_BITS
 from pared.fitting.search.activations import Candidate, find_candidates
+from pared.formats.activation import Activation, Range
 from pared.model.calls import Call
 from pared.model.contents import Decision, Stored
 from pared.model.copies import shadow
 from pared.model.tensors import ModelTensors
+from pared.runtime.kernels.machine import FULL_LEVELS
 from pared.runtime.layers.counterpart import stand_in
 from pared.runtime.layers.table import layer_of, weights_of
 from pared.switches import WITHOUT_FAST_PATHS, ignoring
@@ -31,6 +35,7 @@ from pared.switches import WITHOUT_FAST_PATHS, ignoring
 log = logging.getLogger(__name__)
 
 _MOST_CALLS: Final = 4
+_TINY: Final = 1e-300
 
 
 def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str, InputNoise]:
@@ -64,16 +69,33 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
     with torch.no_grad(), ignoring(), WITHOUT_FAST_PATHS:
         for candidate in candidates:
             try:
-                lost = _lost(model, candidate, calls, seen.logits)
+                noise = _noise(model, candidate, calls, seen.logits)
             except Exception as error:  # noqa: BLE001  # whatever the module makes of it: it stays in float then
                 log.info("%s stays in float: %s", candidate.name, reason_of(error))
-                lost = math.inf
-            found[next(iter(candidate.weights.values())).name] = InputNoise(0.0, lost)
+                noise = InputNoise(math.inf, math.inf)
+            found[next(iter(candidate.weights.values())).name] = noise
     return found
 
 
-def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str]) -> float:
-    """The share of the outputs' energy that is lost when one module runs in int8; the mean over the outputs."""
+def _noise(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str]) -> InputNoise:
+    """What rounding the module's input costs: in the range of each call, and in the calibrated one."""
+    (dynamic,) = candidate.options("dynamic")
+    lost = _lost(model, candidate, calls, logits, dynamic)
+    if "static" not in candidate.layer.modes:
+        return InputNoise(0.0, lost)
+    (static,) = candidate.options("static")
+    # A module with a static input takes calls that have no such kernel, or on a machine without it, as a dynamic one.
+    most = max(lost, _lost(model, candidate, calls, logits, static))
+    return InputNoise(most / max(InputNoise(1.0, 0.0).cost(static), _TINY), lost)
+
+
+def _lost(
+    model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str], activation: Activation
+) -> float:
+    """The share of the outputs' energy that is lost when one module runs in int8; the mean over the outputs.
+
+    A static input is rounded to its grid before the module's dynamic kernel takes it: so it is on every machine.
+    """
     copied = shadow(model)
     held: Mapping[str, Mapping[str, Stored]] = {
         candidate.name: candidate.weights,
@@ -84,7 +106,21 @@ def _lost(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits:
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
     expected = [values_of(copied, call, logits) for call in calls]
     (dynamic,) = candidate.options("dynamic")
-    for name, activation in candidate.activations(dynamic).items():
+    for name, own in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}
-        stand_in(copied.get_submodule(name), coded, activation)
+        stand_in(copied.get_submodule(name), coded, own)
+    if activation.mode == "static":
+        copied.get_submodule(candidate.name).register_forward_pre_hook(partial(_rounded, activation.span))
     return difference(copied, calls, expected)
+
+
+def _rounded(span: Range, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments of which the first, a tensor or a packed sequence, is on the grid of a range."""
+    scale, zero_point = span.grid(FULL_LEVELS)
+
+    def on_grid(x: Tensor) -> Tensor:
+        return ((x / scale).round_().add_(zero_point).clamp_(0, FULL_LEVELS).sub_(zero_point)).mul_(scale)
+
+    first = args[0]
+    packed = isinstance(first, PackedSequence)
+    return (first._replace(data=on_grid(first.data)) if packed else on_grid(first), *args[1:])

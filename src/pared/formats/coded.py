@@ -320,8 +320,7 @@ def survives_float16(tensor: Tensor) -> bool:
     >>> survives_float16(torch.tensor([0.1, 0.0, -3.0])), survives_float16(torch.tensor([1e-9]))
     (True, False)
     """
-    values = tensor.detach().cpu()
-    return dtypes.survives_float16((values.float() if values.dtype == torch.bfloat16 else values).numpy())
+    return dtypes.survives_float16(to_array(tensor.detach().cpu()))
 
 
 def on_own_grid(tensor: Tensor) -> Coded | None:

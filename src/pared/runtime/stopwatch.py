@@ -34,8 +34,7 @@ _LONG_RUN: Final = 0.1  # seconds, of which little can be a disturbance ...
 _FAR: Final = 3.0  # ... so that one run is enough of a form that takes this many times as long as the fastest
 _LONG_SECONDS: Final = 1.0
 _WARM_UP: Final = 1
-# A short run is made again at once: after that of another form, numbers and code have left the caches, and the threads
-# of a runtime sleep, which is not so where a model is called again and again.
+# After the run of another form, numbers and code have left the caches, and the threads of a runtime sleep.
 _SHORT_RUN: Final = 2e-3  # seconds
 _IN_A_ROW: Final = 3
 
@@ -151,7 +150,10 @@ class FormError(Exception):
 
 
 def fastest_ms(
-    forms: Mapping[FormT, Callable[[], object]], warm: Mapping[FormT, float] = MappingProxyType({})
+    forms: Mapping[FormT, Callable[[], object]],
+    warm: Mapping[FormT, float] = MappingProxyType({}),
+    *,
+    in_a_row: bool = False,
 ) -> dict[FormT, float]:
     """The shortest time of each of several functions, in milliseconds; they run in turn, without gradients.
 
@@ -161,6 +163,7 @@ def fastest_ms(
     Args:
         forms: the functions.
         warm: those that have run before, with the seconds of a run like the later ones; infinite: that is not known.
+        in_a_row: make a short run again at once, as a model is called again and again, and a layer in it is not.
 
     Raises:
         FormError: one of them raised an exception.
@@ -181,7 +184,8 @@ def fastest_ms(
             if runs >= _RUNS_OF_THE_LAST and len(left) == 1 < len(forms):
                 break
             for form in left:
-                for _ in range(_IN_A_ROW if best[form] < _SHORT_RUN else 1):
+                quiet = False
+                for _ in range(_IN_A_ROW if in_a_row and best[form] < _SHORT_RUN else 1):
                     spent = Spent()
                     try:
                         with spent.adding():
@@ -191,7 +195,8 @@ def fastest_ms(
                     total += spent
                     best[form] = min(best[form], spent.seconds)
                     least[form] = min(least[form], spent.least(threads))
-                    undisturbed[form] += runs >= 0 and not spent.is_disturbed
+                    quiet |= not spent.is_disturbed
+                undisturbed[form] += runs >= 0 and quiet
             is_known = all(undisturbed[form] >= _UNDISTURBED_RUNS for form in left)
             if _is_enough(runs, sum(best.values()), total, is_known=is_known or threads == 1):
                 break
@@ -216,22 +221,27 @@ def _is_enough(runs: int, each: float, total: Spent, *, is_known: bool) -> bool:
 
 
 def times_of(
-    forms: dict[str, Callable[[], Any] | str], warm: Mapping[str, float] = MappingProxyType({})
+    forms: dict[str, Callable[[], Any] | str],
+    warm: Mapping[str, float] = MappingProxyType({}),
+    *,
+    in_a_row: bool = False,
 ) -> dict[str, float] | None:
     """The shortest time of each form, in milliseconds; the reason takes the place of a form that raises an exception.
 
     Args:
         forms: the forms, or why there is none.
         warm: those that have run before, with the seconds of a run like the later ones; infinite: that is not known.
+        in_a_row: see `fastest_ms`.
 
     Returns:
         None if it is the form "float32" that raises one.
     """
     try:
-        return fastest_ms({name: form for name, form in forms.items() if not isinstance(form, str)}, warm)
+        runs = {name: form for name, form in forms.items() if not isinstance(form, str)}
+        return fastest_ms(runs, warm, in_a_row=in_a_row)
     except FormError as error:
         forms[str(error.form)] = reason_of(error.__cause__ or error)
-        return None if error.form == "float32" else times_of(forms, warm)
+        return None if error.form == "float32" else times_of(forms, warm, in_a_row=in_a_row)
 
 
 class TooSlowError(Exception):

@@ -84,7 +84,8 @@ class InputNoise:
     def cost(self, activation: Activation) -> float:
         """The damage of rounding the input like this; a static range and its outliers hold all that calibration saw."""
         if activation.mode == "static":
-            return self.total * ((activation.high - activation.low) / LEVELS) ** 2 / 12
+            step = (activation.high - activation.low) / LEVELS
+            return self.total * step**2 / 12 if step else self.dynamic  # zeros alone are exact either way
         return self.dynamic
 
     def __add__(self, other: InputNoise) -> InputNoise:

@@ -67,7 +67,7 @@ class Forms:
                 modules = seen.forward if isinstance(found["graph"], str) or isinstance(call, Step) else seen.again
                 found["openvino"] = self._in_openvino(call, bound, self.openvino, seen, modules)
         found |= {"float32": partial(call.on, self.float32), "modules": partial(call.on, self.by_layers)}
-        times = times_of(found, {**dict.fromkeys(self._others, math.inf), **seen.warm})
+        times = times_of(found, {**dict.fromkeys(self._others, math.inf), **seen.warm}, in_a_row=True)
         if times is None:
             log.info("a call is not timed, as it cannot be made again: %s", found["float32"])
             return None

@@ -182,11 +182,12 @@ def _in_range(
     """
     lstm = _in_onnxruntime(module, span)
     ran = lstm.run(data, state if suits.all() else _tamed(state))
-    suits &= ran.energies.isfinite()
-    if suits.all():
+    finite = ran.energies.isfinite()
+    if finite.all():
         tell_far(float(ran.energies.sum()), data.numel(), max(-span.low, span.high))
     else:
         ran = lstm.run(data.nan_to_num(0.0, 0.0, 0.0), _tamed(state))
+    suits &= finite
     return ran.out, ran.last, _are_small(ran.peaks, ran.last)
 
 
@@ -258,7 +259,7 @@ def _states(module: Any, hx: Any, data: Tensor, batch: int, batched: bool) -> An
     if data.shape[-1] != module.input_size:
         return NotImplemented
     if hx is None:
-        return [torch.zeros(shape, device=data.device)] * (2 if lstm else 1)
+        return [torch.zeros(shape, dtype=torch.float32, device=data.device)] * (2 if lstm else 1)
     given: Sequence[Tensor] = hx if lstm else [hx]
     found = [(one if batched else one[:, None]).float().contiguous() for one in given]
     if len(found) != (2 if lstm else 1) or not all(one.shape == shape for one in found):
@@ -280,7 +281,7 @@ def cell_forward(module: Any, input: Tensor, hx: Any = None) -> Any:
     if x.dim() not in (1, 2) or not x.numel() or not x.is_floating_point() or x.shape[-1] != module.input_size:
         return NotImplemented
     data = x if batched else x[None]
-    zero = torch.zeros(len(data), module.hidden_size, device=x.device)
+    zero = torch.zeros(len(data), module.hidden_size, dtype=torch.float32, device=x.device)
     state = [(one if batched else one[None]).float() for one in given] or [zero] * (2 if lstm else 1)
     if any(one.shape != zero.shape for one in state):
         return NotImplemented

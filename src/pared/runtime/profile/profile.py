@@ -35,6 +35,7 @@ _NAMES: Final[dict[Form, str]] = {
     "graph": "as a graph",
     "openvino": "in OpenVINO",
 }
+_LATER: Final = "onnxruntime"  # which older files lack
 _LARGEST: Final = 1 << 24  # bytes of a file
 # `load` makes a graph for each kind of call. `fit` times at most nine calls of the model, and a few others.
 _MOST_CALLS: Final = 100
@@ -160,7 +161,7 @@ def this_machine() -> dict[str, Any]:
         "threads": threads_asked(),
         "torch": str(torch.__version__),
         "openvino": _version("openvino"),
-        "onnxruntime": _version("onnxruntime"),
+        _LATER: _version("onnxruntime") if _version("onnx") else "",
     }
 
 
@@ -187,7 +188,7 @@ def profile_beside(artifact: Path) -> Profile:
         why = error.what if isinstance(error, ParedError) else error
         log.warning("%s cannot be read (%s): every layer that may run in int8 will", file, why)
         return Profile(machine)
-    if profile.machine != machine:
+    if {_LATER: machine[_LATER], **profile.machine} != machine:
         forms = " and ".join(_NAMES[form] for form in profile.forms) or "layer by layer"
         what = f"it was timed on another machine, where it runs {forms}; pared.tune_speed times it on this one"
         log.info("%s: %s", file, what)

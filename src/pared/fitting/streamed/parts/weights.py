@@ -184,8 +184,8 @@ class Weights:
         """A tensor of the checkpoint; one of 16 bits is widened to float32 a piece at a time."""
         array = self.listing.array(held)
         if array is None or array.dtype.itemsize != _HALF:
-            return self._stored(held)
-        numbers = torch.empty(held.shape)
+            return self._stored(held)  # which says what cannot be read
+        numbers = torch.empty(held.shape, dtype=torch.float32, device="cpu")
         wide, narrow = numbers.view(-1).numpy(), array.reshape(-1)
         for start in range(0, len(narrow), _AT_ONCE):
             wide[start : start + _AT_ONCE] = narrow[start : start + _AT_ONCE]

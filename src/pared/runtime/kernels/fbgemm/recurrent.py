@@ -60,8 +60,8 @@ def available() -> str:
     """Why these kernels cannot run here, in words; empty if they can."""
     if reason := products_available():
         return reason
-    codes, steps = torch.ones(4, 1, dtype=torch.int8, device="cpu"), torch.ones(4, device="cpu")
-    zero = torch.zeros(1, 1, 1, device="cpu")
+    codes, steps = torch.ones(4, 1, dtype=torch.int8, device="cpu"), torch.ones(4, dtype=torch.float32, device="cpu")
+    zero = torch.zeros(1, 1, 1, dtype=torch.float32, device="cpu")
     try:
         run("lstm", zero, (zero, zero), [pack(Weights((codes, codes), (steps, steps)))], 1)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
@@ -101,7 +101,7 @@ def pack(weights: Weights, ways: int = 0, scale: float = 1.0) -> Any:
         with_units(steps.new_zeros(gates * hidden) if bias is None else bias.detach().float(), gates)
         for steps, bias in zip(weights.steps, weights.biases, strict=True)
     ]
-    floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], device="cpu")[:, None]
+    floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], dtype=torch.float32, device="cpu")[:, None]
     own, last = (with_units(codes, gates) for codes in weights.codes)
     narrow = weights.levels < FULL_LEVELS
     state = packed_product(with_columns(last, 1), steps[1], floats[1])

@@ -126,10 +126,10 @@ def _packed(weights: Weights, which: int, ways: int) -> tuple[Tensor, Tensor]:
 
 
 def _bias(weights: Weights) -> Tensor:
-    zero = torch.zeros(len(weights.steps[0]), device="cpu")
+    zero = torch.zeros(len(weights.steps[0]), dtype=torch.float32, device="cpu")
     both = [_ordered(with_units(zero if one is None else one.detach().float(), 4)) for one in weights.biases]
     hidden = weights.codes[1].shape[1]
-    both[0].view(4, -1)[:, hidden:] = torch.tensor(_KEEPING, device="cpu")[:, None]
+    both[0].view(4, -1)[:, hidden:] = torch.tensor(_KEEPING, dtype=torch.float32, device="cpu")[:, None]
     return torch.cat(both)
 
 

@@ -50,7 +50,7 @@ class Sessions:
     def run(self, inputs: Mapping[str, Tensor], outputs: Sequence[str]) -> list[Tensor]:
         """The outputs of these names, for inputs on the CPU by their names."""
         end_idle_threads()
-        arrays = {name: tensor.detach().numpy() for name, tensor in inputs.items()}
+        arrays = {name: tensor.detach().resolve_neg().numpy() for name, tensor in inputs.items()}
         return [torch.from_numpy(array) for array in self._here().run(outputs, arrays)]
 
     def _here(self) -> Any:
@@ -59,7 +59,9 @@ class Sessions:
         found = self._known.get(key)
         if found is None:
             with self._lock:
-                found = self._known.setdefault(key, self._opened(key[1]))
+                found = self._known.get(key)
+                if found is None:
+                    found = self._known[key] = self._opened(key[1])
         return found
 
     def _opened(self, threads: int) -> Any:

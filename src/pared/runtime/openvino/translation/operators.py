@@ -55,6 +55,7 @@ def translated(graph: fx.Graph) -> Any:
         elif node.target is torch.ops.aten.slice.Tensor and not node.kwargs and _is_whole(*node.args):
             node.replace_all_uses_with(node.args[0])  # between a cache and attention it would hide one from the other
             graph.erase_node(node)
+    outputs = len(next(node for node in graph.nodes if node.op == "output").args[0])
     layers = taken_out(graph)
     front_end = FrontEndManager().load_by_framework("pytorch")
     left: list[str] = []
@@ -67,7 +68,7 @@ def translated(graph: fx.Graph) -> Any:
         if not names:
             decoder = TorchFXPythonDecoder(module, None, dynamic_shapes=True)  # which has to live until the end
             made = front_end.convert(front_end.load(decoder))
-            put_back(made, layers)
+            put_back(made, layers, outputs)
             return _folded(made)
         unknown = [node for node in graph.nodes if node.name in names and node.op == "call_function"]
         left = [str(node.target) for node in unknown]

@@ -72,7 +72,7 @@ class Recurrent:
 
 
 def taken_out(graph: fx.Graph) -> list[Recurrent]:
-    """Take all recurrent layers out of a graph whose output is a list."""
+    """Take all recurrent layers out of a graph whose output is a list of different nodes."""
     found = []
     (end,) = (node for node in graph.nodes if node.op == "output")
     for node in [node for node in graph.nodes if node.target in _KINDS]:
@@ -83,10 +83,12 @@ def taken_out(graph: fx.Graph) -> list[Recurrent]:
         plain = len(weights) == ways * (4 if has_biases else 2)  # else an LSTM projects its states
         if training or not plain or any(user.target is not operator.getitem for user in node.users):
             continue
-        given = [data, *states, *weights]
         made: list[str | None] = [None] * (1 + kind.states)
         first = next(iter(graph.nodes))
         for user in list(node.users):
+            if not user.users:  # the front end takes a first input that nobody reads for something else
+                graph.erase_node(user)
+                continue
             with graph.inserting_before(first):
                 place = graph.placeholder(f"{node.name}_{_NAMES[user.args[1]]}")
             place.meta.update(user.meta)
@@ -94,16 +96,22 @@ def taken_out(graph: fx.Graph) -> list[Recurrent]:
             user.replace_all_uses_with(place)
             graph.erase_node(user)
         graph.erase_node(node)
-        outputs: Any = end.args[0]
-        places = tuple(range(len(outputs), len(outputs) + len(given)))
-        end.args = ([*outputs, *given],)
+        outputs: list[Any] = list(dict.fromkeys([*end.args[0], data, *states, *weights]))  # it takes no output twice
+        places = tuple(outputs.index(one) for one in (data, *states, *weights))
+        end.args = (outputs,)
         hidden = int(states[0].meta["val"].shape[-1])
         found.append(Recurrent(kind, places, tuple(made), hidden, layers, has_biases, both, batch_first))
     return found
 
 
-def put_back(model: Any, layers: Sequence[Recurrent]) -> None:
-    """Join what was taken out to a translated graph, an `openvino.Model`, which is changed."""
+def put_back(model: Any, layers: Sequence[Recurrent], outputs: int) -> None:
+    """Join what was taken out to a translated graph.
+
+    Args:
+        model: an `openvino.Model`, which is changed.
+        layers: what was taken out.
+        outputs: how many outputs the graph had before.
+    """
     parameters = {one.get_friendly_name(): one for one in model.get_parameters()}
     results = list(model.get_results())
     for one in layers:
@@ -113,8 +121,8 @@ def put_back(model: Any, layers: Sequence[Recurrent]) -> None:
                 for target in list(parameters[name].output(0).get_target_inputs()):
                     target.replace_source_output(value)
                 model.remove_parameter(parameters[name])
-    for place in sorted({place for one in layers for place in one.given}, reverse=True):
-        model.remove_result(results[place])
+    for result in results[outputs:]:
+        model.remove_result(result)
     model.validate_nodes_and_infer_types()
 
 
@@ -169,12 +177,12 @@ def _reordered(value: Any, gates: Sequence[int]) -> Any:
 
 
 def _bias(one: Recurrent, parts: Sequence[Any]) -> Any:
-    import numpy as np
     from openvino import opset13 as ops
 
     apart = one.kind.sequence == _KEPT_APART
     if not one.has_biases:
-        return ops.constant(np.zeros(one.hidden * (len(one.kind.gates) + apart), np.float32))
+        size = one.hidden * (len(one.kind.gates) + apart)
+        return ops.broadcast(ops.convert_like(ops.constant(0.0), parts[0]), ops.constant([size]))
     added = _reordered(ops.add(parts[2], parts[3]), one.kind.gates)
     if not apart:
         return added
