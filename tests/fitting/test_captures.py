@@ -33,7 +33,9 @@ def test_a_call_is_captured_once_for_all_that_is_timed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(kept, "capture", counted)
     monkeypatch.setattr(speed, "_left", lambda _: 1.0)  # so that layers are also tried all in int8
-    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms, *_: {form: 1.0 + (form != "graph") for form in forms})
+    monkeypatch.setattr(
+        stopwatch, "fastest_ms", lambda forms, *_, **__: {form: 1.0 + (form != "graph") for form in forms}
+    )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     q = pared.fit(model, PostTrainingQuantConfig(quant_level=0), [torch.randn(32, 64)], quiet=True)
@@ -96,7 +98,9 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     clock = [0.0]
     monkeypatch.setattr(Divided, "clock", clock)
     monkeypatch.setattr(time, "thread_time", lambda: clock[0])
-    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms, *_: {form: 1.0 + (form != "graph") for form in forms})
+    monkeypatch.setattr(
+        stopwatch, "fastest_ms", lambda forms, *_, **__: {form: 1.0 + (form != "graph") for form in forms}
+    )
     return clock
 
 
@@ -155,7 +159,9 @@ def test_an_output_that_no_graph_gives_is_not_captured(monkeypatch: pytest.Monke
 @pytest.mark.whole_models_are_timed
 @pytest.mark.slow
 def test_what_a_user_changes_before_the_first_call_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "fastest_ms", lambda forms, *_: {form: 1.0 + (form != "graph") for form in forms})
+    monkeypatch.setattr(
+        stopwatch, "fastest_ms", lambda forms, *_, **__: {form: 1.0 + (form != "graph") for form in forms}
+    )
     torch.manual_seed(0)
     q = pared.fit(
         Scaled(tied=False, scale=2.0),
