@@ -122,10 +122,10 @@ def form_of(profile: Profile) -> str:
 
 
 def _form(timing: ModelTiming) -> str:
-    if timing.kernel != "int8":
-        return f"in {timing.kernel}"
+    if timing.kernel == "float32":
+        return "in float32"
     words = {"openvino": FORMS["pared-openvino"], "graph": FORMS["pared-graph"]}
-    return " and ".join(words[form] for form in timing.forms) or FORMS["pared-layers"]
+    return " and ".join(words.get(form, f"in {form}") for form in timing.forms) or FORMS["pared-layers"]
 
 
 class _Notes(logging.Handler):
