@@ -77,7 +77,7 @@ def test_it_is_translated(kind: str, layers: int, both: bool, batch_first: bool,
     found = compiled([one.numpy() for one in x])
     assert len(found) == len(model(*x))
     for place, expected in enumerate(model(*x)):
-        torch.testing.assert_close(torch.from_numpy(found[place]), expected, rtol=0, atol=2e-6)
+        torch.testing.assert_close(torch.from_numpy(found[place]), expected, rtol=0, atol=1e-5)
 
 
 class Uses(nn.Module):
@@ -122,7 +122,7 @@ def test_what_models_make_of_it(use: str) -> None:
     with torch.no_grad():
         found, wanted = graph(bound), q(x)
     for ours, theirs in zip(found, wanted, strict=True) if isinstance(wanted, list) else [(found, wanted)]:
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
 
 
 class Tagger(nn.Module):
