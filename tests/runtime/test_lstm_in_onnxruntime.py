@@ -29,7 +29,7 @@ from pared.runtime.record import contents_of
 from tests.ratios import snr
 from tests.runtime import reference
 from tests.runtime.counterparts import counterpart_of
-from tests.runtime.test_sequence_kernels import direction, numbers
+from tests.runtime.test_sequence_kernels import numbers, stack
 
 pytestmark = [
     pytest.mark.engine,
@@ -68,10 +68,7 @@ def test_a_sequence_is_what_the_reference_says(
 ) -> None:
     steps, batch, inputs, hidden = sizes
     generator, ways = torch.Generator().manual_seed(seed), 1 + both
-    weights = [
-        [direction(generator, 4, inputs if layer == 0 else ways * hidden, hidden, biased) for _ in range(ways)]
-        for layer in range(layers)
-    ]
+    weights = stack(generator, 4, inputs, hidden, layers, ways, biased)
     x, span = numbers(generator, steps, batch, inputs), Range(-1.5, 2.0)  # which some of them exceed
     state = [numbers(generator, layers * ways, batch, hidden).clamp(-1, 1) for _ in range(2)]
     ran = Lstm([one for layer in weights for one in layer], layers, span).run(x, state)
@@ -199,8 +196,10 @@ def test_a_session_is_opened_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(opened) == 1
 
 
-@pytest.mark.parametrize("approach", ["auto", "static"])
-def test_inputs_with_spikes_stay_off_a_grid_that_holds_them(approach: Any) -> None:
+@pytest.mark.parametrize(
+    ("approach", "spike", "mode"), [("auto", 1e3, ""), ("static", 1e3, "static"), ("auto", 3.0, "static")]
+)
+def test_inputs_with_spikes_stay_off_a_grid_that_holds_them(approach: Any, spike: float, mode: str) -> None:
     """On a grid of their range all other numbers would be zeros."""
 
     class Tagger(nn.Module):
@@ -209,18 +208,18 @@ def test_inputs_with_spikes_stay_off_a_grid_that_holds_them(approach: Any) -> No
             self.rnn, self.head = nn.LSTM(24, 32), nn.Linear(32, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(self.rnn(x)[0])
+            out: Tensor = self.head(self.rnn(input=x)[0])
             return out
 
     torch.manual_seed(0)
     calls = [torch.randn(9, 4, 24) for _ in range(4)]
     for x in calls:
-        x[0, 0, 0], x[1, 0, 1] = 1000.0, -1000.0
+        x[0, 0, 0], x[1, 0, 1] = spike, -spike
     model = Tagger().eval()
     conf = PostTrainingQuantConfig(approach=approach, quant_level=0)
     q = pared.fit(model, conf, calls, quiet=True)
     found = contents_of(q).activations.get("rnn")
-    assert (found is not None and found.mode == "static") == (approach == "static")
+    assert (found is not None and found.mode == "static") == (mode == "static")
     if approach == "auto":
         with torch.no_grad():
             assert snr(model(calls[0]), q(calls[0])) > 35

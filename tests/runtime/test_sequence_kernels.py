@@ -34,6 +34,14 @@ def direction(generator: torch.Generator, gates: int, inputs: int, hidden: int, 
     return Weights(both, (steps[0], steps[1]), (biases[0], biases[1]))
 
 
+def stack(
+    generator: torch.Generator, gates: int, inputs: int, hidden: int, layers: int, ways: int, biased: bool
+) -> list[list[Weights]]:
+    """The directions of each layer."""
+    widths = [inputs, *[ways * hidden] * (layers - 1)]
+    return [[direction(generator, gates, width, hidden, biased) for _ in range(ways)] for width in widths]
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     kind=st.sampled_from(["lstm", "gru"]),
@@ -49,10 +57,7 @@ def test_a_sequence_is_what_the_reference_says(
     steps, batch, inputs, hidden = sizes
     generator = torch.Generator().manual_seed(seed)
     gates, states, ways = {"lstm": (4, 2), "gru": (3, 1)}[kind] + (1 + both,)
-    weights = [
-        [direction(generator, gates, inputs if layer == 0 else ways * hidden, hidden, biased) for _ in range(ways)]
-        for layer in range(layers)
-    ]
+    weights = stack(generator, gates, inputs, hidden, layers, ways, biased)
     x = numbers(generator, steps, batch, inputs)
     state = [numbers(generator, layers * ways, batch, hidden).clamp(-1, 1) for _ in range(states)]
     packed = [recurrent.pack(one, ways if i else 0) for i, layer in enumerate(weights) for one in layer]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pared.errors import reason_of
@@ -22,7 +22,7 @@ from pared.fitting.calibration.sensitivity import InputNoise
 from pared.fitting.rounding.encoding import encode
 from pared.fitting.rounding.plan import DEFAULT_BITS
 from pared.fitting.search.activations import Candidate, find_candidates
-from pared.formats.activation import Activation, Range
+from pared.formats.activation import Range
 from pared.model.calls import Call
 from pared.model.contents import Decision, Stored
 from pared.model.copies import shadow
@@ -78,21 +78,7 @@ def try_modules(tensors: ModelTensors[nn.Module], seen: Statistics) -> dict[str,
 
 
 def _noise(model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str]) -> InputNoise:
-    """What rounding the module's input costs: in the range of each call, and in the calibrated one."""
-    (dynamic,) = candidate.options("dynamic")
-    lost = _lost(model, candidate, calls, logits, dynamic)
-    if "static" not in candidate.layer.modes:
-        return InputNoise(0.0, lost)
-    (static,) = candidate.options("static")
-    # A module with a static input takes calls that have no such kernel, or on a machine without it, as a dynamic one.
-    most = max(lost, _lost(model, candidate, calls, logits, static))
-    return InputNoise(most / max(InputNoise(1.0, 0.0).cost(static), _TINY), lost)
-
-
-def _lost(
-    model: nn.Module, candidate: Candidate, calls: Sequence[Call], logits: Container[str], activation: Activation
-) -> float:
-    """The share of the outputs' energy that is lost when one module runs in int8; the mean over the outputs.
+    """What it costs that one module runs in int8, as a share of the outputs' energy, the mean over the outputs.
 
     A static input is rounded to its grid before the module's dynamic kernel takes it: so it is on every machine.
     """
@@ -106,21 +92,30 @@ def _lost(
             copied.get_submodule(name).get_parameter(attribute).copy_(stored.coded.decode())
     expected = [values_of(copied, call, logits) for call in calls]
     (dynamic,) = candidate.options("dynamic")
-    for name, own in candidate.activations(dynamic).items():
+    for name, activation in candidate.activations(dynamic).items():
         coded = {attribute: stored.coded for attribute, stored in held[name].items()}
-        stand_in(copied.get_submodule(name), coded, own)
-    if activation.mode == "static":
-        copied.get_submodule(candidate.name).register_forward_pre_hook(partial(_rounded, activation.span))
-    return difference(copied, calls, expected)
+        stand_in(copied.get_submodule(name), coded, activation)
+    lost = difference(copied, calls, expected)
+    if "static" not in candidate.layer.modes:
+        return InputNoise(0.0, lost)
+    (static,) = candidate.options("static")
+    module = copied.get_submodule(candidate.name)
+    module.register_forward_pre_hook(partial(_rounded, static.span), with_kwargs=True)
+    most = max(lost, difference(copied, calls, expected))
+    return InputNoise(most / max(InputNoise(1.0, 0.0).cost(static), _TINY), lost)
 
 
-def _rounded(span: Range, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Arguments of which the first, a tensor or a packed sequence, is on the grid of a range."""
+def _rounded(
+    span: Range, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments whose `input`, the first, is on the grid of a range: a tensor, or a packed sequence."""
     scale, zero_point = span.grid(FULL_LEVELS)
 
-    def on_grid(x: Tensor) -> Tensor:
+    def on_grid(x: Any) -> Any:
+        if isinstance(x, PackedSequence):
+            return x._replace(data=on_grid(x.data))
         return ((x / scale).round_().add_(zero_point).clamp_(0, FULL_LEVELS).sub_(zero_point)).mul_(scale)
 
-    first = args[0]
-    packed = isinstance(first, PackedSequence)
-    return (first._replace(data=on_grid(first.data)) if packed else on_grid(first), *args[1:])
+    if args:
+        return (on_grid(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": on_grid(kwargs["input"])}

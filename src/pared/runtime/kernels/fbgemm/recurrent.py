@@ -32,7 +32,7 @@ ENDS: Final = (1.0, -1.0)
 SATURATED: Final = 40.0
 # Weights in float16 lose digits where their largest is smaller, and are cut where it is larger.
 _SMALLEST, _LARGEST = 2.0**-10, 2.0**15
-_KEEPING: Final = {4: (-SATURATED, SATURATED, 0.0, SATURATED), 3: (0.0, SATURATED, 0.0)}
+KEEPING: Final = {4: (-SATURATED, SATURATED, 0.0, SATURATED), 3: (0.0, SATURATED, 0.0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def pack(weights: Weights, ways: int = 0, scale: float = 1.0) -> Any:
         with_units(steps.new_zeros(gates * hidden) if bias is None else bias.detach().float(), gates)
         for steps, bias in zip(weights.steps, weights.biases, strict=True)
     ]
-    floats[0].view(gates, -1)[:, hidden:] = torch.tensor(_KEEPING[gates], dtype=torch.float32, device="cpu")[:, None]
+    floats[0].view(gates, -1)[:, hidden:] = torch.tensor(KEEPING[gates], dtype=torch.float32, device="cpu")[:, None]
     own, last = (with_units(codes, gates) for codes in weights.codes)
     narrow = weights.levels < FULL_LEVELS
     state = packed_product(with_columns(last, 1), steps[1], floats[1])

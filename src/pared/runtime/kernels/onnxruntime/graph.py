@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from pared.formats.activation import Range
-from pared.runtime.kernels.fbgemm.recurrent import ENDS, SATURATED, Weights, with_columns, with_units
+from pared.runtime.kernels.fbgemm.recurrent import ENDS, KEEPING, SATURATED, Weights, with_columns, with_units
 
 INPUTS: Final = ("x", "h", "c")
 OUTPUTS: Final = ("y", "h_last", "c_last", "energies", "peaks")
 
 # The runtime's gates are input, output, forget and cell; PyTorch's are input, forget, cell and output.
 _ORDER: Final = (0, 3, 1, 2)
-_KEEPING: Final = (
-    -SATURATED,
-    SATURATED,
-    SATURATED,
-    0.0,
-)  # in the runtime's order: cells keep what they hold, and show it
 _OPSET: Final = 17  # of 2022
 _IR: Final = 8
 
@@ -44,21 +38,21 @@ class _Graph:
     def integers(self, *values: int) -> str:
         return self.constant(torch.tensor(values, dtype=torch.int64, device="cpu"))
 
-    def add(self, kind: str, inputs: Sequence[str], outputs: int = 1, name: str = "", **options: Any) -> list[str]:
-        """An operator, with one output of a given name, or several."""
-        made = [name] if name else [f"node_{len(self.nodes)}_{i}" for i in range(outputs)]
+    def add(self, kind: str, inputs: Sequence[str], names: Sequence[str] = (), **options: Any) -> list[str]:
+        """An operator, by the names of its outputs; default: one, of any name."""
+        made = list(names) or [f"node_{len(self.nodes)}"]
         self.nodes.append(self._helper.make_node(kind, list(inputs), made, **options))
         return made
 
-    def widened(self, source: str, rank: int, ends: Sequence[float]) -> str:
-        """One more number after those of the last dimension for each of the ends."""
+    def widened(self, source: str, ends: Sequence[float]) -> str:
+        """One more number after those of the last of three dimensions for each of the ends."""
         for end in ends:
             value = self.constant(torch.tensor(end, dtype=torch.float32, device="cpu"))
-            (source,) = self.add("Pad", [source, self.integers(*[0] * (2 * rank - 1), 1), value])
+            (source,) = self.add("Pad", [source, self.integers(0, 0, 0, 0, 0, 1), value])
         return source
 
-    def part(self, source: str, start: int, end: int, axis: int, name: str = "") -> str:
-        return self.add("Slice", [source, *map(self.integers, (start, end, axis))], name=name)[0]
+    def part(self, source: str, start: int, end: int, axis: int, names: Sequence[str] = ()) -> str:
+        return self.add("Slice", [source, *map(self.integers, (start, end, axis))], names)[0]
 
 
 def graph_of(layers: Sequence[Sequence[Weights]], span: Range) -> bytes:
@@ -69,8 +63,8 @@ def graph_of(layers: Sequence[Sequence[Weights]], span: Range) -> bytes:
     units, count = hidden + len(ENDS), len(layers) * ways
     graph = _Graph()
     ends = [graph.constant(torch.tensor(end, dtype=torch.float32, device="cpu")) for end in (span.low, span.high)]
-    source = graph.widened(graph.add("Clip", ["x", *ends])[0], 3, (span.low, span.high))
-    states = [graph.widened(name, 3, [end * by for end in ENDS]) for name, by in (("h", 1.0), ("c", SATURATED))]
+    source = graph.widened(graph.add("Clip", ["x", *ends])[0], (span.low, span.high))
+    states = [graph.widened(name, [end * by for end in ENDS]) for name, by in (("h", 1.0), ("c", SATURATED))]
     last: list[list[str]] = [[], []]
     for layer, weights in enumerate(layers):
         numbers = []
@@ -85,7 +79,7 @@ def graph_of(layers: Sequence[Sequence[Weights]], span: Range) -> bytes:
         y, *ends_of = graph.add(
             "DynamicQuantizeLSTM",
             [source, w, r, bias, "", *first, "", *of_w, *of_r],
-            outputs=3,
+            [f"{name}_of_{layer}" for name in OUTPUTS[:3]],
             domain="com.microsoft",
             hidden_size=units,
             direction="bidirectional" if ways > 1 else "forward",
@@ -97,11 +91,11 @@ def graph_of(layers: Sequence[Sequence[Weights]], span: Range) -> bytes:
         y = graph.part(y, 0, width, 3)
         (moved,) = graph.add("Transpose", [y], perm=[0, 2, 1, 3])  # to (steps, batch, directions, units)
         shape = graph.integers(0, 0, ways * width)
-        (source,) = graph.add("Reshape", [moved, shape], name=OUTPUTS[0] if is_last else "")
+        (source,) = graph.add("Reshape", [moved, shape], OUTPUTS[:1] if is_last else ())
     for name, parts in zip(OUTPUTS[1:3], last, strict=True):
-        graph.part(graph.add("Concat", parts, axis=0)[0], 0, hidden, 2, name=name)
-    graph.add("ReduceSumSquare", ["x"], name=OUTPUTS[3], axes=[0, 2], keepdims=0)
-    graph.add("ReduceMax", graph.add("Abs", [source]), name=OUTPUTS[4], axes=[0, 2], keepdims=0)
+        graph.part(graph.add("Concat", parts, axis=0)[0], 0, hidden, 2, [name])
+    graph.add("ReduceSumSquare", ["x"], OUTPUTS[3:4], axes=[0, 2], keepdims=0)
+    graph.add("ReduceMax", graph.add("Abs", [source]), OUTPUTS[4:], axes=[0, 2], keepdims=0)
     state: list[str | int | None] = [count, "batch", hidden]
     samples: list[str | int | None] = ["batch"]
     given: list[list[str | int | None]] = [["steps", "batch", layers[0][0].codes[0].shape[1]], state, state]
@@ -129,7 +123,8 @@ def _bias(weights: Weights) -> Tensor:
     zero = torch.zeros(len(weights.steps[0]), dtype=torch.float32, device="cpu")
     both = [_ordered(with_units(zero if one is None else one.detach().float(), 4)) for one in weights.biases]
     hidden = weights.codes[1].shape[1]
-    both[0].view(4, -1)[:, hidden:] = torch.tensor(_KEEPING, dtype=torch.float32, device="cpu")[:, None]
+    kept = torch.tensor([KEEPING[4][gate] for gate in _ORDER], dtype=torch.float32, device="cpu")
+    both[0].view(4, -1)[:, hidden:] = kept[:, None]
     return torch.cat(both)
 
 

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -69,9 +68,6 @@ class Lstm:
         return Ran(out, [hidden, cell], energies, peaks)
 
 
-_LEAST: Final = (((4, 1), torch.int8), ((4,), torch.float32))  # codes and steps of an LSTM of one unit
-
-
 @functools.cache
 def available() -> str:
     """Why this kernel cannot run here, in words; empty if it can.
@@ -85,7 +81,8 @@ def available() -> str:
         return "ONNX Runtime's int8 products are not exact on this processor"
     if missing := [name for name in ("onnxruntime", "onnx") if find_spec(name) is None]:
         return f"ONNX Runtime is not tried, as the package {missing[0]} is not installed"
-    codes, steps = (torch.ones(size, dtype=kind, device="cpu") for size, kind in _LEAST)
+    codes = torch.ones(4, 1, dtype=torch.int8, device="cpu")
+    steps = torch.ones(4, dtype=torch.float32, device="cpu")
     zero = torch.zeros(1, 1, 1, dtype=torch.float32, device="cpu")
     try:
         Lstm([Weights((codes, codes), (steps, steps))], 1, Range(-1.0, 1.0)).run(zero, (zero, zero))
